@@ -1,0 +1,1 @@
+//! What the guest sees: virtio-blk over vhost-user.

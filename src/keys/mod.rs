@@ -1,0 +1,1 @@
+//! Keys: where they come from (providers), how they are wrapped, and the memory that they live in.

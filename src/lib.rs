@@ -1,0 +1,18 @@
+//! sealblk: VM encryption for QEMU/KVM.
+//!
+//! A vhost-user-blk backend that stands between a guest's virtio disk and the storage under it. Upper modules know
+//! the lower ones, never the reverse:
+//!
+//! ```text
+//! cli      a file for each verb
+//! device   what the guest sees: virtio-blk over vhost-user
+//! volume   LUKS2 on storage, and the segment table that maps sectors to it
+//! cipher, storage, keys
+//! ```
+
+pub mod cipher;
+pub mod cli;
+pub mod device;
+pub mod keys;
+pub mod storage;
+pub mod volume;

@@ -1,0 +1,1 @@
+//! Files and block devices, the io_uring engine, and the buffer pool.

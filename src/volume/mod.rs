@@ -1,0 +1,1 @@
+//! LUKS2 on storage, and the segment table that maps sectors of a disk to it.
