@@ -1,0 +1,395 @@
+//! A file or block device that holds a header, a payload, or both.
+//!
+//! [`Backing`] is the claim: it is opened once, locked against every other process that would attach the same
+//! inode (through whatever path), and keeps that lock until it is dropped. From it, [`Backing::data_file`] opens
+//! the same inode once more for the data path, with direct I/O where the file allows it.
+//!
+//! The lock is an open file description lock (fcntl(2), "Open file description locks") on the whole file. QEMU's
+//! `file` driver locks single bytes of the same kind, so a QEMU that has the file open and sealblk exclude each
+//! other. It is independent of the flock(2) that cryptsetup and we hold while LUKS2 metadata is read or written.
+//! On a block device O_EXCL claims it from mounts, device-mapper and other O_EXCL openers too.
+
+#![allow(unsafe_code)] // fcntl's open file description locks and the block device's size have no safe wrapper.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
+
+/// What a [`Backing`] is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Reads only; any number of read-only openers share the file.
+    ReadOnly,
+    /// Reads and writes; nobody else may have the file attached.
+    ReadWrite,
+}
+
+/// What kind of inode a [`Backing`] is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A regular file.
+    File,
+    /// A block device.
+    BlockDevice,
+}
+
+/// Why a file or block device cannot be used as storage.
+#[derive(Debug, thiserror::Error)]
+pub enum StorageError {
+    #[error("{}: cannot be opened for {}", path.display(), match access {
+        Access::ReadOnly => "reading",
+        Access::ReadWrite => "reading and writing",
+    })]
+    Open {
+        path: PathBuf,
+        access: Access,
+        source: io::Error,
+    },
+    #[error("{}: is neither a regular file nor a block device; name the disk's file or device", path.display())]
+    NotStorage { path: PathBuf },
+    #[error(
+        "{}: is in use by another process (another sealblk, a QEMU, a mount or device-mapper); detach it there first",
+        path.display()
+    )]
+    InUse { path: PathBuf },
+    #[error("{}: cannot be locked, so nothing would keep a second server from it", path.display())]
+    Lock { path: PathBuf, source: io::Error },
+    #[error("{}: its size cannot be read", path.display())]
+    Size { path: PathBuf, source: io::Error },
+    #[error("{}: cannot be opened a second time for the data path", path.display())]
+    Reopen { path: PathBuf, source: io::Error },
+}
+
+/// An opened and locked file or block device. See the module's header.
+#[derive(Debug)]
+pub struct Backing {
+    file: File,
+    path: PathBuf,
+    access: Access,
+    kind: Kind,
+}
+
+impl Backing {
+    /// Opens and locks `path`.
+    ///
+    /// # Errors
+    /// Where it cannot be opened, is neither a regular file nor a block device, or is attached elsewhere.
+    pub fn open(path: &Path, access: Access) -> Result<Self, StorageError> {
+        let flags = match access {
+            Access::ReadOnly => OFlags::RDONLY,
+            Access::ReadWrite => OFlags::RDWR,
+        } | OFlags::CLOEXEC
+            | OFlags::NOCTTY;
+        let open_error = |error: rustix::io::Errno| StorageError::Open {
+            path: path.into(),
+            access,
+            source: error.into(),
+        };
+
+        // O_NONBLOCK, so that a FIFO put in the disk's place cannot hang us.
+        let file =
+            File::from(rustix::fs::open(path, flags | OFlags::NONBLOCK, Mode::empty()).map_err(open_error)?);
+        let file_type = file
+            .metadata()
+            .map_err(|source| StorageError::Open {
+                path: path.into(),
+                access,
+                source,
+            })?
+            .file_type();
+        let (file, kind) = if file_type.is_file() {
+            (file, Kind::File)
+        } else if file_type.is_block_device() {
+            // The claim of O_EXCL belongs to the open file, so it has to be opened anew, by what is open already.
+            let exclusive = if access == Access::ReadWrite {
+                OFlags::EXCL
+            } else {
+                OFlags::empty()
+            };
+            let claimed =
+                rustix::fs::open(fd_path(&file), flags | exclusive, Mode::empty()).map_err(|error| {
+                    match error {
+                        rustix::io::Errno::BUSY => StorageError::InUse { path: path.into() },
+                        error => open_error(error),
+                    }
+                })?;
+            (File::from(claimed), Kind::BlockDevice)
+        } else {
+            return Err(StorageError::NotStorage { path: path.into() });
+        };
+
+        match lock(&file, access) {
+            Ok(()) => Ok(Self {
+                file,
+                path: path.into(),
+                access,
+                kind,
+            }),
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
+                Err(StorageError::InUse { path: path.into() })
+            }
+            Err(source) => Err(StorageError::Lock {
+                path: path.into(),
+                source,
+            }),
+        }
+    }
+
+    /// The file for headers: buffered, without O_DIRECT's alignment rules.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// The path that it was opened by, for messages.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether it is a file or a block device.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Whether it was opened for reading only.
+    pub fn read_only(&self) -> bool {
+        self.access == Access::ReadOnly
+    }
+
+    /// Its size in bytes as of now: a file can be extended and a logical volume resized while it is open.
+    pub fn len(&self) -> Result<u64, StorageError> {
+        let size_error = |source| StorageError::Size {
+            path: self.path.clone(),
+            source,
+        };
+        match self.kind {
+            Kind::File => self
+                .file
+                .metadata()
+                .map(|metadata| metadata.size())
+                .map_err(size_error),
+            Kind::BlockDevice => block_device_size(&self.file).map_err(size_error),
+        }
+    }
+
+    /// Whether it has no bytes at all.
+    pub fn is_empty(&self) -> Result<bool, StorageError> {
+        self.len().map(|len| len == 0)
+    }
+
+    /// Opens the same inode for the data path: with O_DIRECT if transfers of `unit` bytes at multiples of `unit`
+    /// satisfy its alignment, else through the page cache.
+    pub fn data_file(&self, unit: u32) -> Result<DataFile, StorageError> {
+        let flags = if self.read_only() {
+            OFlags::RDONLY
+        } else {
+            OFlags::RDWR
+        } | OFlags::CLOEXEC;
+        let path = fd_path(&self.file);
+        let direct = rustix::fs::open(&path, flags | OFlags::DIRECT, Mode::empty())
+            .ok()
+            .map(File::from)
+            .filter(|file| direct_alignment(file, self.kind).is_some_and(|align| unit.is_multiple_of(align)));
+        let (file, direct) = match direct {
+            Some(file) => (file, true),
+            None => {
+                let file =
+                    rustix::fs::open(&path, flags, Mode::empty()).map_err(|error| StorageError::Reopen {
+                        path: self.path.clone(),
+                        source: error.into(),
+                    })?;
+                (File::from(file), false)
+            }
+        };
+        Ok(DataFile {
+            file,
+            direct,
+            kind: self.kind,
+        })
+    }
+}
+
+/// The payload's file as the data path uses it.
+#[derive(Debug)]
+pub struct DataFile {
+    file: File,
+    direct: bool,
+    kind: Kind,
+}
+
+impl DataFile {
+    /// Whether transfers bypass the page cache.
+    pub fn is_direct(&self) -> bool {
+        self.direct
+    }
+
+    /// Whether it is a file or a block device.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+}
+
+impl AsFd for DataFile {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+/// The name by which the kernel opens the very inode that `file` has open, whatever its path names by now.
+fn fd_path(file: &File) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
+}
+
+/// The alignment in bytes that O_DIRECT asks of offsets and lengths, or none where it is not to be had.
+///
+/// Offsets and lengths follow the file (statx(2), `stx_dio_offset_align`); our buffers are aligned to pages, which
+/// satisfies every `stx_dio_mem_align`.
+fn direct_alignment(file: &File, kind: Kind) -> Option<u32> {
+    let statx = rustix::fs::statx(
+        file,
+        "",
+        AtFlags::EMPTY_PATH,
+        StatxFlags::from_bits_retain(STATX_DIOALIGN),
+    );
+    if let Ok(statx) = statx
+        && statx.stx_mask & STATX_DIOALIGN != 0
+    {
+        return (statx.stx_dio_offset_align != 0).then_some(statx.stx_dio_offset_align);
+    }
+    // Before Linux 6.1 nothing tells it for a file: ask a block device for its sector size, and try a file.
+    match kind {
+        Kind::BlockDevice => logical_block_size(file).ok(),
+        Kind::File => [512, 4096]
+            .into_iter()
+            .find(|&align| direct_read_works(file, align)),
+    }
+}
+
+/// Whether a read of `len` bytes at offset `len` is accepted; an offset past the end still tells the alignment.
+fn direct_read_works(file: &File, len: u32) -> bool {
+    #[repr(align(4096))]
+    struct Aligned([u8; 4096]);
+    let mut buffer = Aligned([0; 4096]);
+    rustix::io::pread(file, &mut buffer.0[..len as usize], len.into()).is_ok()
+}
+
+/// statx(2)'s request for the alignment of direct I/O, which rustix does not name yet.
+const STATX_DIOALIGN: u32 = 0x2000;
+
+fn lock(file: &File, access: Access) -> io::Result<()> {
+    let lock = libc::flock {
+        l_type: match access {
+            Access::ReadOnly => libc::F_RDLCK,
+            Access::ReadWrite => libc::F_WRLCK,
+        } as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    // SAFETY: the descriptor is open for the duration of the call, and `lock` is a valid struct flock that the
+    // kernel only reads for F_OFD_SETLK.
+    let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+fn block_device_size(file: &File) -> io::Result<u64> {
+    let mut size = 0_u64;
+    // SAFETY: BLKGETSIZE64 writes one u64 to the pointer, which is valid for that.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), BLKGETSIZE64, &raw mut size) };
+    if result == 0 {
+        Ok(size)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+fn logical_block_size(file: &File) -> io::Result<u32> {
+    let mut size = 0_i32;
+    // SAFETY: BLKSSZGET writes one int to the pointer, which is valid for that.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), BLKSSZGET, &raw mut size) };
+    if result == 0 {
+        Ok(size.unsigned_abs())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// `_IOR(0x12, 114, size_t)` of linux/fs.h.
+const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
+/// `_IO(0x12, 104)` of linux/fs.h.
+const BLKSSZGET: libc::c_ulong = 0x1268;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file_of(size: u64) -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(size).unwrap();
+        file
+    }
+
+    #[test]
+    fn a_second_writer_is_refused_even_through_another_name() {
+        let file = file_of(4096);
+        let link = file.path().with_extension("link");
+        std::os::unix::fs::symlink(file.path(), &link).unwrap();
+        let first = Backing::open(file.path(), Access::ReadWrite).unwrap();
+        assert!(matches!(
+            Backing::open(&link, Access::ReadWrite),
+            Err(StorageError::InUse { .. })
+        ));
+        assert!(matches!(
+            Backing::open(&link, Access::ReadOnly),
+            Err(StorageError::InUse { .. })
+        ));
+        drop(first);
+        Backing::open(&link, Access::ReadWrite).unwrap();
+        std::fs::remove_file(link).unwrap();
+    }
+
+    #[test]
+    fn readers_share() {
+        let file = file_of(4096);
+        let _first = Backing::open(file.path(), Access::ReadOnly).unwrap();
+        let _second = Backing::open(file.path(), Access::ReadOnly).unwrap();
+        assert!(matches!(
+            Backing::open(file.path(), Access::ReadWrite),
+            Err(StorageError::InUse { .. })
+        ));
+    }
+
+    #[test]
+    fn a_directory_is_not_storage() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(matches!(
+            Backing::open(dir.path(), Access::ReadOnly),
+            Err(StorageError::NotStorage { .. })
+        ));
+    }
+
+    #[test]
+    fn size_follows_the_file() {
+        let file = file_of(8192);
+        let backing = Backing::open(file.path(), Access::ReadWrite).unwrap();
+        assert_eq!(backing.len().unwrap(), 8192);
+        file.as_file().set_len(12288).unwrap();
+        assert_eq!(backing.len().unwrap(), 12288);
+    }
+
+    #[test]
+    fn a_file_whose_alignment_exceeds_the_unit_is_not_opened_direct() {
+        let file = file_of(1 << 20);
+        let backing = Backing::open(file.path(), Access::ReadWrite).unwrap();
+        // No file system asks for an alignment that divides 1.
+        assert!(!backing.data_file(1).unwrap().is_direct());
+    }
+}
