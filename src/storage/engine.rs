@@ -1,0 +1,584 @@
+//! One worker's io_uring: transfers between the payload's file and the worker's buffers, and the one place where
+//! the worker waits, for completions and for the descriptors that it watches alike.
+//!
+//! An operation owns its buffer from the moment it is accepted until [`Engine::next_event`] hands it back; nothing
+//! else can give the pages away, and dropping the engine waits for every operation before it unmaps them. A
+//! transfer is complete or it failed: short transfers are continued here, so that no caller can take one for
+//! success.
+
+#![allow(unsafe_code)] // io_uring takes addresses, and what it does with them the compiler cannot follow.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::Arc;
+
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
+
+use super::backing::{DataFile, Kind};
+use super::pool::{Buffer, PAGE, Pool};
+
+/// What came of something that was asked of an [`Engine`].
+#[derive(Debug)]
+pub enum Event<C> {
+    /// An operation ended.
+    Done(Done<C>),
+    /// A watched descriptor became readable; the number it was watched under.
+    Ready(u32),
+}
+
+/// An operation that ended, with what it owned.
+#[derive(Debug)]
+pub struct Done<C> {
+    /// What the caller passed along.
+    pub context: C,
+    /// The buffer, to be released; none for operations without data.
+    pub buffer: Option<Buffer>,
+    /// Success means that every byte was transferred.
+    pub result: io::Result<()>,
+}
+
+/// See the module's header. `C` is what the caller wants back with each operation's end.
+pub struct Engine<C> {
+    ring: IoUring,
+    file: Arc<DataFile>,
+    pool: Pool,
+    /// Whether the pool is a fixed buffer of the ring.
+    registered: bool,
+    flights: Vec<Option<Flight<C>>>,
+    vacant: Vec<u32>,
+    /// Operations in flight that hold no buffer.
+    without_data: u32,
+    watches: [Option<Watch>; WATCHES],
+    /// What ended without passing through the ring.
+    ended: Vec<Done<C>>,
+}
+
+/// How many descriptors an engine watches: a kick and a stop.
+const WATCHES: usize = 2;
+
+/// The most operations without data in flight, beyond which they are refused: flushes and discards.
+const WITHOUT_DATA: u32 = 64;
+
+/// `user_data` of a watch is this plus its number; of an operation, its place in `flights`.
+const WATCH: u64 = 1 << 32;
+/// `user_data` of the cancellation of a watch.
+const CANCEL: u64 = 1 << 33;
+
+#[derive(Debug)]
+struct Flight<C> {
+    operation: Operation,
+    buffer: Option<Buffer>,
+    /// Bytes transferred so far.
+    done: u32,
+    context: C,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Operation {
+    Read { offset: u64 },
+    Write { offset: u64, durable: bool },
+    Sync,
+    Discard { offset: u64, len: u64 },
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Watch {
+    fd: types::Fd,
+}
+
+impl<C> Engine<C> {
+    /// Sets up a ring for `file` with a pool of `pages` pages.
+    ///
+    /// # Errors
+    /// Where the kernel has no io_uring or forbids it, or descriptors or memory are exhausted.
+    pub fn new(file: Arc<DataFile>, pages: u32) -> io::Result<Self> {
+        let pool = Pool::new(pages)?;
+        // Every buffer holds a page at least, so an operation with a buffer always finds a vacant place.
+        let places = pages + WITHOUT_DATA;
+        let ring: IoUring = IoUring::builder()
+            .dontfork()
+            .setup_coop_taskrun()
+            .setup_submit_all()
+            .setup_cqsize((2 * places).next_power_of_two())
+            .build(places.next_power_of_two())?;
+        ring.submitter().register_files(&[file.as_fd().as_raw_fd()])?;
+        // SAFETY: the region stays mapped until the ring is gone: `Drop` takes care of the order.
+        let registered = unsafe { ring.submitter().register_buffers(&[pool.region()]) };
+        if let Err(error) = &registered {
+            // Pinned memory counts against RLIMIT_MEMLOCK; without it each transfer pins its own pages.
+            tracing::warn!(
+                %error,
+                bytes = pages as usize * PAGE,
+                "buffers are not registered with io_uring, which costs speed; raise the locked-memory limit"
+            );
+        }
+        Ok(Self {
+            ring,
+            file,
+            pool,
+            registered: registered.is_ok(),
+            flights: (0..places).map(|_| None).collect(),
+            vacant: (0..places).rev().collect(),
+            without_data: 0,
+            watches: [None; WATCHES],
+            ended: Vec::new(),
+        })
+    }
+
+    /// Takes a buffer of `len` bytes, or none while the pool is exhausted: completions will bring some back.
+    pub fn buffer(&mut self, len: usize) -> Option<Buffer> {
+        self.pool.take(len)
+    }
+
+    /// The bytes of a buffer.
+    pub fn bytes(&self, buffer: &Buffer) -> &[u8] {
+        self.pool.bytes(buffer)
+    }
+
+    /// The bytes of a buffer, to be filled.
+    pub fn bytes_mut(&mut self, buffer: &mut Buffer) -> &mut [u8] {
+        self.pool.bytes_mut(buffer)
+    }
+
+    /// Gives a buffer back to the pool.
+    pub fn release(&mut self, buffer: Buffer) {
+        self.pool.give(buffer);
+    }
+
+    /// Fills `buffer` from `offset` bytes into the file.
+    pub fn read(&mut self, buffer: Buffer, offset: u64, context: C) {
+        self.start(Flight {
+            operation: Operation::Read { offset },
+            buffer: Some(buffer),
+            done: 0,
+            context,
+        });
+    }
+
+    /// Writes `buffer` at `offset` bytes into the file; `durable` means on stable storage before it ends.
+    pub fn write(&mut self, buffer: Buffer, offset: u64, durable: bool, context: C) {
+        let operation = Operation::Write { offset, durable };
+        self.start(Flight {
+            operation,
+            buffer: Some(buffer),
+            done: 0,
+            context,
+        });
+    }
+
+    /// Whether a flush or a discard would be accepted now; completions make room.
+    pub fn has_room_without_data(&self) -> bool {
+        self.without_data < WITHOUT_DATA
+    }
+
+    /// Puts on stable storage all that was written by operations that ended before this one began.
+    ///
+    /// Call it only while [`Engine::has_room_without_data`].
+    pub fn sync(&mut self, context: C) {
+        self.start(Flight {
+            operation: Operation::Sync,
+            buffer: None,
+            done: 0,
+            context,
+        });
+    }
+
+    /// Tells the storage that a range of bytes is not needed any more; what it reads as from then on is open.
+    ///
+    /// Call it only while [`Engine::has_room_without_data`].
+    pub fn discard(&mut self, offset: u64, len: u64, context: C) {
+        match self.file.kind() {
+            Kind::File => {
+                let operation = Operation::Discard { offset, len };
+                self.start(Flight {
+                    operation,
+                    buffer: None,
+                    done: 0,
+                    context,
+                });
+            }
+            Kind::BlockDevice => {
+                // io_uring has no discard before Linux 6.12, and fallocate means "write zeroes" on a device, which
+                // thin volumes refuse. The ioctl blocks this queue while the device works on it.
+                let result = block_device_discard(self.file.as_fd(), offset, len);
+                self.ended.push(Done {
+                    context,
+                    buffer: None,
+                    result,
+                });
+            }
+        }
+    }
+
+    /// Has [`Event::Ready`] come whenever `fd` becomes readable, until [`Engine::unwatch`]. The caller keeps `fd` open
+    /// until then.
+    pub fn watch(&mut self, number: u32, fd: BorrowedFd<'_>) {
+        self.watches[number as usize] = Some(Watch {
+            fd: types::Fd(fd.as_raw_fd()),
+        });
+        self.arm(number);
+    }
+
+    /// Ends all watches, and waits until the kernel has let go of their descriptors. Call it only while nothing is in
+    /// flight.
+    pub fn unwatch(&mut self) -> io::Result<()> {
+        for number in 0..WATCHES as u32 {
+            if self.watches[number as usize].take().is_some() {
+                let entry = opcode::PollRemove::new(WATCH + u64::from(number))
+                    .build()
+                    .user_data(CANCEL);
+                self.push(&entry);
+                let mut cancelled = false;
+                while !cancelled {
+                    self.ring.submit_and_wait(1)?;
+                    let ids: Vec<u64> = self.ring.completion().map(|entry| entry.user_data()).collect();
+                    cancelled = ids.contains(&CANCEL);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The number of operations that have not ended.
+    pub fn in_flight(&self) -> usize {
+        self.flights.len() - self.vacant.len() + self.ended.len()
+    }
+
+    /// Hands all that was asked for to the kernel, without waiting.
+    pub fn submit(&mut self) -> io::Result<()> {
+        if self.ring.submission().is_empty() {
+            return Ok(());
+        }
+        enter(|| self.ring.submit())
+    }
+
+    /// Hands all that was asked for to the kernel, and sleeps until there is an event.
+    pub fn wait(&mut self) -> io::Result<()> {
+        let wanted = usize::from(self.ended.is_empty());
+        enter(|| self.ring.submit_and_wait(wanted))
+    }
+
+    /// The next event that has happened, or none.
+    pub fn next_event(&mut self) -> Option<Event<C>> {
+        if let Some(done) = self.ended.pop() {
+            return Some(Event::Done(done));
+        }
+        loop {
+            let entry = self.ring.completion().next()?;
+            let id = entry.user_data();
+            if id >= CANCEL {
+                continue;
+            }
+            if id >= WATCH {
+                let number = (id - WATCH) as u32;
+                // A multishot poll ends when the completion queue overflows, or when its descriptor is not pollable.
+                if !cqueue::more(entry.flags())
+                    && self.watches[number as usize].is_some()
+                    && entry.result() >= 0
+                {
+                    self.arm(number);
+                }
+                return Some(Event::Ready(number));
+            }
+            if let Some(done) = self.land(id as u32, entry.result()) {
+                return Some(Event::Done(done));
+            }
+        }
+    }
+
+    fn arm(&mut self, number: u32) {
+        if let Some(watch) = self.watches[number as usize] {
+            let entry = opcode::PollAdd::new(watch.fd, libc::POLLIN as u32)
+                .multi(true)
+                .build()
+                .user_data(WATCH + u64::from(number));
+            self.push(&entry);
+        }
+    }
+
+    fn start(&mut self, flight: Flight<C>) {
+        self.without_data += u32::from(flight.buffer.is_none());
+        let place = self
+            .vacant
+            .pop()
+            .expect("there is a place for each page and each operation without data");
+        self.flights[place as usize] = Some(flight);
+        self.launch(place);
+    }
+
+    /// Submits what is left to do of the operation at `place`.
+    fn launch(&mut self, place: u32) {
+        let Some(flight) = &self.flights[place as usize] else {
+            return;
+        };
+        let fd = types::Fixed(0);
+        let (address, len) = match &flight.buffer {
+            // SAFETY: `done` is less than the buffer's length, so the address lies within it.
+            Some(buffer) => unsafe {
+                (
+                    self.pool.address(buffer).add(flight.done as usize),
+                    buffer.len() as u32 - flight.done,
+                )
+            },
+            None => (std::ptr::null_mut(), 0),
+        };
+        let at = u64::from(flight.done);
+        let entry = match flight.operation {
+            Operation::Read { offset } if self.registered => opcode::ReadFixed::new(fd, address, len, 0)
+                .offset(offset + at)
+                .build(),
+            Operation::Read { offset } => opcode::Read::new(fd, address, len).offset(offset + at).build(),
+            Operation::Write { offset, durable } => {
+                let flags = if durable { libc::RWF_DSYNC } else { 0 };
+                if self.registered {
+                    opcode::WriteFixed::new(fd, address, len, 0)
+                        .offset(offset + at)
+                        .rw_flags(flags)
+                        .build()
+                } else {
+                    opcode::Write::new(fd, address, len)
+                        .offset(offset + at)
+                        .rw_flags(flags)
+                        .build()
+                }
+            }
+            Operation::Sync => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
+            Operation::Discard { offset, len } => opcode::Fallocate::new(fd, len)
+                .offset(offset)
+                .mode(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE)
+                .build(),
+        };
+        self.push(&entry.user_data(u64::from(place)));
+    }
+
+    fn push(&mut self, entry: &squeue::Entry) {
+        loop {
+            // SAFETY: what the entry points to is owned by `flights` until its completion, or is a watched
+            // descriptor; `Drop` waits for both.
+            if unsafe { self.ring.submission().push(entry) }.is_ok() {
+                return;
+            }
+            // The queue has room for every operation, so it is full only of entries not handed over yet.
+            if let Err(error) = self.submit() {
+                tracing::error!(%error, "io_uring takes no submissions; retrying");
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    /// Takes a completion into account: the end of the operation, or none if it goes on.
+    fn land(&mut self, place: u32, result: i32) -> Option<Done<C>> {
+        let flight = self.flights[place as usize].as_mut()?;
+        let wanted = flight.buffer.as_ref().map_or(0, |buffer| buffer.len() as u32);
+        let result = match result {
+            error if error == -libc::EINTR || error == -libc::EAGAIN => {
+                self.launch(place);
+                return None;
+            }
+            error if error < 0 => Err(io::Error::from_raw_os_error(-error)),
+            _ if flight.buffer.is_none() => Ok(()),
+            0 => Err(match flight.operation {
+                Operation::Write { .. } => io::ErrorKind::WriteZero.into(),
+                _ => io::ErrorKind::UnexpectedEof.into(),
+            }),
+            transferred => {
+                flight.done += transferred.unsigned_abs();
+                if flight.done < wanted {
+                    self.launch(place);
+                    return None;
+                }
+                Ok(())
+            }
+        };
+        let flight = self.flights[place as usize].take()?;
+        self.vacant.push(place);
+        self.without_data -= u32::from(flight.buffer.is_none());
+        Some(Done {
+            context: flight.context,
+            buffer: flight.buffer,
+            result,
+        })
+    }
+}
+
+impl<C> Drop for Engine<C> {
+    fn drop(&mut self) {
+        let drained = loop {
+            while self.next_event().is_some() {}
+            if self.in_flight() == 0 {
+                break self.unwatch();
+            }
+            if let Err(error) = self.wait() {
+                break Err(error);
+            }
+        };
+        if let Err(error) = drained {
+            // The kernel may still write into the pool, so its pages must outlive us.
+            tracing::error!(%error, "io_uring cannot be drained; its buffers are left mapped");
+            if let Ok(empty) = Pool::new(1) {
+                std::mem::forget(std::mem::replace(&mut self.pool, empty));
+            } else {
+                std::process::abort();
+            }
+        }
+    }
+}
+
+impl<C> std::fmt::Debug for Engine<C> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine")
+            .field("file", &self.file)
+            .field("in_flight", &self.in_flight())
+            .finish_non_exhaustive()
+    }
+}
+
+fn enter(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<()> {
+    loop {
+        match call() {
+            Ok(_) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            // The completion queue is full: the caller reaps before it comes again.
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => return Ok(()),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn block_device_discard(fd: BorrowedFd<'_>, offset: u64, len: u64) -> io::Result<()> {
+    let range = [offset, len];
+    // SAFETY: BLKDISCARD reads two u64 from the pointer, which is valid for that.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), BLKDISCARD, range.as_ptr()) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// `_IO(0x12, 119)` of linux/fs.h.
+const BLKDISCARD: libc::c_ulong = 0x1277;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::{Access, Backing};
+    use rustix::event::{EventfdFlags, eventfd};
+
+    fn engine_on(size: u64, pages: u32) -> (tempfile::NamedTempFile, Engine<u32>) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(size).unwrap();
+        let data = Backing::open(file.path(), Access::ReadWrite)
+            .unwrap()
+            .data_file(512)
+            .unwrap();
+        (file, Engine::new(Arc::new(data), pages).unwrap())
+    }
+
+    fn next_done(engine: &mut Engine<u32>) -> Done<u32> {
+        loop {
+            match engine.next_event() {
+                Some(Event::Done(done)) => return done,
+                Some(Event::Ready(number)) => panic!("watch {number}"),
+                None => engine.wait().unwrap(),
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let (_file, mut engine) = engine_on(1 << 20, 16);
+        let mut buffer = engine.buffer(8192).unwrap();
+        engine.bytes_mut(&mut buffer).fill(0xa5);
+        engine.write(buffer, 4096, true, 1);
+        let done = next_done(&mut engine);
+        assert_eq!((done.context, done.result.is_ok()), (1, true));
+        engine.release(done.buffer.unwrap());
+
+        let buffer = engine.buffer(16384).unwrap();
+        engine.read(buffer, 0, 2);
+        let done = next_done(&mut engine);
+        let buffer = done.buffer.unwrap();
+        let expected = [[0; 4096], [0xa5; 4096], [0xa5; 4096], [0; 4096]].concat();
+        assert_eq!(engine.bytes(&buffer), expected);
+        assert_eq!(engine.in_flight(), 0);
+    }
+
+    #[test]
+    fn a_read_past_the_end_is_an_error_not_a_short_success() {
+        let (_file, mut engine) = engine_on(4096, 16);
+        let buffer = engine.buffer(8192).unwrap();
+        engine.read(buffer, 0, 0);
+        assert!(next_done(&mut engine).result.is_err());
+    }
+
+    #[test]
+    fn a_discarded_range_reads_as_zeros_and_a_sync_ends() {
+        let (_file, mut engine) = engine_on(1 << 20, 16);
+        let mut buffer = engine.buffer(4096).unwrap();
+        engine.bytes_mut(&mut buffer).fill(1);
+        engine.write(buffer, 0, false, 0);
+        let buffer = next_done(&mut engine).buffer.unwrap();
+        engine.discard(0, 4096, 1);
+        next_done(&mut engine).result.unwrap();
+        engine.sync(2);
+        next_done(&mut engine).result.unwrap();
+        engine.read(buffer, 0, 3);
+        let buffer = next_done(&mut engine).buffer.unwrap();
+        assert!(engine.bytes(&buffer).iter().all(|&byte| byte == 0));
+    }
+
+    #[test]
+    fn a_watch_reports_every_signal_until_it_is_ended() {
+        let (_file, mut engine) = engine_on(4096, 1);
+        let signal = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+        engine.watch(1, signal.as_fd());
+        for _ in 0..3 {
+            rustix::io::write(&signal, &1_u64.to_ne_bytes()).unwrap();
+            engine.wait().unwrap();
+            assert!(matches!(engine.next_event(), Some(Event::Ready(1))));
+            rustix::io::read(&signal, &mut [0; 8]).unwrap();
+        }
+        engine.unwatch().unwrap();
+        rustix::io::write(&signal, &1_u64.to_ne_bytes()).unwrap();
+        engine.submit().unwrap();
+        assert!(engine.next_event().is_none());
+    }
+
+    #[test]
+    fn dropping_an_engine_waits_for_what_is_in_flight() {
+        let (file, mut engine) = engine_on(1 << 20, 64);
+        for number in 0..16 {
+            let mut buffer = engine.buffer(16384).unwrap();
+            engine.bytes_mut(&mut buffer).fill(0x5a);
+            engine.write(buffer, u64::from(number) * 16384, false, number);
+        }
+        drop(engine);
+        let content = std::fs::read(file.path()).unwrap();
+        assert!(content[..16 * 16384].iter().all(|&byte| byte == 0x5a));
+    }
+
+    #[test]
+    fn a_pool_of_any_load_never_lacks_a_place() {
+        let (_file, mut engine) = engine_on(1 << 20, 8);
+        for round in 0..50 {
+            let mut started = 0;
+            while let Some(buffer) = engine.buffer(512) {
+                engine.read(buffer, 512 * round, 0);
+                started += 1;
+            }
+            while engine.has_room_without_data() {
+                engine.sync(1);
+                started += 1;
+            }
+            assert_eq!(started, 8 + WITHOUT_DATA);
+            for _ in 0..started {
+                let done = next_done(&mut engine);
+                done.result.unwrap();
+                if let Some(buffer) = done.buffer {
+                    engine.release(buffer);
+                }
+            }
+        }
+    }
+}
