@@ -1,0 +1,228 @@
+//! Guest memory as a front-end offers it: memfds mapped at guest addresses, and where in them a test puts things.
+//!
+//! ```text
+//! guest address   0          4 MiB      8 MiB            4 GiB       4 GiB + 16 MiB
+//!                 | region 0 | region 1 |  nothing there |  region 2 |
+//!                   rings      adjacent to 0               buffers
+//! ```
+//! Buffers lie between guard bytes, which [`Memory::check_guards`] finds changed when a device writes past one.
+
+use super::DEADLINE;
+use std::cell::{Cell, RefCell};
+use std::fs::File;
+use std::ops::Range;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Instant;
+use vm_memory::mmap::GuestRegionMmap;
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, MmapRegion};
+
+/// What a freshly allocated buffer is filled with: not zeros, and no status that a device writes.
+pub const UNTOUCHED: u8 = 0xee;
+const GUARD: u8 = 0xa5;
+const GUARD_LEN: u64 = 64;
+
+const MIB: u64 = 1 << 20;
+/// Where region 0 ends and region 1 begins.
+pub const SEAM: u64 = 4 * MIB;
+/// An address in the hole between region 1 and region 2.
+pub const HOLE: u64 = 512 * MIB;
+/// The end of the last region: nothing is mapped here.
+pub const END: u64 = BUFFERS + BUFFERS_LEN;
+const BUFFERS: u64 = 4096 * MIB;
+const BUFFERS_LEN: u64 = 16 * MIB;
+
+#[derive(Debug, Clone)]
+pub struct Region {
+    pub guest: u64,
+    pub len: u64,
+    /// The address by which the front-end's own process is said to know it: what ring addresses are given in.
+    pub user: u64,
+    pub file: Arc<File>,
+}
+
+#[derive(Debug)]
+pub struct Memory {
+    map: RefCell<GuestMemoryMmap<()>>,
+    regions: RefCell<Vec<Region>>,
+    next_ring: Cell<u64>,
+    next_buffer: Cell<u64>,
+    buffers: RefCell<Vec<Range<u64>>>,
+}
+
+impl Memory {
+    pub fn new() -> Rc<Self> {
+        let memory = Memory {
+            map: RefCell::new(GuestMemoryMmap::new()),
+            regions: RefCell::new(Vec::new()),
+            next_ring: Cell::new(4096),
+            next_buffer: Cell::new(BUFFERS),
+            buffers: RefCell::new(Vec::new()),
+        };
+        memory.plug(0, SEAM);
+        memory.plug(SEAM, 4 * MIB);
+        memory.plug(BUFFERS, BUFFERS_LEN);
+        Rc::new(memory)
+    }
+
+    /// Adds a region; the device does not know of it until it is told.
+    pub fn plug(&self, guest: u64, len: u64) -> Region {
+        let file = rustix::fs::memfd_create("sealblk-test-guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&file, len).unwrap();
+        let file = Arc::new(File::from(file));
+        let mapping = MmapRegion::from_file(FileOffset::from_arc(file.clone(), 0), len as usize).unwrap();
+        let region = GuestRegionMmap::new(mapping, GuestAddress(guest)).unwrap();
+        let map = self.map.borrow().insert_region(Arc::new(region)).unwrap();
+        self.map.replace(map);
+        let region = Region {
+            guest,
+            len,
+            user: 0x7e00_0000_0000 + guest * 2,
+            file,
+        };
+        self.regions.borrow_mut().push(region.clone());
+        region
+    }
+
+    /// Takes a region away from what [`Memory::regions`] lists. The test's own view of it stays.
+    pub fn unplug(&self, guest: u64) -> Region {
+        let mut regions = self.regions.borrow_mut();
+        let at = regions
+            .iter()
+            .position(|region| region.guest == guest)
+            .expect("no such region");
+        regions.remove(at)
+    }
+
+    pub fn regions(&self) -> Vec<Region> {
+        self.regions.borrow().clone()
+    }
+
+    /// The mapping itself, for a thread that changes memory under the device.
+    pub fn map(&self) -> GuestMemoryMmap<()> {
+        self.map.borrow().clone()
+    }
+
+    /// The front-end's own address for a guest address; for one in no region, an address in no region.
+    pub fn user(&self, guest: u64) -> u64 {
+        let regions = self.regions.borrow();
+        let region = regions
+            .iter()
+            .find(|r| (r.guest..r.guest + r.len).contains(&guest));
+        region.map_or(0x10_0000_0000 + guest, |r| r.user + (guest - r.guest))
+    }
+
+    /// Room for a ring: zeroed, aligned to 4096, and never given back.
+    pub fn ring(&self, len: u64) -> u64 {
+        let at = self.next_ring.get();
+        assert!(at + len < SEAM / 2, "no room for rings");
+        self.next_ring.set((at + len).next_multiple_of(4096));
+        self.write(at, &vec![0; len as usize]);
+        at
+    }
+
+    /// Room for a buffer, filled with [`UNTOUCHED`], between guards.
+    pub fn buffer(&self, len: u64) -> u64 {
+        let start = self.next_buffer.get() + GUARD_LEN;
+        let end = start + len;
+        assert!(end + GUARD_LEN <= END, "no room for buffers");
+        self.next_buffer.set(end.next_multiple_of(16));
+        self.place(start, len);
+        start
+    }
+
+    /// Makes a buffer of any range of guest memory, with guards around it.
+    pub fn place(&self, start: u64, len: u64) {
+        let end = start + len;
+        self.write(start, &vec![UNTOUCHED; len as usize]);
+        self.write(start - GUARD_LEN, &[GUARD; GUARD_LEN as usize]);
+        if end + GUARD_LEN <= END {
+            self.write(end, &[GUARD; GUARD_LEN as usize]);
+        }
+        self.buffers.borrow_mut().push(start..end);
+    }
+
+    /// A buffer that holds `bytes`.
+    pub fn filled(&self, bytes: &[u8]) -> u64 {
+        let at = self.buffer(bytes.len() as u64);
+        self.write(at, bytes);
+        at
+    }
+
+    /// Panics when a byte next to a buffer changed.
+    pub fn check_guards(&self) {
+        let buffers = self.buffers.borrow();
+        let inside = |at: u64| buffers.iter().any(|buffer| buffer.contains(&at));
+        for buffer in buffers.iter() {
+            for at in
+                (buffer.start - GUARD_LEN..buffer.start).chain(buffer.end..(buffer.end + GUARD_LEN).min(END))
+            {
+                let byte = self.read(at, 1)[0];
+                assert!(
+                    byte == GUARD || inside(at),
+                    "the device wrote {byte:#x} at {at:#x}, next to {buffer:x?}"
+                );
+            }
+        }
+    }
+
+    /// Where the next buffer goes; [`Memory::free_to`] comes back here.
+    pub fn mark(&self) -> u64 {
+        self.next_buffer.get()
+    }
+
+    /// Checks all guards, then gives back what was allocated since the mark. Nothing of it may be in flight.
+    pub fn free_to(&self, mark: u64) {
+        self.check_guards();
+        self.buffers
+            .borrow_mut()
+            .retain(|buffer| buffer.end <= mark && buffer.start >= BUFFERS);
+        self.next_buffer.set(mark);
+    }
+
+    pub fn write(&self, at: u64, bytes: &[u8]) {
+        self.map.borrow().write_slice(bytes, GuestAddress(at)).unwrap();
+    }
+
+    pub fn read(&self, at: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.map
+            .borrow()
+            .read_slice(&mut bytes, GuestAddress(at))
+            .unwrap();
+        bytes
+    }
+
+    pub fn read_u16(&self, at: u64) -> u16 {
+        u16::from_le_bytes(self.read(at, 2).try_into().unwrap())
+    }
+
+    pub fn read_u32(&self, at: u64) -> u32 {
+        u32::from_le_bytes(self.read(at, 4).try_into().unwrap())
+    }
+
+    /// Reads a ring index after which everything that the device wrote before it can be seen.
+    pub fn load_index(&self, at: u64) -> u16 {
+        self.map
+            .borrow()
+            .load(GuestAddress(at), std::sync::atomic::Ordering::SeqCst)
+            .unwrap()
+    }
+
+    /// Writes a ring index before which everything that the driver wrote can be seen.
+    pub fn store_index(&self, at: u64, index: u16) {
+        self.map
+            .borrow()
+            .store(index, GuestAddress(at), std::sync::atomic::Ordering::SeqCst)
+            .unwrap();
+    }
+
+    /// Waits until the byte at `at` is no longer `from`.
+    pub fn wait_for_change(&self, at: u64, from: u8) {
+        let start = Instant::now();
+        while self.read(at, 1)[0] == from {
+            assert!(start.elapsed() < DEADLINE, "nothing was written at {at:#x}");
+            std::thread::yield_now();
+        }
+    }
+}

@@ -1,0 +1,57 @@
+//! What the tests outside the crate share: a real `sealblk serve` in its own process, volumes made by the real
+//! tools, and a vhost-user front-end with a virtio-blk driver that does what it is told, right or wrong.
+//!
+//! The driver takes nothing from the crate under test nor from the vhost crates under it: message numbers, layouts
+//! and ring arithmetic are written down here again from the vhost-user and virtio 1.2 specifications, so that a
+//! mistake shared by device and driver cannot hide. Only the mapping of memory comes from vm-memory.
+//!
+//! Every wait has a deadline: a device that hangs fails its test.
+
+// Each test program compiles this module and uses its own part of it.
+#![allow(dead_code, unreachable_pub)]
+
+pub mod driver;
+pub mod frontend;
+pub mod memory;
+pub mod process;
+pub mod queue;
+pub mod serve;
+pub mod volume;
+
+use std::time::Duration;
+
+/// How long anything that must happen may take. Long, since it is only reached by a failing test on a busy machine.
+pub const DEADLINE: Duration = Duration::from_secs(30);
+
+/// Bytes that look random and differ everywhere, the same for the same seed.
+pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
+    let mut random = Random::new(seed);
+    let mut bytes: Vec<u8> = (0..len.div_ceil(8))
+        .flat_map(|_| random.next().to_le_bytes())
+        .collect();
+    bytes.truncate(len);
+    bytes
+}
+
+/// A small generator (splitmix64): what a test did can be done again.
+#[derive(Debug, Clone)]
+pub struct Random(u64);
+
+impl Random {
+    pub fn new(seed: u64) -> Self {
+        Random(seed)
+    }
+
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// A number below `bound`.
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound
+    }
+}

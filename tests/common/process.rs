@@ -1,0 +1,151 @@
+//! A child process whose end is awaited with a deadline, whose standard error is kept, and whose state is read
+//! from `/proc`.
+
+use super::DEADLINE;
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+#[derive(Debug)]
+pub struct Process {
+    child: Child,
+    stderr: Arc<Mutex<String>>,
+    reader: Option<JoinHandle<()>>,
+}
+
+/// How a process ended.
+#[derive(Debug)]
+pub struct Ended {
+    pub status: ExitStatus,
+    pub stderr: String,
+}
+
+/// What must be the same before and after something that should leave nothing behind.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Facts {
+    pub descriptors: usize,
+    pub threads: usize,
+    /// Mappings of a front-end's guest memory.
+    pub guest_mappings: usize,
+    pub resident_kib: u64,
+    pub locked_kib: u64,
+}
+
+impl Process {
+    pub fn spawn(command: &mut Command) -> Self {
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|e| panic!("{command:?}: {e}"));
+        let stderr = Arc::new(Mutex::new(String::new()));
+        let (pipe, kept) = (child.stderr.take().unwrap(), stderr.clone());
+        let reader = std::thread::spawn(move || {
+            for line in BufReader::new(pipe).split(b'\n').map_while(Result::ok) {
+                let mut kept = kept.lock().unwrap();
+                kept.push_str(&String::from_utf8_lossy(&line));
+                kept.push('\n');
+            }
+        });
+        Process {
+            child,
+            stderr,
+            reader: Some(reader),
+        }
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What it has said so far.
+    pub fn stderr(&self) -> String {
+        self.stderr.lock().unwrap().clone()
+    }
+
+    /// Waits until it has said something.
+    pub fn wait_stderr(&self, text: &str) {
+        let start = Instant::now();
+        while !self.stderr().contains(text) {
+            assert!(
+                start.elapsed() < DEADLINE,
+                "it did not say {text:?} but:\n{}",
+                self.stderr()
+            );
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+
+    pub fn wait(&mut self) -> Ended {
+        let start = Instant::now();
+        let status = loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
+            }
+            assert!(
+                start.elapsed() < DEADLINE,
+                "process {} does not end; it said:\n{}",
+                self.pid(),
+                self.stderr()
+            );
+            std::thread::sleep(Duration::from_millis(2));
+        };
+        if let Some(reader) = self.reader.take() {
+            reader.join().unwrap();
+        }
+        Ended {
+            status,
+            stderr: self.stderr(),
+        }
+    }
+
+    pub fn facts(&self) -> Facts {
+        let proc = |name: &str| format!("/proc/{}/{name}", self.pid());
+        let status = fs::read_to_string(proc("status")).unwrap();
+        let field = |name: &str| -> u64 {
+            let line = status
+                .lines()
+                .find(|line| line.starts_with(name))
+                .unwrap_or("0 0");
+            line.split_whitespace().nth(1).unwrap().parse().unwrap()
+        };
+        let maps = fs::read_to_string(proc("maps")).unwrap();
+        Facts {
+            descriptors: fs::read_dir(proc("fd")).unwrap().count(),
+            threads: field("Threads:") as usize,
+            guest_mappings: maps
+                .lines()
+                .filter(|line| line.contains("sealblk-test-guest"))
+                .count(),
+            resident_kib: field("VmRSS:"),
+            locked_kib: field("VmLck:"),
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!(
+                "---- standard error of process {}:\n{}",
+                self.child.id(),
+                self.stderr()
+            );
+        }
+    }
+}
