@@ -1,0 +1,170 @@
+//! The segment table: LUKS2's list of segments (specification §3.3) as the data path uses it.
+//!
+//! It tells for each sector of the disk where it lies in the payload's file and what is done to it. A table does not
+//! change; whoever changes what it says makes a new one.
+
+use std::sync::Arc;
+
+use vm_memory::VolatileSlice;
+
+use crate::cipher::{Sector, SectorCipher};
+
+/// What is done to the sectors of a segment on their way to storage and back.
+#[derive(Clone, Debug)]
+pub enum Treatment {
+    /// They lie there as the guest wrote them.
+    Linear,
+    /// They lie there encrypted.
+    Crypt(Arc<SectorCipher>),
+}
+
+impl Treatment {
+    /// Makes what goes to storage of what the guest wrote; `iv` is that of the first sector.
+    pub fn seal(&self, iv: Sector, plain: &[VolatileSlice<'_>], stored: &mut [u8]) {
+        match self {
+            Treatment::Crypt(cipher) => cipher.encrypt(iv, plain, stored),
+            Treatment::Linear => {
+                let mut rest = stored;
+                for piece in plain {
+                    let (head, tail) = rest.split_at_mut(piece.len().min(rest.len()));
+                    piece.copy_to(head);
+                    rest = tail;
+                }
+            }
+        }
+    }
+
+    /// Makes what the guest reads of what came from storage; `iv` is that of the first sector.
+    pub fn open(&self, iv: Sector, stored: &[u8], plain: &[VolatileSlice<'_>]) {
+        match self {
+            Treatment::Crypt(cipher) => cipher.decrypt(iv, stored, plain),
+            Treatment::Linear => {
+                let mut rest = stored;
+                for piece in plain {
+                    let (head, tail) = rest.split_at(piece.len().min(rest.len()));
+                    piece.copy_from(head);
+                    rest = tail;
+                }
+            }
+        }
+    }
+}
+
+/// A range of the disk with one treatment.
+#[derive(Clone, Debug)]
+pub struct Segment {
+    /// Its length in sectors.
+    pub sectors: u64,
+    /// Where it starts in the payload's file, in bytes.
+    pub offset: u64,
+    /// What the sectors are encrypted under: that of its first sector, LUKS2's `iv_tweak`.
+    pub iv: Sector,
+    /// What is done to its sectors.
+    pub treatment: Treatment,
+}
+
+/// A run of sectors that lie together and are treated alike.
+#[derive(Clone, Copy, Debug)]
+pub struct Extent<'t> {
+    /// Its length in sectors.
+    pub sectors: u64,
+    /// Where it lies in the payload's file, in bytes.
+    pub offset: u64,
+    /// The initialisation vector of its first sector.
+    pub iv: Sector,
+    /// What is done to its sectors.
+    pub treatment: &'t Treatment,
+}
+
+/// The segments of a disk, in order and without gaps.
+#[derive(Debug)]
+pub struct SegmentTable {
+    /// Each with the disk's sector that it starts at; none is empty.
+    segments: Box<[(u64, Segment)]>,
+    sectors: u64,
+}
+
+impl SegmentTable {
+    /// A table of segments that follow each other on the disk.
+    pub fn new(segments: impl IntoIterator<Item = Segment>) -> Self {
+        let mut sectors = 0;
+        let segments = segments
+            .into_iter()
+            .filter(|segment| segment.sectors > 0)
+            .map(|segment| {
+                let first = sectors;
+                sectors += segment.sectors;
+                (first, segment)
+            })
+            .collect();
+        Self { segments, sectors }
+    }
+
+    /// The capacity of the disk in sectors.
+    pub fn sectors(&self) -> u64 {
+        self.sectors
+    }
+
+    /// The extent that starts at `first`, of at most `sectors` sectors.
+    ///
+    /// # Panics
+    /// If `first` is not a sector of the disk.
+    pub fn extent(&self, first: Sector, sectors: u64) -> Extent<'_> {
+        assert!(
+            first.0 < self.sectors,
+            "sector {first} of a disk of {} sectors",
+            self.sectors
+        );
+        // The table is not empty, since it has sectors, and its first segment starts at 0.
+        let index = self.segments.partition_point(|(start, _)| *start <= first.0) - 1;
+        let (start, segment) = &self.segments[index];
+        let into = first.0 - start;
+        Extent {
+            sectors: sectors.min(segment.sectors - into),
+            offset: segment.offset + into * Sector::LEN,
+            iv: segment.iv + into,
+            treatment: &segment.treatment,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn linear(sectors: u64, offset: u64, iv: u64) -> Segment {
+        Segment {
+            sectors,
+            offset,
+            iv: Sector(iv),
+            treatment: Treatment::Linear,
+        }
+    }
+
+    #[test]
+    fn extents_end_where_segments_do() {
+        let table = SegmentTable::new([linear(8, 4096, 0), linear(0, 0, 0), linear(8, 65536, 100)]);
+        assert_eq!(table.sectors(), 16);
+        for (first, sectors, expected) in [
+            (0, 16, (8, 4096, 0)),
+            (7, 16, (1, 4096 + 7 * 512, 7)),
+            (8, 3, (3, 65536, 100)),
+            (15, 1, (1, 65536 + 7 * 512, 107)),
+        ] {
+            let extent = table.extent(Sector(first), sectors);
+            assert_eq!((extent.sectors, extent.offset, extent.iv.0), expected);
+        }
+    }
+
+    #[test]
+    fn linear_data_passes_as_it_is_through_split_pieces() {
+        let mut plain = *b"what the guest wrote";
+        let (one, two) = plain.split_at_mut(3);
+        let pieces = [VolatileSlice::from(one), VolatileSlice::from(two)];
+        let mut stored = [0; 20];
+        Treatment::Linear.seal(Sector(0), &pieces, &mut stored);
+        assert_eq!(&stored, b"what the guest wrote");
+        Treatment::Linear.open(Sector(0), b"what the guest reads", &pieces);
+        assert_eq!(&plain, b"what the guest reads");
+    }
+}
