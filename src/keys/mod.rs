@@ -1,4 +1,143 @@
 //! Keys: where they come from (providers), how they are wrapped, and the memory that they live in.
+//!
+//! A provider owns key encryption keys (KEKs), each known by a [`KeyId`]. Under a KEK it wraps the slot secret of one
+//! LUKS2 keyslot; what is wrapped is bound to its place by a [`Binding`], so that it opens nothing if it is moved to
+//! another volume or keyslot. The wrapped secret is stored in the volume; this module stores no list of volumes, and
+//! a volume stores no KEK.
+//!
+//! ```text
+//! registry   the providers of this host, by name, in the state directory
+//! native     the provider that needs nothing but a file: KEKs derived from a primary key
+//! wrap       AES-256-GCM under a KEK, for providers whose KEKs come to this host
+//! arena      the memory of every secret        harden   the process around it
+//! ```
 
 pub mod arena;
+#[cfg(test)]
+mod conformance;
+mod error;
 pub mod harden;
+mod native;
+pub(crate) mod private;
+pub mod registry;
+
+mod wrap;
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use arena::SecretBytes;
+
+pub use error::{KeyError, KeyReason};
+use native::Native;
+
+/// The name that a provider knows a KEK by. Its form is the provider's own affair.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct KeyId(pub String);
+
+impl fmt::Display for KeyId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const SHOWN: usize = 128;
+        // It may come from a hostile header: nothing of it reaches a terminal as a control character.
+        self.0
+            .chars()
+            .take(SHOWN)
+            .try_for_each(|c| match c.is_control() {
+                true => write!(f, "{}", c.escape_default()),
+                false => write!(f, "{c}"),
+            })?;
+        if self.0.chars().nth(SHOWN).is_some() {
+            f.write_str("…")
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// What a wrapped secret is bound to: it is unwrapped for exactly these, or not at all.
+#[derive(Clone, Copy, Debug)]
+pub struct Binding<'a> {
+    /// The UUID in the volume's header.
+    pub volume: Uuid,
+    /// The provider's name, as the volume's token spells it.
+    pub provider: &'a str,
+    /// The KEK.
+    pub key_id: &'a KeyId,
+    /// The number of the LUKS2 keyslot that the secret opens.
+    pub keyslot: u32,
+}
+
+/// Whether a KEK can be used, as its provider sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KeyState {
+    /// It wraps and unwraps.
+    Active,
+    /// The provider does not have it.
+    Missing,
+}
+
+/// A source of KEKs.
+///
+/// Implementations may block (a key server over a network) and are called from any thread. They keep nothing about
+/// volumes, and give out no KEK. Every error says which provider, which key and which hop failed ([`KeyError`]).
+pub trait KeyProvider: Send + Sync + fmt::Debug {
+    /// The name that the operator gave it, unique on this host.
+    fn name(&self) -> &str;
+
+    /// What it is, for people: "native", "kmip" …
+    fn kind(&self) -> &'static str;
+
+    /// Makes a new KEK.
+    ///
+    /// # Errors
+    /// [`KeyError`]; then no KEK is left behind that anything would refer to.
+    fn create_kek(&self) -> Result<KeyId, KeyError>;
+
+    /// Wraps `secret` under the KEK that `binding` names. Wrapping twice gives different bytes.
+    ///
+    /// # Errors
+    /// [`KeyError`], above all [`KeyReason::Missing`] if there is no such KEK.
+    fn wrap(&self, binding: &Binding<'_>, secret: &SecretBytes) -> Result<Vec<u8>, KeyError>;
+
+    /// Unwraps what [`KeyProvider::wrap`] made for the same `binding`. `wrapped` may be anything at all.
+    ///
+    /// # Errors
+    /// [`KeyError`]: [`KeyReason::Unauthentic`] if `wrapped` was altered or made for another binding,
+    /// [`KeyReason::Missing`] if it cannot be told because there is no such KEK.
+    fn unwrap(&self, binding: &Binding<'_>, wrapped: &[u8]) -> Result<SecretBytes, KeyError>;
+
+    /// Looks for a KEK.
+    ///
+    /// # Errors
+    /// [`KeyError`], if the provider cannot tell. That a KEK is missing is not an error here.
+    fn state(&self, key_id: &KeyId) -> Result<KeyState, KeyError>;
+
+    /// Proves that the provider works, by making a KEK, wrapping under it, and unwrapping.
+    ///
+    /// # Errors
+    /// [`KeyError`], with what does not work.
+    fn check(&self) -> Result<(), KeyError>;
+}
+
+/// Where a volume looks for the provider that its token names.
+pub trait Providers {
+    /// The provider of this name, ready for use.
+    ///
+    /// # Errors
+    /// [`KeyError`], above all [`KeyReason::UnknownProvider`].
+    fn provider(&self, name: &str) -> Result<Box<dyn KeyProvider>, KeyError>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hostile_key_id_is_shown_harmlessly() {
+        assert_eq!(KeyId("1f.ab\x1b[2J".into()).to_string(), "1f.ab\\u{1b}[2J");
+        assert_eq!(KeyId("k".repeat(1 << 20)).to_string().chars().count(), 129);
+    }
+}

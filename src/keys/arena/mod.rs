@@ -216,13 +216,8 @@ pub fn on_wiped_stack<R>(work: impl FnOnce() -> R) -> R {
     fn run<R>(work: impl FnOnce() -> R) -> R {
         work()
     }
-    #[inline(never)]
-    fn wipe() {
-        let mut used = [0u8; DEPTH];
-        used.zeroize();
-    }
     let result = run(work);
-    wipe();
+    zeroize::zeroize_stack::<DEPTH>();
     result
 }
 

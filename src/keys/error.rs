@@ -1,0 +1,119 @@
+//! Why a key is not to be had: one reason for every thing that an operator would do about it.
+
+use std::error::Error;
+use std::fmt;
+
+use super::KeyId;
+
+/// A key operation that failed: at which provider, for which key, on which hop, and why.
+///
+/// The text of the error ends with what to do. Its `source` is what the file system or the server answered.
+#[derive(Debug)]
+pub struct KeyError {
+    /// The provider's name.
+    pub provider: String,
+    /// The KEK that was wanted, if the operation was about one.
+    pub key_id: Option<KeyId>,
+    /// Where it failed: a path, or a server's address.
+    pub hop: String,
+    /// Why.
+    pub reason: KeyReason,
+    /// What lies under it.
+    pub source: Option<Box<dyn Error + Send + Sync>>,
+}
+
+/// Why a key operation failed. Locked disks show it, and programs may act on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum KeyReason {
+    /// This host has no provider of that name.
+    UnknownProvider,
+    /// The provider exists, but its configuration or its own files cannot be used.
+    Invalid,
+    /// The provider does not answer.
+    Unreachable,
+    /// The provider knows this host and will not serve it, or not this key.
+    Refused,
+    /// The provider has no such KEK.
+    Missing,
+    /// The provider has the KEK, in a state that forbids its use.
+    NotActive,
+    /// What was to be unwrapped was altered, or belongs to another volume or keyslot.
+    Unauthentic,
+    /// This host cannot hold the key: it has no memory or no random numbers for it.
+    Host,
+}
+
+impl KeyReason {
+    /// The reason as a phrase: "the provider has no such key".
+    pub fn what(self) -> &'static str {
+        match self {
+            Self::UnknownProvider => "this host has no such key provider",
+            Self::Invalid => "the key provider's own state cannot be used",
+            Self::Unreachable => "the key provider does not answer",
+            Self::Refused => "the key provider refuses this host",
+            Self::Missing => "the key provider has no such key",
+            Self::NotActive => "the key is not active",
+            Self::Unauthentic => "the wrapped key was altered, or belongs to another volume or keyslot",
+            Self::Host => "this host cannot hold the key",
+        }
+    }
+
+    /// What an operator can do about it.
+    pub fn remedy(self) -> &'static str {
+        match self {
+            Self::UnknownProvider => {
+                "see `sealblk provider list`, or point --state-dir at the right directory"
+            }
+            Self::Invalid => "restore the provider's files from a backup",
+            Self::Unreachable => "check the server and the network, then try again",
+            Self::Refused => "grant this host access at the provider",
+            Self::Missing => "restore the key at the provider, or open the volume with a recovery key",
+            Self::NotActive => "activate the key at the provider",
+            Self::Unauthentic => "restore the volume's header from a backup, or open it with a recovery key",
+            Self::Host => "see the cause",
+        }
+    }
+}
+
+impl fmt::Display for KeyError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "key provider {:?}", self.provider)?;
+        if let Some(key_id) = &self.key_id {
+            write!(f, ", key {key_id}")?;
+        }
+        write!(
+            f,
+            ": {} (at {}); {}",
+            self.reason.what(),
+            self.hop,
+            self.reason.remedy()
+        )
+    }
+}
+
+impl Error for KeyError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.source.as_deref().map(|source| source as _)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_says_what_where_and_what_to_do() {
+        let error = KeyError {
+            provider: "kms".into(),
+            key_id: Some(KeyId("4711".into())),
+            hop: "kms1:5696".into(),
+            reason: KeyReason::Missing,
+            source: None,
+        };
+        assert_eq!(
+            error.to_string(),
+            "key provider \"kms\", key 4711: the key provider has no such key (at kms1:5696); restore the key at \
+             the provider, or open the volume with a recovery key"
+        );
+    }
+}

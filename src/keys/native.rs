@@ -1,0 +1,372 @@
+//! The native provider: KEKs derived from one primary key in a file of this host, with no server to run.
+//!
+//! The KEK of a key ID is HKDF-SHA256 of the primary key with the key ID as its context. So there is no list of KEKs
+//! that could be lost or lag behind: one backup of the primary key, taken once, opens every volume made later too. A
+//! key ID starts with the identity of the primary key that it was made under, so that the provider can tell a key that
+//! it does not have from one that was tampered with.
+//!
+//! The file, mode 0600 and the running user's own:
+//!
+//! ```text
+//! offset  length
+//!      0      16   magic, "sealblk-native\0\x01"
+//!     16      32   primary key, random
+//!     48       8   its identity, derived from it; tells a damaged file
+//! ```
+
+use std::error::Error;
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use hkdf::Hkdf;
+use sha2::Sha256;
+use uuid::Uuid;
+
+use super::arena::{ArenaError, SecretBytes, on_wiped_stack};
+use super::private::{self, Forbid};
+use super::wrap::{self, KEK_LEN, UnwrapError};
+use super::{Binding, KeyError, KeyId, KeyProvider, KeyReason, KeyState};
+
+const MAGIC: &[u8; 16] = b"sealblk-native\0\x01";
+const PRIMARY_LEN: usize = 32;
+const IDENTITY_LEN: usize = 8;
+const FILE_LEN: usize = MAGIC.len() + PRIMARY_LEN + IDENTITY_LEN;
+
+/// A native provider, its primary key in memory.
+pub(super) struct Native {
+    name: String,
+    path: PathBuf,
+    primary: SecretBytes,
+    identity: String,
+}
+
+/// Why a primary key's file cannot be used.
+#[derive(Debug, thiserror::Error)]
+enum FileError {
+    #[error("it is not a primary key of sealblk, or of a version that this one does not know")]
+    Magic,
+    #[error("it is damaged: the key in it is not the one that was written")]
+    Damaged,
+}
+
+/// Why a key ID is not one of this provider's.
+#[derive(Debug, thiserror::Error)]
+enum ForeignKey {
+    #[error("the key belongs to the primary key {wanted}, and this provider has {held}")]
+    OtherPrimary { wanted: String, held: String },
+    #[error("no native provider makes key IDs like this")]
+    Form,
+}
+
+impl Native {
+    /// Makes a primary key at `path`, which must not exist.
+    ///
+    /// # Errors
+    /// [`KeyError`] with the reason [`KeyReason::Host`]; then there is no file.
+    pub(super) fn create(name: &str, path: &Path) -> Result<(), KeyError> {
+        let fail = |source: Box<dyn Error + Send + Sync>| KeyError {
+            provider: name.to_owned(),
+            key_id: None,
+            hop: path.display().to_string(),
+            reason: KeyReason::Host,
+            source: Some(source),
+        };
+        let primary = SecretBytes::random(PRIMARY_LEN).map_err(|e| fail(e.into()))?;
+        let mut content = SecretBytes::zeroed(FILE_LEN).map_err(|e| fail(e.into()))?;
+        content[..16].copy_from_slice(MAGIC);
+        content[16..48].copy_from_slice(&primary);
+        content[48..].copy_from_slice(&identity(&primary));
+        private::create(path, &content).map_err(|e| fail(e.into()))
+    }
+
+    /// Reads the primary key at `path`.
+    ///
+    /// # Errors
+    /// [`KeyError`]: [`KeyReason::Missing`] without a file, [`KeyReason::Invalid`] if the file is damaged or others
+    /// than its owner can get at it.
+    pub(super) fn open(name: &str, path: &Path) -> Result<Self, KeyError> {
+        let fail = |reason, source: Box<dyn Error + Send + Sync>| KeyError {
+            provider: name.to_owned(),
+            key_id: None,
+            hop: path.display().to_string(),
+            reason,
+            source: Some(source),
+        };
+        let invalid = |source: Box<dyn Error + Send + Sync>| fail(KeyReason::Invalid, source);
+        let mut file = File::open(path).map_err(|e| match e.kind() {
+            io::ErrorKind::NotFound => fail(KeyReason::Missing, e.into()),
+            _ => invalid(e.into()),
+        })?;
+        let metadata = file.metadata().map_err(|e| invalid(e.into()))?;
+        private::check(path, &metadata, Forbid::All).map_err(|e| invalid(e.into()))?;
+        if metadata.len() != FILE_LEN as u64 {
+            return Err(invalid(FileError::Magic.into()));
+        }
+        let mut content = SecretBytes::zeroed(FILE_LEN).map_err(|e| fail(KeyReason::Host, e.into()))?;
+        file.read_exact(&mut content).map_err(|e| invalid(e.into()))?;
+        if content[..16] != *MAGIC {
+            return Err(invalid(FileError::Magic.into()));
+        }
+        let mut primary = SecretBytes::zeroed(PRIMARY_LEN).map_err(|e| fail(KeyReason::Host, e.into()))?;
+        primary.copy_from_slice(&content[16..48]);
+        let identity = identity(&primary);
+        if content[48..] != identity {
+            return Err(invalid(FileError::Damaged.into()));
+        }
+        Ok(Self {
+            name: name.to_owned(),
+            path: path.to_owned(),
+            primary,
+            identity: hex(&identity),
+        })
+    }
+
+    /// The KEK of a key ID, if it was made under this primary key.
+    fn kek(&self, key_id: &KeyId) -> Result<SecretBytes, KeyError> {
+        self.recognise(key_id)
+            .map_err(|e| self.fail(key_id, KeyReason::Missing, e))?;
+        derive(&self.primary, b"sealblk native KEK\0", key_id.0.as_bytes())
+            .map_err(|e| self.fail(key_id, KeyReason::Host, e))
+    }
+
+    fn recognise(&self, key_id: &KeyId) -> Result<(), ForeignKey> {
+        let (wanted, number) = key_id.0.split_once('.').ok_or(ForeignKey::Form)?;
+        let uuid = Uuid::try_parse(number).map_err(|_| ForeignKey::Form)?;
+        if uuid.to_string() != number {
+            return Err(ForeignKey::Form);
+        }
+        match wanted == self.identity {
+            true => Ok(()),
+            false => Err(ForeignKey::OtherPrimary {
+                wanted: wanted.to_owned(),
+                held: self.identity.clone(),
+            }),
+        }
+    }
+
+    fn fail(
+        &self,
+        key_id: &KeyId,
+        reason: KeyReason,
+        source: impl Error + Send + Sync + 'static,
+    ) -> KeyError {
+        KeyError {
+            provider: self.name.clone(),
+            key_id: Some(key_id.clone()),
+            hop: self.path.display().to_string(),
+            reason,
+            source: Some(Box::new(source)),
+        }
+    }
+}
+
+impl KeyProvider for Native {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn kind(&self) -> &'static str {
+        "native"
+    }
+
+    fn create_kek(&self) -> Result<KeyId, KeyError> {
+        Ok(KeyId(format!("{}.{}", self.identity, Uuid::new_v4())))
+    }
+
+    fn wrap(&self, binding: &Binding<'_>, secret: &SecretBytes) -> Result<Vec<u8>, KeyError> {
+        let kek = self.kek(binding.key_id)?;
+        wrap::wrap(&kek, binding, secret).map_err(|e| self.fail(binding.key_id, KeyReason::Host, e))
+    }
+
+    fn unwrap(&self, binding: &Binding<'_>, wrapped: &[u8]) -> Result<SecretBytes, KeyError> {
+        let kek = self.kek(binding.key_id)?;
+        wrap::unwrap(&kek, binding, wrapped).map_err(|e| match e {
+            UnwrapError::Arena(e) => self.fail(binding.key_id, KeyReason::Host, e),
+            e => self.fail(binding.key_id, KeyReason::Unauthentic, e),
+        })
+    }
+
+    fn state(&self, key_id: &KeyId) -> Result<KeyState, KeyError> {
+        Ok(match self.recognise(key_id) {
+            Ok(()) => KeyState::Active,
+            Err(_) => KeyState::Missing,
+        })
+    }
+
+    fn check(&self) -> Result<(), KeyError> {
+        let key_id = self.create_kek()?;
+        let binding = Binding {
+            volume: Uuid::new_v4(),
+            provider: &self.name,
+            key_id: &key_id,
+            keyslot: 0,
+        };
+        let secret = SecretBytes::random(KEK_LEN).map_err(|e| self.fail(&key_id, KeyReason::Host, e))?;
+        let back = self.unwrap(&binding, &self.wrap(&binding, &secret)?)?;
+        match back.ct_eq(&secret) {
+            true => Ok(()),
+            false => Err(self.fail(&key_id, KeyReason::Invalid, FileError::Damaged)),
+        }
+    }
+}
+
+impl fmt::Debug for Native {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Native")
+            .field("name", &self.name)
+            .field("identity", &self.identity)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A public name for a primary key, which reveals nothing of it.
+fn identity(primary: &SecretBytes) -> [u8; IDENTITY_LEN] {
+    on_wiped_stack(|| {
+        let mut identity = [0; IDENTITY_LEN];
+        expand(
+            primary,
+            &[b"sealblk native primary key identity\0"],
+            &mut identity,
+        );
+        identity
+    })
+}
+
+fn derive(primary: &SecretBytes, label: &[u8], context: &[u8]) -> Result<SecretBytes, ArenaError> {
+    let mut key = SecretBytes::zeroed(KEK_LEN)?;
+    on_wiped_stack(|| expand(primary, &[label, context], &mut key));
+    Ok(key)
+}
+
+fn expand(primary: &SecretBytes, info: &[&[u8]], out: &mut [u8]) {
+    Hkdf::<Sha256>::new(None, primary)
+        .expand_multi_info(info, out)
+        .expect("what is asked for is shorter than HKDF's limit of 8160 bytes");
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::keys::conformance;
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn native(dir: &tempfile::TempDir, file: &str) -> Native {
+        let path = dir.path().join(file);
+        Native::create("native", &path).unwrap();
+        Native::open("native", &path).unwrap()
+    }
+
+    #[test]
+    fn native_provider_conforms() {
+        let dir = tempfile::tempdir().unwrap();
+        conformance::run(&native(&dir, "primary.key"));
+    }
+
+    #[test]
+    fn reopened_provider_unwraps_what_it_wrapped_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let before = native(&dir, "primary.key");
+        let key_id = before.create_kek().unwrap();
+        let binding = Binding {
+            volume: Uuid::new_v4(),
+            provider: "native",
+            key_id: &key_id,
+            keyslot: 3,
+        };
+        let secret = SecretBytes::random(32).unwrap();
+        let wrapped = before.wrap(&binding, &secret).unwrap();
+        let after = Native::open("native", &dir.path().join("primary.key")).unwrap();
+        assert!(after.unwrap(&binding, &wrapped).unwrap().ct_eq(&secret));
+    }
+
+    #[test]
+    fn key_of_another_primary_key_is_missing_not_corrupt() {
+        let dir = tempfile::tempdir().unwrap();
+        let (one, two) = (native(&dir, "one"), native(&dir, "two"));
+        let key_id = one.create_kek().unwrap();
+        let binding = Binding {
+            volume: Uuid::new_v4(),
+            provider: "native",
+            key_id: &key_id,
+            keyslot: 0,
+        };
+        let wrapped = one.wrap(&binding, &SecretBytes::random(32).unwrap()).unwrap();
+        let error = two.unwrap(&binding, &wrapped).unwrap_err();
+        assert_eq!(error.reason, KeyReason::Missing);
+        let cause = error.source.unwrap().to_string();
+        assert!(
+            cause.contains(&one.identity) && cause.contains(&two.identity),
+            "{cause}"
+        );
+    }
+
+    /// HKDF-SHA256 as computed by another implementation. If it changes, no volume in the field opens any more.
+    #[test]
+    fn derivation_stays_as_it_is() {
+        let primary = SecretBytes::take(&mut [0x70; 32]).unwrap();
+        assert_eq!(hex(&identity(&primary)), "1f195b6cb64d675c");
+        let kek = derive(&primary, b"sealblk native KEK\0", b"0011223344556677.a5").unwrap();
+        assert_eq!(
+            hex(&kek),
+            "9c82b1e2156dbad9c631118fd3b90734aca941b7db215c18cf12423a513db611"
+        );
+    }
+
+    #[test]
+    fn every_damaged_byte_of_the_file_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        native(&dir, "primary.key");
+        let path = dir.path().join("primary.key");
+        let whole = fs::read(&path).unwrap();
+        for at in 0..whole.len() {
+            let mut damaged = whole.clone();
+            damaged[at] ^= 1;
+            fs::write(&path, &damaged).unwrap();
+            assert_eq!(
+                Native::open("native", &path).unwrap_err().reason,
+                KeyReason::Invalid,
+                "byte {at}"
+            );
+            fs::write(&path, &whole[..at]).unwrap();
+            assert_eq!(
+                Native::open("native", &path).unwrap_err().reason,
+                KeyReason::Invalid,
+                "cut at {at}"
+            );
+        }
+    }
+
+    #[test]
+    fn file_that_others_can_read_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        native(&dir, "primary.key");
+        let path = dir.path().join("primary.key");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
+        let error = Native::open("native", &path).unwrap_err();
+        assert_eq!(error.reason, KeyReason::Invalid);
+        assert!(error.source.unwrap().to_string().contains("chmod"));
+    }
+
+    #[test]
+    fn primary_key_without_file_is_missing_and_no_file_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("primary.key");
+        assert_eq!(
+            Native::open("native", &path).unwrap_err().reason,
+            KeyReason::Missing
+        );
+        fs::write(&path, b"precious").unwrap();
+        assert_eq!(
+            Native::create("native", &path).unwrap_err().reason,
+            KeyReason::Host
+        );
+        assert_eq!(fs::read(&path).unwrap(), b"precious");
+    }
+}

@@ -1,0 +1,170 @@
+//! Files that hold keys or say which keys count: readable by their owner alone, written whole or not at all.
+//!
+//! A new file is written beside its final place, synced, renamed, and the directory synced: after a crash at any
+//! moment there is the old file, or none, or the whole new one.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+
+/// A file or directory that others than its owner can get at.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Exposed {
+    #[error(
+        "its mode {mode:04o} lets others {verb} it; take that away (`chmod go-{letters} {path}`), and consider who \
+         has had it meanwhile"
+    )]
+    Mode {
+        path: String,
+        mode: u32,
+        verb: &'static str,
+        letters: &'static str,
+    },
+    #[error(
+        "it belongs to user {owner}, not to user {user} who runs this; run as its owner, or `chown {user} {path}`"
+    )]
+    Owner { path: String, owner: u32, user: u32 },
+}
+
+/// What others must not be able to do.
+#[derive(Clone, Copy)]
+pub(crate) enum Forbid {
+    /// Keys, and directories that hold keys.
+    All,
+    /// Settings: they may be read.
+    Write,
+}
+
+/// Refuses what is not the user's own, or is open to others.
+pub(crate) fn check(path: &Path, metadata: &fs::Metadata, forbid: Forbid) -> Result<(), Exposed> {
+    let path = || path.display().to_string();
+    let user = rustix::process::geteuid().as_raw();
+    if metadata.uid() != user {
+        return Err(Exposed::Owner {
+            path: path(),
+            owner: metadata.uid(),
+            user,
+        });
+    }
+    let mode = metadata.mode() & 0o7777;
+    let (bits, verb, letters) = match forbid {
+        Forbid::All => (0o077, "read or change", "rwx"),
+        Forbid::Write => (0o022, "change", "w"),
+    };
+    match mode & bits {
+        0 => Ok(()),
+        _ => Err(Exposed::Mode {
+            path: path(),
+            mode,
+            verb,
+            letters,
+        }),
+    }
+}
+
+/// Makes a directory with mode 0700, and its parents; one that exists is left as it is.
+pub(crate) fn ensure_dir(path: &Path) -> io::Result<()> {
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    match DirBuilder::new().mode(0o700).create(path) {
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
+        Err(e) => Err(e),
+        Ok(()) => sync_dir_of(path),
+    }
+}
+
+/// Makes the file `path` with mode 0600.
+///
+/// # Errors
+/// `AlreadyExists`, if something has that name, which then stays as it is.
+pub(crate) fn create(path: &Path, content: &[u8]) -> io::Result<()> {
+    write_beside(path, content, |new| {
+        renameat_with(CWD, new, CWD, path, RenameFlags::NOREPLACE)
+    })
+}
+
+/// Makes the file `path` with mode 0600, or replaces it.
+pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
+    write_beside(path, content, |new| rustix::fs::rename(new, path))
+}
+
+fn write_beside(
+    path: &Path,
+    content: &[u8],
+    publish: impl FnOnce(&Path) -> rustix::io::Result<()>,
+) -> io::Result<()> {
+    let new = beside(path);
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&new)?;
+    let written = file
+        .write_all(content)
+        .and_then(|()| file.sync_all())
+        .and_then(|()| publish(&new).map_err(io::Error::from));
+    if let Err(e) = written {
+        let _ = fs::remove_file(&new);
+        return Err(e);
+    }
+    sync_dir_of(path)
+}
+
+/// A name in the same directory that nobody else uses.
+fn beside(path: &Path) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_os_string();
+    name.push(format!(".{}.new", uuid::Uuid::new_v4().simple()));
+    path.with_file_name(name)
+}
+
+fn sync_dir_of(path: &Path) -> io::Result<()> {
+    match path.parent() {
+        Some(parent) if parent != Path::new("") => File::open(parent)?.sync_all(),
+        _ => File::open(".")?.sync_all(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn created_file_is_private_and_never_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("key");
+        create(&path, b"one").unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o600);
+        assert_eq!(
+            create(&path, b"two").unwrap_err().kind(),
+            io::ErrorKind::AlreadyExists
+        );
+        assert_eq!(fs::read(&path).unwrap(), b"one");
+        replace(&path, b"three").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"three");
+        assert_eq!(
+            fs::read_dir(dir.path()).unwrap().count(),
+            1,
+            "nothing is left beside it"
+        );
+    }
+
+    #[test]
+    fn exposed_file_is_told_from_a_private_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("key");
+        create(&path, b"").unwrap();
+        let verdict = |mode, forbid| {
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            check(&path, &fs::metadata(&path).unwrap(), forbid)
+        };
+        assert!(verdict(0o600, Forbid::All).is_ok());
+        assert!(verdict(0o640, Forbid::All).is_err());
+        assert!(verdict(0o644, Forbid::Write).is_ok());
+        assert!(verdict(0o664, Forbid::Write).is_err());
+    }
+}

@@ -1,0 +1,497 @@
+//! The key providers of this host: which there are, by name, and which one new volumes take.
+//!
+//! They live in the state directory:
+//!
+//! ```text
+//! providers.toml                   what the operator may read and edit
+//! providers/NAME/                  mode 0700: what the provider NAME needs
+//! providers/NAME/primary.key       of a native provider
+//! ```
+//!
+//! The settings are replaced atomically and under a lock on the directory. A provider's own files exist before the
+//! settings name it; those left behind by a crash in between are taken up when the provider is added again.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+
+use super::private::{self, Exposed, Forbid};
+use super::{KeyError, KeyProvider, KeyReason, Native, Providers};
+
+const SETTINGS: &str = "providers.toml";
+
+/// The providers of one state directory, as they were when it was opened.
+#[derive(Debug)]
+pub struct Registry {
+    dir: PathBuf,
+    settings: Settings,
+}
+
+/// One provider, as a list shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Its name.
+    pub name: String,
+    /// What it is: "native".
+    pub kind: &'static str,
+    /// Whether new volumes take it when none is named.
+    pub default: bool,
+    /// Where its keys come from: a path, or a server's address.
+    pub location: String,
+}
+
+/// Why the providers of this host are not known, or cannot be changed.
+#[derive(Debug, thiserror::Error)]
+pub enum RegistryError {
+    /// Neither an option nor the environment says where the state is.
+    #[error("no state directory: neither XDG_STATE_HOME nor HOME is set; name one with --state-dir")]
+    NoStateDir,
+    /// The file system refused.
+    #[error("cannot {action} {}", path.display())]
+    Io {
+        /// "read", "write" …
+        action: &'static str,
+        /// The file or directory.
+        path: PathBuf,
+        /// The answer.
+        source: io::Error,
+    },
+    /// Others could have put providers of theirs here.
+    #[error("{} is not safe to use", path.display())]
+    Exposed {
+        /// The file or directory.
+        path: PathBuf,
+        /// Who can do what with it.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The settings are not TOML, or hold what is not known.
+    #[error("{} cannot be understood; correct it, or restore it from a backup", path.display())]
+    Syntax {
+        /// The file.
+        path: PathBuf,
+        /// Where and what.
+        source: Box<toml::de::Error>,
+    },
+    /// The settings name a default that is not there.
+    #[error("{}: default = {name:?}, but there is no such provider; known: {known}", path.display())]
+    UnknownDefault {
+        /// The file.
+        path: PathBuf,
+        /// The default's name.
+        name: String,
+        /// The names there are.
+        known: String,
+    },
+    /// Names appear in paths and in volume headers.
+    #[error(
+        "{0:?} cannot name a provider: up to 64 lower-case letters, digits, '-' and '_' are allowed, a letter or \
+         digit first"
+    )]
+    Name(String),
+    /// There is one already.
+    #[error("there is a provider called {name:?} already, in {}; choose another name", dir.display())]
+    Exists {
+        /// The name.
+        name: String,
+        /// The state directory.
+        dir: PathBuf,
+    },
+    /// The provider's own files.
+    #[error(transparent)]
+    Key(#[from] KeyError),
+}
+
+/// The state directory when none is named: `/var/lib/sealblk` for root, else under the user's own state.
+///
+/// # Errors
+/// [`RegistryError::NoStateDir`], if the user has neither `XDG_STATE_HOME` nor `HOME`.
+pub fn default_dir() -> Result<PathBuf, RegistryError> {
+    if rustix::process::geteuid().is_root() {
+        return Ok("/var/lib/sealblk".into());
+    }
+    let set = |name| {
+        std::env::var_os(name)
+            .map(PathBuf::from)
+            .filter(|path| path.is_absolute())
+    };
+    set("XDG_STATE_HOME")
+        .or_else(|| Some(set("HOME")?.join(".local/state")))
+        .map(|state| state.join("sealblk"))
+        .ok_or(RegistryError::NoStateDir)
+}
+
+impl Registry {
+    /// Reads the settings. A directory that does not exist holds no provider, and is not made.
+    ///
+    /// # Errors
+    /// [`RegistryError`], if the settings cannot be read, cannot be understood, or could have been written by others.
+    pub fn open(dir: &Path) -> Result<Self, RegistryError> {
+        Ok(Self {
+            dir: dir.to_owned(),
+            settings: Settings::read(dir)?,
+        })
+    }
+
+    /// The state directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The name of the provider that new volumes take when none is named.
+    pub fn default_name(&self) -> Option<&str> {
+        self.settings.default.as_deref()
+    }
+
+    /// All providers, by name.
+    pub fn list(&self) -> Vec<Entry> {
+        let entry = |(name, kind): (&String, &Kind)| Entry {
+            name: name.clone(),
+            kind: kind.name(),
+            default: self.default_name() == Some(name),
+            location: match kind {
+                Kind::Native => self.native_path(name).display().to_string(),
+            },
+        };
+        self.settings.providers.iter().map(entry).collect()
+    }
+
+    /// Adds a native provider with a new primary key. The first provider becomes the default; later ones if asked for.
+    ///
+    /// # Errors
+    /// [`RegistryError`]; the settings are as they were then.
+    pub fn add_native(&mut self, name: &str, default: bool) -> Result<(), RegistryError> {
+        check_name(name)?;
+        let io = |action, path: &Path| {
+            let path = path.to_owned();
+            move |source: io::Error| RegistryError::Io { action, path, source }
+        };
+        private::ensure_dir(&self.dir).map_err(io("make the state directory", &self.dir))?;
+        let lock = File::open(&self.dir).map_err(io("open", &self.dir))?;
+        flock(&lock, FlockOperation::LockExclusive).map_err(|e| io("lock", &self.dir)(e.into()))?;
+        let mut settings = Settings::read(&self.dir)?;
+        if settings.providers.contains_key(name) {
+            return Err(RegistryError::Exists {
+                name: name.to_owned(),
+                dir: self.dir.clone(),
+            });
+        }
+
+        let path = self.native_path(name);
+        for dir in [self.dir.join("providers"), self.dir.join("providers").join(name)] {
+            private::ensure_dir(&dir).map_err(io("make", &dir))?;
+            check_private(&dir, Forbid::All)?;
+        }
+        match path.try_exists().map_err(io("look for", &path))? {
+            // Left by a crash before the settings named it, or brought back from a backup.
+            true => drop(Native::open(name, &path)?),
+            false => Native::create(name, &path)?,
+        }
+
+        settings.providers.insert(name.to_owned(), Kind::Native);
+        if default || settings.default.is_none() {
+            settings.default = Some(name.to_owned());
+        }
+        settings.write(&self.dir)?;
+        self.settings = settings;
+        Ok(())
+    }
+
+    fn native_path(&self, name: &str) -> PathBuf {
+        self.dir.join("providers").join(name).join("primary.key")
+    }
+}
+
+impl Providers for Registry {
+    fn provider(&self, name: &str) -> Result<Box<dyn KeyProvider>, KeyError> {
+        match self.settings.providers.get(name) {
+            Some(Kind::Native) => Ok(Box::new(Native::open(name, &self.native_path(name))?)),
+            None => Err(KeyError {
+                provider: name.to_owned(),
+                key_id: None,
+                hop: self.dir.display().to_string(),
+                reason: KeyReason::UnknownProvider,
+                source: None,
+            }),
+        }
+    }
+}
+
+/// What runs: every name is valid, and the default exists.
+#[derive(Debug, Default)]
+struct Settings {
+    default: Option<String>,
+    providers: BTreeMap<String, Kind>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Native,
+}
+
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Native => "native",
+        }
+    }
+}
+
+/// What is written.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Written {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    default: Option<String>,
+    #[serde(default)]
+    provider: BTreeMap<String, WrittenProvider>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
+enum WrittenProvider {
+    Native {},
+}
+
+impl Settings {
+    fn read(dir: &Path) -> Result<Self, RegistryError> {
+        let path = dir.join(SETTINGS);
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
+            Err(source) => {
+                return Err(RegistryError::Io {
+                    action: "read",
+                    path,
+                    source,
+                });
+            }
+        };
+        check_private(dir, Forbid::Write)?;
+        check_private(&path, Forbid::Write)?;
+        let written: Written = toml::from_str(&text).map_err(|e| RegistryError::Syntax {
+            path: path.clone(),
+            source: Box::new(e),
+        })?;
+        Self::check(written, &path)
+    }
+
+    fn check(written: Written, path: &Path) -> Result<Self, RegistryError> {
+        let mut providers = BTreeMap::new();
+        for (name, provider) in written.provider {
+            check_name(&name)?;
+            let kind = match provider {
+                WrittenProvider::Native {} => Kind::Native,
+            };
+            providers.insert(name, kind);
+        }
+        if let Some(name) = written
+            .default
+            .as_ref()
+            .filter(|name| !providers.contains_key(*name))
+        {
+            let known = providers.keys().cloned().collect::<Vec<_>>().join(", ");
+            return Err(RegistryError::UnknownDefault {
+                path: path.to_owned(),
+                name: name.clone(),
+                known,
+            });
+        }
+        Ok(Self {
+            default: written.default,
+            providers,
+        })
+    }
+
+    fn write(&self, dir: &Path) -> Result<(), RegistryError> {
+        let provider = |(name, kind): (&String, &Kind)| {
+            let written = match kind {
+                Kind::Native => WrittenProvider::Native {},
+            };
+            (name.clone(), written)
+        };
+        let written = Written {
+            default: self.default.clone(),
+            provider: self.providers.iter().map(provider).collect(),
+        };
+        let text = toml::to_string(&written).expect("a table of strings is TOML");
+        let path = dir.join(SETTINGS);
+        private::replace(&path, text.as_bytes()).map_err(|source| RegistryError::Io {
+            action: "write",
+            path,
+            source,
+        })
+    }
+}
+
+fn check_private(path: &Path, forbid: Forbid) -> Result<(), RegistryError> {
+    let metadata = fs::metadata(path).map_err(|source| RegistryError::Io {
+        action: "look at",
+        path: path.to_owned(),
+        source,
+    })?;
+    private::check(path, &metadata, forbid).map_err(|e: Exposed| RegistryError::Exposed {
+        path: path.to_owned(),
+        source: Box::new(e),
+    })
+}
+
+fn check_name(name: &str) -> Result<(), RegistryError> {
+    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+    let valid =
+        name.len() <= 64 && name.starts_with(plain) && name.chars().all(|c| plain(c) || c == '-' || c == '_');
+    if valid {
+        Ok(())
+    } else {
+        Err(RegistryError::Name(name.to_owned()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    /// A state directory that does not exist yet.
+    fn fresh() -> (tempfile::TempDir, PathBuf) {
+        let parent = tempfile::tempdir().unwrap();
+        let dir = parent.path().join("state");
+        (parent, dir)
+    }
+
+    #[test]
+    fn state_directory_that_does_not_exist_is_empty_and_stays_away() {
+        let (_parent, dir) = fresh();
+        let registry = Registry::open(&dir).unwrap();
+        assert_eq!(registry.list(), []);
+        assert_eq!(registry.default_name(), None);
+        assert_eq!(
+            registry.provider("native").unwrap_err().reason,
+            KeyReason::UnknownProvider
+        );
+        assert!(!dir.exists());
+    }
+
+    #[test]
+    fn added_provider_is_there_for_the_next_process() {
+        let (_parent, dir) = fresh();
+        Registry::open(&dir).unwrap().add_native("native", false).unwrap();
+        let registry = Registry::open(&dir).unwrap();
+        assert_eq!(registry.default_name(), Some("native"));
+        registry.provider("native").unwrap().check().unwrap();
+        assert_eq!(
+            fs::read_to_string(dir.join(SETTINGS)).unwrap(),
+            "default = \"native\"\n\n[provider.native]\nkind = \"native\"\n"
+        );
+        assert_eq!(
+            fs::metadata(dir.join("providers/native"))
+                .unwrap()
+                .permissions()
+                .mode()
+                & 0o777,
+            0o700
+        );
+    }
+
+    #[test]
+    fn first_provider_is_the_default_until_another_is_asked_for() {
+        let (_parent, dir) = fresh();
+        let mut registry = Registry::open(&dir).unwrap();
+        registry.add_native("one", false).unwrap();
+        registry.add_native("two", false).unwrap();
+        assert_eq!(registry.default_name(), Some("one"));
+        registry.add_native("three", true).unwrap();
+        assert_eq!(Registry::open(&dir).unwrap().default_name(), Some("three"));
+    }
+
+    #[test]
+    fn second_provider_of_a_name_is_refused_and_the_first_keeps_its_key() {
+        let (_parent, dir) = fresh();
+        let mut registry = Registry::open(&dir).unwrap();
+        registry.add_native("native", false).unwrap();
+        let key = fs::read(registry.native_path("native")).unwrap();
+        // As seen by a process that read the settings before.
+        let mut stale = Registry {
+            dir: dir.clone(),
+            settings: Settings::default(),
+        };
+        assert!(matches!(
+            stale.add_native("native", false),
+            Err(RegistryError::Exists { .. })
+        ));
+        assert_eq!(fs::read(registry.native_path("native")).unwrap(), key);
+    }
+
+    #[test]
+    fn key_left_behind_by_a_crash_is_taken_up() {
+        let (_parent, dir) = fresh();
+        Registry::open(&dir).unwrap().add_native("native", false).unwrap();
+        let key = fs::read(dir.join("providers/native/primary.key")).unwrap();
+        fs::remove_file(dir.join(SETTINGS)).unwrap();
+        Registry::open(&dir).unwrap().add_native("native", false).unwrap();
+        assert_eq!(fs::read(dir.join("providers/native/primary.key")).unwrap(), key);
+    }
+
+    #[test]
+    fn unusable_settings_are_refused_with_the_place() {
+        let (_parent, dir) = fresh();
+        private::ensure_dir(&dir).unwrap();
+        let refused = |text: &str| {
+            private::replace(&dir.join(SETTINGS), text.as_bytes()).unwrap();
+            let error = Registry::open(&dir).unwrap_err();
+            assert!(
+                error.to_string().contains("providers.toml") || matches!(error, RegistryError::Name(_)),
+                "{error}"
+            );
+            error
+        };
+        assert!(matches!(refused("default = "), RegistryError::Syntax { .. }));
+        assert!(matches!(
+            refused("colour = \"red\""),
+            RegistryError::Syntax { .. }
+        ));
+        assert!(matches!(
+            refused("[provider.a]\nkind = \"magic\""),
+            RegistryError::Syntax { .. }
+        ));
+        assert!(matches!(
+            refused("[provider.a]\nkind = \"native\"\nx = 1"),
+            RegistryError::Syntax { .. }
+        ));
+        assert!(matches!(
+            refused("[provider.\"../a\"]\nkind = \"native\""),
+            RegistryError::Name(_)
+        ));
+        assert!(matches!(
+            refused("default = \"a\""),
+            RegistryError::UnknownDefault { .. }
+        ));
+    }
+
+    #[test]
+    fn settings_that_others_can_write_are_refused() {
+        let (_parent, dir) = fresh();
+        Registry::open(&dir).unwrap().add_native("native", false).unwrap();
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o770)).unwrap();
+        assert!(matches!(Registry::open(&dir), Err(RegistryError::Exposed { .. })));
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o755)).unwrap();
+        Registry::open(&dir).unwrap();
+    }
+
+    #[test]
+    fn names_that_are_no_file_names_are_refused() {
+        let (_parent, dir) = fresh();
+        let mut registry = Registry::open(&dir).unwrap();
+        for name in ["", ".", "..", "a/b", "-a", "Native", "a b", "ä", &"a".repeat(65)] {
+            assert!(
+                matches!(registry.add_native(name, false), Err(RegistryError::Name(_))),
+                "{name}"
+            );
+        }
+        assert!(!dir.exists());
+    }
+}

@@ -1,0 +1,183 @@
+//! Secrets wrapped under a KEK that is on this host: AES-256-GCM, bound to volume, provider, key ID and keyslot.
+//!
+//! ```text
+//! offset  length
+//!      0       1   version, 1
+//!      1      12   nonce, random
+//!     13       n   ciphertext, as long as the secret
+//!   13+n      16   tag
+//! ```
+//! The associated data is [`LABEL`], the volume's UUID (16 bytes), the keyslot (32 bits, big-endian), then the
+//! provider's name and the key ID, each after its length in bytes (32 bits, big-endian): no two bindings give the
+//! same bytes. A KEK wraps a few secrets in its life, far from the 2^32 that random nonces allow.
+
+use aes_gcm::aead::inout::InOutBuf;
+use aes_gcm::{AeadInOut, Aes256Gcm, KeyInit, Nonce, Tag};
+
+use super::Binding;
+use super::arena::{ArenaError, SecretBox, SecretBytes};
+
+/// The length of a KEK, in bytes.
+pub(super) const KEK_LEN: usize = 32;
+
+const VERSION: u8 = 1;
+const NONCE_LEN: usize = 12;
+const TAG_LEN: usize = 16;
+/// Sets these messages apart from all others that a key might ever authenticate.
+const LABEL: &[u8] = b"sealblk wrapped slot secret\0";
+
+/// Why a wrapped secret does not unwrap.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum UnwrapError {
+    #[error("not a wrapped key of version {VERSION}")]
+    Format,
+    #[error("it does not authenticate")]
+    Unauthentic,
+    #[error(transparent)]
+    Arena(#[from] ArenaError),
+}
+
+/// Wraps `secret` under `kek`, which has [`KEK_LEN`] bytes.
+pub(super) fn wrap(
+    kek: &SecretBytes,
+    binding: &Binding<'_>,
+    secret: &SecretBytes,
+) -> Result<Vec<u8>, ArenaError> {
+    let mut wrapped = vec![0; 1 + NONCE_LEN + secret.len()];
+    wrapped[0] = VERSION;
+    let (nonce, ciphertext) = wrapped[1..].split_at_mut(NONCE_LEN);
+    getrandom::fill(nonce).map_err(ArenaError::Random)?;
+    let buffers = InOutBuf::new(secret, ciphertext).expect("both are as long as the secret");
+    let tag = gcm(kek)?
+        .encrypt_inout_detached(&nonce_of(nonce), &associated_data(binding), buffers)
+        .expect("a secret in memory is shorter than AES-GCM's limit of 64 GiB");
+    wrapped.extend_from_slice(&tag);
+    Ok(wrapped)
+}
+
+/// Unwraps what [`wrap`] made with the same KEK and binding.
+pub(super) fn unwrap(
+    kek: &SecretBytes,
+    binding: &Binding<'_>,
+    wrapped: &[u8],
+) -> Result<SecretBytes, UnwrapError> {
+    let (&version, rest) = wrapped.split_first().ok_or(UnwrapError::Format)?;
+    if version != VERSION || rest.len() < NONCE_LEN + TAG_LEN {
+        return Err(UnwrapError::Format);
+    }
+    let (nonce, rest) = rest.split_at(NONCE_LEN);
+    let (ciphertext, tag) = rest.split_at(rest.len() - TAG_LEN);
+    let tag = Tag::try_from(tag).expect("it was split off at this length");
+    let mut secret = SecretBytes::zeroed(ciphertext.len())?;
+    let buffers = InOutBuf::new(ciphertext, &mut secret).expect("both are as long as the ciphertext");
+    gcm(kek)?
+        .decrypt_inout_detached(&nonce_of(nonce), &associated_data(binding), buffers, &tag)
+        .map_err(|_| UnwrapError::Unauthentic)?;
+    Ok(secret)
+}
+
+fn gcm(kek: &SecretBytes) -> Result<SecretBox<Aes256Gcm>, ArenaError> {
+    SecretBox::new(|| Aes256Gcm::new_from_slice(kek).expect("a KEK has KEK_LEN bytes"))
+}
+
+fn nonce_of(bytes: &[u8]) -> Nonce<aes_gcm::aead::consts::U12> {
+    Nonce::try_from(bytes).expect("the caller cut NONCE_LEN bytes")
+}
+
+fn associated_data(binding: &Binding<'_>) -> Vec<u8> {
+    let mut data = LABEL.to_vec();
+    data.extend_from_slice(binding.volume.as_bytes());
+    data.extend_from_slice(&binding.keyslot.to_be_bytes());
+    for text in [binding.provider, &binding.key_id.0] {
+        let len =
+            u32::try_from(text.len()).expect("names that came out of a LUKS2 header are shorter than 4 GiB");
+        data.extend_from_slice(&len.to_be_bytes());
+        data.extend_from_slice(text.as_bytes());
+    }
+    data
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::keys::KeyId;
+    use uuid::Uuid;
+
+    fn fixed(fill: u8, len: usize) -> SecretBytes {
+        SecretBytes::take(&mut vec![fill; len]).unwrap()
+    }
+
+    fn binding(key_id: &KeyId) -> Binding<'_> {
+        Binding {
+            volume: Uuid::from_u128(7),
+            provider: "native",
+            key_id,
+            keyslot: 1,
+        }
+    }
+
+    #[test]
+    fn associated_data_tells_every_binding_apart() {
+        let ids = [KeyId("bc".into()), KeyId("c".into()), KeyId("".into())];
+        let bindings = [
+            Binding {
+                volume: Uuid::nil(),
+                provider: "a",
+                key_id: &ids[0],
+                keyslot: 0,
+            },
+            Binding {
+                volume: Uuid::nil(),
+                provider: "ab",
+                key_id: &ids[1],
+                keyslot: 0,
+            },
+            Binding {
+                volume: Uuid::nil(),
+                provider: "abc",
+                key_id: &ids[2],
+                keyslot: 0,
+            },
+            Binding {
+                volume: Uuid::nil(),
+                provider: "a",
+                key_id: &ids[0],
+                keyslot: 1,
+            },
+            Binding {
+                volume: Uuid::from_u128(1),
+                provider: "a",
+                key_id: &ids[0],
+                keyslot: 0,
+            },
+        ];
+        let distinct: std::collections::HashSet<_> = bindings.iter().map(associated_data).collect();
+        assert_eq!(distinct.len(), bindings.len());
+    }
+
+    /// Made by OpenSSL 3, from the layout above. If it stops unwrapping, no volume in the field opens any more.
+    #[test]
+    fn format_stays_as_it_is() {
+        let key_id = KeyId("0011223344556677.a5".into());
+        let wrapped = include_bytes!("testdata/wrapped-v1.bin");
+        let secret = unwrap(&fixed(0x4b, KEK_LEN), &binding(&key_id), wrapped).unwrap();
+        assert!(secret.ct_eq(&[0x5e; 32]));
+    }
+
+    #[test]
+    fn every_altered_byte_is_noticed() {
+        let key_id = KeyId("k".into());
+        let kek = fixed(1, KEK_LEN);
+        let wrapped = wrap(&kek, &binding(&key_id), &fixed(2, 32)).unwrap();
+        assert!(unwrap(&kek, &binding(&key_id), &wrapped).unwrap().ct_eq(&[2; 32]));
+        for at in 0..wrapped.len() {
+            let mut altered = wrapped.clone();
+            altered[at] ^= 0x10;
+            assert!(unwrap(&kek, &binding(&key_id), &altered).is_err(), "byte {at}");
+            assert!(
+                unwrap(&kek, &binding(&key_id), &wrapped[..at]).is_err(),
+                "cut at {at}"
+            );
+        }
+    }
+}
