@@ -1,8 +1,152 @@
 //! The command line: a file for each verb.
+//!
+//! A verb is a struct of arguments with `run(self, &Host) -> Result<(), Failure>`. What it prints goes through
+//! [`output`], what it reads in secret through [`secret`]. Failures are printed here, once, with their causes, and
+//! become the exit code that `sealblk --help` documents.
 
+pub mod failure;
+pub mod output;
+mod process;
+mod provider;
+pub mod secret;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
 use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::cipher;
+use crate::keys::harden;
+use crate::keys::registry::{self, Registry, RegistryError};
+use failure::Failure;
+
+const AFTER_HELP: &str = "\
+Examples:
+  sealblk create vm7.luks --size 20G --recovery-key vm7.key
+  sealblk serve --blk-file vm7.luks --socket-path /run/vm7.sock
+  sealblk info vm7.luks
+
+Secrets are named, never given: --recovery-key and its like take a file, '-'
+for standard input, 'fd:N' for an open descriptor, or 'cred:NAME' for a file
+in $CREDENTIALS_DIRECTORY.
+
+Exit codes:
+  0  done
+  1  this host cannot do it: memory, permissions, an internal defect
+  2  the arguments are wrong
+  3  the disk holds no volume, or one that is damaged or not supported
+  4  the key is not to be had: provider, passphrase or recovery key
+  5  the disk or the socket is in use
+  6  storage: cannot be opened, read or written, or is full
+
+Environment:
+  SEALBLK_STATE_DIR  as --state-dir
+  SEALBLK_LOG        what to log to standard error: 'info', 'debug' ...";
+
+/// VM encryption for QEMU/KVM: serves LUKS2 volumes to guests as virtio disks
+#[derive(Debug, Parser)]
+#[command(name = "sealblk", version, after_help = AFTER_HELP, max_term_width = 100)]
+struct Cli {
+    /// Where this host's key providers are kept [default: /var/lib/sealblk for root, else
+    /// $XDG_STATE_HOME/sealblk]
+    #[arg(
+        long,
+        global = true,
+        value_name = "DIR",
+        env = "SEALBLK_STATE_DIR",
+        hide_env = true
+    )]
+    state_dir: Option<PathBuf>,
+
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Provider(provider::Provider),
+}
+
+/// What verbs know of the host that they run on.
+#[derive(Debug)]
+pub struct Host {
+    state_dir: Option<PathBuf>,
+}
+
+impl Host {
+    /// The host's key providers. Nothing is read before a verb asks.
+    ///
+    /// # Errors
+    /// [`RegistryError`], if there is no state directory to look in, or its settings cannot be used.
+    pub fn registry(&self) -> Result<Registry, RegistryError> {
+        match &self.state_dir {
+            Some(dir) => Registry::open(dir),
+            None => Registry::open(&registry::default_dir()?),
+        }
+    }
+}
 
 /// Runs the command named by the process' arguments.
 pub fn main() -> ExitCode {
-    ExitCode::SUCCESS
+    let cli = match Cli::try_parse_from(arguments(std::env::args_os())) {
+        Ok(cli) => cli,
+        Err(refusal) => {
+            // Nobody is left to tell if this fails.
+            let _ = refusal.print();
+            return ExitCode::from(if refusal.use_stderr() { failure::USAGE } else { 0 });
+        }
+    };
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            output::complain(&failure);
+            ExitCode::from(failure.exit_code())
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<(), Failure> {
+    process::prepare().map_err(Failure::Process)?;
+    harden::process().map_err(Failure::Process)?;
+    cipher::self_test()?;
+    let host = Host {
+        state_dir: cli.state_dir,
+    };
+    match cli.verb {
+        Verb::Provider(verb) => verb.run(&host),
+    }
+}
+
+/// The arguments, whichever name the binary was called by: QEMU's descriptors name a binary and hold no arguments.
+fn arguments(mut given: impl Iterator<Item = OsString>) -> impl Iterator<Item = OsString> {
+    let name = given.next().unwrap_or_else(|| "sealblk".into());
+    let second_name = PathBuf::from(&name)
+        .file_name()
+        .is_some_and(|name| name == "vhost-user-sealblk");
+    let verb = second_name.then(|| "serve".into());
+    [name].into_iter().chain(verb).chain(given)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn arguments_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn second_name_of_the_binary_means_serve() {
+        let seen =
+            |given: &[&str]| -> Vec<OsString> { arguments(given.iter().map(OsString::from)).collect() };
+        assert_eq!(
+            seen(&["/usr/libexec/vhost-user-sealblk", "--fd", "3"]),
+            ["/usr/libexec/vhost-user-sealblk", "serve", "--fd", "3"]
+        );
+        assert_eq!(seen(&["sealblk", "info", "a"]), ["sealblk", "info", "a"]);
+        assert_eq!(seen(&[]), ["sealblk"]);
+    }
 }

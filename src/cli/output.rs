@@ -1,0 +1,106 @@
+//! What goes to standard output and to standard error.
+
+use std::error::Error;
+use std::io::{self, Write};
+
+use super::failure::Failure;
+
+/// Prints a verb's whole answer. A reader that closed the pipe has seen enough: that is no failure.
+///
+/// # Errors
+/// [`Failure::Output`], for instance if the answer goes to a file on a full disk.
+pub fn print(text: &str) -> Result<(), Failure> {
+    let mut stdout = io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(Failure::Output(e)),
+        _ => Ok(()),
+    }
+}
+
+/// Tells the user something beside the answer. If standard error is closed, nobody is told.
+pub fn note(text: &str) {
+    let _ = writeln!(io::stderr(), "sealblk: {text}");
+}
+
+/// Prints an error, and what lies under it, a line each.
+pub fn complain(error: &dyn Error) {
+    note(&describe(error));
+}
+
+/// Rows of text as columns, each as wide as its widest cell.
+pub fn table<const COLUMNS: usize>(rows: &[[String; COLUMNS]]) -> String {
+    let width = |column: usize| {
+        rows.iter()
+            .map(|row| row[column].chars().count())
+            .max()
+            .unwrap_or(0)
+    };
+    let widths: [usize; COLUMNS] = std::array::from_fn(width);
+    let line = |row: &[String; COLUMNS]| {
+        let cells: String = row
+            .iter()
+            .zip(widths)
+            .map(|(cell, width)| format!("{cell:width$}  "))
+            .collect();
+        cells.trim_end().to_owned() + "\n"
+    };
+    rows.iter().map(line).collect()
+}
+
+/// The error's text, then each cause that says something new.
+fn describe(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut last = text.clone();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let said = error.to_string();
+        if !last.contains(&said) {
+            text.push_str("\n  cause: ");
+            text.push_str(said.trim_end().replace('\n', "\n    ").as_str());
+            last = said;
+        }
+        cause = error.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("{text}")]
+    struct Layer {
+        text: &'static str,
+        source: Option<Box<Layer>>,
+    }
+
+    fn layers(texts: &[&'static str]) -> Option<Box<Layer>> {
+        let (&text, under) = texts.split_first()?;
+        Some(Box::new(Layer {
+            text,
+            source: layers(under),
+        }))
+    }
+
+    #[test]
+    fn columns_line_up() {
+        let rows = [["NAME", "KIND"], ["a", "native"], ["native", "x"]].map(|row| row.map(str::to_owned));
+        assert_eq!(table(&rows), "NAME    KIND\na       native\nnative  x\n");
+    }
+
+    #[test]
+    fn causes_are_told_once() {
+        let error = layers(&["cannot open a: No such file", "No such file", "disk gone"]).unwrap();
+        assert_eq!(
+            describe(&*error),
+            "cannot open a: No such file\n  cause: disk gone"
+        );
+    }
+
+    #[test]
+    fn lines_of_a_cause_stay_together() {
+        let error = layers(&["not TOML", "line 3\n  | x\n"]).unwrap();
+        assert_eq!(describe(&*error), "not TOML\n  cause: line 3\n      | x");
+    }
+}

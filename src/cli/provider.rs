@@ -1,0 +1,118 @@
+//! `sealblk provider`: the key providers of this host.
+
+use clap::{Args, Subcommand, ValueEnum};
+
+use super::failure::Failure;
+use super::{Host, output};
+use crate::keys::Providers;
+use crate::keys::registry::Registry;
+
+const ADD_HELP: &str = "\
+Examples:
+  sealblk provider add native
+  sealblk provider add native --name lab --default
+
+A native provider is one primary key in a file of the state directory. All keys
+that it gives to volumes are derived from it: whoever has the file can open the
+volumes, and without it they open with a recovery key alone. Back it up.";
+
+/// Add and list sources of keys
+#[derive(Debug, Args)]
+pub(super) struct Provider {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Add a key provider to this host
+    #[command(after_help = ADD_HELP)]
+    Add(Add),
+    /// List the key providers of this host, and whether each one's keys can be used
+    List,
+}
+
+#[derive(Debug, Args)]
+struct Add {
+    /// What it is
+    kind: Kind,
+    /// What to call it [default: its kind]
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+    /// Let new volumes take it when none is named; the first provider is the default anyway
+    #[arg(long)]
+    default: bool,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Kind {
+    /// A primary key in the state directory; needs no server
+    Native,
+}
+
+impl Provider {
+    pub(super) fn run(self, host: &Host) -> Result<(), Failure> {
+        match self.verb {
+            Verb::Add(add) => add.run(host),
+            Verb::List => output::print(&list(&host.registry()?)),
+        }
+    }
+}
+
+impl Add {
+    fn run(self, host: &Host) -> Result<(), Failure> {
+        let Kind::Native = self.kind;
+        let mut registry = host.registry()?;
+        add_native(
+            &mut registry,
+            self.name.as_deref().unwrap_or("native"),
+            self.default,
+        )
+    }
+}
+
+/// Adds a native provider, and says where its key is.
+pub(super) fn add_native(registry: &mut Registry, name: &str, default: bool) -> Result<(), Failure> {
+    registry.add_native(name, default)?;
+    let dir = registry.dir().display();
+    output::note(&format!(
+        "added key provider {name:?}; its primary key is in {dir}: back that directory up, since volumes bound to \
+         this provider open with it or with their recovery key, and with nothing else"
+    ));
+    Ok(())
+}
+
+fn list(registry: &Registry) -> String {
+    let entries = registry.list();
+    if entries.is_empty() {
+        return format!(
+            "no key providers in {}; `sealblk provider add native` adds one\n",
+            registry.dir().display()
+        );
+    }
+    let mut rows = vec![[
+        "NAME".to_owned(),
+        "KIND".into(),
+        "DEFAULT".into(),
+        "KEYS".into(),
+        "LOCATION".into(),
+    ]];
+    for entry in entries {
+        let keys = match registry
+            .provider(&entry.name)
+            .and_then(|provider| provider.check())
+        {
+            Ok(()) => "usable".to_owned(),
+            Err(e) => e.reason.what().to_owned(),
+        };
+        let default = if entry.default { "yes" } else { "no" };
+        rows.push([
+            entry.name,
+            entry.kind.to_owned(),
+            default.to_owned(),
+            keys,
+            entry.location,
+        ]);
+    }
+    output::table(&rows)
+}
