@@ -1,1 +1,28 @@
-//! What the guest sees: virtio-blk over vhost-user.
+//! What the guest sees: virtio-blk over vhost-user (virtio 1.2 §5.2, and QEMU's vhost-user specification).
+//!
+//! A request's path is [`worker`], and is one page; what lies around it:
+//!
+//! ```text
+//! server    accepts front-ends, one at a time, and handles signals
+//! session   one front-end's connection
+//! gate      its messages: stops the rings before a message that changes what I/O stands on
+//! rings     which rings are served
+//! worker    one thread for each: the data path
+//! request   descriptor chain -> validated request        guest     its buffers
+//! config    features and configuration space             disk      what all workers share
+//! ```
+
+mod config;
+mod disk;
+mod gate;
+mod guest;
+mod message;
+mod request;
+mod rings;
+mod server;
+mod session;
+mod vring;
+mod worker;
+
+pub use disk::Disk;
+pub use server::{Endpoint, ServeError, Server};

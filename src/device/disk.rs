@@ -1,0 +1,76 @@
+//! The disk that all workers of a served volume share.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::cipher::SectorSize;
+use crate::storage::DataFile;
+use crate::volume::segment::SegmentTable;
+
+/// A disk as the guest sees it, and what lies under it.
+#[derive(Debug)]
+pub struct Disk {
+    /// Which range of sectors lies where, and under which key.
+    pub table: Arc<SegmentTable>,
+    /// The payload's file.
+    pub file: Arc<DataFile>,
+    /// The unit of every transfer.
+    pub sector_size: SectorSize,
+    /// Whether writes are refused.
+    pub read_only: bool,
+    /// Whether discards are offered: they tell who sees the storage which sectors are in use.
+    pub discard: bool,
+    /// What GET_ID answers, padded with zeros.
+    pub serial: [u8; 20],
+    write_cache: AtomicBool,
+}
+
+impl Disk {
+    /// A disk whose write cache is on, as the driver of a disk with a flush command expects at first.
+    pub fn new(
+        table: Arc<SegmentTable>,
+        file: Arc<DataFile>,
+        sector_size: SectorSize,
+        read_only: bool,
+        discard: bool,
+        serial: &str,
+    ) -> Self {
+        let mut padded = [0; 20];
+        for (to, from) in padded.iter_mut().zip(serial.bytes()) {
+            *to = from;
+        }
+        let write_cache = AtomicBool::new(true);
+        Self {
+            table,
+            file,
+            sector_size,
+            read_only,
+            discard,
+            serial: padded,
+            write_cache,
+        }
+    }
+
+    /// The capacity in sectors.
+    pub fn sectors(&self) -> u64 {
+        self.table.sectors()
+    }
+
+    /// Whether a write may be answered before it is on stable storage (virtio 1.2 §5.2.6.2, `writeback`).
+    pub fn write_cache(&self) -> bool {
+        self.write_cache.load(Ordering::Acquire)
+    }
+
+    /// Switches between writeback and writethrough.
+    ///
+    /// # Errors
+    /// If what was written in writeback mode cannot be put on stable storage: the driver will not flush it any more.
+    pub fn set_write_cache(&self, on: bool) -> io::Result<()> {
+        let was_on = self.write_cache.swap(on, Ordering::AcqRel);
+        if was_on && !on {
+            rustix::fs::fdatasync(&*self.file)?;
+        }
+        Ok(())
+    }
+}

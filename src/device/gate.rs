@@ -1,0 +1,154 @@
+//! The gate: every message of the front-end passes here before vhost-user-backend's handler sees it.
+//!
+//! Some messages change what I/O stands on: a ring's addresses, its kick and call, the memory table, features,
+//! whether it is enabled at all. The crate's handler applies them at once and tells us of few. So the gate stops the
+//! rings that a message concerns, which drains them, lets the message through, waits until the handler has applied
+//! it, and starts the rings that should run by then. A message that changes nothing of the kind just passes.
+//!
+//! To know when the handler is done the gate has it acknowledge each message (REPLY_ACK, "Communication"), and keeps
+//! the acknowledgement to itself unless the front-end asked for one.
+//!
+//! ```text
+//! front-end  <-- socket -->  gate  <-- socket -->  handler (its own thread)
+//!                             |                       |
+//!                             +------ the vrings -----+
+//! ```
+
+use std::io;
+use std::os::unix::net::UnixStream;
+
+use vhost::vhost_user::VhostUserProtocolFeatures;
+use vhost::vhost_user::message::FrontendReq;
+
+use super::message::{Message, MessageError};
+use super::rings::{Rings, Scope};
+
+/// Why a session ended other than by the front-end's leave.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum GateError {
+    #[error("the front-end does not speak vhost-user")]
+    FrontEnd(#[source] MessageError),
+    #[error("the front-end takes no reply")]
+    Reply(#[source] io::Error),
+    #[error("message {0} of the front-end is not valid or not offered")]
+    Refused(u32),
+    #[error("the protocol handler cannot be reached")]
+    Handler(#[source] io::Error),
+}
+
+/// Passes messages between the front-end and the handler until one of them leaves. When it returns, every ring is
+/// stopped.
+pub(super) fn relay(
+    front_end: &UnixStream,
+    handler: &UnixStream,
+    rings: &mut Rings,
+) -> Result<(), GateError> {
+    let result = pass_messages(front_end, handler, rings);
+    rings.stop(Scope::All);
+    result
+}
+
+fn pass_messages(front_end: &UnixStream, handler: &UnixStream, rings: &mut Rings) -> Result<(), GateError> {
+    let mut acknowledging = agree_on_acknowledgements(handler)?;
+    while let Some(mut message) = Message::receive(front_end).map_err(GateError::FrontEnd)? {
+        let asks = asks_for_data(&message);
+        if message.code() == Some(FrontendReq::SET_PROTOCOL_FEATURES)
+            && let Some(features) = message.number_in_body()
+        {
+            acknowledging = features & REPLY_ACK != 0;
+            message.body = (features | REPLY_ACK).to_ne_bytes().to_vec();
+        }
+        let wants_reply = asks || (acknowledging && message.needs_reply());
+        if !asks {
+            message.demand_reply();
+        }
+        let scope = scope_of(&message);
+        if let Some(scope) = scope {
+            rings.stop(scope);
+        }
+        let reply = ask(handler, message)?;
+        if scope.is_some() {
+            rings.start();
+        }
+        if wants_reply {
+            reply.send(front_end).map_err(GateError::Reply)?;
+        }
+    }
+    Ok(())
+}
+
+const REPLY_ACK: u64 = VhostUserProtocolFeatures::REPLY_ACK.bits();
+
+/// Has the handler acknowledge messages from the first one on, whatever the front-end will want.
+fn agree_on_acknowledgements(handler: &UnixStream) -> Result<bool, GateError> {
+    // The handler accepts protocol features once it has been asked for its features.
+    ask(handler, Message::request(FrontendReq::GET_FEATURES, &[]))?;
+    let mut features = Message::request(FrontendReq::SET_PROTOCOL_FEATURES, &REPLY_ACK.to_ne_bytes());
+    features.demand_reply();
+    ask(handler, features)?;
+    Ok(false)
+}
+
+fn ask(handler: &UnixStream, message: Message) -> Result<Message, GateError> {
+    let number = message.number();
+    message.send(handler).map_err(|_| GateError::Refused(number))?;
+    match Message::receive(handler) {
+        Ok(Some(reply)) if reply.replies_to(number) => Ok(reply),
+        // The handler leaves when it does not like a message.
+        Ok(None) | Err(MessageError::Cut) => Err(GateError::Refused(number)),
+        Ok(Some(_)) => Err(GateError::Handler(io::ErrorKind::InvalidData.into())),
+        Err(MessageError::Io(error)) if error.kind() == io::ErrorKind::ConnectionReset => {
+            Err(GateError::Refused(number))
+        }
+        Err(error) => Err(GateError::Handler(io::Error::other(error))),
+    }
+}
+
+/// Whether the answer to a message is data, which the handler sends without being asked to acknowledge.
+fn asks_for_data(message: &Message) -> bool {
+    matches!(
+        message.code(),
+        Some(
+            FrontendReq::GET_FEATURES
+                | FrontendReq::GET_PROTOCOL_FEATURES
+                | FrontendReq::GET_QUEUE_NUM
+                | FrontendReq::GET_MAX_MEM_SLOTS
+                | FrontendReq::GET_CONFIG
+                | FrontendReq::GET_VRING_BASE
+        )
+    )
+}
+
+/// Which rings have to be stopped while a message is applied; none for one that no I/O stands on.
+fn scope_of(message: &Message) -> Option<Scope> {
+    match message.code()? {
+        FrontendReq::GET_FEATURES
+        | FrontendReq::GET_PROTOCOL_FEATURES
+        | FrontendReq::SET_PROTOCOL_FEATURES
+        | FrontendReq::GET_QUEUE_NUM
+        | FrontendReq::GET_MAX_MEM_SLOTS
+        | FrontendReq::GET_CONFIG
+        | FrontendReq::SET_CONFIG
+        | FrontendReq::SET_BACKEND_REQ_FD
+        | FrontendReq::SET_OWNER => None,
+        FrontendReq::SET_VRING_NUM
+        | FrontendReq::SET_VRING_ADDR
+        | FrontendReq::SET_VRING_BASE
+        | FrontendReq::GET_VRING_BASE
+        | FrontendReq::SET_VRING_ENABLE => Some(Scope::One(index(message, u32::MAX))),
+        // The index shares its number with a flag for "no descriptor".
+        FrontendReq::SET_VRING_KICK | FrontendReq::SET_VRING_CALL | FrontendReq::SET_VRING_ERR => {
+            Some(Scope::One(index(message, 0xff)))
+        }
+        _ => Some(Scope::All),
+    }
+}
+
+/// The ring that a message names in its first 32 bits.
+fn index(message: &Message, mask: u32) -> usize {
+    match message.body.first_chunk() {
+        Some(bytes) => (u32::from_ne_bytes(*bytes) & mask) as usize,
+        // The handler will refuse it, and no ring has this number.
+        None => usize::MAX,
+    }
+}

@@ -1,0 +1,91 @@
+//! Guest memory as the data path sees it: ranges of guest addresses, checked once, resolved at each use.
+//!
+//! A range is one piece for the guest but may be several for us: regions that are adjacent in the guest's address
+//! space need not be so in ours, and memory that is plugged in later makes such seams. No Rust reference ever points
+//! into guest memory, which the guest writes to whenever it likes.
+
+use std::sync::Arc;
+
+use smallvec::SmallVec;
+use vm_memory::guest_memory::Result;
+use vm_memory::{
+    GuestAddress, GuestMemory as _, GuestMemoryAtomic, GuestMemoryMmap, Permissions, VolatileSlice,
+};
+
+/// The guest's memory, as a snapshot that stays mapped for as long as somebody holds it.
+pub(super) type Memory = Arc<GuestMemoryMmap>;
+
+/// The guest's memory, as the front-end changes it.
+pub(super) type SharedMemory = GuestMemoryAtomic<GuestMemoryMmap>;
+
+/// Pieces of guest memory; as many as most requests have fit without an allocation.
+pub(super) type Pieces<'m> = SmallVec<[VolatileSlice<'m>; 64]>;
+
+/// A range of guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct GuestRange {
+    /// Where it starts.
+    pub address: GuestAddress,
+    /// Its length in bytes.
+    pub len: u32,
+}
+
+impl GuestRange {
+    /// Whether all of it is memory.
+    pub(super) fn is_in(&self, memory: &Memory, access: Permissions) -> bool {
+        self.address.0.checked_add(u64::from(self.len)).is_some()
+            && memory.check_range(self.address, self.len as usize, access)
+    }
+}
+
+/// A position in a list of ranges: which range, and how far into it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Position {
+    range: u32,
+    offset: u32,
+}
+
+impl Position {
+    /// The position `len` bytes further on.
+    pub(super) fn advanced(mut self, ranges: &[GuestRange], mut len: u32) -> Self {
+        while let Some(range) = ranges.get(self.range as usize) {
+            let left = range.len - self.offset;
+            if len < left {
+                self.offset += len;
+                break;
+            }
+            len -= left;
+            self = Self {
+                range: self.range + 1,
+                offset: 0,
+            };
+        }
+        self
+    }
+}
+
+/// The `len` bytes of `ranges` from `position` on.
+pub(super) fn pieces<'m>(
+    memory: &'m Memory,
+    ranges: &[GuestRange],
+    position: Position,
+    len: u32,
+    access: Permissions,
+) -> Result<Pieces<'m>> {
+    let mut pieces = Pieces::new();
+    let mut len = len;
+    let mut offset = position.offset;
+    for range in ranges.get(position.range as usize..).unwrap_or_default() {
+        if len == 0 {
+            break;
+        }
+        let take = len.min(range.len - offset);
+        let address = GuestAddress(range.address.0 + u64::from(offset));
+        for slice in memory.get_slices(address, take as usize, access)? {
+            pieces.push(slice?);
+        }
+        len -= take;
+        offset = 0;
+    }
+    Ok(pieces)
+}

@@ -1,0 +1,360 @@
+//! Descriptor chains become requests: read once, checked whole, before anything is done (virtio 1.2 §5.2.6).
+//!
+//! A request is two streams of bytes, however the driver cut them into descriptors (§2.7.4): what the device reads
+//! (header, then data or segments) and what it writes (data, then the status byte). What is read here is a copy:
+//! the guest may change its memory at any time, and later looks would see something else than what was checked.
+
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+};
+use virtio_queue::DescriptorChain;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, Permissions};
+
+use super::disk::Disk;
+use super::guest::{GuestRange, Memory, Position, pieces};
+
+/// A sector in every field of the specification.
+const SECTOR: u32 = 512;
+
+/// The most segments that one discard or write-zeroes request may have.
+pub(super) const MAX_ZONES: usize = 16;
+/// The most sectors that one segment of a discard may cover: 1 GiB.
+pub(super) const MAX_DISCARD_SECTORS: u32 = 1 << 21;
+/// The most sectors that one segment of a write-zeroes may cover: 16 MiB, since each is a sector to encrypt and write.
+pub(super) const MAX_WRITE_ZEROES_SECTORS: u32 = 1 << 15;
+/// The most descriptors with data that a chain may have: eight times what `seg_max` tells the driver.
+const MAX_RANGES: usize = 1024;
+/// The length of a request's header (§5.2.6, `struct virtio_blk_req`).
+const HEADER: u32 = 16;
+/// The length of `struct virtio_blk_discard_write_zeroes`.
+const ZONE: u32 = 16;
+/// The length of the answer to GET_ID.
+const ID: u32 = 20;
+
+/// The status byte of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(super) enum Status {
+    Ok = VIRTIO_BLK_S_OK as u8,
+    IoError = VIRTIO_BLK_S_IOERR as u8,
+    Unsupported = VIRTIO_BLK_S_UNSUPP as u8,
+}
+
+/// What the driver asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Read,
+    Write,
+    Flush,
+    Id,
+    Discard,
+    WriteZeroes,
+}
+
+/// A range of sectors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Zone {
+    pub sector: u64,
+    pub sectors: u64,
+}
+
+/// A request, with all that is needed to carry it out and to answer it. Requests are reused, so that the lists in
+/// them are allocated once.
+#[derive(Debug)]
+pub(super) struct Request {
+    /// The chain's head, to be returned in the used ring.
+    pub head: u16,
+    pub kind: Kind,
+    /// The sectors concerned: one zone for a read or write, none for a flush.
+    pub zones: Vec<Zone>,
+    /// Where the status byte goes.
+    pub status: GuestAddress,
+    /// The length of the device-writable part before the status byte.
+    pub writable_len: u32,
+    /// The device-readable part: header, then data or segments.
+    readable: Vec<GuestRange>,
+    /// The device-writable part: data, then the status byte.
+    writable: Vec<GuestRange>,
+}
+
+/// Why a chain is not carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Refusal {
+    #[error("the chain has no place for a status byte, or does not end: it goes back unanswered")]
+    Malformed,
+    #[error("the chain has more than {MAX_RANGES} descriptors")]
+    TooManyRanges,
+    #[error("the chain is shorter than a request's header")]
+    NoHeader,
+    #[error("a buffer of the chain is not in the guest's memory")]
+    BadAddress,
+    #[error("request type {0} is not offered")]
+    UnknownType(u32),
+    #[error("length {0} is not a multiple of the disk's sector size")]
+    BadLength(u32),
+    #[error("sector {sector} + {sectors} is beyond the disk's end, or not at a multiple of its sector size")]
+    OutOfRange { sector: u64, sectors: u64 },
+    #[error("the disk is read-only")]
+    ReadOnly,
+    #[error("discard or write-zeroes with {0} bytes of segments")]
+    BadZones(u32),
+    #[error("discard or write-zeroes of {0} sectors in one segment")]
+    ZoneTooLong(u32),
+    #[error("discard or write-zeroes with flags {0:#x}")]
+    UnknownFlags(u32),
+}
+
+impl Refusal {
+    /// What the driver is told; none if there is no way to tell it.
+    pub(super) fn status(self) -> Option<Status> {
+        match self {
+            Refusal::Malformed => None,
+            Refusal::UnknownType(_) | Refusal::UnknownFlags(_) => Some(Status::Unsupported),
+            _ => Some(Status::IoError),
+        }
+    }
+}
+
+impl Request {
+    /// An empty request, to be filled by [`Request::parse`].
+    pub(super) fn new() -> Self {
+        Self {
+            head: 0,
+            kind: Kind::Flush,
+            zones: Vec::new(),
+            status: GuestAddress(0),
+            writable_len: 0,
+            readable: Vec::new(),
+            writable: Vec::new(),
+        }
+    }
+
+    /// The guest's buffers that hold the data of a read or write, or take the answer to GET_ID.
+    pub(super) fn data(&self) -> &[GuestRange] {
+        if self.kind == Kind::Write {
+            &self.readable
+        } else {
+            &self.writable
+        }
+    }
+
+    /// Where the data starts in [`Request::data`].
+    pub(super) fn data_start(&self) -> Position {
+        let header = if self.kind == Kind::Write { HEADER } else { 0 };
+        Position::default().advanced(self.data(), header)
+    }
+
+    /// Reads a chain, and checks all of it against the disk and the guest's memory.
+    ///
+    /// After a refusal that has a status, `head`, `status` and `writable_len` are valid, so that it can be answered.
+    pub(super) fn parse(
+        &mut self,
+        chain: DescriptorChain<&GuestMemoryMmap>,
+        memory: &Memory,
+        disk: &Disk,
+    ) -> Result<(), Refusal> {
+        self.head = chain.head_index();
+        self.zones.clear();
+        let readable_len = self.gather(chain, memory)?;
+
+        let mut header = [0; HEADER as usize];
+        if readable_len < HEADER {
+            return Err(Refusal::NoHeader);
+        }
+        self.read_out(memory, Position::default(), &mut header)?;
+        let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
+        let sector = u64::from_le_bytes(sector);
+
+        let ranges = self.readable.iter().map(|range| (range, Permissions::Read));
+        if !ranges
+            .chain(self.writable.iter().map(|range| (range, Permissions::Write)))
+            .all(|(range, access)| range.is_in(memory, access))
+        {
+            return Err(Refusal::BadAddress);
+        }
+
+        let payload_len = readable_len - HEADER;
+        match u32::from_le_bytes([t0, t1, t2, t3]) {
+            VIRTIO_BLK_T_IN => self.parse_transfer(Kind::Read, sector, self.writable_len, disk),
+            VIRTIO_BLK_T_OUT => self.parse_transfer(Kind::Write, sector, payload_len, disk),
+            VIRTIO_BLK_T_FLUSH => {
+                self.kind = Kind::Flush;
+                Ok(())
+            }
+            VIRTIO_BLK_T_GET_ID => {
+                self.kind = Kind::Id;
+                Ok(())
+            }
+            VIRTIO_BLK_T_DISCARD if disk.discard => {
+                self.parse_zones(Kind::Discard, payload_len, memory, disk)
+            }
+            VIRTIO_BLK_T_WRITE_ZEROES => self.parse_zones(Kind::WriteZeroes, payload_len, memory, disk),
+            unknown => Err(Refusal::UnknownType(unknown)),
+        }
+    }
+
+    /// Collects the chain's buffers, finds the status byte, and gives the length of the device-readable part.
+    fn gather(&mut self, chain: DescriptorChain<&GuestMemoryMmap>, memory: &Memory) -> Result<u32, Refusal> {
+        self.readable.clear();
+        self.writable.clear();
+        let mut readable_len = 0;
+        let mut writable_len = 0;
+        let mut last_writable = None;
+        let mut ends = false;
+        let mut in_order = true;
+        for descriptor in chain {
+            ends = !descriptor.has_next();
+            let range = GuestRange {
+                address: descriptor.addr(),
+                len: descriptor.len(),
+            };
+            in_order &= descriptor.is_write_only() || last_writable.is_none();
+            if range.len == 0 {
+                continue;
+            }
+            let (list, total) = if descriptor.is_write_only() {
+                last_writable = Some(range);
+                (&mut self.writable, &mut writable_len)
+            } else {
+                (&mut self.readable, &mut readable_len)
+            };
+            // No overflow: the iterator ends a chain of more than 2^32 bytes (§2.7.5.2), with `ends` false.
+            *total += range.len;
+            if list.len() <= MAX_RANGES {
+                list.push(range);
+            }
+        }
+
+        let last = last_writable
+            .filter(|_| ends && in_order)
+            .ok_or(Refusal::Malformed)?;
+        let status = last
+            .address
+            .0
+            .checked_add(u64::from(last.len) - 1)
+            .map(GuestAddress);
+        self.status = status.ok_or(Refusal::Malformed)?;
+        self.writable_len = writable_len - 1;
+        if !(GuestRange {
+            address: self.status,
+            len: 1,
+        })
+        .is_in(memory, Permissions::Write)
+        {
+            return Err(Refusal::Malformed);
+        }
+        if self.readable.len().max(self.writable.len()) > MAX_RANGES {
+            return Err(Refusal::TooManyRanges);
+        }
+        Ok(readable_len)
+    }
+
+    fn parse_transfer(&mut self, kind: Kind, sector: u64, len: u32, disk: &Disk) -> Result<(), Refusal> {
+        self.kind = kind;
+        if kind == Kind::Write && disk.read_only {
+            return Err(Refusal::ReadOnly);
+        }
+        if !len.is_multiple_of(disk.sector_size.bytes() as u32) {
+            return Err(Refusal::BadLength(len));
+        }
+        self.add_zone(sector, len / SECTOR, disk)
+    }
+
+    /// Reads the segments of a discard or write-zeroes request (§5.2.6, `struct virtio_blk_discard_write_zeroes`).
+    fn parse_zones(&mut self, kind: Kind, len: u32, memory: &Memory, disk: &Disk) -> Result<(), Refusal> {
+        self.kind = kind;
+        if disk.read_only {
+            return Err(Refusal::ReadOnly);
+        }
+        if len == 0 || !len.is_multiple_of(ZONE) || len / ZONE > MAX_ZONES as u32 {
+            return Err(Refusal::BadZones(len));
+        }
+        let (allowed_flags, max_sectors) = match kind {
+            Kind::Discard => (0, MAX_DISCARD_SECTORS),
+            // Permission to unmap is not a wish to: the range has to read as zeros, which takes encrypted zeros.
+            _ => (VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP, MAX_WRITE_ZEROES_SECTORS),
+        };
+        let mut zones = [[0; ZONE as usize]; MAX_ZONES];
+        let zones = &mut zones[..(len / ZONE) as usize];
+        let start = Position::default().advanced(&self.readable, HEADER);
+        self.read_out(memory, start, zones.as_flattened_mut())?;
+        for zone in zones {
+            let [sector @ .., n0, n1, n2, n3, f0, f1, f2, f3] = *zone;
+            let sectors = u32::from_le_bytes([n0, n1, n2, n3]);
+            let flags = u32::from_le_bytes([f0, f1, f2, f3]);
+            if flags & !allowed_flags != 0 {
+                return Err(Refusal::UnknownFlags(flags));
+            }
+            if sectors > max_sectors {
+                return Err(Refusal::ZoneTooLong(sectors));
+            }
+            self.add_zone(u64::from_le_bytes(sector), sectors, disk)?;
+        }
+        Ok(())
+    }
+
+    fn add_zone(&mut self, sector: u64, sectors: u32, disk: &Disk) -> Result<(), Refusal> {
+        let sectors = u64::from(sectors);
+        let granule = (disk.sector_size.bytes() / SECTOR as usize) as u64;
+        let in_range = sector
+            .checked_add(sectors)
+            .is_some_and(|end| end <= disk.sectors());
+        if !in_range || !sector.is_multiple_of(granule) || !sectors.is_multiple_of(granule) {
+            return Err(Refusal::OutOfRange { sector, sectors });
+        }
+        self.zones.push(Zone { sector, sectors });
+        Ok(())
+    }
+
+    /// Copies from the device-readable part.
+    fn read_out(&self, memory: &Memory, from: Position, target: &mut [u8]) -> Result<(), Refusal> {
+        let mut copied = 0;
+        for piece in pieces(
+            memory,
+            &self.readable,
+            from,
+            target.len() as u32,
+            Permissions::Read,
+        )
+        .map_err(|_| Refusal::BadAddress)?
+        {
+            copied += piece.copy_to(&mut target[copied..]);
+        }
+        if copied == target.len() {
+            Ok(())
+        } else {
+            Err(Refusal::BadAddress)
+        }
+    }
+
+    /// Answers GET_ID (§5.2.6.1): at most 20 bytes of the serial. Gives the number of bytes written.
+    pub(super) fn write_id(&self, memory: &Memory, serial: &[u8; ID as usize]) -> u32 {
+        let len = self.writable_len.min(ID);
+        let Ok(pieces) = pieces(
+            memory,
+            &self.writable,
+            Position::default(),
+            len,
+            Permissions::Write,
+        ) else {
+            return 0;
+        };
+        let mut rest = &serial[..];
+        for piece in pieces {
+            piece.copy_from(rest);
+            rest = &rest[piece.len().min(rest.len())..];
+        }
+        len
+    }
+
+    /// Writes the status byte.
+    pub(super) fn write_status(
+        &self,
+        memory: &Memory,
+        status: Status,
+    ) -> Result<(), vm_memory::GuestMemoryError> {
+        memory.write_obj(status as u8, self.status)
+    }
+}

@@ -1,0 +1,96 @@
+//! The rings of a session: which are being served, and which should be.
+
+use std::io;
+use std::sync::Arc;
+
+use super::disk::Disk;
+use super::guest::SharedMemory;
+use super::vring::Vring;
+use super::worker::{POOL_PAGES, Piece, Running};
+use crate::storage::Engine;
+
+/// Which rings a change concerns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Scope {
+    All,
+    One(usize),
+}
+
+impl Scope {
+    fn contains(self, index: usize) -> bool {
+        self == Scope::All || self == Scope::One(index)
+    }
+}
+
+/// The vrings of a session, and the workers that serve them.
+pub(super) struct Rings {
+    disk: Arc<Disk>,
+    memory: SharedMemory,
+    vrings: Vec<Vring>,
+    running: Vec<Option<Running>>,
+    /// Engines of rings that are stopped, for the next start.
+    engines: Vec<Engine<Piece>>,
+}
+
+impl Rings {
+    pub(super) fn new(disk: Arc<Disk>, memory: SharedMemory, vrings: Vec<Vring>) -> Self {
+        let running = vrings.iter().map(|_| None).collect();
+        Self {
+            disk,
+            memory,
+            vrings,
+            running,
+            engines: Vec::new(),
+        }
+    }
+
+    /// Stops the rings of `scope`: when it returns, nothing of theirs is in flight, and the vrings know how far they
+    /// were served.
+    pub(super) fn stop(&mut self, scope: Scope) {
+        for (index, running) in self.running.iter_mut().enumerate() {
+            if scope.contains(index)
+                && let Some(running) = running.take()
+            {
+                let (ring, engine) = running.stop();
+                self.vrings[index].stopped(&ring);
+                self.engines.push(engine);
+            }
+        }
+    }
+
+    /// Starts every ring that the front-end wants served and that is not.
+    pub(super) fn start(&mut self) {
+        for index in 0..self.vrings.len() {
+            if self.running[index].is_none()
+                && let Err(error) = self.start_one(index)
+            {
+                tracing::error!(queue = index, %error, "the queue cannot be served");
+            }
+        }
+    }
+
+    fn start_one(&mut self, index: usize) -> io::Result<()> {
+        let ring = match self.vrings[index].start(index, &self.memory) {
+            Ok(Some(ring)) => ring,
+            Ok(None) => return Ok(()),
+            Err(error) => return Err(io::Error::other(error)),
+        };
+        let engine = match self.engines.pop() {
+            Some(engine) => engine,
+            None => engine(&self.disk)?,
+        };
+        self.running[index] = Some(Running::start(ring, Arc::clone(&self.disk), engine)?);
+        Ok(())
+    }
+}
+
+impl Drop for Rings {
+    fn drop(&mut self) {
+        self.stop(Scope::All);
+    }
+}
+
+/// An engine as each queue gets one.
+pub(super) fn engine(disk: &Disk) -> io::Result<Engine<Piece>> {
+    Engine::new(Arc::clone(&disk.file), POOL_PAGES)
+}

@@ -1,0 +1,369 @@
+//! The socket that front-ends connect to, one at a time, and the control thread: it accepts, ends sessions, and stops
+//! on a signal. It follows QEMU's "Backend program conventions" (vhost-user specification).
+
+#![allow(unsafe_code)] // Signals as a descriptor have no safe wrapper, and --fd hands over a bare number.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use vmm_sys_util::epoll::EventSet;
+
+use super::disk::Disk;
+use super::rings;
+use super::session::{self, Link};
+
+/// Where front-ends come from.
+#[derive(Debug)]
+pub enum Endpoint {
+    /// A socket that we bind, and remove when we end.
+    Path(PathBuf),
+    /// A socket that the process was started with: one that listens, or one that is connected to the only front-end.
+    Fd(RawFd),
+}
+
+/// Why a disk is not served.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    #[error("{}: a server is listening on this socket; stop it, or choose another path", path.display())]
+    SocketInUse { path: PathBuf },
+    #[error("{}: is not a socket, so it is not replaced; choose another path", path.display())]
+    NotASocket { path: PathBuf },
+    #[error("{}: the socket cannot be bound; its directory has to exist and be writable", path.display())]
+    Bind { path: PathBuf, source: io::Error },
+    #[error("file descriptor {fd} is not an open Unix stream socket")]
+    BadFd { fd: RawFd, source: io::Error },
+    #[error(
+        "io_uring cannot be set up; sealblk needs Linux 5.19 or later with io_uring allowed \
+             (kernel.io_uring_disabled=0) and enough file descriptors and locked memory"
+    )]
+    IoUring(#[source] io::Error),
+    #[error("the control thread cannot be set up")]
+    Control(#[source] io::Error),
+}
+
+/// A disk that is ready to be served.
+#[derive(Debug)]
+pub struct Server {
+    disk: Arc<Disk>,
+    num_queues: u16,
+    source: Source,
+    signals: OwnedFd,
+}
+
+#[derive(Debug)]
+enum Source {
+    Listener {
+        listener: UnixListener,
+        bound: Option<Bound>,
+    },
+    Connected(UnixStream),
+}
+
+impl Server {
+    /// Takes the socket, and makes sure that a queue can be served.
+    ///
+    /// From here on SIGINT and SIGTERM wait for [`Server::run`]; call it while there is one thread.
+    pub fn new(disk: Disk, num_queues: u16, endpoint: Endpoint) -> Result<Self, ServeError> {
+        let disk = Arc::new(disk);
+        drop(rings::engine(&disk).map_err(ServeError::IoUring)?);
+        let signals = signals().map_err(ServeError::Control)?;
+        let source = match endpoint {
+            Endpoint::Path(path) => {
+                let (listener, bound) = bind(&path)?;
+                Source::Listener {
+                    listener,
+                    bound: Some(bound),
+                }
+            }
+            Endpoint::Fd(fd) => inherited(fd).map_err(|source| ServeError::BadFd { fd, source })?,
+        };
+        Ok(Self {
+            disk,
+            num_queues,
+            source,
+            signals,
+        })
+    }
+
+    /// Serves front-ends until SIGINT or SIGTERM, or until the only one leaves.
+    pub fn run(self) -> Result<(), ServeError> {
+        let control_error = |error: event_manager::Error| ServeError::Control(io::Error::other(error));
+        let (listener, first, bound) = match self.source {
+            Source::Listener { listener, bound } => {
+                listener.set_nonblocking(true).map_err(ServeError::Control)?;
+                (Some(listener), None, bound)
+            }
+            Source::Connected(stream) => (None, Some(stream), None),
+        };
+        let mut control = Control {
+            host: Arc::new(Host {
+                disk: self.disk,
+                num_queues: self.num_queues,
+                link: Link::new().map_err(ServeError::Control)?,
+                ended: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+                    .map_err(|error| ServeError::Control(error.into()))?,
+            }),
+            listener,
+            signals: self.signals,
+            session: None,
+            next: None,
+            finished: false,
+        };
+        if let Some(stream) = first {
+            control.begin(stream);
+        }
+        let mut manager = EventManager::new().map_err(control_error)?;
+        let id = manager.add_subscriber(control);
+        while !manager.subscriber_mut(id).map_err(control_error)?.finished {
+            manager.run().map_err(control_error)?;
+        }
+        drop(bound);
+        Ok(())
+    }
+}
+
+/// What every session needs.
+#[derive(Debug)]
+struct Host {
+    disk: Arc<Disk>,
+    num_queues: u16,
+    link: Link,
+    /// Signalled when a session has ended.
+    ended: OwnedFd,
+}
+
+#[derive(Debug)]
+struct Control {
+    host: Arc<Host>,
+    listener: Option<UnixListener>,
+    signals: OwnedFd,
+    session: Option<Session>,
+    /// A front-end that came while the one before was leaving.
+    next: Option<UnixStream>,
+    finished: bool,
+}
+
+#[derive(Debug)]
+struct Session {
+    stream: UnixStream,
+    thread: JoinHandle<()>,
+}
+
+/// The numbers of the control thread's events.
+const SIGNAL: u32 = 0;
+const CONNECTION: u32 = 1;
+const SESSION_ENDED: u32 = 2;
+
+impl MutEventSubscriber for Control {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        let listener = self
+            .listener
+            .as_ref()
+            .map(|listener| (listener.as_raw_fd(), CONNECTION));
+        let fds = [
+            (self.signals.as_raw_fd(), SIGNAL),
+            (self.host.ended.as_raw_fd(), SESSION_ENDED),
+        ];
+        for (fd, number) in fds.into_iter().chain(listener) {
+            if let Err(error) = ops.add(Events::with_data_raw(fd, number, EventSet::IN)) {
+                tracing::error!(%error, "the control thread cannot wait");
+                self.finished = true;
+            }
+        }
+    }
+
+    fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
+        match events.data() {
+            CONNECTION => self.accept(),
+            SESSION_ENDED => self.end(),
+            _ => self.stop(),
+        }
+    }
+}
+
+impl Control {
+    fn accept(&mut self) {
+        let Some(listener) = &self.listener else { return };
+        let stream = match listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "a front-end cannot be accepted");
+                // Out of descriptors: the connection waits, and must not keep this thread busy.
+                if error.kind() != io::ErrorKind::WouldBlock {
+                    std::thread::sleep(std::time::Duration::from_millis(100));
+                }
+                return;
+            }
+        };
+        match &self.session {
+            None => self.begin(stream),
+            Some(session) if has_hung_up(&session.stream) => self.next = Some(stream),
+            Some(_) => tracing::warn!("a second front-end is turned away: the disk has one"),
+        }
+    }
+
+    fn begin(&mut self, stream: UnixStream) {
+        let host = Arc::clone(&self.host);
+        let session = stream.try_clone().and_then(|front_end| {
+            let thread = std::thread::Builder::new()
+                .name("session".into())
+                .spawn(move || {
+                    tracing::info!("a front-end has connected");
+                    match session::run(&front_end, &host.disk, host.num_queues, &host.link) {
+                        Ok(()) => tracing::info!("the front-end has left"),
+                        Err(error) => {
+                            let error: &dyn std::error::Error = &error;
+                            tracing::warn!(error, "the session has ended");
+                        }
+                    }
+                    // The front-end learns of the end when the last descriptor of its connection goes.
+                    let _ = front_end.shutdown(std::net::Shutdown::Both);
+                    rustix::io::write(&host.ended, &1_u64.to_ne_bytes()).expect("an eventfd takes a 1");
+                })?;
+            Ok(Session { stream, thread })
+        });
+        match session {
+            Ok(session) => self.session = Some(session),
+            Err(error) => tracing::error!(%error, "a front-end cannot be served"),
+        }
+    }
+
+    fn end(&mut self) {
+        let _ = rustix::io::read(&self.host.ended, &mut [0; 8]);
+        if let Some(session) = self.session.take() {
+            let _ = session.thread.join();
+        }
+        match self.next.take() {
+            Some(stream) => self.begin(stream),
+            None => self.finished |= self.listener.is_none(),
+        }
+    }
+
+    /// Ends the session, which drains its rings, and then the control thread.
+    fn stop(&mut self) {
+        tracing::info!("stopping");
+        if let Some(session) = self.session.take() {
+            let _ = session.stream.shutdown(std::net::Shutdown::Both);
+            let _ = session.thread.join();
+        }
+        self.finished = true;
+    }
+}
+
+fn has_hung_up(stream: &UnixStream) -> bool {
+    let mut fds = [PollFd::new(stream, PollFlags::RDHUP)];
+    poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+}
+
+/// A socket that was bound: its name goes with us, if it is still ours.
+#[derive(Debug)]
+struct Bound {
+    path: PathBuf,
+    inode: (u64, u64),
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        if inode(&self.path).is_ok_and(|inode| inode == self.inode) {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn inode(path: &Path) -> io::Result<(u64, u64)> {
+    let metadata = std::fs::symlink_metadata(path)?;
+    Ok((metadata.dev(), metadata.ino()))
+}
+
+/// Binds a socket, in the place of one that nobody listens on any more.
+fn bind(path: &Path) -> Result<(UnixListener, Bound), ServeError> {
+    let bind_error = |source| ServeError::Bind {
+        path: path.into(),
+        source,
+    };
+    let listener = match UnixListener::bind(path) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            let file_type = std::fs::symlink_metadata(path).map_err(bind_error)?.file_type();
+            if !file_type.is_socket() {
+                return Err(ServeError::NotASocket { path: path.into() });
+            }
+            match UnixStream::connect(path) {
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
+                _ => return Err(ServeError::SocketInUse { path: path.into() }),
+            }
+            std::fs::remove_file(path).map_err(bind_error)?;
+            UnixListener::bind(path)
+        }
+        result => result,
+    }
+    .map_err(bind_error)?;
+    let inode = inode(path).map_err(bind_error)?;
+    Ok((
+        listener,
+        Bound {
+            path: path.into(),
+            inode,
+        },
+    ))
+}
+
+/// The socket that the process was started with.
+fn inherited(fd: RawFd) -> io::Result<Source> {
+    if fd <= libc::STDERR_FILENO {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    // SAFETY: only asks whether the number is an open descriptor.
+    if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is open, and by the contract of --fd it was passed on for us to own.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)?;
+    if rustix::net::sockopt::socket_domain(&fd)? != rustix::net::AddressFamily::UNIX
+        || rustix::net::sockopt::socket_type(&fd)? != rustix::net::SocketType::STREAM
+    {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    if rustix::net::sockopt::socket_acceptconn(&fd)? {
+        return Ok(Source::Listener {
+            listener: fd.into(),
+            bound: None,
+        });
+    }
+    let stream = UnixStream::from(fd);
+    stream.set_nonblocking(false)?;
+    Ok(Source::Connected(stream))
+}
+
+/// SIGINT and SIGTERM as a descriptor; the threads started from here on do not get them.
+fn signals() -> io::Result<OwnedFd> {
+    let mut set = MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: sigemptyset initialises the set it is given.
+    unsafe { libc::sigemptyset(set.as_mut_ptr()) };
+    // SAFETY: it was initialised just above.
+    let mut set = unsafe { set.assume_init() };
+    for signal in [libc::SIGINT, libc::SIGTERM] {
+        // SAFETY: the set is initialised, and the signal is a valid one.
+        unsafe { libc::sigaddset(&raw mut set, signal) };
+    }
+    // SAFETY: the set is initialised, and the old mask is not asked for.
+    let blocked = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
+    if blocked != 0 {
+        return Err(io::Error::from_raw_os_error(blocked));
+    }
+    // SAFETY: the set is initialised; -1 asks for a new descriptor.
+    let fd = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor was just made, and nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}

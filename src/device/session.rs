@@ -1,0 +1,171 @@
+//! A front-end's connection, from its first message to its leave: the protocol handler, the gate in front of it, and
+//! the rings behind it. The next connection gets a new one of each.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::{Mode, OFlags};
+use vhost::vhost_user::VhostUserProtocolFeatures;
+use vhost_user_backend::{VhostUserBackend, VhostUserDaemon};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::epoll::EventSet;
+
+use super::config;
+use super::disk::Disk;
+use super::gate::{self, GateError};
+use super::guest::SharedMemory;
+use super::rings::Rings;
+use super::vring::{self, Vring};
+
+/// Why a session ended other than by the front-end's leave.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum SessionError {
+    #[error("the session cannot be set up")]
+    Setup(#[from] io::Error),
+    #[error("the protocol handler cannot be set up: {0}")]
+    Handler(vhost_user_backend::Error),
+    #[error(transparent)]
+    Gate(#[from] GateError),
+}
+
+/// Serves `disk` to a front-end until it leaves.
+pub(super) fn run(
+    front_end: &UnixStream,
+    disk: &Arc<Disk>,
+    num_queues: u16,
+    link: &Link,
+) -> Result<(), SessionError> {
+    let memory = SharedMemory::new(GuestMemoryMmap::new());
+    let backend = Arc::new(Backend {
+        disk: Arc::clone(disk),
+        num_queues,
+        acked_features: AtomicU64::new(0),
+    });
+    let (daemon, vrings) =
+        vring::collect(|| VhostUserDaemon::new("vhost-user".into(), backend, memory.clone()));
+    let mut daemon = daemon.map_err(SessionError::Handler)?;
+    daemon.start_client(&link.path()).map_err(SessionError::Handler)?;
+    let (handler, _) = link.listener.accept()?;
+
+    let mut rings = Rings::new(Arc::clone(disk), memory, vrings);
+    let result = gate::relay(front_end, &handler, &mut rings);
+    drop(handler);
+    if let Err(error) = daemon.wait() {
+        tracing::debug!(%error, "the protocol handler ended");
+    }
+    Ok(result?)
+}
+
+/// The socket by which a session's protocol handler and its gate find each other. The crate connects by path only;
+/// this path leads through a descriptor of ours, so that nobody else can come by it.
+#[derive(Debug)]
+pub(super) struct Link {
+    listener: UnixListener,
+    inode: OwnedFd,
+}
+
+impl Link {
+    pub(super) fn new() -> io::Result<Self> {
+        let dir = tempdir()?;
+        let path = dir.join("link");
+        let link = UnixListener::bind(&path).and_then(|listener| {
+            let inode = rustix::fs::open(&path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+            Ok(Self { listener, inode })
+        });
+        // The inode is all that is needed; its name goes at once.
+        let _ = std::fs::remove_file(&path);
+        let _ = std::fs::remove_dir(&dir);
+        link
+    }
+
+    fn path(&self) -> String {
+        format!("/proc/self/fd/{}", self.inode.as_raw_fd())
+    }
+}
+
+/// A directory that nobody else can enter.
+fn tempdir() -> io::Result<std::path::PathBuf> {
+    let mut name = [0; 8];
+    getrandom::fill(&mut name)?;
+    let dir = std::env::temp_dir().join(format!("sealblk-{:016x}", u64::from_ne_bytes(name)));
+    rustix::fs::mkdir(&dir, Mode::RWXU)?;
+    Ok(dir)
+}
+
+/// What the protocol handler asks of us.
+struct Backend {
+    disk: Arc<Disk>,
+    num_queues: u16,
+    /// What the driver acknowledged, but for the front-end's own bits.
+    acked_features: AtomicU64,
+}
+
+/// VHOST_F_LOG_ALL: the front-end's, set and cleared while the driver runs on.
+const LOG_ALL: u64 = 1 << 26;
+
+impl VhostUserBackend for Backend {
+    type Bitmap = ();
+    type Vring = Vring;
+
+    fn num_queues(&self) -> usize {
+        usize::from(self.num_queues)
+    }
+
+    fn max_queue_size(&self) -> usize {
+        usize::from(config::MAX_QUEUE_SIZE)
+    }
+
+    fn features(&self) -> u64 {
+        config::features(&self.disk)
+    }
+
+    fn acked_features(&self, features: u64) {
+        let features = features & !LOG_ALL;
+        if self.acked_features.swap(features, Ordering::AcqRel) == features {
+            return;
+        }
+        // A driver that can neither flush nor choose the mode must find what it wrote after a crash (virtio 1.2
+        // §5.2.6.2): firmware and boot loaders are such drivers.
+        let write_cache = features & (1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_CONFIG_WCE) != 0;
+        if let Err(error) = self.disk.set_write_cache(write_cache) {
+            tracing::error!(%error, "what was written before cannot be put on stable storage");
+        }
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        config::protocol_features()
+    }
+
+    fn reset_device(&self) {
+        self.acked_features.store(0, Ordering::Release);
+    }
+
+    /// The handler sets it in the vrings, from where it comes to the workers.
+    fn set_event_idx(&self, _enabled: bool) {}
+
+    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+        config::read(&self.disk, self.num_queues, offset, size)
+    }
+
+    fn set_config(&self, offset: u32, buf: &[u8]) -> io::Result<()> {
+        config::write(&self.disk, offset, buf).map_err(io::Error::other)
+    }
+
+    /// The gate starts the rings anew after each change, with the memory of then.
+    fn update_memory(&self, _memory: SharedMemory) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// The queues are served by our workers, so the handler needs no threads.
+    fn queues_per_thread(&self) -> Vec<u64> {
+        Vec::new()
+    }
+
+    fn handle_event(&self, _event: u16, _: EventSet, _: &[Vring], _thread: usize) -> io::Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,190 @@
+//! The vrings of a session, shared between vhost-user-backend's protocol handler and the workers.
+//!
+//! The handler makes its vrings itself and hands them only to the threads that it would run the queues on. Our
+//! workers are not those threads (they wait for kicks and completions in one place, and stop by giving the ring
+//! back), so the vrings are collected as the handler makes them. In all else a [`Vring`] is the crate's own.
+
+#![allow(unsafe_code)] // vmm-sys-util's event types tell their descriptors as bare numbers only.
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::MutexGuard;
+
+use rustix::fs::OFlags;
+use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
+use virtio_queue::{Error, Queue, QueueT};
+use vm_memory::GuestAddressSpace;
+
+use super::guest::SharedMemory;
+use super::worker::Ring;
+
+thread_local! {
+    /// The vrings that were made on this thread since `collect` began.
+    static MADE: RefCell<Vec<Vring>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Runs `make`, and gives the vrings that it made on this thread, in order.
+pub(super) fn collect<T>(make: impl FnOnce() -> T) -> (T, Vec<Vring>) {
+    MADE.take();
+    let made = make();
+    (made, MADE.take())
+}
+
+/// A vring as the protocol handler knows it.
+#[derive(Clone)]
+pub(super) struct Vring(VringMutex<SharedMemory>);
+
+impl Vring {
+    /// The ring, ready to be served, if the front-end has started and enabled it.
+    ///
+    /// # Errors
+    /// If the driver's rings do not lie in guest memory, or descriptors are exhausted.
+    pub(super) fn start(&self, index: usize, memory: &SharedMemory) -> Result<Option<Ring>, StartError> {
+        let state = self.0.get_ref();
+        let Some(kick) = state.get_kick().as_ref().filter(|_| state.is_enabled()) else {
+            return Ok(None);
+        };
+        let queue = state.get_queue();
+        if !queue.ready() {
+            return Ok(None);
+        }
+        let memory = memory.memory().into_inner();
+        if queue.avail_ring() == 0 || !queue.is_valid(&*memory) {
+            return Err(StartError::NotInMemory);
+        }
+        let queue = Queue::try_from(queue.state()).map_err(StartError::Queue)?;
+        let kick = nonblocking_clone(kick)?;
+        let call = state.get_call().as_ref().map(nonblocking_clone).transpose()?;
+        Ok(Some(Ring {
+            index,
+            queue,
+            memory,
+            kick,
+            call,
+        }))
+    }
+
+    /// Takes back how far the ring was served.
+    pub(super) fn stopped(&self, ring: &Ring) {
+        self.0.set_queue_next_avail(ring.queue.next_avail());
+        self.0.set_queue_next_used(ring.queue.next_used());
+    }
+}
+
+/// Why a ring is not served.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum StartError {
+    #[error("its descriptor table, available ring or used ring does not lie in the guest's memory")]
+    NotInMemory,
+    #[error("its size or addresses are not valid: {0}")]
+    Queue(Error),
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// A second descriptor of an eventfd, on which neither we nor a front-end that drains or fills it can be made to wait.
+fn nonblocking_clone(fd: &impl AsRawFd) -> io::Result<OwnedFd> {
+    // SAFETY: the descriptor belongs to `fd`, which is borrowed meanwhile.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
+    let fd = fd.try_clone_to_owned()?;
+    rustix::fs::fcntl_setfl(&fd, rustix::fs::fcntl_getfl(fd.as_fd())? | OFlags::NONBLOCK)?;
+    Ok(fd)
+}
+
+impl<'a> VringStateGuard<'a, SharedMemory> for Vring {
+    type G = MutexGuard<'a, VringState<SharedMemory>>;
+}
+
+impl<'a> VringStateMutGuard<'a, SharedMemory> for Vring {
+    type G = MutexGuard<'a, VringState<SharedMemory>>;
+}
+
+impl VringT<SharedMemory> for Vring {
+    fn new(mem: SharedMemory, max_queue_size: u16) -> Result<Self, Error> {
+        let vring = Self(VringMutex::new(mem, max_queue_size)?);
+        MADE.with_borrow_mut(|made| made.push(vring.clone()));
+        Ok(vring)
+    }
+
+    fn get_ref(&self) -> MutexGuard<'_, VringState<SharedMemory>> {
+        self.0.get_ref()
+    }
+
+    fn get_mut(&self) -> MutexGuard<'_, VringState<SharedMemory>> {
+        self.0.get_mut()
+    }
+
+    fn add_used(&self, desc_index: u16, len: u32) -> Result<(), Error> {
+        self.0.add_used(desc_index, len)
+    }
+
+    fn signal_used_queue(&self) -> io::Result<()> {
+        self.0.signal_used_queue()
+    }
+
+    fn enable_notification(&self) -> Result<bool, Error> {
+        self.0.enable_notification()
+    }
+
+    fn disable_notification(&self) -> Result<(), Error> {
+        self.0.disable_notification()
+    }
+
+    fn needs_notification(&self) -> Result<bool, Error> {
+        self.0.needs_notification()
+    }
+
+    fn set_enabled(&self, enabled: bool) {
+        self.0.set_enabled(enabled);
+    }
+
+    fn set_queue_info(&self, desc_table: u64, avail_ring: u64, used_ring: u64) -> Result<(), Error> {
+        self.0.set_queue_info(desc_table, avail_ring, used_ring)
+    }
+
+    fn queue_next_avail(&self) -> u16 {
+        self.0.queue_next_avail()
+    }
+
+    fn set_queue_next_avail(&self, base: u16) {
+        self.0.set_queue_next_avail(base);
+    }
+
+    fn set_queue_next_used(&self, idx: u16) {
+        self.0.set_queue_next_used(idx);
+    }
+
+    fn queue_used_idx(&self) -> Result<u16, Error> {
+        self.0.queue_used_idx()
+    }
+
+    fn set_queue_size(&self, num: u16) {
+        self.0.set_queue_size(num);
+    }
+
+    fn set_queue_event_idx(&self, enabled: bool) {
+        self.0.set_queue_event_idx(enabled);
+    }
+
+    fn set_queue_ready(&self, ready: bool) {
+        self.0.set_queue_ready(ready);
+    }
+
+    fn set_kick(&self, file: Option<File>) {
+        self.0.set_kick(file);
+    }
+
+    fn read_kick(&self) -> io::Result<bool> {
+        self.0.read_kick()
+    }
+
+    fn set_call(&self, file: Option<File>) {
+        self.0.set_call(file);
+    }
+
+    fn set_err(&self, file: Option<File>) {
+        self.0.set_err(file);
+    }
+}

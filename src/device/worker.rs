@@ -1,0 +1,615 @@
+//! The data path: the life of a request, in order, on one thread for each virtqueue.
+//!
+//! ```text
+//! take      a chain from the available ring, parsed once into a request
+//! issue     its pieces, for each the extent that the segment table names:
+//!             write   the cipher reads guest memory and fills a buffer, which goes to io_uring
+//!             read    io_uring fills a buffer
+//! complete  a piece: the cipher reads a read's buffer and fills guest memory; the buffer goes back
+//! finish    the request: status byte, used ring
+//! notify    the driver, once for all that was finished in a round
+//! ```
+//!
+//! A [`Ring`] comes to the worker by value when the front-end starts it and goes back by value when it is stopped,
+//! with nothing in flight: whoever wants to change what I/O stands on has to have the ring, and so has drained it.
+//! Memory is bounded by the pool, the table of requests and [`super::request`]'s limits; when one is exhausted, chains
+//! wait in the available ring.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, eventfd};
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Permissions, VolatileSlice};
+
+use super::disk::Disk;
+use super::guest::{Memory, Pieces, Position, pieces};
+use super::request::{Kind, Refusal, Request, Status};
+use crate::cipher::Sector;
+use crate::storage::{Buffer, Done, Engine, Event, PAGE};
+use crate::volume::segment::Extent;
+
+/// The most requests that one queue has in hand; more wait in the available ring.
+const MAX_REQUESTS: usize = 256;
+/// The most bytes of one piece of a request: large ones are cut, so that cipher and storage work at the same time.
+const MAX_PIECE: u64 = 128 << 10;
+/// The pages of a queue's pool: room for 32 of the largest pieces, or for all requests of a few pages.
+pub(super) const POOL_PAGES: u32 = 1024;
+/// How often at most a queue's storage errors are logged.
+const ERROR_LOG_INTERVAL: Duration = Duration::from_secs(1);
+
+/// The numbers of the watched descriptors.
+const KICK: u32 = 0;
+const STOP: u32 = 1;
+
+/// A started virtqueue, with all that a worker needs to serve it.
+#[derive(Debug)]
+pub(super) struct Ring {
+    pub index: usize,
+    pub queue: Queue,
+    pub memory: Memory,
+    pub kick: OwnedFd,
+    pub call: Option<OwnedFd>,
+}
+
+/// A virtqueue that is being served.
+#[derive(Debug)]
+pub(super) struct Running {
+    thread: JoinHandle<(Ring, Engine<Piece>)>,
+    stop: OwnedFd,
+}
+
+impl Running {
+    /// Starts a thread that serves `ring` with `engine`.
+    ///
+    /// # Errors
+    /// If descriptors or threads are exhausted.
+    pub(super) fn start(ring: Ring, disk: Arc<Disk>, engine: Engine<Piece>) -> io::Result<Self> {
+        let stop = eventfd(0, EventfdFlags::CLOEXEC)?;
+        let watched_stop = stop.try_clone()?;
+        let thread = std::thread::Builder::new()
+            .name(format!("queue-{}", ring.index))
+            .spawn(move || Worker::new(ring, disk, engine).serve(&watched_stop))?;
+        Ok(Self { thread, stop })
+    }
+
+    /// Takes no more chains, waits for what is in flight, and gives the ring back.
+    pub(super) fn stop(self) -> (Ring, Engine<Piece>) {
+        rustix::io::write(&self.stop, &1_u64.to_ne_bytes()).expect("an eventfd at 0 takes a 1");
+        self.thread
+            .join()
+            .expect("a worker that panics aborts the process")
+    }
+}
+
+/// A part of a request that is in flight.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Piece {
+    /// Its request's place in the table.
+    place: u16,
+    /// Where its data lies in the request's buffers.
+    position: Position,
+    first: Sector,
+    /// Its length in bytes.
+    len: u32,
+}
+
+/// A request in hand, and how far it has come.
+#[derive(Debug)]
+struct Task {
+    request: Request,
+    /// The zone to be issued next, and how many of its sectors have been.
+    zone: usize,
+    sectors_issued: u64,
+    /// Where the data of the next piece lies.
+    position: Position,
+    all_issued: bool,
+    in_flight: u32,
+    status: Status,
+    /// The bytes from the start of the device-writable part that were written.
+    written: u32,
+}
+
+impl Task {
+    fn new() -> Self {
+        Self {
+            request: Request::new(),
+            zone: 0,
+            sectors_issued: 0,
+            position: Position::default(),
+            all_issued: false,
+            in_flight: 0,
+            status: Status::Ok,
+            written: 0,
+        }
+    }
+
+    /// Sets out to carry out the request that was parsed.
+    fn begin(&mut self) {
+        self.zone = 0;
+        self.sectors_issued = 0;
+        self.position = self.request.data_start();
+        self.all_issued = false;
+        self.status = Status::Ok;
+        self.written = if self.request.kind == Kind::Read {
+            self.request.writable_len
+        } else {
+            0
+        };
+    }
+
+    /// The sectors that are to be issued next.
+    fn next_sectors(&mut self) -> Option<(Sector, u64)> {
+        while let Some(zone) = self.request.zones.get(self.zone) {
+            if self.sectors_issued < zone.sectors {
+                return Some((
+                    Sector(zone.sector + self.sectors_issued),
+                    zone.sectors - self.sectors_issued,
+                ));
+            }
+            self.zone += 1;
+            self.sectors_issued = 0;
+        }
+        None
+    }
+
+    /// Takes into account that a piece was issued.
+    fn advance(&mut self, sectors: u64, len: u32) {
+        self.sectors_issued += sectors;
+        self.position = self.position.advanced(self.request.data(), len);
+        self.in_flight += 1;
+    }
+
+    /// Issues nothing more of it.
+    fn fail(&mut self, status: Status) {
+        self.zone = self.request.zones.len();
+        self.status = status;
+        self.written = 0;
+    }
+
+    /// What the used ring says was written (virtio 1.2 §2.7.8.2): never more than really was, from the start of the
+    /// device-writable part on. The status byte is the last of that part.
+    fn used_len(&self) -> u32 {
+        self.written + u32::from(self.written == self.request.writable_len)
+    }
+}
+
+struct Worker {
+    ring: Ring,
+    disk: Arc<Disk>,
+    engine: Engine<Piece>,
+    tasks: Vec<Task>,
+    vacant: Vec<u16>,
+    /// Tasks with something left to issue, oldest first.
+    to_issue: VecDeque<u16>,
+    /// A bit for each head that is in hand.
+    heads: Vec<u64>,
+    /// The zeros that write-zeroes encrypts.
+    zeros: Vec<u8>,
+    /// Whether something was put into the used ring since the driver was last notified.
+    published: bool,
+    stopping: bool,
+    /// Set for good when the ring itself makes no sense.
+    broken: bool,
+    errors: ErrorLog,
+}
+
+impl Worker {
+    fn new(ring: Ring, disk: Arc<Disk>, engine: Engine<Piece>) -> Self {
+        let heads = vec![0; usize::from(ring.queue.size()).div_ceil(u64::BITS as usize)];
+        Self {
+            ring,
+            disk,
+            engine,
+            tasks: Vec::new(),
+            vacant: Vec::new(),
+            to_issue: VecDeque::with_capacity(MAX_REQUESTS),
+            heads,
+            zeros: vec![0; PAGE],
+            published: false,
+            stopping: false,
+            broken: false,
+            errors: ErrorLog::default(),
+        }
+    }
+
+    fn serve(mut self, stop: &OwnedFd) -> (Ring, Engine<Piece>) {
+        self.engine.watch(KICK, self.ring.kick.as_fd());
+        self.engine.watch(STOP, stop.as_fd());
+        while !(self.stopping && self.is_idle()) {
+            let completed = self.complete();
+            let taken = self.take();
+            self.issue();
+            self.notify();
+            if completed || taken {
+                self.enter(Engine::submit);
+            } else if !self.has_more() {
+                self.enter(Engine::wait);
+            }
+        }
+        self.enter(Engine::unwatch);
+        (self.ring, self.engine)
+    }
+
+    /// Takes chains off the available ring while there is room for requests.
+    fn take(&mut self) -> bool {
+        let mut taken = false;
+        while let Some(place) = self.vacant_place() {
+            let chain = match self
+                .ring
+                .queue
+                .iter(&*self.ring.memory)
+                .map(|mut chains| chains.next())
+            {
+                Ok(Some(chain)) => chain,
+                Ok(None) => break,
+                Err(error) => {
+                    self.retire(&error);
+                    break;
+                }
+            };
+            taken = true;
+            let head = chain.head_index();
+            if head >= self.ring.queue.size() || self.heads[usize::from(head) / 64] & bit(head) != 0 {
+                tracing::debug!(
+                    queue = self.ring.index,
+                    head,
+                    "the driver offers a head that is not its to offer"
+                );
+                continue;
+            }
+            self.heads[usize::from(head) / 64] |= bit(head);
+            self.vacant.pop();
+            let task = &mut self.tasks[usize::from(place)];
+            match task.request.parse(chain, &self.ring.memory, &self.disk) {
+                Ok(()) => {
+                    task.begin();
+                    self.to_issue.push_back(place);
+                }
+                Err(refusal) => self.refuse(place, refusal),
+            }
+        }
+        taken
+    }
+
+    /// Issues what can be issued, oldest first, until the pool is exhausted.
+    fn issue(&mut self) {
+        while let Some(&place) = self.to_issue.front() {
+            let all_issued = match self.task(place).request.kind {
+                Kind::Read | Kind::Write | Kind::WriteZeroes => self.issue_transfers(place),
+                Kind::Flush => self.issue_flush(place),
+                Kind::Discard => self.issue_discards(place),
+                Kind::Id => {
+                    let task = &mut self.tasks[usize::from(place)];
+                    task.written = task.request.write_id(&self.ring.memory, &self.disk.serial);
+                    true
+                }
+            };
+            if !all_issued {
+                break;
+            }
+            self.to_issue.pop_front();
+            self.task(place).all_issued = true;
+            if self.task(place).in_flight == 0 {
+                self.finish(place);
+            }
+        }
+    }
+
+    /// Issues pieces until all are or the pool is exhausted; tells which.
+    fn issue_transfers(&mut self, place: u16) -> bool {
+        while let Some((first, sectors)) = self.task(place).next_sectors() {
+            let sectors = sectors.min(MAX_PIECE / Sector::LEN);
+            let Extent { sectors, offset, .. } = self.disk.table.extent(first, sectors);
+            let len = (sectors * Sector::LEN) as u32;
+            let Some(mut buffer) = self.engine.buffer(len as usize) else {
+                return false;
+            };
+            let task = self.task(place);
+            let kind = task.request.kind;
+            let piece = Piece {
+                place,
+                position: task.position,
+                first,
+                len,
+            };
+            task.advance(sectors, if kind == Kind::WriteZeroes { 0 } else { len });
+
+            if kind == Kind::Read {
+                self.engine.read(buffer, offset, piece);
+            } else if let Err(error) = self.fill(piece, &mut buffer) {
+                self.engine.release(buffer);
+                self.task(place).in_flight -= 1;
+                self.fail(place, &error);
+            } else {
+                let durable = !self.disk.write_cache();
+                self.engine.write(buffer, offset, durable, piece);
+            }
+        }
+        true
+    }
+
+    /// Encrypts what the guest wrote, or zeros, into a buffer for storage.
+    fn fill(&mut self, piece: Piece, buffer: &mut Buffer) -> io::Result<()> {
+        let request = &self.tasks[usize::from(piece.place)].request;
+        let plain = if request.kind == Kind::WriteZeroes {
+            zeros(&mut self.zeros, piece.len as usize)
+        } else {
+            pieces(
+                &self.ring.memory,
+                request.data(),
+                piece.position,
+                piece.len,
+                Permissions::Read,
+            )
+            .map_err(io::Error::other)?
+        };
+        let extent = self
+            .disk
+            .table
+            .extent(piece.first, u64::from(piece.len) / Sector::LEN);
+        extent
+            .treatment
+            .seal(extent.iv, &plain, self.engine.bytes_mut(buffer));
+        Ok(())
+    }
+
+    fn issue_flush(&mut self, place: u16) -> bool {
+        // What was never written needs no flush; firmware asks for one all the same.
+        if self.disk.read_only {
+            return true;
+        }
+        if !self.engine.has_room_without_data() {
+            return false;
+        }
+        self.engine.sync(Piece {
+            place,
+            position: Position::default(),
+            first: Sector(0),
+            len: 0,
+        });
+        self.task(place).in_flight += 1;
+        true
+    }
+
+    fn issue_discards(&mut self, place: u16) -> bool {
+        while let Some((first, sectors)) = self.task(place).next_sectors() {
+            if !self.engine.has_room_without_data() {
+                return false;
+            }
+            let Extent { sectors, offset, .. } = self.disk.table.extent(first, sectors);
+            let piece = Piece {
+                place,
+                position: Position::default(),
+                first,
+                len: 0,
+            };
+            self.engine.discard(offset, sectors * Sector::LEN, piece);
+            self.task(place).advance(sectors, 0);
+        }
+        true
+    }
+
+    /// Handles what has happened since the last look.
+    fn complete(&mut self) -> bool {
+        let mut any = false;
+        while let Some(event) = self.engine.next_event() {
+            any = true;
+            match event {
+                Event::Done(done) => self.land(done),
+                // The count says nothing; the driver may have kicked for what was taken already.
+                Event::Ready(KICK) => {
+                    let _ = rustix::io::read(&self.ring.kick, &mut [0; 8]);
+                }
+                Event::Ready(_) => self.stopping = true,
+            }
+        }
+        any
+    }
+
+    /// A piece has ended: a read's data goes to the guest, and the request may be finished.
+    fn land(
+        &mut self,
+        Done {
+            context: piece,
+            buffer,
+            result,
+        }: Done<Piece>,
+    ) {
+        let place = piece.place;
+        if let Err(error) = result.and_then(|()| self.deliver(piece, buffer.as_ref())) {
+            self.fail(place, &error);
+        }
+        if let Some(buffer) = buffer {
+            self.engine.release(buffer);
+        }
+        let task = self.task(place);
+        task.in_flight -= 1;
+        if task.in_flight == 0 && task.all_issued {
+            self.finish(place);
+        }
+    }
+
+    /// Decrypts what a read brought into the guest's buffers.
+    fn deliver(&mut self, piece: Piece, buffer: Option<&Buffer>) -> io::Result<()> {
+        let request = &self.tasks[usize::from(piece.place)].request;
+        if let (Kind::Read, Some(buffer)) = (request.kind, buffer) {
+            let plain = pieces(
+                &self.ring.memory,
+                request.data(),
+                piece.position,
+                piece.len,
+                Permissions::Write,
+            )
+            .map_err(io::Error::other)?;
+            // The table is the one that the piece was issued by: it does not change while a ring runs.
+            let extent = self
+                .disk
+                .table
+                .extent(piece.first, u64::from(piece.len) / Sector::LEN);
+            extent
+                .treatment
+                .open(extent.iv, self.engine.bytes(buffer), &plain);
+        }
+        Ok(())
+    }
+
+    fn fail(&mut self, place: u16, error: &io::Error) {
+        let task = &mut self.tasks[usize::from(place)];
+        // Storage that cannot discard is no error: the driver learns that it need not ask.
+        let unsupported =
+            task.request.kind == Kind::Discard && error.raw_os_error() == Some(libc::EOPNOTSUPP);
+        task.fail(if unsupported {
+            Status::Unsupported
+        } else {
+            Status::IoError
+        });
+        if !unsupported && let Some(suppressed) = self.errors.admit() {
+            let (kind, zone) = (task.request.kind, task.request.zones.first());
+            tracing::error!(queue = self.ring.index, ?kind, ?zone, %error, suppressed, "I/O error on storage");
+        }
+    }
+
+    /// Answers a chain that is not carried out.
+    fn refuse(&mut self, place: u16, refusal: Refusal) {
+        // The guest's fault is not the operator's concern, and must not fill the log.
+        tracing::debug!(queue = self.ring.index, %refusal, "request refused");
+        match refusal.status() {
+            Some(status) => {
+                self.task(place).begin();
+                self.task(place).fail(status);
+                self.finish(place);
+            }
+            None => self.publish(place, 0),
+        }
+    }
+
+    fn finish(&mut self, place: u16) {
+        let task = &self.tasks[usize::from(place)];
+        let used_len = task.used_len();
+        if let Err(error) = task.request.write_status(&self.ring.memory, task.status) {
+            tracing::debug!(queue = self.ring.index, %error, "the status byte is gone from the guest's memory");
+        }
+        self.publish(place, used_len);
+    }
+
+    /// Puts the head into the used ring, which gives the chain back to the driver.
+    fn publish(&mut self, place: u16, used_len: u32) {
+        let head = self.task(place).request.head;
+        self.heads[usize::from(head) / 64] &= !bit(head);
+        self.vacant.push(place);
+        match self.ring.queue.add_used(&*self.ring.memory, head, used_len) {
+            Ok(()) => self.published = true,
+            Err(error) => self.retire(&error),
+        }
+    }
+
+    /// Notifies the driver if it wants to be, once for all that was published.
+    fn notify(&mut self) {
+        if !std::mem::take(&mut self.published) {
+            return;
+        }
+        match self.ring.queue.needs_notification(&*self.ring.memory) {
+            Ok(true) => {
+                if let Some(call) = &self.ring.call {
+                    // A full counter has notified already.
+                    let _ = rustix::io::write(call, &1_u64.to_ne_bytes());
+                }
+            }
+            Ok(false) => {}
+            Err(error) => self.retire(&error),
+        }
+    }
+
+    /// Asks for kicks, and looks once more whether a chain came before that was seen (virtio 1.2 §2.7.10).
+    fn has_more(&mut self) -> bool {
+        if self.vacant_place().is_none() {
+            return false;
+        }
+        self.ring
+            .queue
+            .enable_notification(&*self.ring.memory)
+            .unwrap_or_else(|error| {
+                self.retire(&error);
+                false
+            })
+    }
+
+    /// A ring that makes no sense is served no more until it is set up anew; other rings go on.
+    fn retire(&mut self, error: &virtio_queue::Error) {
+        if !self.broken {
+            self.broken = true;
+            tracing::warn!(queue = self.ring.index, %error, "the driver broke this queue; it rests until it is reset");
+        }
+    }
+
+    /// A place for one more request, or none while no chain is to be taken.
+    fn vacant_place(&mut self) -> Option<u16> {
+        if self.broken || self.stopping {
+            return None;
+        }
+        if self.vacant.is_empty() && self.tasks.len() < MAX_REQUESTS {
+            self.vacant.push(self.tasks.len() as u16);
+            self.tasks.push(Task::new());
+        }
+        self.vacant.last().copied()
+    }
+
+    fn is_idle(&self) -> bool {
+        self.engine.in_flight() == 0 && self.to_issue.is_empty()
+    }
+
+    fn task(&mut self, place: u16) -> &mut Task {
+        &mut self.tasks[usize::from(place)]
+    }
+
+    /// Has the kernel take submissions, or sleeps. An error is not expected; it must not become a busy loop.
+    fn enter(&mut self, call: impl Fn(&mut Engine<Piece>) -> io::Result<()>) {
+        if let Err(error) = call(&mut self.engine) {
+            if let Some(suppressed) = self.errors.admit() {
+                tracing::error!(queue = self.ring.index, %error, suppressed, "io_uring fails");
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+/// `len` bytes of zeros, as pieces of one page.
+fn zeros(page: &mut [u8], len: usize) -> Pieces<'_> {
+    let page_len = page.len();
+    let page = VolatileSlice::from(page);
+    let mut pieces: Pieces<'_> = std::iter::repeat_n(page, len / page_len).collect();
+    pieces.extend(page.subslice(0, len % page_len));
+    pieces
+}
+
+fn bit(head: u16) -> u64 {
+    1 << (head % 64)
+}
+
+/// Keeps errors that come by the thousand from filling the log.
+#[derive(Debug, Default)]
+struct ErrorLog {
+    last: Option<Instant>,
+    suppressed: u32,
+}
+
+impl ErrorLog {
+    /// The number of errors that were not logged before this one, or none if this one is not to be either.
+    fn admit(&mut self) -> Option<u32> {
+        let now = Instant::now();
+        if self
+            .last
+            .is_some_and(|last| now.duration_since(last) < ERROR_LOG_INTERVAL)
+        {
+            self.suppressed = self.suppressed.saturating_add(1);
+            return None;
+        }
+        self.last = Some(now);
+        Some(std::mem::take(&mut self.suppressed))
+    }
+}
