@@ -157,3 +157,72 @@ fn space(disk: &Disk, num_queues: u16) -> [u8; CONFIG_LEN] {
     );
     space
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::cipher::Sector;
+    use crate::storage::{Access, Backing};
+    use crate::volume::segment::{Segment, SegmentTable, Treatment};
+
+    fn disk(read_only: bool, discard: bool) -> Disk {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let backing = Backing::open(file.path(), Access::ReadWrite).unwrap();
+        let table = SegmentTable::new([Segment {
+            sectors: 2048,
+            offset: 0,
+            iv: Sector(0),
+            treatment: Treatment::Linear,
+        }]);
+        let file = Arc::new(backing.data_file(512).unwrap());
+        Disk::new(
+            Arc::new(table),
+            file,
+            SectorSize::B512,
+            read_only,
+            discard,
+            "serial",
+        )
+    }
+
+    #[test]
+    fn a_prefix_of_any_length_is_answered_with_that_length() {
+        let disk = disk(false, false);
+        for size in [0, 1, 8, 60, 72, 96, 256] {
+            assert_eq!(read(&disk, 4, 0, size).len(), size as usize);
+        }
+        assert_eq!(read(&disk, 4, 0, 8), 2048_u64.to_le_bytes());
+        assert_eq!(read(&disk, 4, 34, 2), 4_u16.to_le_bytes());
+        assert!(read(&disk, 4, 0, VHOST_USER_CONFIG_SIZE + 1).is_empty());
+        assert!(read(&disk, 4, u32::MAX, u32::MAX).is_empty());
+    }
+
+    #[test]
+    fn only_writeback_can_be_written() {
+        let disk = disk(false, false);
+        write(&disk, 32, &[0]).unwrap();
+        assert!(!disk.write_cache());
+        assert_eq!(read(&disk, 1, 32, 1), [0]);
+        write(&disk, 32, &[1]).unwrap();
+        assert!(disk.write_cache());
+        for (offset, bytes) in [
+            (0, &[0_u8; 8][..]),
+            (32, &[2]),
+            (32, &[]),
+            (32, &[0, 0]),
+            (u32::MAX, &[0]),
+        ] {
+            assert!(write(&disk, offset, bytes).is_err(), "{offset} {bytes:?}");
+        }
+    }
+
+    #[test]
+    fn a_read_only_disk_offers_flushes_but_nothing_that_changes_it() {
+        let has = |features: u64, bit: u32| features & (1 << bit) != 0;
+        let features = features(&disk(true, true));
+        assert!(has(features, VIRTIO_BLK_F_RO) && has(features, VIRTIO_BLK_F_FLUSH));
+        assert!(!has(features, VIRTIO_BLK_F_DISCARD) && !has(features, VIRTIO_BLK_F_WRITE_ZEROES));
+    }
+}

@@ -89,3 +89,72 @@ pub(super) fn pieces<'m>(
     }
     Ok(pieces)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(address: u64, len: u32) -> GuestRange {
+        GuestRange {
+            address: GuestAddress(address),
+            len,
+        }
+    }
+
+    /// Two regions that are adjacent for the guest, and one that is not.
+    fn memory() -> Memory {
+        let ranges = [
+            (GuestAddress(0), 4096),
+            (GuestAddress(4096), 4096),
+            (GuestAddress(65536), 4096),
+        ];
+        Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap())
+    }
+
+    #[test]
+    fn a_position_walks_over_ranges_and_stops_after_the_last() {
+        let ranges = [range(0, 10), range(100, 1), range(200, 5)];
+        let start = Position::default();
+        assert_eq!(start.advanced(&ranges, 9), Position { range: 0, offset: 9 });
+        assert_eq!(start.advanced(&ranges, 10), Position { range: 1, offset: 0 });
+        assert_eq!(start.advanced(&ranges, 12), Position { range: 2, offset: 1 });
+        assert_eq!(
+            start.advanced(&ranges, 9).advanced(&ranges, 7),
+            Position { range: 3, offset: 0 }
+        );
+        assert_eq!(start.advanced(&ranges, 1000), Position { range: 3, offset: 0 });
+    }
+
+    #[test]
+    fn a_range_over_the_seam_of_two_regions_is_two_pieces() {
+        let memory = memory();
+        let ranges = [range(4000, 200), range(65536, 100)];
+        let pieces = pieces(
+            &memory,
+            &ranges,
+            Position::default().advanced(&ranges, 50),
+            200,
+            Permissions::Read,
+        );
+        let lens: Vec<_> = pieces.unwrap().iter().map(VolatileSlice::len).collect();
+        assert_eq!(lens, [46, 104, 50]);
+    }
+
+    #[test]
+    fn what_is_not_memory_is_not_in_it() {
+        let memory = memory();
+        assert!(range(4000, 200).is_in(&memory, Permissions::Write));
+        assert!(!range(8000, 200).is_in(&memory, Permissions::Write));
+        assert!(!range(u64::MAX - 10, 100).is_in(&memory, Permissions::Write));
+        assert!(
+            pieces(
+                &memory,
+                &[range(8000, 200)],
+                Position::default(),
+                200,
+                Permissions::Read
+            )
+            .is_err()
+        );
+    }
+}
