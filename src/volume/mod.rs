@@ -1,3 +1,58 @@
 //! LUKS2 on storage, and the segment table that maps sectors of a disk to it.
+//!
+//! The format is that of the LUKS2 On-Disk Format Specification 1.1, as cryptsetup reads and writes it:
+//!
+//! ```text
+//! 0             hdr_size        2 hdr_size                   payload offset
+//! +---------------+---------------+--------------------------------+-------------------
+//! | binary header | binary header | keyslots area                  | payload
+//! | JSON area     | JSON area     | (material of each keyslot)     | (the disk, encrypted)
+//! +---------------+---------------+--------------------------------+-------------------
+//!   primary copy    secondary copy                                   elsewhere, from 0, if
+//!   16 KiB each unless made otherwise                                the header is detached
+//! ```
+//!
+//! A volume is [`Locked`] until a passphrase or a key provider opens one of its keyslots; then it is a [`Volume`], whose
+//! [`SegmentTable`](segment::SegmentTable) the data path works by.
+//!
+//! ```text
+//! create, locked, ways_in, info   what is done with a volume
+//! layout, refusal                 metadata -> segments that can be served, or why not
+//! token, keyslot, kdf, af, hash   wrapped slot secret -> passphrase -> volume key
+//! copies                          the two copies, updates that survive a crash
+//! binary, metadata                bytes and JSON -> types
+//! header_io, lock                 storage under the header
+//! ```
+//!
+//! No header, whoever wrote it, makes any of this panic, hang, or take more memory than a few times its own size, beside
+//! what its key derivation takes, which is capped.
 
+mod af;
+mod binary;
+mod copies;
+mod create;
+mod error;
+mod hash;
+mod header_io;
+mod info;
+mod kdf;
+mod keyslot;
+mod layout;
+mod lock;
+mod locked;
+mod metadata;
+mod refusal;
 pub mod segment;
+mod token;
+mod ways_in;
+
+pub use copies::{Damage, HeaderError};
+pub use create::{CreateOptions, create};
+pub use error::{Reason, VolumeError};
+pub use header_io::{HeaderFile, HeaderIo};
+pub use info::{CopiesInfo, Info, KdfInfo, KeyslotInfo, Purpose, SegmentInfo, TokenInfo};
+pub use kdf::{Argon2Cost, KdfError};
+pub use keyslot::KeyslotError;
+pub use lock::{LockMode, MetadataLock};
+pub use locked::{HeaderState, Locked, Volume};
+pub use refusal::Refusal;

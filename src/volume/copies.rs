@@ -1,0 +1,332 @@
+//! The two copies of the header, and updates that survive a crash at any byte.
+//!
+//! Each copy is the binary header and the JSON area in one piece, with one checksum over both. An update writes the
+//! primary copy with the next `seqid` and syncs it, then the secondary. Whatever a crash leaves of the first write, the
+//! secondary still holds the old state in full; once the primary is durable, it holds the new one. A copy that is
+//! damaged or of an older `seqid` is rewritten from the other before anything else is written, or the next update would
+//! put at risk the only good one.
+//!
+//! [`read`] gives a [`Header`] only after it has looked at both copies, and says in [`Found`] whether they agree.
+
+use std::io;
+
+use getrandom::fill;
+
+use super::binary::{self, BinaryError, BinaryHeader, Copy, HEADER_SIZES, checksum_holds};
+use super::header_io::HeaderIo;
+use super::metadata::{Metadata, MetadataError};
+
+/// A header that both copies hold, or that the sound one of them holds.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Header {
+    /// As in the primary copy.
+    pub(super) binary: BinaryHeader,
+    pub(super) metadata: Metadata,
+    secondary_salt: [u8; 64],
+}
+
+impl Header {
+    /// A header that is on no medium yet.
+    pub(super) fn new(binary: BinaryHeader, metadata: Metadata) -> Result<Self, HeaderError> {
+        Ok(Self {
+            binary,
+            metadata,
+            secondary_salt: salt()?,
+        })
+    }
+
+    /// Where the keyslots area ends: as long as this a header must be.
+    pub(super) fn end(&self) -> u64 {
+        2 * self.binary.header_size + self.metadata.config.keyslots_size.0
+    }
+
+    /// Writes this header to both copies, as the next in sequence. The caller holds the write lock, and has read both
+    /// copies to be sound under it.
+    pub(super) fn commit(&mut self, io: &dyn HeaderIo) -> Result<(), HeaderError> {
+        self.metadata
+            .validate(self.binary.header_size)
+            .map_err(HeaderError::Unwritable)?;
+        self.binary.seqid = self
+            .binary
+            .seqid
+            .checked_add(1)
+            .ok_or(HeaderError::SequenceEnds)?;
+        self.write(Copy::Primary, io)?;
+        self.write(Copy::Secondary, io)
+    }
+
+    fn write(&self, copy: Copy, io: &dyn HeaderIo) -> Result<(), HeaderError> {
+        let bytes = self.encode(copy)?;
+        let offset = copy.offset(self.binary.header_size);
+        // The other copy may be written only after this one is durable.
+        io.write_at(&bytes, offset)
+            .and_then(|()| io.sync())
+            .map_err(|source| HeaderError::Write { copy, source })
+    }
+
+    fn encode(&self, copy: Copy) -> Result<Vec<u8>, HeaderError> {
+        let mut whole = vec![0; self.binary.header_size as usize];
+        self.metadata
+            .write(&mut whole[binary::LEN..])
+            .map_err(HeaderError::Unwritable)?;
+        let mut binary = self.binary.clone();
+        if copy == Copy::Secondary {
+            binary.salt = self.secondary_salt;
+        }
+        binary.encode(copy, &mut whole);
+        Ok(whole)
+    }
+}
+
+/// What the two copies are found to be.
+#[derive(Debug)]
+pub(super) enum Found {
+    /// Both are sound and the same.
+    Sound(Header),
+    /// One is not, and the other is the header.
+    NeedsRecovery(Recoverable),
+}
+
+/// A header of which one copy must be rewritten before the other may be touched.
+#[derive(Debug)]
+pub(super) struct Recoverable {
+    pub(super) header: Header,
+    pub(super) bad: Copy,
+    pub(super) damage: Damage,
+}
+
+impl Recoverable {
+    /// Rewrites the bad copy. The caller holds the write lock, and read this under it.
+    pub(super) fn recover(mut self, io: &dyn HeaderIo) -> Result<Header, HeaderError> {
+        if self.bad == Copy::Primary {
+            refuse_foreign(io)?;
+        }
+        match self.bad {
+            Copy::Primary => self.header.binary.salt = salt()?,
+            Copy::Secondary => self.header.secondary_salt = salt()?,
+        }
+        self.header.write(self.bad, io)?;
+        Ok(self.header)
+    }
+}
+
+/// Reads both copies and compares them. The caller holds the lock, for reading at least.
+pub(super) fn read(io: &dyn HeaderIo) -> Result<Found, HeaderError> {
+    let primary = read_copy(io, Copy::Primary, 0);
+    let secondary = match &primary {
+        Ok(primary) => read_copy(io, Copy::Secondary, primary.binary.header_size),
+        Err(_) => find_secondary(io),
+    };
+    let header = |good: One, other_salt| Header {
+        binary: good.binary,
+        metadata: good.metadata,
+        secondary_salt: other_salt,
+    };
+    let from_secondary = |mut good: One| {
+        let secondary_salt = std::mem::replace(&mut good.binary.salt, [0; 64]);
+        header(good, secondary_salt)
+    };
+    let found = match (primary, secondary) {
+        (Ok(primary), Ok(secondary)) => {
+            let (ours, theirs) = (primary.binary.seqid, secondary.binary.seqid);
+            let salt = secondary.binary.salt;
+            let older = Damage::Older {
+                seqid: ours.min(theirs),
+                newer: ours.max(theirs),
+            };
+            match ours.cmp(&theirs) {
+                std::cmp::Ordering::Equal if !primary.agrees(&secondary) => {
+                    return Err(HeaderError::CopiesDisagree { seqid: ours });
+                }
+                std::cmp::Ordering::Equal => Found::Sound(header(primary, salt)),
+                std::cmp::Ordering::Greater => {
+                    Recoverable::found(header(primary, salt), Copy::Secondary, older)
+                }
+                std::cmp::Ordering::Less => {
+                    Recoverable::found(from_secondary(secondary), Copy::Primary, older)
+                }
+            }
+        }
+        (Ok(primary), Err(damage)) => Recoverable::found(header(primary, [0; 64]), Copy::Secondary, damage),
+        (Err(damage), Ok(secondary)) => Recoverable::found(from_secondary(secondary), Copy::Primary, damage),
+        (Err(primary), Err(secondary)) => return Err(no_header(io, primary, secondary)),
+    };
+    let end = found.header().end();
+    let len = io.size().map_err(HeaderError::Length)?;
+    if len < end {
+        return Err(HeaderError::Truncated { len, end });
+    }
+    Ok(found)
+}
+
+impl Found {
+    pub(super) fn header(&self) -> &Header {
+        match self {
+            Found::Sound(header) | Found::NeedsRecovery(Recoverable { header, .. }) => header,
+        }
+    }
+}
+
+impl Recoverable {
+    fn found(header: Header, bad: Copy, damage: Damage) -> Found {
+        Found::NeedsRecovery(Self { header, bad, damage })
+    }
+}
+
+/// One copy that is sound in itself.
+struct One {
+    binary: BinaryHeader,
+    metadata: Metadata,
+}
+
+impl One {
+    /// Whether another copy of the same `seqid` says the same.
+    fn agrees(&self, other: &Self) -> bool {
+        let binary = BinaryHeader {
+            salt: other.binary.salt,
+            ..self.binary.clone()
+        };
+        binary == other.binary && self.metadata == other.metadata
+    }
+}
+
+fn read_copy(io: &dyn HeaderIo, copy: Copy, offset: u64) -> Result<One, Damage> {
+    let mut block = [0; binary::LEN];
+    io.read_at(&mut block, offset)?;
+    let binary = BinaryHeader::decode(&block, copy, offset)?;
+    let mut whole = vec![0; binary.header_size as usize];
+    io.read_at(&mut whole, offset)?;
+    // What was decoded first must be what the checksum covers.
+    if whole[..binary::LEN] != block || !checksum_holds(binary.checksum, &whole) {
+        return Err(Damage::Checksum);
+    }
+    let metadata = Metadata::parse(&whole[binary::LEN..], binary.header_size)?;
+    Ok(One { binary, metadata })
+}
+
+/// Looks at every place where a secondary copy can stand, when the primary does not tell.
+fn find_secondary(io: &dyn HeaderIo) -> Result<One, Damage> {
+    let mut damage = Damage::NotFound;
+    for offset in HEADER_SIZES {
+        match read_copy(io, Copy::Secondary, offset) {
+            Ok(found) => return Ok(found),
+            Err(Damage::Binary(BinaryError::Magic) | Damage::Io(_)) => {}
+            Err(found) => damage = found,
+        }
+    }
+    Err(damage)
+}
+
+/// Tells apart what is no LUKS2 volume from one that is lost.
+fn no_header(io: &dyn HeaderIo, primary: Damage, secondary: Damage) -> HeaderError {
+    match (&primary, &secondary) {
+        (Damage::Binary(BinaryError::Version { version: 1 }), _) => HeaderError::Luks1,
+        (Damage::Io(error), Damage::NotFound) if error.kind() == io::ErrorKind::UnexpectedEof => {
+            HeaderError::NotLuks { looks_like: None }
+        }
+        (Damage::Binary(BinaryError::Magic), Damage::NotFound) => HeaderError::NotLuks {
+            looks_like: foreign_signature(io).ok().flatten(),
+        },
+        _ => HeaderError::BothDamaged { primary, secondary },
+    }
+}
+
+/// A secondary copy survives a disk's being made into something else; to write the primary back would then destroy
+/// that. So, as cryptsetup does, a signature of another format where the primary was is left for a person to judge.
+fn refuse_foreign(io: &dyn HeaderIo) -> Result<(), HeaderError> {
+    match foreign_signature(io).map_err(|source| HeaderError::Write {
+        copy: Copy::Primary,
+        source,
+    })? {
+        Some(format) => Err(HeaderError::ForeignSignature { format }),
+        None => Ok(()),
+    }
+}
+
+fn foreign_signature(io: &dyn HeaderIo) -> io::Result<Option<&'static str>> {
+    for &(format, offset, signature) in SIGNATURES {
+        let mut found = [0; 8];
+        let found = &mut found[..signature.len()];
+        match io.read_at(found, offset) {
+            Ok(()) if found == signature => return Ok(Some(format)),
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(None)
+}
+
+fn salt() -> Result<[u8; 64], HeaderError> {
+    let mut salt = [0; 64];
+    fill(&mut salt).map_err(HeaderError::Random)?;
+    Ok(salt)
+}
+
+/// Format, offset, bytes: what is likely to be made on a disk.
+const SIGNATURES: &[(&str, u64, &[u8])] = &[
+    ("a qcow2 image", 0, b"QFI\xfb"),
+    ("a VMDK image", 0, b"KDMV"),
+    ("a VHDX image", 0, b"vhdxfile"),
+    ("a partition table (GPT)", 512, b"EFI PART"),
+    ("a partition table (GPT)", 4096, b"EFI PART"),
+    ("a partition table or boot sector", 510, b"\x55\xaa"),
+    ("LVM", 512, b"LABELONE"),
+    ("XFS", 0, b"XFSB"),
+    ("ext2, ext3 or ext4", 1080, b"\x53\xef"),
+    ("btrfs", 65600, b"_BHRfS_M"),
+    ("swap space", 4086, b"SWAPSPAC"),
+];
+
+/// What is wrong with one copy.
+#[derive(Debug, thiserror::Error)]
+pub enum Damage {
+    #[error("it cannot be read: {0}")]
+    Io(#[from] io::Error),
+    #[error(transparent)]
+    Binary(#[from] BinaryError),
+    #[error("its checksum is wrong")]
+    Checksum,
+    #[error("its JSON area is wrong: {0}")]
+    Metadata(#[from] MetadataError),
+    #[error("its sequence number is {seqid}, and {newer} in the other copy")]
+    Older { seqid: u64, newer: u64 },
+    #[error("it is not found at any place where it can be")]
+    NotFound,
+}
+
+/// Why a header cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum HeaderError {
+    #[error("not a LUKS2 volume{}", looks_like.map(|format| format!(", but {format}")).unwrap_or_default())]
+    NotLuks { looks_like: Option<&'static str> },
+    #[error("a LUKS1 volume; convert it with `cryptsetup convert --type luks2`")]
+    Luks1,
+    #[error(
+        "both copies of the LUKS2 header are damaged (primary: {primary}; secondary: {secondary}); restore a backup \
+         of the header with `cryptsetup luksHeaderRestore`"
+    )]
+    BothDamaged { primary: Damage, secondary: Damage },
+    #[error(
+        "both copies of the LUKS2 header have sequence number {seqid} and sound checksums, but differ; somebody wrote \
+         one of them alone: restore a backup of the header with `cryptsetup luksHeaderRestore`"
+    )]
+    CopiesDisagree { seqid: u64 },
+    #[error("the LUKS2 header takes {end} bytes, and there are only {len}; the file or device was cut short")]
+    Truncated { len: u64, end: u64 },
+    #[error(
+        "the primary copy of the LUKS2 header is damaged, and there is a signature of {format} in its place; if it is a \
+         LUKS2 volume nevertheless, run `cryptsetup repair`"
+    )]
+    ForeignSignature { format: &'static str },
+    #[error("its length cannot be read")]
+    Length(#[source] io::Error),
+    #[error("the {copy} copy of the LUKS2 header cannot be written")]
+    Write { copy: Copy, source: io::Error },
+    #[error("the metadata cannot be written")]
+    Unwritable(#[source] MetadataError),
+    #[error("the header's sequence number is at its end")]
+    SequenceEnds,
+    #[error("the kernel's random source failed")]
+    Random(#[source] getrandom::Error),
+}

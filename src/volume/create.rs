@@ -1,0 +1,271 @@
+//! Making a volume.
+//!
+//! Everything that can fail without the disk fails first: sizes, the provider's wrapping, key derivation. Then what was
+//! there is destroyed, keyslots are written, and the binary headers last: whatever a crash leaves, it is either no volume
+//! at all or this one in full.
+
+use std::collections::BTreeMap;
+
+use uuid::Uuid;
+
+use super::binary::{self, BinaryHeader, Text};
+use super::copies::{self, Header, HeaderError};
+use super::error::{Reason, VolumeError};
+use super::hash::Hash;
+use super::header_io::HeaderIo;
+use super::kdf::Argon2Cost;
+use super::keyslot::{self, ENCRYPTION, KEY_LEN, Sealed};
+use super::lock::LockMode;
+use super::metadata::{Config, CryptSegment, Decimal, Id, Metadata, Other, Place, Segment, SegmentSize};
+use super::ways_in::{add_token, bound_keyslot, free_keyslot, place, random_fill, recovery_keyslot};
+use crate::cipher::SectorSize;
+use crate::keys::arena::{ArenaError, SecretBytes};
+use crate::keys::{Binding, KeyId, KeyProvider};
+use crate::storage::Backing;
+
+/// What a new volume shall be.
+#[derive(Debug)]
+pub struct CreateOptions<'a> {
+    /// Length of the disk in bytes. None: as much as the file or device has room for.
+    pub capacity: Option<u64>,
+    /// The unit of encryption, and of the guest's I/O.
+    pub sector_size: SectorSize,
+    /// A name of up to 47 bytes, for people and for `/dev/disk/by-label`.
+    pub label: &'a str,
+    /// The KEK to bind the volume to.
+    pub binding: Option<(&'a dyn KeyProvider, &'a KeyId)>,
+    /// The recovery key, and what it shall cost to try one.
+    pub recovery_key: Option<(&'a SecretBytes, Argon2Cost)>,
+    /// Whether a LUKS volume may be destroyed. Data of any other kind are destroyed in any case.
+    pub overwrite: bool,
+}
+
+/// Makes a volume of what `header` holds, or with `payload`, of the two: then the header is detached, and the payload is
+/// the disk from its first byte. Files grow as needed. Gives its UUID.
+///
+/// # Errors
+/// Nothing is changed when the options are not possible, the provider refuses, or there is a LUKS volume that may not be
+/// overwritten. When writing fails, what is left is not a volume.
+pub fn create(
+    header: &dyn HeaderIo,
+    payload: Option<&Backing>,
+    options: &CreateOptions<'_>,
+) -> Result<Uuid, VolumeError> {
+    let payload = payload.map(|payload| payload as &dyn HeaderIo);
+    Plan::new(header, payload, options)
+        .and_then(|plan| plan.carry_out(header, payload))
+        .map_err(|reason| reason.at(header.path()))
+}
+
+/// A volume that has only to be written.
+struct Plan {
+    header: Header,
+    key: SecretBytes,
+    keyslots: Vec<(Id, Sealed)>,
+    /// Where the payload ends.
+    end: u64,
+}
+
+impl Plan {
+    fn new(
+        io: &dyn HeaderIo,
+        payload: Option<&dyn HeaderIo>,
+        options: &CreateOptions<'_>,
+    ) -> Result<Self, Reason> {
+        if io.read_only() || payload.is_some_and(|payload| payload.read_only()) {
+            return Err(Reason::ReadOnly);
+        }
+        if options.binding.is_none() && options.recovery_key.is_none() {
+            return Err(Reason::NoWayIn);
+        }
+        let label = Text::new(options.label).ok_or_else(|| Reason::Label {
+            label: options.label.to_owned(),
+        })?;
+        refuse_volume(io, options.overwrite)?;
+        if let Some(payload) = payload {
+            refuse_volume(payload, options.overwrite)?;
+        }
+
+        let offset = if payload.is_some() { 0 } else { HEADER_LEN };
+        let capacity = capacity(payload.unwrap_or(io), offset, options)?;
+        let end = offset.checked_add(capacity).ok_or(Reason::Capacity {
+            capacity,
+            sector_size: options.sector_size.bytes(),
+        })?;
+        let key = volume_key()?;
+        let uuid = random_uuid()?;
+        let mut header = Header::new(
+            BinaryHeader {
+                header_size: COPY_LEN,
+                seqid: 0,
+                label,
+                checksum: Hash::Sha256,
+                salt: [0; 64],
+                uuid,
+                subsystem: Text::EMPTY,
+            },
+            metadata(&key, offset, capacity, options.sector_size)?,
+        )?;
+
+        let mut keyslots = Vec::new();
+        let mut number = free_keyslot(&header.metadata)?;
+        if let Some((provider, key_id)) = options.binding {
+            let binding = Binding {
+                volume: uuid,
+                provider: provider.name(),
+                key_id,
+                keyslot: number.0,
+            };
+            let (sealed, token) = bound_keyslot(&key, provider, &binding)?;
+            add_token(&mut header.metadata, token.into_token(number))?;
+            keyslots.push((number, sealed));
+            number = Id(number.0 + 1);
+        }
+        if let Some((passphrase, cost)) = options.recovery_key {
+            keyslots.push((number, recovery_keyslot(&key, passphrase, cost)?));
+        }
+        Ok(Self {
+            header,
+            key,
+            keyslots,
+            end,
+        })
+    }
+
+    fn carry_out(mut self, io: &dyn HeaderIo, payload: Option<&dyn HeaderIo>) -> Result<Uuid, Reason> {
+        grow(payload.unwrap_or(io), self.end)?;
+        if payload.is_some() {
+            grow(io, HEADER_LEN)?;
+        }
+        let _lock = io.lock(LockMode::Write).map_err(Reason::Lock)?;
+        // Neither an old header nor a forgotten secondary copy may be taken for ours; and that the keyslots area is
+        // random hides how many keyslots it has.
+        io.write_at(&vec![0; 2 * COPY_LEN as usize], 0)
+            .map_err(Reason::Prepare)?;
+        random_fill(io, 2 * COPY_LEN..HEADER_LEN).map_err(Reason::Prepare)?;
+        io.sync().map_err(Reason::Prepare)?;
+        for (keyslot, sealed) in self.keyslots {
+            place(&mut self.header, keyslot, &self.key, sealed)?.store(io)?;
+        }
+        if let Some(payload) = payload {
+            payload.sync().map_err(Reason::Prepare)?;
+        }
+        self.header.commit(io)?;
+        Ok(self.header.binary.uuid)
+    }
+}
+
+/// Refuses what is a LUKS volume, or was one before it was damaged.
+fn refuse_volume(io: &dyn HeaderIo, overwrite: bool) -> Result<(), Reason> {
+    if overwrite {
+        return Ok(());
+    }
+    let _lock = io.lock(LockMode::Read).map_err(Reason::Lock)?;
+    match copies::read(io) {
+        Err(HeaderError::NotLuks { .. }) => Ok(()),
+        Err(HeaderError::Length(source)) => Err(Reason::Length(source)),
+        _ => Err(Reason::AlreadyLuks),
+    }
+}
+
+/// The length of the disk, and whether it can be had.
+fn capacity(payload: &dyn HeaderIo, offset: u64, options: &CreateOptions<'_>) -> Result<u64, Reason> {
+    let len = payload.size().map_err(Reason::Length)?;
+    let sector_size = options.sector_size.bytes();
+    let unit = sector_size as u64;
+    let capacity = match options.capacity {
+        Some(capacity) => capacity,
+        None => len.saturating_sub(offset) / unit * unit,
+    };
+    if options.capacity.is_none() && capacity == 0 {
+        return Err(Reason::TooSmall {
+            len,
+            needed: offset + unit,
+        });
+    }
+    if capacity == 0 || !capacity.is_multiple_of(unit) {
+        return Err(Reason::Capacity {
+            capacity,
+            sector_size,
+        });
+    }
+    let needed = offset.saturating_add(capacity);
+    if len < needed && !payload.can_grow() {
+        return Err(Reason::TooSmall { len, needed });
+    }
+    Ok(capacity)
+}
+
+fn grow(io: &dyn HeaderIo, len: u64) -> Result<(), Reason> {
+    let found = io.size().map_err(Reason::Length)?;
+    if found >= len {
+        return Ok(());
+    }
+    if !io.can_grow() {
+        return Err(Reason::TooSmall {
+            len: found,
+            needed: len,
+        });
+    }
+    io.set_size(len).map_err(|source| Reason::Grow { len, source })
+}
+
+/// The metadata of a volume that has one segment and no keyslots yet.
+///
+/// The segment says its length, where cryptsetup would write "dynamic": a payload that was cut short is then noticed,
+/// and a file that grew shows the guest a larger disk only when somebody says so.
+fn metadata(
+    key: &SecretBytes,
+    offset: u64,
+    capacity: u64,
+    sector_size: SectorSize,
+) -> Result<Metadata, Reason> {
+    let segment = Segment::Crypt(CryptSegment {
+        place: Place {
+            offset: Decimal(offset),
+            size: SegmentSize::Fixed(capacity),
+            flags: None,
+        },
+        iv_tweak: Decimal(0),
+        encryption: ENCRYPTION.to_owned(),
+        sector_size: sector_size.bytes() as u32,
+        integrity: None,
+        other: Other::new(),
+    });
+    let digest = keyslot::digest_of(key, Vec::new(), vec![Id(0)]).map_err(Reason::Seal)?;
+    Ok(Metadata {
+        keyslots: BTreeMap::new(),
+        tokens: BTreeMap::new(),
+        segments: BTreeMap::from([(Id(0), segment)]),
+        digests: BTreeMap::from([(Id(0), digest)]),
+        config: Config {
+            json_size: Decimal(COPY_LEN - binary::LEN as u64),
+            keyslots_size: Decimal(HEADER_LEN - 2 * COPY_LEN),
+            flags: None,
+            requirements: None,
+            other: Other::new(),
+        },
+        other: Other::new(),
+    })
+}
+
+/// 64 random bytes, for which no cipher will find the halves equal.
+fn volume_key() -> Result<SecretBytes, ArenaError> {
+    loop {
+        let key = SecretBytes::random(KEY_LEN)?;
+        let (data, tweak) = key.split_at(KEY_LEN / 2);
+        if data != tweak {
+            return Ok(key);
+        }
+    }
+}
+
+fn random_uuid() -> Result<Uuid, Reason> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).map_err(Reason::Random)?;
+    Ok(uuid::Builder::from_random_bytes(bytes).into_uuid())
+}
+
+/// cryptsetup's defaults: two copies of 16 KiB, and keyslots up to 16 MiB, where the payload starts.
+const COPY_LEN: u64 = 16 << 10;
+const HEADER_LEN: u64 = 16 << 20;

@@ -1,0 +1,158 @@
+//! What goes wrong with a volume, as its callers see it.
+
+use std::error::Error;
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use uuid::Uuid;
+
+use super::copies::HeaderError;
+use super::kdf::KdfError;
+use super::keyslot::KeyslotError;
+use super::refusal::Refusal;
+use crate::cipher::CipherError;
+use crate::keys::arena::ArenaError;
+use crate::keys::{KeyError, KeyId};
+
+/// An operation on a volume that failed: on which file or device, and why.
+#[derive(Debug)]
+pub struct VolumeError {
+    /// What holds the header.
+    pub path: PathBuf,
+    /// Why.
+    pub reason: Box<Reason>,
+}
+
+impl fmt::Display for VolumeError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.path.display(), self.reason)
+    }
+}
+
+impl Error for VolumeError {
+    /// What lies under the reason, whose own text is part of this error's.
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.reason.source()
+    }
+}
+
+/// Why an operation on a volume failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Reason {
+    #[error(transparent)]
+    Header(#[from] HeaderError),
+    #[error("sealblk does not serve this volume: {0}")]
+    Refused(#[from] Refusal),
+    #[error("the lock on its metadata is not to be had")]
+    Lock(#[source] io::Error),
+    #[error("its length cannot be read")]
+    Length(#[source] io::Error),
+    #[error("it is opened for reading only, so its metadata cannot be changed")]
+    ReadOnly,
+
+    #[error("no keyslot opens with this passphrase{}", Untried(untried))]
+    WrongPassphrase {
+        /// Keyslots that could not be tried, and why.
+        untried: Vec<(u32, KeyslotError)>,
+    },
+    #[error("no keyslot can be opened by a passphrase; restore a backup of the header")]
+    NoKeyslots,
+    #[error("keyslot {keyslot}: {source}")]
+    Keyslot { keyslot: u32, source: KeyslotError },
+    #[error("there is no keyslot {keyslot}; see `sealblk info`")]
+    NoSuchKeyslot { keyslot: u32 },
+    #[error("keyslot {keyslot} opens another key than that of segment {segment}")]
+    KeyOfAnotherSegment { keyslot: u32, segment: u32 },
+    #[error("the volume key cannot be used")]
+    Cipher(#[from] CipherError),
+    #[error("there is no memory for the keys")]
+    Arena(#[from] ArenaError),
+    #[error("the key derivation failed: {0}")]
+    Kdf(#[from] KdfError),
+    #[error("a keyslot cannot be made: {0}")]
+    Seal(#[source] KeyslotError),
+
+    #[error(
+        "it has no sealblk token, so no key provider can open it; open it with a passphrase, or make it anew with a provider"
+    )]
+    NoToken,
+    #[error("token {token} of type sealblk is broken: {text}; open the volume with its recovery key")]
+    BrokenToken { token: u32, text: String },
+    #[error("token {token}: {source}")]
+    Provider { token: u32, source: KeyError },
+    #[error("the slot secret cannot be wrapped: {0}")]
+    Wrap(#[source] KeyError),
+    #[error(
+        "token {token} does not belong to volume {uuid}: key {key_id} of provider {provider:?} says that its slot secret \
+         was wrapped for another volume or keyslot, or altered; restore this volume's own header, or open it with its \
+         recovery key"
+    )]
+    ForeignToken {
+        token: u32,
+        uuid: Uuid,
+        provider: String,
+        key_id: KeyId,
+    },
+    #[error(
+        "keyslot {keyslot} does not open with the slot secret of token {token}; somebody replaced one of them: open the \
+         volume with its recovery key"
+    )]
+    TokenOpensNothing { token: u32, keyslot: u32 },
+
+    #[error("the header was replaced meanwhile (it was volume {expected}, and is {found}); try again")]
+    Replaced { expected: Uuid, found: Uuid },
+    #[error("its metadata were changed meanwhile by another program; try again")]
+    ChangedMeanwhile,
+    #[error("the key that is at hand is not this volume's")]
+    NotItsKey,
+    #[error("all {limit} {what}s are taken; remove one first")]
+    NoneFree { what: &'static str, limit: u32 },
+    #[error("the keyslots area has no room for another keyslot; remove one first")]
+    NoRoom,
+    #[error("keyslot {keyslot} is the last way into this volume; add another first, or all data are lost")]
+    LastWayIn { keyslot: u32 },
+    #[error("the material of keyslot {keyslot} cannot be written")]
+    WriteKeyslot { keyslot: u32, source: io::Error },
+    #[error("keyslot {keyslot} is removed, but its material could not be overwritten")]
+    Wipe { keyslot: u32, source: io::Error },
+
+    #[error("it is a LUKS volume already; its data would be lost")]
+    AlreadyLuks,
+    #[error("a volume needs a way in: a key provider, a recovery key, or both")]
+    NoWayIn,
+    #[error(
+        "a disk of {capacity} bytes is not possible: it must be a multiple of the sector size, {sector_size}"
+    )]
+    Capacity { capacity: u64, sector_size: usize },
+    #[error("{len} bytes are too few: the volume needs {needed}")]
+    TooSmall { len: u64, needed: u64 },
+    #[error("label {label:?} does not fit: it can be 47 bytes long")]
+    Label { label: String },
+    #[error("it cannot be made {len} bytes long")]
+    Grow { len: u64, source: io::Error },
+    #[error("its header area cannot be written")]
+    Prepare(#[source] io::Error),
+    #[error("the kernel's random source failed")]
+    Random(#[source] getrandom::Error),
+}
+
+impl Reason {
+    pub(super) fn at(self, path: &Path) -> VolumeError {
+        VolumeError {
+            path: path.to_owned(),
+            reason: Box::new(self),
+        }
+    }
+}
+
+struct Untried<'a>(&'a [(u32, KeyslotError)]);
+
+impl fmt::Display for Untried<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (keyslot, error) in self.0 {
+            write!(f, "; keyslot {keyslot} could not be tried: {error}")?;
+        }
+        Ok(())
+    }
+}

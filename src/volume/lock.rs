@@ -1,0 +1,195 @@
+//! The lock around metadata, as cryptsetup takes it, so that the two can work on one volume.
+//!
+//! A regular file is locked itself by flock(2). A block device is locked through the file
+//! `/run/cryptsetup/L_<major>:<minor>`, because udev takes flock(2) on the device for purposes of its own. That file is
+//! unlinked by the last one to hold it, so whoever gets the lock looks whether the file that he locked is still the
+//! one in the directory.
+//!
+//! The lock is held for the moment of reading or writing metadata, never while a key is derived or a disk is served;
+//! what keeps two servers off one disk is the lock of [`crate::storage::Backing`], which flock(2) does not see.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fs::{FlockOperation, Mode, OFlags, flock, fstat, major, minor, mkdir, openat, stat, unlink};
+use rustix::io::Errno;
+
+/// What is done under the lock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LockMode {
+    Read,
+    Write,
+}
+
+/// The lock on the metadata of one device, until it is dropped.
+#[derive(Debug)]
+pub struct MetadataLock<'file>(Held<'file>);
+
+impl<'file> MetadataLock<'file> {
+    /// Waits for the lock on `file`, but not for ever.
+    ///
+    /// # Errors
+    /// Where there is no such lock to be had, or somebody else keeps it.
+    pub fn acquire(file: &'file File, mode: LockMode) -> io::Result<Self> {
+        let metadata = file.metadata()?;
+        if metadata.file_type().is_block_device() {
+            let rdev = metadata.rdev();
+            let name = format!("L_{}:{}", major(rdev), minor(rdev));
+            return ResourceFile::lock(Path::new(DIRECTORY), &name, mode)
+                .map(|held| Self(Held::Resource(held)));
+        }
+        wait_for(file.as_fd(), mode)?;
+        Ok(Self(Held::File(file.as_fd())))
+    }
+
+    /// No lock at all, for what nobody else can open.
+    pub fn unshared() -> Self {
+        Self(Held::Nothing)
+    }
+}
+
+impl Drop for MetadataLock<'_> {
+    fn drop(&mut self) {
+        if let Held::File(file) = &self.0 {
+            // Closing the file would release it too, but the disk stays open.
+            let _ = flock(file, FlockOperation::Unlock);
+        }
+    }
+}
+
+#[derive(Debug)]
+enum Held<'file> {
+    File(BorrowedFd<'file>),
+    Resource(#[allow(dead_code, reason = "held for its drop")] ResourceFile),
+    Nothing,
+}
+
+/// A lock on a file that stands for a block device.
+#[derive(Debug)]
+struct ResourceFile {
+    file: OwnedFd,
+    path: PathBuf,
+}
+
+impl ResourceFile {
+    fn lock(directory: &Path, name: &str, mode: LockMode) -> io::Result<Self> {
+        match mkdir(directory, Mode::RWXU) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let directory_fd = rustix::fs::open(directory, flags, Mode::empty())?;
+        loop {
+            let flags = OFlags::CREATE | OFlags::NOFOLLOW | OFlags::RDWR | OFlags::CLOEXEC;
+            let file = openat(&directory_fd, name, flags, Mode::from_raw_mode(0o644))?;
+            wait_for(file.as_fd(), mode)?;
+            let held = Self {
+                file,
+                path: directory.join(name),
+            };
+            if held.is_current() {
+                return Ok(held);
+            }
+            // Its last holder unlinked it between our open and our lock: what we hold locks out nobody.
+        }
+    }
+
+    fn is_current(&self) -> bool {
+        match (fstat(&self.file), stat(&self.path)) {
+            (Ok(held), Ok(named)) => (held.st_dev, held.st_ino) == (named.st_dev, named.st_ino),
+            _ => false,
+        }
+    }
+}
+
+impl Drop for ResourceFile {
+    fn drop(&mut self) {
+        // Only he who holds it alone may take the file away; those who wait for it notice.
+        if flock(&self.file, FlockOperation::NonBlockingLockExclusive).is_ok() && self.is_current() {
+            let _ = unlink(&self.path);
+        }
+    }
+}
+
+fn wait_for(file: BorrowedFd<'_>, mode: LockMode) -> io::Result<()> {
+    let operation = match mode {
+        LockMode::Read => FlockOperation::NonBlockingLockShared,
+        LockMode::Write => FlockOperation::NonBlockingLockExclusive,
+    };
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match flock(file, operation) {
+            Ok(()) => return Ok(()),
+            Err(Errno::AGAIN | Errno::INTR) if Instant::now() < deadline => thread::sleep(PAUSE),
+            Err(Errno::AGAIN) => {
+                let text = "another program keeps the lock on the LUKS2 metadata; find it with `lslocks`";
+                return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// cryptsetup's own, as compiled into every distribution's.
+const DIRECTORY: &str = "/run/cryptsetup";
+
+/// Metadata I/O takes milliseconds. cryptsetup waits for ever; an attach that hangs helps nobody.
+const PATIENCE: Duration = Duration::from_secs(30);
+const PAUSE: Duration = Duration::from_millis(5);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn readers_share_a_file_and_a_writer_is_kept_out_until_they_are_done() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let (one, two, three) = (
+            file.reopen().unwrap(),
+            file.reopen().unwrap(),
+            file.reopen().unwrap(),
+        );
+        let first = MetadataLock::acquire(&one, LockMode::Read).unwrap();
+        let second = MetadataLock::acquire(&two, LockMode::Read).unwrap();
+        assert_eq!(
+            flock(&three, FlockOperation::NonBlockingLockExclusive),
+            Err(Errno::AGAIN)
+        );
+        drop((first, second));
+        let _third = MetadataLock::acquire(&three, LockMode::Write).unwrap();
+        assert_eq!(
+            flock(&one, FlockOperation::NonBlockingLockShared),
+            Err(Errno::AGAIN)
+        );
+    }
+
+    #[test]
+    fn the_file_that_stands_for_a_device_goes_with_its_last_holder() {
+        let directory = tempfile::tempdir().unwrap();
+        let directory = directory.path().join("cryptsetup");
+        let first = ResourceFile::lock(&directory, "L_8:1", LockMode::Read).unwrap();
+        let second = ResourceFile::lock(&directory, "L_8:1", LockMode::Read).unwrap();
+        drop(first);
+        assert!(directory.join("L_8:1").exists());
+        drop(second);
+        assert!(!directory.join("L_8:1").exists());
+        assert_eq!(directory.metadata().unwrap().mode() & 0o777, 0o700);
+    }
+
+    #[test]
+    fn a_waiter_whose_file_was_unlinked_locks_the_new_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let holder = ResourceFile::lock(directory.path(), "L_8:1", LockMode::Write).unwrap();
+        let path = directory.path().to_owned();
+        let waiter = thread::spawn(move || ResourceFile::lock(&path, "L_8:1", LockMode::Write).unwrap());
+        thread::sleep(Duration::from_millis(50));
+        drop(holder);
+        let held = waiter.join().unwrap();
+        assert!(held.is_current());
+    }
+}

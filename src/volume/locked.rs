@@ -1,0 +1,377 @@
+//! A volume at rest: its header is known, its key is not. Unlocking gives a [`Volume`], and a volume at hand is what
+//! it takes to add another way in.
+
+use std::fmt;
+use std::sync::Arc;
+
+use tracing::warn;
+use uuid::Uuid;
+
+use super::copies::{self, Found, Header, HeaderError};
+use super::error::{Reason, VolumeError};
+use super::header_io::HeaderIo;
+use super::keyslot::{self, KeyslotError};
+use super::layout::Layout;
+use super::lock::{LockMode, MetadataLock};
+use super::metadata::{Digest, Id, Keyslot, Luks2Keyslot, Metadata, Segment};
+use super::refusal;
+use super::segment::SegmentTable;
+use crate::cipher::{KernelChoice, SectorCipher, SectorSize};
+use crate::keys::arena::SecretBytes;
+use crate::storage::Backing;
+
+/// A volume whose header was read and found to be one that sealblk serves. No key is at hand.
+#[derive(Debug)]
+pub struct Locked<'header> {
+    pub(super) io: &'header dyn HeaderIo,
+    pub(super) header: Header,
+    state: HeaderState,
+    layout: Layout,
+    kernel: KernelChoice,
+}
+
+impl<'header> Locked<'header> {
+    /// Reads the header, and repairs it if one of its copies is damaged and it can be written. `payload` is given when
+    /// the header is detached.
+    ///
+    /// # Errors
+    /// Where there is no LUKS2 header, both its copies are damaged, or sealblk does not serve what it describes.
+    pub fn open(header: &'header dyn HeaderIo, payload: Option<&Backing>) -> Result<Self, VolumeError> {
+        let read = || {
+            let (found, state) = read_and_repair(header)?;
+            refusal::check(&found.metadata)?;
+            let layout = layout(&found, header, payload.map(|payload| payload as &dyn HeaderIo))?;
+            Ok(Self {
+                io: header,
+                header: found,
+                state,
+                layout,
+                kernel: KernelChoice::default(),
+            })
+        };
+        read().map_err(|reason: Reason| reason.at(header.path()))
+    }
+
+    /// Makes the volumes that are unlocked from here use this kernel of the cipher.
+    pub fn with_kernel(mut self, kernel: KernelChoice) -> Self {
+        self.kernel = kernel;
+        self
+    }
+
+    /// The UUID in its header.
+    pub fn uuid(&self) -> Uuid {
+        self.header.binary.uuid
+    }
+
+    /// Whether both copies of the header were sound when it was opened.
+    pub fn header_state(&self) -> &HeaderState {
+        &self.state
+    }
+
+    /// Length of the disk in bytes.
+    pub fn capacity(&self) -> u64 {
+        self.layout.capacity()
+    }
+
+    /// The unit in which the disk must be read and written.
+    pub fn sector_size(&self) -> SectorSize {
+        self.layout.sector_size()
+    }
+
+    /// Tries `passphrase` on every keyslot: those of high priority first, those to be ignored not at all.
+    ///
+    /// # Errors
+    /// [`Reason::WrongPassphrase`] when none opens.
+    pub fn unlock_with_passphrase(&self, passphrase: &SecretBytes) -> Result<Volume, VolumeError> {
+        let unlock = || {
+            let mut slots: Vec<_> = self
+                .passphrase_keyslots()
+                .filter(|(_, slot)| priority(slot) > 0)
+                .collect();
+            slots.sort_by_key(|(id, slot)| (std::cmp::Reverse(priority(slot)), *id));
+            if slots.is_empty() {
+                return Err(Reason::NoKeyslots);
+            }
+            let mut untried = Vec::new();
+            for (id, slot) in slots {
+                match self.open_keyslot(id, slot, passphrase) {
+                    Ok(Some(key)) => return self.unlocked(id, key),
+                    Ok(None) => {}
+                    Err(error) => untried.push((id.0, error)),
+                }
+            }
+            Err(Reason::WrongPassphrase { untried })
+        };
+        unlock().map_err(|reason| self.failed(reason))
+    }
+
+    /// Tries `passphrase` on one keyslot, whatever its priority.
+    ///
+    /// # Errors
+    /// As for [`Locked::unlock_with_passphrase`], and where there is no such keyslot.
+    pub fn unlock_keyslot(&self, keyslot: u32, passphrase: &SecretBytes) -> Result<Volume, VolumeError> {
+        let unlock = || {
+            let mut slots = self.passphrase_keyslots();
+            let (id, slot) = slots
+                .find(|(id, _)| id.0 == keyslot)
+                .ok_or(Reason::NoSuchKeyslot { keyslot })?;
+            match self.open_keyslot(id, slot, passphrase) {
+                Ok(Some(key)) => self.unlocked(id, key),
+                Ok(None) => Err(Reason::WrongPassphrase { untried: Vec::new() }),
+                Err(source) => Err(Reason::Keyslot { keyslot, source }),
+            }
+        };
+        unlock().map_err(|reason| self.failed(reason))
+    }
+
+    /// The keyslots that hold the key of a segment. Others ("unbound" ones) hold whatever their owner put there.
+    pub(super) fn passphrase_keyslots(&self) -> impl Iterator<Item = (Id, &Luks2Keyslot)> {
+        keyslots_of_segments(&self.header.metadata)
+    }
+
+    /// The key that `slot` holds, or nothing if this is not its passphrase.
+    pub(super) fn open_keyslot(
+        &self,
+        id: Id,
+        slot: &Luks2Keyslot,
+        passphrase: &SecretBytes,
+    ) -> Result<Option<SecretBytes>, KeyslotError> {
+        let key = keyslot::open(self.io, slot, passphrase)?;
+        for digest in self.header.metadata.digests.values() {
+            if let Digest::Pbkdf2(digest) = digest
+                && digest.keyslots.contains(&id)
+                && keyslot::verify(digest, &key)?
+            {
+                return Ok(Some(key));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Expands the key and puts the segment table together, once every segment's digest agrees to the key.
+    pub(super) fn unlocked(&self, id: Id, key: SecretBytes) -> Result<Volume, Reason> {
+        let metadata = &self.header.metadata;
+        let mut verified = Vec::new();
+        for (&segment, description) in &metadata.segments {
+            let Some((digest_id, Digest::Pbkdf2(digest))) = metadata.digest_of_segment(segment) else {
+                continue; // A linear segment: a crypt segment without such a digest was refused.
+            };
+            if !matches!(description, Segment::Crypt(_)) || verified.contains(&digest_id) {
+                continue;
+            }
+            let right = keyslot::verify(digest, &key).map_err(|source| Reason::Keyslot {
+                keyslot: id.0,
+                source,
+            })?;
+            if !right {
+                return Err(Reason::KeyOfAnotherSegment {
+                    keyslot: id.0,
+                    segment: segment.0,
+                });
+            }
+            verified.push(digest_id);
+        }
+        let table = self
+            .layout
+            .clone()
+            .into_table(|size| SectorCipher::new(&key, size, self.kernel))?;
+        Ok(Volume {
+            uuid: self.uuid(),
+            keyslot: id.0,
+            capacity: self.capacity(),
+            sector_size: self.sector_size(),
+            table: Arc::new(table),
+            key,
+        })
+    }
+
+    /// Begins a change of the metadata on storage.
+    pub(super) fn update(&self) -> Result<Update<'header>, Reason> {
+        let io = self.io;
+        if io.read_only() {
+            return Err(Reason::ReadOnly);
+        }
+        let lock = io.lock(LockMode::Write).map_err(Reason::Lock)?;
+        let header = match copies::read(io)? {
+            Found::Sound(header) => header,
+            Found::NeedsRecovery(recoverable) => recoverable.recover(io)?,
+        };
+        let (expected, found) = (self.uuid(), header.binary.uuid);
+        if found != expected {
+            return Err(Reason::Replaced { expected, found });
+        }
+        refusal::check(&header.metadata)?;
+        Ok(Update {
+            io,
+            header,
+            _lock: lock,
+        })
+    }
+
+    pub(super) fn failed(&self, reason: Reason) -> VolumeError {
+        reason.at(self.io.path())
+    }
+}
+
+/// A change of the metadata, from their being read anew (other programs write them too) to the end of the write lock.
+/// Nothing is changed unless it is committed.
+pub(super) struct Update<'header> {
+    pub(super) io: &'header dyn HeaderIo,
+    pub(super) header: Header,
+    _lock: MetadataLock<'header>,
+}
+
+impl Update<'_> {
+    /// Writes the header to both copies, and to `locked`, which the update began with.
+    pub(super) fn commit(&mut self, locked: &mut Locked<'_>) -> Result<(), Reason> {
+        self.header.commit(self.io)?;
+        locked.header = self.header.clone();
+        Ok(())
+    }
+}
+
+/// A volume whose key is at hand.
+pub struct Volume {
+    uuid: Uuid,
+    keyslot: u32,
+    capacity: u64,
+    sector_size: SectorSize,
+    table: Arc<SegmentTable>,
+    key: SecretBytes,
+}
+
+impl Volume {
+    /// The UUID in its header.
+    pub fn uuid(&self) -> Uuid {
+        self.uuid
+    }
+
+    /// The keyslot that it was unlocked by.
+    pub fn keyslot(&self) -> u32 {
+        self.keyslot
+    }
+
+    /// Length of the disk in bytes.
+    pub fn capacity(&self) -> u64 {
+        self.capacity
+    }
+
+    /// The unit in which the disk must be read and written.
+    pub fn sector_size(&self) -> SectorSize {
+        self.sector_size
+    }
+
+    /// The map from sectors to the payload, as of now.
+    pub fn table(&self) -> Arc<SegmentTable> {
+        Arc::clone(&self.table)
+    }
+
+    pub(super) fn key(&self) -> &SecretBytes {
+        &self.key
+    }
+}
+
+impl fmt::Debug for Volume {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Volume")
+            .field("uuid", &self.uuid)
+            .field("keyslot", &self.keyslot)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What became of the two copies of the header when it was opened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum HeaderState {
+    /// Both are sound and the same.
+    Sound,
+    /// One was damaged, and was rewritten from the other.
+    Repaired {
+        /// Which one.
+        copy: &'static str,
+        /// What was wrong with it.
+        damage: String,
+    },
+    /// One is damaged: the volume is read-only, or the copy could not be written.
+    NeedsRepair {
+        /// Which one.
+        copy: &'static str,
+        /// What is wrong with it.
+        damage: String,
+    },
+}
+
+/// Reads the header under the lock. What needs recovery is looked at again under the write lock before it is repaired,
+/// because what looked like damage may have been another program's update.
+fn read_and_repair(io: &dyn HeaderIo) -> Result<(Header, HeaderState), Reason> {
+    let found = {
+        let _lock = io.lock(LockMode::Read).map_err(Reason::Lock)?;
+        copies::read(io)?
+    };
+    if let Found::Sound(header) = found {
+        return Ok((header, HeaderState::Sound));
+    }
+    let found = if io.read_only() {
+        found
+    } else {
+        let _lock = io.lock(LockMode::Write).map_err(Reason::Lock)?;
+        match copies::read(io)? {
+            Found::NeedsRecovery(recoverable) => {
+                let copy = recoverable.bad.name();
+                let damage = recoverable.damage.to_string();
+                let header = recoverable.header.clone();
+                match recoverable.recover(io) {
+                    Ok(header) => {
+                        warn!(volume = %header.binary.uuid, "{}: repaired the {copy} copy of the LUKS2 header: {damage}",
+                              io.path().display());
+                        return Ok((header, HeaderState::Repaired { copy, damage }));
+                    }
+                    Err(error @ HeaderError::Write { .. }) => {
+                        warn!(volume = %header.binary.uuid, "{}: {error}", io.path().display());
+                        return Ok((header, HeaderState::NeedsRepair { copy, damage }));
+                    }
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            sound => sound,
+        }
+    };
+    Ok(match found {
+        Found::Sound(header) => (header, HeaderState::Sound),
+        Found::NeedsRecovery(recoverable) => {
+            let state = HeaderState::NeedsRepair {
+                copy: recoverable.bad.name(),
+                damage: recoverable.damage.to_string(),
+            };
+            (recoverable.header, state)
+        }
+    })
+}
+
+/// Lays out the segments of `header` on `payload`, or behind the header where that is not detached.
+pub(super) fn layout(
+    header: &Header,
+    io: &dyn HeaderIo,
+    payload: Option<&dyn HeaderIo>,
+) -> Result<Layout, Reason> {
+    let payload_len = payload.unwrap_or(io).size().map_err(Reason::Length)?;
+    let header_end = if payload.is_some() { 0 } else { header.end() };
+    Ok(Layout::new(&header.metadata, header_end, payload_len)?)
+}
+
+/// The keyslots of type `luks2` that a digest ties to a segment.
+pub(super) fn keyslots_of_segments(metadata: &Metadata) -> impl Iterator<Item = (Id, &Luks2Keyslot)> {
+    let bound = |id: &Id| {
+        let mut digests = metadata.digests.values();
+        digests.any(|digest| !digest.segments().is_empty() && digest.keyslots().contains(id))
+    };
+    metadata.keyslots.iter().filter_map(move |(id, slot)| match slot {
+        Keyslot::Luks2(slot) if bound(id) => Some((*id, slot.as_ref())),
+        _ => None,
+    })
+}
+
+/// 0: to be ignored, 1: normal, 2: to be tried first (§3.2).
+fn priority(slot: &Luks2Keyslot) -> u32 {
+    slot.priority.unwrap_or(1)
+}

@@ -1,0 +1,730 @@
+//! The JSON area: keyslots, tokens, segments, digests and config (LUKS2 1.1 §3).
+//!
+//! What is known here is typed; what is not (other types of objects, further fields, requirements) is carried along as
+//! it was found and written back, because others may have put it there. [`Metadata::parse`] gives back only metadata
+//! whose numbers fit together: areas within the keyslots area and clear of each other, references that lead somewhere,
+//! offsets aligned. Whether sealblk can serve what they describe is another question: see [`super::refusal`].
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use serde::de::{DeserializeOwned, Error as _};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::{Map, Value};
+
+use super::binary;
+
+/// The root object.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Metadata {
+    pub(super) keyslots: BTreeMap<Id, Keyslot>,
+    pub(super) tokens: BTreeMap<Id, Token>,
+    pub(super) segments: BTreeMap<Id, Segment>,
+    pub(super) digests: BTreeMap<Id, Digest>,
+    pub(super) config: Config,
+    #[serde(flatten)]
+    pub(super) other: Other,
+}
+
+impl Metadata {
+    /// Reads the JSON area of a header of `header_size` bytes.
+    pub(super) fn parse(area: &[u8], header_size: u64) -> Result<Self, MetadataError> {
+        let end = area
+            .iter()
+            .position(|&byte| byte == 0)
+            .ok_or(MetadataError::Unterminated)?;
+        let (text, rest) = area.split_at(end);
+        if rest.iter().any(|&byte| byte != 0) {
+            return Err(MetadataError::Trailing);
+        }
+        let metadata: Self = serde_json::from_slice(text).map_err(|error| MetadataError::Json {
+            text: error.to_string(),
+        })?;
+        metadata.validate(header_size)?;
+        Ok(metadata)
+    }
+
+    /// Writes the JSON area, which must be zero.
+    pub(super) fn write(&self, area: &mut [u8]) -> Result<(), MetadataError> {
+        let text = serde_json::to_vec(self).map_err(|error| MetadataError::Json {
+            text: error.to_string(),
+        })?;
+        // At least one NUL ends it.
+        if text.len() >= area.len() {
+            return Err(MetadataError::TooLong {
+                len: text.len(),
+                room: area.len(),
+            });
+        }
+        area[..text.len()].copy_from_slice(&text);
+        Ok(())
+    }
+
+    /// Checks that the numbers fit together, for what was read and for what is to be written.
+    pub(super) fn validate(&self, header_size: u64) -> Result<(), MetadataError> {
+        self.validate_config(header_size)?;
+        self.validate_keyslots(header_size)?;
+        self.validate_references()?;
+        self.validate_segments()
+    }
+
+    fn validate_config(&self, header_size: u64) -> Result<(), MetadataError> {
+        let json_size = self.config.json_size.0;
+        if json_size.checked_add(binary::LEN as u64) != Some(header_size) {
+            return Err(MetadataError::JsonSize {
+                json_size,
+                header_size,
+            });
+        }
+        let keyslots_size = self.config.keyslots_size.0;
+        if !keyslots_size.is_multiple_of(AREA_ALIGNMENT) || keyslots_size > MAX_KEYSLOTS_SIZE {
+            return Err(MetadataError::KeyslotsSize { keyslots_size });
+        }
+        // Offset 0 says that the header is detached. Otherwise the payload starts behind the keyslots area.
+        let payload = self.segments.values().filter_map(Segment::payload_offset).min();
+        match payload {
+            Some(offset) if offset != 0 && offset < 2 * header_size + keyslots_size => {
+                Err(MetadataError::PayloadInHeader {
+                    offset,
+                    header_end: 2 * header_size + keyslots_size,
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn validate_keyslots(&self, header_size: u64) -> Result<(), MetadataError> {
+        let within = 2 * header_size..2 * header_size + self.config.keyslots_size.0;
+        let mut areas = Vec::with_capacity(self.keyslots.len());
+        for (&keyslot, slot) in &self.keyslots {
+            let (offset, size) = slot.area();
+            let outside = MetadataError::AreaOutside {
+                keyslot,
+                offset,
+                size,
+            };
+            let Some(end) = offset.checked_add(size) else {
+                return Err(outside);
+            };
+            if size == 0 || offset < within.start || end > within.end {
+                return Err(outside);
+            }
+            if let Keyslot::Luks2(slot) = slot {
+                let needed = u64::from(slot.key_size) * u64::from(slot.af.stripes);
+                if !offset.is_multiple_of(AREA_ALIGNMENT) || needed > size {
+                    return Err(MetadataError::AreaUnfit {
+                        keyslot,
+                        offset,
+                        size,
+                        needed,
+                    });
+                }
+            }
+            areas.push((offset, end, keyslot));
+        }
+        areas.sort_unstable();
+        for pair in areas.windows(2) {
+            if pair[0].1 > pair[1].0 {
+                return Err(MetadataError::AreasOverlap {
+                    keyslot: pair[0].2,
+                    other: pair[1].2,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn validate_references(&self) -> Result<(), MetadataError> {
+        let keyslots = |from: &'static str, id: Id, list: &[Id]| match list
+            .iter()
+            .find(|keyslot| !self.keyslots.contains_key(keyslot))
+        {
+            Some(&to) => Err(MetadataError::Dangling {
+                from,
+                id,
+                what: "keyslot",
+                to,
+            }),
+            None => Ok(()),
+        };
+        for (&id, token) in &self.tokens {
+            keyslots("token", id, &token.keyslots)?;
+        }
+        for (&id, digest) in &self.digests {
+            keyslots("digest", id, digest.keyslots())?;
+            if let Some(&to) = digest
+                .segments()
+                .iter()
+                .find(|segment| !self.segments.contains_key(segment))
+            {
+                return Err(MetadataError::Dangling {
+                    from: "digest",
+                    id,
+                    what: "segment",
+                    to,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn validate_segments(&self) -> Result<(), MetadataError> {
+        if self.segments.is_empty() {
+            return Err(MetadataError::NoSegments);
+        }
+        let digested: BTreeSet<Id> = self
+            .digests
+            .values()
+            .flat_map(|digest| digest.segments().iter().copied())
+            .collect();
+        for (&segment, description) in &self.segments {
+            let Some(place) = description.place() else {
+                continue;
+            };
+            let sector_size = match description {
+                Segment::Crypt(crypt) => u64::from(crypt.sector_size),
+                Segment::Linear(_) | Segment::Other(_) => SECTOR,
+            };
+            if sector_size == 0 || !sector_size.is_multiple_of(SECTOR) {
+                return Err(MetadataError::SegmentSectorSize { segment, sector_size });
+            }
+            let offset = place.offset.0;
+            let aligned = match place.size {
+                SegmentSize::Dynamic => true,
+                SegmentSize::Fixed(size) => size != 0 && size.is_multiple_of(sector_size),
+            };
+            if !offset.is_multiple_of(SECTOR) || !aligned {
+                return Err(MetadataError::SegmentUnaligned {
+                    segment,
+                    offset,
+                    size: place.size,
+                    sector_size,
+                });
+            }
+            if let SegmentSize::Fixed(size) = place.size
+                && offset.checked_add(size).is_none()
+            {
+                return Err(MetadataError::SegmentUnaligned {
+                    segment,
+                    offset,
+                    size: place.size,
+                    sector_size,
+                });
+            }
+            if matches!(description, Segment::Crypt(_)) && !digested.contains(&segment) {
+                return Err(MetadataError::SegmentWithoutDigest { segment });
+            }
+        }
+        Ok(())
+    }
+
+    /// The digest that verifies the key of `segment`.
+    pub(super) fn digest_of_segment(&self, segment: Id) -> Option<(Id, &Digest)> {
+        let mut digests = self.digests.iter().map(|(&id, digest)| (id, digest));
+        digests.find(|(_, digest)| digest.segments().contains(&segment))
+    }
+}
+
+/// Declares an object whose `type` decides its fields: an enum with a variant for each type that is known here, and
+/// `Other` for all that are not, which are kept as they were found. A known type with wrong fields is an error.
+macro_rules! by_type {
+    ($(#[$meta:meta])* $name:ident { $($text:literal => $variant:ident($fields:ty),)* _ => Other($other:ty) }) => {
+        $(#[$meta])*
+        #[derive(Debug, Clone, PartialEq, Serialize)]
+        #[serde(tag = "type")]
+        pub(super) enum $name {
+            $(#[serde(rename = $text)] $variant($fields),)*
+            #[serde(untagged)]
+            Other($other),
+        }
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                let mut object = Map::<String, Value>::deserialize(deserializer)?;
+                match object.get("type").and_then(Value::as_str) {
+                    $(Some($text) => {
+                        object.remove("type");
+                        typed(object).map(Self::$variant)
+                    })*
+                    Some(_) => typed(object).map(Self::Other),
+                    None => Err(D::Error::custom("an object has no `type`")),
+                }
+            }
+        }
+    };
+}
+
+fn typed<T: DeserializeOwned, E: serde::de::Error>(object: Map<String, Value>) -> Result<T, E> {
+    serde_json::from_value(Value::Object(object)).map_err(E::custom)
+}
+
+by_type! {
+    /// A way in: an area with a key in it, and how a passphrase opens that (§3.2).
+    Keyslot {
+        "luks2" => Luks2(Box<Luks2Keyslot>),
+        _ => Other(OtherKeyslot)
+    }
+}
+
+impl Keyslot {
+    /// Offset and size of its area in bytes.
+    pub(super) fn area(&self) -> (u64, u64) {
+        match self {
+            Keyslot::Luks2(slot) => (slot.area.offset.0, slot.area.size.0),
+            Keyslot::Other(slot) => (slot.area.offset.0, slot.area.size.0),
+        }
+    }
+}
+
+/// A keyslot of type `luks2`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Luks2Keyslot {
+    /// Length in bytes of the key that it holds.
+    pub(super) key_size: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) priority: Option<u32>,
+    pub(super) af: Af,
+    pub(super) area: Area,
+    pub(super) kdf: Kdf,
+    #[serde(flatten)]
+    pub(super) other: Other,
+}
+
+/// A keyslot of another type (`reencrypt`).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct OtherKeyslot {
+    #[serde(rename = "type")]
+    pub(super) kind: String,
+    pub(super) area: OtherArea,
+    #[serde(flatten)]
+    pub(super) other: Other,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct OtherArea {
+    pub(super) offset: Decimal,
+    pub(super) size: Decimal,
+    #[serde(flatten)]
+    pub(super) other: Other,
+}
+
+/// The anti-forensic splitter of a keyslot.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Af {
+    #[serde(rename = "type")]
+    pub(super) kind: String,
+    pub(super) stripes: u32,
+    pub(super) hash: String,
+    #[serde(flatten)]
+    pub(super) other: Other,
+}
+
+/// Where a keyslot's material is stored, and under which cipher.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Area {
+    #[serde(rename = "type")]
+    pub(super) kind: String,
+    pub(super) offset: Decimal,
+    pub(super) size: Decimal,
+    pub(super) encryption: String,
+    /// Length in bytes of the key that encrypts the area.
+    pub(super) key_size: u32,
+    #[serde(flatten)]
+    pub(super) other: Other,
+}
+
+by_type! {
+    /// How a passphrase becomes the key of a keyslot's area.
+    Kdf {
+        "pbkdf2" => Pbkdf2(Pbkdf2),
+        "argon2i" => Argon2i(Argon2),
+        "argon2id" => Argon2id(Argon2),
+        _ => Other(OtherObject)
+    }
+}
+
+impl Kdf {
+    /// Its name as in the metadata.
+    pub(super) fn name(&self) -> &str {
+        match self {
+            Kdf::Pbkdf2(_) => "pbkdf2",
+            Kdf::Argon2i(_) => "argon2i",
+            Kdf::Argon2id(_) => "argon2id",
+            Kdf::Other(other) => &other.kind,
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Pbkdf2 {
+    pub(super) hash: String,
+    pub(super) iterations: u32,
+    pub(super) salt: Base64,
+    #[serde(flatten)]
+    pub(super) other: Other,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Argon2 {
+    /// Passes over the memory.
+    pub(super) time: u32,
+    /// KiB.
+    pub(super) memory: u32,
+    /// Lanes.
+    pub(super) cpus: u32,
+    pub(super) salt: Base64,
+    #[serde(flatten)]
+    pub(super) other: Other,
+}
+
+/// What opens keyslots without a passphrase from a person (§3.5). Tokens of every type have these two fields; the
+/// rest belongs to the type. See [`super::token`] for the type `sealblk`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Token {
+    #[serde(rename = "type")]
+    pub(super) kind: String,
+    pub(super) keyslots: Vec<Id>,
+    #[serde(flatten)]
+    pub(super) other: Other,
+}
+
+by_type! {
+    /// A range of the payload with one treatment (§3.3).
+    Segment {
+        "crypt" => Crypt(CryptSegment),
+        "linear" => Linear(LinearSegment),
+        _ => Other(OtherObject)
+    }
+}
+
+impl Segment {
+    pub(super) fn kind(&self) -> &str {
+        match self {
+            Segment::Crypt(_) => "crypt",
+            Segment::Linear(_) => "linear",
+            Segment::Other(other) => &other.kind,
+        }
+    }
+
+    pub(super) fn place(&self) -> Option<&Place> {
+        match self {
+            Segment::Crypt(crypt) => Some(&crypt.place),
+            Segment::Linear(linear) => Some(&linear.place),
+            Segment::Other(_) => None,
+        }
+    }
+
+    pub(super) fn flags(&self) -> &[String] {
+        self.place()
+            .and_then(|place| place.flags.as_deref())
+            .unwrap_or_default()
+    }
+
+    fn payload_offset(&self) -> Option<u64> {
+        match self {
+            Segment::Crypt(crypt) => Some(crypt.place.offset.0),
+            // A linear segment may stand anywhere: in the middle of a decryption its data lies where the header will.
+            Segment::Linear(_) | Segment::Other(_) => None,
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct CryptSegment {
+    #[serde(flatten)]
+    pub(super) place: Place,
+    /// Added to the number of a sector in the segment to give its tweak, in units of 512 bytes.
+    pub(super) iv_tweak: Decimal,
+    pub(super) encryption: String,
+    /// Bytes under one tweak.
+    pub(super) sector_size: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) integrity: Option<Value>,
+    #[serde(flatten)]
+    pub(super) other: Other,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct LinearSegment {
+    #[serde(flatten)]
+    pub(super) place: Place,
+    #[serde(flatten)]
+    pub(super) other: Other,
+}
+
+/// Where a segment lies on its device.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Place {
+    pub(super) offset: Decimal,
+    pub(super) size: SegmentSize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) flags: Option<Vec<String>>,
+}
+
+by_type! {
+    /// What tells a right volume key from a wrong one (§3.4).
+    Digest {
+        "pbkdf2" => Pbkdf2(Pbkdf2Digest),
+        _ => Other(OtherDigest)
+    }
+}
+
+impl Digest {
+    pub(super) fn keyslots(&self) -> &[Id] {
+        match self {
+            Digest::Pbkdf2(digest) => &digest.keyslots,
+            Digest::Other(digest) => &digest.keyslots,
+        }
+    }
+
+    pub(super) fn keyslots_mut(&mut self) -> &mut Vec<Id> {
+        match self {
+            Digest::Pbkdf2(digest) => &mut digest.keyslots,
+            Digest::Other(digest) => &mut digest.keyslots,
+        }
+    }
+
+    pub(super) fn segments(&self) -> &[Id] {
+        match self {
+            Digest::Pbkdf2(digest) => &digest.segments,
+            Digest::Other(digest) => &digest.segments,
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Pbkdf2Digest {
+    pub(super) keyslots: Vec<Id>,
+    pub(super) segments: Vec<Id>,
+    pub(super) hash: String,
+    pub(super) iterations: u32,
+    pub(super) salt: Base64,
+    pub(super) digest: Base64,
+    #[serde(flatten)]
+    pub(super) other: Other,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct OtherDigest {
+    #[serde(rename = "type")]
+    pub(super) kind: String,
+    pub(super) keyslots: Vec<Id>,
+    pub(super) segments: Vec<Id>,
+    #[serde(flatten)]
+    pub(super) other: Other,
+}
+
+/// What holds for the whole header (§3.6).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Config {
+    pub(super) json_size: Decimal,
+    pub(super) keyslots_size: Decimal,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) flags: Option<Vec<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) requirements: Option<Requirements>,
+    #[serde(flatten)]
+    pub(super) other: Other,
+}
+
+impl Config {
+    /// What a program must know of to touch this volume.
+    pub(super) fn mandatory(&self) -> &[String] {
+        let mandatory = self
+            .requirements
+            .as_ref()
+            .and_then(|requirements| requirements.mandatory.as_deref());
+        mandatory.unwrap_or_default()
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Requirements {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) mandatory: Option<Vec<String>>,
+    #[serde(flatten)]
+    pub(super) other: Other,
+}
+
+/// An object of which nothing is known but its type.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct OtherObject {
+    #[serde(rename = "type")]
+    pub(super) kind: String,
+    #[serde(flatten)]
+    pub(super) other: Other,
+}
+
+/// Fields that are not known here, kept as they were found.
+pub(super) type Other = Map<String, Value>;
+
+/// The name of a keyslot, token, segment or digest: a number, in JSON a string of decimal digits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Id(pub u32);
+
+impl fmt::Display for Id {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl Serialize for Id {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for Id {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        // "00" and "0" would be two names for others, and one here.
+        let canonical = text == "0" || !text.starts_with('0');
+        match decimal(&text).and_then(|number| u32::try_from(number).ok()) {
+            Some(number) if canonical => Ok(Self(number)),
+            _ => Err(D::Error::custom(format_args!("{text:?} is not a number"))),
+        }
+    }
+}
+
+/// An offset or size in bytes, or a sector number: 64 bits, in JSON a string of decimal digits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Decimal(pub(super) u64);
+
+impl Serialize for Decimal {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for Decimal {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let number = decimal(&text);
+        number
+            .map(Self)
+            .ok_or_else(|| D::Error::custom(format_args!("{text:?} is not a 64-bit number")))
+    }
+}
+
+/// Length of a segment in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SegmentSize {
+    /// To the end of the device, however long that is.
+    Dynamic,
+    Fixed(u64),
+}
+
+impl fmt::Display for SegmentSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            SegmentSize::Dynamic => f.write_str("dynamic"),
+            SegmentSize::Fixed(size) => size.fmt(f),
+        }
+    }
+}
+
+impl Serialize for SegmentSize {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for SegmentSize {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        match text.as_str() {
+            "dynamic" => Ok(Self::Dynamic),
+            text => {
+                let size = decimal(text).map(Self::Fixed);
+                size.ok_or_else(|| D::Error::custom(format_args!("{text:?} is not a segment's size")))
+            }
+        }
+    }
+}
+
+/// Bytes, in JSON a base64 string.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Base64(pub(super) Vec<u8>);
+
+impl Serialize for Base64 {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&BASE64_STANDARD.encode(&self.0))
+    }
+}
+
+impl<'de> Deserialize<'de> for Base64 {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        BASE64_STANDARD
+            .decode(String::deserialize(deserializer)?)
+            .map(Self)
+            .map_err(D::Error::custom)
+    }
+}
+
+/// Why a JSON area is not LUKS2 metadata.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum MetadataError {
+    #[error("the JSON text is not ended by a NUL")]
+    Unterminated,
+    #[error("bytes follow the NUL that ends the JSON text")]
+    Trailing,
+    #[error("{text}")]
+    Json { text: String },
+    #[error("{len} bytes of JSON do not fit into the JSON area of {room} bytes; remove a keyslot or a token")]
+    TooLong { len: usize, room: usize },
+    #[error("config: json_size {json_size} does not fit the header's size {header_size}")]
+    JsonSize { json_size: u64, header_size: u64 },
+    #[error("config: keyslots_size {keyslots_size} is not a multiple of 4096 up to 128 MiB")]
+    KeyslotsSize { keyslots_size: u64 },
+    #[error("the payload starts at byte {offset}, within the header, which ends at {header_end}")]
+    PayloadInHeader { offset: u64, header_end: u64 },
+    #[error("keyslot {keyslot}: its area ({size} bytes at {offset}) is not within the keyslots area")]
+    AreaOutside { keyslot: Id, offset: u64, size: u64 },
+    #[error(
+        "keyslot {keyslot}: its area ({size} bytes at {offset}) is not aligned to 4096, or shorter than the \
+         {needed} bytes of its material"
+    )]
+    AreaUnfit {
+        keyslot: Id,
+        offset: u64,
+        size: u64,
+        needed: u64,
+    },
+    #[error("the areas of keyslots {keyslot} and {other} overlap")]
+    AreasOverlap { keyslot: Id, other: Id },
+    #[error("{from} {id} refers to {what} {to}, which there is not")]
+    Dangling {
+        from: &'static str,
+        id: Id,
+        what: &'static str,
+        to: Id,
+    },
+    #[error("there are no segments")]
+    NoSegments,
+    #[error("segment {segment}: sector size {sector_size} is not a multiple of 512")]
+    SegmentSectorSize { segment: Id, sector_size: u64 },
+    #[error(
+        "segment {segment}: offset {offset} and size {size} do not make whole sectors of {sector_size} bytes"
+    )]
+    SegmentUnaligned {
+        segment: Id,
+        offset: u64,
+        size: SegmentSize,
+        sector_size: u64,
+    },
+    #[error("segment {segment}: no digest tells its key")]
+    SegmentWithoutDigest { segment: Id },
+}
+
+fn decimal(text: &str) -> Option<u64> {
+    // `parse` would take a sign.
+    let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    digits.then(|| text.parse().ok()).flatten()
+}
+
+/// The unit of every sector number and segment.
+const SECTOR: u64 = 512;
+pub(super) const AREA_ALIGNMENT: u64 = 4096;
+const MAX_KEYSLOTS_SIZE: u64 = 128 << 20;

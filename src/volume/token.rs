@@ -1,0 +1,113 @@
+//! The token `sealblk`: a keyslot's slot secret, wrapped under a provider's KEK.
+//!
+//! ```json
+//! {"type": "sealblk", "keyslots": ["0"], "provider": "native", "key_id": "…", "wrapped_slot_secret": "<base64>"}
+//! ```
+//!
+//! The slot secret is 32 random bytes. What the keyslot takes as its passphrase is their base64 text (44 characters,
+//! with padding), as systemd-cryptenroll does it for its tokens: who has unwrapped the secret by other means can type it
+//! into `cryptsetup open`, which would stop at a newline or a NUL in the raw bytes.
+//!
+//! The wrapping authenticates the volume's UUID, the provider's name, the key ID and the keyslot's number, so that a
+//! token that was moved to another volume or keyslot does not open. It also binds the volume to its UUID: after
+//! `cryptsetup luksUUID --uuid` a volume opens by its recovery key alone, until it is bound anew.
+
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::metadata::{Base64, Id, Other, Token};
+use crate::keys::KeyId;
+use crate::keys::arena::{ArenaError, SecretBytes};
+
+/// What a token of type [`TYPE`] holds beside its keyslots.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct SealblkToken {
+    pub(super) provider: String,
+    pub(super) key_id: KeyId,
+    pub(super) wrapped_slot_secret: Base64,
+}
+
+impl SealblkToken {
+    /// Reads `token`, if it is one of ours. `Some(Err)` is one that somebody has broken.
+    pub(super) fn of(token: &Token) -> Option<Result<Self, String>> {
+        (token.kind == TYPE).then(|| {
+            let fields = Value::Object(token.other.clone());
+            let sealblk: Self = serde_json::from_value(fields).map_err(|error| error.to_string())?;
+            match token.keyslots[..] {
+                [_] => Ok(sealblk),
+                _ => Err(format!("it names {} keyslots, not one", token.keyslots.len())),
+            }
+        })
+    }
+
+    /// The token in the metadata, for `keyslot`.
+    pub(super) fn into_token(self, keyslot: Id) -> Token {
+        let field = |text: String| Value::String(text);
+        let mut other = Other::new();
+        other.insert("provider".to_owned(), field(self.provider));
+        other.insert("key_id".to_owned(), field(self.key_id.0));
+        other.insert(
+            "wrapped_slot_secret".to_owned(),
+            field(BASE64_STANDARD.encode(&self.wrapped_slot_secret.0)),
+        );
+        Token {
+            kind: TYPE.to_owned(),
+            keyslots: vec![keyslot],
+            other,
+        }
+    }
+}
+
+/// The passphrase that `slot_secret` is to its keyslot.
+pub(super) fn passphrase_of(slot_secret: &SecretBytes) -> Result<SecretBytes, ArenaError> {
+    let mut text = SecretBytes::zeroed(slot_secret.len().div_ceil(3) * 4)?;
+    let written = BASE64_STANDARD.encode_slice(&slot_secret[..], &mut text[..]);
+    written.expect("base64 has four characters for every three bytes");
+    Ok(text)
+}
+
+pub(super) const TYPE: &str = "sealblk";
+pub(super) const SLOT_SECRET_LEN: usize = 32;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn token() -> SealblkToken {
+        SealblkToken {
+            provider: "native".to_owned(),
+            key_id: KeyId("k1".to_owned()),
+            wrapped_slot_secret: Base64(vec![1, 2, 3]),
+        }
+    }
+
+    #[test]
+    fn a_token_survives_the_metadata() {
+        let stored = token().into_token(Id(3));
+        assert_eq!(stored.keyslots, [Id(3)]);
+        assert_eq!(SealblkToken::of(&stored), Some(Ok(token())));
+        let text = serde_json::to_string(&stored).unwrap();
+        let expected = r#"{"type":"sealblk","keyslots":["3"],"provider":"native","key_id":"k1","wrapped_slot_secret":"AQID"}"#;
+        assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn tokens_of_others_are_theirs_and_a_broken_one_says_so() {
+        let mut stored = token().into_token(Id(3));
+        stored.other.remove("key_id");
+        assert!(SealblkToken::of(&stored).unwrap().unwrap_err().contains("key_id"));
+        stored.kind = "systemd-tpm2".to_owned();
+        assert_eq!(SealblkToken::of(&stored), None);
+    }
+
+    #[test]
+    fn the_passphrase_is_the_secret_in_base64() {
+        let secret = SecretBytes::take(&mut [0; 32]).unwrap();
+        assert_eq!(
+            &passphrase_of(&secret).unwrap()[..],
+            b"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="
+        );
+    }
+}
