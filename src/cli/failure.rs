@@ -1,17 +1,20 @@
 //! Why a verb failed, and the exit code that tells a script whose move it is.
 
 use std::io;
+use std::path::PathBuf;
 
 use crate::cipher::CipherError;
 use crate::keys::KeyError;
 use crate::keys::registry::RegistryError;
 use crate::storage::StorageError;
+use crate::volume::{Reason, VolumeError};
 
 use super::secret::SecretError;
 
 /// clap's own choice too.
 pub(super) const USAGE: u8 = 2;
 const HOST: u8 = 1;
+const VOLUME: u8 = 3;
 const KEY: u8 = 4;
 const IN_USE: u8 = 5;
 const STORAGE: u8 = 6;
@@ -25,6 +28,57 @@ pub enum Failure {
     /// What a verb prints did not go out.
     #[error("cannot write to standard output")]
     Output(#[source] io::Error),
+    /// A disk's file cannot be made.
+    #[error("cannot make {}", path.display())]
+    Make {
+        /// The file.
+        path: PathBuf,
+        /// The answer.
+        source: io::Error,
+    },
+    /// A disk's device cannot be looked at before it is overwritten.
+    #[error("cannot read {}", path.display())]
+    Look {
+        /// The device.
+        path: PathBuf,
+        /// The answer.
+        source: io::Error,
+    },
+    /// What a file held cannot be thrown away.
+    #[error("cannot empty {}", path.display())]
+    Empty {
+        /// The file.
+        path: PathBuf,
+        /// The answer.
+        source: io::Error,
+    },
+    /// There is something to lose.
+    #[error("{} holds data; name another place, or destroy them with --force", path.display())]
+    Occupied {
+        /// The file or device.
+        path: PathBuf,
+    },
+    /// A file has no size of its own.
+    #[error("{} is a file: say how large the disk shall be, with --size", disk.display())]
+    SizeNeeded {
+        /// The file.
+        disk: PathBuf,
+    },
+    /// The last proven way in would go.
+    #[error(
+        "keyslot {keyslot} is the one that opened the volume: open it by its key provider, or name another \
+         --unlock-key"
+    )]
+    SameKey {
+        /// What was to be removed.
+        keyslot: u32,
+    },
+    /// The keyslot is for something else.
+    #[error("keyslot {keyslot} belongs to no recovery key; see `sealblk info`")]
+    NoRecoveryKey {
+        /// What was to be removed.
+        keyslot: u32,
+    },
     /// The cipher does not work here.
     #[error(transparent)]
     Cipher(#[from] CipherError),
@@ -37,6 +91,9 @@ pub enum Failure {
     /// The state directory.
     #[error(transparent)]
     Registry(#[from] RegistryError),
+    /// The volume.
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
     /// A passphrase or recovery key cannot be read or written.
     #[error(transparent)]
     Secret(#[from] SecretError),
@@ -47,9 +104,37 @@ impl Failure {
     pub(super) fn exit_code(&self) -> u8 {
         match self {
             Self::Process(_) | Self::Output(_) | Self::Cipher(_) => HOST,
-            Self::Storage(StorageError::InUse { .. }) => IN_USE,
-            Self::Storage(_) => STORAGE,
+            Self::SizeNeeded { .. } | Self::SameKey { .. } | Self::NoRecoveryKey { .. } => USAGE,
+            Self::Storage(StorageError::InUse { .. }) | Self::Occupied { .. } => IN_USE,
+            Self::Storage(_) | Self::Make { .. } | Self::Look { .. } | Self::Empty { .. } => STORAGE,
+            Self::Volume(VolumeError { reason, .. }) => volume_code(reason),
             Self::Key(_) | Self::Registry(_) | Self::Secret(_) => KEY,
         }
+    }
+}
+
+fn volume_code(reason: &Reason) -> u8 {
+    match reason {
+        Reason::Capacity { .. }
+        | Reason::Label { .. }
+        | Reason::NoSuchKeyslot { .. }
+        | Reason::LastWayIn { .. } => USAGE,
+        Reason::WrongPassphrase { .. }
+        | Reason::NoToken
+        | Reason::Provider { .. }
+        | Reason::Wrap(_)
+        | Reason::ForeignToken { .. }
+        | Reason::TokenOpensNothing { .. } => KEY,
+        Reason::AlreadyLuks => IN_USE,
+        Reason::Lock(_)
+        | Reason::Length(_)
+        | Reason::ReadOnly
+        | Reason::TooSmall { .. }
+        | Reason::Grow { .. }
+        | Reason::Prepare(_)
+        | Reason::WriteKeyslot { .. }
+        | Reason::Wipe { .. } => STORAGE,
+        Reason::Cipher(_) | Reason::Arena(_) | Reason::Kdf(_) | Reason::Random(_) => HOST,
+        _ => VOLUME,
     }
 }

@@ -4,11 +4,17 @@
 //! [`output`], what it reads in secret through [`secret`]. Failures are printed here, once, with their causes, and
 //! become the exit code that `sealblk --help` documents.
 
+mod create;
 pub mod failure;
+mod info;
+mod made;
 pub mod output;
 mod process;
 mod provider;
+mod recovery;
+mod recovery_key;
 pub mod secret;
+mod size;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -37,7 +43,7 @@ Exit codes:
   2  the arguments are wrong
   3  the disk holds no volume, or one that is damaged or not supported
   4  the key is not to be had: provider, passphrase or recovery key
-  5  the disk or the socket is in use
+  5  the disk or the socket is in use, or the disk holds data
   6  storage: cannot be opened, read or written, or is full
 
 Environment:
@@ -65,6 +71,9 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
+    Create(create::Create),
+    Info(info::Info),
+    Recovery(recovery::Recovery),
     Provider(provider::Provider),
 }
 
@@ -114,6 +123,9 @@ fn run(cli: Cli) -> Result<(), Failure> {
         state_dir: cli.state_dir,
     };
     match cli.verb {
+        Verb::Create(verb) => verb.run(&host),
+        Verb::Info(verb) => verb.run(),
+        Verb::Recovery(verb) => verb.run(&host),
         Verb::Provider(verb) => verb.run(&host),
     }
 }

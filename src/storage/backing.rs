@@ -26,6 +26,8 @@ pub enum Access {
     ReadOnly,
     /// Reads and writes; nobody else may have the file attached.
     ReadWrite,
+    /// Reads of metadata, whoever has the file attached: it is not claimed. What is read may change at any time.
+    Inspect,
 }
 
 /// What kind of inode a [`Backing`] is.
@@ -41,7 +43,7 @@ pub enum Kind {
 #[derive(Debug, thiserror::Error)]
 pub enum StorageError {
     #[error("{}: cannot be opened for {}", path.display(), match access {
-        Access::ReadOnly => "reading",
+        Access::ReadOnly | Access::Inspect => "reading",
         Access::ReadWrite => "reading and writing",
     })]
     Open {
@@ -80,7 +82,7 @@ impl Backing {
     /// Where it cannot be opened, is neither a regular file nor a block device, or is attached elsewhere.
     pub fn open(path: &Path, access: Access) -> Result<Self, StorageError> {
         let flags = match access {
-            Access::ReadOnly => OFlags::RDONLY,
+            Access::ReadOnly | Access::Inspect => OFlags::RDONLY,
             Access::ReadWrite => OFlags::RDWR,
         } | OFlags::CLOEXEC
             | OFlags::NOCTTY;
@@ -156,7 +158,7 @@ impl Backing {
 
     /// Whether it was opened for reading only.
     pub fn read_only(&self) -> bool {
-        self.access == Access::ReadOnly
+        self.access != Access::ReadWrite
     }
 
     /// Its size in bytes as of now: a file can be extended and a logical volume resized while it is open.
@@ -284,6 +286,7 @@ fn lock(file: &File, access: Access) -> io::Result<()> {
         l_type: match access {
             Access::ReadOnly => libc::F_RDLCK,
             Access::ReadWrite => libc::F_WRLCK,
+            Access::Inspect => return Ok(()),
         } as i16,
         l_whence: libc::SEEK_SET as i16,
         l_start: 0,
@@ -365,6 +368,14 @@ mod tests {
             Backing::open(file.path(), Access::ReadWrite),
             Err(StorageError::InUse { .. })
         ));
+    }
+
+    #[test]
+    fn inspection_claims_nothing() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let _attached = Backing::open(file.path(), Access::ReadWrite).unwrap();
+        let inspected = Backing::open(file.path(), Access::Inspect).unwrap();
+        assert!(inspected.read_only());
     }
 
     #[test]

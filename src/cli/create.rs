@@ -1,0 +1,218 @@
+//! `sealblk create`: a volume, its keyslots, and the file that holds it.
+//!
+//! What exists is claimed before it is written to, so a disk that is in use stays untouched; what is made is removed
+//! again if anything fails.
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+
+use super::failure::Failure;
+use super::made::Made;
+use super::recovery_key::RecoveryKey;
+use super::secret::SecretSource;
+use super::size::Size;
+use super::{Host, output, provider};
+use crate::cipher::SectorSize;
+use crate::keys::registry::Registry;
+use crate::keys::{KeyProvider, Providers};
+use crate::storage::{Access, Backing, Kind};
+use crate::volume::{self, Argon2Cost, CreateOptions, Locked};
+
+const AFTER_HELP: &str = "\
+Examples:
+  sealblk create vm7.luks --size 20G --recovery-key vm7.key
+  sealblk create /dev/vg0/vm8 --sector-size 4096
+  sealblk create /dev/vg0/vm9 --header /srv/headers/vm9.luks
+
+The volume is bound to a key provider: this host opens it without being asked
+for a passphrase. If the host has no provider, a native one is added, and told.
+
+A recovery key opens the volume on any Linux, without sealblk:
+  cryptsetup open --key-file vm7.key vm7.luks vm7
+It has 256 bits. Keep it apart from the disk. A key of your own, in a file
+that exists, is taken as it is, without one newline at its end.
+
+What a block device held before stays readable on it until it is written over.";
+
+/// Make an encrypted disk
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub(super) struct Create {
+    /// A file, which is made, or a block device
+    disk: PathBuf,
+    /// Capacity of the disk, as in 20G; its file takes 16M more [default for a device: what it has room for]
+    #[arg(long)]
+    size: Option<Size>,
+    /// Key provider that opens the volume [default: the host's]
+    #[arg(long, value_name = "NAME")]
+    provider: Option<String>,
+    /// Bytes that are encrypted as one, and the disk's block size; not every firmware boots from 4096
+    #[arg(long, value_name = "BYTES", default_value = "512", value_parser = ["512", "4096"])]
+    sector_size: String,
+    /// Add a recovery key: made and written to FILE, or read from it if it exists
+    #[arg(long, value_name = "FILE")]
+    recovery_key: Option<SecretSource>,
+    /// Keep the header in a file of its own; DISK then holds nothing but ciphertext
+    #[arg(long, value_name = "FILE")]
+    header: Option<PathBuf>,
+    /// Name for people, and for /dev/disk/by-label
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    label: String,
+    /// Destroy what DISK holds
+    #[arg(long)]
+    force: bool,
+}
+
+impl Create {
+    pub(super) fn run(self, host: &Host) -> Result<(), Failure> {
+        let sector_size = match self.sector_size.as_str() {
+            "4096" => SectorSize::B4096,
+            _ => SectorSize::B512,
+        };
+        let mut registry = host.registry()?;
+        let named = self
+            .provider
+            .as_deref()
+            .map(|name| registry.provider(name))
+            .transpose()?;
+
+        let mut made = Made::default();
+        let disk = self.claim(&self.disk, &mut made)?;
+        if disk.kind() == Kind::File && self.size.is_none() {
+            return Err(Failure::SizeNeeded { disk: self.disk });
+        }
+        let header = self
+            .header
+            .as_ref()
+            .map(|path| self.claim(path, &mut made))
+            .transpose()?;
+        let recovery_key = self
+            .recovery_key
+            .as_ref()
+            .map(RecoveryKey::read_or_make)
+            .transpose()?;
+        made.extend(recovery_key.as_ref().and_then(|key| key.made.clone()));
+
+        let provider = match named {
+            Some(provider) => provider,
+            None => default_provider(&mut registry)?,
+        };
+        let key_id = provider.create_kek()?;
+        for file in [Some(&disk), header.as_ref()]
+            .into_iter()
+            .flatten()
+            .filter(|file| file.kind() == Kind::File)
+        {
+            // Nothing of what was there may shine through where the guest has not written yet.
+            file.file().set_len(0).map_err(|source| Failure::Empty {
+                path: file.path().to_owned(),
+                source,
+            })?;
+        }
+        let (header_io, payload) = match &header {
+            Some(header) => (header, Some(&disk)),
+            None => (&disk, None),
+        };
+        let options = CreateOptions {
+            capacity: self.size.map(|size| size.0),
+            sector_size,
+            label: &self.label,
+            binding: Some((&*provider, &key_id)),
+            recovery_key: recovery_key
+                .as_ref()
+                .map(|key| (&key.passphrase, Argon2Cost::for_this_host())),
+            overwrite: self.force,
+        };
+        volume::create(header_io, payload.map(|disk| disk as _), &options)?;
+        // Read back before anybody relies on it.
+        let created = Locked::open(header_io, payload)?;
+        made.keep();
+
+        let mut answer = format!(
+            "{}: made, a disk of {}\n",
+            self.disk.display(),
+            Size(created.capacity())
+        );
+        let mut tell = |what: &str, value: &str| answer.push_str(&format!("  {what:<13} {value}\n"));
+        tell("volume", &created.uuid().to_string());
+        tell("sector size", &self.sector_size);
+        tell("key", &format!("provider {:?}, key {key_id}", provider.name()));
+        match (
+            &self.recovery_key,
+            recovery_key.is_some_and(|key| key.made.is_some()),
+        ) {
+            (Some(place), true) => tell(
+                "recovery key",
+                &format!("made, in {place}; keep it apart from the disk"),
+            ),
+            (Some(place), false) => tell("recovery key", &format!("that of {place}")),
+            (None, _) => tell("recovery key", "none; `sealblk recovery add` adds one"),
+        }
+        output::print(&answer)
+    }
+
+    /// Opens a file or device and keeps everybody else from it. A file that does not exist is made.
+    fn claim(&self, path: &Path, made: &mut Made) -> Result<Backing, Failure> {
+        match OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(path)
+        {
+            Ok(_) => made.extend([path.to_owned()]),
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(source) => {
+                return Err(Failure::Make {
+                    path: path.to_owned(),
+                    source,
+                });
+            }
+        }
+        let backing = Backing::open(path, Access::ReadWrite)?;
+        if !self.force && occupied(&backing)? {
+            return Err(Failure::Occupied {
+                path: path.to_owned(),
+            });
+        }
+        Ok(backing)
+    }
+}
+
+fn default_provider(registry: &mut Registry) -> Result<Box<dyn KeyProvider>, Failure> {
+    if registry.default_name().is_none() {
+        provider::add_native(registry, "native", true)?;
+    }
+    let name = registry
+        .default_name()
+        .expect("the provider that was added is the default");
+    Ok(registry.provider(name)?)
+}
+
+/// Whether there may be something to lose: any byte in a file; on a device, anything but zeros at either end, where
+/// every partition table, file system, RAID and volume manager leaves its mark.
+fn occupied(backing: &Backing) -> Result<bool, Failure> {
+    const EDGE: u64 = 1 << 20;
+    let len = backing.len()?;
+    if backing.kind() == Kind::File {
+        return Ok(len > 0);
+    }
+    let edge = EDGE.min(len);
+    let mut bytes = vec![0; edge as usize];
+    for offset in [0, len - edge] {
+        backing
+            .file()
+            .read_exact_at(&mut bytes, offset)
+            .map_err(|source| Failure::Look {
+                path: backing.path().to_owned(),
+                source,
+            })?;
+        if bytes.iter().any(|&byte| byte != 0) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
