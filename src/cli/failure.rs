@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::cipher::CipherError;
+use crate::device::ServeError;
 use crate::keys::KeyError;
 use crate::keys::registry::RegistryError;
 use crate::storage::StorageError;
@@ -94,6 +95,9 @@ pub enum Failure {
     /// The volume.
     #[error(transparent)]
     Volume(#[from] VolumeError),
+    /// The disk cannot be served.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
     /// A passphrase or recovery key cannot be read or written.
     #[error(transparent)]
     Secret(#[from] SecretError),
@@ -108,6 +112,11 @@ impl Failure {
             Self::Storage(StorageError::InUse { .. }) | Self::Occupied { .. } => IN_USE,
             Self::Storage(_) | Self::Make { .. } | Self::Look { .. } | Self::Empty { .. } => STORAGE,
             Self::Volume(VolumeError { reason, .. }) => volume_code(reason),
+            Self::Serve(error) => match error {
+                ServeError::SocketInUse { .. } => IN_USE,
+                ServeError::NotASocket { .. } | ServeError::BadFd { .. } => USAGE,
+                ServeError::Bind { .. } | ServeError::IoUring(_) | ServeError::Control(_) => HOST,
+            },
             Self::Key(_) | Self::Registry(_) | Self::Secret(_) => KEY,
         }
     }

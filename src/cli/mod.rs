@@ -14,6 +14,7 @@ mod provider;
 mod recovery;
 mod recovery_key;
 pub mod secret;
+mod serve;
 mod size;
 
 use std::ffi::OsString;
@@ -75,6 +76,7 @@ enum Verb {
     Info(info::Info),
     Recovery(recovery::Recovery),
     Provider(provider::Provider),
+    Serve(serve::Serve),
 }
 
 /// What verbs know of the host that they run on.
@@ -127,6 +129,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Info(verb) => verb.run(),
         Verb::Recovery(verb) => verb.run(&host),
         Verb::Provider(verb) => verb.run(&host),
+        Verb::Serve(verb) => verb.run(&host),
     }
 }
 

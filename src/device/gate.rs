@@ -32,6 +32,8 @@ pub(super) enum GateError {
     Reply(#[source] io::Error),
     #[error("message {0} of the front-end is not valid or not offered")]
     Refused(u32),
+    #[error("a queue cannot be served: descriptors, threads or memory are exhausted")]
+    Rings(#[source] io::Error),
     #[error("the protocol handler cannot be reached")]
     Handler(#[source] io::Error),
 }
@@ -68,7 +70,7 @@ fn pass_messages(front_end: &UnixStream, handler: &UnixStream, rings: &mut Rings
         }
         let reply = ask(handler, message)?;
         if scope.is_some() {
-            rings.start();
+            rings.start().map_err(GateError::Rings)?;
         }
         if wants_reply {
             reply.send(front_end).map_err(GateError::Reply)?;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::disk::Disk;
 use super::guest::SharedMemory;
-use super::vring::Vring;
+use super::vring::{StartError, Vring};
 use super::worker::{POOL_PAGES, Piece, Running};
 use crate::storage::Engine;
 
@@ -59,27 +59,30 @@ impl Rings {
     }
 
     /// Starts every ring that the front-end wants served and that is not.
-    pub(super) fn start(&mut self) {
-        for index in 0..self.vrings.len() {
-            if self.running[index].is_none()
-                && let Err(error) = self.start_one(index)
-            {
-                tracing::error!(queue = index, %error, "the queue cannot be served");
+    ///
+    /// # Errors
+    /// If there are no descriptors, threads or memory left to serve one. A ring that the driver set up wrongly is no
+    /// error of the session: it rests.
+    pub(super) fn start(&mut self) -> io::Result<()> {
+        for (index, vring) in self.vrings.iter().enumerate() {
+            if self.running[index].is_some() {
+                continue;
             }
+            let ring = match vring.start(index, &self.memory) {
+                Ok(Some(ring)) => ring,
+                Ok(None) => continue,
+                Err(StartError::Io(error)) => return Err(error),
+                Err(error) => {
+                    tracing::warn!(queue = index, %error, "the queue is not served");
+                    continue;
+                }
+            };
+            let engine = match self.engines.pop() {
+                Some(engine) => engine,
+                None => engine(&self.disk)?,
+            };
+            self.running[index] = Some(Running::start(ring, Arc::clone(&self.disk), engine)?);
         }
-    }
-
-    fn start_one(&mut self, index: usize) -> io::Result<()> {
-        let ring = match self.vrings[index].start(index, &self.memory) {
-            Ok(Some(ring)) => ring,
-            Ok(None) => return Ok(()),
-            Err(error) => return Err(io::Error::other(error)),
-        };
-        let engine = match self.engines.pop() {
-            Some(engine) => engine,
-            None => engine(&self.disk)?,
-        };
-        self.running[index] = Some(Running::start(ring, Arc::clone(&self.disk), engine)?);
         Ok(())
     }
 }

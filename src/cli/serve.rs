@@ -1,0 +1,169 @@
+//! `sealblk serve`: one disk, one process, until SIGTERM. It follows QEMU's "Backend program conventions".
+
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::{ArgGroup, Args};
+use rustix::process::{Resource, getrlimit, setrlimit};
+use tracing_subscriber::EnvFilter;
+
+use super::failure::Failure;
+use super::secret::SecretSource;
+use super::{Host, output};
+use crate::device::{Disk, Endpoint, Server};
+use crate::storage::{Access, Backing};
+use crate::volume::{Locked, Volume};
+
+const AFTER_HELP: &str = "\
+Then start QEMU with memory that it shares, and the disk:
+  qemu-system-x86_64 -m 2G \\
+    -object memory-backend-memfd,id=mem,size=2G,share=on \\
+    -machine q35,memory-backend=mem \\
+    -chardev socket,id=disk0,path=SOCK,reconnect=1 \\
+    -device vhost-user-blk-pci,chardev=disk0
+
+The process ends on SIGTERM, when all that is in flight is done. A front-end
+may leave and come back, or be followed by another; there is one at a time.";
+
+/// What QEMU's vhost-user.json names, and nothing more (`VHostUserBackendBlockFeature`).
+const CAPABILITIES: &str = r#"{"type": "block", "features": ["read-only", "blk-file"]}"#;
+
+/// The most queues: one for each virtual CPU of a large guest. A queue costs nothing until a driver uses it.
+const MAX_QUEUES: i64 = 64;
+
+/// Serve a disk to QEMU
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+#[command(group = ArgGroup::new("endpoint").required(true).args(["socket_path", "fd", "print_capabilities"]))]
+pub(super) struct Serve {
+    /// The disk: a file or block device that holds a LUKS2 volume
+    #[arg(long, value_name = "DISK", required_unless_present = "print_capabilities")]
+    blk_file: Option<PathBuf>,
+    /// The socket to listen on; a stale one is replaced
+    #[arg(long, value_name = "SOCK")]
+    socket_path: Option<PathBuf>,
+    /// An inherited socket, that listens or is connected to QEMU
+    #[arg(long, value_name = "N")]
+    fd: Option<RawFd>,
+    /// Tell what this back-end can do, as QEMU's conventions have it, and end
+    #[arg(long)]
+    print_capabilities: bool,
+    /// Refuse writes; several processes may serve a disk so
+    #[arg(long)]
+    read_only: bool,
+    /// The most queues that QEMU may ask for
+    #[arg(long, value_name = "N", default_value_t = MAX_QUEUES as u16,
+          value_parser = clap::value_parser!(u16).range(1..=MAX_QUEUES))]
+    num_queues: u16,
+    /// The volume's header, if it is not on the disk
+    #[arg(long, value_name = "FILE")]
+    header: Option<PathBuf>,
+    /// Open the volume with a passphrase or recovery key instead of a key provider
+    #[arg(long, value_name = "FILE|-|fd:N|cred:NAME")]
+    passphrase_file: Option<SecretSource>,
+    /// Pass the guest's discards on to storage, which then shows what is in use to who can see it
+    #[arg(long)]
+    discard: bool,
+    /// What the guest sees as the disk's serial [default: the first 20 digits of the volume's UUID]
+    #[arg(long, value_name = "TEXT", value_parser = parse_serial)]
+    serial: Option<String>,
+}
+
+impl Serve {
+    pub(super) fn run(self, host: &Host) -> Result<(), Failure> {
+        // clap lets nobody past without a disk and an endpoint, or the question for capabilities.
+        let Some(blk_file) = self.blk_file.as_ref().filter(|_| !self.print_capabilities) else {
+            return output::print(&format!("{CAPABILITIES}\n"));
+        };
+        log_to_stderr();
+        raise_descriptor_limit();
+        let access = if self.read_only {
+            Access::ReadOnly
+        } else {
+            Access::ReadWrite
+        };
+        let disk = Backing::open(blk_file, access)?;
+        let header = self
+            .header
+            .as_ref()
+            .map(|path| Backing::open(path, access))
+            .transpose()?;
+        let volume = self.unlock(host, &disk, header.as_ref())?;
+
+        let sector_size = volume.sector_size();
+        let file = disk.data_file(sector_size.bytes() as u32)?;
+        if !file.is_direct() {
+            tracing::warn!(
+                disk = %blk_file.display(),
+                sector_size = sector_size.bytes(),
+                "no direct I/O with this sector size here; data pass through the page cache"
+            );
+        }
+        let serial = self
+            .serial
+            .clone()
+            .unwrap_or_else(|| volume.uuid().simple().to_string());
+        let endpoint = match (self.socket_path, self.fd) {
+            (Some(path), _) => Endpoint::Path(path),
+            (None, Some(fd)) => Endpoint::Fd(fd),
+            (None, None) => return output::print(&format!("{CAPABILITIES}\n")),
+        };
+        tracing::info!(
+            disk = %blk_file.display(),
+            volume = %volume.uuid(),
+            capacity = volume.capacity(),
+            sector_size = sector_size.bytes(),
+            read_only = self.read_only,
+            direct = file.is_direct(),
+            "serving"
+        );
+        let disk = Disk::new(
+            volume.table(),
+            Arc::new(file),
+            sector_size,
+            self.read_only,
+            self.discard,
+            &serial,
+        );
+        Ok(Server::new(disk, self.num_queues, endpoint)?.run()?)
+    }
+
+    fn unlock(&self, host: &Host, disk: &Backing, header: Option<&Backing>) -> Result<Volume, Failure> {
+        let locked = match header {
+            Some(header) => Locked::open(header, Some(disk))?,
+            None => Locked::open(disk, None)?,
+        };
+        Ok(match &self.passphrase_file {
+            Some(source) => locked.unlock_with_passphrase(&source.read_passphrase()?)?,
+            None => locked.unlock_with_provider(&host.registry()?)?,
+        })
+    }
+}
+
+fn parse_serial(text: &str) -> Result<String, String> {
+    if text.len() <= 20 && text.bytes().all(|byte| byte.is_ascii_graphic()) {
+        Ok(text.to_owned())
+    } else {
+        Err("a serial has at most 20 printable ASCII characters and no blanks".into())
+    }
+}
+
+/// A queue takes half a dozen descriptors, and the soft limit is often made for programs that use select(2).
+fn raise_descriptor_limit() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!(%error, "the limit on open files stays as it is; many queues may exhaust it");
+    }
+}
+
+/// Events go to standard error, which is the journal's for a service; SEALBLK_LOG says which.
+fn log_to_stderr() {
+    let filter = EnvFilter::try_from_env("SEALBLK_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .init();
+}
