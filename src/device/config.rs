@@ -82,6 +82,8 @@ pub(super) enum ConfigError {
         "{len} bytes at offset {offset} are not writable; only `writeback`, the byte at 32, takes 0 or 1"
     )]
     NotWritable { offset: u32, len: usize },
+    #[error("a message of {len} bytes does not hold what it says")]
+    Malformed { len: usize },
     #[error("the write cache cannot be switched off: what it holds cannot be put on stable storage")]
     Sync(#[source] std::io::Error),
 }

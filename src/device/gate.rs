@@ -6,7 +6,7 @@
 //! it, and starts the rings that should run by then. A message that changes nothing of the kind just passes.
 //!
 //! To know when the handler is done the gate has it acknowledge each message (REPLY_ACK, "Communication"), and keeps
-//! the acknowledgement to itself unless the front-end asked for one.
+//! the acknowledgement to itself unless the front-end asked for one. What the handler would get wrong is answered here.
 //!
 //! ```text
 //! front-end  <-- socket -->  gate  <-- socket -->  handler (its own thread)
@@ -17,9 +17,12 @@
 use std::io;
 use std::os::unix::net::UnixStream;
 
+use rustix::fs::FileType;
 use vhost::vhost_user::VhostUserProtocolFeatures;
 use vhost::vhost_user::message::FrontendReq;
 
+use super::config::{self, ConfigError};
+use super::disk::Disk;
 use super::message::{Message, MessageError};
 use super::rings::{Rings, Scope};
 
@@ -32,6 +35,8 @@ pub(super) enum GateError {
     Reply(#[source] io::Error),
     #[error("message {0} of the front-end is not valid or not offered")]
     Refused(u32),
+    #[error("a memory region reaches beyond the end of its file")]
+    Memory,
     #[error("a queue cannot be served: descriptors, threads or memory are exhausted")]
     Rings(#[source] io::Error),
     #[error("the protocol handler cannot be reached")]
@@ -43,52 +48,115 @@ pub(super) enum GateError {
 pub(super) fn relay(
     front_end: &UnixStream,
     handler: &UnixStream,
+    disk: &Disk,
     rings: &mut Rings,
 ) -> Result<(), GateError> {
-    let result = pass_messages(front_end, handler, rings);
+    let result = pass_messages(front_end, handler, disk, rings);
     rings.stop(Scope::All);
     result
 }
 
-fn pass_messages(front_end: &UnixStream, handler: &UnixStream, rings: &mut Rings) -> Result<(), GateError> {
-    let mut acknowledging = agree_on_acknowledgements(handler)?;
+fn pass_messages(
+    front_end: &UnixStream,
+    handler: &UnixStream,
+    disk: &Disk,
+    rings: &mut Rings,
+) -> Result<(), GateError> {
+    agree_on_acknowledgements(handler)?;
+    // Whether the front-end has agreed on them.
+    let mut acknowledging = false;
     while let Some(mut message) = Message::receive(front_end).map_err(GateError::FrontEnd)? {
-        let asks = asks_for_data(&message);
-        if message.code() == Some(FrontendReq::SET_PROTOCOL_FEATURES)
-            && let Some(features) = message.number_in_body()
-        {
-            acknowledging = features & REPLY_ACK != 0;
-            message.body = (features | REPLY_ACK).to_ne_bytes().to_vec();
-        }
-        let wants_reply = asks || (acknowledging && message.needs_reply());
-        if !asks {
-            message.demand_reply();
-        }
-        let scope = scope_of(&message);
-        if let Some(scope) = scope {
-            rings.stop(scope);
-        }
-        let reply = ask(handler, message)?;
-        if scope.is_some() {
-            rings.start().map_err(GateError::Rings)?;
-        }
-        if wants_reply {
+        let (asks, wants_acknowledgement) = (asks_for_data(&message), message.needs_reply());
+        let reply = match message.code() {
+            Some(FrontendReq::SET_CONFIG) => set_config(disk, &message),
+            Some(FrontendReq::SET_MEM_TABLE | FrontendReq::ADD_MEM_REG)
+                if !regions_are_mappable(&message) =>
+            {
+                return Err(GateError::Memory);
+            }
+            code => {
+                if code == Some(FrontendReq::SET_PROTOCOL_FEATURES)
+                    && let Some(features) = message.number_in_body()
+                {
+                    acknowledging = features & REPLY_ACK != 0;
+                    message.body = (features | REPLY_ACK).to_ne_bytes().to_vec();
+                }
+                apply(handler, message, rings)?
+            }
+        };
+        if asks || (acknowledging && wants_acknowledgement) {
             reply.send(front_end).map_err(GateError::Reply)?;
         }
     }
     Ok(())
 }
 
+/// Has the handler apply a message, while the rings that it concerns are stopped.
+fn apply(handler: &UnixStream, mut message: Message, rings: &mut Rings) -> Result<Message, GateError> {
+    if !asks_for_data(&message) {
+        message.demand_reply();
+    }
+    let scope = scope_of(&message);
+    if let Some(scope) = scope {
+        rings.stop(scope);
+    }
+    let reply = ask(handler, message)?;
+    if scope.is_some() {
+        rings.start().map_err(GateError::Rings)?;
+    }
+    Ok(reply)
+}
+
+/// Writes to the configuration space. The handler would leave if it were refused, and it is the guest's to try.
+fn set_config(disk: &Disk, message: &Message) -> Message {
+    // offset, size and flags, each of 32 bits, then the bytes ("Virtio device config space").
+    let result = match message.body.as_slice() {
+        [o0, o1, o2, o3, s0, s1, s2, s3, _, _, _, _, bytes @ ..]
+            if u32::from_ne_bytes([*s0, *s1, *s2, *s3]) as usize == bytes.len() =>
+        {
+            config::write(disk, u32::from_ne_bytes([*o0, *o1, *o2, *o3]), bytes)
+        }
+        body => Err(ConfigError::Malformed { len: body.len() }),
+    };
+    if let Err(error) = &result {
+        let error: &dyn std::error::Error = error;
+        tracing::debug!(error, "a write to the configuration space is refused");
+    }
+    message.reply(&u64::from(result.is_err()).to_ne_bytes())
+}
+
+/// Whether each memory region of a message lies within its file: to touch what lies beyond would be a SIGBUS.
+fn regions_are_mappable(message: &Message) -> bool {
+    // A number of regions or padding, 64 bits in all, then the regions: guest address, size, user address, offset in
+    // the file, each of 64 bits ("Memory regions description", "Single memory region description"). What else may be
+    // wrong with them the handler finds.
+    let regions = message.body.get(8..).unwrap_or_default();
+    regions.chunks_exact(32).zip(message.fds()).all(|(region, fd)| {
+        let field = |at: usize| {
+            region[at..]
+                .first_chunk()
+                .copied()
+                .map_or(u64::MAX, u64::from_ne_bytes)
+        };
+        let end = field(8).checked_add(field(24));
+        rustix::fs::fstat(fd).is_ok_and(|stat| {
+            // A device for persistent memory has no size that fstat(2) would tell.
+            FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile
+                || end.is_some_and(|end| end <= stat.st_size as u64)
+        })
+    })
+}
+
 const REPLY_ACK: u64 = VhostUserProtocolFeatures::REPLY_ACK.bits();
 
 /// Has the handler acknowledge messages from the first one on, whatever the front-end will want.
-fn agree_on_acknowledgements(handler: &UnixStream) -> Result<bool, GateError> {
+fn agree_on_acknowledgements(handler: &UnixStream) -> Result<(), GateError> {
     // The handler accepts protocol features once it has been asked for its features.
     ask(handler, Message::request(FrontendReq::GET_FEATURES, &[]))?;
     let mut features = Message::request(FrontendReq::SET_PROTOCOL_FEATURES, &REPLY_ACK.to_ne_bytes());
     features.demand_reply();
     ask(handler, features)?;
-    Ok(false)
+    Ok(())
 }
 
 fn ask(handler: &UnixStream, message: Message) -> Result<Message, GateError> {
@@ -130,7 +198,6 @@ fn scope_of(message: &Message) -> Option<Scope> {
         | FrontendReq::GET_QUEUE_NUM
         | FrontendReq::GET_MAX_MEM_SLOTS
         | FrontendReq::GET_CONFIG
-        | FrontendReq::SET_CONFIG
         | FrontendReq::SET_BACKEND_REQ_FD
         | FrontendReq::SET_OWNER => None,
         FrontendReq::SET_VRING_NUM

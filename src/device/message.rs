@@ -54,6 +54,21 @@ impl Message {
         }
     }
 
+    /// A reply to this request.
+    pub(super) fn reply(&self, body: &[u8]) -> Self {
+        Self {
+            request: self.request,
+            flags: VERSION | REPLY,
+            body: body.to_vec(),
+            fds: Vec::new(),
+        }
+    }
+
+    /// Its descriptors.
+    pub(super) fn fds(&self) -> &[OwnedFd] {
+        &self.fds
+    }
+
     /// Which request it is, or replies to; none for one that the protocol library does not know.
     pub(super) fn code(&self) -> Option<FrontendReq> {
         FrontendReq::try_from(self.request).ok()

@@ -21,6 +21,7 @@ mod request;
 mod rings;
 mod server;
 mod session;
+mod sigbus;
 mod vring;
 mod worker;
 

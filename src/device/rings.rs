@@ -3,8 +3,11 @@
 use std::io;
 use std::sync::Arc;
 
+use vm_memory::GuestAddressSpace;
+
 use super::disk::Disk;
 use super::guest::SharedMemory;
+use super::sigbus;
 use super::vring::{StartError, Vring};
 use super::worker::{POOL_PAGES, Piece, Running};
 use crate::storage::Engine;
@@ -64,6 +67,7 @@ impl Rings {
     /// If there are no descriptors, threads or memory left to serve one. A ring that the driver set up wrongly is no
     /// error of the session: it rests.
     pub(super) fn start(&mut self) -> io::Result<()> {
+        sigbus::protect(&self.memory.memory());
         for (index, vring) in self.vrings.iter().enumerate() {
             if self.running[index].is_some() {
                 continue;

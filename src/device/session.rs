@@ -52,7 +52,7 @@ pub(super) fn run(
     let (handler, _) = link.listener.accept()?;
 
     let mut rings = Rings::new(Arc::clone(disk), memory, vrings);
-    let result = gate::relay(front_end, &handler, &mut rings);
+    let result = gate::relay(front_end, &handler, disk, &mut rings);
     drop(handler);
     if let Err(error) = daemon.wait() {
         tracing::debug!(%error, "the protocol handler ended");
@@ -149,10 +149,6 @@ impl VhostUserBackend for Backend {
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
         config::read(&self.disk, self.num_queues, offset, size)
-    }
-
-    fn set_config(&self, offset: u32, buf: &[u8]) -> io::Result<()> {
-        config::write(&self.disk, offset, buf).map_err(io::Error::other)
     }
 
     /// The gate starts the rings anew after each change, with the memory of then.
