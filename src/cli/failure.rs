@@ -117,6 +117,7 @@ impl Failure {
                 ServeError::NotASocket { .. } | ServeError::BadFd { .. } => USAGE,
                 ServeError::Bind { .. } | ServeError::IoUring(_) | ServeError::Control(_) => HOST,
             },
+            Self::Registry(RegistryError::Name(_) | RegistryError::Exists { .. }) => USAGE,
             Self::Key(_) | Self::Registry(_) | Self::Secret(_) => KEY,
         }
     }

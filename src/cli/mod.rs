@@ -121,6 +121,11 @@ fn run(cli: Cli) -> Result<(), Failure> {
     process::prepare().map_err(Failure::Process)?;
     harden::process().map_err(Failure::Process)?;
     cipher::self_test()?;
+    output::log_events(if matches!(cli.verb, Verb::Serve(_)) {
+        "info"
+    } else {
+        "warn"
+    });
     let host = Host {
         state_dir: cli.state_dir,
     };

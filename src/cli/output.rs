@@ -3,6 +3,8 @@
 use std::error::Error;
 use std::io::{self, Write};
 
+use tracing_subscriber::EnvFilter;
+
 use super::failure::Failure;
 
 /// Prints a verb's whole answer. A reader that closed the pipe has seen enough: that is no failure.
@@ -20,6 +22,16 @@ pub fn print(text: &str) -> Result<(), Failure> {
 /// Tells the user something beside the answer. If standard error is closed, nobody is told.
 pub fn note(text: &str) {
     let _ = writeln!(io::stderr(), "sealblk: {text}");
+}
+
+/// Lets events go to standard error, which is the journal's for a service; SEALBLK_LOG says which, else `level` and up.
+pub(super) fn log_events(level: &str) {
+    let filter = EnvFilter::try_from_env("SEALBLK_LOG").unwrap_or_else(|_| EnvFilter::new(level));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_target(false)
+        .init();
 }
 
 /// Prints an error, and what lies under it, a line each.

@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use clap::{ArgGroup, Args};
 use rustix::process::{Resource, getrlimit, setrlimit};
-use tracing_subscriber::EnvFilter;
 
 use super::failure::Failure;
 use super::secret::SecretSource;
@@ -76,7 +75,6 @@ impl Serve {
         let Some(blk_file) = self.blk_file.as_ref().filter(|_| !self.print_capabilities) else {
             return output::print(&format!("{CAPABILITIES}\n"));
         };
-        log_to_stderr();
         raise_descriptor_limit();
         let access = if self.read_only {
             Access::ReadOnly
@@ -156,14 +154,4 @@ fn raise_descriptor_limit() {
     if let Err(error) = setrlimit(Resource::Nofile, limit) {
         tracing::warn!(%error, "the limit on open files stays as it is; many queues may exhaust it");
     }
-}
-
-/// Events go to standard error, which is the journal's for a service; SEALBLK_LOG says which.
-fn log_to_stderr() {
-    let filter = EnvFilter::try_from_env("SEALBLK_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_target(false)
-        .init();
 }

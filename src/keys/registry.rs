@@ -23,6 +23,8 @@ use super::private::{self, Exposed, Forbid};
 use super::{KeyError, KeyProvider, KeyReason, Native, Providers};
 
 const SETTINGS: &str = "providers.toml";
+const NAME_RULE: &str =
+    "up to 64 lower-case letters, digits, '-' and '_' are allowed, a letter or digit first";
 
 /// The providers of one state directory, as they were when it was opened.
 #[derive(Debug)]
@@ -87,11 +89,16 @@ pub enum RegistryError {
         /// The names there are.
         known: String,
     },
+    /// The settings name a provider as none can be named.
+    #[error("{}: [provider.{name:?}] is no possible name: {NAME_RULE}", path.display())]
+    SettingsName {
+        /// The file.
+        path: PathBuf,
+        /// The name.
+        name: String,
+    },
     /// Names appear in paths and in volume headers.
-    #[error(
-        "{0:?} cannot name a provider: up to 64 lower-case letters, digits, '-' and '_' are allowed, a letter or \
-         digit first"
-    )]
+    #[error("{0:?} cannot name a provider: {NAME_RULE}")]
     Name(String),
     /// There is one already.
     #[error("there is a provider called {name:?} already, in {}; choose another name", dir.display())]
@@ -283,7 +290,12 @@ impl Settings {
     fn check(written: Written, path: &Path) -> Result<Self, RegistryError> {
         let mut providers = BTreeMap::new();
         for (name, provider) in written.provider {
-            check_name(&name)?;
+            if check_name(&name).is_err() {
+                return Err(RegistryError::SettingsName {
+                    path: path.to_owned(),
+                    name,
+                });
+            }
             let kind = match provider {
                 WrittenProvider::Native {} => Kind::Native,
             };
@@ -443,10 +455,7 @@ mod tests {
         let refused = |text: &str| {
             private::replace(&dir.join(SETTINGS), text.as_bytes()).unwrap();
             let error = Registry::open(&dir).unwrap_err();
-            assert!(
-                error.to_string().contains("providers.toml") || matches!(error, RegistryError::Name(_)),
-                "{error}"
-            );
+            assert!(error.to_string().contains("providers.toml"), "{error}");
             error
         };
         assert!(matches!(refused("default = "), RegistryError::Syntax { .. }));
@@ -464,7 +473,7 @@ mod tests {
         ));
         assert!(matches!(
             refused("[provider.\"../a\"]\nkind = \"native\""),
-            RegistryError::Name(_)
+            RegistryError::SettingsName { .. }
         ));
         assert!(matches!(
             refused("default = \"a\""),

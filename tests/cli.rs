@@ -1,0 +1,767 @@
+//! The command as a shell sees it: what it prints, its exit codes, and that a failure changes nothing.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, Permissions};
+use std::io::Write;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+
+use common::serve::SEALBLK;
+use sealblk::storage::{Access, Backing};
+use serde_json::Value;
+use tempfile::TempDir;
+
+const HEADER_LEN: u64 = 16 << 20;
+const DISK_LEN: u64 = 1 << 20;
+
+// Exit codes, as `sealblk --help` lists them.
+const HOST: i32 = 1;
+const USAGE: i32 = 2;
+const VOLUME: i32 = 3;
+const KEY: i32 = 4;
+const IN_USE: i32 = 5;
+const STORAGE: i32 = 6;
+
+#[test]
+fn first_disk_takes_one_command() {
+    let bench = Bench::empty();
+    let made = bench.succeeds(&["create", "vm.luks", "--size", "1M", "--label", "web"]);
+    assert!(
+        made.err.contains("added key provider \"native\"") && made.err.contains("back that directory up"),
+        "{made:?}"
+    );
+    assert!(
+        made.out.contains("a disk of 1 MiB") && made.out.contains("recovery key  none"),
+        "{made:?}"
+    );
+    assert_eq!(
+        fs::metadata(bench.path("vm.luks")).unwrap().len(),
+        HEADER_LEN + DISK_LEN
+    );
+    assert_eq!(mode(&bench.path("vm.luks")), 0o600);
+    assert_eq!(mode(&bench.path("state")), 0o700);
+
+    let again = bench.succeeds(&["create", "vm2.luks", "--size", "1M"]);
+    assert_eq!(again.err, "", "the provider is there now");
+    let list = bench.succeeds(&["provider", "list"]).out;
+    assert!(list.contains("native  native  yes      usable"), "{list}");
+}
+
+#[test]
+fn info_needs_neither_key_nor_state_and_tells_of_disks_in_use() {
+    let bench = Bench::with_volume();
+    fs::remove_dir_all(bench.path("state")).unwrap();
+    let _attached = Backing::open(&bench.path("vm.luks"), Access::ReadWrite).unwrap();
+    let text = bench.succeeds(&["info", "vm.luks"]).out;
+    for part in [
+        "LUKS2",
+        "1 MiB",
+        "aes-xts-plain64",
+        "by provider native",
+        "recovery key",
+        "argon2id",
+    ] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+}
+
+/// The fields that docs/info-json.md promises, no more and no fewer.
+#[test]
+fn json_has_the_documented_fields() {
+    let bench = Bench::with_volume();
+    let json: Value = serde_json::from_str(&bench.succeeds(&["info", "--json", "vm.luks"]).out).unwrap();
+    let mut fields = Vec::new();
+    paths(&json, String::new(), &mut fields);
+    fields.sort();
+    fields.dedup();
+    let documented: Vec<_> = include_str!("../docs/info-json.md")
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.split('`').next())
+        .filter(|field| !["header.copy", "header.damage"].contains(field))
+        .map(str::to_owned)
+        .collect();
+    let mut sorted = documented.clone();
+    sorted.sort();
+    assert_eq!(fields, sorted);
+    assert_eq!(json["capacity"], DISK_LEN);
+    assert_eq!(json["tokens"][0]["provider"], "native");
+}
+
+#[test]
+fn cryptsetup_takes_the_recovery_key_as_file_and_as_passphrase() {
+    let bench = Bench::with_volume();
+    let key = fs::read(bench.path("vm.key")).unwrap();
+    assert_eq!(mode(&bench.path("vm.key")), 0o600);
+    assert!(!key.ends_with(b"\n"));
+    let opens = |args: &[&str], input: &[u8]| {
+        let mut command = Command::new("cryptsetup");
+        command
+            .current_dir(bench.dir.path())
+            .args(["open", "--test-passphrase"])
+            .args(args)
+            .arg("vm.luks");
+        let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
+        // It may have read its key elsewhere and be gone.
+        let _ = child.stdin.take().unwrap().write_all(input);
+        child.wait().unwrap().success()
+    };
+    assert!(opens(&["--key-file", "vm.key"], b""));
+    assert!(opens(&[], &[&key[..], b"\n"].concat()), "as typed at the prompt");
+}
+
+#[test]
+fn recovery_keys_are_added_tested_and_removed() {
+    let bench = Bench::with_volume();
+    let added = bench.succeeds(&["recovery", "add", "vm.luks", "--recovery-key", "second.key"]);
+    assert!(added.out.contains("made and added, in keyslot 2"), "{added:?}");
+    let tested = bench.succeeds(&["recovery", "test", "vm.luks", "--recovery-key", "second.key"]);
+    assert!(tested.out.contains("opens, by keyslot 2"), "{tested:?}");
+    bench.succeeds(&["recovery", "remove", "vm.luks", "--keyslot", "2"]);
+    bench.fails(
+        &["recovery", "test", "vm.luks", "--recovery-key", "second.key"],
+        KEY,
+        &["no keyslot opens"],
+    );
+    bench.fails(
+        &["recovery", "remove", "vm.luks", "--keyslot", "0"],
+        USAGE,
+        &["keyslot 0", "no recovery key"],
+    );
+    bench.fails(
+        &["recovery", "remove", "vm.luks", "--keyslot", "9"],
+        USAGE,
+        &["no keyslot 9"],
+    );
+    let same = [
+        "recovery",
+        "remove",
+        "vm.luks",
+        "--keyslot",
+        "1",
+        "--unlock-key",
+        "vm.key",
+    ];
+    bench.fails(&same, USAGE, &["keyslot 1 is the one that opened the volume"]);
+}
+
+#[test]
+fn recovery_key_is_not_removed_when_the_provider_cannot_open_the_volume() {
+    let bench = Bench::with_volume();
+    fs::remove_dir_all(bench.path("state")).unwrap();
+    let remove = ["recovery", "remove", "vm.luks", "--keyslot", "1"];
+    bench.fails(&remove, KEY, &["native", "no such key provider", "provider list"]);
+}
+
+#[test]
+fn secrets_come_by_descriptor_and_credential() {
+    let bench = Bench::with_volume();
+    let test = |source: &str| ["recovery", "test", "vm.luks", "--recovery-key", source].map(str::to_owned);
+    let mut by_stdin = bench.command(&test("-"));
+    by_stdin.stdin(File::open(bench.path("vm.key")).unwrap());
+    assert_eq!(outcome(by_stdin).code, 0);
+    let mut by_credential = bench.command(&test("cred:vm.key"));
+    by_credential.env("CREDENTIALS_DIRECTORY", bench.dir.path());
+    assert_eq!(outcome(by_credential).code, 0);
+
+    bench.fails(&test("cred:vm.key"), KEY, &["CREDENTIALS_DIRECTORY is not set"]);
+    bench.fails(&test("cred:../vm.key"), USAGE, &["cred:"]);
+    bench.fails(&test("fd:99"), KEY, &["descriptor 99"]);
+    bench.fails(&test("nowhere"), KEY, &["nowhere", "No such file"]);
+    File::create(bench.path("empty")).unwrap();
+    bench.fails(&test("empty"), KEY, &["empty"]);
+    fs::write(bench.path("wrong"), "wrong").unwrap();
+    bench.fails(&test("wrong"), KEY, &["no keyslot opens with this passphrase"]);
+}
+
+#[test]
+fn wrong_arguments_are_refused_with_the_right_ones() {
+    let bench = Bench::empty();
+    bench.fails::<&str>(&[], USAGE, &["Usage"]);
+    bench.fails(&["explode"], USAGE, &["explode"]);
+    bench.fails(&["create"], USAGE, &["DISK"]);
+    bench.fails(&["create", "vm.luks"], USAGE, &["vm.luks is a file", "--size"]);
+    bench.fails(&["create", "vm.luks", "--size", "big"], USAGE, &["20G"]);
+    bench.fails(
+        &["create", "vm.luks", "--size", "1M", "--sector-size", "1024"],
+        USAGE,
+        &["512", "4096"],
+    );
+    bench.fails(
+        &["create", "vm.luks", "--size", "1M", "--provider", "kms"],
+        KEY,
+        &["kms", "no such key provider"],
+    );
+    bench.fails(&["provider", "add", "magic"], USAGE, &["native"]);
+    bench.fails(
+        &["provider", "add", "native", "--name", "../x"],
+        USAGE,
+        &["../x", "lower-case"],
+    );
+    bench.succeeds(&["provider", "add", "native"]);
+    bench.fails(
+        &["provider", "add", "native"],
+        USAGE,
+        &["native", "already", "another name"],
+    );
+    bench.fails(&["recovery", "remove", "vm.luks"], USAGE, &["--keyslot"]);
+}
+
+#[test]
+fn impossible_disks_are_refused_and_leave_nothing() {
+    let bench = Bench::empty();
+    bench.succeeds(&["provider", "add", "native"]);
+    let create = |more: &[&str]| {
+        [&["create", "vm.luks"], more]
+            .concat()
+            .iter()
+            .map(|s| s.to_string())
+            .collect::<Vec<_>>()
+    };
+    bench.fails(
+        &create(&["--size", "1000"]),
+        USAGE,
+        &["1000", "multiple of the sector size, 512"],
+    );
+    bench.fails(
+        &create(&["--size", "512", "--sector-size", "4096"]),
+        USAGE,
+        &["multiple of the sector size, 4096"],
+    );
+    bench.fails(&create(&["--size", "0"]), USAGE, &["0 bytes"]);
+    bench.fails(&create(&["--size", "16777215T"]), STORAGE, &["vm.luks"]);
+    bench.fails(
+        &create(&["--size", "1M", "--label", &"x".repeat(48)]),
+        USAGE,
+        &["47 bytes"],
+    );
+    bench.fails(
+        &create(&["--size", "1M", "--recovery-key", "no/dir/key"]),
+        KEY,
+        &["no/dir/key", "No such file"],
+    );
+    bench.fails(
+        &create(&["--size", "1M", "--recovery-key", "vm.luks"]),
+        KEY,
+        &["vm.luks is empty"],
+    );
+    bench.fails(
+        &create(&["--size", "1M", "--header", "vm.luks"]),
+        IN_USE,
+        &["vm.luks"],
+    );
+    bench.fails(
+        &["create", "no/dir/vm.luks", "--size", "1M"],
+        STORAGE,
+        &["no/dir/vm.luks", "No such file"],
+    );
+    bench.fails(&["create", "state", "--size", "1M"], STORAGE, &["state"]);
+}
+
+#[test]
+fn disk_without_space_is_refused_and_leaves_nothing() {
+    let bench = Bench::empty();
+    bench.succeeds(&["provider", "add", "native"]);
+    let before = bench.snapshot();
+    // 8 MiB, in the middle of the header.
+    let mut limited = Command::new("sh");
+    limited.args([
+        "-c",
+        "ulimit -f 8192; exec \"$@\"",
+        "sh",
+        SEALBLK,
+        "--state-dir",
+        "state",
+    ]);
+    limited.current_dir(bench.dir.path()).args([
+        "create",
+        "vm.luks",
+        "--size",
+        "1M",
+        "--recovery-key",
+        "vm.key",
+    ]);
+    let limited = outcome(limited);
+    assert_eq!(limited.code, STORAGE, "{limited:?}");
+    assert!(
+        limited.err.contains("vm.luks") && limited.err.contains("File too large"),
+        "{limited:?}"
+    );
+    assert_eq!(bench.snapshot(), before);
+}
+
+/// As above, on a file system that is full; where the test may mount one.
+#[test]
+fn disk_on_a_full_file_system_is_refused_and_leaves_nothing() {
+    let bench = Bench::empty();
+    bench.succeeds(&["provider", "add", "native"]);
+    fs::create_dir(bench.path("full")).unwrap();
+    let mount = Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=4M", "none"])
+        .arg(bench.path("full"))
+        .status();
+    if !mount.is_ok_and(|status| status.success()) {
+        eprintln!("skipped: no permission to mount a file system");
+        return;
+    }
+    let refused = outcome(bench.command(&["create", "full/vm.luks", "--size", "1M"]));
+    let left = fs::read_dir(bench.path("full")).unwrap().count();
+    assert!(
+        Command::new("umount")
+            .arg(bench.path("full"))
+            .status()
+            .unwrap()
+            .success()
+    );
+    assert_eq!((refused.code, left), (STORAGE, 0), "{refused:?}");
+    assert!(refused.err.contains("No space left on device"), "{refused:?}");
+}
+
+#[test]
+fn what_exists_is_overwritten_by_force_alone() {
+    let bench = Bench::empty();
+    bench.succeeds(&["provider", "add", "native"]);
+    fs::write(bench.path("vm.luks"), [7; 64 << 10]).unwrap();
+    bench.fails(
+        &["create", "vm.luks", "--size", "1M"],
+        IN_USE,
+        &["vm.luks holds data", "--force"],
+    );
+    bench.fails(
+        &["create", "new", "--size", "1M", "--header", "vm.luks"],
+        IN_USE,
+        &["vm.luks holds data"],
+    );
+    bench.succeeds(&["create", "vm.luks", "--size", "1M", "--force"]);
+    bench.fails(
+        &["create", "vm.luks", "--size", "1M"],
+        IN_USE,
+        &["vm.luks holds data"],
+    );
+    let stored = fs::read(bench.path("vm.luks")).unwrap();
+    assert!(
+        !stored.windows(64).any(|window| window == [7; 64]),
+        "nothing of the old data is left"
+    );
+}
+
+#[test]
+fn disk_in_use_is_left_alone_even_by_force() {
+    let bench = Bench::with_volume();
+    let _attached = Backing::open(&bench.path("vm.luks"), Access::ReadWrite).unwrap();
+    std::os::unix::fs::symlink("vm.luks", bench.path("link")).unwrap();
+    for disk in ["vm.luks", "link"] {
+        bench.fails(
+            &["create", disk, "--size", "1M", "--force"],
+            IN_USE,
+            &[disk, "in use", "detach"],
+        );
+        bench.fails(
+            &["recovery", "add", disk, "--recovery-key", "new.key"],
+            IN_USE,
+            &[disk, "in use"],
+        );
+        bench.fails(
+            &["recovery", "remove", disk, "--keyslot", "1"],
+            IN_USE,
+            &[disk, "in use"],
+        );
+    }
+    bench.succeeds(&["recovery", "test", "link", "--recovery-key", "vm.key"]);
+}
+
+#[test]
+fn detached_header_opens_its_disk() {
+    let bench = Bench::empty();
+    bench.succeeds(&[
+        "create",
+        "disk",
+        "--size",
+        "1M",
+        "--header",
+        "head",
+        "--sector-size",
+        "4096",
+    ]);
+    assert_eq!(fs::metadata(bench.path("disk")).unwrap().len(), DISK_LEN);
+    let info = bench.succeeds(&["info", "disk", "--header", "head"]).out;
+    assert!(
+        info.contains("detached") && info.contains("sectors of 4096 bytes"),
+        "{info}"
+    );
+    bench.fails(&["info", "disk"], VOLUME, &["disk", "LUKS"]);
+}
+
+#[test]
+fn what_is_no_volume_is_told_so() {
+    let bench = Bench::empty();
+    File::create(bench.path("empty")).unwrap();
+    fs::write(bench.path("noise"), common::pattern(1, 1 << 20)).unwrap();
+    fs::write(bench.path("zeros"), [0; 1 << 16]).unwrap();
+    fs::write(
+        bench.path("luks1"),
+        [b"LUKS\xba\xbe\x00\x01".as_slice(), &[0; 4096]].concat(),
+    )
+    .unwrap();
+    fs::write(bench.path("key"), "key").unwrap();
+    for file in ["empty", "noise", "zeros", "luks1"] {
+        bench.fails(&["info", file], VOLUME, &[file, "LUKS"]);
+        bench.fails(
+            &["recovery", "test", file, "--recovery-key", "key"],
+            VOLUME,
+            &[file, "LUKS"],
+        );
+        bench.fails(
+            &["recovery", "add", file, "--recovery-key", "key"],
+            VOLUME,
+            &[file, "LUKS"],
+        );
+    }
+    bench.fails(&["info", "nowhere"], STORAGE, &["nowhere", "No such file"]);
+    bench.fails(&["info", "/dev/null"], STORAGE, &["/dev/null", "regular file"]);
+    bench.fails(&["info", "."], STORAGE, &["."]);
+}
+
+#[test]
+fn damaged_copy_of_the_header_is_told_and_repaired_by_the_next_change() {
+    for (copy, offset) in [("primary", 0), ("secondary", 16 << 10)] {
+        let bench = Bench::with_volume();
+        bench.damage(offset + 4096 + 100);
+        let before = bench.snapshot();
+        let info = bench.succeeds(&["info", "vm.luks"]).out;
+        assert!(info.contains(&format!("the {copy} copy is damaged")), "{info}");
+        bench.succeeds(&["recovery", "test", "vm.luks", "--recovery-key", "vm.key"]);
+        assert_eq!(bench.snapshot(), before, "who only reads repairs nothing");
+
+        // Opened for writing, and refused for another reason.
+        let refused = outcome(bench.command(&["recovery", "remove", "vm.luks", "--keyslot", "9"]));
+        assert_eq!(refused.code, USAGE, "{refused:?}");
+        let info = bench.succeeds(&["info", "vm.luks"]).out;
+        assert!(!info.contains("damaged"), "{info}");
+    }
+}
+
+#[test]
+fn volume_without_a_sound_header_is_refused() {
+    let bench = Bench::with_volume();
+    bench.damage(4096 + 100);
+    bench.damage((16 << 10) + 4096 + 100);
+    bench.fails(&["info", "vm.luks"], VOLUME, &["vm.luks", "header"]);
+    bench.fails(
+        &["recovery", "test", "vm.luks", "--recovery-key", "vm.key"],
+        VOLUME,
+        &["vm.luks"],
+    );
+    bench.fails(
+        &["recovery", "add", "vm.luks", "--recovery-key", "new.key"],
+        VOLUME,
+        &["vm.luks"],
+    );
+}
+
+#[test]
+fn truncated_volume_is_refused() {
+    let bench = Bench::with_volume();
+    File::options()
+        .write(true)
+        .open(bench.path("vm.luks"))
+        .unwrap()
+        .set_len(HEADER_LEN + DISK_LEN - 512)
+        .unwrap();
+    let info = bench.succeeds(&["info", "vm.luks"]).out;
+    assert!(info.contains("served     no"), "{info}");
+    bench.fails(
+        &["recovery", "test", "vm.luks", "--recovery-key", "vm.key"],
+        VOLUME,
+        &["vm.luks"],
+    );
+
+    File::options()
+        .write(true)
+        .open(bench.path("vm.luks"))
+        .unwrap()
+        .set_len(8192)
+        .unwrap();
+    bench.fails(&["info", "vm.luks"], VOLUME, &["vm.luks"]);
+}
+
+#[test]
+fn missing_keys_are_told_from_exposed_and_damaged_ones() {
+    let bench = Bench::with_volume();
+    let add = ["recovery", "add", "vm.luks", "--recovery-key", "new.key"];
+    let primary = bench.path("state/providers/native/primary.key");
+    let key = fs::read(&primary).unwrap();
+
+    fs::set_permissions(&primary, Permissions::from_mode(0o644)).unwrap();
+    bench.fails(&add, KEY, &["primary.key", "0644", "chmod"]);
+    fs::set_permissions(&primary, Permissions::from_mode(0o600)).unwrap();
+
+    fs::write(&primary, [&key[..30], b"?", &key[31..]].concat()).unwrap();
+    bench.fails(&add, KEY, &["native", "primary.key", "damaged"]);
+
+    fs::remove_file(&primary).unwrap();
+    bench.fails(&add, KEY, &["native", "no such key", "primary.key"]);
+
+    fs::remove_dir_all(bench.path("state")).unwrap();
+    bench.fails(&add, KEY, &["native", "no such key provider", "--state-dir"]);
+
+    bench.succeeds(&["provider", "add", "native"]);
+    bench.fails(&add, KEY, &["native", "no such key", "primary key"]);
+
+    fs::write(bench.path("state/providers.toml"), "default = 1").unwrap();
+    bench.fails(&add, KEY, &["providers.toml"]);
+}
+
+/// A token that was taken out of another volume's header and put into this one's.
+#[test]
+fn token_of_another_volume_opens_nothing() {
+    let bench = Bench::with_volume();
+    bench.succeeds(&["create", "other.luks", "--size", "1M"]);
+    let token = |args: &[&str]| {
+        let mut command = Command::new("cryptsetup");
+        assert!(
+            command
+                .current_dir(bench.dir.path())
+                .arg("token")
+                .args(args)
+                .status()
+                .unwrap()
+                .success()
+        );
+    };
+    token(&[
+        "export",
+        "--token-id",
+        "0",
+        "--json-file",
+        "token.json",
+        "other.luks",
+    ]);
+    token(&["remove", "--token-id", "0", "vm.luks"]);
+    token(&[
+        "import",
+        "--token-id",
+        "0",
+        "--json-file",
+        "token.json",
+        "vm.luks",
+    ]);
+    let add = ["recovery", "add", "vm.luks", "--recovery-key", "new.key"];
+    bench.fails(&add, KEY, &["another volume", "recovery key"]);
+}
+
+#[test]
+fn closed_and_full_outputs_are_no_panic() {
+    let bench = Bench::with_volume();
+    let mut closed = bench.command(&["info", "vm.luks"]);
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    closed.stdout(writer);
+    let closed = closed.output().unwrap();
+    assert!(closed.status.success() && closed.stderr.is_empty(), "{closed:?}");
+
+    let mut full = bench.command(&["info", "vm.luks"]);
+    full.stdout(File::options().write(true).open("/dev/full").unwrap());
+    let full = full.output().unwrap();
+    assert_eq!(full.status.code(), Some(HOST));
+    assert!(
+        String::from_utf8_lossy(&full.stderr).contains("No space left"),
+        "{full:?}"
+    );
+}
+
+/// As a process that may lock no memory and is not exempt from the limit.
+#[test]
+fn memory_that_cannot_be_locked_is_told_with_the_remedy() {
+    let bench = Bench::empty();
+    let mut limited = Command::new("setpriv");
+    limited.args([
+        "--bounding-set",
+        "-ipc_lock",
+        "prlimit",
+        "--memlock=4096",
+        SEALBLK,
+        "--state-dir",
+        "state",
+    ]);
+    limited
+        .current_dir(bench.dir.path())
+        .args(["provider", "add", "native"]);
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: only root can give up a capability that root has");
+        return;
+    }
+    let limited = outcome(limited);
+    assert_eq!(limited.code, HOST, "{limited:?}");
+    for part in ["RLIMIT_MEMLOCK is 4096 bytes", "LimitMEMLOCK", "ulimit -l"] {
+        assert!(limited.err.contains(part), "{limited:?}");
+    }
+}
+
+#[test]
+fn help_tells_exit_codes_and_examples() {
+    let bench = Bench::empty();
+    let help = bench.succeeds(&["--help"]).out;
+    for part in [
+        "Exit codes",
+        "Examples",
+        "sealblk create",
+        "recovery",
+        "provider",
+        "SEALBLK_STATE_DIR",
+    ] {
+        assert!(help.contains(part), "{part}: {help}");
+    }
+    for verb in ["create", "recovery", "provider"] {
+        assert!(bench.succeeds(&[verb, "--help"]).out.contains("Usage"));
+    }
+    assert_eq!(
+        bench.succeeds(&["--version"]).out,
+        format!("sealblk {}\n", env!("CARGO_PKG_VERSION"))
+    );
+}
+
+/// A directory to work in, with a state directory of its own.
+struct Bench {
+    dir: TempDir,
+}
+
+#[derive(Debug)]
+struct Outcome {
+    code: i32,
+    out: String,
+    err: String,
+}
+
+impl Bench {
+    fn empty() -> Self {
+        Self {
+            dir: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    /// With the volume `vm.luks`, its recovery key `vm.key`, and the provider that it is bound to.
+    fn with_volume() -> Self {
+        static MADE: OnceLock<PathBuf> = OnceLock::new();
+        let made = MADE.get_or_init(|| {
+            let bench = Bench::empty();
+            bench.succeeds(&["create", "vm.luks", "--size", "1M", "--recovery-key", "vm.key"]);
+            // Where the next run replaces it: nothing drops a static.
+            let kept = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cli-volume");
+            let _ = fs::remove_dir_all(&kept);
+            common::volume::run(Command::new("cp").arg("-a").arg(bench.dir.path()).arg(&kept));
+            kept
+        });
+        let copy = Bench::empty();
+        common::volume::run(
+            Command::new("cp")
+                .arg("-a")
+                .arg(made.join("."))
+                .arg(copy.dir.path()),
+        );
+        copy
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn command<S: AsRef<str>>(&self, args: &[S]) -> Command {
+        let mut command = Command::new(SEALBLK);
+        command
+            .current_dir(self.dir.path())
+            .env_remove("CREDENTIALS_DIRECTORY");
+        command
+            .args(["--state-dir", "state"])
+            .args(args.iter().map(AsRef::as_ref));
+        command
+    }
+
+    #[track_caller]
+    fn succeeds<S: AsRef<str>>(&self, args: &[S]) -> Outcome {
+        let outcome = outcome(self.command(args));
+        assert_eq!(outcome.code, 0, "{outcome:?}");
+        outcome
+    }
+
+    /// Fails with this exit code, says all of `parts`, and changes no byte of anything.
+    #[track_caller]
+    fn fails<S: AsRef<str>>(&self, args: &[S], code: i32, parts: &[&str]) {
+        let before = self.snapshot();
+        let outcome = outcome(self.command(args));
+        assert_eq!(outcome.code, code, "{outcome:?}");
+        assert_eq!(outcome.out, "");
+        for part in parts {
+            assert!(outcome.err.contains(part), "{part:?} is not in {outcome:?}");
+        }
+        assert!(!outcome.err.contains("panicked"), "{outcome:?}");
+        assert!(self.snapshot() == before, "it changed something: {outcome:?}");
+    }
+
+    /// Every file below the directory.
+    fn snapshot(&self) -> BTreeMap<PathBuf, Vec<u8>> {
+        let mut files = BTreeMap::new();
+        let mut dirs = vec![self.dir.path().to_owned()];
+        while let Some(dir) = dirs.pop() {
+            for entry in fs::read_dir(dir).unwrap().map(Result::unwrap) {
+                match entry.file_type().unwrap().is_dir() {
+                    true => dirs.push(entry.path()),
+                    false => drop(files.insert(entry.path(), fs::read(entry.path()).unwrap())),
+                }
+            }
+        }
+        files
+    }
+
+    /// Flips a bit of `vm.luks`.
+    fn damage(&self, offset: u64) {
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .open(self.path("vm.luks"))
+            .unwrap();
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, offset).unwrap();
+        file.write_all_at(&[byte[0] ^ 1], offset).unwrap();
+    }
+}
+
+fn outcome(mut command: Command) -> Outcome {
+    let output = command.output().unwrap();
+    Outcome {
+        code: output.status.code().unwrap_or_else(|| panic!("{output:?}")),
+        out: String::from_utf8(output.stdout).unwrap(),
+        err: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+fn mode(path: &Path) -> u32 {
+    fs::metadata(path).unwrap().permissions().mode() & 0o7777
+}
+
+/// The paths of all values in `json`, with `[]` for the elements of a list.
+fn paths(json: &Value, prefix: String, found: &mut Vec<String>) {
+    match json {
+        Value::Object(fields) => {
+            for (name, value) in fields {
+                let path = if prefix.is_empty() {
+                    name.clone()
+                } else {
+                    format!("{prefix}.{name}")
+                };
+                let nested = value.is_object() || value[0].is_object();
+                if !nested {
+                    found.push(path.clone());
+                }
+                paths(value, path, found);
+            }
+        }
+        Value::Array(elements) => elements
+            .iter()
+            .for_each(|element| paths(element, format!("{prefix}[]"), found)),
+        _ => {}
+    }
+}
