@@ -1,17 +1,18 @@
 //! LUKS2 both ways, with stock cryptsetup as the judge: what sealblk writes it accepts, what it writes sealblk opens.
 
-use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
 
 use sealblk::cipher::{Sector, SectorSize};
 use sealblk::keys::arena::SecretBytes;
-use sealblk::keys::{Binding, KeyError, KeyId, KeyProvider, KeyReason, KeyState, Providers};
-use sealblk::storage::{Access, Backing};
+use sealblk::keys::registry::Registry;
+use sealblk::keys::{KeyProvider, Providers};
+use sealblk::storage::{Access, Backing, StorageError};
 use sealblk::volume::segment::Treatment;
 use sealblk::volume::{
     Argon2Cost, CopiesInfo, CreateOptions, HeaderError, HeaderFile, HeaderState, Info, Locked, Purpose,
@@ -121,8 +122,8 @@ fn cryptsetup_exports_our_token_and_leaves_it_whole_through_an_import_of_another
         serde_json::from_str(&disk.cryptsetup(&["token", "export", "--token-id", "0", DISK])).unwrap();
     assert_eq!(exported["type"], "sealblk");
     assert_eq!(exported["keyslots"], serde_json::json!(["0"]));
-    assert_eq!(exported["provider"], "test");
-    assert_eq!(exported["key_id"], "kek-1");
+    assert_eq!(exported["provider"], "native");
+    assert_eq!(exported["key_id"], disk.info().tokens[0].key_id.clone().unwrap());
 
     let foreign = disk.dir.path().join("foreign");
     fs::write(
@@ -136,7 +137,7 @@ fn cryptsetup_exports_our_token_and_leaves_it_whole_through_an_import_of_another
     // And ours leaves the other one whole.
     let (header, _) = disk.backings(Access::ReadWrite);
     let mut locked = Locked::open(&header, None).unwrap();
-    let volume = locked.unlock_with_provider(&disk.provider).unwrap();
+    let volume = locked.unlock_with_provider(&disk.providers).unwrap();
     locked
         .add_recovery_key(&volume, &secret(PASSPHRASE), CHEAP)
         .unwrap();
@@ -174,7 +175,7 @@ fn recovery_keys_come_and_go() {
     let disk = Disk::created(SectorSize::B512);
     let (header, _) = disk.backings(Access::ReadWrite);
     let mut locked = Locked::open(&header, None).unwrap();
-    let volume = locked.unlock_with_provider(&disk.provider).unwrap();
+    let volume = locked.unlock_with_provider(&disk.providers).unwrap();
     let keyslot = locked
         .add_recovery_key(&volume, &secret(PASSPHRASE), CHEAP)
         .unwrap();
@@ -293,15 +294,16 @@ fn a_volume_of_cryptsetup_is_bound_to_a_provider() {
     let (header, _) = disk.backings(Access::ReadWrite);
     let mut locked = Locked::open(&header, None).unwrap();
     let volume = locked.unlock_with_passphrase(&secret(PASSPHRASE)).unwrap();
-    let key_id = disk.provider.create_kek().unwrap();
-    assert_eq!(locked.bind(&volume, &disk.provider, &key_id).unwrap(), 1);
+    let provider = disk.provider();
+    let key_id = provider.create_kek().unwrap();
+    assert_eq!(locked.bind(&volume, &*provider, &key_id).unwrap(), 1);
     drop(header);
     disk.unlock_with_provider().unwrap();
     disk.cryptsetup_opens(PASSPHRASE);
     let info = disk.info();
     assert_eq!(info.keyslots[0].purpose, Purpose::Passphrase);
     assert_eq!(info.keyslots[1].purpose, Purpose::Provider);
-    assert_eq!(info.tokens[0].provider.as_deref(), Some("test"));
+    assert_eq!(info.tokens[0].provider.as_deref(), Some("native"));
 }
 
 #[test]
@@ -535,7 +537,7 @@ struct Disk {
     dir: tempfile::TempDir,
     path: PathBuf,
     header: Option<PathBuf>,
-    provider: TestProvider,
+    providers: Registry,
 }
 
 impl Disk {
@@ -543,11 +545,13 @@ impl Disk {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk");
         File::create(&path).unwrap().set_len(size).unwrap();
+        let mut providers = Registry::open(&dir.path().join("state")).unwrap();
+        providers.add_native("native", true).unwrap();
         Self {
             dir,
             path,
             header: None,
-            provider: TestProvider::default(),
+            providers,
         }
     }
 
@@ -555,12 +559,13 @@ impl Disk {
     fn created(sector_size: SectorSize) -> Self {
         let disk = Self::empty(0);
         let (header, payload) = disk.backings(Access::ReadWrite);
-        let key_id = disk.provider.create_kek().unwrap();
+        let provider = disk.provider();
+        let key_id = provider.create_kek().unwrap();
         let options = CreateOptions {
             capacity: Some(8 * MIB),
             sector_size,
             label: "root disk",
-            binding: Some((&disk.provider, &key_id)),
+            binding: Some((&*provider, &key_id)),
             recovery_key: Some((&secret(RECOVERY), CHEAP)),
             overwrite: false,
         };
@@ -597,8 +602,21 @@ impl Disk {
         self.cryptsetup_with(PASSPHRASE, &arguments);
     }
 
+    fn provider(&self) -> Box<dyn KeyProvider> {
+        self.providers.provider("native").unwrap()
+    }
+
     fn backings(&self, access: Access) -> (Backing, Option<Backing>) {
-        let open = |path: &Path| Backing::open(path, access).unwrap();
+        // Another test's child has copies of our descriptors, and so our locks, until it calls exec.
+        let open = |path: &Path| {
+            for _ in 0..200 {
+                match Backing::open(path, access) {
+                    Err(StorageError::InUse { .. }) => thread::sleep(Duration::from_millis(5)),
+                    opened => return opened.unwrap(),
+                }
+            }
+            panic!("{} stays in use", path.display());
+        };
         match &self.header {
             Some(header) => (open(header), Some(open(&self.path))),
             None => (open(&self.path), None),
@@ -636,7 +654,7 @@ impl Disk {
         let (header, payload) = self.backings(Access::ReadWrite);
         let locked = Locked::open(&header, payload.as_ref()).map_err(|error| *error.reason)?;
         locked
-            .unlock_with_provider(&self.provider)
+            .unlock_with_provider(&self.providers)
             .map_err(|error| *error.reason)
     }
 
@@ -704,72 +722,4 @@ const CHEAP_PBKDF: [&str; 6] = [
 
 fn secret(text: &str) -> SecretBytes {
     SecretBytes::take(&mut text.as_bytes().to_vec()).unwrap()
-}
-
-/// A provider whose wrapping is a table: what it authenticates is what it was asked for.
-#[derive(Debug, Default)]
-struct TestProvider(Arc<Mutex<HashMap<Vec<u8>, Wrapped>>>);
-
-/// The binding, and the secret.
-type Wrapped = (String, Vec<u8>);
-
-impl TestProvider {
-    fn associated(binding: &Binding<'_>) -> String {
-        format!("{binding:?}")
-    }
-
-    fn error(&self, binding: &Binding<'_>, reason: KeyReason) -> KeyError {
-        KeyError {
-            provider: self.name().to_owned(),
-            key_id: Some(binding.key_id.clone()),
-            hop: "memory".to_owned(),
-            reason,
-            source: None,
-        }
-    }
-}
-
-impl KeyProvider for TestProvider {
-    fn name(&self) -> &str {
-        "test"
-    }
-
-    fn kind(&self) -> &'static str {
-        "test"
-    }
-
-    fn create_kek(&self) -> Result<KeyId, KeyError> {
-        Ok(KeyId("kek-1".to_owned()))
-    }
-
-    fn wrap(&self, binding: &Binding<'_>, secret: &SecretBytes) -> Result<Vec<u8>, KeyError> {
-        let mut table = self.0.lock().unwrap();
-        let wrapped = format!("wrapped {}", table.len()).into_bytes();
-        table.insert(wrapped.clone(), (Self::associated(binding), secret.to_vec()));
-        Ok(wrapped)
-    }
-
-    fn unwrap(&self, binding: &Binding<'_>, wrapped: &[u8]) -> Result<SecretBytes, KeyError> {
-        match self.0.lock().unwrap().get(wrapped) {
-            Some((associated, secret)) if *associated == Self::associated(binding) => {
-                Ok(SecretBytes::take(&mut secret.clone()).unwrap())
-            }
-            Some(_) => Err(self.error(binding, KeyReason::Unauthentic)),
-            None => Err(self.error(binding, KeyReason::Missing)),
-        }
-    }
-
-    fn state(&self, _: &KeyId) -> Result<KeyState, KeyError> {
-        Ok(KeyState::Active)
-    }
-
-    fn check(&self) -> Result<(), KeyError> {
-        Ok(())
-    }
-}
-
-impl Providers for TestProvider {
-    fn provider(&self, _: &str) -> Result<Box<dyn KeyProvider>, KeyError> {
-        Ok(Box::new(Self(Arc::clone(&self.0))))
-    }
 }
