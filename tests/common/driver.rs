@@ -134,6 +134,12 @@ impl Driver {
         }
     }
 
+    /// Starts and enables a vring that was stopped, where it was stopped.
+    pub fn restart(&self, queue: usize, base: u16) {
+        self.frontend.start_vring(&self.queues[queue], &self.memory, base);
+        self.frontend.enable(queue as u32, true);
+    }
+
     pub fn queue(&mut self) -> &mut Queue {
         &mut self.queues[0]
     }

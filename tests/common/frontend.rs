@@ -12,6 +12,7 @@ use rustix::net::{
 };
 use std::io::{ErrorKind, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
+use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -187,7 +188,7 @@ impl Frontend {
 
     /// Ends the sending half: the server sees the end of the stream.
     pub fn shut_down(&self) {
-        self.stream.shutdown(std::net::Shutdown::Write).unwrap();
+        self.stream.shutdown(Shutdown::Write).unwrap();
     }
 
     // ---- well-formed messages
@@ -263,9 +264,12 @@ impl Frontend {
     }
 
     pub fn set_memory(&self, memory: &Memory) {
-        let regions = memory.regions();
+        self.set_regions(&memory.regions());
+    }
+
+    pub fn set_regions(&self, regions: &[Region]) {
         let fds: Vec<BorrowedFd<'_>> = regions.iter().map(|region| region.file.as_fd()).collect();
-        self.tell(SET_MEM_TABLE, &mem_table(&regions), &fds);
+        self.tell(SET_MEM_TABLE, &mem_table(regions), &fds);
     }
 
     pub fn add_region(&self, region: &Region) {
@@ -323,6 +327,14 @@ impl Frontend {
         assert_eq!(reply.payload[4..8], size.to_ne_bytes());
         assert_eq!(reply.payload.len(), 12 + size as usize);
         Some(reply.payload[12..].to_vec())
+    }
+}
+
+impl Drop for Frontend {
+    /// Leaves at once. Closing alone is not enough: while another thread starts a process, that has a copy of every
+    /// descriptor for a moment.
+    fn drop(&mut self) {
+        let _ = self.stream.shutdown(Shutdown::Both);
     }
 }
 

@@ -11,6 +11,7 @@ use super::DEADLINE;
 use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
@@ -29,8 +30,9 @@ pub const SEAM: u64 = 4 * MIB;
 pub const HOLE: u64 = 512 * MIB;
 /// The end of the last region: nothing is mapped here.
 pub const END: u64 = BUFFERS + BUFFERS_LEN;
-const BUFFERS: u64 = 4096 * MIB;
-const BUFFERS_LEN: u64 = 16 * MIB;
+/// Where the last region begins, in which buffers are.
+pub const BUFFERS: u64 = 4096 * MIB;
+pub const BUFFERS_LEN: u64 = 16 * MIB;
 
 #[derive(Debug, Clone)]
 pub struct Region {
@@ -39,6 +41,26 @@ pub struct Region {
     /// The address by which the front-end's own process is said to know it: what ring addresses are given in.
     pub user: u64,
     pub file: Arc<File>,
+}
+
+impl Region {
+    /// A region that is mapped nowhere here: what the device does to it is read from its file.
+    pub fn create(guest: u64, len: u64) -> Self {
+        let file = rustix::fs::memfd_create("sealblk-test-guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&file, len).unwrap();
+        Region {
+            guest,
+            len,
+            user: 0x7e00_0000_0000 + guest * 2,
+            file: Arc::new(File::from(file)),
+        }
+    }
+
+    pub fn bytes(&self) -> Vec<u8> {
+        let mut bytes = vec![0; self.len as usize];
+        self.file.read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    }
 }
 
 #[derive(Debug)]
@@ -67,19 +89,12 @@ impl Memory {
 
     /// Adds a region; the device does not know of it until it is told.
     pub fn plug(&self, guest: u64, len: u64) -> Region {
-        let file = rustix::fs::memfd_create("sealblk-test-guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-        rustix::fs::ftruncate(&file, len).unwrap();
-        let file = Arc::new(File::from(file));
-        let mapping = MmapRegion::from_file(FileOffset::from_arc(file.clone(), 0), len as usize).unwrap();
-        let region = GuestRegionMmap::new(mapping, GuestAddress(guest)).unwrap();
-        let map = self.map.borrow().insert_region(Arc::new(region)).unwrap();
+        let region = Region::create(guest, len);
+        let mapping =
+            MmapRegion::from_file(FileOffset::from_arc(region.file.clone(), 0), len as usize).unwrap();
+        let mapped = GuestRegionMmap::new(mapping, GuestAddress(guest)).unwrap();
+        let map = self.map.borrow().insert_region(Arc::new(mapped)).unwrap();
         self.map.replace(map);
-        let region = Region {
-            guest,
-            len,
-            user: 0x7e00_0000_0000 + guest * 2,
-            file,
-        };
         self.regions.borrow_mut().push(region.clone());
         region
     }

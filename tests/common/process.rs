@@ -36,8 +36,12 @@ pub struct Facts {
 
 impl Process {
     pub fn spawn(command: &mut Command) -> Self {
+        Process::spawn_with_stdin(command, Stdio::null())
+    }
+
+    pub fn spawn_with_stdin(command: &mut Command, stdin: Stdio) -> Self {
         let mut child = command
-            .stdin(Stdio::null())
+            .stdin(stdin)
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
@@ -112,6 +116,25 @@ impl Process {
         }
     }
 
+    /// The facts once they have stopped to change, as they do while a process starts.
+    pub fn settled_facts(&self) -> Facts {
+        let start = Instant::now();
+        let mut facts = self.facts();
+        loop {
+            std::thread::sleep(Duration::from_millis(5));
+            let now = self.facts();
+            if now == facts {
+                return facts;
+            }
+            assert!(
+                start.elapsed() < DEADLINE,
+                "process {} does not settle: {now:?}",
+                self.pid()
+            );
+            facts = now;
+        }
+    }
+
     pub fn facts(&self) -> Facts {
         let proc = |name: &str| format!("/proc/{}/{name}", self.pid());
         let status = fs::read_to_string(proc("status")).unwrap();
@@ -138,11 +161,16 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
+        let ended = self.child.try_wait();
         let _ = self.child.kill();
         let _ = self.child.wait();
         if std::thread::panicking() {
+            let state = match ended {
+                Ok(Some(status)) => status.to_string(),
+                _ => "still running".to_owned(),
+            };
             eprintln!(
-                "---- standard error of process {}:\n{}",
+                "---- process {}, {state}; it said:\n{}",
                 self.child.id(),
                 self.stderr()
             );

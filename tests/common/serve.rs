@@ -16,9 +16,31 @@ pub struct Server {
     pub process: Process,
     socket: PathBuf,
     _socket_dir: TempDir,
+    /// What it was before the first front-end.
+    fresh: Facts,
+    /// The volume, if nobody else keeps it.
+    volume: Option<Volume>,
 }
 
 impl Server {
+    /// Serves a new volume of 64 MiB and 512-byte sectors.
+    pub fn new() -> Self {
+        Server::of(Volume::new(), &[])
+    }
+
+    /// Serves a volume and keeps it.
+    pub fn of(volume: Volume, args: &[&str]) -> Self {
+        let mut server = Server::with(&volume, args);
+        server.volume = Some(volume);
+        server
+    }
+
+    pub fn volume(&self) -> &Volume {
+        self.volume
+            .as_ref()
+            .expect("the server of a volume that it keeps")
+    }
+
     /// Serves a volume, with four queues.
     pub fn start(volume: &Volume) -> Self {
         Server::with(volume, &[])
@@ -62,10 +84,14 @@ impl Server {
             );
             std::thread::sleep(Duration::from_millis(2));
         }
+        // The socket is there, and now it also waits for front-ends.
+        let fresh = process.settled_facts();
         Server {
             process,
+            fresh,
             socket,
             _socket_dir: dir,
+            volume: None,
         }
     }
 
@@ -90,20 +116,29 @@ impl Server {
         self.process.facts()
     }
 
-    /// The server's state once it has let go of every front-end.
-    pub fn idle_facts(&self) -> Facts {
+    /// Waits until the server has let go of every front-end and of all that came with it.
+    pub fn wait_idle(&self) {
         let start = Instant::now();
         loop {
             let facts = self.facts();
-            if facts.guest_mappings == 0 {
-                return facts;
+            let kept = |facts: &Facts| (facts.descriptors, facts.threads, facts.guest_mappings);
+            if kept(&facts) == kept(&self.fresh) {
+                return;
             }
             assert!(
                 start.elapsed() < DEADLINE,
-                "guest memory is still mapped: {facts:?}"
+                "left behind: {facts:?}, at first it was {:?}",
+                self.fresh
             );
             std::thread::sleep(Duration::from_millis(1));
         }
+    }
+
+    /// After whatever was done to it: the same front-end is served, and so is a new one.
+    pub fn still_serves_both(&self, mut driver: Driver) {
+        driver.still_serves();
+        drop(driver);
+        self.still_serves();
     }
 
     pub fn terminate(mut self) -> Ended {

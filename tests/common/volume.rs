@@ -30,7 +30,6 @@ impl Volume {
         let dir = tempfile::tempdir().unwrap();
         let state = dir.path().join("state").display().to_string();
         let path = dir.path().join("disk");
-        run(Command::new(SEALBLK).args(["--state-dir", &state, "provider", "add", "native"]));
         let (size, sector_size) = (size.to_string(), sector_size.to_string());
         run(Command::new(SEALBLK)
             .args(["--state-dir", &state, "create"])

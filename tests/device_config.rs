@@ -1,0 +1,188 @@
+//! The configuration space (virtio 1.2 §5.2.4), read and written as front-ends do and as they should not.
+
+mod common;
+
+use common::driver::{
+    Driver, F_BLK_SIZE, F_CONFIG_WCE, F_EVENT_IDX, F_FLUSH, F_INDIRECT_DESC, F_MQ, F_RO, F_SEG_MAX,
+    F_SIZE_MAX, F_TOPOLOGY, F_VERSION_1, F_WRITE_ZEROES,
+};
+use common::frontend::{
+    F_PROTOCOL_FEATURES, GET_CONFIG, GET_MAX_MEM_SLOTS, GET_QUEUE_NUM, PROTOCOL_BACKEND_REQ, PROTOCOL_CONFIG,
+    PROTOCOL_CONFIGURE_MEM_SLOTS, PROTOCOL_MQ, PROTOCOL_REPLY_ACK, PROTOCOL_RESET_DEVICE, SET_CONFIG, config,
+};
+use common::serve::Server;
+use common::volume::{MIB, Volume};
+
+const WRITEBACK: u32 = 32;
+
+fn field<const N: usize>(driver: &Driver, offset: u32) -> [u8; N] {
+    driver
+        .frontend
+        .config(offset, N as u32)
+        .unwrap()
+        .try_into()
+        .unwrap()
+}
+
+#[test]
+fn device_offers_what_the_specification_has_for_it() {
+    let server = Server::new();
+    let driver = server.connect();
+    let offered = [
+        F_SIZE_MAX,
+        F_SEG_MAX,
+        F_BLK_SIZE,
+        F_FLUSH,
+        F_TOPOLOGY,
+        F_CONFIG_WCE,
+        F_MQ,
+        F_WRITE_ZEROES,
+        F_INDIRECT_DESC,
+        F_EVENT_IDX,
+        F_VERSION_1,
+        F_PROTOCOL_FEATURES,
+    ];
+    assert_eq!(driver.frontend.features(), offered.iter().sum::<u64>());
+    let protocol = [
+        PROTOCOL_MQ,
+        PROTOCOL_REPLY_ACK,
+        PROTOCOL_BACKEND_REQ,
+        PROTOCOL_CONFIG,
+        PROTOCOL_RESET_DEVICE,
+        PROTOCOL_CONFIGURE_MEM_SLOTS,
+    ];
+    assert_eq!(driver.frontend.protocol(), protocol.iter().sum::<u64>());
+    assert_eq!(driver.frontend.ask(GET_QUEUE_NUM, &[]).u64(), 4);
+    assert!(driver.frontend.ask(GET_MAX_MEM_SLOTS, &[]).u64() >= 32);
+
+    let read_only = Server::of(Volume::new(), &["--read-only", "--num-queues", "2"]);
+    let driver = read_only.connect();
+    let features = driver.frontend.features();
+    assert_eq!(features & (F_RO | F_FLUSH), F_RO | F_FLUSH);
+    assert_eq!(features & (F_WRITE_ZEROES | F_CONFIG_WCE), 0);
+    assert_eq!(driver.frontend.ask(GET_QUEUE_NUM, &[]).u64(), 2);
+}
+
+#[test]
+fn fields_say_what_the_disk_is() {
+    for sector_size in [512u32, 4096] {
+        let server = Server::of(Volume::created(64 * MIB, sector_size), &[]);
+        let driver = server.connect();
+        assert_eq!(driver.capacity(), 64 * MIB / 512);
+        let (size_max, seg_max) = (
+            u32::from_le_bytes(field(&driver, 8)),
+            u32::from_le_bytes(field(&driver, 12)),
+        );
+        assert!(
+            size_max >= 65_536 && seg_max >= 64,
+            "size_max {size_max}, seg_max {seg_max}"
+        );
+        assert_eq!(u32::from_le_bytes(field(&driver, 20)), sector_size);
+        // Topology: blocks of a power of two of sectors, aligned.
+        let [physical_block_exp, alignment_offset] = field(&driver, 24);
+        assert!(
+            sector_size << physical_block_exp >= 4096,
+            "physical_block_exp {physical_block_exp}"
+        );
+        assert_eq!(alignment_offset, 0);
+        assert_eq!(field(&driver, WRITEBACK), [1]);
+        assert_eq!(u16::from_le_bytes(field(&driver, 34)), 4);
+        // Limits are never 0: Windows divides by them.
+        for limit in [36, 40, 44, 48, 52] {
+            assert_ne!(u32::from_le_bytes(field(&driver, limit)), 0, "limit at {limit}");
+        }
+        // A write-zeroes with the unmap flag writes too.
+        assert_eq!(field(&driver, 56), [0]);
+    }
+}
+
+#[test]
+fn every_prefix_and_every_range_is_answered_at_the_size_asked_for() {
+    let server = Server::new();
+    let driver = server.connect();
+    let whole = driver.frontend.config(0, 256).unwrap();
+    assert!(whole[60..].iter().all(|&byte| byte == 0), "{whole:?}");
+    for size in 1..=256 {
+        assert_eq!(driver.frontend.config(0, size).unwrap(), whole[..size as usize]);
+    }
+    for offset in 0..100 {
+        for size in [1, 2, 4, 8, 60] {
+            let range = offset as usize..(offset + size) as usize;
+            assert_eq!(
+                driver.frontend.config(offset, size).unwrap(),
+                whole[range],
+                "{size} at {offset}"
+            );
+        }
+    }
+}
+
+#[test]
+fn ranges_past_any_configuration_space_are_refused() {
+    let server = Server::new();
+    for (offset, size) in [
+        (4096, 1),
+        (4095, 2),
+        (u32::MAX, 1),
+        (u32::MAX - 3, 8),
+        (1 << 31, 4),
+    ] {
+        // Either answer is one: an empty payload, or the end of the session. The server lives.
+        let driver = server.connect();
+        driver
+            .frontend
+            .send(GET_CONFIG, 0, &config(offset, 0, &vec![0; size]), &[]);
+        if let Some(reply) = driver.frontend.receive() {
+            assert!(reply.payload.is_empty(), "{size} at {offset}: {reply:?}");
+        }
+        drop(driver);
+        server.still_serves();
+    }
+}
+
+#[test]
+fn only_the_write_cache_can_be_set() {
+    let server = Server::new();
+    let driver = server.connect();
+    let whole = driver.frontend.config(0, 60).unwrap();
+    let set = |offset: u32, bytes: &[u8]| {
+        driver
+            .frontend
+            .try_tell(SET_CONFIG, &config(offset, 0, bytes), &[])
+    };
+    let refused: [(u32, &[u8]); 9] = [
+        (0, &[0; 8]),
+        (0, &[0; 60]),
+        (0, &[1]),
+        (8, &[0; 4]),
+        (31, &[0; 2]),
+        (32, &[0; 2]),
+        (32, &[7]),
+        (32, &[]),
+        (255, &[0]),
+    ];
+    // Refused, and the session goes on: QEMU passes on what a guest writes, and a guest must not end its own disk.
+    for (offset, bytes) in refused {
+        assert!(
+            set(offset, bytes).is_some_and(|ack| ack != 0),
+            "{} bytes at {offset}",
+            bytes.len()
+        );
+        assert_eq!(driver.frontend.config(0, 60).unwrap(), whole);
+    }
+    for on in [0, 0, 1, 0, 1, 1] {
+        assert_eq!(set(WRITEBACK, &[on]), Some(0));
+        assert_eq!(field(&driver, WRITEBACK), [on]);
+    }
+    assert_eq!(driver.frontend.config(0, 60).unwrap(), whole);
+    server.still_serves_both(driver);
+}
+
+#[test]
+fn the_write_cache_is_on_again_for_the_next_front_end() {
+    let server = Server::new();
+    let driver = server.connect();
+    driver.frontend.tell(SET_CONFIG, &config(WRITEBACK, 0, &[0]), &[]);
+    drop(driver);
+    assert_eq!(field(&server.connect(), WRITEBACK), [1]);
+}
