@@ -1,0 +1,149 @@
+//! What lies on storage is right by a judge that shares no code with us: Python's `cryptography` (OpenSSL) with the
+//! volume key that cryptsetup hands out.
+
+mod common;
+
+use common::pattern;
+use common::serve::Server;
+use common::volume::{MIB, PASSPHRASE, Volume, run};
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+/// Encrypts or decrypts standard input by XTS-AES-256, sector by sector. The tweak counts 512-byte units whatever the
+/// sector size, as dm-crypt's plain64 does.
+const JUDGE: &str = r#"
+import sys
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+verb, key_file, first, sector_size = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+key = open(key_file, "rb").read()
+data = sys.stdin.buffer.read()
+for at in range(0, len(data), sector_size):
+    tweak = (first + at // 512).to_bytes(16, "little")
+    cipher = Cipher(algorithms.AES(key), modes.XTS(tweak))
+    context = cipher.encryptor() if verb == "encrypt" else cipher.decryptor()
+    sys.stdout.buffer.write(context.update(data[at:at + sector_size]) + context.finalize())
+"#;
+
+fn judge(verb: &str, key_file: &Path, first_sector: u64, sector_size: u32, data: &[u8]) -> Vec<u8> {
+    let mut child = Command::new("python3")
+        .args(["-c", JUDGE, verb])
+        .arg(key_file)
+        .args([first_sector.to_string(), sector_size.to_string()])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("python3 with the module `cryptography` (Debian: python3-cryptography)");
+    let mut stdin = child.stdin.take().unwrap();
+    let data = data.to_vec();
+    let feeder = std::thread::spawn(move || stdin.write_all(&data).unwrap());
+    let output = child.wait_with_output().unwrap();
+    assert!(
+        output.status.success(),
+        "is Python's module `cryptography` there (Debian: python3-cryptography)?"
+    );
+    feeder.join().unwrap();
+    output.stdout
+}
+
+/// Writes the volume key, which cryptsetup gives to one with the passphrase, to a file.
+fn volume_key(volume: &Volume) -> std::path::PathBuf {
+    let (passphrase, key) = (volume.beside("judge-passphrase"), volume.beside("volume-key"));
+    fs::write(&passphrase, PASSPHRASE).unwrap();
+    run(Command::new("cryptsetup")
+        .args(["luksDump", "--batch-mode", "--dump-volume-key", "--key-file"])
+        .arg(&passphrase)
+        .arg("--volume-key-file")
+        .arg(&key)
+        .arg(&volume.path));
+    assert_eq!(fs::metadata(&key).unwrap().len(), 64);
+    key
+}
+
+#[test]
+fn what_the_device_writes_an_independent_xts_decrypts() {
+    for sector_size in [512, 4096] {
+        let volume = Volume::cryptsetup(64 * MIB, sector_size);
+        let server = Server::with(&volume, &[]);
+        let mut driver = server.connect();
+        let last = driver.capacity() - 2048;
+        let bytes = pattern(1, MIB as usize);
+        for sector in [0, 8 * 1001, last] {
+            driver.write(sector, &bytes);
+        }
+        drop(driver);
+        server.stop();
+        let (key, payload) = (volume_key(&volume), volume.payload_offset());
+        for sector in [0, 8 * 1001, last] {
+            let stored = volume.stored(payload + sector * 512, bytes.len());
+            assert!(
+                judge("decrypt", &key, sector, sector_size, &stored) == bytes,
+                "{sector_size}: at {sector}"
+            );
+        }
+    }
+}
+
+#[test]
+fn what_an_independent_xts_encrypts_the_device_reads() {
+    for sector_size in [512, 4096] {
+        let volume = Volume::cryptsetup(64 * MIB, sector_size);
+        let (key, payload) = (volume_key(&volume), volume.payload_offset());
+        let bytes = pattern(2, MIB as usize);
+        for sector in [0, 8 * 777, 129_024] {
+            let stored = judge("encrypt", &key, sector, sector_size, &bytes);
+            volume
+                .file()
+                .write_all_at(&stored, payload + sector * 512)
+                .unwrap();
+        }
+        let server = Server::with(&volume, &[]);
+        let mut driver = server.connect();
+        for sector in [0, 8 * 777, 129_024] {
+            assert!(
+                driver.read(sector, bytes.len()) == bytes,
+                "{sector_size}: at {sector}"
+            );
+        }
+        // Without the volume key it is something else.
+        server.stop();
+    }
+}
+
+#[test]
+fn known_text_is_nowhere_in_the_file() {
+    let text = b"The quick brown fox jumps over the lazy dog. ".repeat(2000);
+    for volume in [Volume::new(), Volume::created(64 * MIB, 4096)] {
+        let server = Server::with(&volume, &[]);
+        let mut driver = server.connect();
+        for sector in (0..32_768).step_by(1024) {
+            driver.write(sector, &text[..4096 * 20]);
+        }
+        driver.flush();
+        drop(driver);
+        server.stop();
+        let stored = volume.bytes();
+        assert!(
+            !stored.windows(16).any(|window| window == &text[..16]),
+            "the text is in the file"
+        );
+        // Equal sectors with equal text are not equal on storage.
+        let payload = volume.payload_offset() as usize;
+        let sectors: std::collections::HashSet<&[u8]> = stored[payload..][..4096 * 20].chunks(512).collect();
+        assert_eq!(sectors.len(), 160);
+    }
+}
+
+#[test]
+fn zeros_on_storage_are_not_zeros_and_differ_from_volume_to_volume() {
+    let written = |volume: &Volume| {
+        let server = Server::with(volume, &[]);
+        server.connect().write(0, &[0; 4096]);
+        server.stop();
+        volume.stored(volume.payload_offset(), 4096)
+    };
+    let (one, two) = (written(&Volume::new()), written(&Volume::new()));
+    assert!(one != two && one != [0; 4096] && two != [0; 4096]);
+}
