@@ -113,13 +113,13 @@ serve() {
     shift 2
     "$SEALBLK" serve --blk-file "$disk" --socket-path "$socket" "$@" >>"$socket.log" 2>&1 &
     SERVER=$!
-    wait_until 30 server_is_up "$socket" || {
+    wait_until 30 server_is_up "$socket" && ! process_is_gone "$SERVER" || {
         tail -n 20 "$socket.log" >&2
         die "sealblk did not start to serve $disk"
     }
 }
 
-server_is_up() { [ -S "$1" ] || ! kill -0 "$SERVER" 2>/dev/null; }
+server_is_up() { process_is_gone "$SERVER" || [ -S "$1" ]; }
 
 # end_processes: for a script's EXIT trap: ends the server and the guest that still run.
 end_processes() {
@@ -136,6 +136,8 @@ stop_serving() {
     wait "$server"
 }
 
+process_is_gone() { ! kill -0 "$1" 2>/dev/null; }
+
 # wait_until SECONDS COMMAND...: polls COMMAND until it succeeds.
 wait_until() {
     local deadline=$((SECONDS + $1))
@@ -150,17 +152,13 @@ wait_until() {
 
 # run_job SECONDS JOB [QEMU OPTION...]: boots the small guest, which runs the script JOB/run with the files beside it,
 # then powers off. Everything that it prints is in JOB.log. Fails if the script did, or if the guest did not end in time.
+# With MAY_REBOOT set a reboot of the guest is one, else it is its end.
 run_job() {
-    local limit=$1 job=$2
-    shift 2
-    qemu_command
-    machine_options
-    job_initrd "$job"
-    local started=$SECONDS
-    timeout "$limit" "${QEMU[@]}" "${MACHINE[@]}" -no-reboot -serial "file:$job.log" \
-        -kernel "$BUILD/guest/vmlinuz" -initrd "$job.initrd" \
-        -append "console=ttyS0 panic=-1 quiet ${JOB_KERNEL_OPTIONS:-}" "$@" </dev/null || {
-        job_failed "$job" "QEMU ended with status $? after $((SECONDS - started)) s"
+    local limit=$1 job=$2 started=$SECONDS
+    shift
+    start_job "$@"
+    guest_ended "$limit" || {
+        job_failed "$job" "the guest did not end well within $limit s"
         return 1
     }
     rm -f "$job.initrd"
@@ -169,6 +167,22 @@ run_job() {
         return 1
     }
     say "  guest '${job##*/}': $((SECONDS - started)) s"
+}
+
+# start_job JOB [QEMU OPTION...]: the same in the background.
+start_job() {
+    local job=$1
+    shift
+    qemu_command
+    machine_options
+    job_initrd "$job"
+    CONSOLE_LOG=$job.log
+    : >"$job.log"
+    CONSOLE_SEEN=0
+    [ -n "${MAY_REBOOT:-}" ] || MACHINE+=(-no-reboot)
+    "${QEMU[@]}" "${MACHINE[@]}" -serial "file:$job.log" -kernel "$BUILD/guest/vmlinuz" -initrd "$job.initrd" \
+        -append "console=ttyS0 panic=-1 quiet" "$@" </dev/null &
+    GUEST=$!
 }
 
 job_initrd() {
@@ -243,10 +257,26 @@ log_in() {
     expect 60 '# '
 }
 
-# guest_ended SECONDS: waits for QEMU's end.
+# guest_ended SECONDS: waits for QEMU's end, and fails if it did not end well or in time.
 guest_ended() {
-    wait_until "$1" guest_is_gone || die "the guest did not power off within $1 s"
-    wait "$GUEST"
+    local guest=$GUEST
+    wait_until "$1" process_is_gone "$guest" || {
+        kill_guest
+        return 1
+    }
     GUEST=
+    wait "$guest"
 }
-guest_is_gone() { ! kill -0 "$GUEST" 2>/dev/null; }
+
+# kill_guest: ends QEMU as a crash would.
+kill_guest() {
+    local guest=$GUEST
+    GUEST=
+    kill -KILL "$guest"
+    wait "$guest" 2>/dev/null || true
+}
+
+# read_disk SOCKET FILE: what a guest would read from the disk served at SOCKET, in the clear.
+read_disk() {
+    "$REPO/qemu/qemu10" qemu-img convert --image-opts -O raw "driver=virtio-blk-vhost-user,path=$1,cache.direct=on" "$2"
+}
