@@ -348,6 +348,45 @@ fn what_exists_is_overwritten_by_force_alone() {
     );
 }
 
+/// On a loop device, where the test may make one.
+#[test]
+fn block_device_is_taken_whole_and_what_it_holds_is_noticed() {
+    let bench = Bench::empty();
+    bench.succeeds(&["provider", "add", "native"]);
+    File::create(bench.path("backing"))
+        .unwrap()
+        .set_len(HEADER_LEN + DISK_LEN)
+        .unwrap();
+    let Some(device) = LoopDevice::new(&bench.path("backing")) else {
+        eprintln!("skipped: no permission to make a loop device");
+        return;
+    };
+    let disk = device.0.as_str();
+    let made = bench.succeeds(&["create", disk]);
+    assert!(made.out.contains("a disk of 1 MiB"), "{made:?}");
+    bench.fails(&["create", disk], IN_USE, &[disk, "holds data"]);
+    bench.fails(
+        &["create", disk, "--force", "--size", "2M"],
+        STORAGE,
+        &[disk, "too few"],
+    );
+    bench.succeeds(&["create", disk, "--force", "--sector-size", "4096"]);
+
+    let claimed = Backing::open(Path::new(disk), Access::ReadWrite).unwrap();
+    bench.fails(&["create", disk, "--force"], IN_USE, &[disk, "in use"]);
+    assert!(bench.succeeds(&["info", disk]).out.contains("1 MiB"));
+    drop(claimed);
+
+    // Nothing but a mark at the very end, as a backup partition table leaves it.
+    let file = File::options().write(true).open(disk).unwrap();
+    file.write_all_at(&vec![0; HEADER_LEN as usize + DISK_LEN as usize], 0)
+        .unwrap();
+    file.write_all_at(b"EFI PART", HEADER_LEN + DISK_LEN - 512)
+        .unwrap();
+    drop(file);
+    bench.fails(&["create", disk], IN_USE, &[disk, "holds data"]);
+}
+
 #[test]
 fn disk_in_use_is_left_alone_even_by_force() {
     let bench = Bench::with_volume();
@@ -726,6 +765,30 @@ impl Bench {
         let mut byte = [0];
         file.read_exact_at(&mut byte, offset).unwrap();
         file.write_all_at(&[byte[0] ^ 1], offset).unwrap();
+    }
+}
+
+/// A block device over a file, let go when dropped.
+struct LoopDevice(String);
+
+impl LoopDevice {
+    fn new(file: &Path) -> Option<Self> {
+        let made = Command::new("losetup")
+            .args(["--find", "--show"])
+            .arg(file)
+            .output()
+            .ok()?;
+        let device = made
+            .status
+            .success()
+            .then(|| String::from_utf8(made.stdout).unwrap())?;
+        Some(Self(device.trim().to_owned()))
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
     }
 }
 

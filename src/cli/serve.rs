@@ -10,6 +10,7 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 use super::failure::Failure;
 use super::secret::SecretSource;
 use super::{Host, output};
+use crate::cipher::KernelChoice;
 use crate::device::{Disk, Endpoint, Server};
 use crate::storage::{Access, Backing};
 use crate::volume::{Locked, Volume};
@@ -61,12 +62,22 @@ pub(super) struct Serve {
     /// Open the volume with a passphrase or recovery key instead of a key provider
     #[arg(long, value_name = "FILE|-|fd:N|cred:NAME")]
     passphrase_file: Option<SecretSource>,
+    /// The same, byte for byte, with a newline at its end if there is one: as `cryptsetup --key-file`
+    #[arg(
+        long,
+        value_name = "FILE|-|fd:N|cred:NAME",
+        conflicts_with = "passphrase_file"
+    )]
+    key_file: Option<SecretSource>,
     /// Pass the guest's discards on to storage, which then shows what is in use to who can see it
     #[arg(long)]
     discard: bool,
     /// What the guest sees as the disk's serial [default: the first 20 digits of the volume's UUID]
     #[arg(long, value_name = "TEXT", value_parser = parse_serial)]
     serial: Option<String>,
+    /// The code that encrypts and decrypts: 'fastest' of this machine, or 'portable'
+    #[arg(long, value_name = "NAME", default_value_t)]
+    cipher_kernel: KernelChoice,
 }
 
 impl Serve {
@@ -131,10 +142,12 @@ impl Serve {
         let locked = match header {
             Some(header) => Locked::open(header, Some(disk))?,
             None => Locked::open(disk, None)?,
-        };
-        Ok(match &self.passphrase_file {
-            Some(source) => locked.unlock_with_passphrase(&source.read_passphrase()?)?,
-            None => locked.unlock_with_provider(&host.registry()?)?,
+        }
+        .with_kernel(self.cipher_kernel);
+        Ok(match (&self.passphrase_file, &self.key_file) {
+            (Some(source), _) => locked.unlock_with_passphrase(&source.read_passphrase()?)?,
+            (None, Some(source)) => locked.unlock_with_passphrase(&source.read()?)?,
+            (None, None) => locked.unlock_with_provider(&host.registry()?)?,
         })
     }
 }
