@@ -4,11 +4,11 @@
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{Mode, OFlags};
-use vhost::vhost_user::VhostUserProtocolFeatures;
+use vhost::vhost_user::{Backend as BackendChannel, VhostUserProtocolFeatures};
 use vhost_user_backend::{VhostUserBackend, VhostUserDaemon};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 use vm_memory::GuestMemoryMmap;
@@ -44,6 +44,7 @@ pub(super) fn run(
         disk: Arc::clone(disk),
         num_queues,
         acked_features: AtomicU64::new(0),
+        channel: Mutex::new(None),
     });
     let (daemon, vrings) =
         vring::collect(|| VhostUserDaemon::new("vhost-user".into(), backend, memory.clone()));
@@ -102,6 +103,8 @@ struct Backend {
     num_queues: u16,
     /// What the driver acknowledged, but for the front-end's own bits.
     acked_features: AtomicU64,
+    /// The backend channel. Nothing is said on it yet, but it stays open: QEMU takes its end for an error.
+    channel: Mutex<Option<BackendChannel>>,
 }
 
 /// VHOST_F_LOG_ALL: the front-end's, set and cleared while the driver runs on.
@@ -146,6 +149,10 @@ impl VhostUserBackend for Backend {
 
     /// The handler sets it in the vrings, from where it comes to the workers.
     fn set_event_idx(&self, _enabled: bool) {}
+
+    fn set_backend_req_fd(&self, channel: BackendChannel) {
+        *self.channel.lock().unwrap_or_else(PoisonError::into_inner) = Some(channel);
+    }
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
         config::read(&self.disk, self.num_queues, offset, size)
