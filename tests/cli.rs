@@ -335,6 +335,24 @@ fn what_exists_is_overwritten_by_force_alone() {
         IN_USE,
         &["vm.luks holds data"],
     );
+    bench.fails(
+        &["create", "vm.luks", "--size", "1000", "--force"],
+        USAGE,
+        &["multiple of the sector size"],
+    );
+    bench.fails(
+        &[
+            "create",
+            "vm.luks",
+            "--size",
+            "1M",
+            "--force",
+            "--provider",
+            "kms",
+        ],
+        KEY,
+        &["kms"],
+    );
     bench.succeeds(&["create", "vm.luks", "--size", "1M", "--force"]);
     bench.fails(
         &["create", "vm.luks", "--size", "1M"],

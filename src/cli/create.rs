@@ -102,17 +102,6 @@ impl Create {
             None => default_provider(&mut registry)?,
         };
         let key_id = provider.create_kek()?;
-        for file in [Some(&disk), header.as_ref()]
-            .into_iter()
-            .flatten()
-            .filter(|file| file.kind() == Kind::File)
-        {
-            // Nothing of what was there may shine through where the guest has not written yet.
-            file.file().set_len(0).map_err(|source| Failure::Empty {
-                path: file.path().to_owned(),
-                source,
-            })?;
-        }
         let (header_io, payload) = match &header {
             Some(header) => (header, Some(&disk)),
             None => (&disk, None),

@@ -45,14 +45,6 @@ pub enum Failure {
         /// The answer.
         source: io::Error,
     },
-    /// What a file held cannot be thrown away.
-    #[error("cannot empty {}", path.display())]
-    Empty {
-        /// The file.
-        path: PathBuf,
-        /// The answer.
-        source: io::Error,
-    },
     /// There is something to lose.
     #[error("{} holds data; name another place, or destroy them with --force", path.display())]
     Occupied {
@@ -110,7 +102,7 @@ impl Failure {
             Self::Process(_) | Self::Output(_) | Self::Cipher(_) => HOST,
             Self::SizeNeeded { .. } | Self::SameKey { .. } | Self::NoRecoveryKey { .. } => USAGE,
             Self::Storage(StorageError::InUse { .. }) | Self::Occupied { .. } => IN_USE,
-            Self::Storage(_) | Self::Make { .. } | Self::Look { .. } | Self::Empty { .. } => STORAGE,
+            Self::Storage(_) | Self::Make { .. } | Self::Look { .. } => STORAGE,
             Self::Volume(VolumeError { reason, .. }) => volume_code(reason),
             Self::Serve(error) => match error {
                 ServeError::SocketInUse { .. } => IN_USE,

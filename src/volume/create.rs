@@ -36,7 +36,8 @@ pub struct CreateOptions<'a> {
     pub binding: Option<(&'a dyn KeyProvider, &'a KeyId)>,
     /// The recovery key, and what it shall cost to try one.
     pub recovery_key: Option<(&'a SecretBytes, Argon2Cost)>,
-    /// Whether a LUKS volume may be destroyed. Data of any other kind are destroyed in any case.
+    /// Whether a LUKS volume may be destroyed. Data of any other kind are destroyed in any case. Files are emptied
+    /// then: nothing of what was there may shine through where the guest has not written yet.
     pub overwrite: bool,
 }
 
@@ -64,6 +65,8 @@ struct Plan {
     keyslots: Vec<(Id, Sealed)>,
     /// Where the payload ends.
     end: u64,
+    /// Whether files are emptied first.
+    empty: bool,
 }
 
 impl Plan {
@@ -129,10 +132,19 @@ impl Plan {
             key,
             keyslots,
             end,
+            empty: options.overwrite,
         })
     }
 
     fn carry_out(mut self, io: &dyn HeaderIo, payload: Option<&dyn HeaderIo>) -> Result<Uuid, Reason> {
+        let files = [Some(io), payload]
+            .into_iter()
+            .flatten()
+            .filter(|file| file.can_grow());
+        for file in files.filter(|_| self.empty) {
+            file.set_size(0)
+                .map_err(|source| Reason::Grow { len: 0, source })?;
+        }
         grow(payload.unwrap_or(io), self.end)?;
         if payload.is_some() {
             grow(io, HEADER_LEN)?;
