@@ -1,4 +1,4 @@
-//! The anti-forensic splitter `luks1` (LUKS2 1.1 §3.2.1, after TKS1 by Clemens Fruhwirth).
+//! The anti-forensic splitter `luks1` (LUKS2 1.1, "Keyslots Object"; LUKS1 1.2 "AFsplit").
 //!
 //! A key is blown up to `stripes` times its length, so that losing any small part of what was written (a wiped or
 //! remapped sector) loses the key. All stripes but the last are random; the last is chosen so that the chain

@@ -1,4 +1,4 @@
-//! The binary header: 4096 bytes that stand before each copy of the JSON area (LUKS2 1.1 §2.1).
+//! The binary header: 4096 bytes that stand before each copy of the JSON area (LUKS2 1.1, "Binary Header").
 //!
 //! ```text
 //! offset  width  field         (integers are big-endian, text ends at its first NUL)

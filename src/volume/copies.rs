@@ -330,3 +330,150 @@ pub enum HeaderError {
     #[error("the kernel's random source failed")]
     Random(#[source] getrandom::Error),
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{COPY, Memory, sample, sample_with};
+    use super::*;
+
+    fn bad(found: Found) -> (Copy, Damage) {
+        match found {
+            Found::Sound(_) => panic!("both copies are sound"),
+            Found::NeedsRecovery(recoverable) => (recoverable.bad, recoverable.damage),
+        }
+    }
+
+    #[test]
+    fn one_damaged_copy_is_recovered_from_the_other() {
+        for (at, copy) in [
+            (COPY - 1, Copy::Primary),
+            (0, Copy::Primary),
+            (COPY, Copy::Secondary),
+        ] {
+            let io = Memory::of(&sample());
+            let Found::Sound(before) = read(&io).unwrap() else {
+                panic!("not sound")
+            };
+            io.spoil(at);
+            let Found::NeedsRecovery(recoverable) = read(&io).unwrap() else {
+                panic!("{at}: sound")
+            };
+            assert_eq!(recoverable.bad, copy);
+            let recovered = recoverable.recover(&io).unwrap();
+            assert_eq!(recovered.metadata, before.metadata);
+            assert!(matches!(read(&io).unwrap(), Found::Sound(found) if found == recovered));
+            assert_ne!(
+                (recovered.binary.salt, recovered.secondary_salt),
+                (before.binary.salt, before.secondary_salt)
+            );
+        }
+    }
+
+    #[test]
+    fn a_secondary_copy_is_found_wherever_it_can_be() {
+        for size in HEADER_SIZES {
+            let mut json = sample_with("/config/json_size", (size - 4096).to_string());
+            json["config"]["keyslots_size"] = "258048".into();
+            json["keyslots"]["0"]["area"]["offset"] = (2 * size).to_string().into();
+            let metadata: Metadata = serde_json::from_value(json).unwrap();
+            let Found::Sound(mut header) = read(&Memory::of(&sample())).unwrap() else {
+                panic!("not sound")
+            };
+            header.binary.header_size = size;
+            header.metadata = metadata;
+            let io = Memory::of(&sample());
+            *io.front.borrow_mut() = Vec::new();
+            header.write(Copy::Secondary, &io).unwrap();
+            let (copy, _) = bad(read(&io).unwrap());
+            assert_eq!(copy, Copy::Primary, "{size}");
+        }
+    }
+
+    #[test]
+    fn of_two_sound_copies_the_later_is_in_force() {
+        let (old, new) = (
+            sample().to_string(),
+            sample_with("/tokens", serde_json::json!({})).to_string(),
+        );
+        for (primary, secondary, older) in [
+            ((4, new.as_bytes()), (3, old.as_bytes()), Copy::Secondary),
+            ((3, old.as_bytes()), (4, new.as_bytes()), Copy::Primary),
+        ] {
+            let io = Memory::holding(primary, secondary);
+            let found = read(&io).unwrap();
+            assert!(found.header().metadata.tokens.is_empty());
+            let (copy, damage) = bad(found);
+            assert_eq!(copy, older);
+            assert!(matches!(damage, Damage::Older { seqid: 3, newer: 4 }));
+        }
+    }
+
+    #[test]
+    fn copies_of_one_sequence_number_that_differ_are_nobodys_header() {
+        let other = sample_with("/tokens", serde_json::json!({})).to_string();
+        let io = Memory::holding((3, sample().to_string().as_bytes()), (3, other.as_bytes()));
+        assert!(matches!(read(&io), Err(HeaderError::CopiesDisagree { seqid: 3 })));
+    }
+
+    #[test]
+    fn two_damaged_copies_are_told_from_no_volume() {
+        let io = Memory::of(&sample());
+        io.spoil(100);
+        io.spoil(COPY + 100);
+        let error = read(&io).unwrap_err();
+        assert!(matches!(
+            error,
+            HeaderError::BothDamaged {
+                primary: Damage::Checksum,
+                secondary: Damage::Checksum
+            }
+        ));
+        io.front.borrow_mut().fill(0);
+        assert!(matches!(
+            read(&io),
+            Err(HeaderError::NotLuks { looks_like: None })
+        ));
+        io.front.borrow_mut()[..4].copy_from_slice(b"QFI\xfb");
+        assert!(matches!(
+            read(&io),
+            Err(HeaderError::NotLuks {
+                looks_like: Some("a qcow2 image")
+            })
+        ));
+        io.front.borrow_mut()[..8].copy_from_slice(b"LUKS\xba\xbe\x00\x01");
+        assert!(matches!(read(&io), Err(HeaderError::Luks1)));
+    }
+
+    #[test]
+    fn a_header_longer_than_its_device_is_refused() {
+        let mut io = Memory::of(&sample());
+        io.size = super::super::testing::HEADER - 1;
+        assert!(matches!(read(&io), Err(HeaderError::Truncated { .. })));
+        for size in [0, 1, 4095] {
+            io.size = size;
+            assert!(
+                matches!(read(&io), Err(HeaderError::NotLuks { looks_like: None })),
+                "{size}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_was_made_of_the_disk_since_is_not_overwritten_by_a_repair() {
+        let io = Memory::of(&sample());
+        io.front.borrow_mut()[..2048].fill(0);
+        io.front.borrow_mut()[1080..1082].copy_from_slice(b"\x53\xef");
+        let before = io.front.borrow().clone();
+        let Found::NeedsRecovery(recoverable) = read(&io).unwrap() else {
+            panic!("sound")
+        };
+        let error = recoverable.recover(&io).unwrap_err();
+        assert!(matches!(
+            error,
+            HeaderError::ForeignSignature {
+                format: "ext2, ext3 or ext4"
+            }
+        ));
+        assert_eq!(*io.front.borrow(), before);
+    }
+}

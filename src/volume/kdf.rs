@@ -1,4 +1,4 @@
-//! Key derivation: what makes a passphrase the key of a keyslot's area (LUKS2 1.1 §3.2.3).
+//! Key derivation: what makes a passphrase the key of a keyslot's area (LUKS2 1.1, "Keyslots Object").
 //!
 //! The costs stand in a header that anybody may have written. cryptsetup writes at most 4 GiB and 4 lanes for argon2;
 //! the caps on time here are far above what it ever picks, and keep a hostile header from hanging an attach.

@@ -1,4 +1,4 @@
-//! The segments of the metadata (LUKS2 1.1 §3.3) laid out on a payload: every question answered but the key's. Sizes that
+//! The segments of the metadata (LUKS2 1.1, "Segments Object") laid out on a payload: every question answered but the key's. Sizes that
 //! were `dynamic` are numbers, and every range lies within the payload and clear of all others. With a key it becomes
 //! the [`SegmentTable`] that the data path uses.
 
@@ -137,5 +137,109 @@ impl Layout {
             })
         });
         Ok(SegmentTable::new(segments.collect::<Result<Vec<_>, E>>()?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::super::metadata::Id;
+    use super::super::testing::{FILE, HEADER, parsed, sample_with};
+    use super::*;
+
+    fn crypt(offset: u64, size: &str, sector_size: u32) -> Value {
+        json!({
+            "type": "crypt", "offset": offset.to_string(), "size": size, "iv_tweak": "5",
+            "encryption": "aes-xts-plain64", "sector_size": sector_size
+        })
+    }
+
+    fn laid_out(segments: Value, payload_len: u64) -> Result<Layout, Refusal> {
+        let ids: Vec<_> = segments.as_object().unwrap().keys().cloned().collect();
+        let mut json = sample_with("/segments", segments);
+        json["digests"]["0"]["segments"] = ids.into();
+        Layout::new(&parsed(&json).unwrap(), HEADER, payload_len)
+    }
+
+    #[test]
+    fn a_dynamic_segment_reaches_to_the_end() {
+        let layout = laid_out(json!({"0": crypt(HEADER, "dynamic", 512)}), FILE + 511).unwrap();
+        assert_eq!(layout.capacity(), FILE - HEADER);
+        let refused = laid_out(json!({"0": crypt(HEADER, "dynamic", 4096)}), FILE + 512).unwrap_err();
+        assert!(matches!(refused, Refusal::PayloadUnaligned { .. }));
+        let both = json!({"0": crypt(HEADER, "dynamic", 512), "1": crypt(HEADER + 512, "512", 512)});
+        assert_eq!(
+            laid_out(both, FILE),
+            Err(Refusal::DynamicNotLast { segment: Id(0) })
+        );
+    }
+
+    #[test]
+    fn a_payload_that_ends_too_early_is_refused() {
+        for (size, len) in [
+            ("dynamic", HEADER),
+            ("dynamic", HEADER + 511),
+            ("dynamic", 0),
+            ("1024", HEADER + 1023),
+        ] {
+            let refused = laid_out(json!({"0": crypt(HEADER, size, 512)}), len).unwrap_err();
+            assert!(
+                matches!(refused, Refusal::PayloadTruncated { .. }),
+                "{size} in {len}: {refused}"
+            );
+        }
+        laid_out(json!({"0": crypt(HEADER, "1024", 512)}), HEADER + 1024).unwrap();
+    }
+
+    #[test]
+    fn segments_follow_each_other_on_the_disk_in_the_order_of_their_numbers() {
+        let segments = json!({
+            "10": crypt(HEADER, "4096", 4096),
+            "2": {"type": "linear", "offset": (HEADER + 8192).to_string(), "size": "1024"},
+        });
+        let layout = laid_out(segments, FILE).unwrap();
+        assert_eq!(layout.capacity(), 5120);
+        assert_eq!(layout.sector_size(), SectorSize::B4096);
+        let key = crate::keys::arena::SecretBytes::random(64).unwrap();
+        let table = layout
+            .into_table(|size| SectorCipher::new(&key, size, Default::default()))
+            .unwrap();
+        let first = table.extent(Sector(0), 10);
+        assert_eq!((first.sectors, first.offset), (2, HEADER + 8192));
+        assert!(matches!(first.treatment, Treatment::Linear));
+        let second = table.extent(Sector(3), 10);
+        assert_eq!(
+            (second.sectors, second.offset, second.iv),
+            (7, HEADER + 512, Sector(6))
+        );
+    }
+
+    #[test]
+    fn segments_that_overlap_each_other_or_the_header_are_refused() {
+        let overlapping = json!({"0": crypt(HEADER, "4096", 512), "1": crypt(HEADER + 3584, "512", 512)});
+        let refused = laid_out(overlapping, FILE).unwrap_err();
+        assert_eq!(
+            refused,
+            Refusal::SegmentsOverlap {
+                offset: HEADER + 3584
+            }
+        );
+        let refused = laid_out(json!({"0": crypt(0, "dynamic", 512)}), FILE).unwrap_err();
+        assert_eq!(refused, Refusal::Detached { segment: Id(0) });
+    }
+
+    #[test]
+    fn sector_sizes_that_dm_crypt_has_and_we_do_not_are_refused() {
+        for bytes in [1024, 2048, 8192] {
+            let refused = laid_out(json!({"0": crypt(HEADER, "dynamic", bytes)}), FILE).unwrap_err();
+            assert_eq!(
+                refused,
+                Refusal::SectorSize {
+                    segment: Id(0),
+                    bytes
+                }
+            );
+        }
     }
 }

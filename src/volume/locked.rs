@@ -371,7 +371,7 @@ pub(super) fn keyslots_of_segments(metadata: &Metadata) -> impl Iterator<Item = 
     })
 }
 
-/// 0: to be ignored, 1: normal, 2: to be tried first (§3.2).
+/// 0: to be ignored, 1: normal, 2: to be tried first.
 fn priority(slot: &Luks2Keyslot) -> u32 {
     slot.priority.unwrap_or(1)
 }

@@ -1,4 +1,4 @@
-//! The JSON area: keyslots, tokens, segments, digests and config (LUKS2 1.1 §3).
+//! The JSON area: keyslots, tokens, segments, digests and config (LUKS2 1.1, "LUKS2 JSON Metadata Format").
 //!
 //! What is known here is typed; what is not (other types of objects, further fields, requirements) is carried along as
 //! it was found and written back, because others may have put it there. [`Metadata::parse`] gives back only metadata
@@ -261,7 +261,7 @@ fn typed<T: DeserializeOwned, E: serde::de::Error>(object: Map<String, Value>) -
 }
 
 by_type! {
-    /// A way in: an area with a key in it, and how a passphrase opens that (§3.2).
+    /// A way in: an area with a key in it, and how a passphrase opens that.
     Keyslot {
         "luks2" => Luks2(Box<Luks2Keyslot>),
         _ => Other(OtherKeyslot)
@@ -379,7 +379,7 @@ pub(super) struct Argon2 {
     pub(super) other: Other,
 }
 
-/// What opens keyslots without a passphrase from a person (§3.5). Tokens of every type have these two fields; the
+/// What opens keyslots without a passphrase from a person. Tokens of every type have these two fields; the
 /// rest belongs to the type. See [`super::token`] for the type `sealblk`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct Token {
@@ -391,7 +391,7 @@ pub(super) struct Token {
 }
 
 by_type! {
-    /// A range of the payload with one treatment (§3.3).
+    /// A range of the payload with one treatment.
     Segment {
         "crypt" => Crypt(CryptSegment),
         "linear" => Linear(LinearSegment),
@@ -464,7 +464,7 @@ pub(super) struct Place {
 }
 
 by_type! {
-    /// What tells a right volume key from a wrong one (§3.4).
+    /// What tells a right volume key from a wrong one.
     Digest {
         "pbkdf2" => Pbkdf2(Pbkdf2Digest),
         _ => Other(OtherDigest)
@@ -516,7 +516,7 @@ pub(super) struct OtherDigest {
     pub(super) other: Other,
 }
 
-/// What holds for the whole header (§3.6).
+/// What holds for the whole header.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct Config {
     pub(super) json_size: Decimal,
@@ -728,3 +728,216 @@ fn decimal(text: &str) -> Option<u64> {
 const SECTOR: u64 = 512;
 pub(super) const AREA_ALIGNMENT: u64 = 4096;
 const MAX_KEYSLOTS_SIZE: u64 = 128 << 20;
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::testing::{COPY, parsed, sample, sample_with};
+    use super::*;
+
+    /// Two areas, each a keyslot's own, of the sample with a second keyslot.
+    fn with_keyslot_at(offset: &str, size: &str) -> Value {
+        let mut slot = sample()["keyslots"]["0"].clone();
+        slot["area"]["offset"] = offset.into();
+        slot["area"]["size"] = size.into();
+        sample_with("/keyslots/1", slot)
+    }
+
+    #[test]
+    fn what_cryptsetup_wrote_is_written_back_the_same() {
+        assert_eq!(
+            serde_json::to_value(parsed(&sample()).unwrap()).unwrap(),
+            sample()
+        );
+    }
+
+    #[test]
+    fn what_is_not_known_is_written_back_as_it_was() {
+        let mut json = sample();
+        let odd = json!({"nested": [1, -2, 3.5, null, true, {"": "\u{1f512}"}]});
+        for object in [
+            "",
+            "/keyslots/0",
+            "/keyslots/0/af",
+            "/keyslots/0/area",
+            "/keyslots/0/kdf",
+            "/tokens/0",
+            "/segments/0",
+            "/digests/0",
+            "/config",
+        ] {
+            json.pointer_mut(object).unwrap()["later"] = odd.clone();
+        }
+        json["keyslots"]["7"] = json!({
+            "type": "reencrypt", "mode": "reencrypt", "direction": "forward", "key_size": 1,
+            "area": {"type": "checksum", "offset": "290816", "size": "4096", "hash": "sha256", "sector_size": 512}
+        });
+        json["keyslots"]["8"] = json!({"type": "luks9", "area": {"offset": "294912", "size": "1"}, "x": odd});
+        json["tokens"]["3"] = json!({"type": "systemd-tpm2", "keyslots": [], "tpm2-blob": "AAAA"});
+        json["segments"]["1"] =
+            json!({"type": "linear", "offset": "0", "size": "512", "flags": ["backup-final"]});
+        json["segments"]["2"] =
+            json!({"type": "hw-opal", "offset": "0", "size": "512", "opal_segment_number": 1});
+        json["digests"]["4"] = json!({"type": "blake9", "keyslots": ["7"], "segments": [], "d": odd});
+        json["config"]["flags"] = json!(["allow-discards"]);
+        json["config"]["requirements"] = json!({"mandatory": ["something-new"], "optional": odd});
+        assert_eq!(serde_json::to_value(parsed(&json).unwrap()).unwrap(), json);
+    }
+
+    #[test]
+    fn a_keyslots_area_lies_within_the_keyslots_area_and_clear_of_others() {
+        parsed(&with_keyslot_at("290816", "258048")).unwrap();
+        parsed(&with_keyslot_at("16519168", "258048")).unwrap();
+        for (offset, size) in [
+            ("0", "258048"),
+            ("28672", "258048"),
+            ("16523264", "258048"),
+            ("18446744073709547520", "258048"),
+            ("290816", "18446744073709551615"),
+            ("290816", "0"),
+        ] {
+            let error = parsed(&with_keyslot_at(offset, size)).unwrap_err();
+            assert!(
+                matches!(error, MetadataError::AreaOutside { keyslot: Id(1), .. }),
+                "{offset}: {error}"
+            );
+        }
+        for offset in ["32768", "286720"] {
+            let error = parsed(&with_keyslot_at(offset, "258048")).unwrap_err();
+            assert!(
+                matches!(error, MetadataError::AreasOverlap { .. }),
+                "{offset}: {error}"
+            );
+        }
+        for (offset, size) in [("290816", "253952"), ("290817", "258048")] {
+            let error = parsed(&with_keyslot_at(offset, size)).unwrap_err();
+            assert!(
+                matches!(error, MetadataError::AreaUnfit { .. }),
+                "{offset} {size}: {error}"
+            );
+        }
+    }
+
+    #[test]
+    fn references_lead_somewhere() {
+        for pointer in ["/tokens/0/keyslots", "/digests/0/keyslots", "/digests/0/segments"] {
+            let error = parsed(&sample_with(pointer, json!(["0", "9"]))).unwrap_err();
+            assert!(
+                matches!(error, MetadataError::Dangling { to: Id(9), .. }),
+                "{pointer}: {error}"
+            );
+        }
+        let error = parsed(&sample_with("/digests/0/segments", json!([]))).unwrap_err();
+        assert_eq!(error, MetadataError::SegmentWithoutDigest { segment: Id(0) });
+        let error = parsed(&sample_with("/segments", json!({}))).unwrap_err();
+        assert!(matches!(error, MetadataError::Dangling { .. }), "{error}");
+    }
+
+    #[test]
+    fn sizes_fit_the_header() {
+        let json_size = |text: &str| parsed(&sample_with("/config/json_size", text)).unwrap_err();
+        for text in ["0", "12287", "16384", "18446744073709551615"] {
+            assert!(
+                matches!(json_size(text), MetadataError::JsonSize { .. }),
+                "{text}"
+            );
+        }
+        let keyslots_size = |text: &str| parsed(&sample_with("/config/keyslots_size", text)).unwrap_err();
+        for text in ["4095", "134221824", "18446744073709551615"] {
+            assert!(
+                matches!(keyslots_size(text), MetadataError::KeyslotsSize { .. }),
+                "{text}"
+            );
+        }
+        // 16 MiB + 4 KiB less two copies would reach into the payload.
+        assert!(matches!(
+            keyslots_size("16748544"),
+            MetadataError::PayloadInHeader { .. }
+        ));
+    }
+
+    #[test]
+    fn segments_are_whole_sectors() {
+        for (field, value) in [
+            ("offset", json!("16777217")),
+            ("size", json!("0")),
+            ("size", json!("4608")),
+            ("size", json!("18446744073709547520")),
+        ] {
+            let error = parsed(&sample_with(&format!("/segments/0/{field}"), value)).unwrap_err();
+            assert!(
+                matches!(error, MetadataError::SegmentUnaligned { .. }),
+                "{field}: {error}"
+            );
+        }
+        for size in [0, 1, 513] {
+            let error = parsed(&sample_with("/segments/0/sector_size", size)).unwrap_err();
+            assert!(
+                matches!(error, MetadataError::SegmentSectorSize { .. }),
+                "{size}: {error}"
+            );
+        }
+    }
+
+    #[test]
+    fn numbers_are_decimal_digits_alone() {
+        for text in [
+            "",
+            "+1",
+            "-1",
+            " 1",
+            "1 ",
+            "0x10",
+            "1e3",
+            "1.0",
+            "18446744073709551616",
+            "٣",
+        ] {
+            assert!(
+                parsed(&sample_with("/segments/0/iv_tweak", text)).is_err(),
+                "{text:?}"
+            );
+        }
+        for name in ["", "00", "01", "+1", "-1", "4294967296", "one"] {
+            let token = json!({"type": "t", "keyslots": []});
+            assert!(
+                parsed(&sample_with(&format!("/tokens/{name}"), token)).is_err(),
+                "{name:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_json_area_is_one_text_and_zeros() {
+        let mut area = vec![0; COPY as usize - binary::LEN];
+        let text = sample().to_string();
+        area[..text.len()].copy_from_slice(text.as_bytes());
+        Metadata::parse(&area, COPY).unwrap();
+        area[text.len() + 9] = b'x';
+        assert_eq!(Metadata::parse(&area, COPY), Err(MetadataError::Trailing));
+        area.fill(b' ');
+        assert_eq!(Metadata::parse(&area, COPY), Err(MetadataError::Unterminated));
+    }
+
+    #[test]
+    fn metadata_that_do_not_fit_are_not_written() {
+        let metadata = parsed(&sample()).unwrap();
+        let len = serde_json::to_vec(&metadata).unwrap().len();
+        assert!(matches!(
+            metadata.write(&mut vec![0; len]),
+            Err(MetadataError::TooLong { .. })
+        ));
+        metadata.write(&mut vec![0; len + 1]).unwrap();
+    }
+
+    #[test]
+    fn deep_nesting_is_an_error_and_not_a_stack_overflow() {
+        let mut area = vec![0; COPY as usize - binary::LEN];
+        area[..12000].fill(b'[');
+        assert!(matches!(
+            Metadata::parse(&area, COPY),
+            Err(MetadataError::Json { .. })
+        ));
+    }
+}

@@ -34,6 +34,8 @@ mod create;
 mod error;
 mod hash;
 mod header_io;
+#[cfg(test)]
+mod hostile;
 mod info;
 mod kdf;
 mod keyslot;
@@ -43,6 +45,8 @@ mod locked;
 mod metadata;
 mod refusal;
 pub mod segment;
+#[cfg(test)]
+mod testing;
 mod token;
 mod ways_in;
 

@@ -139,3 +139,116 @@ pub enum Refusal {
     #[error("the payload's {payload_len} bytes do not make whole sectors of {sector_size} bytes")]
     PayloadUnaligned { payload_len: u64, sector_size: u64 },
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::super::testing::{parsed, sample, sample_with};
+    use super::*;
+
+    fn refused(json: &Value) -> Refusal {
+        check(&parsed(json).unwrap()).unwrap_err()
+    }
+
+    #[test]
+    fn a_plain_volume_is_served() {
+        assert_eq!(check(&parsed(&sample()).unwrap()), Ok(()));
+    }
+
+    #[test]
+    fn a_requirement_is_refused_by_name() {
+        for name in [
+            "online-reencrypt",
+            "online-reencrypt-v2",
+            "online-reencrypt-v9",
+            "offline-reencrypt",
+        ] {
+            let json = sample_with("/config/requirements", json!({"mandatory": [name]}));
+            assert_eq!(refused(&json), Refusal::MidReencryption);
+        }
+        for name in ["opal", "sealblk-later", ""] {
+            let json = sample_with("/config/requirements", json!({"mandatory": [name]}));
+            assert_eq!(
+                refused(&json),
+                Refusal::Requirement {
+                    name: name.to_owned()
+                }
+            );
+        }
+        // What is not mandatory is none of our business.
+        let json = sample_with(
+            "/config/requirements",
+            json!({"mandatory": [], "optional": ["x"]}),
+        );
+        assert_eq!(check(&parsed(&json).unwrap()), Ok(()));
+    }
+
+    #[test]
+    fn traces_of_a_reencryption_are_refused_without_its_requirement() {
+        let slot = json!({"type": "reencrypt", "key_size": 1, "area": {"offset": "290816", "size": "4096"}});
+        assert_eq!(
+            refused(&sample_with("/keyslots/1", slot)),
+            Refusal::MidReencryption
+        );
+        for flag in [
+            "backup-previous",
+            "backup-final",
+            "backup-moved-segment",
+            "in-reencryption",
+        ] {
+            assert_eq!(
+                refused(&sample_with("/segments/0/flags", json!([flag]))),
+                Refusal::MidReencryption
+            );
+        }
+    }
+
+    #[test]
+    fn what_would_be_read_wrongly_is_refused() {
+        let encryption = "aes-xts-plain64be".to_owned();
+        assert_eq!(
+            refused(&sample_with("/segments/0/encryption", encryption.clone())),
+            Refusal::Cipher {
+                segment: Id(0),
+                encryption
+            }
+        );
+        let integrity =
+            json!({"type": "hmac(sha256)", "journal_encryption": "none", "journal_integrity": "none"});
+        assert_eq!(
+            refused(&sample_with("/segments/0/integrity", integrity)),
+            Refusal::Integrity { segment: Id(0) }
+        );
+        assert_eq!(
+            refused(&sample_with("/segments/0/flags", json!(["new-flag"]))),
+            Refusal::SegmentFlag {
+                segment: Id(0),
+                flag: "new-flag".to_owned()
+            }
+        );
+        for kind in ["hw-opal", "hw-opal-crypt", "zoned"] {
+            let kind = kind.to_owned();
+            assert_eq!(
+                refused(&sample_with("/segments/0/type", kind.clone())),
+                Refusal::SegmentType { segment: Id(0), kind }
+            );
+        }
+        assert_eq!(
+            refused(&sample_with("/keyslots/0/key_size", 32)),
+            Refusal::KeySize {
+                segment: Id(0),
+                bits: 256
+            }
+        );
+        assert_eq!(
+            refused(&sample_with("/digests/0/type", "other")),
+            Refusal::DigestType {
+                segment: Id(0),
+                kind: "other".to_owned()
+            }
+        );
+        let linear = json!({"0": {"type": "linear", "offset": "16777216", "size": "dynamic"}});
+        assert_eq!(refused(&sample_with("/segments", linear)), Refusal::NotEncrypted);
+    }
+}

@@ -1,4 +1,4 @@
-//! The segment table: LUKS2's list of segments (specification §3.3) as the data path uses it.
+//! The segment table: LUKS2's list of segments (LUKS2 1.1, "Segments Object") as the data path uses it.
 //!
 //! It tells for each sector of the disk where it lies in the payload's file and what is done to it. A table does not
 //! change; whoever changes what it says makes a new one.
