@@ -681,6 +681,19 @@ fn help_tells_exit_codes_and_examples() {
     );
 }
 
+/// As QEMU and libvirt call it, by the name in the descriptor that says what it can do.
+#[test]
+fn second_name_of_the_binary_serves() {
+    let bench = Bench::empty();
+    let second_name = bench.path("vhost-user-sealblk");
+    std::os::unix::fs::symlink(SEALBLK, &second_name).unwrap();
+    let mut command = Command::new(&second_name);
+    command.arg("--print-capabilities");
+    let told = outcome(command);
+    let capabilities: Value = serde_json::from_str(&told.out).unwrap();
+    assert_eq!(capabilities["type"], "block", "{told:?}");
+}
+
 /// A directory to work in, with a state directory of its own.
 struct Bench {
     dir: TempDir,

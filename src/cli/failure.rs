@@ -8,7 +8,7 @@ use crate::device::ServeError;
 use crate::keys::KeyError;
 use crate::keys::registry::RegistryError;
 use crate::storage::StorageError;
-use crate::volume::{Reason, VolumeError};
+use crate::volume::{HeaderError, Reason, VolumeError};
 
 use super::secret::SecretError;
 
@@ -128,7 +128,8 @@ fn volume_code(reason: &Reason) -> u8 {
         | Reason::ForeignToken { .. }
         | Reason::TokenOpensNothing { .. } => KEY,
         Reason::AlreadyLuks => IN_USE,
-        Reason::Lock(_)
+        Reason::Header(HeaderError::Length(_) | HeaderError::Write { .. })
+        | Reason::Lock(_)
         | Reason::Length(_)
         | Reason::ReadOnly
         | Reason::TooSmall { .. }
@@ -136,6 +137,7 @@ fn volume_code(reason: &Reason) -> u8 {
         | Reason::Prepare(_)
         | Reason::WriteKeyslot { .. }
         | Reason::Wipe { .. } => STORAGE,
+        Reason::Cipher(CipherError::EqualHalves | CipherError::KeyLength(_)) => VOLUME,
         Reason::Cipher(_) | Reason::Arena(_) | Reason::Kdf(_) | Reason::Random(_) => HOST,
         _ => VOLUME,
     }

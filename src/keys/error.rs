@@ -64,13 +64,13 @@ impl KeyReason {
             Self::UnknownProvider => {
                 "see `sealblk provider list`, or point --state-dir at the right directory"
             }
-            Self::Invalid => "restore the provider's files from a backup",
+            Self::Invalid => "mend it as the cause says, or restore the provider's files from a backup",
             Self::Unreachable => "check the server and the network, then try again",
             Self::Refused => "grant this host access at the provider",
             Self::Missing => "restore the key at the provider, or open the volume with a recovery key",
             Self::NotActive => "activate the key at the provider",
             Self::Unauthentic => "restore the volume's header from a backup, or open it with a recovery key",
-            Self::Host => "see the cause",
+            Self::Host => "remove the cause, then try again",
         }
     }
 }
