@@ -15,8 +15,8 @@ use sealblk::keys::{KeyProvider, Providers};
 use sealblk::storage::{Access, Backing, StorageError};
 use sealblk::volume::segment::Treatment;
 use sealblk::volume::{
-    Argon2Cost, CopiesInfo, CreateOptions, HeaderError, HeaderFile, HeaderState, Info, Locked, Purpose,
-    Reason, Refusal, Volume, create,
+    Argon2Cost, CopiesInfo, CreateOptions, HeaderError, HeaderFile, HeaderState, Info, LockMode, Locked,
+    MetadataLock, Purpose, Reason, Refusal, Volume, create,
 };
 use serde_json::Value;
 use vm_memory::VolatileSlice;
@@ -317,6 +317,63 @@ fn a_keyslot_to_be_ignored_opens_only_when_it_is_named() {
     drop(header);
     disk.cryptsetup(&["config", "--priority", "prefer", "--key-slot", "0", DISK]);
     disk.unlock(PASSPHRASE).unwrap();
+}
+
+// Both at a time.
+
+#[test]
+fn cryptsetup_waits_for_our_lock_and_we_wait_for_theirs() {
+    let disk = Disk::created(SectorSize::B512);
+    let file = File::options().read(true).write(true).open(&disk.path).unwrap();
+    let lock = MetadataLock::acquire(&file, LockMode::Write).unwrap();
+    let mut child = Command::new("cryptsetup")
+        .args(["luksDump", disk.path.to_str().unwrap()])
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let ours = thread::scope(|scope| {
+        let ours = scope.spawn(|| disk.info());
+        thread::sleep(Duration::from_millis(300));
+        assert!(child.try_wait().unwrap().is_none(), "cryptsetup did not wait");
+        assert!(!ours.is_finished(), "we did not wait");
+        drop(lock);
+        ours.join().unwrap()
+    });
+    assert!(ours.served);
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn keyslots_that_both_add_at_a_time_are_all_there() {
+    let disk = Disk::created(SectorSize::B512);
+    let (header, _) = disk.backings(Access::ReadWrite);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for i in 0..4 {
+                let new_key = disk.dir.path().join(format!("new {i}"));
+                fs::write(&new_key, format!("theirs {i}")).unwrap();
+                let mut arguments = vec!["luksAddKey"];
+                arguments.extend(CHEAP_PBKDF);
+                arguments.extend([DISK, new_key.to_str().unwrap()]);
+                // It gives up when it finds that somebody was faster.
+                while !disk.try_cryptsetup(RECOVERY, &arguments).status.success() {}
+            }
+        });
+        let mut locked = Locked::open(&header, None).unwrap();
+        let volume = locked.unlock_with_provider(&disk.providers).unwrap();
+        for i in 0..4 {
+            locked
+                .add_recovery_key(&volume, &secret(&format!("ours {i}")), CHEAP)
+                .unwrap();
+            thread::sleep(Duration::from_millis(100));
+        }
+    });
+    drop(header);
+    for i in 0..4 {
+        disk.cryptsetup_opens(&format!("ours {i}"));
+        disk.unlock(&format!("theirs {i}")).unwrap();
+    }
+    assert_eq!(disk.info().keyslots.len(), 10);
 }
 
 // What is refused, and why.

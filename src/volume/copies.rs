@@ -321,7 +321,13 @@ pub enum HeaderError {
     ForeignSignature { format: &'static str },
     #[error("its length cannot be read")]
     Length(#[source] io::Error),
-    #[error("the {copy} copy of the LUKS2 header cannot be written")]
+    #[error(
+        "the {copy} copy of the LUKS2 header cannot be written{}",
+        match copy {
+            Copy::Primary => "",
+            Copy::Secondary => "; what was to be changed stands in the primary copy",
+        }
+    )]
     Write { copy: Copy, source: io::Error },
     #[error("the metadata cannot be written")]
     Unwritable(#[source] MetadataError),

@@ -1,7 +1,7 @@
 //! What goes wrong with a volume, as its callers see it.
 
 use std::error::Error;
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -26,7 +26,27 @@ pub struct VolumeError {
 
 impl fmt::Display for VolumeError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.path.display(), self.reason)
+        write!(f, "{}: ", self.path.display())?;
+        write!(Plain { f, room: 2000 }, "{}", self.reason)
+    }
+}
+
+/// Text that may hold pieces of a hostile header: no control character reaches a terminal or a log, and it ends.
+struct Plain<'a, 'f> {
+    f: &'a mut fmt::Formatter<'f>,
+    room: usize,
+}
+
+impl fmt::Write for Plain<'_, '_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        for c in text.chars().take(self.room) {
+            self.room -= 1;
+            match c.is_control() {
+                true => write!(self.f, "{}", c.escape_default())?,
+                false => self.f.write_char(c)?,
+            }
+        }
+        Ok(())
     }
 }
 
@@ -56,7 +76,9 @@ pub enum Reason {
         /// Keyslots that could not be tried, and why.
         untried: Vec<(u32, KeyslotError)>,
     },
-    #[error("no keyslot can be opened by a passphrase; restore a backup of the header")]
+    #[error(
+        "it has no keyslot to try a passphrase on (one of priority \"ignore\" is tried only by its number)"
+    )]
     NoKeyslots,
     #[error("keyslot {keyslot}: {source}")]
     Keyslot { keyslot: u32, source: KeyslotError },
@@ -154,5 +176,24 @@ impl fmt::Display for Untried<'_> {
             write!(f, "; keyslot {keyslot} could not be tried: {error}")?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_text_of_a_hostile_header_reaches_no_terminal_as_it_is() {
+        let encryption = format!("\x1b[2J\r\n{}", "x".repeat(1 << 20));
+        let refusal = Refusal::Cipher {
+            segment: super::super::metadata::Id(0),
+            encryption,
+        };
+        let text = Reason::from(refusal).at(Path::new("disk")).to_string();
+        assert!(text.starts_with(
+            "disk: sealblk does not serve this volume: segment 0 is encrypted with \\u{1b}[2J\\r\\n"
+        ));
+        assert!(text.len() < 2100 && !text.chars().any(char::is_control));
     }
 }

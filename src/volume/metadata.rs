@@ -64,10 +64,30 @@ impl Metadata {
 
     /// Checks that the numbers fit together, for what was read and for what is to be written.
     pub(super) fn validate(&self, header_size: u64) -> Result<(), MetadataError> {
+        self.validate_counts()?;
         self.validate_config(header_size)?;
         self.validate_keyslots(header_size)?;
         self.validate_references()?;
         self.validate_segments()
+    }
+
+    /// cryptsetup's limits. They keep what follows, which looks through lists within lists, from taking long.
+    fn validate_counts(&self) -> Result<(), MetadataError> {
+        let within = |what: &'static str, count: usize| match count <= MAX_OBJECTS {
+            true => Ok(()),
+            false => Err(MetadataError::TooMany { what, count }),
+        };
+        within("keyslots", self.keyslots.len())?;
+        within("tokens", self.tokens.len())?;
+        within("segments", self.segments.len())?;
+        within("digests", self.digests.len())?;
+        for digest in self.digests.values() {
+            within("keyslots of a digest", digest.keyslots().len())?;
+            within("segments of a digest", digest.segments().len())?;
+        }
+        self.tokens
+            .values()
+            .try_for_each(|token| within("keyslots of a token", token.keyslots.len()))
     }
 
     fn validate_config(&self, header_size: u64) -> Result<(), MetadataError> {
@@ -674,6 +694,8 @@ pub enum MetadataError {
     Json { text: String },
     #[error("{len} bytes of JSON do not fit into the JSON area of {room} bytes; remove a keyslot or a token")]
     TooLong { len: usize, room: usize },
+    #[error("there are {count} {what}, and {MAX_OBJECTS} at most are possible")]
+    TooMany { what: &'static str, count: usize },
     #[error("config: json_size {json_size} does not fit the header's size {header_size}")]
     JsonSize { json_size: u64, header_size: u64 },
     #[error("config: keyslots_size {keyslots_size} is not a multiple of 4096 up to 128 MiB")]
@@ -727,6 +749,7 @@ fn decimal(text: &str) -> Option<u64> {
 /// The unit of every sector number and segment.
 const SECTOR: u64 = 512;
 pub(super) const AREA_ALIGNMENT: u64 = 4096;
+pub(super) const MAX_OBJECTS: usize = 32;
 const MAX_KEYSLOTS_SIZE: u64 = 128 << 20;
 
 #[cfg(test)]
@@ -817,6 +840,27 @@ mod tests {
                 "{offset} {size}: {error}"
             );
         }
+    }
+
+    #[test]
+    fn no_list_is_longer_than_cryptsetups() {
+        for pointer in ["/tokens/0/keyslots", "/digests/0/keyslots", "/digests/0/segments"] {
+            parsed(&sample_with(pointer, vec!["0"; 32])).unwrap();
+            let error = parsed(&sample_with(pointer, vec!["0"; 33])).unwrap_err();
+            assert!(
+                matches!(error, MetadataError::TooMany { count: 33, .. }),
+                "{pointer}: {error}"
+            );
+        }
+        let tokens = (0..33).map(|id| (id.to_string(), json!({"type": "t", "keyslots": []})));
+        let error = parsed(&sample_with("/tokens", tokens.collect::<Map<_, _>>())).unwrap_err();
+        assert_eq!(
+            error,
+            MetadataError::TooMany {
+                what: "tokens",
+                count: 33
+            }
+        );
     }
 
     #[test]

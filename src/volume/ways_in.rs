@@ -4,13 +4,15 @@
 //! Order of writes: a keyslot's area is durable before any metadata refers to it, and is wiped only after none does. A
 //! crash between the last commit and the wipe leaves material that nothing refers to, whose salt is gone.
 
+use tracing::warn;
+
 use super::copies::Header;
 use super::error::{Reason, VolumeError};
 use super::header_io::HeaderIo;
 use super::kdf::{self, Argon2Cost};
 use super::keyslot::{self, AREA_LEN, Sealed};
 use super::locked::{Locked, Volume, keyslots_of_segments};
-use super::metadata::{AREA_ALIGNMENT, Base64, Digest, Id, Keyslot, Metadata, Segment};
+use super::metadata::{AREA_ALIGNMENT, Base64, Digest, Id, Keyslot, MAX_OBJECTS, Metadata, Segment};
 use super::token::{self, SLOT_SECRET_LEN, SealblkToken};
 use crate::keys::arena::SecretBytes;
 use crate::keys::{Binding, KeyId, KeyProvider, KeyReason, Providers};
@@ -32,7 +34,12 @@ impl Locked<'_> {
                     .and_then(|sealblk| self.unlock_token(id, token.keyslots[0], &sealblk, providers));
                 match opened {
                     Ok(volume) => return Ok(volume),
-                    Err(reason) => failure = reason,
+                    Err(reason) => {
+                        if !matches!(failure, Reason::NoToken) {
+                            warn!("{}", self.failed(failure));
+                        }
+                        failure = reason;
+                    }
                 }
             }
             Err(failure)
@@ -332,8 +339,8 @@ pub(super) fn random_fill(io: &dyn HeaderIo, range: std::ops::Range<u64>) -> std
     Ok(())
 }
 
-/// cryptsetup's limits: it does not see what has a greater number.
-const MAX_KEYSLOTS: u32 = 32;
-const MAX_TOKENS: u32 = 32;
+/// cryptsetup does not see what has a greater number.
+const MAX_KEYSLOTS: u32 = MAX_OBJECTS as u32;
+const MAX_TOKENS: u32 = MAX_OBJECTS as u32;
 
 const PIECE: usize = 1 << 20;
