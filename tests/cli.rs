@@ -555,6 +555,11 @@ fn missing_keys_are_told_from_exposed_and_damaged_ones() {
     fs::set_permissions(&primary, Permissions::from_mode(0o644)).unwrap();
     bench.fails(&add, KEY, &["primary.key", "0644", "chmod"]);
     fs::set_permissions(&primary, Permissions::from_mode(0o600)).unwrap();
+    if rustix::process::geteuid().is_root() {
+        std::os::unix::fs::chown(&primary, Some(65534), None).unwrap();
+        bench.fails(&add, KEY, &["primary.key", "belongs to user 65534", "chown"]);
+        std::os::unix::fs::chown(&primary, Some(0), None).unwrap();
+    }
 
     fs::write(&primary, [&key[..30], b"?", &key[31..]].concat()).unwrap();
     bench.fails(&add, KEY, &["native", "primary.key", "damaged"]);
@@ -777,9 +782,10 @@ impl Bench {
         let mut dirs = vec![self.dir.path().to_owned()];
         while let Some(dir) = dirs.pop() {
             for entry in fs::read_dir(dir).unwrap().map(Result::unwrap) {
-                match entry.file_type().unwrap().is_dir() {
-                    true => dirs.push(entry.path()),
-                    false => drop(files.insert(entry.path(), fs::read(entry.path()).unwrap())),
+                if entry.file_type().unwrap().is_dir() {
+                    dirs.push(entry.path());
+                } else {
+                    files.insert(entry.path(), fs::read(entry.path()).unwrap());
                 }
             }
         }

@@ -30,9 +30,10 @@ impl Info {
             Some(header) => VolumeInfo::read(&Backing::open(header, Access::Inspect)?, Some(&disk))?,
             None => VolumeInfo::read(&disk, None)?,
         };
-        match self.json {
-            true => output::print(&json(&info)),
-            false => output::print(&text(&self.disk.display().to_string(), &info)),
+        if self.json {
+            output::print(&json(&info))
+        } else {
+            output::print(&text(&self.disk.display().to_string(), &info))
         }
     }
 }

@@ -148,12 +148,12 @@ impl SecretSource {
         if secret.last() == Some(&b'\n') {
             secret.truncate(secret.len() - 1);
         }
-        match secret.is_empty() {
-            true => Err(SecretError::Empty {
+        if secret.is_empty() {
+            return Err(SecretError::Empty {
                 location: self.to_string(),
-            }),
-            false => Ok(secret),
+            });
         }
+        Ok(secret)
     }
 
     fn open(&self, location: &str) -> Result<File, SecretError> {

@@ -42,13 +42,13 @@ impl fmt::Display for KeyId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const SHOWN: usize = 128;
         // It may come from a hostile header: nothing of it reaches a terminal as a control character.
-        self.0
-            .chars()
-            .take(SHOWN)
-            .try_for_each(|c| match c.is_control() {
-                true => write!(f, "{}", c.escape_default()),
-                false => write!(f, "{c}"),
-            })?;
+        self.0.chars().take(SHOWN).try_for_each(|c| {
+            if c.is_control() {
+                write!(f, "{}", c.escape_default())
+            } else {
+                write!(f, "{c}")
+            }
+        })?;
         if self.0.chars().nth(SHOWN).is_some() {
             f.write_str("…")
         } else {

@@ -137,12 +137,13 @@ impl Native {
         if uuid.to_string() != number {
             return Err(ForeignKey::Form);
         }
-        match wanted == self.identity {
-            true => Ok(()),
-            false => Err(ForeignKey::OtherPrimary {
+        if wanted == self.identity {
+            Ok(())
+        } else {
+            Err(ForeignKey::OtherPrimary {
                 wanted: wanted.to_owned(),
                 held: self.identity.clone(),
-            }),
+            })
         }
     }
 
@@ -205,9 +206,10 @@ impl KeyProvider for Native {
         };
         let secret = SecretBytes::random(KEK_LEN).map_err(|e| self.fail(&key_id, KeyReason::Host, e))?;
         let back = self.unwrap(&binding, &self.wrap(&binding, &secret)?)?;
-        match back.ct_eq(&secret) {
-            true => Ok(()),
-            false => Err(self.fail(&key_id, KeyReason::Invalid, FileError::Damaged)),
+        if back.ct_eq(&secret) {
+            Ok(())
+        } else {
+            Err(self.fail(&key_id, KeyReason::Invalid, FileError::Damaged))
         }
     }
 }

@@ -193,10 +193,11 @@ impl Registry {
             private::ensure_dir(&dir).map_err(io("make", &dir))?;
             check_private(&dir, Forbid::All)?;
         }
-        match path.try_exists().map_err(io("look for", &path))? {
+        if path.try_exists().map_err(io("look for", &path))? {
             // Left by a crash before the settings named it, or brought back from a backup.
-            true => drop(Native::open(name, &path)?),
-            false => Native::create(name, &path)?,
+            Native::open(name, &path)?;
+        } else {
+            Native::create(name, &path)?;
         }
 
         settings.providers.insert(name.to_owned(), Kind::Native);
