@@ -9,6 +9,7 @@ use common::driver::{
 use common::pattern;
 use common::queue::{readable, writable};
 use common::serve::Server;
+use common::storage::LoopDevice;
 use common::volume::{MIB, Volume};
 use rustix::fs::SeekFrom;
 
@@ -271,47 +272,14 @@ fn flush_works_on_every_disk() {
     }
 }
 
-/// A loop device over a file, which counts the flushes that reach it.
-struct LoopDevice(String);
-
-impl LoopDevice {
-    fn new(volume: &Volume) -> Option<Self> {
-        let output = std::process::Command::new("losetup")
-            .args(["-f", "--show"])
-            .arg(&volume.path)
-            .output()
-            .ok()?;
-        let name = String::from_utf8(output.stdout).unwrap();
-        output
-            .status
-            .success()
-            .then(|| LoopDevice(name.trim().to_owned()))
-    }
-
-    /// Flushes completed (the kernel's `Documentation/block/stat.rst`).
-    fn flushes(&self) -> u64 {
-        let name = self.0.strip_prefix("/dev/").unwrap();
-        let stat = std::fs::read_to_string(format!("/sys/block/{name}/stat")).unwrap();
-        stat.split_whitespace().nth(15).unwrap().parse().unwrap()
-    }
-}
-
-impl Drop for LoopDevice {
-    fn drop(&mut self) {
-        let _ = std::process::Command::new("losetup")
-            .args(["-d", &self.0])
-            .status();
-    }
-}
-
 #[test]
 fn writes_are_durable_before_completion_when_the_cache_is_off() {
     let mut volume = Volume::new();
-    let Some(device) = LoopDevice::new(&volume) else {
+    let Some(device) = LoopDevice::over(&volume.path, 512) else {
         eprintln!("skipped: no loop device can be had here");
         return;
     };
-    volume.path = device.0.clone().into();
+    volume.path = device.path().to_owned();
     let server = Server::with(&volume, &[]);
     let mut driver = server.connect();
     assert_ne!(driver.features & F_CONFIG_WCE, 0);

@@ -288,7 +288,9 @@ fn requests_may_be_split_at_every_byte() {
         out.extend(&bytes);
         let out = driver.memory.filled(&out);
         let status = driver.memory.buffer(1);
-        let mut chain: Vec<_> = split(&mut random, 16 + bytes.len())
+        let mut chain: Vec<_> = random
+            .pieces(16 + bytes.len())
+            .into_iter()
             .map(|(at, len)| readable(out + at, len))
             .collect();
         chain.push(writable(status, 1));
@@ -299,10 +301,17 @@ fn requests_may_be_split_at_every_byte() {
             driver.memory.filled(&header(T_IN, sector)),
             driver.memory.buffer(bytes.len() as u64 + 1),
         );
-        let mut chain: Vec<_> = split(&mut random, 16)
+        let mut chain: Vec<_> = random
+            .pieces(16)
+            .into_iter()
             .map(|(at, len)| readable(head + at, len))
             .collect();
-        chain.extend(split(&mut random, bytes.len() + 1).map(|(at, len)| writable(data + at, len)));
+        chain.extend(
+            random
+                .pieces(bytes.len() + 1)
+                .into_iter()
+                .map(|(at, len)| writable(data + at, len)),
+        );
         let indirect = driver.queue().indirect_chain(&chain);
         assert_eq!(driver.run_head(indirect).len, bytes.len() as u32 + 1);
         let written = driver.memory.read(data, bytes.len() + 1);
@@ -313,19 +322,6 @@ fn requests_may_be_split_at_every_byte() {
         driver.memory.free_to(mark);
     }
     server.still_serves_both(driver);
-}
-
-/// Cuts `len` bytes into pieces of up to a few hundred bytes, some of one byte.
-fn split(random: &mut Random, len: usize) -> impl Iterator<Item = (u64, usize)> {
-    let mut pieces = Vec::new();
-    let mut at = 0;
-    while at < len {
-        let most = if random.below(3) == 0 { 1 } else { 400 };
-        let piece = (1 + random.below(most) as usize).min(len - at);
-        pieces.push((at as u64, piece));
-        at += piece;
-    }
-    pieces.into_iter()
 }
 
 #[test]

@@ -8,6 +8,7 @@ use common::frontend::Frontend;
 use common::pattern;
 use common::process::{Ended, Process};
 use common::serve::{Server, serve, serve_fails};
+use common::storage::Filesystem;
 use common::volume::{MIB, Volume, run};
 use std::fs;
 use std::os::unix::fs::{FileExt, symlink};
@@ -474,40 +475,19 @@ fn file_that_was_cut_short_gives_io_errors_beyond_its_end() {
     lives_on(server, driver);
 }
 
-/// A small file system of its own, if it can be mounted here.
-struct SmallFilesystem(PathBuf);
-
-impl SmallFilesystem {
-    fn mount(at: PathBuf, size: u64) -> Option<Self> {
-        fs::create_dir(&at).unwrap();
-        let size = format!("size={size}");
-        let mut mount = Command::new("mount");
-        let mounted = mount.args(["-t", "tmpfs", "-o", &size, "none"]).arg(&at).output();
-        mounted
-            .is_ok_and(|output| output.status.success())
-            .then_some(SmallFilesystem(at))
-    }
-}
-
-impl Drop for SmallFilesystem {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
-}
-
 #[test]
 fn full_file_system_gives_io_errors_until_there_is_room() {
     let mut volume = Volume::new();
-    let Some(small) = SmallFilesystem::mount(volume.beside("small"), 24 * MIB) else {
+    let Some(small) = Filesystem::tmpfs(volume.beside("small"), 24 * MIB) else {
         eprintln!("skipped: nothing can be mounted here");
         return;
     };
-    let disk = small.0.join("disk");
+    let disk = small.path.join("disk");
     run(Command::new("cp")
         .arg("--sparse=always")
         .args([&volume.path, &disk]));
     volume.path = disk;
-    let ballast = small.0.join("ballast");
+    let ballast = small.path.join("ballast");
     fs::write(&ballast, vec![1; 4 << 20]).unwrap();
 
     let server = Server::with(&volume, &[]);

@@ -16,6 +16,7 @@ pub mod memory;
 pub mod process;
 pub mod queue;
 pub mod serve;
+pub mod storage;
 pub mod volume;
 
 use std::time::Duration;
@@ -53,5 +54,24 @@ impl Random {
     /// A number below `bound`.
     pub fn below(&mut self, bound: u64) -> u64 {
         self.next() % bound
+    }
+
+    /// Cuts `len` bytes into fewer than 110 pieces, some of one byte: where each is, and its length.
+    pub fn pieces(&mut self, len: usize) -> Vec<(u64, usize)> {
+        let longest = 400.max(len as u64 / 20);
+        let mut pieces = Vec::new();
+        let mut at = 0;
+        while at < len {
+            let most = if self.below(3) == 0 { 1 } else { longest };
+            let rest = if pieces.len() < 100 {
+                1 + self.below(most) as usize
+            } else {
+                len
+            };
+            let piece = rest.min(len - at);
+            pieces.push((at as u64, piece));
+            at += piece;
+        }
+        pieces
     }
 }

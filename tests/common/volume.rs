@@ -28,18 +28,21 @@ impl Volume {
 
     pub fn created(size: u64, sector_size: u32) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let state = dir.path().join("state").display().to_string();
         let path = dir.path().join("disk");
         let (size, sector_size) = (size.to_string(), sector_size.to_string());
-        run(Command::new(SEALBLK)
+        Volume::created_at(dir, path, &["--size", &size, "--sector-size", &sector_size])
+    }
+
+    /// A volume of `sealblk create` anywhere, with its state directory in `dir`.
+    pub fn created_at(dir: TempDir, path: PathBuf, args: &[&str]) -> Self {
+        let state = dir.path().join("state").display().to_string();
+        let mut create = Command::new(SEALBLK);
+        run(create
             .args(["--state-dir", &state, "create"])
             .arg(&path)
-            .args(["--size", &size, "--sector-size", &sector_size]));
-        Volume {
-            dir,
-            path,
-            open: vec!["--state-dir".into(), state],
-        }
+            .args(args));
+        let open = vec!["--state-dir".into(), state];
+        Volume { dir, path, open }
     }
 
     /// A volume of `cryptsetup luksFormat`, opened by a passphrase.

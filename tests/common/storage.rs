@@ -1,0 +1,85 @@
+//! Places for a volume to lie other than a file of `/tmp`: loop devices and small file systems, where they can be had.
+
+use super::volume::run;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// A loop device over a file.
+#[derive(Debug)]
+pub struct LoopDevice(PathBuf);
+
+impl LoopDevice {
+    /// Nothing if this machine gives none.
+    pub fn over(file: &Path, logical_block_size: u32) -> Option<Self> {
+        let block_size = logical_block_size.to_string();
+        let output = Command::new("losetup")
+            .args(["--find", "--show", "--sector-size", &block_size])
+            .arg(file)
+            .output()
+            .ok()?;
+        if !output.status.success() {
+            eprintln!("no loop device: {}", String::from_utf8_lossy(&output.stderr));
+            return None;
+        }
+        let name = String::from_utf8(output.stdout).unwrap();
+        Some(LoopDevice(name.trim().into()))
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Flushes completed (the kernel's `Documentation/block/stat.rst`).
+    pub fn flushes(&self) -> u64 {
+        let name = self.0.file_name().unwrap();
+        let stat = fs::read_to_string(Path::new("/sys/block").join(name).join("stat")).unwrap();
+        stat.split_whitespace().nth(15).unwrap().parse().unwrap()
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").arg("--detach").arg(&self.0).status();
+    }
+}
+
+/// A mounted file system.
+#[derive(Debug)]
+pub struct Filesystem {
+    pub path: PathBuf,
+    _device: Option<LoopDevice>,
+}
+
+impl Filesystem {
+    /// A tmpfs of some size; nothing if this process may not mount.
+    pub fn tmpfs(at: PathBuf, size: u64) -> Option<Self> {
+        let options = format!("size={size}");
+        mount(&at, &["-t", "tmpfs", "-o", &options, "none"]).then_some(Filesystem {
+            path: at,
+            _device: None,
+        })
+    }
+
+    /// An ext4 on a device; nothing if this process may not mount.
+    pub fn ext4(at: PathBuf, device: LoopDevice) -> Option<Self> {
+        run(Command::new("mkfs.ext4").arg("-q").arg(device.path()));
+        let source = device.path().to_owned();
+        mount(&at, &[source.to_str().unwrap()]).then_some(Filesystem {
+            path: at,
+            _device: Some(device),
+        })
+    }
+}
+
+fn mount(at: &Path, args: &[&str]) -> bool {
+    fs::create_dir_all(at).unwrap();
+    let output = Command::new("mount").args(args).arg(at).output();
+    output.is_ok_and(|output| output.status.success())
+}
+
+impl Drop for Filesystem {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(&self.path).status();
+    }
+}
