@@ -28,7 +28,7 @@ impl Units {
     }
 }
 
-/// One expanded key, and the code that uses it.
+/// One expanded key, and the code that uses it. Neither keys nor plaintext are left on the stack.
 pub(super) trait Kernel: Send + Sync {
     /// Encrypts the units from `source` to `target`.
     ///

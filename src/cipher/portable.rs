@@ -7,7 +7,7 @@ use xts_mode::Xts128;
 
 use super::kernel::{Kernel, Units};
 use super::{KEY_LEN, Scratch};
-use crate::keys::arena::{ArenaError, SecretBox, SecretBytes};
+use crate::keys::arena::{ArenaError, SecretBox, SecretBytes, on_wiped_stack};
 
 /// The key schedules.
 struct Portable(SecretBox<Xts128<Aes256>>);
@@ -45,16 +45,19 @@ impl Kernel for Portable {
 /// # Safety
 /// As for [`Kernel::encrypt`].
 unsafe fn each_copied(units: Units, source: *const u8, target: *mut u8, work: impl Fn(&mut [u8], [u8; 16])) {
-    let mut scratch = Scratch::new();
-    let unit = &mut scratch.0[..units.size];
-    for (offset, tweak) in units.each() {
-        // SAFETY: the unit lies within the source and the target, by the caller's promise.
-        let (source, target) = (unsafe { source.add(offset) }, unsafe { target.add(offset) });
-        // SAFETY: as above. Copying raw bytes that a guest may write to meanwhile yields some bytes; which ones is the
-        // guest's own affair.
-        unsafe { source.copy_to_nonoverlapping(unit.as_mut_ptr(), units.size) };
-        work(unit, tweak);
-        // SAFETY: as above.
-        unsafe { target.copy_from_nonoverlapping(unit.as_ptr(), units.size) };
-    }
+    // `aes` copies round keys out of the arena into vectors on the stack, and leaves them there.
+    on_wiped_stack(|| {
+        let mut scratch = Scratch::new();
+        let unit = &mut scratch.0[..units.size];
+        for (offset, tweak) in units.each() {
+            // SAFETY: the unit lies within the source and the target, by the caller's promise.
+            let (source, target) = (unsafe { source.add(offset) }, unsafe { target.add(offset) });
+            // SAFETY: as above. Copying raw bytes that a guest may write to meanwhile yields some bytes; which ones
+            // is the guest's own affair.
+            unsafe { source.copy_to_nonoverlapping(unit.as_mut_ptr(), units.size) };
+            work(unit, tweak);
+            // SAFETY: as above.
+            unsafe { target.copy_from_nonoverlapping(unit.as_ptr(), units.size) };
+        }
+    })
 }
