@@ -529,7 +529,7 @@ fn truncated_volume_is_refused() {
         .set_len(HEADER_LEN + DISK_LEN - 512)
         .unwrap();
     let info = bench.succeeds(&["info", "vm.luks"]).out;
-    assert!(info.contains("served     no"), "{info}");
+    assert!(info.contains("servable   no"), "{info}");
     bench.fails(
         &["recovery", "test", "vm.luks", "--recovery-key", "vm.key"],
         VOLUME,

@@ -339,7 +339,7 @@ fn cryptsetup_waits_for_our_lock_and_we_wait_for_theirs() {
         drop(lock);
         ours.join().unwrap()
     });
-    assert!(ours.served);
+    assert!(ours.servable);
     assert!(child.wait().unwrap().success());
 }
 
@@ -398,7 +398,7 @@ fn other_ciphers_and_key_lengths_are_refused() {
         Err(Reason::Refused(Refusal::Cipher { .. }))
     ));
     let info = disk.info();
-    assert!(!info.served);
+    assert!(!info.servable);
     assert!(info.refusal.unwrap().contains("aes-cbc-essiv:sha256"));
 }
 

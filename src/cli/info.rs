@@ -57,8 +57,8 @@ fn text(disk: &str, info: &VolumeInfo) -> String {
         row("capacity", Size(capacity).to_string());
     }
     match &info.refusal {
-        Some(refusal) => row("served", format!("no: {}", printable(refusal))),
-        None => row("served", "yes".to_owned()),
+        Some(refusal) => row("servable", format!("no: {}", printable(refusal))),
+        None => row("servable", "yes".to_owned()),
     }
     let place = if info.detached_header {
         "detached"

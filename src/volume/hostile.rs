@@ -15,7 +15,7 @@ fn examine(io: &Memory) -> Option<(Info, Locked<'_>)> {
     let info = Info::read(io, None).ok()?;
     serde_json::to_string(&info).unwrap();
     let opened = Locked::open(io, None);
-    assert_eq!(opened.is_ok(), info.served, "{:?}", info.refusal);
+    assert_eq!(opened.is_ok(), info.servable, "{:?}", info.refusal);
     let locked = opened.ok()?;
     assert!(locked.capacity() > 0 && locked.capacity() <= io.size);
     Some((info, locked))
@@ -174,6 +174,6 @@ proptest! {
 #[test]
 fn the_sample_itself_is_served() {
     let io = Memory::of(&sample());
-    assert!(Info::read(&io, None).unwrap().served);
+    assert!(Info::read(&io, None).unwrap().servable);
     Locked::open(&io, None).unwrap();
 }

@@ -29,11 +29,11 @@ pub struct Info {
     pub header_size: u64,
     /// Whether both copies of the header are sound.
     pub header: CopiesInfo,
-    /// Whether sealblk serves it.
-    pub served: bool,
+    /// Whether sealblk can serve it.
+    pub servable: bool,
     /// If not: why.
     pub refusal: Option<String>,
-    /// Length of the disk in bytes, if sealblk serves it.
+    /// Length of the disk in bytes, if sealblk can serve it.
     pub capacity: Option<u64>,
     /// The parts of the payload.
     pub segments: Vec<SegmentInfo>,
@@ -173,7 +173,7 @@ impl Info {
             sequence: header.binary.seqid,
             header_size: header.end(),
             header: CopiesInfo::of(found),
-            served: served.is_ok(),
+            servable: served.is_ok(),
             capacity: served.as_ref().ok().map(|layout| layout.capacity()),
             refusal: served.err().map(|reason| reason.to_string()),
             segments: metadata
