@@ -10,14 +10,14 @@ rm -rf "$WORK"
 mkdir -p "$WORK"
 trap end_processes EXIT
 
-# create_disk NAME SIZE [OPTION...]: an encrypted disk $WORK/NAME whose recovery key is in $RECOVERY.
+# create_disk NAME SIZE [OPTION...]: an encrypted disk $WORK/NAME.luks whose recovery key is in $RECOVERY.
 create_disk() {
     local name=$1 size=$2
     shift 2
-    "$SEALBLK" create "$WORK/$name" --size "$size" --recovery-key "$RECOVERY" --state-dir "$WORK/state" "$@" \
+    "$SEALBLK" create "$WORK/$name.luks" --size "$size" --recovery-key "$RECOVERY" --state-dir "$WORK/state" "$@" \
         >>"$WORK/create.log" 2>&1 || {
         cat "$WORK/create.log" >&2
-        die "cannot create $WORK/$name"
+        die "cannot create $WORK/$name.luks"
     }
 }
 
@@ -25,7 +25,7 @@ create_disk() {
 serve_disk() {
     local name=$1
     shift
-    serve "$WORK/$name" "$SOCKET" --state-dir "$WORK/state" "$@"
+    serve "$WORK/$name.luks" "$SOCKET" --state-dir "$WORK/state" "$@"
 }
 
 # new_job NAME <<END ... END: a job for the small guest, to be run with `run_job SECONDS $WORK/NAME`.

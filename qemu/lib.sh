@@ -111,6 +111,7 @@ served_disk() {
 serve() {
     local disk=$1 socket=$2
     shift 2
+    rm -f "$socket" # one that an earlier server left must not pass for this one's
     "$SEALBLK" serve --blk-file "$disk" --socket-path "$socket" "$@" >>"$socket.log" 2>&1 &
     SERVER=$!
     wait_until 30 server_is_up "$socket" && ! process_is_gone "$SERVER" || {
