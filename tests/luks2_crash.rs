@@ -1,10 +1,10 @@
 //! Metadata updates survive a crash at any byte.
 //!
-//! A medium stands in for the disk that keeps apart what was written and what was synced. An operation runs on it once;
-//! then every state that a crash could have left is built and opened: at every stop point, with each of the writes that
-//! were not synced yet durable or not, torn at every byte, and torn at sectors in any combination. Whatever is found, the
-//! volume must be in the old state or in the new one, and every way in of that state must open it. A sample of the states
-//! is shown to cryptsetup, which must find the same.
+//! A medium stands in for the disk that keeps apart what was written and what was synced. An operation runs on it
+//! once; then every state that a crash could have left is built and opened: at every stop point, with each of the
+//! writes that were not synced yet durable or not, torn at every byte, and torn at sectors in any combination.
+//! Whatever is found, the volume must be in the old state or in the new one, and every way in of that state must
+//! open it. A sample of the states is shown to cryptsetup, which must find the same.
 
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -343,8 +343,8 @@ fn states(before: &[u8], log: &[Op], mut found: impl FnMut(&[u8], &str)) {
     }
 }
 
-/// Tears one write: at every byte of a header that it changes, and at its sectors in any combination. Material of keyslots,
-/// which nothing refers to until it is whole, is torn here and there.
+/// Tears one write: at every byte of a header that it changes, and at its sectors in any combination. Material of
+/// keyslots, which nothing refers to until it is whole, is torn here and there.
 fn torn(image: &mut [u8], op: &Op, found: &mut impl FnMut(&[u8], &str)) {
     let Op::Write { offset, bytes } = op else { return };
     let range = *offset..offset + bytes.len();

@@ -1,10 +1,10 @@
 //! The two copies of the header, and updates that survive a crash at any byte.
 //!
 //! Each copy is the binary header and the JSON area in one piece, with one checksum over both. An update writes the
-//! primary copy with the next `seqid` and syncs it, then the secondary. Whatever a crash leaves of the first write, the
-//! secondary still holds the old state in full; once the primary is durable, it holds the new one. A copy that is
-//! damaged or of an older `seqid` is rewritten from the other before anything else is written, or the next update would
-//! put at risk the only good one.
+//! primary copy with the next `seqid` and syncs it, then the secondary. Whatever a crash leaves of the first write,
+//! the secondary still holds the old state in full; once the primary is durable, it holds the new one. A copy that
+//! is damaged or of an older `seqid` is rewritten from the other before anything else is written, or the next
+//! update would put at risk the only good one.
 //!
 //! [`read`] gives a [`Header`] only after it has looked at both copies, and says in [`Found`] whether they agree.
 
@@ -98,9 +98,6 @@ pub(super) struct Recoverable {
 impl Recoverable {
     /// Rewrites the bad copy. The caller holds the write lock, and read this under it.
     pub(super) fn recover(mut self, io: &dyn HeaderIo) -> Result<Header, HeaderError> {
-        if self.bad == Copy::Primary {
-            refuse_foreign(io)?;
-        }
         match self.bad {
             Copy::Primary => self.header.binary.salt = salt()?,
             Copy::Secondary => self.header.secondary_salt = salt()?,
@@ -147,8 +144,15 @@ pub(super) fn read(io: &dyn HeaderIo) -> Result<Found, HeaderError> {
                 }
             }
         }
-        (Ok(primary), Err(damage)) => Recoverable::found(header(primary, [0; 64]), Copy::Secondary, damage),
-        (Err(damage), Ok(secondary)) => Recoverable::found(from_secondary(secondary), Copy::Primary, damage),
+        (Ok(primary), Err(damage)) => {
+            damage.refuse_later_than(&primary, Copy::Secondary)?;
+            Recoverable::found(header(primary, [0; 64]), Copy::Secondary, damage)
+        }
+        (Err(damage), Ok(secondary)) => {
+            damage.refuse_later_than(&secondary, Copy::Primary)?;
+            refuse_foreign(io)?;
+            Recoverable::found(from_secondary(secondary), Copy::Primary, damage)
+        }
         (Err(primary), Err(secondary)) => return Err(no_header(io, primary, secondary)),
     };
     let end = found.header().end();
@@ -200,8 +204,13 @@ fn read_copy(io: &dyn HeaderIo, copy: Copy, offset: u64) -> Result<One, Damage> 
     if whole[..binary::LEN] != block || !checksum_holds(binary.checksum, &whole) {
         return Err(Damage::Checksum);
     }
-    let metadata = Metadata::parse(&whole[binary::LEN..], binary.header_size)?;
-    Ok(One { binary, metadata })
+    match Metadata::parse(&whole[binary::LEN..], binary.header_size) {
+        Ok(metadata) => Ok(One { binary, metadata }),
+        Err(source) => Err(Damage::Metadata {
+            seqid: binary.seqid,
+            source,
+        }),
+    }
 }
 
 /// Looks at every place where a secondary copy can stand, when the primary does not tell.
@@ -225,36 +234,30 @@ fn no_header(io: &dyn HeaderIo, primary: Damage, secondary: Damage) -> HeaderErr
             HeaderError::NotLuks { looks_like: None }
         }
         (Damage::Binary(BinaryError::Magic), Damage::NotFound) => HeaderError::NotLuks {
-            looks_like: foreign_signature(io).ok().flatten(),
+            looks_like: foreign_signature(io),
         },
         _ => HeaderError::BothDamaged { primary, secondary },
     }
 }
 
-/// A secondary copy survives a disk's being made into something else; to write the primary back would then destroy
-/// that. So, as cryptsetup does, a signature of another format where the primary was is left for a person to judge.
+/// A secondary copy survives a disk's being made into something else. To serve it would be wrong, and to write the
+/// primary back would destroy what it is now. So, as cryptsetup does, a signature of another format where the primary
+/// was is left for a person to judge.
 fn refuse_foreign(io: &dyn HeaderIo) -> Result<(), HeaderError> {
-    match foreign_signature(io).map_err(|source| HeaderError::Write {
-        copy: Copy::Primary,
-        source,
-    })? {
+    match foreign_signature(io) {
         Some(format) => Err(HeaderError::ForeignSignature { format }),
         None => Ok(()),
     }
 }
 
-fn foreign_signature(io: &dyn HeaderIo) -> io::Result<Option<&'static str>> {
-    for &(format, offset, signature) in SIGNATURES {
+/// What cannot be read has no signature.
+fn foreign_signature(io: &dyn HeaderIo) -> Option<&'static str> {
+    SIGNATURES.iter().find_map(|&(format, offset, signature)| {
         let mut found = [0; 8];
         let found = &mut found[..signature.len()];
-        match io.read_at(found, offset) {
-            Ok(()) if found == signature => return Ok(Some(format)),
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(None)
+        io.read_at(found, offset).ok()?;
+        (found == signature).then_some(format)
+    })
 }
 
 fn salt() -> Result<[u8; 64], HeaderError> {
@@ -287,12 +290,28 @@ pub enum Damage {
     Binary(#[from] BinaryError),
     #[error("its checksum is wrong")]
     Checksum,
-    #[error("its JSON area is wrong: {0}")]
-    Metadata(#[from] MetadataError),
+    #[error("its metadata are not understood: {source}")]
+    Metadata { seqid: u64, source: MetadataError },
     #[error("its sequence number is {seqid}, and {newer} in the other copy")]
     Older { seqid: u64, newer: u64 },
     #[error("it is not found at any place where it can be")]
     NotFound,
+}
+
+impl Damage {
+    /// A checksum that holds says that somebody meant what he wrote. If it is later than the copy that is understood
+    /// here, that one is no remedy for it.
+    fn refuse_later_than(&self, good: &One, bad: Copy) -> Result<(), HeaderError> {
+        match self {
+            Damage::Metadata { seqid, source } if *seqid >= good.binary.seqid => {
+                Err(HeaderError::NotUnderstood {
+                    copy: bad,
+                    source: source.clone(),
+                })
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Why a header cannot be read or written.
@@ -308,15 +327,20 @@ pub enum HeaderError {
     )]
     BothDamaged { primary: Damage, secondary: Damage },
     #[error(
-        "both copies of the LUKS2 header have sequence number {seqid} and sound checksums, but differ; somebody wrote \
-         one of them alone: restore a backup of the header with `cryptsetup luksHeaderRestore`"
+        "both copies of the LUKS2 header have sequence number {seqid} and sound checksums, but differ; somebody \
+         wrote one of them alone: restore a backup of the header with `cryptsetup luksHeaderRestore`"
     )]
     CopiesDisagree { seqid: u64 },
+    #[error(
+        "the {copy} copy of the LUKS2 header is whole and in force, but its metadata are not understood: {source}; \
+         a later version of cryptsetup may have written it"
+    )]
+    NotUnderstood { copy: Copy, source: MetadataError },
     #[error("the LUKS2 header takes {end} bytes, and there are only {len}; the file or device was cut short")]
     Truncated { len: u64, end: u64 },
     #[error(
-        "the primary copy of the LUKS2 header is damaged, and there is a signature of {format} in its place; if it is a \
-         LUKS2 volume nevertheless, run `cryptsetup repair`"
+        "the primary copy of the LUKS2 header is damaged, and there is a signature of {format} in its place; if \
+         it is a LUKS2 volume nevertheless, run `cryptsetup repair`"
     )]
     ForeignSignature { format: &'static str },
     #[error("its length cannot be read")]
@@ -422,6 +446,30 @@ mod tests {
     }
 
     #[test]
+    fn metadata_that_are_later_and_not_understood_are_not_replaced_by_older_ones() {
+        let (known, unknown) = (
+            sample().to_string(),
+            sample_with("/keyslots/0/af", "new").to_string(),
+        );
+        for (seqid, older) in [(4, false), (3, false), (2, true)] {
+            for (primary, secondary) in [
+                (unknown.as_bytes(), known.as_bytes()),
+                (known.as_bytes(), unknown.as_bytes()),
+            ] {
+                let seqid_of = |json: &[u8]| if json == known.as_bytes() { 3 } else { seqid };
+                let io = Memory::holding((seqid_of(primary), primary), (seqid_of(secondary), secondary));
+                match read(&io) {
+                    Ok(found) => assert!(older && matches!(bad(found).1, Damage::Metadata { seqid: 2, .. })),
+                    Err(error) => assert!(
+                        !older && matches!(error, HeaderError::NotUnderstood { .. }),
+                        "{error}"
+                    ),
+                }
+            }
+        }
+    }
+
+    #[test]
     fn two_damaged_copies_are_told_from_no_volume() {
         let io = Memory::of(&sample());
         io.spoil(100);
@@ -465,21 +513,16 @@ mod tests {
     }
 
     #[test]
-    fn what_was_made_of_the_disk_since_is_not_overwritten_by_a_repair() {
+    fn what_was_made_of_the_disk_since_is_no_volume_to_repair() {
         let io = Memory::of(&sample());
         io.front.borrow_mut()[..2048].fill(0);
         io.front.borrow_mut()[1080..1082].copy_from_slice(b"\x53\xef");
-        let before = io.front.borrow().clone();
-        let Found::NeedsRecovery(recoverable) = read(&io).unwrap() else {
-            panic!("sound")
-        };
-        let error = recoverable.recover(&io).unwrap_err();
+        let error = read(&io).unwrap_err();
         assert!(matches!(
             error,
             HeaderError::ForeignSignature {
                 format: "ext2, ext3 or ext4"
             }
         ));
-        assert_eq!(*io.front.borrow(), before);
     }
 }

@@ -1,8 +1,8 @@
 //! Making a volume.
 //!
-//! Everything that can fail without the disk fails first: sizes, the provider's wrapping, key derivation. Then what was
-//! there is destroyed, keyslots are written, and the binary headers last: whatever a crash leaves, it is either no volume
-//! at all or this one in full.
+//! Everything that can fail without the disk fails first: sizes, the provider's wrapping, key derivation. Then what
+//! was there is destroyed, keyslots are written, and the binary headers last: whatever a crash leaves, it is either
+//! no volume at all or this one in full.
 
 use std::collections::BTreeMap;
 
@@ -41,12 +41,12 @@ pub struct CreateOptions<'a> {
     pub overwrite: bool,
 }
 
-/// Makes a volume of what `header` holds, or with `payload`, of the two: then the header is detached, and the payload is
-/// the disk from its first byte. Files grow as needed. Gives its UUID.
+/// Makes a volume of what `header` holds, or with `payload`, of the two: then the header is detached, and the
+/// payload is the disk from its first byte. Files grow as needed. Gives its UUID.
 ///
 /// # Errors
-/// Nothing is changed when the options are not possible, the provider refuses, or there is a LUKS volume that may not be
-/// overwritten. When writing fails, what is left is not a volume.
+/// Nothing is changed when the options are not possible, the provider refuses, or there is a LUKS volume that may
+/// not be overwritten. When writing fails, what is left is not a volume.
 pub fn create(
     header: &dyn HeaderIo,
     payload: Option<&Backing>,

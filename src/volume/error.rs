@@ -96,7 +96,8 @@ pub enum Reason {
     Seal(#[source] KeyslotError),
 
     #[error(
-        "it has no sealblk token, so no key provider can open it; open it with a passphrase, or make it anew with a provider"
+        "it has no sealblk token, so no key provider can open it; open it with a passphrase, or make it anew \
+         with a provider"
     )]
     NoToken,
     #[error("token {token} of type sealblk is broken: {text}; open the volume with its recovery key")]
@@ -106,9 +107,9 @@ pub enum Reason {
     #[error("the slot secret cannot be wrapped: {0}")]
     Wrap(#[source] KeyError),
     #[error(
-        "token {token} does not belong to volume {uuid}: key {key_id} of provider {provider:?} says that its slot secret \
-         was wrapped for another volume or keyslot, or altered; restore this volume's own header, or open it with its \
-         recovery key"
+        "token {token} does not belong to volume {uuid}: key {key_id} of provider {provider:?} says that its slot \
+         secret was wrapped for another volume or keyslot, or altered; restore this volume's own header, or open it \
+         with its recovery key"
     )]
     ForeignToken {
         token: u32,
@@ -117,8 +118,8 @@ pub enum Reason {
         key_id: KeyId,
     },
     #[error(
-        "keyslot {keyslot} does not open with the slot secret of token {token}; somebody replaced one of them: open the \
-         volume with its recovery key"
+        "keyslot {keyslot} does not open with the slot secret of token {token}; somebody replaced one of them: \
+         open the volume with its recovery key"
     )]
     TokenOpensNothing { token: u32, keyslot: u32 },
 

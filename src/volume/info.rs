@@ -145,8 +145,8 @@ pub struct TokenInfo {
 }
 
 impl Info {
-    /// Reads the header, repairs nothing, and looks whether sealblk would serve the volume. `payload` is given when the
-    /// header is detached.
+    /// Reads the header, repairs nothing, and looks whether sealblk would serve the volume. `payload` is given when
+    /// the header is detached.
     ///
     /// # Errors
     /// Where there is no LUKS2 header.

@@ -1,5 +1,6 @@
-//! Keyslots of type `luks2`: a key, split by the anti-forensic splitter, encrypted under a key derived from a passphrase
-//! (LUKS2 1.1, "Keyslots Object"), and the digest that tells whether what came out is right ("Digests Object").
+//! Keyslots of type `luks2`: a key, split by the anti-forensic splitter, encrypted under a key derived from a
+//! passphrase (LUKS2 1.1, "Keyslots Object"), and the digest that tells whether what came out is right ("Digests
+//! Object").
 //!
 //! ```text
 //! passphrase --kdf--> area key --+

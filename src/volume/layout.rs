@@ -1,6 +1,6 @@
-//! The segments of the metadata (LUKS2 1.1, "Segments Object") laid out on a payload: every question answered but the key's. Sizes that
-//! were `dynamic` are numbers, and every range lies within the payload and clear of all others. With a key it becomes
-//! the [`SegmentTable`] that the data path uses.
+//! The segments of the metadata (LUKS2 1.1, "Segments Object") laid out on a payload: every question answered but
+//! the key's. Sizes that were `dynamic` are numbers, and every range lies within the payload and clear of all
+//! others. With a key it becomes the [`SegmentTable`] that the data path uses.
 
 use std::sync::Arc;
 

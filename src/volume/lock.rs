@@ -1,9 +1,9 @@
 //! The lock around metadata, as cryptsetup takes it, so that the two can work on one volume.
 //!
 //! A regular file is locked itself by flock(2). A block device is locked through the file
-//! `/run/cryptsetup/L_<major>:<minor>`, because udev takes flock(2) on the device for purposes of its own. That file is
-//! unlinked by the last one to hold it, so whoever gets the lock looks whether the file that he locked is still the
-//! one in the directory.
+//! `/run/cryptsetup/L_<major>:<minor>`, because udev takes flock(2) on the device for purposes of its own. That
+//! file is unlinked by the last one to hold it, so whoever gets the lock looks whether the file that he locked is
+//! still the one in the directory.
 //!
 //! The lock is held for the moment of reading or writing metadata, never while a key is derived or a disk is served;
 //! what keeps two servers off one disk is the lock of [`crate::storage::Backing`], which flock(2) does not see.

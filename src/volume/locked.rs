@@ -31,8 +31,8 @@ pub struct Locked<'header> {
 }
 
 impl<'header> Locked<'header> {
-    /// Reads the header, and repairs it if one of its copies is damaged and it can be written. `payload` is given when
-    /// the header is detached.
+    /// Reads the header, and repairs it if one of its copies is damaged and it can be written. `payload` is given
+    /// when the header is detached.
     ///
     /// # Errors
     /// Where there is no LUKS2 header, both its copies are damaged, or sealblk does not serve what it describes.
@@ -301,8 +301,8 @@ pub enum HeaderState {
     },
 }
 
-/// Reads the header under the lock. What needs recovery is looked at again under the write lock before it is repaired,
-/// because what looked like damage may have been another program's update.
+/// Reads the header under the lock. What needs recovery is looked at again under the write lock before it is
+/// repaired, because what looked like damage may have been another program's update.
 fn read_and_repair(io: &dyn HeaderIo) -> Result<(Header, HeaderState), Reason> {
     let found = {
         let _lock = io.lock(LockMode::Read).map_err(Reason::Lock)?;
@@ -322,8 +322,11 @@ fn read_and_repair(io: &dyn HeaderIo) -> Result<(Header, HeaderState), Reason> {
                 let header = recoverable.header.clone();
                 match recoverable.recover(io) {
                     Ok(header) => {
-                        warn!(volume = %header.binary.uuid, "{}: repaired the {copy} copy of the LUKS2 header: {damage}",
-                              io.path().display());
+                        warn!(
+                            volume = %header.binary.uuid,
+                            "{}: repaired the {copy} copy of the LUKS2 header: {damage}",
+                            io.path().display()
+                        );
                         return Ok((header, HeaderState::Repaired { copy, damage }));
                     }
                     Err(error @ HeaderError::Write { .. }) => {

@@ -1,9 +1,10 @@
 //! The JSON area: keyslots, tokens, segments, digests and config (LUKS2 1.1, "LUKS2 JSON Metadata Format").
 //!
-//! What is known here is typed; what is not (other types of objects, further fields, requirements) is carried along as
-//! it was found and written back, because others may have put it there. [`Metadata::parse`] gives back only metadata
-//! whose numbers fit together: areas within the keyslots area and clear of each other, references that lead somewhere,
-//! offsets aligned. Whether sealblk can serve what they describe is another question: see [`super::refusal`].
+//! What is known here is typed; what is not (other types of objects, further fields, requirements) is carried along
+//! as it was found and written back, because others may have put it there. [`Metadata::parse`] gives back only
+//! metadata whose numbers fit together: areas within the keyslots area and clear of each other, references that
+//! lead somewhere, offsets aligned. Whether sealblk can serve what they describe is another question: see
+//! [`super::refusal`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;

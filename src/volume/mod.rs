@@ -12,8 +12,8 @@
 //!   16 KiB each unless made otherwise                                the header is detached
 //! ```
 //!
-//! A volume is [`Locked`] until a passphrase or a key provider opens one of its keyslots; then it is a [`Volume`], whose
-//! [`SegmentTable`](segment::SegmentTable) the data path works by.
+//! A volume is [`Locked`] until a passphrase or a key provider opens one of its keyslots; then it is a [`Volume`],
+//! whose [`SegmentTable`](segment::SegmentTable) the data path works by.
 //!
 //! ```text
 //! create, locked, ways_in, info   what is done with a volume
@@ -24,8 +24,8 @@
 //! header_io, lock                 storage under the header
 //! ```
 //!
-//! No header, whoever wrote it, makes any of this panic, hang, or take more memory than a few times its own size, beside
-//! what its key derivation takes, which is capped.
+//! No header, whoever wrote it, makes any of this panic, hang, or take more memory than a few times its own size,
+//! beside what its key derivation takes, which is capped.
 
 mod af;
 mod binary;

@@ -128,8 +128,8 @@ pub enum Refusal {
     #[error("it has no encrypted segment")]
     NotEncrypted,
     #[error(
-        "segment {segment} needs the payload to be {needed} bytes long, and it has {payload_len}; the file or device was \
-         cut short"
+        "segment {segment} needs the payload to be {needed} bytes long, and it has {payload_len}; the file or \
+         device was cut short"
     )]
     PayloadTruncated {
         segment: Id,

@@ -1,8 +1,8 @@
-//! Ways into a volume: recovery keys, which are passphrases behind argon2id, and bindings to a provider's KEK, which are
-//! tokens. Each is a keyslot with the same volume key in it.
+//! Ways into a volume: recovery keys, which are passphrases behind argon2id, and bindings to a provider's KEK,
+//! which are tokens. Each is a keyslot with the same volume key in it.
 //!
-//! Order of writes: a keyslot's area is durable before any metadata refers to it, and is wiped only after none does. A
-//! crash between the last commit and the wipe leaves material that nothing refers to, whose salt is gone.
+//! Order of writes: a keyslot's area is durable before any metadata refers to it, and is wiped only after none
+//! does. A crash between the last commit and the wipe leaves material that nothing refers to, whose salt is gone.
 
 use tracing::warn;
 
@@ -254,8 +254,8 @@ fn forget(metadata: &mut Metadata, id: Id, even_the_last: bool) -> Result<(u64, 
     Ok(area)
 }
 
-/// The digest that ties the segments to `key`. That `key` is the right one is looked at, not believed: a keyslot with a
-/// key of another volume would lock out its owner.
+/// The digest that ties the segments to `key`. That `key` is the right one is looked at, not believed: a keyslot
+/// with a key of another volume would lock out its owner.
 fn digest_of_disk<'m>(
     metadata: &'m mut Metadata,
     key: &SecretBytes,
