@@ -4,7 +4,7 @@ mod common;
 
 use common::driver::{
     Driver, F_BLK_SIZE, F_CONFIG_WCE, F_EVENT_IDX, F_FLUSH, F_INDIRECT_DESC, F_MQ, F_RO, F_SEG_MAX,
-    F_SIZE_MAX, F_TOPOLOGY, F_VERSION_1, F_WRITE_ZEROES,
+    F_SIZE_MAX, F_TOPOLOGY, F_VERSION_1, F_WRITE_ZEROES, Setup,
 };
 use common::frontend::{
     F_PROTOCOL_FEATURES, GET_CONFIG, GET_MAX_MEM_SLOTS, GET_QUEUE_NUM, PROTOCOL_BACKEND_REQ, PROTOCOL_CONFIG,
@@ -178,11 +178,31 @@ fn only_the_write_cache_can_be_set() {
     server.still_serves_both(driver);
 }
 
+/// A driver does not repeat its choice when its front-end reconnects, and sends no flushes any more.
 #[test]
-fn the_write_cache_is_on_again_for_the_next_front_end() {
+fn the_choice_of_writethrough_outlives_the_front_end() {
     let server = Server::new();
     let driver = server.connect();
     driver.frontend.tell(SET_CONFIG, &config(WRITEBACK, 0, &[0]), &[]);
     drop(driver);
+    assert_eq!(field(&server.connect(), WRITEBACK), [0]);
+}
+
+/// Firmware and boot loaders can neither flush nor choose, so what they write is durable. The next driver begins anew.
+#[test]
+fn a_driver_that_cannot_choose_ends_the_choice() {
+    let server = Server::new();
+    let driver = server.connect();
+    driver.frontend.tell(SET_CONFIG, &config(WRITEBACK, 0, &[0]), &[]);
+    drop(driver);
+    let firmware = Driver::with(
+        server.socket(),
+        Setup {
+            features: F_VERSION_1 | F_PROTOCOL_FEATURES,
+            ..Setup::default()
+        },
+    );
+    assert_eq!(field(&firmware, WRITEBACK), [0]);
+    drop(firmware);
     assert_eq!(field(&server.connect(), WRITEBACK), [1]);
 }

@@ -83,8 +83,10 @@ pub(super) struct Serve {
 impl Serve {
     pub(super) fn run(self, host: &Host) -> Result<(), Failure> {
         // clap lets nobody past without a disk and an endpoint, or the question for capabilities.
-        let Some(blk_file) = self.blk_file.as_ref().filter(|_| !self.print_capabilities) else {
-            return output::print(&format!("{CAPABILITIES}\n"));
+        let (blk_file, endpoint) = match (&self.blk_file, &self.socket_path, self.fd) {
+            (Some(blk_file), Some(path), _) => (blk_file, Endpoint::Path(path.clone())),
+            (Some(blk_file), None, Some(fd)) => (blk_file, Endpoint::Fd(fd)),
+            _ => return output::print(&format!("{CAPABILITIES}\n")),
         };
         raise_descriptor_limit();
         let access = if self.read_only {
@@ -92,34 +94,24 @@ impl Serve {
         } else {
             Access::ReadWrite
         };
-        let disk = Backing::open(blk_file, access)?;
+        // The claims on disk and header last as long as the disk is served.
+        let backing = Backing::open(blk_file, access)?;
         let header = self
             .header
             .as_ref()
             .map(|path| Backing::open(path, access))
             .transpose()?;
-        let volume = self.unlock(host, &disk, header.as_ref())?;
+        let disk = self.disk(host, &backing, header.as_ref())?;
+        Ok(Server::new(disk, self.num_queues, endpoint)?.run()?)
+    }
 
-        let sector_size = volume.sector_size();
-        let file = disk.data_file(sector_size.bytes() as u32)?;
-        if !file.is_direct() {
-            tracing::warn!(
-                disk = %blk_file.display(),
-                sector_size = sector_size.bytes(),
-                "no direct I/O with this sector size here; data pass through the page cache"
-            );
-        }
-        let serial = self
-            .serial
-            .clone()
-            .unwrap_or_else(|| volume.uuid().simple().to_string());
-        let endpoint = match (self.socket_path, self.fd) {
-            (Some(path), _) => Endpoint::Path(path),
-            (None, Some(fd)) => Endpoint::Fd(fd),
-            (None, None) => return output::print(&format!("{CAPABILITIES}\n")),
-        };
+    /// Unlocks the volume. What stays of its key are the round keys in the disk's segment table.
+    fn disk(&self, host: &Host, backing: &Backing, header: Option<&Backing>) -> Result<Disk, Failure> {
+        let volume = self.unlock(host, backing, header)?;
+        let (table, sector_size) = (volume.table(), volume.sector_size());
+        let file = backing.data_file(table.alignment(sector_size.bytes() as u32))?;
         tracing::info!(
-            disk = %blk_file.display(),
+            disk = %backing.path().display(),
             volume = %volume.uuid(),
             capacity = volume.capacity(),
             sector_size = sector_size.bytes(),
@@ -127,15 +119,22 @@ impl Serve {
             direct = file.is_direct(),
             "serving"
         );
-        let disk = Disk::new(
-            volume.table(),
-            Arc::new(file),
+        if !file.is_direct() {
+            tracing::warn!("no direct I/O with this sector size here; data pass through the page cache");
+        }
+        let serial = match &self.serial {
+            Some(serial) => serial.clone(),
+            None => volume.uuid().simple().to_string(),
+        };
+        let file = Arc::new(file);
+        Ok(Disk::new(
+            table,
+            file,
             sector_size,
             self.read_only,
             self.discard,
             &serial,
-        );
-        Ok(Server::new(disk, self.num_queues, endpoint)?.run()?)
+        ))
     }
 
     fn unlock(&self, host: &Host, disk: &Backing, header: Option<&Backing>) -> Result<Volume, Failure> {

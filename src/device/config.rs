@@ -20,10 +20,13 @@ use crate::storage::PAGE;
 /// The largest queue that a driver may set up.
 pub(super) const MAX_QUEUE_SIZE: u16 = 1024;
 
+/// The longest data of a request, in bytes: what `size_max` and `seg_max` come to.
+pub(super) const MAX_REQUEST: u32 = SIZE_MAX * SEG_MAX;
+
 /// The most buffers of a request: what fits QEMU's default queue of 128 beside header and status.
 const SEG_MAX: u32 = 126;
 
-/// The longest buffer of a request, in bytes: no limit of ours, but a driver that asks gets a sensible answer.
+/// The longest buffer of a request, in bytes.
 const SIZE_MAX: u32 = 1 << 20;
 
 /// VHOST_USER_F_PROTOCOL_FEATURES.
@@ -88,11 +91,12 @@ pub(super) enum ConfigError {
     Sync(#[source] std::io::Error),
 }
 
-/// A write to the configuration space: the write cache is all that a driver can change.
+/// A write to the configuration space: the write cache is all that a driver can change. No ring may run meanwhile.
 pub(super) fn write(disk: &Disk, offset: u32, bytes: &[u8]) -> Result<(), ConfigError> {
     match bytes {
         [writeback @ (0 | 1)] if offset as usize == offset_of!(virtio_blk_config, wce) && !disk.read_only => {
-            disk.set_write_cache(*writeback == 1).map_err(ConfigError::Sync)
+            disk.choose_write_cache(*writeback == 1)
+                .map_err(ConfigError::Sync)
         }
         _ => Err(ConfigError::NotWritable {
             offset,

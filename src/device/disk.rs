@@ -1,8 +1,8 @@
 //! The disk that all workers of a served volume share.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::cipher::SectorSize;
 use crate::storage::DataFile;
@@ -24,6 +24,8 @@ pub struct Disk {
     /// What GET_ID answers, padded with zeros.
     pub serial: [u8; 20],
     write_cache: AtomicBool,
+    /// The driver's choice of write cache, if it made one.
+    choice: Mutex<Option<bool>>,
 }
 
 impl Disk {
@@ -40,7 +42,6 @@ impl Disk {
         for (to, from) in padded.iter_mut().zip(serial.bytes()) {
             *to = from;
         }
-        let write_cache = AtomicBool::new(true);
         Self {
             table,
             file,
@@ -48,7 +49,8 @@ impl Disk {
             read_only,
             discard,
             serial: padded,
-            write_cache,
+            write_cache: AtomicBool::new(true),
+            choice: Mutex::new(None),
         }
     }
 
@@ -62,13 +64,34 @@ impl Disk {
         self.write_cache.load(Ordering::Acquire)
     }
 
-    /// Switches between writeback and writethrough.
+    /// Takes into account which driver is at work: one that can choose the mode, one that can only flush, or, as
+    /// firmware and boot loaders are, one that can do neither and must find after a crash what it wrote.
+    ///
+    /// A choice stands until a driver comes that cannot choose: the driver does not repeat it when its front-end
+    /// reconnects, and sends no flushes after it has chosen writethrough.
+    ///
+    /// # Errors
+    /// As for [`Disk::choose_write_cache`].
+    pub fn driver_is(&self, can_choose: bool, can_flush: bool) -> io::Result<()> {
+        let mut choice = self.choice.lock().unwrap_or_else(PoisonError::into_inner);
+        if !can_choose {
+            *choice = None;
+        }
+        self.set_write_cache(choice.unwrap_or(can_choose || can_flush))
+    }
+
+    /// Takes the driver's choice between writeback and writethrough. No write may be in flight.
     ///
     /// # Errors
     /// If what was written in writeback mode cannot be put on stable storage: the driver will not flush it any more.
-    pub fn set_write_cache(&self, on: bool) -> io::Result<()> {
+    pub fn choose_write_cache(&self, on: bool) -> io::Result<()> {
+        *self.choice.lock().unwrap_or_else(PoisonError::into_inner) = Some(on);
+        self.set_write_cache(on)
+    }
+
+    fn set_write_cache(&self, on: bool) -> io::Result<()> {
         let was_on = self.write_cache.swap(on, Ordering::AcqRel);
-        if was_on && !on {
+        if was_on && !on && !self.read_only {
             rustix::fs::fdatasync(&*self.file)?;
         }
         Ok(())

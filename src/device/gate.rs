@@ -25,6 +25,7 @@ use super::config::{self, ConfigError};
 use super::disk::Disk;
 use super::message::{Message, MessageError};
 use super::rings::{Rings, Scope};
+use super::sigbus::MAX_REGIONS;
 
 /// Why a session ended other than by the front-end's leave.
 #[derive(Debug, thiserror::Error)]
@@ -36,7 +37,11 @@ pub(super) enum GateError {
     #[error("message {0} of the front-end is not valid or not offered")]
     Refused(u32),
     #[error("a memory region reaches beyond the end of its file")]
-    Memory,
+    MemoryBeyondFile,
+    #[error("more than {MAX_REGIONS} memory regions")]
+    TooManyRegions,
+    #[error("a queue of {0} descriptors, which is not a power of two")]
+    QueueSize(u32),
     #[error("a queue cannot be served: descriptors, threads or memory are exhausted")]
     Rings(#[source] io::Error),
     #[error("the protocol handler cannot be reached")]
@@ -66,24 +71,18 @@ fn pass_messages(
     // Whether the front-end has agreed on them.
     let mut acknowledging = false;
     while let Some(mut message) = Message::receive(front_end).map_err(GateError::FrontEnd)? {
+        check(&message, rings)?;
         let (asks, wants_acknowledgement) = (asks_for_data(&message), message.needs_reply());
-        let reply = match message.code() {
-            Some(FrontendReq::SET_CONFIG) => set_config(disk, &message),
-            Some(FrontendReq::SET_MEM_TABLE | FrontendReq::ADD_MEM_REG)
-                if !regions_are_mappable(&message) =>
-            {
-                return Err(GateError::Memory);
-            }
-            code => {
-                if code == Some(FrontendReq::SET_PROTOCOL_FEATURES)
-                    && let Some(features) = message.number_in_body()
-                {
-                    acknowledging = features & REPLY_ACK != 0;
-                    message.body = (features | REPLY_ACK).to_ne_bytes().to_vec();
-                }
-                apply(handler, message, rings)?
-            }
-        };
+        if message.code() == Some(FrontendReq::SET_PROTOCOL_FEATURES)
+            && let Some(features) = message.number_in_body()
+        {
+            acknowledging = features & REPLY_ACK != 0;
+            message.body = (features | REPLY_ACK).to_ne_bytes().to_vec();
+        }
+        if !asks {
+            message.demand_reply();
+        }
+        let reply = apply(handler, message, disk, rings)?;
         if asks || (acknowledging && wants_acknowledgement) {
             reply.send(front_end).map_err(GateError::Reply)?;
         }
@@ -91,20 +90,65 @@ fn pass_messages(
     Ok(())
 }
 
-/// Has the handler apply a message, while the rings that it concerns are stopped.
-fn apply(handler: &UnixStream, mut message: Message, rings: &mut Rings) -> Result<Message, GateError> {
-    if !asks_for_data(&message) {
-        message.demand_reply();
-    }
-    let scope = scope_of(&message);
+/// Has a message applied, while the rings that it concerns are stopped.
+fn apply(
+    handler: &UnixStream,
+    message: Message,
+    disk: &Disk,
+    rings: &mut Rings,
+) -> Result<Message, GateError> {
+    let (code, scope) = (message.code(), scope_of(&message));
     if let Some(scope) = scope {
         rings.stop(scope);
     }
-    let reply = ask(handler, message)?;
+    let reply = match code {
+        Some(FrontendReq::SET_CONFIG) => set_config(disk, &message),
+        _ => ask(handler, message)?,
+    };
+    if changes_memory(code) {
+        rings.memory_changed();
+    }
     if scope.is_some() {
         rings.start().map_err(GateError::Rings)?;
     }
     Ok(reply)
+}
+
+/// Refuses what the handler would accept, or accept and ignore, and we cannot live with.
+fn check(message: &Message, rings: &Rings) -> Result<(), GateError> {
+    match message.code() {
+        Some(FrontendReq::SET_MEM_TABLE | FrontendReq::ADD_MEM_REG) if !regions_are_mappable(message) => {
+            Err(GateError::MemoryBeyondFile)
+        }
+        Some(FrontendReq::ADD_MEM_REG) if rings.memory_regions() >= MAX_REGIONS => {
+            Err(GateError::TooManyRegions)
+        }
+        Some(FrontendReq::SET_VRING_NUM) => match message.body.as_slice() {
+            // The ring's index, then its size.
+            &[_, _, _, _, s0, s1, s2, s3] => match u32::from_ne_bytes([s0, s1, s2, s3]) {
+                size if size.is_power_of_two() => Ok(()),
+                size => Err(GateError::QueueSize(size)),
+            },
+            _ => Ok(()),
+        },
+        Some(FrontendReq::SET_VRING_KICK)
+            if message.number_in_body().is_some_and(|number| number & NO_FD != 0) =>
+        {
+            tracing::warn!(
+                "a queue without a kick has to be polled, which sealblk does not do: it is not served"
+            );
+            Ok(())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The flag of a message about a ring's descriptor that there is none.
+const NO_FD: u64 = 1 << 8;
+
+fn changes_memory(code: Option<FrontendReq>) -> bool {
+    use FrontendReq::{ADD_MEM_REG, REM_MEM_REG, SET_MEM_TABLE};
+    matches!(code, Some(SET_MEM_TABLE | ADD_MEM_REG | REM_MEM_REG))
 }
 
 /// Writes to the configuration space. The handler would leave if it were refused, and it is the guest's to try.

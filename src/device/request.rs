@@ -12,6 +12,7 @@ use virtio_bindings::virtio_blk::{
 use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, Permissions};
 
+use super::config::MAX_REQUEST;
 use super::disk::Disk;
 use super::guest::{GuestRange, Memory, Position, pieces};
 
@@ -22,10 +23,11 @@ const SECTOR: u32 = 512;
 pub(super) const MAX_ZONES: usize = 16;
 /// The most sectors that one segment of a discard may cover: 1 GiB.
 pub(super) const MAX_DISCARD_SECTORS: u32 = 1 << 21;
-/// The most sectors that one segment of a write-zeroes may cover: 16 MiB, since each is a sector to encrypt and write.
-pub(super) const MAX_WRITE_ZEROES_SECTORS: u32 = 1 << 15;
-/// The most descriptors with data that a chain may have: eight times what `seg_max` tells the driver.
-const MAX_RANGES: usize = 1024;
+/// The most sectors that one segment of a write-zeroes may cover: 4 MiB, since each is a sector to encrypt and write, and
+/// a queue that is stopped finishes what it has begun.
+pub(super) const MAX_WRITE_ZEROES_SECTORS: u32 = 1 << 13;
+/// The most descriptors that a chain may have: eight times what `seg_max` tells the driver.
+const MAX_DESCRIPTORS: usize = 1024;
 /// The length of a request's header (§5.2.6, `struct virtio_blk_req`).
 const HEADER: u32 = 16;
 /// The length of `struct virtio_blk_discard_write_zeroes`.
@@ -53,7 +55,8 @@ pub(super) enum Kind {
     WriteZeroes,
 }
 
-/// A range of sectors.
+/// A range of sectors: what the specification calls a segment of a discard or write-zeroes request. Here a segment is
+/// LUKS2's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Zone {
     pub sector: u64,
@@ -82,17 +85,15 @@ pub(super) struct Request {
 /// Why a chain is not carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Refusal {
-    #[error("the chain has no place for a status byte, or does not end: it goes back unanswered")]
+    #[error("the chain has no place for a status byte, more than {MAX_DESCRIPTORS} descriptors, or no end")]
     Malformed,
-    #[error("the chain has more than {MAX_RANGES} descriptors")]
-    TooManyRanges,
     #[error("the chain is shorter than a request's header")]
     NoHeader,
     #[error("a buffer of the chain is not in the guest's memory")]
     BadAddress,
     #[error("request type {0} is not offered")]
     UnknownType(u32),
-    #[error("length {0} is not a multiple of the disk's sector size")]
+    #[error("length {0} is not a multiple of the disk's sector size, or longer than size_max times seg_max")]
     BadLength(u32),
     #[error("sector {sector} + {sectors} is beyond the disk's end, or not at a multiple of its sector size")]
     OutOfRange { sector: u64, sectors: u64 },
@@ -204,7 +205,10 @@ impl Request {
         let mut last_writable = None;
         let mut ends = false;
         let mut in_order = true;
-        for descriptor in chain {
+        for (count, descriptor) in chain.enumerate() {
+            if count >= MAX_DESCRIPTORS {
+                return Err(Refusal::Malformed);
+            }
             ends = !descriptor.has_next();
             let range = GuestRange {
                 address: descriptor.addr(),
@@ -222,9 +226,7 @@ impl Request {
             };
             // No overflow: the iterator ends a chain of more than 2^32 bytes (§2.7.5.2), with `ends` false.
             *total += range.len;
-            if list.len() <= MAX_RANGES {
-                list.push(range);
-            }
+            list.push(range);
         }
 
         let last = last_writable
@@ -245,9 +247,6 @@ impl Request {
         {
             return Err(Refusal::Malformed);
         }
-        if self.readable.len().max(self.writable.len()) > MAX_RANGES {
-            return Err(Refusal::TooManyRanges);
-        }
         Ok(readable_len)
     }
 
@@ -256,7 +255,7 @@ impl Request {
         if kind == Kind::Write && disk.read_only {
             return Err(Refusal::ReadOnly);
         }
-        if !len.is_multiple_of(disk.sector_size.bytes() as u32) {
+        if !len.is_multiple_of(disk.sector_size.bytes() as u32) || len > MAX_REQUEST {
             return Err(Refusal::BadLength(len));
         }
         self.add_zone(sector, len / SECTOR, disk)

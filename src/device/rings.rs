@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
-use vm_memory::GuestAddressSpace;
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 
 use super::disk::Disk;
 use super::guest::SharedMemory;
@@ -37,6 +37,7 @@ pub(super) struct Rings {
 
 impl Rings {
     pub(super) fn new(disk: Arc<Disk>, memory: SharedMemory, vrings: Vec<Vring>) -> Self {
+        sigbus::begin();
         let running = vrings.iter().map(|_| None).collect();
         Self {
             disk,
@@ -50,15 +51,28 @@ impl Rings {
     /// Stops the rings of `scope`: when it returns, nothing of theirs is in flight, and the vrings know how far they
     /// were served.
     pub(super) fn stop(&mut self, scope: Scope) {
-        for (index, running) in self.running.iter_mut().enumerate() {
-            if scope.contains(index)
-                && let Some(running) = running.take()
-            {
+        let in_scope = |&index: &usize| scope.contains(index);
+        // All are told before one is waited for, so that they drain together.
+        for index in (0..self.running.len()).filter(in_scope) {
+            self.running[index].iter().for_each(Running::tell_to_stop);
+        }
+        for index in (0..self.running.len()).filter(in_scope) {
+            if let Some(running) = self.running[index].take() {
                 let (ring, engine) = running.stop();
                 self.vrings[index].stopped(&ring);
-                self.engines.push(engine);
+                self.engines.extend(engine);
             }
         }
+    }
+
+    /// Takes into account that the handler has mapped other memory. Call it while all rings are stopped.
+    pub(super) fn memory_changed(&self) {
+        sigbus::protect(&self.memory.memory());
+    }
+
+    /// The number of memory regions that are mapped.
+    pub(super) fn memory_regions(&self) -> usize {
+        self.memory.memory().num_regions()
     }
 
     /// Starts every ring that the front-end wants served and that is not.
@@ -67,7 +81,6 @@ impl Rings {
     /// If there are no descriptors, threads or memory left to serve one. A ring that the driver set up wrongly is no
     /// error of the session: it rests.
     pub(super) fn start(&mut self) -> io::Result<()> {
-        sigbus::protect(&self.memory.memory());
         for (index, vring) in self.vrings.iter().enumerate() {
             if self.running[index].is_some() {
                 continue;

@@ -3,6 +3,7 @@
 
 #![allow(unsafe_code)] // Signals as a descriptor have no safe wrapper, and --fd hands over a bare number.
 
+use std::fmt;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -11,6 +12,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -50,15 +52,12 @@ pub enum ServeError {
 }
 
 /// A disk that is ready to be served.
-#[derive(Debug)]
 pub struct Server {
-    disk: Arc<Disk>,
-    num_queues: u16,
-    source: Source,
-    signals: OwnedFd,
+    manager: EventManager<Control>,
+    control: Control,
+    bound: Option<Bound>,
 }
 
-#[derive(Debug)]
 enum Source {
     Listener {
         listener: UnixListener,
@@ -68,65 +67,61 @@ enum Source {
 }
 
 impl Server {
-    /// Takes the socket, and makes sure that a queue can be served.
+    /// Makes sure that a queue can be served, and takes the socket last: where it is, all else is too.
     ///
     /// From here on SIGINT and SIGTERM wait for [`Server::run`]; call it while there is one thread.
     pub fn new(disk: Disk, num_queues: u16, endpoint: Endpoint) -> Result<Self, ServeError> {
         let disk = Arc::new(disk);
         drop(rings::engine(&disk).map_err(ServeError::IoUring)?);
+        let manager = EventManager::new().map_err(|error| ServeError::Control(io::Error::other(error)))?;
         let signals = signals().map_err(ServeError::Control)?;
+        let host = Host::new(disk, num_queues).map_err(ServeError::Control)?;
         let source = match endpoint {
-            Endpoint::Path(path) => {
-                let (listener, bound) = bind(&path)?;
-                Source::Listener {
-                    listener,
-                    bound: Some(bound),
-                }
-            }
+            Endpoint::Path(path) => bind(&path)?,
             Endpoint::Fd(fd) => inherited(fd).map_err(|source| ServeError::BadFd { fd, source })?,
         };
-        Ok(Self {
-            disk,
-            num_queues,
-            source,
-            signals,
-        })
-    }
-
-    /// Serves front-ends until SIGINT or SIGTERM, or until the only one leaves.
-    pub fn run(self) -> Result<(), ServeError> {
-        let control_error = |error: event_manager::Error| ServeError::Control(io::Error::other(error));
-        let (listener, first, bound) = match self.source {
+        let (listener, next, bound) = match source {
             Source::Listener { listener, bound } => {
                 listener.set_nonblocking(true).map_err(ServeError::Control)?;
                 (Some(listener), None, bound)
             }
             Source::Connected(stream) => (None, Some(stream), None),
         };
-        let mut control = Control {
-            host: Arc::new(Host {
-                disk: self.disk,
-                num_queues: self.num_queues,
-                link: Link::new().map_err(ServeError::Control)?,
-                ended: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-                    .map_err(|error| ServeError::Control(error.into()))?,
-            }),
+        let control = Control {
+            host: Arc::new(host),
             listener,
-            signals: self.signals,
+            signals,
             session: None,
-            next: None,
+            next,
             finished: false,
         };
-        if let Some(stream) = first {
-            control.begin(stream);
+        Ok(Self {
+            manager,
+            control,
+            bound,
+        })
+    }
+
+    /// Serves front-ends until SIGINT or SIGTERM, or until the only one leaves.
+    pub fn run(mut self) -> Result<(), ServeError> {
+        let control_error = |error: event_manager::Error| ServeError::Control(io::Error::other(error));
+        if let Some(stream) = self.control.next.take() {
+            self.control.begin(stream);
         }
-        let mut manager = EventManager::new().map_err(control_error)?;
-        let id = manager.add_subscriber(control);
-        while !manager.subscriber_mut(id).map_err(control_error)?.finished {
-            manager.run().map_err(control_error)?;
+        let id = self.manager.add_subscriber(self.control);
+        while !self.manager.subscriber_mut(id).map_err(control_error)?.finished {
+            self.manager.run().map_err(control_error)?;
         }
-        drop(bound);
+        drop(self.bound);
         Ok(())
+    }
+}
+
+impl fmt::Debug for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Server")
+            .field("control", &self.control)
+            .finish_non_exhaustive()
     }
 }
 
@@ -140,13 +135,25 @@ struct Host {
     ended: OwnedFd,
 }
 
+impl Host {
+    fn new(disk: Arc<Disk>, num_queues: u16) -> io::Result<Self> {
+        let ended = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Self {
+            disk,
+            num_queues,
+            link: Link::new()?,
+            ended,
+        })
+    }
+}
+
 #[derive(Debug)]
 struct Control {
     host: Arc<Host>,
     listener: Option<UnixListener>,
     signals: OwnedFd,
     session: Option<Session>,
-    /// A front-end that came while the one before was leaving.
+    /// A front-end that is to be served next: it came while the one before was leaving, or with the process.
     next: Option<UnixStream>,
     finished: bool,
 }
@@ -156,6 +163,9 @@ struct Session {
     stream: UnixStream,
     thread: JoinHandle<()>,
 }
+
+/// How long a front-end may leave a reply unread when the socket's buffer is full.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The numbers of the control thread's events.
 const SIGNAL: u32 = 0;
@@ -198,7 +208,7 @@ impl Control {
                 tracing::warn!(%error, "a front-end cannot be accepted");
                 // Out of descriptors: the connection waits, and must not keep this thread busy.
                 if error.kind() != io::ErrorKind::WouldBlock {
-                    std::thread::sleep(std::time::Duration::from_millis(100));
+                    std::thread::sleep(Duration::from_millis(100));
                 }
                 return;
             }
@@ -213,6 +223,8 @@ impl Control {
     fn begin(&mut self, stream: UnixStream) {
         let host = Arc::clone(&self.host);
         let session = stream.try_clone().and_then(|front_end| {
+            // A front-end that reads no replies must not hold up the end.
+            front_end.set_write_timeout(Some(REPLY_TIMEOUT))?;
             let thread = std::thread::Builder::new()
                 .name("session".into())
                 .spawn(move || {
@@ -232,7 +244,10 @@ impl Control {
         });
         match session {
             Ok(session) => self.session = Some(session),
-            Err(error) => tracing::error!(%error, "a front-end cannot be served"),
+            Err(error) => {
+                tracing::error!(%error, "a front-end cannot be served");
+                self.finished |= self.listener.is_none();
+            }
         }
     }
 
@@ -251,7 +266,9 @@ impl Control {
     fn stop(&mut self) {
         tracing::info!("stopping");
         if let Some(session) = self.session.take() {
-            let _ = session.stream.shutdown(std::net::Shutdown::Both);
+            // For the session this is the end of its messages. The front-end must not see an end before the rings are
+            // drained: it would take the used ring of that moment for the whole truth.
+            let _ = session.stream.shutdown(std::net::Shutdown::Read);
             let _ = session.thread.join();
         }
         self.finished = true;
@@ -284,7 +301,7 @@ fn inode(path: &Path) -> io::Result<(u64, u64)> {
 }
 
 /// Binds a socket, in the place of one that nobody listens on any more.
-fn bind(path: &Path) -> Result<(UnixListener, Bound), ServeError> {
+fn bind(path: &Path) -> Result<Source, ServeError> {
     let bind_error = |source| ServeError::Bind {
         path: path.into(),
         source,
@@ -306,13 +323,13 @@ fn bind(path: &Path) -> Result<(UnixListener, Bound), ServeError> {
     }
     .map_err(bind_error)?;
     let inode = inode(path).map_err(bind_error)?;
-    Ok((
+    Ok(Source::Listener {
         listener,
-        Bound {
+        bound: Some(Bound {
             path: path.into(),
             inode,
-        },
-    ))
+        }),
+    })
 }
 
 /// The socket that the process was started with.

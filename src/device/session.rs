@@ -4,7 +4,6 @@
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{Mode, OFlags};
@@ -43,14 +42,12 @@ pub(super) fn run(
     let backend = Arc::new(Backend {
         disk: Arc::clone(disk),
         num_queues,
-        acked_features: AtomicU64::new(0),
         channel: Mutex::new(None),
     });
     let (daemon, vrings) =
         vring::collect(|| VhostUserDaemon::new("vhost-user".into(), backend, memory.clone()));
     let mut daemon = daemon.map_err(SessionError::Handler)?;
-    daemon.start_client(&link.path()).map_err(SessionError::Handler)?;
-    let (handler, _) = link.listener.accept()?;
+    let handler = link.connect(&mut daemon)?;
 
     let mut rings = Rings::new(Arc::clone(disk), memory, vrings);
     let result = gate::relay(front_end, &handler, disk, &mut rings);
@@ -75,6 +72,7 @@ impl Link {
         let path = dir.join("link");
         let link = UnixListener::bind(&path).and_then(|listener| {
             let inode = rustix::fs::open(&path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+            listener.set_nonblocking(true)?;
             Ok(Self { listener, inode })
         });
         // The inode is all that is needed; its name goes at once.
@@ -83,8 +81,17 @@ impl Link {
         link
     }
 
-    fn path(&self) -> String {
-        format!("/proc/self/fd/{}", self.inode.as_raw_fd())
+    /// Starts the handler, and gives the gate's end of its connection.
+    fn connect(&self, daemon: &mut VhostUserDaemon<Arc<Backend>>) -> Result<UnixStream, SessionError> {
+        // A session that could not accept its handler, for want of descriptors, leaves that connection behind.
+        while self.listener.accept().is_ok() {}
+        let path = format!("/proc/self/fd/{}", self.inode.as_raw_fd());
+        daemon.start_client(&path).map_err(SessionError::Handler)?;
+        let accepted = self.listener.accept();
+        if accepted.is_err() {
+            daemon.request_shutdown();
+        }
+        Ok(accepted?.0)
     }
 }
 
@@ -101,14 +108,9 @@ fn tempdir() -> io::Result<std::path::PathBuf> {
 struct Backend {
     disk: Arc<Disk>,
     num_queues: u16,
-    /// What the driver acknowledged, but for the front-end's own bits.
-    acked_features: AtomicU64,
     /// The backend channel. Nothing is said on it yet, but it stays open: QEMU takes its end for an error.
     channel: Mutex<Option<BackendChannel>>,
 }
-
-/// VHOST_F_LOG_ALL: the front-end's, set and cleared while the driver runs on.
-const LOG_ALL: u64 = 1 << 26;
 
 impl VhostUserBackend for Backend {
     type Bitmap = ();
@@ -127,24 +129,17 @@ impl VhostUserBackend for Backend {
     }
 
     fn acked_features(&self, features: u64) {
-        let features = features & !LOG_ALL;
-        if self.acked_features.swap(features, Ordering::AcqRel) == features {
-            return;
-        }
-        // A driver that can neither flush nor choose the mode must find what it wrote after a crash (virtio 1.2
-        // §5.2.6.2): firmware and boot loaders are such drivers.
-        let write_cache = features & (1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_CONFIG_WCE) != 0;
-        if let Err(error) = self.disk.set_write_cache(write_cache) {
+        let has = |bit: u32| features & (1 << bit) != 0;
+        if let Err(error) = self
+            .disk
+            .driver_is(has(VIRTIO_BLK_F_CONFIG_WCE), has(VIRTIO_BLK_F_FLUSH))
+        {
             tracing::error!(%error, "what was written before cannot be put on stable storage");
         }
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
         config::protocol_features()
-    }
-
-    fn reset_device(&self) {
-        self.acked_features.store(0, Ordering::Release);
     }
 
     /// The handler sets it in the vrings, from where it comes to the workers.

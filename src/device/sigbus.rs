@@ -1,26 +1,46 @@
-//! A front-end can shrink the file of a memory region that we have mapped; to touch what is gone raises SIGBUS, which
-//! would end the process. The handler here puts an anonymous page in the place of the missing one, and the access goes
-//! on: what is read is zeros, what is written is lost, and both is the front-end's own doing. A SIGBUS anywhere else
-//! ends the process as ever. (Wayland compositors guard the pools that clients share with them the same way.)
+//! A front-end can shrink the file of a memory region that we have mapped, and a file system can have no page for it;
+//! to touch what is not there raises SIGBUS, which would end the process. The handler here puts an anonymous page in
+//! the place of the missing one, so that the access goes on, and notes that guest memory [was lost](is_lost): from then
+//! on nothing that was read from it may reach storage, and no request may be reported as done. Wayland compositors
+//! guard the pools that clients share with them the same way.
+//!
+//! Memory that fails (BUS_MCEERR_AR), and a SIGBUS anywhere else, end the process as ever. So does a lost huge page,
+//! which no small page can take the place of.
 
 #![allow(unsafe_code)] // A signal handler, and the mapping that it makes.
 
 use std::io;
 use std::sync::Once;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::storage::PAGE;
 
-/// The most regions that a front-end may have mapped: vhost-user-backend's limit.
-const MAX_REGIONS: usize = 512;
+/// The most regions that a front-end may have mapped: what vhost-user-backend tells it (GET_MAX_MEM_SLOTS).
+pub(super) const MAX_REGIONS: usize = 509;
 
 /// Where guest memory is mapped: start and end of each region, 0 and 0 where there is none. A signal handler may not
 /// take a lock.
 static REGIONS: [[AtomicUsize; 2]; MAX_REGIONS] = [const { [const { AtomicUsize::new(0) }; 2] }; MAX_REGIONS];
 
-/// Lets accesses to `memory` survive the loss of its pages. One front-end's memory is protected at a time.
+/// Whether a page of the guest's memory was missing since [`begin`].
+static LOST: AtomicBool = AtomicBool::new(false);
+
+/// Whether guest memory was lost in this session. An access that finds a page missing is followed by a true answer in
+/// the same thread.
+pub(super) fn is_lost() -> bool {
+    LOST.load(Ordering::SeqCst)
+}
+
+/// Begins a session: no memory, and none lost.
+pub(super) fn begin() {
+    protect(&GuestMemoryMmap::new());
+    LOST.store(false, Ordering::SeqCst);
+}
+
+/// Lets accesses to `memory` survive the loss of its pages. Call it while no ring runs; one front-end's memory is
+/// protected at a time.
 pub(super) fn protect(memory: &GuestMemoryMmap) {
     static INSTALLED: Once = Once::new();
     INSTALLED.call_once(|| {
@@ -34,8 +54,6 @@ pub(super) fn protect(memory: &GuestMemoryMmap) {
     });
     for slot in &REGIONS {
         let [start, end] = regions.next().unwrap_or_default();
-        // Emptied first, so that the handler never sees the start of one region with the end of another.
-        slot[1].store(0, Ordering::SeqCst);
         slot[0].store(start, Ordering::SeqCst);
         slot[1].store(end, Ordering::SeqCst);
     }
@@ -60,11 +78,13 @@ extern "C" fn handle(_signal: libc::c_int, info: *mut libc::siginfo_t, _context:
     let info = unsafe { &*info };
     // SAFETY: that of a SIGBUS has an address.
     let address = unsafe { info.si_addr() }.addr();
+    let is_missing = info.si_code == libc::BUS_ADRERR;
     let is_guest_memory = REGIONS.iter().any(|[start, end]| {
         let (start, end) = (start.load(Ordering::SeqCst), end.load(Ordering::SeqCst));
         (start..end).contains(&address)
     });
-    if is_guest_memory && replace(address & !(PAGE - 1)) {
+    if is_missing && is_guest_memory && replace(address & !(PAGE - 1)) {
+        LOST.store(true, Ordering::SeqCst);
         return;
     }
     // SAFETY: setting the default action is allowed in a handler; the access then faults once more, and ends us.
@@ -102,12 +122,15 @@ mod tests {
         let shrinking = file.try_clone().unwrap();
         let ranges = [(GuestAddress(0), 4 * PAGE, Some(FileOffset::new(file, 0)))];
         let memory = GuestMemoryMmap::<()>::from_ranges_with_files(ranges).unwrap();
+        begin();
         protect(&memory);
         memory.write_slice(&[7; 4 * PAGE], GuestAddress(0)).unwrap();
 
         ftruncate(&shrinking, PAGE as u64).unwrap();
+        assert!(!is_lost());
         let mut content = [1; 4 * PAGE];
         memory.read_slice(&mut content, GuestAddress(0)).unwrap();
+        assert!(is_lost());
         assert!(content[..PAGE].iter().all(|&byte| byte == 7));
         assert!(content[PAGE..].iter().all(|&byte| byte == 0));
         memory

@@ -9,10 +9,10 @@
 use std::cell::RefCell;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::MutexGuard;
 
-use rustix::fs::OFlags;
+use rustix::fs::FileType;
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::{Error, Queue, QueueT};
 use vm_memory::GuestAddressSpace;
@@ -55,8 +55,8 @@ impl Vring {
             return Err(StartError::NotInMemory);
         }
         let queue = Queue::try_from(queue.state()).map_err(StartError::Queue)?;
-        let kick = nonblocking_clone(kick)?;
-        let call = state.get_call().as_ref().map(nonblocking_clone).transpose()?;
+        let kick = clone_of(kick)?;
+        let call = state.get_call().as_ref().map(clone_of).transpose()?;
         Ok(Some(Ring {
             index,
             queue,
@@ -80,17 +80,22 @@ pub(super) enum StartError {
     NotInMemory,
     #[error("its size or addresses are not valid: {0}")]
     Queue(Error),
+    #[error("its kick or call is a file, not an eventfd")]
+    NotAnEventfd,
     #[error(transparent)]
     Io(#[from] io::Error),
 }
 
-/// A second descriptor of an eventfd, on which neither we nor a front-end that drains or fills it can be made to wait.
-fn nonblocking_clone(fd: &impl AsRawFd) -> io::Result<OwnedFd> {
+/// A second descriptor of a kick or call. It is the front-end's file as well, so its flags are left alone.
+fn clone_of(fd: &impl AsRawFd) -> Result<OwnedFd, StartError> {
     // SAFETY: the descriptor belongs to `fd`, which is borrowed meanwhile.
     let fd = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
     let fd = fd.try_clone_to_owned()?;
-    rustix::fs::fcntl_setfl(&fd, rustix::fs::fcntl_getfl(fd.as_fd())? | OFlags::NONBLOCK)?;
-    Ok(fd)
+    // A file that is always readable would keep the worker awake for ever. An eventfd has no type.
+    match FileType::from_raw_mode(rustix::fs::fstat(&fd).map_err(io::Error::from)?.st_mode) {
+        FileType::Unknown | FileType::Fifo | FileType::Socket => Ok(fd),
+        _ => Err(StartError::NotAnEventfd),
+    }
 }
 
 impl<'a> VringStateGuard<'a, SharedMemory> for Vring {

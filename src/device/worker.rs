@@ -13,22 +13,25 @@
 //! A [`Ring`] comes to the worker by value when the front-end starts it and goes back by value when it is stopped,
 //! with nothing in flight: whoever wants to change what I/O stands on has to have the ring, and so has drained it.
 //! Memory is bounded by the pool, the table of requests and [`super::request`]'s limits; when one is exhausted, chains
-//! wait in the available ring.
+//! wait in the available ring. So is the time that a stop takes: by what is in flight and the rest of one request.
 
-use std::collections::VecDeque;
-use std::io;
+use std::fmt::Display;
+use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::fs::OFlags;
+use rustix::io::{Errno, ReadWriteFlags};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Permissions, VolatileSlice};
 
 use super::disk::Disk;
 use super::guest::{Memory, Pieces, Position, pieces};
 use super::request::{Kind, Refusal, Request, Status};
+use super::sigbus;
 use crate::cipher::Sector;
 use crate::storage::{Buffer, Done, Engine, Event, PAGE};
 use crate::volume::segment::Extent;
@@ -59,7 +62,7 @@ pub(super) struct Ring {
 /// A virtqueue that is being served.
 #[derive(Debug)]
 pub(super) struct Running {
-    thread: JoinHandle<(Ring, Engine<Piece>)>,
+    thread: JoinHandle<(Ring, Option<Engine<Piece>>)>,
     stop: OwnedFd,
 }
 
@@ -77,12 +80,20 @@ impl Running {
         Ok(Self { thread, stop })
     }
 
-    /// Takes no more chains, waits for what is in flight, and gives the ring back.
-    pub(super) fn stop(self) -> (Ring, Engine<Piece>) {
-        rustix::io::write(&self.stop, &1_u64.to_ne_bytes()).expect("an eventfd at 0 takes a 1");
-        self.thread
-            .join()
-            .expect("a worker that panics aborts the process")
+    /// Has it take no more chains.
+    pub(super) fn tell_to_stop(&self) {
+        // A count that is full has told it already.
+        let _ = rustix::io::write(&self.stop, &1_u64.to_ne_bytes());
+    }
+
+    /// Has it take no more chains, waits for what is in flight, and gives the ring back, and the engine unless it failed.
+    pub(super) fn stop(self) -> (Ring, Option<Engine<Piece>>) {
+        self.tell_to_stop();
+        match self.thread.join() {
+            Ok(stopped) => stopped,
+            // Only where panics unwind, in tests.
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
     }
 }
 
@@ -184,12 +195,14 @@ struct Worker {
     engine: Engine<Piece>,
     tasks: Vec<Task>,
     vacant: Vec<u16>,
-    /// Tasks with something left to issue, oldest first.
-    to_issue: VecDeque<u16>,
+    /// The task that is being issued, if the pool was exhausted in the middle of it; no other is taken before.
+    current: Option<u16>,
     /// A bit for each head that is in hand.
     heads: Vec<u64>,
     /// The zeros that write-zeroes encrypts.
     zeros: Vec<u8>,
+    /// Whether a write to the call may block, because the front-end made it so.
+    call_blocks: bool,
     /// Whether something was put into the used ring since the driver was last notified.
     published: bool,
     stopping: bool,
@@ -200,6 +213,11 @@ struct Worker {
 
 impl Worker {
     fn new(ring: Ring, disk: Arc<Disk>, engine: Engine<Piece>) -> Self {
+        let flags = ring
+            .call
+            .as_ref()
+            .and_then(|call| rustix::fs::fcntl_getfl(call).ok());
+        let call_blocks = flags.is_some_and(|flags| !flags.contains(OFlags::NONBLOCK));
         let heads = vec![0; usize::from(ring.queue.size()).div_ceil(u64::BITS as usize)];
         Self {
             ring,
@@ -207,9 +225,10 @@ impl Worker {
             engine,
             tasks: Vec::new(),
             vacant: Vec::new(),
-            to_issue: VecDeque::with_capacity(MAX_REQUESTS),
+            current: None,
             heads,
             zeros: vec![0; PAGE],
+            call_blocks,
             published: false,
             stopping: false,
             broken: false,
@@ -217,13 +236,12 @@ impl Worker {
         }
     }
 
-    fn serve(mut self, stop: &OwnedFd) -> (Ring, Engine<Piece>) {
+    fn serve(mut self, stop: &OwnedFd) -> (Ring, Option<Engine<Piece>>) {
         self.engine.watch(KICK, self.ring.kick.as_fd());
         self.engine.watch(STOP, stop.as_fd());
         while !(self.stopping && self.is_idle()) {
             let completed = self.complete();
             let taken = self.take();
-            self.issue();
             self.notify();
             if completed || taken {
                 self.enter(Engine::submit);
@@ -231,14 +249,22 @@ impl Worker {
                 self.enter(Engine::wait);
             }
         }
-        self.enter(Engine::unwatch);
-        (self.ring, self.engine)
+        // An engine that still watches would wake the next worker for this one's kicks.
+        match self.engine.unwatch() {
+            Ok(()) => (self.ring, Some(self.engine)),
+            Err(_) => (self.ring, None),
+        }
     }
 
-    /// Takes chains off the available ring while there is room for requests.
+    /// Takes chains off the available ring and issues them, while there is room: no more than a queue full in a round,
+    /// since a driver that gets chains back can offer them again for ever.
     fn take(&mut self) -> bool {
+        if let Some(place) = self.current.take() {
+            self.issue(place);
+        }
         let mut taken = false;
-        while let Some(place) = self.vacant_place() {
+        for _ in 0..self.ring.queue.size() {
+            let Some(place) = self.vacant_place() else { break };
             let chain = match self
                 .ring
                 .queue
@@ -268,7 +294,7 @@ impl Worker {
             match task.request.parse(chain, &self.ring.memory, &self.disk) {
                 Ok(()) => {
                     task.begin();
-                    self.to_issue.push_back(place);
+                    self.issue(place);
                 }
                 Err(refusal) => self.refuse(place, refusal),
             }
@@ -276,27 +302,25 @@ impl Worker {
         taken
     }
 
-    /// Issues what can be issued, oldest first, until the pool is exhausted.
-    fn issue(&mut self) {
-        while let Some(&place) = self.to_issue.front() {
-            let all_issued = match self.task(place).request.kind {
-                Kind::Read | Kind::Write | Kind::WriteZeroes => self.issue_transfers(place),
-                Kind::Flush => self.issue_flush(place),
-                Kind::Discard => self.issue_discards(place),
-                Kind::Id => {
-                    let task = &mut self.tasks[usize::from(place)];
-                    task.written = task.request.write_id(&self.ring.memory, &self.disk.serial);
-                    true
-                }
-            };
-            if !all_issued {
-                break;
+    /// Issues what is left of a request; it becomes the current one if the pool is exhausted before its end.
+    fn issue(&mut self, place: u16) {
+        let all_issued = match self.task(place).request.kind {
+            Kind::Read | Kind::Write | Kind::WriteZeroes => self.issue_transfers(place),
+            Kind::Flush => self.issue_flush(place),
+            Kind::Discard => self.issue_discards(place),
+            Kind::Id => {
+                let task = &mut self.tasks[usize::from(place)];
+                task.written = task.request.write_id(&self.ring.memory, &self.disk.serial);
+                true
             }
-            self.to_issue.pop_front();
-            self.task(place).all_issued = true;
-            if self.task(place).in_flight == 0 {
-                self.finish(place);
-            }
+        };
+        if !all_issued {
+            self.current = Some(place);
+            return;
+        }
+        self.task(place).all_issued = true;
+        if self.task(place).in_flight == 0 {
+            self.finish(place);
         }
     }
 
@@ -355,7 +379,7 @@ impl Worker {
         extent
             .treatment
             .seal(extent.iv, &plain, self.engine.bytes_mut(buffer));
-        Ok(())
+        memory_is_whole()
     }
 
     fn issue_flush(&mut self, place: u16) -> bool {
@@ -401,14 +425,22 @@ impl Worker {
             any = true;
             match event {
                 Event::Done(done) => self.land(done),
-                // The count says nothing; the driver may have kicked for what was taken already.
-                Event::Ready(KICK) => {
-                    let _ = rustix::io::read(&self.ring.kick, &mut [0; 8]);
-                }
+                Event::Ready(KICK) => self.consume_kick(),
                 Event::Ready(_) => self.stopping = true,
             }
         }
         any
+    }
+
+    /// Resets the kick. Its count says nothing: the driver may have kicked for what was taken already.
+    fn consume_kick(&mut self) {
+        let mut count = [0; 8];
+        // Without waiting, if somebody else was faster, whatever the front-end's flags say.
+        let buffers = &mut [IoSliceMut::new(&mut count)];
+        match rustix::io::preadv2(&self.ring.kick, buffers, u64::MAX, ReadWriteFlags::NOWAIT) {
+            Ok(8) | Err(Errno::AGAIN | Errno::INTR) => {}
+            result => self.retire(&format_args!("its kick cannot be read: {result:?}")),
+        }
     }
 
     /// A piece has ended: a read's data goes to the guest, and the request may be finished.
@@ -455,7 +487,7 @@ impl Worker {
                 .treatment
                 .open(extent.iv, self.engine.bytes(buffer), &plain);
         }
-        Ok(())
+        memory_is_whole()
     }
 
     fn fail(&mut self, place: u16, error: &io::Error) {
@@ -480,7 +512,6 @@ impl Worker {
         tracing::debug!(queue = self.ring.index, %refusal, "request refused");
         match refusal.status() {
             Some(status) => {
-                self.task(place).begin();
                 self.task(place).fail(status);
                 self.finish(place);
             }
@@ -515,7 +546,9 @@ impl Worker {
         }
         match self.ring.queue.needs_notification(&*self.ring.memory) {
             Ok(true) => {
-                if let Some(call) = &self.ring.call {
+                if let Some(call) = &self.ring.call
+                    && (!self.call_blocks || is_writable(call))
+                {
                     // A full counter has notified already.
                     let _ = rustix::io::write(call, &1_u64.to_ne_bytes());
                 }
@@ -540,16 +573,16 @@ impl Worker {
     }
 
     /// A ring that makes no sense is served no more until it is set up anew; other rings go on.
-    fn retire(&mut self, error: &virtio_queue::Error) {
+    fn retire(&mut self, reason: &dyn Display) {
         if !self.broken {
             self.broken = true;
-            tracing::warn!(queue = self.ring.index, %error, "the driver broke this queue; it rests until it is reset");
+            tracing::warn!(queue = self.ring.index, %reason, "the driver broke this queue; it rests until it is reset");
         }
     }
 
     /// A place for one more request, or none while no chain is to be taken.
     fn vacant_place(&mut self) -> Option<u16> {
-        if self.broken || self.stopping {
+        if self.broken || self.stopping || self.current.is_some() {
             return None;
         }
         if self.vacant.is_empty() && self.tasks.len() < MAX_REQUESTS {
@@ -560,7 +593,7 @@ impl Worker {
     }
 
     fn is_idle(&self) -> bool {
-        self.engine.in_flight() == 0 && self.to_issue.is_empty()
+        self.engine.in_flight() == 0 && self.current.is_none()
     }
 
     fn task(&mut self, place: u16) -> &mut Task {
@@ -585,6 +618,18 @@ fn zeros(page: &mut [u8], len: usize) -> Pieces<'_> {
     let mut pieces: Pieces<'_> = std::iter::repeat_n(page, len / page_len).collect();
     pieces.extend(page.subslice(0, len % page_len));
     pieces
+}
+
+/// Fails when the data that were just copied from or to guest memory were not all there.
+fn memory_is_whole() -> io::Result<()> {
+    if sigbus::is_lost() {
+        return Err(io::Error::other("the front-end has taken guest memory away"));
+    }
+    Ok(())
+}
+
+fn is_writable(fd: &OwnedFd) -> bool {
+    poll(&mut [PollFd::new(fd, PollFlags::OUT)], Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
 }
 
 fn bit(head: u16) -> u64 {

@@ -15,7 +15,7 @@ use aes_gcm::aead::inout::InOutBuf;
 use aes_gcm::{AeadInOut, Aes256Gcm, KeyInit, Nonce, Tag};
 
 use super::Binding;
-use super::arena::{ArenaError, SecretBox, SecretBytes};
+use super::arena::{ArenaError, SecretBox, SecretBytes, on_wiped_stack};
 
 /// The length of a KEK, in bytes.
 pub(super) const KEK_LEN: usize = 32;
@@ -48,8 +48,8 @@ pub(super) fn wrap(
     let (nonce, ciphertext) = wrapped[1..].split_at_mut(NONCE_LEN);
     getrandom::fill(nonce).map_err(ArenaError::Random)?;
     let buffers = InOutBuf::new(secret, ciphertext).expect("both are as long as the secret");
-    let tag = gcm(kek)?
-        .encrypt_inout_detached(&nonce_of(nonce), &associated_data(binding), buffers)
+    let (gcm, nonce) = (gcm(kek)?, nonce_of(nonce));
+    let tag = on_wiped_stack(|| gcm.encrypt_inout_detached(&nonce, &associated_data(binding), buffers))
         .expect("a secret in memory is shorter than AES-GCM's limit of 64 GiB");
     wrapped.extend_from_slice(&tag);
     Ok(wrapped)
@@ -70,8 +70,8 @@ pub(super) fn unwrap(
     let tag = Tag::try_from(tag).expect("it was split off at this length");
     let mut secret = SecretBytes::zeroed(ciphertext.len())?;
     let buffers = InOutBuf::new(ciphertext, &mut secret).expect("both are as long as the ciphertext");
-    gcm(kek)?
-        .decrypt_inout_detached(&nonce_of(nonce), &associated_data(binding), buffers, &tag)
+    let (gcm, nonce) = (gcm(kek)?, nonce_of(nonce));
+    on_wiped_stack(|| gcm.decrypt_inout_detached(&nonce, &associated_data(binding), buffers, &tag))
         .map_err(|_| UnwrapError::Unauthentic)?;
     Ok(secret)
 }

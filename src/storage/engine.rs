@@ -48,7 +48,7 @@ pub struct Engine<C> {
     vacant: Vec<u32>,
     /// Operations in flight that hold no buffer.
     without_data: u32,
-    watches: [Option<Watch>; WATCHES],
+    watches: [Option<types::Fd>; WATCHES],
     /// What ended without passing through the ring.
     ended: Vec<Done<C>>,
 }
@@ -58,6 +58,9 @@ const WATCHES: usize = 2;
 
 /// The most operations without data in flight, beyond which they are refused: flushes and discards.
 const WITHOUT_DATA: u32 = 64;
+
+/// The most entries beside operations that wait to be submitted: each watch armed, and cancelled.
+const CONTROL: u32 = 2 * WATCHES as u32;
 
 /// `user_data` of a watch is this plus its number; of an operation, its place in `flights`.
 const WATCH: u64 = 1 << 32;
@@ -81,11 +84,6 @@ enum Operation {
     Discard { offset: u64, len: u64 },
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Watch {
-    fd: types::Fd,
-}
-
 impl<C> Engine<C> {
     /// Sets up a ring for `file` with a pool of `pages` pages.
     ///
@@ -100,7 +98,7 @@ impl<C> Engine<C> {
             .setup_coop_taskrun()
             .setup_submit_all()
             .setup_cqsize((2 * places).next_power_of_two())
-            .build(places.next_power_of_two())?;
+            .build((places + CONTROL).next_power_of_two())?;
         ring.submitter().register_files(&[file.as_fd().as_raw_fd()])?;
         // SAFETY: the region stays mapped until the ring is gone: `Drop` takes care of the order.
         let registered = unsafe { ring.submitter().register_buffers(&[pool.region()]) };
@@ -168,7 +166,8 @@ impl<C> Engine<C> {
 
     /// Whether a flush or a discard would be accepted now; completions make room.
     pub fn has_room_without_data(&self) -> bool {
-        self.without_data < WITHOUT_DATA
+        // A device's discard has blocked this queue already: one a round.
+        self.without_data < WITHOUT_DATA && self.ended.is_empty()
     }
 
     /// Puts on stable storage all that was written by operations that ended before this one began.
@@ -213,9 +212,7 @@ impl<C> Engine<C> {
     /// Has [`Event::Ready`] come whenever `fd` becomes readable, until [`Engine::unwatch`]. The caller keeps `fd` open
     /// until then.
     pub fn watch(&mut self, number: u32, fd: BorrowedFd<'_>) {
-        self.watches[number as usize] = Some(Watch {
-            fd: types::Fd(fd.as_raw_fd()),
-        });
+        self.watches[number as usize] = Some(types::Fd(fd.as_raw_fd()));
         self.arm(number);
     }
 
@@ -230,7 +227,7 @@ impl<C> Engine<C> {
                 self.push(&entry);
                 let mut cancelled = false;
                 while !cancelled {
-                    self.ring.submit_and_wait(1)?;
+                    enter(|| self.ring.submit_and_wait(1))?;
                     let ids: Vec<u64> = self.ring.completion().map(|entry| entry.user_data()).collect();
                     cancelled = ids.contains(&CANCEL);
                 }
@@ -271,11 +268,15 @@ impl<C> Engine<C> {
             }
             if id >= WATCH {
                 let number = (id - WATCH) as u32;
-                // A multishot poll ends when the completion queue overflows, or when its descriptor is not pollable.
-                if !cqueue::more(entry.flags())
-                    && self.watches[number as usize].is_some()
-                    && entry.result() >= 0
-                {
+                if entry.result() < 0 {
+                    // Cancelled, or never watched.
+                    if self.watches[number as usize].take().is_some() {
+                        tracing::warn!(number, result = entry.result(), "a descriptor cannot be watched");
+                    }
+                    continue;
+                }
+                // A multishot poll ends when the completion queue overflows.
+                if !cqueue::more(entry.flags()) {
                     self.arm(number);
                 }
                 return Some(Event::Ready(number));
@@ -287,8 +288,8 @@ impl<C> Engine<C> {
     }
 
     fn arm(&mut self, number: u32) {
-        if let Some(watch) = self.watches[number as usize] {
-            let entry = opcode::PollAdd::new(watch.fd, libc::POLLIN as u32)
+        if let Some(fd) = self.watches[number as usize] {
+            let entry = opcode::PollAdd::new(fd, libc::POLLIN as u32)
                 .multi(true)
                 .build()
                 .user_data(WATCH + u64::from(number));
@@ -352,18 +353,10 @@ impl<C> Engine<C> {
     }
 
     fn push(&mut self, entry: &squeue::Entry) {
-        loop {
-            // SAFETY: what the entry points to is owned by `flights` until its completion, or is a watched
-            // descriptor; `Drop` waits for both.
-            if unsafe { self.ring.submission().push(entry) }.is_ok() {
-                return;
-            }
-            // The queue has room for every operation, so it is full only of entries not handed over yet.
-            if let Err(error) = self.submit() {
-                tracing::error!(%error, "io_uring takes no submissions; retrying");
-                std::thread::yield_now();
-            }
-        }
+        // SAFETY: what the entry points to is owned by `flights` until its completion, or is a watched descriptor;
+        // `Drop` waits for both.
+        let pushed = unsafe { self.ring.submission().push(entry) };
+        pushed.expect("the queue was made to hold every operation and every watch");
     }
 
     /// Takes a completion into account: the end of the operation, or none if it goes on.

@@ -100,15 +100,22 @@ impl Pool {
     }
 
     /// Where the buffer lies, for the kernel.
+    ///
+    /// # Panics
+    /// If the buffer lies beyond the pool's end, so that it cannot be of this pool.
     pub(super) fn address(&self, buffer: &Buffer) -> *mut u8 {
-        // SAFETY: a buffer of this pool lies within its mapping.
+        assert!(
+            buffer.first_page + buffer.pages <= self.pages,
+            "a buffer of another pool"
+        );
+        // SAFETY: just above, the buffer was found to lie within the mapping.
         unsafe { self.memory.as_ptr().add(buffer.offset()) }
     }
 
     /// The bytes of a buffer.
     pub(super) fn bytes(&self, buffer: &Buffer) -> &[u8] {
-        // SAFETY: the pages are mapped, initialised by the kernel, and belong to `buffer`, which is owned by the
-        // caller and so neither in flight nor borrowed mutably while `self` is borrowed.
+        // SAFETY: the pages are mapped and initialised by the kernel. They belong to `buffer`, which its owner took from
+        // this pool (a worker has one) and has not handed to the kernel, which would have taken it by value.
         unsafe { std::slice::from_raw_parts(self.address(buffer), buffer.len()) }
     }
 
