@@ -355,6 +355,29 @@ fn memory_can_be_plugged_and_unplugged_under_load() {
 }
 
 #[test]
+fn a_buffer_may_straddle_dozens_of_regions_that_were_plugged_one_by_one() {
+    let server = Server::new();
+    let mut driver = two_queues(&server);
+    let bytes = fill(&mut driver, PIECE);
+    let regions: Vec<Region> = (0..200).map(|i| Region::create(HOLE + i * 4096, 4096)).collect();
+    for region in &regions {
+        driver.frontend.add_region(region);
+    }
+    // Into the middle of one region, over the 15 after it, to the middle of the 17th.
+    let chain = read_to(&driver, SEAM + 4096, HOLE + 100 * 4096 + 2048);
+    assert_eq!(driver.run_chain(&chain).len, PIECE as u32 + 1);
+    let whole: Vec<u8> = regions.iter().flat_map(Region::bytes).collect();
+    assert!(whole[100 * 4096 + 2048..][..PIECE] == bytes);
+    assert!(whole[..100 * 4096 + 2048].iter().all(|&byte| byte == 0));
+    assert!(whole[100 * 4096 + 2048 + PIECE..].iter().all(|&byte| byte == 0));
+    for region in &regions {
+        driver.frontend.remove_region(region);
+    }
+    server.still_serves_both(driver);
+    server.wait_idle();
+}
+
+#[test]
 fn region_that_is_removed_is_written_to_no_more() {
     let server = Server::new();
     let mut driver = two_queues(&server);

@@ -113,6 +113,59 @@ fn server_on_a_connection_that_it_was_given_ends_with_it() {
     assert!(ended.status.success(), "{ended:?}");
 }
 
+#[test]
+fn sixty_four_queues_are_served() {
+    let server = Server::of(Volume::new(), &["--num-queues", "64"]);
+    let setup = Setup {
+        queues: 64,
+        queue_size: 16,
+        ..Setup::default()
+    };
+    for _ in 0..2 {
+        let mut driver = server.connect_with(setup);
+        for queue in 0..64 {
+            driver.submit(queue, T_IN, queue as u64, Data::In(SECTOR));
+        }
+        for queue in 0..64 {
+            assert_eq!(driver.queues[queue].wait_used().len, SECTOR as u32 + 1);
+        }
+        drop(driver);
+        server.wait_idle();
+    }
+}
+
+#[test]
+fn little_locked_memory_costs_speed_and_not_service() {
+    let volume = Volume::new();
+    let socket = volume.beside("limited.sock");
+    let command = serve(&volume, &socket, &[]);
+    // As root, without the capability that lifts the limit.
+    let as_root = r#"ulimit -l 2048; exec setpriv --bounding-set=-ipc_lock "$@""#;
+    let as_user = r#"ulimit -l 2048; exec "$@""#;
+    let script = if rustix::process::geteuid().is_root() {
+        as_root
+    } else {
+        as_user
+    };
+    let mut limited = Command::new("sh");
+    limited
+        .args(["-c", script, "sh"])
+        .arg(command.get_program())
+        .args(command.get_args());
+    let mut process = Process::spawn(&mut limited);
+    Driver::with(
+        &socket,
+        Setup {
+            queues: 4,
+            ..Setup::default()
+        },
+    )
+    .still_serves();
+    process.wait_stderr("locked-memory limit");
+    process.signal(rustix::process::Signal::TERM);
+    assert!(process.wait().status.success());
+}
+
 /// `sealblk serve --fd 9`, where 9 is the given descriptor: it is passed as standard input and put there by a shell.
 fn spawn_with_fd(volume: &Volume, fd: OwnedFd) -> Process {
     let direct = serve(volume, "unused".as_ref(), &[]);
