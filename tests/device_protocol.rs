@@ -15,6 +15,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 /// How far a session has come when the nonsense arrives.
 #[derive(Debug, Clone, Copy)]
@@ -378,6 +379,13 @@ fn call_descriptor_that_blocks_does_not_hang_the_device() {
     driver.frontend.stop_vring(0);
     drop(driver);
     server.still_serves();
+
+    // Nor does it keep the server from ending.
+    let mut driver = server.connect();
+    driver
+        .frontend
+        .tell(SET_VRING_CALL, &0u64.to_ne_bytes(), &[full.as_fd()]);
+    driver.submit(0, T_IN, 0, Data::In(SECTOR));
     server.stop();
 }
 
@@ -415,6 +423,35 @@ fn kick_descriptor_that_blocks_does_not_hang_the_device() {
     drop(driver);
     server.still_serves();
     server.stop();
+}
+
+#[test]
+fn kick_descriptor_that_is_always_ready_does_not_keep_the_device_busy() {
+    let server = Server::new();
+    let (hung_up, other) = std::io::pipe().unwrap();
+    drop(other);
+    let (unread, mut other) = std::io::pipe().unwrap();
+    std::io::Write::write_all(&mut other, &[1; 4096]).unwrap();
+    for kick in [hung_up, unread] {
+        let mut driver = Driver::unstarted(Frontend::connect(server.socket()), Setup::default());
+        driver.frontend.set_vring(&driver.queues[0], &driver.memory, 0);
+        // Refused at once, or taken.
+        if driver
+            .frontend
+            .try_tell(SET_VRING_KICK, &0u64.to_ne_bytes(), &[kick.as_fd()])
+            == Some(0)
+        {
+            driver.frontend.enable(0, true);
+            std::thread::sleep(Duration::from_millis(100));
+            let before = server.process.ticks();
+            std::thread::sleep(Duration::from_millis(300));
+            let used = server.process.ticks() - before;
+            assert!(used <= 5, "{used} ticks in 0.3 seconds");
+            driver.queue().kick();
+        }
+        drop(driver);
+        server.still_serves();
+    }
 }
 
 // ---- order and range

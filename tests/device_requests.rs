@@ -19,6 +19,7 @@ use common::{Random, pattern};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use vm_memory::{Bytes, GuestAddress};
 
 fn start() -> (Server, Driver) {
@@ -698,17 +699,8 @@ fn the_header_is_read_once() {
     driver.write(8, &eight);
     let (request, buffers) = driver.build(T_IN, 0, Data::In(8 * SECTOR));
 
-    // A thread changes the sector between two that are served and one that is beyond the capacity.
-    let stop = Arc::new(AtomicBool::new(false));
-    let (map, stopped) = (driver.memory.map(), stop.clone());
-    let flipper = std::thread::spawn(move || {
-        while !stopped.load(Ordering::Relaxed) {
-            for sector in [0u64, 8, u64::MAX - 3] {
-                map.store(sector, GuestAddress(request.header + 8), Ordering::Relaxed)
-                    .unwrap();
-            }
-        }
-    });
+    // Two sectors that are served and one that is beyond the capacity.
+    let flipper = Flipper::start(&driver, request.header + 8, vec![0, 8, u64::MAX - 3]);
     let (mut good, mut bad) = (0, 0);
     for round in 0..1000 {
         driver.memory.write(request.data, &Driver::untouched(8 * SECTOR));
@@ -729,10 +721,121 @@ fn the_header_is_read_once() {
             }
         }
     }
-    stop.store(true, Ordering::Relaxed);
-    flipper.join().unwrap();
+    drop(flipper);
     println!("{good} read, {bad} refused");
     server.still_serves_both(driver);
+}
+
+#[test]
+fn the_segments_of_a_request_are_read_once() {
+    let (server, mut driver) = start();
+    let capacity = driver.capacity();
+    let bytes = pattern(18, 16 * SECTOR);
+    let (request, buffers) = driver.build(T_WRITE_ZEROES, 0, Data::Out(&range_bytes(&[(0, 8, 0)])));
+    let flipper = Flipper::start(&driver, buffers[1].addr, vec![0, 8, capacity - 4, u64::MAX - 3]);
+    for round in 0..300 {
+        driver.write(0, &bytes);
+        driver.run_chain(&buffers);
+        let now = driver.read(0, 16 * SECTOR);
+        let mut first = bytes.clone();
+        first[..8 * SECTOR].fill(0);
+        let mut second = bytes.clone();
+        second[8 * SECTOR..].fill(0);
+        match driver.memory.read(request.status, 1)[0] {
+            S_OK => assert!(
+                now == first || now == second,
+                "round {round}: neither range alone was zeroed"
+            ),
+            status => assert!(status == S_IOERR && now == bytes, "round {round}: {status}"),
+        }
+    }
+    drop(flipper);
+    server.still_serves_both(driver);
+}
+
+#[test]
+fn descriptors_may_change_under_the_device() {
+    let (server, mut driver) = start();
+    let (zero, eight) = (pattern(19, 8 * SECTOR), pattern(20, 8 * SECTOR));
+    driver.write(0, &zero);
+    driver.write(8, &eight);
+    for kind in [T_IN, T_OUT] {
+        let data = if kind == T_IN {
+            Data::In(8 * SECTOR)
+        } else {
+            Data::Out(&zero)
+        };
+        let (_, buffers) = driver.build(kind, 0, data);
+        let head = driver.queue().chain(&buffers);
+        let table = driver.queue().desc;
+        // The chain's descriptors are the highest ones of the table, in order downwards.
+        let second = table + 16 * u64::from(head - 1);
+        let flags = if kind == T_IN {
+            DESC_NEXT | DESC_WRITE
+        } else {
+            DESC_NEXT
+        };
+        let tail = |len: u64, flags: u16, next: u64| len | u64::from(flags) << 32 | next << 48;
+        let next = u64::from(head - 2);
+        let addresses = Flipper::start(&driver, second, vec![buffers[1].addr, HOLE, END - 512, u64::MAX]);
+        let tails = Flipper::start(
+            &driver,
+            second + 8,
+            vec![
+                tail(4096, flags, next),
+                tail(u64::from(u32::MAX), flags, next),
+                tail(4096, flags ^ DESC_WRITE, next),
+                tail(4096, flags, u64::from(head)),
+                tail(4096, DESC_INDIRECT, 0),
+                tail(0, 0, 0),
+            ],
+        );
+        for _ in 0..500 {
+            let queue = driver.queue();
+            queue.offer(&[head]);
+            queue.kick_if_asked(1);
+            let used = queue.wait_used();
+            assert!(used.head == head && used.len <= 4097, "{used:?}");
+            driver.memory.check_guards();
+        }
+        drop((addresses, tails));
+    }
+    // Only sectors that were written to can have changed.
+    assert!(driver.read(8, 8 * SECTOR) == eight);
+    drop(driver);
+    server.still_serves();
+}
+
+/// A thread that writes one value after the other to a place in guest memory, until it is dropped.
+struct Flipper {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Flipper {
+    fn start(driver: &Driver, at: u64, values: Vec<u64>) -> Self {
+        let (map, stop) = (driver.memory.map(), Arc::new(AtomicBool::new(false)));
+        let stopped = stop.clone();
+        let thread = std::thread::spawn(move || {
+            while !stopped.load(Ordering::Relaxed) {
+                for &value in &values {
+                    map.store(value, GuestAddress(at), Ordering::Relaxed).unwrap();
+                }
+            }
+            map.store(values[0], GuestAddress(at), Ordering::Relaxed).unwrap();
+        });
+        Flipper {
+            stop,
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for Flipper {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let _ = self.thread.take().unwrap().join();
+    }
 }
 
 // ---- rings
@@ -806,6 +909,33 @@ fn no_completion_is_lost_when_kicks_and_calls_are_suppressed() {
             queue.kick_if_asked(batch);
             for used in queue.wait_used_many(heads.len()) {
                 assert_eq!(used.len, SECTOR as u32 + 1);
+            }
+        }
+        assert_eq!(driver.memory.read(read.status, 1), [S_OK]);
+        driver.still_serves();
+    }
+}
+
+#[test]
+fn no_kick_is_lost_when_the_device_is_about_to_sleep() {
+    let server = Server::new();
+    for event_idx in [F_EVENT_IDX, 0] {
+        let features = !F_EVENT_IDX | event_idx;
+        let mut driver = server.connect_with(Setup {
+            features,
+            ..Setup::default()
+        });
+        let (_, buffers) = driver.build(T_FLUSH, 0, Data::None);
+        let (read, read_buffers) = driver.build(T_IN, 0, Data::In(SECTOR));
+        let mut random = Random::new(21);
+        for round in 0..2000 {
+            let head = driver
+                .queue()
+                .chain(if round % 8 == 0 { &buffers } else { &read_buffers });
+            driver.run_head(head);
+            // The next one comes after any time that it may take to fall asleep.
+            for _ in 0..random.below(3000) {
+                std::hint::spin_loop();
             }
         }
         assert_eq!(driver.memory.read(read.status, 1), [S_OK]);

@@ -11,6 +11,7 @@ use common::volume::Volume;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Command;
+use std::time::Duration;
 
 /// One session in one of the ways in which sessions end.
 fn session(server: &Server, way: usize) {
@@ -111,6 +112,27 @@ fn server_on_a_connection_that_it_was_given_ends_with_it() {
     drop(driver);
     let ended = process.wait();
     assert!(ended.status.success(), "{ended:?}");
+}
+
+#[test]
+fn idle_server_uses_no_processor_time() {
+    let server = Server::new();
+    let idle = || {
+        std::thread::sleep(Duration::from_millis(50));
+        let before = server.process.ticks();
+        std::thread::sleep(Duration::from_millis(500));
+        let used = server.process.ticks() - before;
+        assert!(used <= 1, "{used} ticks in half a second");
+    };
+    idle();
+    let mut driver = server.connect_with(Setup {
+        queues: 4,
+        ..Setup::default()
+    });
+    driver.still_serves();
+    idle();
+    drop(driver);
+    idle();
 }
 
 #[test]

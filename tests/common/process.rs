@@ -135,6 +135,14 @@ impl Process {
         }
     }
 
+    /// Processor time used so far, in clock ticks.
+    pub fn ticks(&self) -> u64 {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
+        // User and system time are fields 14 and 15; the second, the name in parentheses, is passed over.
+        let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+        fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+    }
+
     pub fn facts(&self) -> Facts {
         let proc = |name: &str| format!("/proc/{}/{name}", self.pid());
         let status = fs::read_to_string(proc("status")).unwrap();
