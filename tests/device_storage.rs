@@ -211,9 +211,7 @@ fn block_device_of_4096_byte_blocks() {
         };
         let args = ["--sector-size", &sector_size.to_string()];
         let volume = Volume::created_at(dir, device_path(&device), &args);
-        // Without discard on 512-byte sectors until the device rounds those to whole blocks.
-        let args: &[&str] = if sector_size == 4096 { &["--discard"] } else { &[] };
-        awkward_requests(&volume, args, sector_size);
+        awkward_requests(&volume, &["--discard"], sector_size);
         discard_reaches_storage(&volume);
     }
 }

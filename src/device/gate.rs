@@ -16,6 +16,7 @@
 
 use std::io;
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use rustix::fs::FileType;
 use vhost::vhost_user::VhostUserProtocolFeatures;
@@ -42,6 +43,8 @@ pub(super) enum GateError {
     TooManyRegions,
     #[error("a queue of {0} descriptors, which is not a power of two")]
     QueueSize(u32),
+    #[error("there is no room for the descriptors of a message")]
+    Descriptors(#[source] io::Error),
     #[error("a queue cannot be served: descriptors, threads or memory are exhausted")]
     Rings(#[source] io::Error),
     #[error("the protocol handler cannot be reached")]
@@ -67,6 +70,9 @@ fn pass_messages(
     disk: &Disk,
     rings: &mut Rings,
 ) -> Result<(), GateError> {
+    handler
+        .set_read_timeout(Some(HANDLER_TIMEOUT))
+        .map_err(GateError::Handler)?;
     agree_on_acknowledgements(handler)?;
     // Whether the front-end has agreed on them.
     let mut acknowledging = false;
@@ -191,6 +197,10 @@ fn regions_are_mappable(message: &Message) -> bool {
     })
 }
 
+/// How long the handler may take over a message. It only maps memory and keeps notes; should it ever wait for something,
+/// the session ends instead of waiting with it.
+const HANDLER_TIMEOUT: Duration = Duration::from_secs(10);
+
 const REPLY_ACK: u64 = VhostUserProtocolFeatures::REPLY_ACK.bits();
 
 /// Has the handler acknowledge messages from the first one on, whatever the front-end will want.
@@ -205,6 +215,8 @@ fn agree_on_acknowledgements(handler: &UnixStream) -> Result<(), GateError> {
 
 fn ask(handler: &UnixStream, message: Message) -> Result<Message, GateError> {
     let number = message.number();
+    // The handler would lose descriptors that it has no room for without a word, and wait for the next message.
+    message.duplicate_fds().map_err(GateError::Descriptors)?;
     message.send(handler).map_err(|_| GateError::Refused(number))?;
     match Message::receive(handler) {
         Ok(Some(reply)) if reply.replies_to(number) => Ok(reply),

@@ -69,6 +69,11 @@ impl Message {
         &self.fds
     }
 
+    /// Its descriptors once more, as whoever receives it will have them.
+    pub(super) fn duplicate_fds(&self) -> io::Result<Vec<OwnedFd>> {
+        self.fds.iter().map(OwnedFd::try_clone).collect()
+    }
+
     /// Which request it is, or replies to; none for one that the protocol library does not know.
     pub(super) fn code(&self) -> Option<FrontendReq> {
         FrontendReq::try_from(self.request).ok()

@@ -206,10 +206,18 @@ impl Backing {
                 (File::from(file), false)
             }
         };
+        let discard_granule = match self.kind {
+            Kind::File => 1,
+            Kind::BlockDevice => logical_block_size(&file).map_err(|source| StorageError::Size {
+                path: self.path.clone(),
+                source,
+            })?,
+        };
         Ok(DataFile {
             file,
             direct,
             kind: self.kind,
+            discard_granule: discard_granule.into(),
         })
     }
 }
@@ -220,6 +228,7 @@ pub struct DataFile {
     file: File,
     direct: bool,
     kind: Kind,
+    discard_granule: u64,
 }
 
 impl DataFile {
@@ -231,6 +240,16 @@ impl DataFile {
     /// Whether it is a file or a block device.
     pub fn kind(&self) -> Kind {
         self.kind
+    }
+
+    /// What a discard of a range of bytes can be asked of it for, as start and end: the whole blocks in the range.
+    pub fn discardable(&self, offset: u64, len: u64) -> Option<(u64, u64)> {
+        let granule = self.discard_granule;
+        let (start, end) = (
+            offset.next_multiple_of(granule),
+            (offset + len) / granule * granule,
+        );
+        (start < end).then_some((start, end))
     }
 }
 

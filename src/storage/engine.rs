@@ -198,8 +198,12 @@ impl<C> Engine<C> {
             }
             Kind::BlockDevice => {
                 // io_uring has no discard before Linux 6.12, and fallocate means "write zeroes" on a device, which
-                // thin volumes refuse. The ioctl blocks this queue while the device works on it.
-                let result = block_device_discard(self.file.as_fd(), offset, len);
+                // thin volumes refuse. The ioctl blocks this queue while the device works on it. It takes whole
+                // blocks; a discard is a hint, and less of it is still one.
+                let result = match self.file.discardable(offset, len) {
+                    Some((start, end)) => block_device_discard(self.file.as_fd(), start, end - start),
+                    None => Ok(()),
+                };
                 self.ended.push(Done {
                     context,
                     buffer: None,
