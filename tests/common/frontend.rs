@@ -6,6 +6,7 @@
 use super::DEADLINE;
 use super::memory::{Memory, Region};
 use super::queue::{Event, Queue};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags,
@@ -159,6 +160,16 @@ impl Frontend {
         })
     }
 
+    /// Whether there is something to receive, or the connection ended, within a time.
+    pub fn hears_something(&self, within: Duration) -> bool {
+        let mut fds = [PollFd::new(&self.stream, PollFlags::IN)];
+        let timeout = Timespec {
+            tv_sec: 0,
+            tv_nsec: within.as_nanos() as i64,
+        };
+        poll(&mut fds, Some(&timeout)).unwrap() > 0
+    }
+
     fn fill(&self, bytes: &mut [u8], fds: &mut Vec<OwnedFd>) -> bool {
         let mut done = 0;
         while done < bytes.len() {
@@ -221,6 +232,11 @@ impl Frontend {
             "reply to request {request}"
         );
         Some(reply.u64())
+    }
+
+    /// Receives what was asked for by [`Frontend::send`] with NEED_REPLY: 0 for success.
+    pub fn acknowledgement(&self) -> u64 {
+        self.receive().expect("an acknowledgement").u64()
     }
 
     /// A request that must succeed.

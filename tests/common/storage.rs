@@ -72,6 +72,23 @@ impl Filesystem {
     }
 }
 
+/// A file system on which nothing can be written until this is dropped: writes to it are held up.
+#[derive(Debug)]
+pub struct Frozen(PathBuf);
+
+impl Filesystem {
+    pub fn freeze(&self) -> Frozen {
+        run(Command::new("fsfreeze").arg("--freeze").arg(&self.path));
+        Frozen(self.path.clone())
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        run(Command::new("fsfreeze").arg("--unfreeze").arg(&self.0));
+    }
+}
+
 fn mount(at: &Path, args: &[&str]) -> bool {
     fs::create_dir_all(at).unwrap();
     let output = Command::new("mount").args(args).arg(at).output();
