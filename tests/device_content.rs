@@ -28,7 +28,8 @@ for at in range(0, len(data), sector_size):
 "#;
 
 fn judge(verb: &str, key_file: &Path, first_sector: u64, sector_size: u32, data: &[u8]) -> Vec<u8> {
-    let mut child = Command::new("python3")
+    // Debian's own, which is the one that its package `python3-cryptography` is for.
+    let mut child = Command::new("/usr/bin/python3")
         .args(["-c", JUDGE, verb])
         .arg(key_file)
         .args([first_sector.to_string(), sector_size.to_string()])
