@@ -15,8 +15,8 @@ use sealblk::keys::{KeyProvider, Providers};
 use sealblk::storage::{Access, Backing, StorageError};
 use sealblk::volume::segment::Treatment;
 use sealblk::volume::{
-    Argon2Cost, CopiesInfo, CreateOptions, HeaderError, HeaderFile, HeaderState, Info, LockMode, Locked,
-    MetadataLock, Purpose, Reason, Refusal, Volume, create,
+    Argon2Cost, CopiesInfo, CreateOptions, HeaderError, HeaderState, Info, LockMode, Locked, MetadataLock,
+    Purpose, Reason, Refusal, Volume, create,
 };
 use serde_json::Value;
 use vm_memory::VolatileSlice;
@@ -692,11 +692,8 @@ impl Disk {
     }
 
     fn info(&self) -> Info {
-        let open = |path: &PathBuf| HeaderFile::open(path).unwrap();
-        match &self.header {
-            Some(header) => Info::read(&open(header), Some(&open(&self.path))).unwrap(),
-            None => Info::read(&open(&self.path), None).unwrap(),
-        }
+        let (header, payload) = self.backings(Access::Inspect);
+        Info::read(&header, payload.as_ref()).unwrap()
     }
 
     fn unlock(&self, passphrase: &str) -> Result<Volume, Reason> {

@@ -2,10 +2,9 @@
 //! everything that was not synced.
 
 use std::fmt::Debug;
-use std::fs::File;
-use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use super::lock::{LockMode, MetadataLock};
 use crate::storage::{Backing, Kind};
@@ -41,77 +40,6 @@ pub trait HeaderIo: Debug {
 
     /// Waits for the lock that every writer of metadata honours.
     fn lock(&self, mode: LockMode) -> io::Result<MetadataLock<'_>>;
-}
-
-/// A header to look at, on a disk that may be served meanwhile: it takes no lock but that on the metadata.
-#[derive(Debug)]
-pub struct HeaderFile {
-    file: File,
-    path: PathBuf,
-}
-
-impl HeaderFile {
-    /// Opens a file or block device for reading.
-    ///
-    /// # Errors
-    /// Where it cannot be opened, or is neither.
-    pub fn open(path: &Path) -> io::Result<Self> {
-        // O_NONBLOCK, so that a FIFO in the disk's place cannot hang us.
-        let file = File::options()
-            .read(true)
-            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-            .open(path)?;
-        let kind = file.metadata()?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "neither a regular file nor a block device",
-            ));
-        }
-        Ok(Self {
-            file,
-            path: path.to_owned(),
-        })
-    }
-}
-
-impl HeaderIo for HeaderFile {
-    fn path(&self) -> &Path {
-        &self.path
-    }
-
-    fn size(&self) -> io::Result<u64> {
-        // A block device has no length but where its end is.
-        (&self.file).seek(SeekFrom::End(0))
-    }
-
-    fn can_grow(&self) -> bool {
-        false
-    }
-
-    fn set_size(&self, _: u64) -> io::Result<()> {
-        Err(io::ErrorKind::ReadOnlyFilesystem.into())
-    }
-
-    fn read_only(&self) -> bool {
-        true
-    }
-
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        self.file.read_exact_at(buffer, offset)
-    }
-
-    fn write_at(&self, _: &[u8], _: u64) -> io::Result<()> {
-        Err(io::ErrorKind::ReadOnlyFilesystem.into())
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn lock(&self, mode: LockMode) -> io::Result<MetadataLock<'_>> {
-        MetadataLock::acquire(&self.file, mode)
-    }
 }
 
 impl HeaderIo for Backing {

@@ -11,6 +11,7 @@ use super::locked::{keyslots_of_segments, layout};
 use super::metadata::{Id, Kdf, Keyslot, Metadata, Segment, SegmentSize, Token};
 use super::refusal;
 use super::token::{self, SealblkToken};
+use crate::storage::Backing;
 
 /// What an operator asks of a volume. Its JSON form is stable: fields are added, and none is renamed or removed.
 #[derive(Debug, Clone, Serialize)]
@@ -150,11 +151,15 @@ impl Info {
     ///
     /// # Errors
     /// Where there is no LUKS2 header.
-    pub fn read(io: &dyn HeaderIo, payload: Option<&dyn HeaderIo>) -> Result<Self, VolumeError> {
+    pub fn read(io: &dyn HeaderIo, payload: Option<&Backing>) -> Result<Self, VolumeError> {
         let read = || {
             let _lock = io.lock(LockMode::Read).map_err(Reason::Lock)?;
             let found = copies::read(io)?;
-            Ok(Self::of(&found, io, payload))
+            Ok(Self::of(
+                &found,
+                io,
+                payload.map(|payload| payload as &dyn HeaderIo),
+            ))
         };
         read().map_err(|reason: Reason| reason.at(io.path()))
     }

@@ -53,7 +53,7 @@ mod ways_in;
 pub use copies::{Damage, HeaderError};
 pub use create::{CreateOptions, create};
 pub use error::{Reason, VolumeError};
-pub use header_io::{HeaderFile, HeaderIo};
+pub use header_io::HeaderIo;
 pub use info::{CopiesInfo, Info, KdfInfo, KeyslotInfo, Purpose, SegmentInfo, TokenInfo};
 pub use kdf::{Argon2Cost, KdfError};
 pub use keyslot::KeyslotError;
