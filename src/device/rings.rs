@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 
@@ -111,6 +112,21 @@ impl Drop for Rings {
 }
 
 /// An engine as each queue gets one.
+///
+/// io_uring gives up on memory that the kernel would have to reclaim first, and that of a ring that just went comes back
+/// a while later, so a lack of it is looked at again before it ends a session.
 pub(super) fn engine(disk: &Disk) -> io::Result<Engine<Piece>> {
-    Engine::new(Arc::clone(&disk.file), POOL_PAGES)
+    let mut tries = 1..=ENGINE_TRIES;
+    loop {
+        match Engine::new(Arc::clone(&disk.file), POOL_PAGES) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOMEM) && tries.next().is_some() => {
+                std::thread::sleep(ENGINE_RETRY);
+            }
+            result => return result,
+        }
+    }
 }
+
+/// How often, and after what time, an engine that found no memory is tried again.
+const ENGINE_TRIES: u32 = 10;
+const ENGINE_RETRY: Duration = Duration::from_millis(20);
