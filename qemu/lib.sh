@@ -155,22 +155,14 @@ wait_until() {
 # then powers off. Everything that it prints is in JOB.log. Fails if the script did, or if the guest did not end in time.
 # With MAY_REBOOT set a reboot of the guest is one, else it is its end.
 run_job() {
-    local limit=$1 job=$2 started=$SECONDS
+    local limit=$1 started=$SECONDS
     shift
     start_job "$@"
-    guest_ended "$limit" || {
-        job_failed "$job" "the guest did not end well within $limit s"
-        return 1
-    }
-    rm -f "$job.initrd"
-    grep -q '^sealblk-guest: done, status 0' "$job.log" || {
-        job_failed "$job" "the guest's script failed"
-        return 1
-    }
-    say "  guest '${job##*/}': $((SECONDS - started)) s"
+    job_ended "$limit" "$1"
+    say "  guest '${1##*/}': $((SECONDS - started)) s"
 }
 
-# start_job JOB [QEMU OPTION...]: the same in the background.
+# start_job JOB [QEMU OPTION...]: the same in the background; `job_ended SECONDS JOB` waits for its end.
 start_job() {
     local job=$1
     shift
@@ -182,8 +174,15 @@ start_job() {
     CONSOLE_SEEN=0
     [ -n "${MAY_REBOOT:-}" ] || MACHINE+=(-no-reboot)
     "${QEMU[@]}" "${MACHINE[@]}" -serial "file:$job.log" -kernel "$BUILD/guest/vmlinuz" -initrd "$job.initrd" \
-        -append "console=ttyS0 panic=-1 quiet" "$@" </dev/null &
+        -append "console=ttyS0 panic=-1 quiet" "$@" </dev/null 2>"$job.qemu" &
     GUEST=$!
+}
+
+job_ended() {
+    local limit=$1 job=$2
+    guest_ended "$limit" || job_failed "$job" "the guest did not end well within $limit s"
+    rm -f "$job.initrd"
+    grep -q '^sealblk-guest: done, status 0' "$job.log" || job_failed "$job" "the guest's script failed"
 }
 
 job_initrd() {
@@ -197,7 +196,9 @@ job_initrd() {
 job_failed() {
     printf '%s\n' "--- the last that guest '${1##*/}' printed ($1.log)" >&2
     tail -n 40 "$1.log" | tr -d '\r' >&2
-    printf '%s\n' "--- $2" >&2
+    printf '%s\n' "--- and QEMU" >&2
+    tail -n 10 "$1.qemu" >&2
+    die "guest '${1##*/}': $2"
 }
 
 # --- A guest with a console ----------------------------------------------------------------------------------------
