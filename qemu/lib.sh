@@ -93,7 +93,7 @@ qemu_command() {
 machine_options() {
     local accel
     accel=$("$REPO/qemu/accel")
-    # shellcheck disable=SC2206  # words on purpose: "kvm -cpu host"
+    # shellcheck disable=SC2054,SC2206  # QEMU's commas; words on purpose: "kvm -cpu host"
     MACHINE=(-nodefaults -no-user-config -display none -smp 2
         -object "memory-backend-memfd,id=memory,size=$GUEST_MEMORY,share=on" -m "$GUEST_MEMORY"
         -machine q35,memory-backend=memory,graphics=off -accel $accel)
@@ -114,13 +114,14 @@ serve() {
     rm -f "$socket" # one that an earlier server left must not pass for this one's
     "$SEALBLK" serve --blk-file "$disk" --socket-path "$socket" "$@" >>"$socket.log" 2>&1 &
     SERVER=$!
-    wait_until 30 server_is_up "$socket" && ! process_is_gone "$SERVER" || {
+    wait_until 30 serves_or_ended "$socket" || true
+    if process_is_gone "$SERVER" || [ ! -S "$socket" ]; then
         tail -n 20 "$socket.log" >&2
         die "sealblk did not start to serve $disk"
-    }
+    fi
 }
 
-server_is_up() { process_is_gone "$SERVER" || [ -S "$1" ]; }
+serves_or_ended() { [ -S "$1" ] || process_is_gone "$SERVER"; }
 
 # end_processes: for a script's EXIT trap: ends the server and the guest that still run.
 end_processes() {
