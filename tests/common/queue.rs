@@ -221,6 +221,15 @@ impl Queue {
         }
     }
 
+    /// Waits until the device has taken all that was offered, and waits for a kick itself (EVENT_IDX).
+    pub fn wait_taken(&self) {
+        let start = Instant::now();
+        while self.memory.load_index(self.avail_event()) != self.next_avail {
+            assert!(start.elapsed() < DEADLINE, "queue {}: not taken", self.index);
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+    }
+
     fn avail_event(&self) -> u64 {
         self.used + 4 + 8 * u64::from(self.size)
     }
