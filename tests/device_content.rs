@@ -6,7 +6,7 @@ mod common;
 use common::pattern;
 use common::serve::Server;
 use common::volume::{MIB, PASSPHRASE, Volume, run};
-use std::fs;
+use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -147,4 +147,49 @@ fn zeros_on_storage_are_not_zeros_and_differ_from_volume_to_volume() {
     };
     let (one, two) = (written(&Volume::new()), written(&Volume::new()));
     assert!(one != two && one != [0; 4096] && two != [0; 4096]);
+}
+
+/// What root can read of a process' memory, but for the guest's.
+fn memory_of_its_own(pid: u32) -> Vec<u8> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    let memory = File::open(format!("/proc/{pid}/mem")).unwrap();
+    let mut bytes = Vec::new();
+    for line in maps.lines().filter(|line| !line.contains("sealblk-test-guest")) {
+        let (start, end) = line.split(' ').next().unwrap().split_once('-').unwrap();
+        let address = |text| u64::from_str_radix(text, 16).unwrap();
+        let mut mapping = vec![0; (address(end) - address(start)) as usize];
+        // What cannot be read is left out: guard pages, and the key arena.
+        if memory.read_exact_at(&mut mapping, address(start)).is_ok() {
+            bytes.extend(mapping);
+        }
+    }
+    bytes
+}
+
+#[test]
+fn plaintext_is_nowhere_in_the_servers_own_memory() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: it takes root to look");
+        return;
+    }
+    let server = Server::new();
+    let mut driver = server.connect();
+    // 16 bytes that are nowhere else, again and again; also in the pieces that a descriptor may cut.
+    let mark = pattern(0xc0ffee, 16);
+    let text = mark.repeat(80 * 512 / 16);
+    for sector in [64, 1000] {
+        driver.write(sector, &text);
+        assert!(driver.read(sector, text.len()) == text);
+    }
+    let memory = memory_of_its_own(server.process.pid());
+    let finds = |wanted: &[u8]| {
+        // By the first byte first: there is much to look through.
+        let mut starts = memory.iter().enumerate().filter(|(_, byte)| **byte == wanted[0]);
+        starts.any(|(at, _)| memory[at..].starts_with(wanted))
+    };
+    assert!(
+        finds(server.volume().path.to_str().unwrap().as_bytes()),
+        "what is there is found"
+    );
+    assert!(!finds(&mark), "plaintext outside of the guest's memory");
 }
