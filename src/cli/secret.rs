@@ -10,8 +10,12 @@ use std::str::FromStr;
 
 use crate::keys::arena::{ArenaError, SecretBytes};
 
-/// The longest secret that is read, in bytes. It is also what cryptsetup accepts as a passphrase from a file at most.
-const MAX_LEN: usize = 8 << 10;
+/// The longest secret that is read, in bytes. cryptsetup takes key files of up to 8 MiB; what is longer than
+/// this is hardly a key, and the key arena, which is locked memory, must have room for it.
+const MAX_LEN: usize = 1 << 20;
+
+/// The size of the first piece that is read: nearly every secret is shorter.
+const PIECE: usize = 8 << 10;
 
 /// Where a secret is: a path, `-`, `fd:N` or `cred:NAME`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -121,9 +125,14 @@ impl SecretSource {
             source,
         };
         let mut file = self.open(&location)?;
-        let mut secret = SecretBytes::zeroed(MAX_LEN + 1)?;
+        let mut secret = SecretBytes::zeroed(PIECE)?;
         let mut len = 0;
         loop {
+            if len == secret.len() && len <= MAX_LEN {
+                let mut larger = SecretBytes::zeroed((2 * len).min(MAX_LEN + 1))?;
+                larger[..len].copy_from_slice(&secret);
+                secret = larger;
+            }
             match file.read(&mut secret[len..]) {
                 Ok(0) => break,
                 Ok(n) => len += n,
