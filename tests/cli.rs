@@ -149,6 +149,83 @@ fn recovery_keys_are_added_tested_and_removed() {
 }
 
 #[test]
+fn a_recovery_key_is_added_once_and_removed_for_good() {
+    let bench = Bench::with_volume();
+    bench.fails(
+        &["recovery", "add", "vm.luks", "--recovery-key", "vm.key"],
+        USAGE,
+        &["opens the volume already, by keyslot 1"],
+    );
+    let again = Command::new("cryptsetup")
+        .current_dir(bench.dir.path())
+        .args([
+            "luksAddKey",
+            "--batch-mode",
+            "--pbkdf-force-iterations",
+            "4",
+            "--pbkdf-memory",
+            "32",
+        ])
+        .args(["--key-file", "vm.key", "vm.luks", "vm.key"])
+        .status()
+        .unwrap();
+    assert!(again.success());
+    let removed = bench.succeeds(&["recovery", "remove", "vm.luks", "--recovery-key", "vm.key"]);
+    assert!(
+        removed.out.contains("keyslot 1\n") && removed.out.contains("keyslot 2\n"),
+        "{removed:?}"
+    );
+    bench.fails(
+        &["recovery", "test", "vm.luks", "--recovery-key", "vm.key"],
+        KEY,
+        &["no keyslot opens"],
+    );
+}
+
+/// The file of another volume, named by mistake, was served, and its header overwritten by the guest.
+#[test]
+fn a_payload_that_is_a_volume_itself_is_refused() {
+    let bench = Bench::with_volume();
+    bench.succeeds(&["create", "data", "--size", "1M", "--header", "head"]);
+    let args = [
+        "serve",
+        "--blk-file",
+        "vm.luks",
+        "--header",
+        "head",
+        "--socket-path",
+        "sock",
+    ];
+    bench.fails(&args, USAGE, &["vm.luks", "holds a LUKS volume of its own"]);
+}
+
+#[test]
+fn a_volume_that_cannot_be_overwritten_stays() {
+    let bench = Bench::with_volume();
+    let before = fs::read(bench.path("vm.luks")).unwrap();
+    let args = ["create", "vm.luks", "--force", "--size", "16777215T"];
+    bench.fails(&args, STORAGE, &["cannot be made"]);
+    assert!(fs::read(bench.path("vm.luks")).unwrap() == before);
+}
+
+#[test]
+fn a_recovery_key_is_added_beside_a_payload_that_others_read() {
+    let bench = Bench::with_volume();
+    bench.succeeds(&["create", "data", "--size", "1M", "--header", "head"]);
+    let _reader =
+        sealblk::storage::Backing::open(&bench.path("data"), sealblk::storage::Access::ReadOnly).unwrap();
+    bench.succeeds(&[
+        "recovery",
+        "add",
+        "data",
+        "--header",
+        "head",
+        "--recovery-key",
+        "data.key",
+    ]);
+}
+
+#[test]
 fn recovery_key_is_not_removed_when_the_provider_cannot_open_the_volume() {
     let bench = Bench::with_volume();
     fs::remove_dir_all(bench.path("state")).unwrap();

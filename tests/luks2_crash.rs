@@ -5,9 +5,12 @@
 //! writes that were not synced yet durable or not, torn at every byte, and torn at sectors in any combination.
 //! Whatever is found, the volume must be in the old state or in the new one, and every way in of that state must
 //! open it. A sample of the states is shown to cryptsetup, which must find the same.
+//!
+//! The medium can also fail: at each lock, change of size, write and sync in turn. What the operation says then must be
+//! true of what is found.
 
 use std::borrow::Cow;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
@@ -21,7 +24,7 @@ use sealblk::keys::registry::Registry;
 use sealblk::keys::{KeyProvider, Providers};
 use sealblk::volume::{
     Argon2Cost, CreateOptions, HeaderError, HeaderIo, HeaderState, Info, LockMode, Locked, MetadataLock,
-    Reason, create,
+    Reason, VolumeError, create,
 };
 
 const CHEAP: Argon2Cost = Argon2Cost {
@@ -37,60 +40,31 @@ const MIB: usize = 1 << 20;
 fn adding_a_recovery_key() {
     let host = Host::new();
     let before = host.volume();
-    let log = recorded(&before, |medium| {
-        let mut locked = Locked::open(medium, None).unwrap();
-        let volume = locked.unlock_with_provider(&host.providers).unwrap();
-        locked.add_recovery_key(&volume, &secret(NEW_KEY), CHEAP).unwrap();
-    });
-    let old = State {
-        passphrases: &[OLD_KEY],
-        bound: true,
-    };
-    let new = State {
-        passphrases: &[OLD_KEY, NEW_KEY],
-        bound: true,
-    };
-    host.replay(&before, &log, &old, &new);
+    let log = recorded(&before, |medium| host.add_new_key(medium).unwrap());
+    host.replay(&before, &log, &ONE_KEY, &TWO_KEYS);
 }
 
 #[test]
 fn removing_a_recovery_key() {
     let host = Host::new();
     let before = host.volume();
-    let log = recorded(&before, |medium| {
-        Locked::open(medium, None)
-            .unwrap()
-            .remove_keyslot(1, false)
-            .unwrap();
-    });
-    let old = State {
-        passphrases: &[OLD_KEY],
-        bound: true,
-    };
-    let new = State {
-        passphrases: &[],
-        bound: true,
-    };
-    host.replay(&before, &log, &old, &new);
-}
+    let log = recorded(&before, |medium| host.remove_old_key(medium).unwrap());
+    // The key may be gone before its keyslot is.
+    host.replay(&before, &log, &NO_KEY, &NO_KEY);
 
-#[test]
-fn binding_to_a_provider_anew() {
-    let host = Host::new();
-    let before = host.volume();
-    let log = recorded(&before, |medium| {
-        let mut locked = Locked::open(medium, None).unwrap();
-        let volume = locked.unlock_with_passphrase(&secret(OLD_KEY)).unwrap();
-        let provider = host.provider();
-        locked
-            .bind(&volume, &*provider, &provider.create_kek().unwrap())
-            .unwrap();
+    let after = medium_after(&before, &log).now();
+    let gone = described(&after).unwrap();
+    states(&before, &log, |image, at| {
+        if described(image).unwrap() == gone {
+            let material = MATERIAL_OF_OLD_KEY;
+            assert_eq!(
+                image[material.clone()],
+                after[material],
+                "{at}: removed, but not wiped"
+            );
+        }
     });
-    let state = State {
-        passphrases: &[OLD_KEY],
-        bound: true,
-    };
-    host.replay(&before, &log, &state, &state);
+    assert!(!opens_with_the_header_of(&before, &after));
 }
 
 #[test]
@@ -105,15 +79,7 @@ fn repairing_either_copy_and_then_adding_a_recovery_key() {
             let volume = locked.unlock_with_passphrase(&secret(OLD_KEY)).unwrap();
             locked.add_recovery_key(&volume, &secret(NEW_KEY), CHEAP).unwrap();
         });
-        let old = State {
-            passphrases: &[OLD_KEY],
-            bound: true,
-        };
-        let new = State {
-            passphrases: &[OLD_KEY, NEW_KEY],
-            bound: true,
-        };
-        host.replay(&before, &log, &old, &new);
+        host.replay(&before, &log, &ONE_KEY, &TWO_KEYS);
     }
 }
 
@@ -127,15 +93,7 @@ fn an_update_repairs_a_copy_that_was_damaged_after_it_was_opened() {
     before[COPY + 100] ^= 0xff;
     medium.reset(before.clone());
     locked.add_recovery_key(&volume, &secret(NEW_KEY), CHEAP).unwrap();
-    let old = State {
-        passphrases: &[OLD_KEY],
-        bound: true,
-    };
-    let new = State {
-        passphrases: &[OLD_KEY, NEW_KEY],
-        bound: true,
-    };
-    host.replay(&before, &medium.log(), &old, &new);
+    host.replay(&before, &medium.log(), &ONE_KEY, &TWO_KEYS);
 }
 
 #[test]
@@ -148,13 +106,7 @@ fn creating_a_volume_leaves_none_or_all_of_it() {
         match Info::read(&Medium::new(image), None).map_err(|error| *error.reason) {
             Ok(_) => {
                 if whole % SAMPLE == 0 {
-                    host.opens(
-                        &Medium::new(image),
-                        &State {
-                            passphrases: &[OLD_KEY],
-                            bound: true,
-                        },
-                    );
+                    host.opens(&Medium::new(image), &ONE_KEY);
                 }
                 whole += 1;
             }
@@ -172,12 +124,7 @@ fn creating_a_volume_leaves_none_or_all_of_it() {
 fn without_syncs_the_replay_finds_a_lost_volume() {
     let host = Host::new();
     let before = host.volume();
-    let log = recorded(&before, |medium| {
-        Locked::open(medium, None)
-            .unwrap()
-            .remove_keyslot(1, false)
-            .unwrap();
-    });
+    let log = recorded(&before, |medium| host.remove_old_key(medium).unwrap());
     let unsynced: Vec<Op> = log
         .into_iter()
         .filter(|op| matches!(op, Op::Write { .. }))
@@ -189,11 +136,138 @@ fn without_syncs_the_replay_finds_a_lost_volume() {
     assert!(lost > 0);
 }
 
+// Storage that fails.
+
+#[test]
+fn a_recovery_key_is_added_or_not_whatever_fails() {
+    let host = Host::new();
+    let before = host.volume();
+    let old = described(&before).unwrap();
+    let mut added = 0;
+    faults(&before, |medium, at| {
+        let result = host.add_new_key(medium);
+        medium.heal();
+        let now = described(&medium.now()).unwrap();
+        match result.map_err(|error| *error.reason) {
+            Ok(()) => {
+                host.opens(medium, &TWO_KEYS);
+                added += 1;
+            }
+            // Storage that says it failed may have done it.
+            Err(Reason::Header(HeaderError::Write { copy: _, source: _ })) => host.opens(medium, &ONE_KEY),
+            Err(Reason::WriteKeyslot { .. } | Reason::Lock(_) | Reason::Keyslot { .. }) => {
+                assert_eq!(now, old, "{at}");
+                host.opens(medium, &ONE_KEY);
+            }
+            Err(reason) => panic!("{at}: {reason}"),
+        }
+    });
+    // Where nothing failed, or only the secondary copy's write or sync, once or for good: the keyslot is in force.
+    assert_eq!(added, 6);
+}
+
+#[test]
+fn a_recovery_key_that_was_removed_opens_nothing_whatever_fails() {
+    let host = Host::new();
+    let before = host.volume();
+    let old = described(&before).unwrap();
+    let mut removed = 0;
+    faults(&before, |medium, at| {
+        let result = host.remove_old_key(medium);
+        medium.heal();
+        let now = described(&medium.now()).unwrap();
+        match result.map_err(|error| *error.reason) {
+            Ok(()) => {
+                assert_ne!(now, old, "{at}");
+                assert!(!opens_with_the_header_of(&before, &medium.now()), "{at}");
+                removed += 1;
+                return;
+            }
+            Err(Reason::Entry { .. }) => assert!(!opens_with_the_header_of(&before, &medium.now()), "{at}"),
+            Err(Reason::Wipe { .. } | Reason::Lock(_) | Reason::Keyslot { .. }) => {
+                assert_eq!(now, old, "{at}")
+            }
+            Err(reason) => panic!("{at}: {reason}"),
+        }
+        // Tried again on sound storage, it goes.
+        match host.remove_old_key(medium).map_err(|error| *error.reason) {
+            Ok(()) | Err(Reason::NoSuchKeyslot { keyslot: 1 }) => {}
+            Err(reason) => panic!("{at}, again: {reason}"),
+        }
+        assert!(!opens_with_the_header_of(&before, &medium.now()), "{at}");
+        host.opens(medium, &NO_KEY);
+    });
+    assert_eq!(removed, 6);
+}
+
+#[test]
+fn a_volume_that_is_overwritten_stays_until_nothing_but_writing_can_fail() {
+    let host = Host::new();
+    let before = host.volume();
+    let mut created = 0;
+    faults(&before, |medium, at| {
+        let result = host.overwrite(medium, 64 * MIB as u64);
+        medium.heal();
+        match result.map_err(|error| *error.reason) {
+            Ok(_) => {
+                host.opens(medium, &ONE_KEY);
+                created += 1;
+            }
+            Err(Reason::Lock(_)) => assert!(medium.now() == before, "{at}: the old volume is gone"),
+            Err(Reason::Grow { .. }) => {
+                let now = medium.now();
+                assert!(now.is_empty() || now.starts_with(&before), "{at}");
+            }
+            Err(
+                Reason::Prepare(_) | Reason::WriteKeyslot { .. } | Reason::Header(HeaderError::Write { .. }),
+            ) => {}
+            Err(reason) => panic!("{at}: {reason}"),
+        }
+    });
+    assert_eq!(created, 6);
+}
+
+/// Runs `operation` on media that hold `before`, each of which fails at another step; once, and from then on.
+fn faults(before: &[u8], mut operation: impl FnMut(&Medium<'_>, &str)) {
+    for lasting in [false, true] {
+        for step in 0.. {
+            let medium = Medium::new(before);
+            medium.fault.set(Some(Fault { step, lasting }));
+            operation(&medium, &format!("step {step} failed, lasting: {lasting}"));
+            if !medium.failed.get() {
+                break; // It has no such step.
+            }
+        }
+    }
+}
+
+/// Whether the old recovery key opens `now` with the header that the volume had before, of which there is a backup.
+fn opens_with_the_header_of(before: &[u8], now: &[u8]) -> bool {
+    let mut image = now.to_vec();
+    image[..2 * COPY].copy_from_slice(&before[..2 * COPY]);
+    let medium = Medium::new(image);
+    let locked = Locked::open(&medium, None).unwrap();
+    locked.unlock_with_passphrase(&secret(OLD_KEY)).is_ok()
+}
+
 /// What must be found: which passphrases open the volume, and whether the provider does.
 struct State {
     passphrases: &'static [&'static str],
     bound: bool,
 }
+
+const NO_KEY: State = State {
+    passphrases: &[],
+    bound: true,
+};
+const ONE_KEY: State = State {
+    passphrases: &[OLD_KEY],
+    bound: true,
+};
+const TWO_KEYS: State = State {
+    passphrases: &[OLD_KEY, NEW_KEY],
+    bound: true,
+};
 
 /// A host with a native provider, and volumes that are bound to it.
 struct Host {
@@ -221,22 +295,43 @@ impl Host {
     }
 
     fn create_on(&self, medium: &Medium<'_>) {
+        self.create(medium, None, false).unwrap();
+    }
+
+    fn overwrite(&self, medium: &Medium<'_>, capacity: u64) -> Result<(), VolumeError> {
+        self.create(medium, Some(capacity), true)
+    }
+
+    fn create(&self, medium: &Medium<'_>, capacity: Option<u64>, overwrite: bool) -> Result<(), VolumeError> {
         let provider = self.provider();
         let options = CreateOptions {
-            capacity: None,
+            capacity,
             sector_size: SectorSize::B512,
             label: "crash",
             binding: Some((&*provider, &provider.create_kek().unwrap())),
             recovery_key: Some((&secret(OLD_KEY), CHEAP)),
-            overwrite: false,
+            overwrite,
         };
-        create(medium, None, &options).unwrap();
+        create(medium, None, &options).map(drop)
+    }
+
+    fn add_new_key(&self, medium: &Medium<'_>) -> Result<(), VolumeError> {
+        let mut locked = Locked::open(medium, None)?;
+        let volume = locked.unlock_with_provider(&self.providers)?;
+        locked
+            .add_recovery_key(&volume, &secret(NEW_KEY), CHEAP)
+            .map(drop)
+    }
+
+    fn remove_old_key(&self, medium: &Medium<'_>) -> Result<(), VolumeError> {
+        let mut locked = Locked::open(medium, None)?;
+        let volume = locked.unlock_with_provider(&self.providers)?;
+        locked.remove_recovery_key(1, &volume)
     }
 
     /// Opens every state that a crash could have left of `log`.
     fn replay(&self, before: &[u8], log: &[Op], old: &State, new: &State) {
-        let mut after = before.to_vec();
-        log.iter().for_each(|op| op.apply(&mut after));
+        let after = medium_after(before, log).now();
         let (old_info, new_info) = (described(before).unwrap(), described(&after).unwrap());
         assert_ne!(old_info, new_info);
 
@@ -384,11 +479,28 @@ fn recorded(before: &[u8], operation: impl FnOnce(&Medium<'_>)) -> Vec<Op> {
     medium.log()
 }
 
-/// A disk in memory that keeps a log.
+/// What `log` makes of `before`.
+fn medium_after(before: &[u8], log: &[Op]) -> Medium<'static> {
+    let mut after = before.to_vec();
+    log.iter().for_each(|op| op.apply(&mut after));
+    Medium::new(after)
+}
+
+/// A disk in memory that keeps a log, and fails when it is told to.
 #[derive(Debug)]
 struct Medium<'a> {
     bytes: RefCell<Cow<'a, [u8]>>,
     log: RefCell<Vec<Op>>,
+    /// How many locks, changes of size, writes and syncs were asked for.
+    steps: Cell<usize>,
+    fault: Cell<Option<Fault>>,
+    failed: Cell<bool>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Fault {
+    step: usize,
+    lasting: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -421,7 +533,25 @@ impl<'a> Medium<'a> {
         Self {
             bytes: RefCell::new(bytes),
             log: RefCell::default(),
+            steps: Cell::new(0),
+            fault: Cell::new(None),
+            failed: Cell::new(false),
         }
+    }
+
+    fn step(&self) -> io::Result<()> {
+        let step = self.steps.replace(self.steps.get() + 1);
+        match self.fault.get() {
+            Some(fault) if step == fault.step || fault.lasting && step > fault.step => {
+                self.failed.set(true);
+                Err(io::Error::from_raw_os_error(5)) // EIO
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn heal(&self) {
+        self.fault.set(None);
     }
 
     fn now(&self) -> Vec<u8> {
@@ -456,11 +586,13 @@ impl HeaderIo for Medium<'_> {
     }
 
     fn can_grow(&self) -> bool {
-        false
+        true
     }
 
-    fn set_size(&self, _: u64) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
+    fn set_size(&self, size: u64) -> io::Result<()> {
+        self.step()?;
+        self.bytes.borrow_mut().to_mut().resize(size as usize, 0);
+        Ok(())
     }
 
     fn read_only(&self) -> bool {
@@ -475,7 +607,16 @@ impl HeaderIo for Medium<'_> {
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         let range = self.range(offset, bytes.len())?;
-        self.bytes.borrow_mut().to_mut()[range.clone()].copy_from_slice(bytes);
+        // Of a write that fails, the beginning is written.
+        let failed = self.step();
+        let written = if failed.is_ok() {
+            bytes.len()
+        } else {
+            bytes.len() / 2
+        };
+        self.bytes.borrow_mut().to_mut()[range.start..range.start + written]
+            .copy_from_slice(&bytes[..written]);
+        failed?;
         self.log.borrow_mut().push(Op::Write {
             offset: range.start,
             bytes: bytes.to_vec(),
@@ -484,11 +625,13 @@ impl HeaderIo for Medium<'_> {
     }
 
     fn sync(&self) -> io::Result<()> {
+        self.step()?;
         self.log.borrow_mut().push(Op::Sync);
         Ok(())
     }
 
     fn lock(&self, _: LockMode) -> io::Result<MetadataLock<'_>> {
+        self.step()?;
         Ok(MetadataLock::unshared())
     }
 }
@@ -502,3 +645,6 @@ const SAMPLE: u32 = 151;
 
 /// Length of one copy of the header.
 const COPY: usize = 16 << 10;
+
+/// Where cryptsetup and we put the second keyslot's material.
+const MATERIAL_OF_OLD_KEY: Range<usize> = 2 * COPY + 258048..2 * COPY + 2 * 258048;

@@ -16,7 +16,7 @@ use sealblk::storage::{Access, Backing, StorageError};
 use sealblk::volume::segment::Treatment;
 use sealblk::volume::{
     Argon2Cost, CopiesInfo, CreateOptions, HeaderError, HeaderState, Info, LockMode, Locked, MetadataLock,
-    Purpose, Reason, Refusal, Volume, create,
+    Reason, Refusal, Volume, create,
 };
 use serde_json::Value;
 use vm_memory::VolatileSlice;
@@ -184,7 +184,7 @@ fn recovery_keys_come_and_go() {
     let area = area_of(&disk.metadata(), "1");
     let before = read_range(&disk.path, area);
 
-    locked.remove_keyslot(1, false).unwrap();
+    locked.remove_recovery_key(1, &volume).unwrap();
     assert_ne!(
         read_range(&disk.path, area),
         before,
@@ -198,17 +198,25 @@ fn recovery_keys_come_and_go() {
     );
     disk.cryptsetup_opens(PASSPHRASE);
 
-    locked.remove_keyslot(0, false).unwrap();
-    assert_eq!(disk.metadata()["tokens"], serde_json::json!({}));
-    let error = locked.remove_keyslot(2, false).unwrap_err();
+    let other = locked.unlock_with_passphrase(&secret(PASSPHRASE)).unwrap();
+    let error = locked.remove_recovery_key(2, &other).unwrap_err();
+    assert!(matches!(*error.reason, Reason::SameKey { keyslot: 2 }), "{error}");
+    let error = locked.remove_recovery_key(0, &other).unwrap_err();
     assert!(
-        matches!(*error.reason, Reason::LastWayIn { keyslot: 2 }),
+        matches!(*error.reason, Reason::NoRecoveryKey { keyslot: 0 }),
         "{error}"
     );
-    disk.cryptsetup_opens(PASSPHRASE);
-    locked.remove_keyslot(2, true).unwrap();
-    drop(header);
-    assert!(matches!(disk.unlock(PASSPHRASE), Err(Reason::NoKeyslots)));
+
+    // cryptsetup puts another key where the one was that we have seen: that one nobody asked to remove.
+    let new_key = disk.dir.path().join("new");
+    fs::write(&new_key, "another").unwrap();
+    let mut arguments = vec!["luksChangeKey", "--key-slot", "2"];
+    arguments.extend(CHEAP_PBKDF);
+    arguments.extend([DISK, new_key.to_str().unwrap()]);
+    disk.cryptsetup_with(PASSPHRASE, &arguments);
+    let error = locked.remove_recovery_key(2, &volume).unwrap_err();
+    assert!(matches!(*error.reason, Reason::ChangedMeanwhile), "{error}");
+    disk.cryptsetup_opens("another");
 }
 
 // What cryptsetup writes, we open.
@@ -289,32 +297,12 @@ fn a_volume_key_from_a_file_encrypts_what_our_table_encrypts() {
 }
 
 #[test]
-fn a_volume_of_cryptsetup_is_bound_to_a_provider() {
-    let disk = Disk::formatted(&["--pbkdf", "argon2id"]);
-    let (header, _) = disk.backings(Access::ReadWrite);
-    let mut locked = Locked::open(&header, None).unwrap();
-    let volume = locked.unlock_with_passphrase(&secret(PASSPHRASE)).unwrap();
-    let provider = disk.provider();
-    let key_id = provider.create_kek().unwrap();
-    assert_eq!(locked.bind(&volume, &*provider, &key_id).unwrap(), 1);
-    drop(header);
-    disk.unlock_with_provider().unwrap();
-    disk.cryptsetup_opens(PASSPHRASE);
-    let info = disk.info();
-    assert_eq!(info.keyslots[0].purpose, Purpose::Passphrase);
-    assert_eq!(info.keyslots[1].purpose, Purpose::Provider);
-    assert_eq!(info.tokens[0].provider.as_deref(), Some("native"));
-}
-
-#[test]
-fn a_keyslot_to_be_ignored_opens_only_when_it_is_named() {
+fn a_keyslot_to_be_ignored_is_not_tried() {
     let disk = Disk::formatted(&["--pbkdf", "argon2id"]);
     disk.cryptsetup(&["config", "--priority", "ignore", "--key-slot", "0", DISK]);
     assert!(matches!(disk.unlock(PASSPHRASE), Err(Reason::NoKeyslots)));
-    let (header, _) = disk.backings(Access::ReadWrite);
-    let locked = Locked::open(&header, None).unwrap();
-    locked.unlock_keyslot(0, &secret(PASSPHRASE)).unwrap();
-    drop(header);
+    disk.cryptsetup(&["config", "--priority", "normal", "--key-slot", "0", DISK]);
+    disk.unlock(PASSPHRASE).unwrap();
     disk.cryptsetup(&["config", "--priority", "prefer", "--key-slot", "0", DISK]);
     disk.unlock(PASSPHRASE).unwrap();
 }

@@ -8,7 +8,7 @@ use crate::device::ServeError;
 use crate::keys::KeyError;
 use crate::keys::registry::RegistryError;
 use crate::storage::StorageError;
-use crate::volume::{HeaderError, Reason, VolumeError};
+use crate::volume::{HeaderError, KdfError, KeyslotError, Reason, VolumeError};
 
 use super::secret::SecretError;
 
@@ -57,19 +57,12 @@ pub enum Failure {
         /// The file.
         disk: PathBuf,
     },
-    /// The last proven way in would go.
+    /// A key that is there already.
     #[error(
-        "keyslot {keyslot} is the one that opened the volume: open it by its key provider, or name another \
-         --unlock-key"
+        "the recovery key opens the volume already, by keyslot {keyslot}; name a file that does not exist for a new one"
     )]
-    SameKey {
-        /// What was to be removed.
-        keyslot: u32,
-    },
-    /// The keyslot is for something else.
-    #[error("keyslot {keyslot} belongs to no recovery key; see `sealblk info`")]
-    NoRecoveryKey {
-        /// What was to be removed.
+    OpensAlready {
+        /// What it opens.
         keyslot: u32,
     },
     /// The cipher does not work here.
@@ -100,7 +93,7 @@ impl Failure {
     pub(super) fn exit_code(&self) -> u8 {
         match self {
             Self::Process(_) | Self::Output(_) | Self::Cipher(_) => HOST,
-            Self::SizeNeeded { .. } | Self::SameKey { .. } | Self::NoRecoveryKey { .. } => USAGE,
+            Self::SizeNeeded { .. } | Self::OpensAlready { .. } => USAGE,
             Self::Storage(StorageError::InUse { .. }) | Self::Occupied { .. } => IN_USE,
             Self::Storage(_) | Self::Make { .. } | Self::Look { .. } => STORAGE,
             Self::Volume(VolumeError { reason, .. }) => volume_code(reason),
@@ -110,6 +103,7 @@ impl Failure {
                 ServeError::Bind { .. } | ServeError::IoUring(_) | ServeError::Control(_) => HOST,
             },
             Self::Registry(RegistryError::Name(_) | RegistryError::Exists { .. }) => USAGE,
+            Self::Secret(SecretError::Arena(_)) => HOST,
             Self::Key(_) | Self::Registry(_) | Self::Secret(_) => KEY,
         }
     }
@@ -120,7 +114,11 @@ fn volume_code(reason: &Reason) -> u8 {
         Reason::Capacity { .. }
         | Reason::Label { .. }
         | Reason::NoSuchKeyslot { .. }
-        | Reason::LastWayIn { .. } => USAGE,
+        | Reason::NoRecoveryKey { .. }
+        | Reason::SameKey { .. }
+        | Reason::PayloadIsLuks { .. } => USAGE,
+        // Whether one of those that were not tried would have opened only a host that can try them tells.
+        Reason::WrongPassphrase { untried } if untried.iter().any(|(_, error)| lacks_memory(error)) => HOST,
         Reason::WrongPassphrase { .. }
         | Reason::NoToken
         | Reason::Provider { .. }
@@ -128,7 +126,11 @@ fn volume_code(reason: &Reason) -> u8 {
         | Reason::ForeignToken { .. }
         | Reason::TokenOpensNothing { .. } => KEY,
         Reason::AlreadyLuks => IN_USE,
-        Reason::Header(HeaderError::Length(_) | HeaderError::Write { .. })
+        Reason::Header(HeaderError::Read(_) | HeaderError::Length(_) | HeaderError::Write { .. })
+        | Reason::Keyslot {
+            source: KeyslotError::Read(_) | KeyslotError::Lock(_),
+            ..
+        }
         | Reason::Lock(_)
         | Reason::Length(_)
         | Reason::ReadOnly
@@ -136,9 +138,49 @@ fn volume_code(reason: &Reason) -> u8 {
         | Reason::Grow { .. }
         | Reason::Prepare(_)
         | Reason::WriteKeyslot { .. }
-        | Reason::Wipe { .. } => STORAGE,
+        | Reason::Wipe { .. }
+        | Reason::Entry { .. } => STORAGE,
+        Reason::Keyslot { source, .. } if lacks_memory(source) => HOST,
         Reason::Cipher(CipherError::EqualHalves | CipherError::KeyLength(_)) => VOLUME,
-        Reason::Cipher(_) | Reason::Arena(_) | Reason::Kdf(_) | Reason::Random(_) => HOST,
+        Reason::Cipher(_) | Reason::Arena(_) | Reason::Kdf(_) | Reason::Seal(_) | Reason::Random(_) => HOST,
         _ => VOLUME,
+    }
+}
+
+fn lacks_memory(error: &KeyslotError) -> bool {
+    matches!(
+        error,
+        KeyslotError::Kdf(KdfError::Memory { .. } | KdfError::Arena(_)) | KeyslotError::Arena(_)
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn memory() -> KeyslotError {
+        KeyslotError::Kdf(KdfError::Memory {
+            needed_kib: 2,
+            available_kib: Some(1),
+        })
+    }
+
+    #[test]
+    fn want_of_memory_is_the_hosts_fault_and_a_failing_read_the_storages() {
+        let keyslot = |source| Reason::Keyslot { keyslot: 1, source };
+        let io = || io::Error::from_raw_os_error(libc::EIO);
+        let untried = vec![(1, memory())];
+        for (reason, code) in [
+            (keyslot(memory()), HOST),
+            (Reason::Seal(memory()), HOST),
+            (Reason::WrongPassphrase { untried }, HOST),
+            (Reason::WrongPassphrase { untried: vec![] }, KEY),
+            (keyslot(KeyslotError::Read(io())), STORAGE),
+            (keyslot(KeyslotError::Lock(io())), STORAGE),
+            (Reason::Header(HeaderError::Read(io())), STORAGE),
+            (keyslot(KeyslotError::KeySize { bits: 256 }), VOLUME),
+        ] {
+            assert_eq!(volume_code(&reason), code, "{reason}");
+        }
     }
 }

@@ -10,7 +10,7 @@ use super::recovery_key::RecoveryKey;
 use super::secret::SecretSource;
 use super::{Host, output};
 use crate::storage::{Access, Backing};
-use crate::volume::{Argon2Cost, Info, Locked, Purpose, Volume};
+use crate::volume::{Argon2Cost, HeaderError, Locked, Reason, Volume};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -115,6 +115,12 @@ impl Add {
         let mut locked = files.locked()?;
         let volume = self.unlock.open(&locked, host)?;
         let key = RecoveryKey::read_or_make(&self.recovery_key)?;
+        if key.made.is_none()
+            && let Ok(volume) = locked.unlock_with_passphrase(&key.passphrase)
+        {
+            let keyslot = volume.keyslot();
+            return Err(Failure::OpensAlready { keyslot });
+        }
         let verb = if key.made.is_some() {
             "made and added"
         } else {
@@ -122,7 +128,17 @@ impl Add {
         };
         let mut made = Made::default();
         made.extend(key.made);
-        let keyslot = locked.add_recovery_key(&volume, &key.passphrase, Argon2Cost::for_this_host())?;
+        let added = locked.add_recovery_key(&volume, &key.passphrase, Argon2Cost::for_this_host());
+        let keyslot = match added {
+            Ok(keyslot) => keyslot,
+            Err(error) => {
+                // A write that failed may have come through nevertheless: a key that may open the volume stays.
+                if matches!(*error.reason, Reason::Header(HeaderError::Write { .. })) {
+                    made.keep();
+                }
+                return Err(error.into());
+            }
+        };
         made.keep();
         let (disk, place) = (self.volume.disk.display(), &self.recovery_key);
         output::print(&format!(
@@ -135,25 +151,33 @@ impl Remove {
     fn run(self, host: &Host) -> Result<(), Failure> {
         let files = self.volume.open(Access::ReadWrite)?;
         let mut locked = files.locked()?;
-        let keyslot = match (&self.which.recovery_key, self.which.keyslot) {
-            (Some(key), _) => locked.unlock_with_passphrase(&key.read_passphrase()?)?.keyslot(),
+        let key = match &self.which.recovery_key {
+            Some(key) => Some(key.read_passphrase()?),
+            None => None,
+        };
+        let other = self.unlock.open(&locked, host)?;
+        let mut keyslot = match (&key, self.which.keyslot) {
+            (Some(key), _) => locked.unlock_with_passphrase(key)?.keyslot(),
             (None, Some(keyslot)) => keyslot,
             (None, None) => unreachable!("one of the group is required"),
         };
-        let slots = files.info()?.keyslots;
-        if let Some(slot) = slots.iter().find(|slot| slot.keyslot == keyslot)
-            && slot.purpose != Purpose::Passphrase
-        {
-            return Err(Failure::NoRecoveryKey { keyslot });
+        // A key that was added more than once has to go as often: who removes it fears that somebody has it.
+        loop {
+            locked.remove_recovery_key(keyslot, &other)?;
+            let disk = self.volume.disk.display();
+            output::print(&format!(
+                "{disk}: the recovery key was removed from keyslot {keyslot}\n"
+            ))?;
+            let Some(key) = &key else { return Ok(()) };
+            keyslot = match locked.unlock_with_passphrase(key) {
+                Ok(again) => again.keyslot(),
+                Err(error) => match &*error.reason {
+                    Reason::NoKeyslots => return Ok(()),
+                    Reason::WrongPassphrase { untried } if untried.is_empty() => return Ok(()),
+                    _ => return Err(error.into()),
+                },
+            };
         }
-        if self.unlock.open(&locked, host)?.keyslot() == keyslot {
-            return Err(Failure::SameKey { keyslot });
-        }
-        locked.remove_keyslot(keyslot, false)?;
-        let disk = self.volume.disk.display();
-        output::print(&format!(
-            "{disk}: the recovery key was removed from keyslot {keyslot}\n"
-        ))
     }
 }
 
@@ -181,15 +205,19 @@ impl Unlock {
 }
 
 impl VolumeArgs {
+    /// Opens the header for `access`. If it is detached, nobody writes to the payload here.
     fn open(&self, access: Access) -> Result<Files, Failure> {
-        let header = self
-            .header
-            .as_ref()
-            .map(|path| Backing::open(path, access))
-            .transpose()?;
+        let Some(header) = &self.header else {
+            let disk = Backing::open(&self.disk, access)?;
+            return Ok(Files { disk, header: None });
+        };
+        let payload = match access {
+            Access::ReadWrite => Access::ReadOnly,
+            access => access,
+        };
         Ok(Files {
-            disk: Backing::open(&self.disk, access)?,
-            header,
+            header: Some(Backing::open(header, access)?),
+            disk: Backing::open(&self.disk, payload)?,
         })
     }
 }
@@ -205,13 +233,6 @@ impl Files {
         Ok(match &self.header {
             Some(header) => Locked::open(header, Some(&self.disk))?,
             None => Locked::open(&self.disk, None)?,
-        })
-    }
-
-    fn info(&self) -> Result<Info, Failure> {
-        Ok(match &self.header {
-            Some(header) => Info::read(header, Some(&self.disk))?,
-            None => Info::read(&self.disk, None)?,
         })
     }
 }

@@ -11,6 +11,7 @@
 use std::io;
 
 use getrandom::fill;
+use tracing::warn;
 
 use super::binary::{self, BinaryError, BinaryHeader, Copy, HEADER_SIZES, checksum_holds};
 use super::header_io::HeaderIo;
@@ -42,7 +43,10 @@ impl Header {
 
     /// Writes this header to both copies, as the next in sequence. The caller holds the write lock, and has read both
     /// copies to be sound under it.
-    pub(super) fn commit(&mut self, io: &dyn HeaderIo) -> Result<(), HeaderError> {
+    ///
+    /// With the primary copy durable the header is in force, whatever becomes of the secondary: that is not an error,
+    /// or the caller would take back what has happened.
+    pub(super) fn commit(&mut self, io: &dyn HeaderIo) -> Result<HeaderState, HeaderError> {
         self.metadata
             .validate(self.binary.header_size)
             .map_err(HeaderError::Unwritable)?;
@@ -52,7 +56,19 @@ impl Header {
             .checked_add(1)
             .ok_or(HeaderError::SequenceEnds)?;
         self.write(Copy::Primary, io)?;
-        self.write(Copy::Secondary, io)
+        match self.write(Copy::Secondary, io) {
+            Ok(()) => Ok(HeaderState::Sound),
+            Err(HeaderError::Write { copy, source }) => {
+                let text = "the change is in force, but only one copy of the LUKS2 header has it: the other cannot \
+                            be written; check the storage, for the next opening repairs it";
+                warn!(volume = %self.binary.uuid, "{}: {text}: {source}", io.path().display());
+                Ok(HeaderState::NeedsRepair {
+                    copy: copy.name(),
+                    damage: format!("it cannot be written: {source}"),
+                })
+            }
+            Err(error) => Err(error),
+        }
     }
 
     fn write(&self, copy: Copy, io: &dyn HeaderIo) -> Result<(), HeaderError> {
@@ -85,6 +101,27 @@ pub(super) enum Found {
     Sound(Header),
     /// One is not, and the other is the header.
     NeedsRecovery(Recoverable),
+}
+
+/// What became of the two copies of the header when it was opened or written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum HeaderState {
+    /// Both are sound and the same.
+    Sound,
+    /// One was damaged, and was rewritten from the other.
+    Repaired {
+        /// Which one.
+        copy: &'static str,
+        /// What was wrong with it.
+        damage: String,
+    },
+    /// One is damaged, and the other is the header: the volume is read-only, or the copy could not be written.
+    NeedsRepair {
+        /// Which one.
+        copy: &'static str,
+        /// What is wrong with it.
+        damage: String,
+    },
 }
 
 /// A header of which one copy must be rewritten before the other may be touched.
@@ -153,6 +190,11 @@ pub(super) fn read(io: &dyn HeaderIo) -> Result<Found, HeaderError> {
             refuse_foreign(io)?;
             Recoverable::found(from_secondary(secondary), Copy::Primary, damage)
         }
+        (Err(Damage::Io(source)), Err(_)) | (Err(_), Err(Damage::Io(source)))
+            if source.kind() != io::ErrorKind::UnexpectedEof =>
+        {
+            return Err(HeaderError::Read(source));
+        }
         (Err(primary), Err(secondary)) => return Err(no_header(io, primary, secondary)),
     };
     let end = found.header().end();
@@ -219,7 +261,8 @@ fn find_secondary(io: &dyn HeaderIo) -> Result<One, Damage> {
     for offset in HEADER_SIZES {
         match read_copy(io, Copy::Secondary, offset) {
             Ok(found) => return Ok(found),
-            Err(Damage::Binary(BinaryError::Magic) | Damage::Io(_)) => {}
+            Err(Damage::Binary(BinaryError::Magic)) => {}
+            Err(Damage::Io(error)) if error.kind() == io::ErrorKind::UnexpectedEof => {}
             Err(found) => damage = found,
         }
     }
@@ -343,15 +386,14 @@ pub enum HeaderError {
          it is a LUKS2 volume nevertheless, run `cryptsetup repair`"
     )]
     ForeignSignature { format: &'static str },
+    #[error(
+        "the LUKS2 header cannot be read: its storage fails, and neither copy is found sound; check the storage, and \
+         try again"
+    )]
+    Read(#[source] io::Error),
     #[error("its length cannot be read")]
     Length(#[source] io::Error),
-    #[error(
-        "the {copy} copy of the LUKS2 header cannot be written{}",
-        match copy {
-            Copy::Primary => "",
-            Copy::Secondary => "; what was to be changed stands in the primary copy",
-        }
-    )]
+    #[error("the {copy} copy of the LUKS2 header cannot be written; check the storage, and try again")]
     Write { copy: Copy, source: io::Error },
     #[error("the metadata cannot be written")]
     Unwritable(#[source] MetadataError),

@@ -1,7 +1,7 @@
 //! Making a volume.
 //!
-//! Everything that can fail without the disk fails first: sizes, the provider's wrapping, key derivation. Then what
-//! was there is destroyed, keyslots are written, and the binary headers last: whatever a crash leaves, it is either
+//! Everything that can fail without the disk fails first: sizes, the provider's wrapping, key derivation; then the
+//! locks and the growth of files. Only then what was there is destroyed, keyslots are written, and the binary headers last: whatever a crash leaves, it is either
 //! no volume at all or this one in full.
 
 use std::collections::BTreeMap;
@@ -65,8 +65,8 @@ struct Plan {
     keyslots: Vec<(Id, Sealed)>,
     /// Where the payload ends.
     end: u64,
-    /// Whether files are emptied first.
-    empty: bool,
+    /// Whether a volume may be destroyed, and files are emptied first.
+    overwrite: bool,
 }
 
 impl Plan {
@@ -84,9 +84,9 @@ impl Plan {
         let label = Text::new(options.label).ok_or_else(|| Reason::Label {
             label: options.label.to_owned(),
         })?;
-        refuse_volume(io, options.overwrite)?;
-        if let Some(payload) = payload {
-            refuse_volume(payload, options.overwrite)?;
+        for file in [Some(io), payload].into_iter().flatten() {
+            let _lock = file.lock(LockMode::Read).map_err(Reason::Lock)?;
+            refuse_volume(file, options.overwrite)?;
         }
 
         let offset = if payload.is_some() { 0 } else { HEADER_LEN };
@@ -132,24 +132,27 @@ impl Plan {
             key,
             keyslots,
             end,
-            empty: options.overwrite,
+            overwrite: options.overwrite,
         })
     }
 
     fn carry_out(mut self, io: &dyn HeaderIo, payload: Option<&dyn HeaderIo>) -> Result<Uuid, Reason> {
-        let files = [Some(io), payload]
-            .into_iter()
-            .flatten()
-            .filter(|file| file.can_grow());
-        for file in files.filter(|_| self.empty) {
+        let files: Vec<(&dyn HeaderIo, u64)> = match payload {
+            Some(payload) => vec![(io, HEADER_LEN), (payload, self.end)],
+            None => vec![(io, self.end)],
+        };
+        // All that can refuse comes before anything is lost: the locks, another look under them, the room.
+        let mut locks = Vec::new();
+        for (file, _) in &files {
+            locks.push(file.lock(LockMode::Write).map_err(Reason::Lock)?);
+            refuse_volume(*file, self.overwrite)?;
+        }
+        grow(&files)?;
+        for (file, len) in files.iter().filter(|(file, _)| self.overwrite && file.can_grow()) {
             file.set_size(0)
-                .map_err(|source| Reason::Grow { len: 0, source })?;
+                .and_then(|()| file.set_size(*len))
+                .map_err(|source| Reason::Grow { len: *len, source })?;
         }
-        grow(payload.unwrap_or(io), self.end)?;
-        if payload.is_some() {
-            grow(io, HEADER_LEN)?;
-        }
-        let _lock = io.lock(LockMode::Write).map_err(Reason::Lock)?;
         // Neither an old header nor a forgotten secondary copy may be taken for ours; and that the keyslots area is
         // random hides how many keyslots it has.
         io.write_at(&vec![0; 2 * COPY_LEN as usize], 0)
@@ -172,10 +175,10 @@ fn refuse_volume(io: &dyn HeaderIo, overwrite: bool) -> Result<(), Reason> {
     if overwrite {
         return Ok(());
     }
-    let _lock = io.lock(LockMode::Read).map_err(Reason::Lock)?;
     match copies::read(io) {
         Err(HeaderError::NotLuks { .. }) => Ok(()),
         Err(HeaderError::Length(source)) => Err(Reason::Length(source)),
+        Err(error @ HeaderError::Read(_)) => Err(error.into()),
         _ => Err(Reason::AlreadyLuks),
     }
 }
@@ -208,18 +211,32 @@ fn capacity(payload: &dyn HeaderIo, offset: u64, options: &CreateOptions<'_>) ->
     Ok(capacity)
 }
 
-fn grow(io: &dyn HeaderIo, len: u64) -> Result<(), Reason> {
-    let found = io.size().map_err(Reason::Length)?;
-    if found >= len {
-        return Ok(());
+/// Makes sure that each file or device is as long as it must be. Where one cannot be, all are as long as they were.
+fn grow(files: &[(&dyn HeaderIo, u64)]) -> Result<(), Reason> {
+    let mut grown: Vec<(&dyn HeaderIo, u64)> = Vec::new();
+    for &(file, len) in files {
+        let found = file.size().map_err(Reason::Length)?;
+        if found >= len {
+            continue;
+        }
+        let extended = if file.can_grow() {
+            file.set_size(len).map_err(|source| Reason::Grow { len, source })
+        } else {
+            Err(Reason::TooSmall {
+                len: found,
+                needed: len,
+            })
+        };
+        if let Err(reason) = extended {
+            for (file, len) in grown {
+                // A file that stays longer has lost nothing; the error to tell is the first one.
+                let _ = file.set_size(len);
+            }
+            return Err(reason);
+        }
+        grown.push((file, found));
     }
-    if !io.can_grow() {
-        return Err(Reason::TooSmall {
-            len: found,
-            needed: len,
-        });
-    }
-    io.set_size(len).map_err(|source| Reason::Grow { len, source })
+    Ok(())
 }
 
 /// The metadata of a volume that has one segment and no keyslots yet.

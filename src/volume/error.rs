@@ -77,15 +77,16 @@ pub enum Reason {
         untried: Vec<(u32, KeyslotError)>,
     },
     #[error(
-        "it has no keyslot to try a passphrase on (one of priority \"ignore\" is tried only by its number)"
+        "it has no keyslot to try a passphrase on; one of priority \"ignore\" is tried after `cryptsetup config \
+         --priority normal --key-slot`"
     )]
     NoKeyslots,
     #[error("keyslot {keyslot}: {source}")]
     Keyslot { keyslot: u32, source: KeyslotError },
     #[error("there is no keyslot {keyslot}; see `sealblk info`")]
     NoSuchKeyslot { keyslot: u32 },
-    #[error("keyslot {keyslot} opens another key than that of segment {segment}")]
-    KeyOfAnotherSegment { keyslot: u32, segment: u32 },
+    #[error("keyslot {keyslot} belongs to no recovery key; see `sealblk info`")]
+    NoRecoveryKey { keyslot: u32 },
     #[error("the volume key cannot be used")]
     Cipher(#[from] CipherError),
     #[error("there is no memory for the keys")]
@@ -96,8 +97,7 @@ pub enum Reason {
     Seal(#[source] KeyslotError),
 
     #[error(
-        "it has no sealblk token, so no key provider can open it; open it with a passphrase, or make it anew \
-         with a provider"
+        "it has no sealblk token, so no key provider can open it; open it with its passphrase or recovery key"
     )]
     NoToken,
     #[error("token {token} of type sealblk is broken: {text}; open the volume with its recovery key")]
@@ -133,15 +133,31 @@ pub enum Reason {
     NoneFree { what: &'static str, limit: u32 },
     #[error("the keyslots area has no room for another keyslot; remove one first")]
     NoRoom,
-    #[error("keyslot {keyslot} is the last way into this volume; add another first, or all data are lost")]
-    LastWayIn { keyslot: u32 },
+    #[error(
+        "keyslot {keyslot} is the one that opened the volume; open it by its key provider, or name another \
+         --unlock-key"
+    )]
+    SameKey { keyslot: u32 },
     #[error("the material of keyslot {keyslot} cannot be written")]
     WriteKeyslot { keyslot: u32, source: io::Error },
-    #[error("keyslot {keyslot} is removed, but its material could not be overwritten")]
+    #[error(
+        "the material of keyslot {keyslot} cannot be overwritten, so it stays in the header, though it may open \
+         nothing any more; check the storage, and remove it with `sealblk recovery remove --keyslot {keyslot}`"
+    )]
     Wipe { keyslot: u32, source: io::Error },
+    #[error(
+        "keyslot {keyslot} is destroyed and opens nothing any more, but is still listed: {source}; remove it with \
+         `sealblk recovery remove --keyslot {keyslot}`"
+    )]
+    Entry { keyslot: u32, source: HeaderError },
 
     #[error("it is a LUKS volume already; its data would be lost")]
     AlreadyLuks,
+    #[error(
+        "{} is to be the payload of a detached header, but holds a LUKS volume of its own, which it would overwrite; \
+         open it by its own header, or name the payload that belongs to this one", path.display()
+    )]
+    PayloadIsLuks { path: PathBuf },
     #[error("a volume needs a way in: a key provider, a recovery key, or both")]
     NoWayIn,
     #[error(

@@ -9,7 +9,6 @@ use super::header_io::HeaderIo;
 use super::lock::LockMode;
 use super::locked::{keyslots_of_segments, layout};
 use super::metadata::{Id, Kdf, Keyslot, Metadata, Segment, SegmentSize, Token};
-use super::refusal;
 use super::token::{self, SealblkToken};
 use crate::storage::Backing;
 
@@ -111,6 +110,20 @@ pub enum Purpose {
     Unbound,
 }
 
+impl Purpose {
+    pub(super) fn of(metadata: &Metadata, keyslot: Id) -> Self {
+        if !keyslots_of_segments(metadata).any(|(bound, _)| bound == keyslot) {
+            return Self::Unbound;
+        }
+        let mut tokens = metadata.tokens.values();
+        match tokens.find(|token| token.keyslots.contains(&keyslot)) {
+            Some(token) if token.kind == token::TYPE => Self::Provider,
+            Some(_) => Self::ForeignToken,
+            None => Self::Passphrase,
+        }
+    }
+}
+
 /// A key derivation and its cost.
 #[derive(Debug, Clone, Serialize)]
 pub struct KdfInfo {
@@ -167,9 +180,7 @@ impl Info {
     fn of(found: &Found, io: &dyn HeaderIo, payload: Option<&dyn HeaderIo>) -> Self {
         let header = found.header();
         let metadata = &header.metadata;
-        let served = refusal::check(metadata)
-            .map_err(Reason::from)
-            .and_then(|()| layout(header, io, payload));
+        let served = layout(header, io, payload);
         Self {
             uuid: header.binary.uuid,
             label: header.binary.label.to_str().into_owned(),
@@ -179,7 +190,7 @@ impl Info {
             header_size: header.end(),
             header: CopiesInfo::of(found),
             servable: served.is_ok(),
-            capacity: served.as_ref().ok().map(|layout| layout.capacity()),
+            capacity: served.as_ref().ok().map(|layout| layout.capacity),
             refusal: served.err().map(|reason| reason.to_string()),
             segments: metadata
                 .segments
@@ -255,23 +266,10 @@ impl KeyslotInfo {
             Keyslot::Luks2(slot) => ("luks2", slot.priority, Some(KdfInfo::of(&slot.kdf))),
             Keyslot::Other(slot) => (slot.kind.as_str(), None, None),
         };
-        let mut tokens = metadata
-            .tokens
-            .values()
-            .filter(|token| token.keyslots.contains(&id));
-        let purpose = if !keyslots_of_segments(metadata).any(|(bound, _)| bound == id) {
-            Purpose::Unbound
-        } else {
-            match tokens.next() {
-                Some(token) if token.kind == token::TYPE => Purpose::Provider,
-                Some(_) => Purpose::ForeignToken,
-                None => Purpose::Passphrase,
-            }
-        };
         Self {
             keyslot: id.0,
             kind: kind.to_owned(),
-            purpose,
+            purpose: Purpose::of(metadata, id),
             priority: match priority {
                 Some(0) => "ignore",
                 Some(2) => "prefer",

@@ -14,6 +14,38 @@ use super::hash::Hash;
 use super::metadata::{self, Base64, Kdf, Other, Pbkdf2};
 use crate::keys::arena::{ArenaError, SecretBytes, on_wiped_stack};
 
+/// What one attempt to open a volume may cost in all, over its keyslots: every single derivation is capped, but a
+/// header can list many. Its unit is one block of argon2 (1 KiB), about a microsecond.
+pub(super) struct Budget(u64);
+
+impl Default for Budget {
+    fn default() -> Self {
+        Self(MAX_WORK)
+    }
+}
+
+impl Budget {
+    /// Takes what it costs to try a keyslot with this KDF, and a digest, before any of it is done.
+    pub(super) fn spend(&mut self, kdf: &Kdf, digest_iterations: u32) -> Result<(), KdfError> {
+        if digest_iterations > MAX_DIGEST_ITERATIONS {
+            return Err(KdfError::DigestIterations {
+                iterations: digest_iterations,
+            });
+        }
+        let work = match kdf {
+            Kdf::Pbkdf2(kdf) => u64::from(kdf.iterations) / ITERATIONS_PER_BLOCK,
+            Kdf::Argon2i(kdf) | Kdf::Argon2id(kdf) => u64::from(kdf.time).saturating_mul(kdf.memory.into()),
+            Kdf::Other(_) => 0,
+        };
+        let work = work.saturating_add(u64::from(digest_iterations) / ITERATIONS_PER_BLOCK);
+        // What a single cap refuses is refused there, and costs nothing.
+        if work <= MAX_WORK_KIB + u64::from(MAX_DIGEST_ITERATIONS) {
+            self.0 = self.0.checked_sub(work).ok_or(KdfError::Budget)?;
+        }
+        Ok(())
+    }
+}
+
 /// Derives the key of a keyslot's area from `passphrase` into `key`.
 pub(super) fn derive(kdf: &Kdf, passphrase: &[u8], key: &mut SecretBytes) -> Result<(), KdfError> {
     match kdf {
@@ -58,7 +90,7 @@ fn argon2(
         lanes: kdf.cpus,
     };
     let params = cost.params()?;
-    if let Some(available) = available_memory_kib()
+    if let Some(available) = memory_kib("MemAvailable:")
         && u64::from(cost.memory_kib) > available
     {
         return Err(KdfError::Memory {
@@ -94,10 +126,12 @@ pub struct Argon2Cost {
 }
 
 impl Argon2Cost {
-    /// cryptsetup's ceiling of 1 GiB and 4 lanes, less where this host has less, and its least number of passes:
-    /// above both of what RFC 9106 §4 recommends. Nothing is measured, so that a busy host does not make a weak key.
+    /// 1 GiB, but no more than half of the memory that this host has, in 4 passes, and as many lanes as it has
+    /// processors, up to 4: cryptsetup's ceilings, and its least number of passes. RFC 9106 §4 names 2 GiB in one pass
+    /// first, and 64 MiB in three where memory is short; this lies between. What the host is busy with has no say in
+    /// it.
     pub fn for_this_host() -> Self {
-        let half = available_memory_kib().map_or(MEMORY_CEILING_KIB, |available| available / 2);
+        let half = memory_kib("MemTotal:").map_or(MEMORY_CEILING_KIB, |total| total / 2);
         let lanes = thread::available_parallelism().map_or(1, |cpus| cpus.get().min(4));
         Self {
             time: 4,
@@ -146,11 +180,10 @@ pub(super) fn fresh_salt() -> Result<Base64, KdfError> {
     Ok(Base64(salt))
 }
 
-fn available_memory_kib() -> Option<u64> {
+/// A line of proc_meminfo(5).
+fn memory_kib(name: &str) -> Option<u64> {
     let meminfo = fs::read_to_string("/proc/meminfo").ok()?;
-    let line = meminfo
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let line = meminfo.lines().find_map(|line| line.strip_prefix(name))?;
     line.trim().strip_suffix(" kB")?.trim().parse().ok()
 }
 
@@ -163,6 +196,16 @@ pub enum KdfError {
     Hash { name: String },
     #[error("its PBKDF2 iterations ({iterations}) are not within 1 to {MAX_ITERATIONS}")]
     Iterations { iterations: u32 },
+    #[error(
+        "the digest of its key has {iterations} PBKDF2 iterations, and more than {MAX_DIGEST_ITERATIONS} nobody \
+         writes; somebody has altered the header: restore a backup of it with `cryptsetup luksHeaderRestore`"
+    )]
+    DigestIterations { iterations: u32 },
+    #[error(
+        "the keyslots tried before it took all the time that one attempt is given; open it with `cryptsetup open \
+         --key-slot`, or remove keyslots that nobody needs"
+    )]
+    Budget,
     #[error(
         "its argon2 cost (time {}, memory {} KiB, {} lanes) is out of bounds", cost.time, cost.memory_kib, cost.lanes
     )]
@@ -193,6 +236,17 @@ const MAX_MEMORY_KIB: u32 = 4 << 20;
 
 /// Passes times memory: a minute or two, 64 GiB of blocks.
 const MAX_WORK_KIB: u64 = 64 << 20;
+
+/// What 32 keyslots cost that cryptsetup has made, each to take two seconds on the fastest of machines; on a slow one,
+/// ten minutes.
+const MAX_WORK: u64 = 512 << 20;
+
+/// Of PBKDF2 with SHA-256, in the time of one block of argon2.
+const ITERATIONS_PER_BLOCK: u64 = 4;
+
+/// cryptsetup measures what takes it an eighth of a second, whatever its `--iter-time`: about a million on the fastest
+/// of machines.
+const MAX_DIGEST_ITERATIONS: u32 = 1 << 24;
 
 const MEMORY_CEILING_KIB: u64 = 1 << 20;
 const MEMORY_FLOOR_KIB: u64 = 64 << 10;
@@ -240,6 +294,38 @@ mod tests {
     fn the_least_costs_that_cryptsetup_writes_are_accepted() {
         argon2_with(1, 8, 1).unwrap();
         argon2_with(4, 32, 4).unwrap();
+    }
+
+    #[test]
+    fn many_keyslots_cost_no_more_than_a_few() {
+        let dear = |time, memory| {
+            Kdf::Argon2id(metadata::Argon2 {
+                time,
+                memory,
+                cpus: 4,
+                salt: Base64(vec![1; SALT_LEN]),
+                other: Other::new(),
+            })
+        };
+        let tried = |kdf: Kdf, digest: u32| {
+            let mut budget = Budget::default();
+            (0..32).take_while(|_| budget.spend(&kdf, digest).is_ok()).count()
+        };
+        // Each as dear as one may be.
+        assert!(tried(dear(16, MAX_MEMORY_KIB), 1000) <= 8);
+        // cryptsetup's default on a machine that does a pass over 1 GiB in an eighth of a second.
+        assert_eq!(tried(dear(15, 1 << 20), 1_300_000), 32);
+        assert_eq!(tried(dear(1, 8), MAX_DIGEST_ITERATIONS + 1), 0);
+    }
+
+    #[test]
+    fn the_cost_for_this_host_is_half_its_memory_and_not_what_is_free_of_it() {
+        let total = memory_kib("MemTotal:").unwrap();
+        let memory_kib = Argon2Cost::for_this_host().memory_kib;
+        assert_eq!(
+            u64::from(memory_kib),
+            (total / 2).clamp(MEMORY_FLOOR_KIB, MEMORY_CEILING_KIB)
+        );
     }
 
     #[test]

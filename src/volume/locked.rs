@@ -7,13 +7,14 @@ use std::sync::Arc;
 use tracing::warn;
 use uuid::Uuid;
 
-use super::copies::{self, Found, Header, HeaderError};
+use super::copies::{self, Found, Header, HeaderError, HeaderState};
 use super::error::{Reason, VolumeError};
 use super::header_io::HeaderIo;
+use super::kdf::Budget;
 use super::keyslot::{self, KeyslotError};
 use super::layout::Layout;
 use super::lock::{LockMode, MetadataLock};
-use super::metadata::{Digest, Id, Keyslot, Luks2Keyslot, Metadata, Segment};
+use super::metadata::{Id, Keyslot, Luks2Keyslot, Metadata, Pbkdf2Digest};
 use super::refusal;
 use super::segment::SegmentTable;
 use crate::cipher::{KernelChoice, SectorCipher, SectorSize};
@@ -39,7 +40,6 @@ impl<'header> Locked<'header> {
     pub fn open(header: &'header dyn HeaderIo, payload: Option<&Backing>) -> Result<Self, VolumeError> {
         let read = || {
             let (found, state) = read_and_repair(header)?;
-            refusal::check(&found.metadata)?;
             let layout = layout(&found, header, payload.map(|payload| payload as &dyn HeaderIo))?;
             Ok(Self {
                 io: header,
@@ -63,25 +63,25 @@ impl<'header> Locked<'header> {
         self.header.binary.uuid
     }
 
-    /// Whether both copies of the header were sound when it was opened.
+    /// Whether both copies of the header are sound, as of when they were read or written last.
     pub fn header_state(&self) -> &HeaderState {
         &self.state
     }
 
     /// Length of the disk in bytes.
     pub fn capacity(&self) -> u64 {
-        self.layout.capacity()
+        self.layout.capacity
     }
 
     /// The unit in which the disk must be read and written.
     pub fn sector_size(&self) -> SectorSize {
-        self.layout.sector_size()
+        self.layout.sector_size
     }
 
     /// Tries `passphrase` on every keyslot: those of high priority first, those to be ignored not at all.
     ///
     /// # Errors
-    /// [`Reason::WrongPassphrase`] when none opens.
+    /// [`Reason::WrongPassphrase`] when none opens; but if no keyslot could be tried at all, why the first could not.
     pub fn unlock_with_passphrase(&self, passphrase: &SecretBytes) -> Result<Volume, VolumeError> {
         let unlock = || {
             let mut slots: Vec<_> = self
@@ -92,34 +92,21 @@ impl<'header> Locked<'header> {
             if slots.is_empty() {
                 return Err(Reason::NoKeyslots);
             }
-            let mut untried = Vec::new();
+            let digest = refusal::check(&self.header.metadata)?.digest;
+            let (mut untried, mut tried) = (Vec::new(), false);
+            let mut budget = Budget::default();
             for (id, slot) in slots {
-                match self.open_keyslot(id, slot, passphrase) {
+                match self.open_keyslot(slot, digest, passphrase, &mut budget) {
                     Ok(Some(key)) => return self.unlocked(id, key),
-                    Ok(None) => {}
+                    Ok(None) => tried = true,
                     Err(error) => untried.push((id.0, error)),
                 }
             }
-            Err(Reason::WrongPassphrase { untried })
-        };
-        unlock().map_err(|reason| self.failed(reason))
-    }
-
-    /// Tries `passphrase` on one keyslot, whatever its priority.
-    ///
-    /// # Errors
-    /// As for [`Locked::unlock_with_passphrase`], and where there is no such keyslot.
-    pub fn unlock_keyslot(&self, keyslot: u32, passphrase: &SecretBytes) -> Result<Volume, VolumeError> {
-        let unlock = || {
-            let mut slots = self.passphrase_keyslots();
-            let (id, slot) = slots
-                .find(|(id, _)| id.0 == keyslot)
-                .ok_or(Reason::NoSuchKeyslot { keyslot })?;
-            match self.open_keyslot(id, slot, passphrase) {
-                Ok(Some(key)) => self.unlocked(id, key),
-                Ok(None) => Err(Reason::WrongPassphrase { untried: Vec::new() }),
-                Err(source) => Err(Reason::Keyslot { keyslot, source }),
+            if tried {
+                return Err(Reason::WrongPassphrase { untried });
             }
+            let (keyslot, source) = untried.swap_remove(0);
+            Err(Reason::Keyslot { keyslot, source })
         };
         unlock().map_err(|reason| self.failed(reason))
     }
@@ -129,58 +116,28 @@ impl<'header> Locked<'header> {
         keyslots_of_segments(&self.header.metadata)
     }
 
-    /// The key that `slot` holds, or nothing if this is not its passphrase.
+    /// The volume key, if `passphrase` is that of `slot` and the segment's digest says that what `slot` holds is it.
     pub(super) fn open_keyslot(
         &self,
-        id: Id,
         slot: &Luks2Keyslot,
+        digest: &Pbkdf2Digest,
         passphrase: &SecretBytes,
+        budget: &mut Budget,
     ) -> Result<Option<SecretBytes>, KeyslotError> {
+        budget.spend(&slot.kdf, digest.iterations)?;
         let key = keyslot::open(self.io, slot, passphrase)?;
-        for digest in self.header.metadata.digests.values() {
-            if let Digest::Pbkdf2(digest) = digest
-                && digest.keyslots.contains(&id)
-                && keyslot::verify(digest, &key)?
-            {
-                return Ok(Some(key));
-            }
-        }
-        Ok(None)
+        Ok(keyslot::verify(digest, &key)?.then_some(key))
     }
 
-    /// Expands the key and puts the segment table together, once every segment's digest agrees to the key.
+    /// Expands the key that keyslot `id` held, and puts the segment table together.
     pub(super) fn unlocked(&self, id: Id, key: SecretBytes) -> Result<Volume, Reason> {
-        let metadata = &self.header.metadata;
-        let mut verified = Vec::new();
-        for (&segment, description) in &metadata.segments {
-            let Some((digest_id, Digest::Pbkdf2(digest))) = metadata.digest_of_segment(segment) else {
-                continue; // A linear segment: a crypt segment without such a digest was refused.
-            };
-            if !matches!(description, Segment::Crypt(_)) || verified.contains(&digest_id) {
-                continue;
-            }
-            let right = keyslot::verify(digest, &key).map_err(|source| Reason::Keyslot {
-                keyslot: id.0,
-                source,
-            })?;
-            if !right {
-                return Err(Reason::KeyOfAnotherSegment {
-                    keyslot: id.0,
-                    segment: segment.0,
-                });
-            }
-            verified.push(digest_id);
-        }
-        let table = self
-            .layout
-            .clone()
-            .into_table(|size| SectorCipher::new(&key, size, self.kernel))?;
+        let cipher = SectorCipher::new(&key, self.sector_size(), self.kernel)?;
         Ok(Volume {
             uuid: self.uuid(),
             keyslot: id.0,
             capacity: self.capacity(),
             sector_size: self.sector_size(),
-            table: Arc::new(table),
+            table: Arc::new(self.layout.table(cipher)),
             key,
         })
     }
@@ -222,9 +179,10 @@ pub(super) struct Update<'header> {
 }
 
 impl Update<'_> {
-    /// Writes the header to both copies, and to `locked`, which the update began with.
-    pub(super) fn commit(&mut self, locked: &mut Locked<'_>) -> Result<(), Reason> {
-        self.header.commit(self.io)?;
+    /// Writes the header to both copies, and to `locked`, which the update began with. It is done once the primary
+    /// copy is durable; `locked` tells then whether the secondary is.
+    pub(super) fn commit(&mut self, locked: &mut Locked<'_>) -> Result<(), HeaderError> {
+        locked.state = self.header.commit(self.io)?;
         locked.header = self.header.clone();
         Ok(())
     }
@@ -280,27 +238,6 @@ impl fmt::Debug for Volume {
     }
 }
 
-/// What became of the two copies of the header when it was opened.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum HeaderState {
-    /// Both are sound and the same.
-    Sound,
-    /// One was damaged, and was rewritten from the other.
-    Repaired {
-        /// Which one.
-        copy: &'static str,
-        /// What was wrong with it.
-        damage: String,
-    },
-    /// One is damaged: the volume is read-only, or the copy could not be written.
-    NeedsRepair {
-        /// Which one.
-        copy: &'static str,
-        /// What is wrong with it.
-        damage: String,
-    },
-}
-
 /// Reads the header under the lock. What needs recovery is looked at again under the write lock before it is
 /// repaired, because what looked like damage may have been another program's update.
 fn read_and_repair(io: &dyn HeaderIo) -> Result<(Header, HeaderState), Reason> {
@@ -351,22 +288,43 @@ fn read_and_repair(io: &dyn HeaderIo) -> Result<(Header, HeaderState), Reason> {
     })
 }
 
-/// Lays out the segments of `header` on `payload`, or behind the header where that is not detached.
+/// Refuses a payload that is a LUKS volume itself, and whose header the guest would write over. One whose segment
+/// begins behind that header may have its header in a backup, too.
+fn refuse_volume(payload: &dyn HeaderIo, segment: u64) -> Result<(), Reason> {
+    match copies::read(payload) {
+        Err(HeaderError::NotLuks { .. }) => Ok(()),
+        Ok(found) if segment >= found.header().end() => Ok(()),
+        Err(HeaderError::BothDamaged { .. }) if segment > 0 => Ok(()),
+        Err(HeaderError::Length(source)) => Err(Reason::Length(source)),
+        Err(error @ HeaderError::Read(_)) => Err(error.into()),
+        _ => Err(Reason::PayloadIsLuks {
+            path: payload.path().to_owned(),
+        }),
+    }
+}
+
+/// Lays out the segment of `header` on `payload`, or behind the header where that is not detached; or tells why it is
+/// not served.
 pub(super) fn layout(
     header: &Header,
     io: &dyn HeaderIo,
     payload: Option<&dyn HeaderIo>,
 ) -> Result<Layout, Reason> {
+    let served = refusal::check(&header.metadata)?;
+    if let Some(payload) = payload {
+        refuse_volume(payload, served.segment.place.offset.0)?;
+    }
     let payload_len = payload.unwrap_or(io).size().map_err(Reason::Length)?;
     let header_end = if payload.is_some() { 0 } else { header.end() };
-    Ok(Layout::new(&header.metadata, header_end, payload_len)?)
+    Ok(Layout::new(served, header_end, payload_len)?)
 }
 
-/// The keyslots of type `luks2` that a digest ties to a segment.
+/// The keyslots of type `luks2` that the digest of a segment names.
 pub(super) fn keyslots_of_segments(metadata: &Metadata) -> impl Iterator<Item = (Id, &Luks2Keyslot)> {
     let bound = |id: &Id| {
-        let mut digests = metadata.digests.values();
-        digests.any(|digest| !digest.segments().is_empty() && digest.keyslots().contains(id))
+        let segments = metadata.segments.keys();
+        let mut digests = segments.filter_map(|&segment| metadata.digest_of_segment(segment));
+        digests.any(|(_, digest)| digest.keyslots().contains(id))
     };
     metadata.keyslots.iter().filter_map(move |(id, slot)| match slot {
         Keyslot::Luks2(slot) if bound(id) => Some((*id, slot.as_ref())),

@@ -50,7 +50,7 @@ mod testing;
 mod token;
 mod ways_in;
 
-pub use copies::{Damage, HeaderError};
+pub use copies::{Damage, HeaderError, HeaderState};
 pub use create::{CreateOptions, create};
 pub use error::{Reason, VolumeError};
 pub use header_io::HeaderIo;
@@ -58,5 +58,5 @@ pub use info::{CopiesInfo, Info, KdfInfo, KeyslotInfo, Purpose, SegmentInfo, Tok
 pub use kdf::{Argon2Cost, KdfError};
 pub use keyslot::KeyslotError;
 pub use lock::{LockMode, MetadataLock};
-pub use locked::{HeaderState, Locked, Volume};
+pub use locked::{Locked, Volume};
 pub use refusal::Refusal;

@@ -1,11 +1,24 @@
 //! What sealblk does not serve, and why: a volume whose header is sound, but which it would read wrongly, or which
 //! somebody else is in the middle of changing.
+//!
+//! Nothing authenticates a header: a checksum anybody can make. So what is served is one encrypted segment and
+//! nothing beside it. A `linear` segment, which whoever has the storage could enter, would store in the clear what
+//! the guest takes for encrypted.
 
 use super::keyslot::{ENCRYPTION, KEY_LEN};
-use super::metadata::{Digest, Id, Keyslot, Metadata, Segment};
+use super::metadata::{CryptSegment, Digest, Id, Keyslot, Metadata, Pbkdf2Digest, Segment};
+
+/// The one segment that there is to serve, and the digest that tells its key.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Served<'m> {
+    pub(super) id: Id,
+    pub(super) segment: &'m CryptSegment,
+    pub(super) digest_id: Id,
+    pub(super) digest: &'m Pbkdf2Digest,
+}
 
 /// Looks for anything in `metadata` that keeps sealblk from serving the volume.
-pub(super) fn check(metadata: &Metadata) -> Result<(), Refusal> {
+pub(super) fn check(metadata: &Metadata) -> Result<Served<'_>, Refusal> {
     if let Some(name) = metadata.config.mandatory().first() {
         // "offline-reencrypt", "online-reencrypt", "online-reencrypt-v2" …
         return Err(if name.contains("-reencrypt") {
@@ -18,21 +31,17 @@ pub(super) fn check(metadata: &Metadata) -> Result<(), Refusal> {
     if metadata.keyslots.values().any(reencrypts) {
         return Err(Refusal::MidReencryption);
     }
-    metadata
-        .segments
-        .iter()
-        .try_for_each(|(&id, segment)| check_segment(metadata, id, segment))?;
-    if !metadata
-        .segments
-        .values()
-        .any(|segment| matches!(segment, Segment::Crypt(_)))
-    {
-        return Err(Refusal::NotEncrypted);
+    let mut served = None;
+    for (&id, segment) in &metadata.segments {
+        served = Some(check_segment(metadata, id, segment)?);
     }
-    Ok(())
+    match (served, metadata.segments.len()) {
+        (Some(served), 1) => Ok(served),
+        (_, count) => Err(Refusal::Segments { count }),
+    }
 }
 
-fn check_segment(metadata: &Metadata, id: Id, segment: &Segment) -> Result<(), Refusal> {
+fn check_segment<'m>(metadata: &'m Metadata, id: Id, segment: &'m Segment) -> Result<Served<'m>, Refusal> {
     if let Some(flag) = segment.flags().first() {
         return Err(if flag.starts_with("backup-") || flag == "in-reencryption" {
             Refusal::MidReencryption
@@ -45,7 +54,7 @@ fn check_segment(metadata: &Metadata, id: Id, segment: &Segment) -> Result<(), R
     }
     let crypt = match segment {
         Segment::Crypt(crypt) => crypt,
-        Segment::Linear(_) => return Ok(()),
+        Segment::Linear(_) => return Err(Refusal::NotEncrypted { segment: id }),
         Segment::Other(other) => {
             return Err(Refusal::SegmentType {
                 segment: id,
@@ -62,18 +71,20 @@ fn check_segment(metadata: &Metadata, id: Id, segment: &Segment) -> Result<(), R
             encryption: crypt.encryption.clone(),
         });
     }
-    let Some((_, digest)) = metadata.digest_of_segment(id) else {
-        return Ok(()); // Metadata that were validated have one.
+    let (digest_id, digest) = match metadata.digest_of_segment(id) {
+        Some((digest_id, Digest::Pbkdf2(digest))) => (digest_id, digest),
+        Some((_, Digest::Other(digest))) => {
+            return Err(Refusal::DigestType {
+                segment: id,
+                kind: digest.kind.clone(),
+            });
+        }
+        // Metadata that were validated have one.
+        None => return Err(Refusal::NoDigest { segment: id }),
     };
-    if let Digest::Other(digest) = digest {
-        return Err(Refusal::DigestType {
-            segment: id,
-            kind: digest.kind.clone(),
-        });
-    }
     // The length of a segment's key stands nowhere but with the keyslots that hold it.
     let slots = digest
-        .keyslots()
+        .keyslots
         .iter()
         .filter_map(|keyslot| metadata.keyslots.get(keyslot));
     for slot in slots {
@@ -86,7 +97,12 @@ fn check_segment(metadata: &Metadata, id: Id, segment: &Segment) -> Result<(), R
             });
         }
     }
-    Ok(())
+    Ok(Served {
+        id,
+        segment: crypt,
+        digest_id,
+        digest,
+    })
 }
 
 /// Why a volume is not served.
@@ -117,16 +133,22 @@ pub enum Refusal {
         "the digest of segment {segment} is of type {kind:?}, which this version of sealblk does not know"
     )]
     DigestType { segment: Id, kind: String },
-    #[error("segment {segment} has a dynamic size, and is not the last")]
-    DynamicNotLast { segment: Id },
-    #[error("two segments overlap at byte {offset} of the payload")]
-    SegmentsOverlap { offset: u64 },
+    #[error("no digest tells the key of segment {segment}")]
+    NoDigest { segment: Id },
+    #[error(
+        "it has {count} segments, and sealblk serves one; if nobody has made them on purpose, somebody has altered \
+         the header: restore a backup of it with `cryptsetup luksHeaderRestore`"
+    )]
+    Segments { count: usize },
+    #[error(
+        "the data of segment {segment} are not encrypted (it is of type \"linear\"); if nobody has made it so on \
+         purpose, somebody has altered the header: restore a backup of it with `cryptsetup luksHeaderRestore`"
+    )]
+    NotEncrypted { segment: Id },
     #[error(
         "segment {segment} starts where the header is: the header is detached from its payload; name both"
     )]
     Detached { segment: Id },
-    #[error("it has no encrypted segment")]
-    NotEncrypted,
     #[error(
         "segment {segment} needs the payload to be {needed} bytes long, and it has {payload_len}; the file or \
          device was cut short"
@@ -153,7 +175,7 @@ mod tests {
 
     #[test]
     fn a_plain_volume_is_served() {
-        assert_eq!(check(&parsed(&sample()).unwrap()), Ok(()));
+        assert_eq!(check(&parsed(&sample()).unwrap()).unwrap().id, Id(0));
     }
 
     #[test]
@@ -181,7 +203,7 @@ mod tests {
             "/config/requirements",
             json!({"mandatory": [], "optional": ["x"]}),
         );
-        assert_eq!(check(&parsed(&json).unwrap()), Ok(()));
+        check(&parsed(&json).unwrap()).unwrap();
     }
 
     #[test]
@@ -248,7 +270,24 @@ mod tests {
                 kind: "other".to_owned()
             }
         );
+    }
+
+    /// Whoever has the storage can write a header; a checksum is no signature. What the guest writes must not reach
+    /// storage unencrypted, whatever segments he enters.
+    #[test]
+    fn no_header_makes_a_disk_of_plaintext() {
+        let mut cut = sample();
+        cut["segments"]["0"]["size"] = "4096".into();
+        cut["segments"]["1"] = json!({"type": "linear", "offset": "16781312", "size": "dynamic"});
+        assert_eq!(refused(&cut), Refusal::NotEncrypted { segment: Id(1) });
+        cut["segments"]["1"] = cut["segments"]["0"].clone();
+        cut["segments"]["1"]["offset"] = "16781312".into();
+        cut["digests"]["0"]["segments"] = json!(["0", "1"]);
+        assert_eq!(refused(&cut), Refusal::Segments { count: 2 });
         let linear = json!({"0": {"type": "linear", "offset": "16777216", "size": "dynamic"}});
-        assert_eq!(refused(&sample_with("/segments", linear)), Refusal::NotEncrypted);
+        assert_eq!(
+            refused(&sample_with("/segments", linear)),
+            Refusal::NotEncrypted { segment: Id(0) }
+        );
     }
 }

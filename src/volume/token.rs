@@ -10,7 +10,7 @@
 //!
 //! The wrapping authenticates the volume's UUID, the provider's name, the key ID and the keyslot's number, so that a
 //! token that was moved to another volume or keyslot does not open. It also binds the volume to its UUID: after
-//! `cryptsetup luksUUID --uuid` a volume opens by its recovery key alone, until it is bound anew.
+//! `cryptsetup luksUUID --uuid` a volume opens by its recovery key alone.
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;

@@ -1,21 +1,25 @@
 //! Ways into a volume: recovery keys, which are passphrases behind argon2id, and bindings to a provider's KEK,
 //! which are tokens. Each is a keyslot with the same volume key in it.
 //!
-//! Order of writes: a keyslot's area is durable before any metadata refers to it, and is wiped only after none
-//! does. A crash between the last commit and the wipe leaves material that nothing refers to, whose salt is gone.
+//! Order of writes: a keyslot's area is durable before any metadata refers to it, and is wiped before the metadata
+//! forget it. A crash between the wipe and the commit leaves a keyslot that opens nothing, and that can be removed as
+//! any other; the other way round it would leave material that nobody finds any more, and that the key still opens
+//! with an old copy of the header.
 
 use tracing::warn;
 
 use super::copies::Header;
 use super::error::{Reason, VolumeError};
 use super::header_io::HeaderIo;
-use super::kdf::{self, Argon2Cost};
+use super::info::Purpose;
+use super::kdf::{self, Argon2Cost, Budget};
 use super::keyslot::{self, AREA_LEN, Sealed};
-use super::locked::{Locked, Volume, keyslots_of_segments};
-use super::metadata::{AREA_ALIGNMENT, Base64, Digest, Id, Keyslot, MAX_OBJECTS, Metadata, Segment};
+use super::locked::{Locked, Volume};
+use super::metadata::{AREA_ALIGNMENT, Base64, Digest, Id, Keyslot, MAX_OBJECTS, Metadata};
+use super::refusal;
 use super::token::{self, SLOT_SECRET_LEN, SealblkToken};
 use crate::keys::arena::SecretBytes;
-use crate::keys::{Binding, KeyId, KeyProvider, KeyReason, Providers};
+use crate::keys::{Binding, KeyProvider, KeyReason, Providers};
 
 impl Locked<'_> {
     /// Unlocks by the sealblk tokens, one after the other, with the providers that they name.
@@ -25,13 +29,16 @@ impl Locked<'_> {
     pub fn unlock_with_provider(&self, providers: &dyn Providers) -> Result<Volume, VolumeError> {
         let unlock = || {
             let mut failure = Reason::NoToken;
+            let mut budget = Budget::default();
             for (&id, token) in &self.header.metadata.tokens {
                 let Some(sealblk) = SealblkToken::of(token) else {
                     continue;
                 };
                 let opened = sealblk
                     .map_err(|text| Reason::BrokenToken { token: id.0, text })
-                    .and_then(|sealblk| self.unlock_token(id, token.keyslots[0], &sealblk, providers));
+                    .and_then(|sealblk| {
+                        self.unlock_token(id, token.keyslots[0], &sealblk, providers, &mut budget)
+                    });
                 match opened {
                     Ok(volume) => return Ok(volume),
                     Err(reason) => {
@@ -53,6 +60,7 @@ impl Locked<'_> {
         keyslot: Id,
         sealblk: &SealblkToken,
         providers: &dyn Providers,
+        budget: &mut Budget,
     ) -> Result<Volume, Reason> {
         let binding = Binding {
             volume: self.uuid(),
@@ -88,7 +96,8 @@ impl Locked<'_> {
             .passphrase_keyslots()
             .find(|&(id, _)| id == keyslot)
             .ok_or(Reason::NoSuchKeyslot { keyslot: keyslot.0 })?;
-        match self.open_keyslot(keyslot, slot, &passphrase) {
+        let digest = refusal::check(&self.header.metadata)?.digest;
+        match self.open_keyslot(slot, digest, &passphrase, budget) {
             Ok(Some(key)) => self.unlocked(keyslot, key),
             Ok(None) => Err(Reason::TokenOpensNothing {
                 token: token.0,
@@ -122,51 +131,43 @@ impl Locked<'_> {
         add().map_err(|reason| self.failed(reason))
     }
 
-    /// Adds a keyslot whose slot secret is wrapped under a KEK, with the token that says so, and gives the keyslot's
-    /// number. `volume` is this volume, unlocked.
+    /// Removes the keyslot of a recovery key, and its material: no copy of the header opens with the key any more.
+    /// `other` is this volume, unlocked in another way, which so is known to work.
     ///
     /// # Errors
-    /// Where the provider refuses, there is no room, or the header cannot be written; it is as it was then.
-    pub fn bind(
-        &mut self,
-        volume: &Volume,
-        provider: &dyn KeyProvider,
-        key_id: &KeyId,
-    ) -> Result<u32, VolumeError> {
-        let mut bind = || {
-            // The wrapping names the keyslot, and may take a while: the number is picked before the lock is taken.
-            let keyslot = free_keyslot(&self.header.metadata)?;
-            let binding = Binding {
-                volume: self.uuid(),
-                provider: provider.name(),
-                key_id,
-                keyslot: keyslot.0,
-            };
-            let (sealed, sealblk) = bound_keyslot(volume.key(), provider, &binding)?;
-            let mut update = self.update()?;
-            if update.header.metadata.keyslots.contains_key(&keyslot) {
-                return Err(Reason::ChangedMeanwhile);
-            }
-            let material = place(&mut update.header, keyslot, volume.key(), sealed)?;
-            add_token(&mut update.header.metadata, sealblk.into_token(keyslot))?;
-            material.store(update.io)?;
-            update.commit(self)?;
-            Ok(keyslot.0)
-        };
-        bind().map_err(|reason| self.failed(reason))
-    }
-
-    /// Removes a keyslot, the sealblk token that belongs to it, and its material.
-    ///
-    /// # Errors
-    /// [`Reason::LastWayIn`] when no other keyslot opens the volume, unless `even_the_last`.
-    pub fn remove_keyslot(&mut self, keyslot: u32, even_the_last: bool) -> Result<(), VolumeError> {
+    /// Where the keyslot is none of a recovery key, opened `other`, or is not what it was when this header was read.
+    /// After [`Reason::Entry`] the keyslot opens nothing any more, and is only listed.
+    pub fn remove_recovery_key(&mut self, keyslot: u32, other: &Volume) -> Result<(), VolumeError> {
         let mut remove = || {
             let mut update = self.update()?;
-            let (offset, size) = forget(&mut update.header.metadata, Id(keyslot), even_the_last)?;
-            update.commit(self)?;
-            let wiped = random_fill(update.io, offset..offset + size).and_then(|()| update.io.sync());
-            wiped.map_err(|source| Reason::Wipe { keyslot, source })
+            let (id, metadata) = (Id(keyslot), &mut update.header.metadata);
+            let slot = metadata.keyslots.get(&id);
+            let slot = slot.ok_or(Reason::NoSuchKeyslot { keyslot })?;
+            // Whoever asked meant the keyslots that he saw, and tried: not what has their numbers by now.
+            let seen = &self.header.metadata.keyslots;
+            if [id, Id(other.keyslot())]
+                .iter()
+                .any(|id| seen.get(id) != metadata.keyslots.get(id))
+            {
+                return Err(Reason::ChangedMeanwhile);
+            }
+            if Purpose::of(metadata, id) != Purpose::Passphrase {
+                return Err(Reason::NoRecoveryKey { keyslot });
+            }
+            if other.keyslot() == keyslot {
+                return Err(Reason::SameKey { keyslot });
+            }
+            let (offset, size) = slot.area();
+            metadata.keyslots.remove(&id);
+            for digest in metadata.digests.values_mut() {
+                digest.keyslots_mut().retain(|&named| named != id);
+            }
+            random_fill(update.io, offset..offset + size)
+                .and_then(|()| update.io.sync())
+                .map_err(|source| Reason::Wipe { keyslot, source })?;
+            update
+                .commit(self)
+                .map_err(|source| Reason::Entry { keyslot, source })
         };
         remove().map_err(|reason| self.failed(reason))
     }
@@ -227,49 +228,16 @@ fn free_area(header: &Header) -> Result<u64, Reason> {
     Ok(offset)
 }
 
-/// Takes a keyslot out of the metadata, and all that refers to it, and gives its area.
-fn forget(metadata: &mut Metadata, id: Id, even_the_last: bool) -> Result<(u64, u64), Reason> {
-    let area = metadata
-        .keyslots
-        .get(&id)
-        .ok_or(Reason::NoSuchKeyslot { keyslot: id.0 })?
-        .area();
-    let others = keyslots_of_segments(metadata)
-        .filter(|&(other, _)| other != id)
-        .count();
-    if others == 0 && !even_the_last {
-        return Err(Reason::LastWayIn { keyslot: id.0 });
-    }
-    metadata.keyslots.remove(&id);
-    for digest in metadata.digests.values_mut() {
-        digest.keyslots_mut().retain(|&other| other != id);
-    }
-    for token in metadata.tokens.values_mut() {
-        token.keyslots.retain(|&other| other != id);
-    }
-    // Tokens of others may wait for a keyslot; one of ours without it is nothing.
-    metadata
-        .tokens
-        .retain(|_, token| token.kind != token::TYPE || !token.keyslots.is_empty());
-    Ok(area)
-}
-
-/// The digest that ties the segments to `key`. That `key` is the right one is looked at, not believed: a keyslot
+/// The digest of `key`, which is the segment's. That `key` is the right one is looked at, not believed: a keyslot
 /// with a key of another volume would lock out its owner.
 fn digest_of_disk<'m>(
     metadata: &'m mut Metadata,
     key: &SecretBytes,
     keyslot: Id,
 ) -> Result<&'m mut Digest, Reason> {
-    let crypt = metadata
-        .segments
-        .iter()
-        .find(|(_, segment)| matches!(segment, Segment::Crypt(_)));
-    let digest = crypt.and_then(|(&segment, _)| metadata.digest_of_segment(segment));
-    let Some((id, Digest::Pbkdf2(digest))) = digest else {
-        return Err(Reason::NotItsKey);
-    };
-    if !keyslot::verify(digest, key).map_err(|source| Reason::Keyslot {
+    let served = refusal::check(metadata)?;
+    let id = served.digest_id;
+    if !keyslot::verify(served.digest, key).map_err(|source| Reason::Keyslot {
         keyslot: keyslot.0,
         source,
     })? {
