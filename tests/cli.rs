@@ -225,6 +225,32 @@ fn a_recovery_key_is_added_beside_a_payload_that_others_read() {
     ]);
 }
 
+/// cryptsetup's limit is 8 MiB, and ours was 8 KiB.
+#[test]
+fn long_key_file_opens_what_cryptsetup_made_with_it() {
+    let bench = Bench::empty();
+    fs::write(bench.path("long.key"), [7; 9000]).unwrap();
+    File::create(bench.path("vm.luks"))
+        .unwrap()
+        .set_len(20 << 20)
+        .unwrap();
+    let formatted = Command::new("cryptsetup")
+        .current_dir(bench.dir.path())
+        .args([
+            "luksFormat",
+            "--batch-mode",
+            "--key-size",
+            "512",
+            "--pbkdf",
+            "pbkdf2",
+        ])
+        .args(["--pbkdf-force-iterations", "1000", "vm.luks", "long.key"])
+        .status()
+        .unwrap();
+    assert!(formatted.success());
+    bench.succeeds(&["recovery", "test", "vm.luks", "--recovery-key", "long.key"]);
+}
+
 #[test]
 fn recovery_key_is_not_removed_when_the_provider_cannot_open_the_volume() {
     let bench = Bench::with_volume();

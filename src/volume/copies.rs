@@ -415,6 +415,14 @@ mod tests {
         }
     }
 
+    /// It was told to be damage, and that a backup should be restored over what was perhaps whole.
+    #[test]
+    fn storage_that_fails_is_not_a_damaged_header() {
+        let mut io = Memory::of(&sample());
+        io.fails = true;
+        assert!(matches!(read(&io), Err(HeaderError::Read(_))));
+    }
+
     #[test]
     fn one_damaged_copy_is_recovered_from_the_other() {
         for (at, copy) in [

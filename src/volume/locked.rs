@@ -336,3 +336,40 @@ pub(super) fn keyslots_of_segments(metadata: &Metadata) -> impl Iterator<Item = 
 fn priority(slot: &Luks2Keyslot) -> u32 {
     slot.priority.unwrap_or(1)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::kdf::KdfError;
+    use super::super::testing::{Memory, sample_with};
+    use super::*;
+
+    /// Why the sample does not open, which has no keyslot but number 0.
+    fn refused(pointer: &str, value: impl Into<serde_json::Value>) -> Reason {
+        let io = Memory::of(&sample_with(pointer, value));
+        let locked = Locked::open(&io, None).unwrap();
+        let passphrase = SecretBytes::zeroed(8).unwrap();
+        *locked.unlock_with_passphrase(&passphrase).unwrap_err().reason
+    }
+
+    #[test]
+    fn a_passphrase_that_was_not_tried_is_not_called_wrong() {
+        assert!(matches!(
+            refused("/keyslots/0/kdf/type", "scrypt"),
+            Reason::Keyslot {
+                keyslot: 0,
+                source: KeyslotError::Kdf(KdfError::Unknown { .. })
+            }
+        ));
+        assert!(matches!(
+            refused("/digests/0/iterations", 1 << 25),
+            Reason::Keyslot {
+                keyslot: 0,
+                source: KeyslotError::Kdf(KdfError::DigestIterations { .. })
+            }
+        ));
+        assert!(matches!(
+            refused("/keyslots/0/priority", 1),
+            Reason::WrongPassphrase { untried } if untried.is_empty()
+        ));
+    }
+}

@@ -99,6 +99,8 @@ pub(super) struct Memory {
     pub(super) front: RefCell<Vec<u8>>,
     pub(super) size: u64,
     pub(super) read_only: bool,
+    /// Whether every read ends in EIO.
+    pub(super) fails: bool,
 }
 
 impl Memory {
@@ -110,6 +112,7 @@ impl Memory {
             front: RefCell::new(front),
             size: FILE,
             read_only: false,
+            fails: false,
         }
     }
 
@@ -152,6 +155,9 @@ impl HeaderIo for Memory {
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        if self.fails {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
         let range = self.range(offset, buffer.len())?;
         buffer.fill(0);
         if let Some(there) = self.front.borrow().get(range.start..) {
