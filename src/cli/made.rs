@@ -4,6 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use super::output;
+use crate::keys::private;
 
 /// Removes the files it holds when it is dropped, unless they are kept.
 #[derive(Debug, Default)]
@@ -14,8 +15,16 @@ impl Made {
         self.0.extend(paths);
     }
 
+    /// Leaves them where they are, by names that a crash of the host does not take back.
     pub(super) fn keep(mut self) {
-        self.0.clear();
+        for path in self.0.drain(..) {
+            if let Err(e) = private::sync_dir_of(&path) {
+                output::note(&format!(
+                    "{} was made, but a crash now may lose it: {e}",
+                    path.display()
+                ));
+            }
+        }
     }
 }
 
