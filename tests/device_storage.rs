@@ -220,8 +220,8 @@ fn block_device_of_4096_byte_blocks() {
 fn discard_reaches_storage(volume: &Volume) {
     let server = Server::with(volume, &["--discard"]);
     let mut driver = server.connect();
+    // Not flushed: without direct I/O it is in the page cache when the discard comes.
     driver.write(16_384, &pattern(2, 4 * MIB as usize));
-    driver.flush();
     assert_eq!(
         driver.run_ranges(T_DISCARD, &[(16_384 + 2048, 4096, 0)]).status,
         S_OK

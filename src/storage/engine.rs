@@ -442,15 +442,29 @@ fn enter(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<()> {
     }
 }
 
+/// Discards, with the page cache over the range.
+///
+/// Data in the cache that are not on the device yet make the kernel refuse (the exclusive claim that would let it drop
+/// them belongs to the open file of the lock), so they are written first. If others are at the range all the same, it
+/// is left as it is: a discard is a hint.
 fn block_device_discard(fd: BorrowedFd<'_>, offset: u64, len: u64) -> io::Result<()> {
     let range = [offset, len];
-    // SAFETY: BLKDISCARD reads two u64 from the pointer, which is valid for that.
-    let result = unsafe { libc::ioctl(fd.as_raw_fd(), BLKDISCARD, range.as_ptr()) };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
+    let discard = || {
+        // SAFETY: BLKDISCARD reads two u64 from the pointer, which is valid for that.
+        match unsafe { libc::ioctl(fd.as_raw_fd(), BLKDISCARD, range.as_ptr()) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    let busy =
+        |result: &io::Result<()>| matches!(result, Err(error) if error.kind() == io::ErrorKind::ResourceBusy);
+    let result = discard();
+    if !busy(&result) {
+        return result;
     }
+    rustix::fs::fdatasync(fd)?;
+    let result = discard();
+    if busy(&result) { Ok(()) } else { result }
 }
 
 /// `_IO(0x12, 119)` of linux/fs.h.
