@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::driver::{Data, Driver, S_OK, SECTOR, Setup, T_IN};
+use common::driver::{Data, Driver, S_OK, SECTOR, Setup, T_IN, T_OUT};
 use common::frontend::*;
 use common::memory::{HOLE, Memory, Region};
 use common::pattern;
@@ -647,6 +647,37 @@ fn memory_that_is_not_as_long_as_it_says_does_not_kill_the_server() {
         driver.frontend.wait_closed();
         drop(driver);
         server.still_serves();
+    }
+}
+
+#[test]
+fn memory_that_shrinks_ends_the_session_and_nothing_else() {
+    let server = Server::new();
+    let bytes = pattern(6, 64 * 1024);
+    server.connect().write(512, &bytes);
+    // The rings' memory goes, memory that nothing uses, and that of the buffers: all of it, and from their middle on.
+    for (region, len) in [(0, 0), (1, 0), (2, 0), (2, 32 * 1024)] {
+        let mut driver = server.connect();
+        let (_, buffers) = driver.build(T_OUT, 512, Data::Out(&[0xff; 64 * 1024]));
+        let head = driver.queue().chain(&buffers);
+        driver.queue().offer(&[head]);
+        rustix::fs::ftruncate(&driver.memory.regions()[region].file, len).unwrap();
+        driver.queue().kick();
+        // Answered after the drain, or not at all.
+        let _ = driver
+            .frontend
+            .try_send_bytes(&message(GET_VRING_BASE, VERSION, &vring_state(0, 0)), &[]);
+        driver.frontend.shut_down();
+        driver.frontend.wait_closed();
+        // Nothing here may touch that memory any more.
+        std::mem::forget(driver);
+        let mut driver = server.connect();
+        let now = driver.read(512, bytes.len());
+        // Memory that nothing uses does not matter: that write is done, or was not begun when the ring was stopped.
+        let done = region == 1 && now == [0xff; 64 * 1024];
+        assert!(done || now == bytes, "what was not read reached storage");
+        driver.write(512, &bytes);
+        driver.still_serves();
     }
 }
 
