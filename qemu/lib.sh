@@ -222,6 +222,7 @@ start_guest() {
     qemu_command
     machine_options
     rm -f "$CONSOLE_LOG" "$CONSOLE_LOG.keyboard"
+    : >"$CONSOLE_LOG"
     mkfifo "$CONSOLE_LOG.keyboard"
     exec {KEYBOARD}<>"$CONSOLE_LOG.keyboard"
     "${QEMU[@]}" "${MACHINE[@]}" -serial stdio "$@" <"$CONSOLE_LOG.keyboard" >"$CONSOLE_LOG" 2>&1 &
