@@ -25,7 +25,7 @@ struct Client {
     /// The region's memory, read and written through its descriptor.
     memory: File,
     // Dropped last: the queues work on its memory.
-    _blkio: Blkio,
+    blkio: Blkio,
 }
 
 impl Client {
@@ -48,7 +48,7 @@ impl Client {
             queues,
             region,
             memory,
-            _blkio: blkio,
+            blkio,
         }
     }
 
@@ -240,7 +240,7 @@ fn random_requests_of_libblkio_agree_with_a_model_without_discard() {
 fn libblkio_sees_a_disk_of_4096_byte_sectors() {
     let server = Server::of(Volume::created(64 * MIB, 4096), &[]);
     let mut client = Client::connect(server.socket());
-    assert_eq!(client._blkio.get_i32("request-alignment").unwrap(), 4096);
+    assert_eq!(client.blkio.get_i32("request-alignment").unwrap(), 4096);
     let bytes = pattern(3, 64 * 4096);
     client.put(0, &bytes);
     let address = client.address(0);

@@ -177,16 +177,16 @@ fn two_damaged_copies_of_the_header_are_refused() {
 #[test]
 fn file_that_holds_no_luks2_volume_is_refused() {
     let volume = small();
-    let plain: [(&str, Vec<u8>); 4] = [
-        ("empty", vec![]),
-        ("short", b"LUKS\xba\xbe\0\x02".to_vec()),
-        ("zeros", vec![0; 4 << 20]),
-        ("noise", pattern(1, 4 << 20)),
+    // Empty, cut off after the magic, zeros, noise.
+    let plain = [
+        vec![],
+        b"LUKS\xba\xbe\0\x02".to_vec(),
+        vec![0; 4 << 20],
+        pattern(1, 4 << 20),
     ];
-    for (name, bytes) in plain {
+    for bytes in plain {
         fs::write(&volume.path, bytes).unwrap();
         refused(&volume, &[], VOLUME, &[named(&volume.path), "LUKS2"]);
-        println!("{name}");
     }
     let pass = volume.beside("pass");
     fs::write(&pass, "x").unwrap();

@@ -7,14 +7,12 @@
 //! ```
 //! Buffers lie between guard bytes, which [`Memory::check_guards`] finds changed when a device writes past one.
 
-use super::DEADLINE;
 use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
 use vm_memory::mmap::GuestRegionMmap;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, MmapRegion};
 
@@ -97,16 +95,6 @@ impl Memory {
         self.map.replace(map);
         self.regions.borrow_mut().push(region.clone());
         region
-    }
-
-    /// Takes a region away from what [`Memory::regions`] lists. The test's own view of it stays.
-    pub fn unplug(&self, guest: u64) -> Region {
-        let mut regions = self.regions.borrow_mut();
-        let at = regions
-            .iter()
-            .position(|region| region.guest == guest)
-            .expect("no such region");
-        regions.remove(at)
     }
 
     pub fn regions(&self) -> Vec<Region> {
@@ -208,10 +196,6 @@ impl Memory {
         bytes
     }
 
-    pub fn read_u16(&self, at: u64) -> u16 {
-        u16::from_le_bytes(self.read(at, 2).try_into().unwrap())
-    }
-
     pub fn read_u32(&self, at: u64) -> u32 {
         u32::from_le_bytes(self.read(at, 4).try_into().unwrap())
     }
@@ -230,14 +214,5 @@ impl Memory {
             .borrow()
             .store(index, GuestAddress(at), std::sync::atomic::Ordering::SeqCst)
             .unwrap();
-    }
-
-    /// Waits until the byte at `at` is no longer `from`.
-    pub fn wait_for_change(&self, at: u64, from: u8) {
-        let start = Instant::now();
-        while self.read(at, 1)[0] == from {
-            assert!(start.elapsed() < DEADLINE, "nothing was written at {at:#x}");
-            std::thread::yield_now();
-        }
     }
 }

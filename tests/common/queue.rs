@@ -118,10 +118,6 @@ impl Queue {
         self.next_avail
     }
 
-    pub fn free_descriptors(&self) -> usize {
-        self.free.len()
-    }
-
     // ---- descriptors
 
     pub fn set_desc(&self, at: u16, desc: Desc) {
