@@ -133,7 +133,7 @@ fn space(disk: &Disk, num_queues: u16) -> [u8; CONFIG_LEN] {
     );
     put(
         offset_of!(virtio_blk_config, wce),
-        &[u8::from(disk.write_cache())],
+        &[u8::from(disk.writeback_field())],
     );
     put(
         offset_of!(virtio_blk_config, num_queues),

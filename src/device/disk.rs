@@ -1,8 +1,8 @@
 //! The disk that all workers of a served volume share.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::cipher::SectorSize;
 use crate::storage::DataFile;
@@ -24,8 +24,8 @@ pub struct Disk {
     /// What GET_ID answers, padded with zeros.
     pub serial: [u8; 20],
     write_cache: AtomicBool,
-    /// The driver's choice of write cache, if it made one.
-    choice: Mutex<Option<bool>>,
+    /// What the last driver that could choose has chosen.
+    chosen: AtomicBool,
 }
 
 impl Disk {
@@ -50,7 +50,7 @@ impl Disk {
             discard,
             serial: padded,
             write_cache: AtomicBool::new(true),
-            choice: Mutex::new(None),
+            chosen: AtomicBool::new(true),
         }
     }
 
@@ -64,20 +64,22 @@ impl Disk {
         self.write_cache.load(Ordering::Acquire)
     }
 
+    /// What `writeback` reads as. A front-end may ask before there is a driver, and keep the answer for the one to come:
+    /// so it tells of that driver's choice alone, and not of a mode that firmware happens to need.
+    pub fn writeback_field(&self) -> bool {
+        self.chosen.load(Ordering::Acquire)
+    }
+
     /// Takes into account which driver is at work: one that can choose the mode, one that can only flush, or, as
     /// firmware and boot loaders are, one that can do neither and must find after a crash what it wrote.
     ///
-    /// A choice stands until a driver comes that cannot choose: the driver does not repeat it when its front-end
-    /// reconnects, and sends no flushes after it has chosen writethrough.
+    /// A choice of writethrough stands until it is taken back, whatever driver comes: QEMU keeps the field's value over
+    /// reconnects and resets of the guest, does not repeat it to us, and a driver that reads 0 sends no flushes.
     ///
     /// # Errors
     /// As for [`Disk::choose_write_cache`].
     pub fn driver_is(&self, can_choose: bool, can_flush: bool) -> io::Result<()> {
-        let mut choice = self.choice.lock().unwrap_or_else(PoisonError::into_inner);
-        if !can_choose {
-            *choice = None;
-        }
-        self.set_write_cache(choice.unwrap_or(can_choose || can_flush))
+        self.set_write_cache(self.chosen.load(Ordering::Acquire) && (can_choose || can_flush))
     }
 
     /// Takes the driver's choice between writeback and writethrough. No write may be in flight.
@@ -85,14 +87,14 @@ impl Disk {
     /// # Errors
     /// If what was written in writeback mode cannot be put on stable storage: the driver will not flush it any more.
     pub fn choose_write_cache(&self, on: bool) -> io::Result<()> {
-        *self.choice.lock().unwrap_or_else(PoisonError::into_inner) = Some(on);
+        self.chosen.store(on, Ordering::Release);
         self.set_write_cache(on)
     }
 
     fn set_write_cache(&self, on: bool) -> io::Result<()> {
         let was_on = self.write_cache.swap(on, Ordering::AcqRel);
         if was_on && !on && !self.read_only {
-            rustix::fs::fdatasync(&*self.file)?;
+            self.file.sync()?;
         }
         Ok(())
     }

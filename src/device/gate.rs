@@ -21,6 +21,7 @@ use std::time::Duration;
 use rustix::fs::FileType;
 use vhost::vhost_user::VhostUserProtocolFeatures;
 use vhost::vhost_user::message::FrontendReq;
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 
 use super::config::{self, ConfigError};
 use super::disk::Disk;
@@ -103,7 +104,7 @@ fn apply(
     disk: &Disk,
     rings: &mut Rings,
 ) -> Result<Message, GateError> {
-    let (code, scope) = (message.code(), scope_of(&message));
+    let (code, scope, number) = (message.code(), scope_of(&message), message.number_in_body());
     if let Some(scope) = scope {
         rings.stop(scope);
     }
@@ -111,6 +112,12 @@ fn apply(
         Some(FrontendReq::SET_CONFIG) => set_config(disk, &message),
         _ => ask(handler, message)?,
     };
+    if let (Some(FrontendReq::SET_FEATURES), Some(features)) = (code, number) {
+        let has = |bit: u32| features & (1 << bit) != 0;
+        if let Err(error) = disk.driver_is(has(VIRTIO_BLK_F_CONFIG_WCE), has(VIRTIO_BLK_F_FLUSH)) {
+            tracing::error!(%error, "what was written before cannot be put on stable storage; the next flush will fail");
+        }
+    }
     if changes_memory(code) {
         rings.memory_changed();
     }

@@ -9,7 +9,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rustix::fs::{Mode, OFlags};
 use vhost::vhost_user::{Backend as BackendChannel, VhostUserProtocolFeatures};
 use vhost_user_backend::{VhostUserBackend, VhostUserDaemon};
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::EventSet;
 
@@ -126,16 +125,6 @@ impl VhostUserBackend for Backend {
 
     fn features(&self) -> u64 {
         config::features(&self.disk)
-    }
-
-    fn acked_features(&self, features: u64) {
-        let has = |bit: u32| features & (1 << bit) != 0;
-        if let Err(error) = self
-            .disk
-            .driver_is(has(VIRTIO_BLK_F_CONFIG_WCE), has(VIRTIO_BLK_F_FLUSH))
-        {
-            tracing::error!(%error, "what was written before cannot be put on stable storage");
-        }
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {

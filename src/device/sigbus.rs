@@ -83,9 +83,12 @@ extern "C" fn handle(_signal: libc::c_int, info: *mut libc::siginfo_t, _context:
         let (start, end) = (start.load(Ordering::SeqCst), end.load(Ordering::SeqCst));
         (start..end).contains(&address)
     });
-    if is_missing && is_guest_memory && replace(address & !(PAGE - 1)) {
+    if is_missing && is_guest_memory {
+        // Before the page is there: another worker may read its zeros without a fault.
         LOST.store(true, Ordering::SeqCst);
-        return;
+        if replace(address & !(PAGE - 1)) {
+            return;
+        }
     }
     // SAFETY: setting the default action is allowed in a handler; the access then faults once more, and ends us.
     unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };

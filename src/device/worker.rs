@@ -294,6 +294,9 @@ impl Worker {
             match task.request.parse(chain, &self.ring.memory, &self.disk) {
                 Ok(()) => {
                     task.begin();
+                    if let Err(error) = memory_is_whole() {
+                        self.fail(place, &error);
+                    }
                     self.issue(place);
                 }
                 Err(refusal) => self.refuse(place, refusal),

@@ -16,6 +16,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
 
@@ -218,6 +219,7 @@ impl Backing {
             direct,
             kind: self.kind,
             discard_granule: discard_granule.into(),
+            sync_failed: AtomicBool::new(false),
         })
     }
 }
@@ -229,9 +231,31 @@ pub struct DataFile {
     direct: bool,
     kind: Kind,
     discard_granule: u64,
+    /// Whether a sync failed whose error the guest has not been told.
+    sync_failed: AtomicBool,
 }
 
 impl DataFile {
+    /// Puts on stable storage what was written, where no guest asked for it.
+    ///
+    /// # Errors
+    /// Linux tells of data that it could not write back once, to whoever asks first. So a failure here is kept for the
+    /// guest's next flush or durable write, which would succeed otherwise.
+    pub fn sync(&self) -> io::Result<()> {
+        let result = rustix::fs::fdatasync(&self.file);
+        if result.is_err() {
+            self.sync_failed.store(true, Ordering::Release);
+        }
+        Ok(result?)
+    }
+
+    /// The failure that the guest is still to be told.
+    pub(super) fn take_sync_failure(&self) -> Option<io::Error> {
+        let failed =
+            self.sync_failed.load(Ordering::Acquire) && self.sync_failed.swap(false, Ordering::AcqRel);
+        failed.then(|| io::Error::from_raw_os_error(libc::EIO))
+    }
+
     /// Whether transfers bypass the page cache.
     pub fn is_direct(&self) -> bool {
         self.direct

@@ -155,9 +155,16 @@ impl<C> Engine<C> {
 
     /// Writes `buffer` at `offset` bytes into the file; `durable` means on stable storage before it ends.
     pub fn write(&mut self, buffer: Buffer, offset: u64, durable: bool, context: C) {
-        let operation = Operation::Write { offset, durable };
+        if durable && let Some(error) = self.file.take_sync_failure() {
+            let (buffer, result) = (Some(buffer), Err(error));
+            return self.ended.push(Done {
+                context,
+                buffer,
+                result,
+            });
+        }
         self.start(Flight {
-            operation,
+            operation: Operation::Write { offset, durable },
             buffer: Some(buffer),
             done: 0,
             context,
@@ -174,6 +181,14 @@ impl<C> Engine<C> {
     ///
     /// Call it only while [`Engine::has_room_without_data`].
     pub fn sync(&mut self, context: C) {
+        if let Some(error) = self.file.take_sync_failure() {
+            let (buffer, result) = (None, Err(error));
+            return self.ended.push(Done {
+                context,
+                buffer,
+                result,
+            });
+        }
         self.start(Flight {
             operation: Operation::Sync,
             buffer: None,
@@ -201,7 +216,7 @@ impl<C> Engine<C> {
                 // thin volumes refuse. The ioctl blocks this queue while the device works on it. It takes whole
                 // blocks; a discard is a hint, and less of it is still one.
                 let result = match self.file.discardable(offset, len) {
-                    Some((start, end)) => block_device_discard(self.file.as_fd(), start, end - start),
+                    Some((start, end)) => block_device_discard(&self.file, start, end - start),
                     None => Ok(()),
                 };
                 self.ended.push(Done {
@@ -447,11 +462,11 @@ fn enter(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<()> {
 /// Data in the cache that are not on the device yet make the kernel refuse (the exclusive claim that would let it drop
 /// them belongs to the open file of the lock), so they are written first. If others are at the range all the same, it
 /// is left as it is: a discard is a hint.
-fn block_device_discard(fd: BorrowedFd<'_>, offset: u64, len: u64) -> io::Result<()> {
+fn block_device_discard(file: &DataFile, offset: u64, len: u64) -> io::Result<()> {
     let range = [offset, len];
     let discard = || {
         // SAFETY: BLKDISCARD reads two u64 from the pointer, which is valid for that.
-        match unsafe { libc::ioctl(fd.as_raw_fd(), BLKDISCARD, range.as_ptr()) } {
+        match unsafe { libc::ioctl(file.as_fd().as_raw_fd(), BLKDISCARD, range.as_ptr()) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
         }
@@ -462,7 +477,7 @@ fn block_device_discard(fd: BorrowedFd<'_>, offset: u64, len: u64) -> io::Result
     if !busy(&result) {
         return result;
     }
-    rustix::fs::fdatasync(fd)?;
+    file.sync()?;
     let result = discard();
     if busy(&result) { Ok(()) } else { result }
 }
