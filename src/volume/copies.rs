@@ -279,6 +279,11 @@ fn no_header(io: &dyn HeaderIo, primary: Damage, secondary: Damage) -> HeaderErr
         (Damage::Binary(BinaryError::Magic), Damage::NotFound) => HeaderError::NotLuks {
             looks_like: foreign_signature(io),
         },
+        // Two sound copies that say what we do not know are somebody's good header, which no older backup should replace.
+        (Damage::Metadata { source, .. }, Damage::Metadata { .. }) => HeaderError::NotUnderstood {
+            copy: Copy::Primary,
+            source: source.clone(),
+        },
         _ => HeaderError::BothDamaged { primary, secondary },
     }
 }

@@ -163,6 +163,11 @@ impl Plan {
             place(&mut self.header, keyslot, &self.key, sealed)?.store(io)?;
         }
         if let Some(payload) = payload {
+            if self.overwrite && !payload.can_grow() {
+                // A header that was on the device itself would be taken for the payload's own.
+                let len = self.end.min(HEADER_LEN) as usize;
+                payload.write_at(&vec![0; len], 0).map_err(Reason::Prepare)?;
+            }
             payload.sync().map_err(Reason::Prepare)?;
         }
         self.header.commit(io)?;
