@@ -94,6 +94,7 @@ impl Server {
             session: None,
             next,
             finished: false,
+            failure: None,
         };
         Ok(Self {
             manager,
@@ -112,8 +113,10 @@ impl Server {
         while !self.manager.subscriber_mut(id).map_err(control_error)?.finished {
             self.manager.run().map_err(control_error)?;
         }
+        let control = self.manager.subscriber_mut(id).map_err(control_error)?;
+        let failure = control.failure.take();
         drop(self.bound);
-        Ok(())
+        failure.map_or(Ok(()), |error| Err(ServeError::Control(error)))
     }
 }
 
@@ -156,6 +159,8 @@ struct Control {
     /// A front-end that is to be served next: it came while the one before was leaving, or with the process.
     next: Option<UnixStream>,
     finished: bool,
+    /// Why the only front-end was not served.
+    failure: Option<io::Error>,
 }
 
 #[derive(Debug)]
@@ -244,10 +249,11 @@ impl Control {
         });
         match session {
             Ok(session) => self.session = Some(session),
-            Err(error) => {
-                tracing::error!(%error, "a front-end cannot be served");
-                self.finished |= self.listener.is_none();
+            Err(error) if self.listener.is_none() => {
+                self.failure = Some(error);
+                self.finished = true;
             }
+            Err(error) => tracing::error!(%error, "a front-end cannot be served"),
         }
     }
 

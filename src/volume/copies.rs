@@ -525,6 +525,19 @@ mod tests {
     }
 
     #[test]
+    fn two_copies_that_nobody_here_understands_are_not_called_damaged() {
+        let unknown = sample_with("/keyslots/0/af", "new").to_string();
+        let io = Memory::holding((3, unknown.as_bytes()), (3, unknown.as_bytes()));
+        assert!(matches!(
+            read(&io),
+            Err(HeaderError::NotUnderstood {
+                copy: Copy::Primary,
+                ..
+            })
+        ));
+    }
+
+    #[test]
     fn two_damaged_copies_are_told_from_no_volume() {
         let io = Memory::of(&sample());
         io.spoil(100);
