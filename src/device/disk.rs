@@ -75,6 +75,7 @@ impl Disk {
     ///
     /// A choice of writethrough stands until it is taken back, whatever driver comes: QEMU keeps the field's value over
     /// reconnects and resets of the guest, does not repeat it to us, and a driver that reads 0 sends no flushes.
+    /// It does not outlive this process: after a restart, writeback it is, and a guest that chose otherwise has to again.
     ///
     /// # Errors
     /// As for [`Disk::choose_write_cache`].
