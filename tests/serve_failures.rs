@@ -186,7 +186,12 @@ fn file_that_holds_no_luks2_volume_is_refused() {
     ];
     for bytes in plain {
         fs::write(&volume.path, bytes).unwrap();
-        refused(&volume, &[], VOLUME, &[named(&volume.path), "LUKS2"]);
+        refused(
+            &volume,
+            &[],
+            VOLUME,
+            &[named(&volume.path), "LUKS2", "--allow-unencrypted"],
+        );
     }
     let pass = volume.beside("pass");
     fs::write(&pass, "x").unwrap();

@@ -80,6 +80,29 @@ pub enum Failure {
     /// The volume.
     #[error(transparent)]
     Volume(#[from] VolumeError),
+    /// A disk that is not encrypted.
+    #[error("{volume}; --allow-unencrypted serves it as a plain disk, as it lies there")]
+    Unencrypted {
+        /// What it is not.
+        volume: VolumeError,
+    },
+    /// A key for a disk that is not encrypted.
+    #[error(
+        "{} is a plain disk, to which no key belongs: leave {option} out, or name the volume that it opens",
+        disk.display()
+    )]
+    KeyOfPlainDisk {
+        /// The disk.
+        disk: PathBuf,
+        /// What names the key.
+        option: &'static str,
+    },
+    /// A sector size for a disk that has its own.
+    #[error("{} is a LUKS2 volume, whose header tells its sector size: leave --sector-size out", disk.display())]
+    SectorSizeOfVolume {
+        /// The disk.
+        disk: PathBuf,
+    },
     /// The disk cannot be served.
     #[error(transparent)]
     Serve(#[from] ServeError),
@@ -93,7 +116,11 @@ impl Failure {
     pub(super) fn exit_code(&self) -> u8 {
         match self {
             Self::Process(_) | Self::Output(_) | Self::Cipher(_) => HOST,
-            Self::SizeNeeded { .. } | Self::OpensAlready { .. } => USAGE,
+            Self::SizeNeeded { .. }
+            | Self::OpensAlready { .. }
+            | Self::KeyOfPlainDisk { .. }
+            | Self::SectorSizeOfVolume { .. } => USAGE,
+            Self::Unencrypted { .. } => VOLUME,
             Self::Storage(StorageError::InUse { .. }) | Self::Occupied { .. } => IN_USE,
             Self::Storage(_) | Self::Make { .. } | Self::Look { .. } => STORAGE,
             Self::Volume(VolumeError { reason, .. }) => volume_code(reason),

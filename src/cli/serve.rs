@@ -1,19 +1,22 @@
 //! `sealblk serve`: one disk, one process, until SIGTERM. It follows QEMU's "Backend program conventions".
 
 use std::os::fd::RawFd;
-use std::path::PathBuf;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::{ArgGroup, Args};
 use rustix::process::{Resource, getrlimit, setrlimit};
+use sha2::{Digest, Sha256};
 
 use super::failure::Failure;
 use super::secret::SecretSource;
 use super::{Host, output};
-use crate::cipher::KernelChoice;
+use crate::cipher::{KernelChoice, Sector, SectorSize};
 use crate::device::{Disk, Endpoint, Server};
-use crate::storage::{Access, Backing};
-use crate::volume::{Locked, Volume};
+use crate::storage::{Access, Backing, DataFile};
+use crate::volume::segment::SegmentTable;
+use crate::volume::{HeaderError, Locked, Reason, VolumeError, plain};
 
 const AFTER_HELP: &str = "\
 Then start QEMU with memory that it shares, and the disk:
@@ -22,6 +25,9 @@ Then start QEMU with memory that it shares, and the disk:
     -machine q35,memory-backend=mem \\
     -chardev socket,id=disk0,path=SOCK,reconnect=1 \\
     -device vhost-user-blk-pci,chardev=disk0
+
+A volume is known by its header: with --allow-unencrypted too it is served
+decrypted, and one whose header is damaged not at all.
 
 The process ends on SIGTERM, when all that is in flight is done. A front-end
 may leave and come back, or be followed by another; there is one at a time.";
@@ -69,10 +75,18 @@ pub(super) struct Serve {
         conflicts_with = "passphrase_file"
     )]
     key_file: Option<SecretSource>,
+    /// Serve a disk that holds no LUKS2 volume too, as it lies there: nothing of it is encrypted. Not for disks that are to
+    /// be: who can wipe the header of one would make it plain
+    #[arg(long, conflicts_with = "header")]
+    allow_unencrypted: bool,
+    /// The block size of a disk that is not a volume, 512 or 4096 [default: 512]
+    #[arg(long, value_name = "BYTES", value_parser = parse_sector_size, requires = "allow_unencrypted")]
+    sector_size: Option<SectorSize>,
     /// Pass the guest's discards on to storage, which then shows what is in use to who can see it
     #[arg(long)]
     discard: bool,
-    /// What the guest sees as the disk's serial [default: the first 20 digits of the volume's UUID]
+    /// What the guest sees as the disk's serial [default: the first 20 digits of the volume's UUID; for a plain disk, of
+    /// the SHA-256 of its absolute path]
     #[arg(long, value_name = "TEXT", value_parser = parse_serial)]
     serial: Option<String>,
     /// The code that encrypts and decrypts: 'fastest' of this machine, or 'portable'
@@ -101,54 +115,121 @@ impl Serve {
             .as_ref()
             .map(|path| Backing::open(path, access))
             .transpose()?;
-        let disk = self.disk(host, &backing, header.as_ref())?;
-        Ok(Server::new(disk, self.num_queues, endpoint)?.run()?)
+        let medium = self.medium(host, &backing, header.as_ref())?;
+        let server = Server::new(self.disk(medium), self.num_queues, endpoint)?;
+        Ok(server.run()?)
+    }
+
+    fn medium(&self, host: &Host, disk: &Backing, header: Option<&Backing>) -> Result<Medium, Failure> {
+        let opened = match header {
+            Some(header) => Locked::open(header, Some(disk)),
+            None => Locked::open(disk, None),
+        };
+        match opened {
+            Ok(locked) => self.volume(host, disk, &locked.with_kernel(self.cipher_kernel)),
+            Err(volume) if header.is_none() && is_no_volume(&volume) => match self.allow_unencrypted {
+                true => self.plain(disk),
+                false => Err(Failure::Unencrypted { volume }),
+            },
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Unlocks the volume. What stays of its key are the round keys in the disk's segment table.
-    fn disk(&self, host: &Host, backing: &Backing, header: Option<&Backing>) -> Result<Disk, Failure> {
-        let volume = self.unlock(host, backing, header)?;
-        let (table, sector_size) = (volume.table(), volume.sector_size());
-        let file = backing.data_file(table.alignment(sector_size.bytes() as u32))?;
-        tracing::info!(
-            disk = %backing.path().display(),
-            volume = %volume.uuid(),
-            capacity = volume.capacity(),
-            sector_size = sector_size.bytes(),
-            read_only = self.read_only,
-            direct = file.is_direct(),
-            "serving"
-        );
-        if !file.is_direct() {
-            tracing::warn!("no direct I/O with this sector size here; data pass through the page cache");
+    fn volume(&self, host: &Host, disk: &Backing, locked: &Locked<'_>) -> Result<Medium, Failure> {
+        if self.sector_size.is_some() {
+            return Err(Failure::SectorSizeOfVolume {
+                disk: disk.path().to_owned(),
+            });
         }
-        let serial = match &self.serial {
-            Some(serial) => serial.clone(),
-            None => volume.uuid().simple().to_string(),
-        };
-        let file = Arc::new(file);
-        Ok(Disk::new(
-            table,
-            file,
-            sector_size,
-            self.read_only,
-            self.discard,
-            &serial,
-        ))
-    }
-
-    fn unlock(&self, host: &Host, disk: &Backing, header: Option<&Backing>) -> Result<Volume, Failure> {
-        let locked = match header {
-            Some(header) => Locked::open(header, Some(disk))?,
-            None => Locked::open(disk, None)?,
-        }
-        .with_kernel(self.cipher_kernel);
-        Ok(match (&self.passphrase_file, &self.key_file) {
+        let volume = match (&self.passphrase_file, &self.key_file) {
             (Some(source), _) => locked.unlock_with_passphrase(&source.read_passphrase()?)?,
             (None, Some(source)) => locked.unlock_with_passphrase(&source.read()?)?,
             (None, None) => locked.unlock_with_provider(&host.registry()?)?,
+        };
+        let (table, sector_size) = (volume.table(), volume.sector_size());
+        let file = disk.data_file(table.alignment(sector_size.bytes() as u32))?;
+        tracing::info!(volume = %volume.uuid(), keyslot = volume.keyslot(), "unlocked");
+        Ok(Medium {
+            table,
+            sector_size,
+            file,
+            serial: volume.uuid().simple().to_string(),
         })
     }
+
+    /// The disk as it lies there, which is no volume.
+    fn plain(&self, disk: &Backing) -> Result<Medium, Failure> {
+        let keys = [
+            ("--passphrase-file", &self.passphrase_file),
+            ("--key-file", &self.key_file),
+        ];
+        if let Some((option, _)) = keys.into_iter().find(|(_, source)| source.is_some()) {
+            return Err(Failure::KeyOfPlainDisk {
+                disk: disk.path().to_owned(),
+                option,
+            });
+        }
+        let sector_size = self.sector_size.unwrap_or_default();
+        let table = plain(disk, sector_size)?;
+        let file = disk.data_file(sector_size.bytes() as u32)?;
+        tracing::warn!("not a LUKS2 volume: it is served as a plain disk, and nothing of it is encrypted");
+        Ok(Medium {
+            table,
+            sector_size,
+            file,
+            serial: serial_of_path(disk.path()),
+        })
+    }
+
+    fn disk(&self, medium: Medium) -> Disk {
+        let path = self.blk_file.as_ref().map(|path| path.display());
+        tracing::info!(
+            disk = path.map(tracing::field::display),
+            capacity = medium.table.sectors() * Sector::LEN,
+            sector_size = medium.sector_size.bytes(),
+            read_only = self.read_only,
+            direct = medium.file.is_direct(),
+            "serving"
+        );
+        if !medium.file.is_direct() {
+            tracing::warn!("no direct I/O with this sector size here; data pass through the page cache");
+        }
+        Disk::new(
+            medium.table,
+            Arc::new(medium.file),
+            medium.sector_size,
+            self.read_only,
+            self.discard,
+            self.serial.as_ref().unwrap_or(&medium.serial),
+        )
+    }
+}
+
+/// What lies under a disk.
+struct Medium {
+    table: Arc<SegmentTable>,
+    sector_size: SectorSize,
+    file: DataFile,
+    /// The disk's serial, if the operator gives none.
+    serial: String,
+}
+
+fn is_no_volume(error: &VolumeError) -> bool {
+    matches!(*error.reason, Reason::Header(HeaderError::NotLuks { .. }))
+}
+
+/// A plain disk has no name of its own. The path that it is given by is the operator's name for it: links are not
+/// followed, since those of `/dev/disk` stay when the devices' numbers change.
+fn serial_of_path(path: &Path) -> String {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let digest = Sha256::digest(path.as_os_str().as_bytes());
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn parse_sector_size(text: &str) -> Result<SectorSize, String> {
+    let size = text.parse().ok().and_then(SectorSize::from_bytes);
+    size.ok_or_else(|| "a sector has 512 or 4096 bytes".into())
 }
 
 fn parse_serial(text: &str) -> Result<String, String> {

@@ -151,6 +151,12 @@ pub enum Reason {
     )]
     Entry { keyslot: u32, source: HeaderError },
 
+    #[error(
+        "it holds no LUKS2 volume, but at byte {offset} there is what one would have there, so it is not served as a \
+         plain disk; restore a backup of its header with `cryptsetup luksHeaderRestore`, or, if it was never a volume, \
+         serve it in a partition or file without these bytes"
+    )]
+    TraceOfHeader { offset: u64 },
     #[error("it is a LUKS volume already; its data would be lost")]
     AlreadyLuks,
     #[error(
@@ -164,7 +170,7 @@ pub enum Reason {
         "a disk of {capacity} bytes is not possible: it must be a multiple of the sector size, {sector_size}"
     )]
     Capacity { capacity: u64, sector_size: usize },
-    #[error("{len} bytes are too few: the volume needs {needed}")]
+    #[error("{len} bytes are too few: {needed} are needed")]
     TooSmall { len: u64, needed: u64 },
     #[error("label {label:?} does not fit: it can be 47 bytes long")]
     Label { label: String },

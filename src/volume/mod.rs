@@ -17,6 +17,7 @@
 //!
 //! ```text
 //! create, locked, ways_in, info   what is done with a volume
+//! plain                           a disk that is none
 //! layout, refusal                 metadata -> segments that can be served, or why not
 //! token, keyslot, kdf, af, hash   wrapped slot secret -> passphrase -> volume key
 //! copies                          the two copies, updates that survive a crash
@@ -43,6 +44,7 @@ mod layout;
 mod lock;
 mod locked;
 mod metadata;
+mod plain;
 mod refusal;
 pub mod segment;
 #[cfg(test)]
@@ -59,4 +61,5 @@ pub use kdf::{Argon2Cost, KdfError};
 pub use keyslot::KeyslotError;
 pub use lock::{LockMode, MetadataLock};
 pub use locked::{Locked, Volume};
+pub use plain::plain;
 pub use refusal::Refusal;

@@ -100,6 +100,16 @@ impl SegmentTable {
         Self { segments, sectors }
     }
 
+    /// A disk of `capacity` bytes, whole sectors, that is one segment from the file's beginning on.
+    pub fn whole(capacity: u64, treatment: Treatment) -> Self {
+        Self::new([Segment {
+            sectors: capacity / Sector::LEN,
+            offset: 0,
+            iv: Sector(0),
+            treatment,
+        }])
+    }
+
     /// The capacity of the disk in sectors.
     pub fn sectors(&self) -> u64 {
         self.sectors

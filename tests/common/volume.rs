@@ -77,6 +77,15 @@ impl Volume {
         }
     }
 
+    /// No volume: a file of zeros that is served as it is.
+    pub fn plain(size: u64) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        File::create(&path).unwrap().set_len(size).unwrap();
+        let open = vec!["--allow-unencrypted".into()];
+        Volume { dir, path, open }
+    }
+
     /// A place beside the volume.
     pub fn beside(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)

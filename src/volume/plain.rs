@@ -1,0 +1,120 @@
+//! A disk that is no volume: its bytes are the guest's, as they lie there, and none is encrypted.
+//!
+//! Whoever takes a volume for such a disk hands its ciphertext to a guest, which sees nothing that it knows and writes
+//! over header and data. So a disk is plain when there is not the least trace of a LUKS header in any place where one
+//! can stand: the first bytes of the magic of either copy, of LUKS1 too, or JSON metadata where its magic is gone.
+//! What a header that was overwritten in full leaves, and the payload of a detached header, cannot be told from noise:
+//! that one is not plain only the operator knows, and so he has to ask for it.
+//!
+//! A guest can write a header onto its plain disk. By that it denies the disk to itself: what it wrote is then taken
+//! for a volume, of which nobody has the key.
+
+use std::io;
+use std::sync::Arc;
+
+use super::binary::{self, Copy, HEADER_SIZES};
+use super::copies::HeaderError;
+use super::error::{Reason, VolumeError};
+use super::header_io::HeaderIo;
+use super::segment::{SegmentTable, Treatment};
+use crate::cipher::{Sector, SectorSize};
+
+/// The whole of `disk` as one linear segment, where [`Locked::open`](super::Locked::open) has found no header.
+///
+/// # Errors
+/// Where there is a trace of a LUKS header, or the disk is not a whole number of sectors of that size. As a loop device
+/// does, it ends with the last whole sector of 512 bytes.
+pub fn plain(disk: &dyn HeaderIo, sector_size: SectorSize) -> Result<Arc<SegmentTable>, VolumeError> {
+    let table = || {
+        let len = disk.size().map_err(Reason::Length)?;
+        for offset in [0].into_iter().chain(HEADER_SIZES) {
+            if has_trace(disk, offset, len).map_err(HeaderError::Read)? {
+                return Err(Reason::TraceOfHeader { offset });
+            }
+        }
+        let unit = sector_size.bytes();
+        let capacity = len / Sector::LEN * Sector::LEN;
+        if capacity == 0 {
+            let needed = unit as u64;
+            return Err(Reason::TooSmall { len, needed });
+        }
+        if !capacity.is_multiple_of(unit as u64) {
+            return Err(Reason::Capacity {
+                capacity,
+                sector_size: unit,
+            });
+        }
+        Ok(Arc::new(SegmentTable::whole(capacity, Treatment::Linear)))
+    };
+    table().map_err(|reason: Reason| reason.at(disk.path()))
+}
+
+/// Whether something at `offset` looks as if it were, or had been, one copy of a header.
+fn has_trace(disk: &dyn HeaderIo, offset: u64, len: u64) -> io::Result<bool> {
+    let mut bytes = [0; 2 * binary::LEN];
+    let there = len.saturating_sub(offset).min(bytes.len() as u64) as usize;
+    disk.read_at(&mut bytes[..there], offset)?;
+    let (block, json) = bytes.split_at(binary::LEN);
+    // The letters are followed by two bytes that a terminal's or a transfer's conversions would have altered.
+    let magic = [Copy::Primary, Copy::Secondary].map(|copy| &copy.magic()[..4]);
+    let named = |name: &[u8]| json.windows(name.len()).any(|window| window == name);
+    Ok(magic.contains(&&block[..4]) || json[0] == b'{' && OBJECTS.iter().any(|name| named(name)))
+}
+
+/// What the JSON metadata of LUKS2 consist of; the first of them is near the beginning, whoever wrote them.
+const OBJECTS: [&[u8]; 5] = [
+    b"\"keyslots\"",
+    b"\"tokens\"",
+    b"\"segments\"",
+    b"\"digests\"",
+    b"\"config\"",
+];
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{COPY, Memory, sample};
+    use super::*;
+
+    fn trace(io: &Memory) -> Option<u64> {
+        match plain(io, SectorSize::B512) {
+            Ok(_) => None,
+            Err(error) => match *error.reason {
+                Reason::TraceOfHeader { offset } => Some(offset),
+                reason => panic!("{reason}"),
+            },
+        }
+    }
+
+    /// Each of what a header is known by is enough, when everything else of it is gone.
+    #[test]
+    fn what_was_a_volume_is_not_plain() {
+        let wiped_but = |keep: &dyn Fn(u64) -> bool| {
+            let io = Memory::of(&sample());
+            for (at, byte) in (0..).zip(io.front.borrow_mut().iter_mut()) {
+                if !keep(at) {
+                    *byte = 0;
+                }
+            }
+            io
+        };
+        let block = binary::LEN as u64;
+        assert_eq!(trace(&wiped_but(&|at| at < 4)), Some(0));
+        assert_eq!(trace(&wiped_but(&|at| (block..COPY).contains(&at))), Some(0));
+        assert_eq!(
+            trace(&wiped_but(&|at| (COPY..COPY + 4).contains(&at))),
+            Some(COPY)
+        );
+        assert_eq!(trace(&wiped_but(&|at| at >= COPY + block)), Some(COPY));
+        assert_eq!(trace(&wiped_but(&|at| at % COPY < 3)), None);
+    }
+
+    #[test]
+    fn a_secondary_copy_is_seen_wherever_one_can_stand() {
+        for offset in HEADER_SIZES {
+            let io = Memory::of(&sample());
+            io.front.borrow_mut().fill(0);
+            io.write_at(Copy::Secondary.magic(), offset).unwrap();
+            assert_eq!(trace(&io), Some(offset));
+        }
+    }
+}
