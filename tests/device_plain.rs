@@ -150,12 +150,7 @@ fn options_that_belong_to_volumes_are_refused_for_a_plain_disk() {
 #[test]
 fn sector_size_is_for_plain_disks_alone() {
     let mut volume = Volume::created(MIB, 512);
-    refused(
-        &volume,
-        &["--sector-size", "512"],
-        USAGE,
-        &["--allow-unencrypted"],
-    );
+    refused(&volume, &["--sector-size", "512"], USAGE, &["its sector size"]);
     volume.open.push("--allow-unencrypted".into());
     refused(&volume, &["--sector-size", "512"], USAGE, &["its sector size"]);
     let plain = Volume::plain(MIB);

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::cipher::CipherError;
+use crate::cipher::{CipherError, SectorSize};
 use crate::device::ServeError;
 use crate::keys::KeyError;
 use crate::keys::registry::RegistryError;
@@ -103,6 +103,15 @@ pub enum Failure {
         /// The disk.
         disk: PathBuf,
     },
+    /// A size that no disk has.
+    #[error("--null-storage needs a multiple of the sector size, {}, that is not 0", sector_size.bytes())]
+    NullStorage {
+        /// The sector size.
+        sector_size: SectorSize,
+    },
+    /// What stands for the disk that is not there.
+    #[error("/dev/null cannot be opened")]
+    Null(#[source] io::Error),
     /// The disk cannot be served.
     #[error(transparent)]
     Serve(#[from] ServeError),
@@ -115,11 +124,12 @@ impl Failure {
     /// One of the codes that the help text lists.
     pub(super) fn exit_code(&self) -> u8 {
         match self {
-            Self::Process(_) | Self::Output(_) | Self::Cipher(_) => HOST,
+            Self::Process(_) | Self::Output(_) | Self::Cipher(_) | Self::Null(_) => HOST,
             Self::SizeNeeded { .. }
             | Self::OpensAlready { .. }
             | Self::KeyOfPlainDisk { .. }
-            | Self::SectorSizeOfVolume { .. } => USAGE,
+            | Self::SectorSizeOfVolume { .. }
+            | Self::NullStorage { .. } => USAGE,
             Self::Unencrypted { .. } => VOLUME,
             Self::Storage(StorageError::InUse { .. }) | Self::Occupied { .. } => IN_USE,
             Self::Storage(_) | Self::Make { .. } | Self::Look { .. } => STORAGE,

@@ -10,12 +10,14 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 use sha2::{Digest, Sha256};
 
 use super::failure::Failure;
-use super::secret::SecretSource;
+use super::secret::{SecretError, SecretSource};
+use super::size::Size;
 use super::{Host, output};
-use crate::cipher::{KernelChoice, Sector, SectorSize};
+use crate::cipher::{KEY_LEN, KernelChoice, Sector, SectorCipher, SectorSize};
 use crate::device::{Disk, Endpoint, Server};
+use crate::keys::arena::SecretBytes;
 use crate::storage::{Access, Backing, DataFile};
-use crate::volume::segment::SegmentTable;
+use crate::volume::segment::{SegmentTable, Treatment};
 use crate::volume::{HeaderError, Locked, Reason, VolumeError, plain};
 
 const AFTER_HELP: &str = "\
@@ -44,7 +46,7 @@ const MAX_QUEUES: i64 = 64;
 #[command(group = ArgGroup::new("endpoint").required(true).args(["socket_path", "fd", "print_capabilities"]))]
 pub(super) struct Serve {
     /// The disk: a file or block device that holds a LUKS2 volume
-    #[arg(long, value_name = "DISK", required_unless_present = "print_capabilities")]
+    #[arg(long, value_name = "DISK", required_unless_present_any = ["print_capabilities", "null_storage"])]
     blk_file: Option<PathBuf>,
     /// The socket to listen on; a stale one is replaced
     #[arg(long, value_name = "SOCK")]
@@ -80,8 +82,12 @@ pub(super) struct Serve {
     #[arg(long, conflicts_with = "header")]
     allow_unencrypted: bool,
     /// The block size of a disk that is not a volume, 512 or 4096 [default: 512]
-    #[arg(long, value_name = "BYTES", value_parser = parse_sector_size, requires = "allow_unencrypted")]
+    #[arg(long, value_name = "BYTES", value_parser = parse_sector_size)]
     sector_size: Option<SectorSize>,
+    /// Serve no disk: store nothing, and answer reads with noise, encrypted under a random key unless --allow-unencrypted
+    /// is given; it shows what all but the storage costs
+    #[arg(long, value_name = "SIZE", conflicts_with_all = ["blk_file", "header", "passphrase_file", "key_file"])]
+    null_storage: Option<Size>,
     /// Pass the guest's discards on to storage, which then shows what is in use to who can see it
     #[arg(long)]
     discard: bool,
@@ -96,11 +102,11 @@ pub(super) struct Serve {
 
 impl Serve {
     pub(super) fn run(self, host: &Host) -> Result<(), Failure> {
-        // clap lets nobody past without a disk and an endpoint, or the question for capabilities.
-        let (blk_file, endpoint) = match (&self.blk_file, &self.socket_path, self.fd) {
-            (Some(blk_file), Some(path), _) => (blk_file, Endpoint::Path(path.clone())),
-            (Some(blk_file), None, Some(fd)) => (blk_file, Endpoint::Fd(fd)),
-            _ => return output::print(&format!("{CAPABILITIES}\n")),
+        let endpoint = match (&self.socket_path, self.fd) {
+            (Some(path), _) => Endpoint::Path(path.clone()),
+            (None, Some(fd)) => Endpoint::Fd(fd),
+            // clap lets nobody past without an endpoint, or the question for capabilities.
+            (None, None) => return output::print(&format!("{CAPABILITIES}\n")),
         };
         raise_descriptor_limit();
         let access = if self.read_only {
@@ -109,18 +115,21 @@ impl Serve {
             Access::ReadWrite
         };
         // The claims on disk and header last as long as the disk is served.
-        let backing = Backing::open(blk_file, access)?;
-        let header = self
-            .header
-            .as_ref()
-            .map(|path| Backing::open(path, access))
-            .transpose()?;
-        let medium = self.medium(host, &backing, header.as_ref())?;
+        let claim = |path: &Option<PathBuf>| match path {
+            Some(path) => Backing::open(path, access).map(Some),
+            None => Ok(None),
+        };
+        let (backing, header) = (claim(&self.blk_file)?, claim(&self.header)?);
+        let medium = match (&backing, self.null_storage) {
+            (_, Some(size)) => self.null(size)?,
+            (Some(disk), None) => self.stored(host, disk, header.as_ref())?,
+            (None, None) => unreachable!("clap asks for one of them"),
+        };
         let server = Server::new(self.disk(medium), self.num_queues, endpoint)?;
         Ok(server.run()?)
     }
 
-    fn medium(&self, host: &Host, disk: &Backing, header: Option<&Backing>) -> Result<Medium, Failure> {
+    fn stored(&self, host: &Host, disk: &Backing, header: Option<&Backing>) -> Result<Medium, Failure> {
         let opened = match header {
             Some(header) => Locked::open(header, Some(disk)),
             None => Locked::open(disk, None),
@@ -179,6 +188,34 @@ impl Serve {
             sector_size,
             file,
             serial: serial_of_path(disk.path()),
+        })
+    }
+
+    /// No disk: all but the storage.
+    fn null(&self, Size(capacity): Size) -> Result<Medium, Failure> {
+        let sector_size = self.sector_size.unwrap_or_default();
+        if capacity == 0 || !capacity.is_multiple_of(sector_size.bytes() as u64) {
+            return Err(Failure::NullStorage { sector_size });
+        }
+        let treatment = if self.allow_unencrypted {
+            Treatment::Linear
+        } else {
+            let key = SecretBytes::random(KEY_LEN).map_err(SecretError::from)?;
+            Treatment::Crypt(Arc::new(SectorCipher::new(
+                &key,
+                sector_size,
+                self.cipher_kernel,
+            )?))
+        };
+        tracing::warn!(
+            encrypted = !self.allow_unencrypted,
+            "null storage, to measure with: nothing that is written is kept, and reads give noise"
+        );
+        Ok(Medium {
+            table: Arc::new(SegmentTable::whole(capacity, treatment)),
+            sector_size,
+            file: DataFile::null().map_err(Failure::Null)?,
+            serial: "null".into(),
         })
     }
 

@@ -218,6 +218,7 @@ impl Backing {
             file,
             direct,
             kind: self.kind,
+            null: false,
             discard_granule: discard_granule.into(),
             sync_failed: AtomicBool::new(false),
         })
@@ -230,18 +231,39 @@ pub struct DataFile {
     file: File,
     direct: bool,
     kind: Kind,
+    null: bool,
     discard_granule: u64,
     /// Whether a sync failed whose error the guest has not been told.
     sync_failed: AtomicBool,
 }
 
 impl DataFile {
+    /// Storage that costs nothing, to measure all else by: transfers end at once, what is written is gone, and what is
+    /// read is whatever the buffer held.
+    ///
+    /// # Errors
+    /// Where there is no `/dev/null`, which stands for the file that io_uring wants to know of.
+    pub fn null() -> io::Result<Self> {
+        let file = File::options().read(true).write(true).open("/dev/null")?;
+        Ok(Self {
+            file,
+            direct: true,
+            kind: Kind::File,
+            null: true,
+            discard_granule: 1,
+            sync_failed: AtomicBool::new(false),
+        })
+    }
+
     /// Puts on stable storage what was written, where no guest asked for it.
     ///
     /// # Errors
     /// Linux tells of data that it could not write back once, to whoever asks first. So a failure here is kept for the
     /// guest's next flush or durable write, which would succeed otherwise.
     pub fn sync(&self) -> io::Result<()> {
+        if self.null {
+            return Ok(());
+        }
         let result = rustix::fs::fdatasync(&self.file);
         if result.is_err() {
             self.sync_failed.store(true, Ordering::Release);
@@ -264,6 +286,11 @@ impl DataFile {
     /// Whether it is a file or a block device.
     pub fn kind(&self) -> Kind {
         self.kind
+    }
+
+    /// Whether nothing is stored: see [`DataFile::null`].
+    pub fn is_null(&self) -> bool {
+        self.null
     }
 
     /// What a discard of a range of bytes can be asked of it for, as start and end: the whole blocks in the range.

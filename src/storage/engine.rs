@@ -344,6 +344,7 @@ impl<C> Engine<C> {
         };
         let at = u64::from(flight.done);
         let entry = match flight.operation {
+            _ if self.file.is_null() => opcode::Nop::new().build(),
             Operation::Read { offset } if self.registered => opcode::ReadFixed::new(fd, address, len, 0)
                 .offset(offset + at)
                 .build(),
@@ -383,6 +384,7 @@ impl<C> Engine<C> {
         let flight = self.flights[place as usize].as_mut()?;
         let wanted = flight.buffer.as_ref().map_or(0, |buffer| buffer.len() as u32);
         let result = match result {
+            0 if self.file.is_null() => Ok(()),
             error if error == -libc::EINTR || error == -libc::EAGAIN => {
                 self.launch(place);
                 return None;

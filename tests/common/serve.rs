@@ -54,6 +54,18 @@ impl Server {
         Server::spawn(&mut command, socket, dir)
     }
 
+    /// Serves null storage.
+    pub fn null(size: &str, args: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("vhost.sock");
+        let mut command = Command::new(SEALBLK);
+        command
+            .args(["serve", "--null-storage", size, "--socket-path"])
+            .arg(&socket)
+            .args(args);
+        Server::spawn(&mut command, socket, dir)
+    }
+
     /// QEMU's vhost-user-blk back-end over a plain file.
     pub fn reference(size: u64) -> Self {
         let dir = tempfile::tempdir().unwrap();
