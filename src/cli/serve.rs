@@ -4,6 +4,7 @@ use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::{ArgGroup, Args};
 use rustix::process::{Resource, getrlimit, setrlimit};
@@ -14,7 +15,7 @@ use super::secret::{SecretError, SecretSource};
 use super::size::Size;
 use super::{Host, output};
 use crate::cipher::{KEY_LEN, KernelChoice, Sector, SectorCipher, SectorSize};
-use crate::device::{Disk, Endpoint, Server};
+use crate::device::{DEFAULT_POLL_MAX, Disk, Endpoint, Server};
 use crate::keys::arena::SecretBytes;
 use crate::storage::{Access, Backing, DataFile};
 use crate::volume::segment::{SegmentTable, Treatment};
@@ -95,6 +96,14 @@ pub(super) struct Serve {
     /// the SHA-256 of its absolute path]
     #[arg(long, value_name = "TEXT", value_parser = parse_serial)]
     serial: Option<String>,
+    /// How long a queue looks for work before it sleeps; a longer time lowers latency and takes more CPU, 0 never looks
+    #[arg(
+        long,
+        value_name = "MICROSECONDS",
+        value_parser = clap::value_parser!(u16).range(..=1000),
+        default_value_t = DEFAULT_POLL_MAX.as_micros() as u16
+    )]
+    poll_max: u16,
     /// The code that encrypts and decrypts: 'fastest' of this machine, or 'portable'
     #[arg(long, value_name = "NAME", default_value_t)]
     cipher_kernel: KernelChoice,
@@ -240,6 +249,7 @@ impl Serve {
             self.discard,
             self.serial.as_ref().unwrap_or(&medium.serial),
         )
+        .with_poll_max(Duration::from_micros(self.poll_max.into()))
     }
 }
 

@@ -3,7 +3,9 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
+use super::polling;
 use crate::cipher::SectorSize;
 use crate::storage::DataFile;
 use crate::volume::segment::SegmentTable;
@@ -23,6 +25,8 @@ pub struct Disk {
     pub discard: bool,
     /// What GET_ID answers, padded with zeros.
     pub serial: [u8; 20],
+    /// The longest that a worker looks for work itself before it sleeps.
+    pub poll_max: Duration,
     write_cache: AtomicBool,
     /// What the last driver that could choose has chosen.
     chosen: AtomicBool,
@@ -49,9 +53,16 @@ impl Disk {
             read_only,
             discard,
             serial: padded,
+            poll_max: polling::DEFAULT_MAX,
             write_cache: AtomicBool::new(true),
             chosen: AtomicBool::new(true),
         }
+    }
+
+    /// The same disk, whose workers look for work for so long at most before they sleep; zero has them sleep at once.
+    pub fn with_poll_max(mut self, poll_max: Duration) -> Self {
+        self.poll_max = poll_max;
+        self
     }
 
     /// The capacity in sectors.

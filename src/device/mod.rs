@@ -8,6 +8,7 @@
 //! gate      its messages: stops the rings before a message that changes what I/O stands on
 //! rings     which rings are served
 //! worker    one thread for each: the data path
+//! polling   when it looks for work, and when it sleeps
 //! request   descriptor chain -> validated request        guest     its buffers
 //! config    features and configuration space             disk      what all workers share
 //! ```
@@ -17,6 +18,7 @@ mod disk;
 mod gate;
 mod guest;
 mod message;
+mod polling;
 mod request;
 mod rings;
 mod server;
@@ -26,4 +28,5 @@ mod vring;
 mod worker;
 
 pub use disk::Disk;
+pub use polling::DEFAULT_MAX as DEFAULT_POLL_MAX;
 pub use server::{Endpoint, ServeError, Server};

@@ -19,6 +19,7 @@ use std::fmt::Display;
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -30,6 +31,7 @@ use vm_memory::{Permissions, VolatileSlice};
 
 use super::disk::Disk;
 use super::guest::{Memory, Pieces, Position, pieces};
+use super::polling::Polling;
 use super::request::{Kind, Refusal, Request, Status};
 use super::sigbus;
 use crate::cipher::Sector;
@@ -42,6 +44,11 @@ const MAX_REQUESTS: usize = 256;
 const MAX_PIECE: u64 = 128 << 10;
 /// The pages of a queue's pool: room for 32 of the largest pieces, or for all requests of a few pages.
 pub(super) const POOL_PAGES: u32 = 1024;
+/// The most events, and the most chains, of a round. What a round has brought goes to storage and to the driver before
+/// the next one begins: with long rounds, device and driver would idle while the worker works, and the other way round.
+const ROUND: usize = 4;
+/// With so many operations in flight, a worker sleeps rather than looks for what comes next.
+const ENOUGH_IN_FLIGHT: usize = 4;
 /// How often at most a queue's storage errors are logged.
 const ERROR_LOG_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -57,6 +64,14 @@ pub(super) struct Ring {
     pub memory: Memory,
     pub kick: OwnedFd,
     pub call: Option<OwnedFd>,
+}
+
+impl Ring {
+    /// Whether the driver has offered a chain that was not taken yet.
+    fn has_chain(&self) -> bool {
+        let offered = self.queue.avail_idx(&*self.memory, Ordering::Acquire);
+        offered.is_ok_and(|offered| offered.0 != self.queue.next_avail())
+    }
 }
 
 /// A virtqueue that is being served.
@@ -209,6 +224,9 @@ struct Worker {
     /// Set for good when the ring itself makes no sense.
     broken: bool,
     errors: ErrorLog,
+    /// The looks for the driver's next request, and for what storage brings.
+    polling_driver: Polling,
+    polling_storage: Polling,
 }
 
 impl Worker {
@@ -219,7 +237,10 @@ impl Worker {
             .and_then(|call| rustix::fs::fcntl_getfl(call).ok());
         let call_blocks = flags.is_some_and(|flags| !flags.contains(OFlags::NONBLOCK));
         let heads = vec![0; usize::from(ring.queue.size()).div_ceil(u64::BITS as usize)];
+        let polling = || Polling::new(disk.poll_max);
         Self {
+            polling_driver: polling(),
+            polling_storage: polling(),
             ring,
             disk,
             engine,
@@ -243,10 +264,10 @@ impl Worker {
             let completed = self.complete();
             let taken = self.take();
             self.notify();
-            if completed || taken {
+            if completed || taken || self.look() {
                 self.enter(Engine::submit);
             } else if !self.has_more() {
-                self.enter(Engine::wait);
+                self.sleep();
             }
         }
         // An engine that still watches would wake the next worker for this one's kicks.
@@ -256,14 +277,14 @@ impl Worker {
         }
     }
 
-    /// Takes chains off the available ring and issues them, while there is room: no more than a queue full in a round,
-    /// since a driver that gets chains back can offer them again for ever.
+    /// Takes chains off the available ring and issues them, while there is room: no more than a round's, since a driver
+    /// that gets chains back can offer them again for ever.
     fn take(&mut self) -> bool {
         if let Some(place) = self.current.take() {
             self.issue(place);
         }
         let mut taken = false;
-        for _ in 0..self.ring.queue.size() {
+        for _ in 0..ROUND {
             let Some(place) = self.vacant_place() else { break };
             let chain = match self
                 .ring
@@ -421,10 +442,13 @@ impl Worker {
         true
     }
 
-    /// Handles what has happened since the last look.
+    /// Handles what has happened since the last round.
     fn complete(&mut self) -> bool {
         let mut any = false;
-        while let Some(event) = self.engine.next_event() {
+        for _ in 0..ROUND {
+            let Some(event) = self.engine.next_event() else {
+                break;
+            };
             any = true;
             match event {
                 Event::Done(done) => self.land(done),
@@ -558,6 +582,31 @@ impl Worker {
             }
             Ok(false) => {}
             Err(error) => self.retire(&error),
+        }
+    }
+
+    /// Looks for a while whether there is something to do.
+    fn look(&mut self) -> bool {
+        if self.engine.in_flight() >= ENOUGH_IN_FLIGHT || self.vacant_place().is_none() {
+            return false;
+        }
+        let (ring, engine) = (&self.ring, &mut self.engine);
+        let polling = match engine.in_flight() {
+            0 => &self.polling_driver,
+            _ => &self.polling_storage,
+        };
+        polling.look(|| engine.has_event() || ring.has_chain())
+    }
+
+    /// Sleeps until there is something to do. Whoever has enough in flight never looked, and learns nothing from it.
+    fn sleep(&mut self) {
+        let in_flight = self.engine.in_flight();
+        let asleep = Instant::now();
+        self.enter(Engine::wait);
+        match in_flight {
+            0 => self.polling_driver.slept(asleep.elapsed()),
+            1..ENOUGH_IN_FLIGHT => self.polling_storage.slept(asleep.elapsed()),
+            _ => {}
         }
     }
 

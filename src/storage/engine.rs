@@ -96,6 +96,7 @@ impl<C> Engine<C> {
         let ring: IoUring = IoUring::builder()
             .dontfork()
             .setup_coop_taskrun()
+            .setup_taskrun_flag()
             .setup_submit_all()
             .setup_cqsize((2 * places).next_power_of_two())
             .build((places + CONTROL).next_power_of_two())?;
@@ -260,11 +261,13 @@ impl<C> Engine<C> {
         self.flights.len() - self.vacant.len() + self.ended.len()
     }
 
-    /// Hands all that was asked for to the kernel, without waiting.
+    /// Hands all that was asked for to the kernel, and lets it report what has ended, without waiting.
     pub fn submit(&mut self) -> io::Result<()> {
-        if self.ring.submission().is_empty() {
+        let submission = self.ring.submission();
+        if submission.is_empty() && !submission.taskrun() {
             return Ok(());
         }
+        drop(submission);
         enter(|| self.ring.submit())
     }
 
@@ -272,6 +275,11 @@ impl<C> Engine<C> {
     pub fn wait(&mut self) -> io::Result<()> {
         let wanted = usize::from(self.ended.is_empty());
         enter(|| self.ring.submit_and_wait(wanted))
+    }
+
+    /// Whether there is an event, or will be one after [`Engine::submit`]. It costs no system call.
+    pub fn has_event(&mut self) -> bool {
+        !self.ended.is_empty() || !self.ring.completion().is_empty() || self.ring.submission().taskrun()
     }
 
     /// The next event that has happened, or none.
