@@ -967,6 +967,32 @@ fn device_does_not_call_before_the_used_event_is_reached() {
 }
 
 #[test]
+fn device_does_not_call_a_driver_that_wants_no_interrupt() {
+    let server = Server::new();
+    let mut driver = server.connect_with(Setup {
+        features: !F_EVENT_IDX,
+        ..Setup::default()
+    });
+    let (_, buffers) = driver.build(T_IN, 0, Data::In(SECTOR));
+    let queue = driver.queue();
+    for no_interrupt in [true, false, true, false] {
+        queue.set_no_interrupt(no_interrupt);
+        let head = queue.chain(&buffers);
+        queue.offer(&[head]);
+        queue.kick();
+        assert_eq!(queue.watch_used().head, head);
+        if no_interrupt {
+            // Time for a call that would be wrong.
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            assert!(!queue.take_call(), "called");
+        } else {
+            queue.wait_call();
+        }
+    }
+    driver.still_serves();
+}
+
+#[test]
 fn more_than_the_device_has_buffers_for_waits_and_is_served() {
     let server = Server::new();
     let mut driver = server.connect_with(Setup {

@@ -26,8 +26,9 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::OFlags;
 use rustix::io::{Errno, ReadWriteFlags};
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Permissions, VolatileSlice};
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{Error as QueueError, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, Permissions, VolatileSlice};
 
 use super::disk::Disk;
 use super::guest::{Memory, Pieces, Position, pieces};
@@ -71,6 +72,20 @@ impl Ring {
     fn has_chain(&self) -> bool {
         let offered = self.queue.avail_idx(&*self.memory, Ordering::Acquire);
         offered.is_ok_and(|offered| offered.0 != self.queue.next_avail())
+    }
+
+    /// Whether the driver wants to be notified of what was put into the used ring.
+    fn needs_notification(&mut self) -> Result<bool, QueueError> {
+        let wanted = self.queue.needs_notification(&*self.memory)?;
+        if !wanted || self.queue.event_idx_enabled() {
+            return Ok(wanted);
+        }
+        // virtio-queue leaves out the flag by which a driver that has no event index says that it does not.
+        let flags: u16 = self
+            .memory
+            .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
+            .map_err(QueueError::GuestMemory)?;
+        Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
     }
 }
 
@@ -571,7 +586,7 @@ impl Worker {
         if !std::mem::take(&mut self.published) {
             return;
         }
-        match self.ring.queue.needs_notification(&*self.ring.memory) {
+        match self.ring.needs_notification() {
             Ok(true) => {
                 if let Some(call) = &self.ring.call
                     && (!self.call_blocks || is_writable(call))

@@ -236,6 +236,11 @@ impl Queue {
             .store_index(self.avail + 4 + 2 * u64::from(self.size), index);
     }
 
+    /// Says whether the driver wants no call at all (virtio 1.2 §2.7.7, for a driver without EVENT_IDX).
+    pub fn set_no_interrupt(&self, no_interrupt: bool) {
+        self.memory.store_index(self.avail, no_interrupt.into());
+    }
+
     // ---- used ring
 
     /// The device's index, without taking anything.
