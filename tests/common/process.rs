@@ -4,6 +4,7 @@
 use super::DEADLINE;
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -32,6 +33,16 @@ pub struct Facts {
     pub guest_mappings: usize,
     pub resident_kib: u64,
     pub locked_kib: u64,
+}
+
+/// What a thread has done so far.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Thread {
+    pub id: u64,
+    pub name: String,
+    pub ran_ns: u64,
+    /// How often it was taken off a processor, of its own accord or not.
+    pub switches: u64,
 }
 
 impl Process {
@@ -141,6 +152,27 @@ impl Process {
         // User and system time are fields 14 and 15; the second, the name in parentheses, is passed over.
         let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
         fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+    }
+
+    /// How long and how often each of its threads has run so far, those included that the kernel runs for it.
+    pub fn threads(&self) -> Vec<Thread> {
+        let thread = |task: PathBuf| {
+            let read = |name: &str| fs::read_to_string(task.join(name)).ok();
+            let number = |text: &str| text.split_whitespace().next()?.parse().ok();
+            let status = read("status")?;
+            let switches = status
+                .lines()
+                .filter_map(|line| line.split_once("ctxt_switches:"));
+            Some(Thread {
+                id: number(task.file_name()?.to_str()?)?,
+                name: read("comm")?.trim().to_owned(),
+                ran_ns: number(&read("schedstat")?)?,
+                switches: switches.filter_map(|(_, count)| number(count)).sum(),
+            })
+        };
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
+        // One that ends meanwhile is not there.
+        tasks.filter_map(|task| thread(task.unwrap().path())).collect()
     }
 
     pub fn facts(&self) -> Facts {
