@@ -391,6 +391,10 @@ impl Worker {
             } else {
                 let durable = !self.disk.write_cache();
                 self.engine.write(buffer, offset, durable, piece);
+                if u64::from(len) == MAX_PIECE {
+                    // Storage works on it while the next one is encrypted.
+                    self.enter(Engine::submit);
+                }
             }
         }
         true
