@@ -59,12 +59,12 @@ extract_debian() {
         tar -x -C "$tree" --exclude=./dev --no-same-owner
 }
 
-# in_tree TREE PROGRAM ARGUMENT...: runs a program of an unpacked tree with that tree's own libraries. Unlike a
+# in_tree TREE PROGRAM ARGUMENT...: becomes a program of an unpacked tree with that tree's own libraries. Unlike a
 # chroot this needs no root, and paths of sockets and disks mean what they mean outside.
 in_tree() {
     local tree=$1 program=$2
     shift 2
-    "$(tree_loader "$tree")" --library-path "$(tree_libraries "$tree")" "$tree/$program" "$@"
+    exec "$(tree_loader "$tree")" --library-path "$(tree_libraries "$tree")" "$tree/$program" "$@"
 }
 
 tree_libraries() { printf '%s' "$1/usr/lib/x86_64-linux-gnu:$1/lib/x86_64-linux-gnu"; }

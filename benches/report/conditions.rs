@@ -26,10 +26,11 @@ impl Conditions {
     }
 
     /// A program that takes part, by the first line that it says of its version.
-    pub fn add_program(&mut self, name: &'static str, program: &Path) {
+    pub fn add_program(&mut self, name: &'static str, command: &[String]) {
+        let arguments: Vec<&str> = command[1..].iter().map(String::as_str).collect();
         self.add(
             name,
-            said(program.to_str().expect("a path of UTF-8"), &["--version"]),
+            said(&command[0], &[&arguments, &["--version"][..]].concat()),
         );
     }
 

@@ -68,16 +68,22 @@ fn row(comparison: &Comparison) -> String {
         rounds,
     } = comparison;
     let Summary { median, min, max } = Summary::of(rounds);
-    let (relation, goal) = match goal {
-        Goal::AtLeast(bound) => (" to ", format!("≥ {}", rounded(*bound))),
-        Goal::AtMost(bound) => (" to ", format!("≤ {}", rounded(*bound))),
-        Goal::Within(bound) => (" less ", format!("≤ {}", with_unit(*bound, metric.unit))),
+    let unit = match (other, goal) {
+        (Some(_), Goal::AtLeast(_) | Goal::AtMost(_)) => "",
+        _ => metric.unit,
     };
+    let (relation, sign) = match goal {
+        Goal::AtLeast(_) => (" to ", "≥"),
+        Goal::AtMost(_) => (" to ", "≤"),
+        Goal::Within(_) => (" less ", "≤"),
+    };
+    let other = other.map_or(String::new(), |other| format!("{relation}{other}"));
+    let goal = format!("{sign} {}", with_unit(goal.bound(), unit));
     let met = if comparison.is_met() { "yes" } else { "**no**" };
     format!(
-        "| {workload}, {}: {contender}{relation}{other} | {} | {} to {} | {goal} | {met} |\n",
+        "| {workload}, {}: {contender}{other} | {} | {} to {} | {goal} | {met} |\n",
         metric.name,
-        rounded(median),
+        with_unit(median, unit),
         rounded(min),
         rounded(max)
     )

@@ -74,7 +74,7 @@ pub enum Better {
     Less,
 }
 
-/// What the first contender's value has to be, compared with the second's.
+/// What a contender's value has to be, compared with another's; or what it has to be, where there is no other.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Goal {
     /// At least so many times the other's.
@@ -97,6 +97,12 @@ impl Goal {
         match self {
             Goal::AtLeast(bound) => result >= bound,
             Goal::AtMost(bound) | Goal::Within(bound) => result <= bound,
+        }
+    }
+
+    fn bound(self) -> f64 {
+        match self {
+            Goal::AtLeast(bound) | Goal::AtMost(bound) | Goal::Within(bound) => bound,
         }
     }
 
@@ -124,7 +130,8 @@ struct Comparison {
     workload: String,
     metric: Metric,
     contender: &'static str,
-    other: &'static str,
+    /// Nobody, where the goal is a value itself.
+    other: Option<&'static str>,
     goal: Goal,
     rounds: Vec<f64>,
 }
@@ -184,26 +191,32 @@ impl Report {
             .map(|series| Summary::of(&series.rounds).median)
     }
 
-    /// Compares two contenders, when all is recorded, and returns the median of the rounds' ratios. Nothing where one
-    /// of them was not measured.
+    /// Compares two contenders, when all is recorded, or one contender with the goal itself. Returns the median of the
+    /// rounds, or nothing where one of them was not measured.
     pub fn compare(
         &mut self,
         workload: &str,
         metric: Metric,
         contender: Contender,
-        other: Contender,
+        other: impl Into<Option<Contender>>,
         goal: Goal,
     ) -> Option<f64> {
+        let other = other.into();
         let ours = self.find(workload, contender.name, metric)?;
-        let theirs = self.find(workload, other.name, metric)?;
-        let pairs = ours.rounds.iter().zip(&theirs.rounds);
-        let rounds: Vec<f64> = pairs.map(|(a, b)| goal.of(*a, *b)).collect();
+        let rounds = match other {
+            None => ours.rounds.clone(),
+            Some(other) => {
+                let theirs = self.find(workload, other.name, metric)?;
+                let pairs = ours.rounds.iter().zip(&theirs.rounds);
+                pairs.map(|(ours, theirs)| goal.of(*ours, *theirs)).collect()
+            }
+        };
         let median = Summary::of(&rounds).median;
         self.comparisons.push(Comparison {
             workload: workload.to_owned(),
             metric,
             contender: contender.name,
-            other: other.name,
+            other: other.map(|other| other.name),
             goal,
             rounds,
         });

@@ -1,10 +1,11 @@
 //! Numbers as a person reads them: three digits that matter, and no more.
 
-/// A value with its unit: `77.3 k IOPS`, `1.05 M IOPS`, `3850 MB/s`, `4.81 µs`.
+/// A value with its unit, if it has one: `77.3 k IOPS`, `1.05 M IOPS`, `3850 MB/s`, `4.81 µs`.
 pub(super) fn with_unit(value: f64, unit: &str) -> String {
     let number = match unit {
         "IOPS" if value >= 1e6 => format!("{} M", rounded(value / 1e6)),
         "IOPS" if value >= 1e4 => format!("{} k", rounded(value / 1e3)),
+        "" => return rounded(value),
         _ => rounded(value),
     };
     format!("{number} {unit}")

@@ -189,8 +189,13 @@ impl<'a> Row<'a> {
             .iter()
             .filter(|comparison| comparison.workload == self.workload && comparison.metric == metric);
         let goals = goals.filter_map(|comparison| {
-            let series = self.report.find(self.workload, comparison.other, metric)?;
-            let value = comparison.goal.threshold(Summary::of(&series.rounds).median);
+            let value = match comparison.other {
+                None => comparison.goal.bound(),
+                Some(other) => {
+                    let series = self.report.find(self.workload, other, metric)?;
+                    comparison.goal.threshold(Summary::of(&series.rounds).median)
+                }
+            };
             Some((value, format!("goal {}", with_unit(value, metric.unit))))
         });
         match metric.better {

@@ -1,0 +1,492 @@
+//! `cargo bench --bench storage`: what a disk costs between its driver and its storage, at vhost-user level.
+//!
+//! One load generator, libblkio's virtio-blk driver, drives sealblk and QEMU's storage daemon in turn, over files on real
+//! storage and over null storage; fio on the same file system says what the storage itself can do. Every round
+//! measures all contenders at a workload one right after the other, each in a process of its own, started for it.
+
+mod client;
+mod fio;
+#[path = "../report/mod.rs"]
+mod report;
+mod server;
+
+use clap::Parser;
+use client::{Load, Operation, Waiting};
+use report::{Better, Conditions, Contender, Goal, Metric, Options, Report, Role};
+use rustix::thread::{CpuSet, sched_setaffinity};
+use server::{Disks, Kind, Server, Tuning};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Measure sealblk, QEMU's storage daemon and fio over the same storage
+#[derive(Debug, Parser)]
+struct Arguments {
+    #[command(flatten)]
+    options: Options,
+    /// Only this storage, of both
+    #[arg(long, value_name = "real|null")]
+    only: Option<Storage>,
+    /// Where the disks are made, on the storage to be measured
+    #[arg(long, value_name = "DIR", default_value = concat!(env!("CARGO_TARGET_TMPDIR"), "/../bench"))]
+    directory: PathBuf,
+    /// The size of each of the three disks
+    #[arg(long, value_name = "MIB", default_value_t = 1024)]
+    size: u64,
+    /// How long a contender is measured at a workload in a round
+    #[arg(long, value_name = "SECONDS", default_value_t = 3.0)]
+    seconds: f64,
+    /// Measure 4 KiB with this many queues too, served on both cores
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(2..=16))]
+    queues: Option<u16>,
+    /// Only workloads with this text in their names
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    workload: String,
+    /// What the driver does while nothing is completed [default: sleep; poll with one request in flight, and on null storage]
+    #[arg(long, value_name = "sleep|poll")]
+    waiting: Option<Waiting>,
+    /// The core of the load generator
+    #[arg(long, value_name = "CORE", default_value_t = 0)]
+    client_core: usize,
+    /// The core of the server, and of fio
+    #[arg(long, value_name = "CORE", default_value_t = 1)]
+    server_core: usize,
+    /// The block size of sealblk's disks
+    #[arg(long, value_name = "BYTES", default_value_t = 512)]
+    sector_size: u32,
+    /// One more argument for `sealblk serve`, to tune it
+    #[arg(long, value_name = "ARGUMENT", allow_hyphen_values = true)]
+    serve_arg: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Storage {
+    Real,
+    Null,
+}
+
+const SEALBLK: Contender = Contender {
+    name: "sealblk",
+    role: Role::Subject,
+};
+const PLAIN: Contender = Contender {
+    name: "sealblk, unencrypted",
+    role: Role::Variant,
+};
+const QEMU: Contender = Contender {
+    name: "QEMU, unencrypted",
+    role: Role::Other,
+};
+const QEMU_LUKS: Contender = Contender {
+    name: "QEMU, LUKS",
+    role: Role::Other,
+};
+const FIO: Contender = Contender {
+    name: "fio on the host",
+    role: Role::Other,
+};
+
+const IOPS: Metric = Metric {
+    name: "I/Os a second",
+    unit: "IOPS",
+    better: Better::More,
+};
+const RATE: Metric = Metric {
+    name: "throughput",
+    unit: "MB/s",
+    better: Better::More,
+};
+const CPU: Metric = Metric {
+    name: "CPU for each I/O",
+    unit: "µs",
+    better: Better::Less,
+};
+const CPU_MIB: Metric = Metric {
+    name: "CPU for each MiB",
+    unit: "µs",
+    better: Better::Less,
+};
+const P50: Metric = Metric {
+    name: "median latency",
+    unit: "µs",
+    better: Better::Less,
+};
+const P99: Metric = Metric {
+    name: "99th percentile",
+    unit: "µs",
+    better: Better::Less,
+};
+
+/// A load with its name, and QEMU's way to do I/O for it.
+#[derive(Clone, Debug)]
+struct Workload {
+    name: String,
+    load: Load,
+    aio: &'static str,
+}
+
+impl Workload {
+    fn random(operation: Operation, depth: usize, queues: u16) -> Self {
+        let each = match queues {
+            1 => String::new(),
+            _ => format!(" in each of {queues} queues"),
+        };
+        Workload {
+            name: format!("4 KiB random {operation}s, {depth} in flight{each}"),
+            load: Load {
+                operation,
+                random: true,
+                block: 4096,
+                depth,
+                queues,
+            },
+            aio: server::AIO[0],
+        }
+    }
+
+    fn sequential(operation: Operation) -> Self {
+        Workload {
+            name: format!("1 MiB sequential {operation}s, 8 in flight"),
+            load: Load {
+                operation,
+                random: false,
+                block: 1 << 20,
+                depth: 8,
+                queues: 1,
+            },
+            aio: server::AIO[0],
+        }
+    }
+
+    /// What is drawn of it.
+    fn metrics(&self) -> &'static [Metric] {
+        match (self.load.depth, self.load.random) {
+            (1, _) => &[P50, P99],
+            (_, true) => &[IOPS, CPU],
+            (_, false) => &[RATE, CPU_MIB],
+        }
+    }
+}
+
+fn main() {
+    let mut arguments = Arguments::parse();
+    if arguments.options.quick {
+        arguments.seconds = 0.05;
+        arguments.size = 64;
+        arguments.queues = arguments.queues.or(Some(2));
+    }
+    // The load generator's threads inherit it; the servers get their own.
+    pin(arguments.client_core);
+    for storage in [Storage::Real, Storage::Null] {
+        if arguments.only.is_none_or(|only| only == storage) {
+            measure(&arguments, storage);
+        }
+    }
+}
+
+fn pin(core: usize) {
+    let mut cores = CpuSet::new();
+    cores.set(core);
+    sched_setaffinity(None, &cores).unwrap_or_else(|error| panic!("core {core}: {error}"));
+}
+
+fn measure(arguments: &Arguments, storage: Storage) {
+    let bench = Bench::new(arguments, storage);
+    let (name, title) = match storage {
+        Storage::Real => ("storage", "A disk between its driver and its storage"),
+        Storage::Null => (
+            "null-storage",
+            "A disk between its driver and storage that costs nothing",
+        ),
+    };
+    let mut workloads = bench.workloads();
+    if storage == Storage::Real {
+        workloads
+            .iter_mut()
+            .for_each(|workload| bench.choose_aio(workload));
+    }
+    let mut report = Report::new(name, title, bench.conditions(&workloads));
+    for round in 1..=arguments.options.rounds() {
+        for workload in &workloads {
+            eprintln!("{name}, round {round}: {}", workload.name);
+            for (contender, kind) in bench.contenders(&workload.load) {
+                let measured = bench.run(workload, kind, bench.time());
+                record(&mut report, workload, contender, &measured);
+            }
+            if storage == Storage::Real && workload.load.queues == 1 {
+                let measured = fio::run(
+                    &workload.load,
+                    &bench.disks.raw(),
+                    bench.time(),
+                    arguments.server_core,
+                );
+                record(&mut report, workload, FIO, &measured);
+            }
+        }
+    }
+    for workload in &workloads {
+        judge(&mut report, storage, workload);
+        if workload.load.queues == 1 {
+            report.plot(&workload.name, workload.metrics());
+        }
+    }
+    if let Some(finding) = finding(&report, storage, &workloads) {
+        report.finding(finding);
+    }
+    report.write(&arguments.options);
+}
+
+struct Bench<'a> {
+    arguments: &'a Arguments,
+    storage: Storage,
+    disks: Disks,
+}
+
+impl<'a> Bench<'a> {
+    /// Makes the disks, and writes them once through their own servers: nobody then meets storage never written to.
+    fn new(arguments: &'a Arguments, storage: Storage) -> Self {
+        let disks = match storage {
+            Storage::Null => Disks::null(),
+            Storage::Real => Disks::new(&arguments.directory, arguments.size, arguments.sector_size),
+        };
+        let bench = Bench {
+            arguments,
+            storage,
+            disks,
+        };
+        if storage == Storage::Real {
+            for kind in [Kind::Sealblk, Kind::Plain, Kind::QemuLuks] {
+                eprintln!("filling the disk of {kind:?}");
+                let server = bench.start(kind, 1, server::AIO[0]);
+                client::fill(server.socket());
+            }
+        }
+        bench
+    }
+
+    /// Over null storage QEMU's LUKS needs a QEMU that can have it there, and large requests that QEMU does not encrypt are
+    /// left out: not a byte of them is touched.
+    fn contenders(&self, load: &Load) -> Vec<(Contender, Kind)> {
+        let mut all = vec![
+            (SEALBLK, Kind::Sealblk),
+            (PLAIN, Kind::Plain),
+            (QEMU, Kind::Qemu),
+            (QEMU_LUKS, Kind::QemuLuks),
+        ];
+        if self.storage == Storage::Null {
+            all.retain(|(_, kind)| match kind {
+                Kind::Sealblk | Kind::Plain => true,
+                Kind::Qemu => load.random,
+                Kind::QemuLuks => server::has_qemu10(),
+            });
+        }
+        all
+    }
+
+    fn workloads(&self) -> Vec<Workload> {
+        use Operation::{Read, Write};
+        let depths: &[usize] = match self.storage {
+            Storage::Real => &[32, 1],
+            Storage::Null => &[32, 128],
+        };
+        let mut workloads = Vec::new();
+        for depth in depths {
+            workloads.extend([Read, Write].map(|operation| Workload::random(operation, *depth, 1)));
+        }
+        workloads.extend([Read, Write].map(Workload::sequential));
+        if let Some(queues) = self.arguments.queues {
+            workloads.extend([Read, Write].map(|operation| Workload::random(operation, 32, queues)));
+        }
+        workloads.retain(|workload| workload.name.contains(&self.arguments.workload));
+        workloads
+    }
+
+    fn conditions(&self, workloads: &[Workload]) -> Conditions {
+        let arguments = self.arguments;
+        let mut conditions = Conditions::new();
+        conditions.add("sector size", format!("{} bytes", arguments.sector_size));
+        if !arguments.serve_arg.is_empty() {
+            conditions.add("sealblk serve", arguments.serve_arg.join(" "));
+        }
+        conditions.add_program("QEMU", &server::daemon(self.storage == Storage::Null));
+        match self.storage {
+            Storage::Real => {
+                conditions.add_program("fio", &["fio".to_owned()]);
+                conditions.add_storage(&arguments.directory);
+                conditions.add(
+                    "disks",
+                    format!("{} MiB each, all of it written before", arguments.size),
+                );
+                let native = workloads.iter().filter(|workload| workload.aio != server::AIO[0]);
+                let native: Vec<_> = native.map(|workload| workload.name.as_str()).collect();
+                let aio = match native.is_empty() {
+                    true => "io_uring".to_owned(),
+                    false => format!("io_uring; native for: {}", native.join("; ")),
+                };
+                conditions.add("QEMU's aio, the faster", aio);
+            }
+            Storage::Null => {}
+        }
+        conditions.add("measured", format!("{} s a round for each", arguments.seconds));
+        conditions.add(
+            "cores",
+            format!(
+                "the driver on {}, the server (and fio) on {}; with several queues the server on both",
+                arguments.client_core, arguments.server_core
+            ),
+        );
+        let waiting = match arguments.waiting {
+            None => "sleeps while it waits, but polls with one request in flight and on null storage",
+            Some(Waiting::Sleep) => "sleeps while it waits",
+            Some(Waiting::Poll) => "polls",
+        };
+        conditions.add("the driver", format!("libblkio; it {waiting}"));
+        conditions
+    }
+
+    /// A guest's driver sleeps and is woken, and so does this one. It polls where its own waking would be the larger part
+    /// of what is measured.
+    fn waiting(&self, load: &Load) -> Waiting {
+        let default = match (self.storage, load.depth) {
+            (Storage::Null, _) | (_, 1) => Waiting::Poll,
+            _ => Waiting::Sleep,
+        };
+        self.arguments.waiting.unwrap_or(default)
+    }
+
+    fn time(&self) -> Duration {
+        Duration::from_secs_f64(self.arguments.seconds)
+    }
+
+    /// QEMU has two ways to do I/O, and which is the faster depends on the load: each gets a trial on the plain disk.
+    fn choose_aio(&self, workload: &mut Workload) {
+        let mut best = 0.0;
+        for aio in server::AIO {
+            let trial = Workload {
+                aio,
+                ..workload.clone()
+            };
+            let iops = self.run(&trial, Kind::Qemu, self.time() / 3).iops();
+            if iops > best {
+                (best, workload.aio) = (iops, aio);
+            }
+        }
+    }
+
+    fn run(&self, workload: &Workload, kind: Kind, time: Duration) -> Measured {
+        let server = self.start(kind, workload.load.queues, workload.aio);
+        client::run(&server, &workload.load, self.waiting(&workload.load), time)
+    }
+
+    fn start(&self, kind: Kind, queues: u16, aio: &str) -> Server {
+        let arguments = self.arguments;
+        let cores = match queues {
+            1 => arguments.server_core.to_string(),
+            _ => format!("{},{}", arguments.client_core, arguments.server_core),
+        };
+        let tuning = Tuning {
+            cores: &cores,
+            queues,
+            aio,
+            sector_size: arguments.sector_size,
+            serve_arguments: &arguments.serve_arg,
+        };
+        Server::start(&self.disks, kind, &tuning)
+    }
+}
+
+/// What came of one contender at one workload in one round.
+#[derive(Debug)]
+struct Measured {
+    operations: u64,
+    time: Duration,
+    /// What the server's process used of all cores meanwhile.
+    cpu: Duration,
+    /// The median and the 99th percentile, where only one request is in flight.
+    latency: Option<[Duration; 2]>,
+}
+
+impl Measured {
+    fn iops(&self) -> f64 {
+        self.operations as f64 / self.time.as_secs_f64()
+    }
+}
+
+fn record(report: &mut Report, workload: &Workload, contender: Contender, measured: &Measured) {
+    assert!(
+        measured.operations > 0,
+        "{}: {}: no I/O",
+        workload.name,
+        contender.name
+    );
+    let micros = |time: Duration| time.as_secs_f64() * 1e6;
+    let cpu = micros(measured.cpu) / measured.operations as f64;
+    let mut record = |metric, value| report.record(&workload.name, contender, metric, value);
+    if workload.load.random {
+        record(IOPS, measured.iops());
+        record(CPU, cpu);
+    } else {
+        let block = workload.load.block as f64;
+        record(RATE, measured.iops() * block / 1e6);
+        record(CPU_MIB, cpu * f64::from(1 << 20) / block);
+    }
+    if let Some([median, high]) = measured.latency {
+        record(P50, micros(median));
+        record(P99, micros(high));
+    }
+}
+
+/// What this project wants of itself.
+fn judge(report: &mut Report, storage: Storage, workload: &Workload) {
+    use Goal::{AtLeast, AtMost, Within};
+    let Load {
+        operation,
+        random,
+        depth,
+        queues,
+        ..
+    } = workload.load;
+    let mut goal = |metric, other: Option<Contender>, goal| {
+        report.compare(&workload.name, metric, SEALBLK, other, goal);
+    };
+    match (storage, random, depth) {
+        _ if queues > 1 => {}
+        (Storage::Real, true, 1) => goal(P50, Some(FIO), Within(20.0)),
+        (Storage::Real, true, _) => {
+            goal(IOPS, Some(PLAIN), AtLeast(0.97));
+            goal(IOPS, Some(FIO), AtLeast(0.90));
+            goal(IOPS, Some(QEMU), AtLeast(1.0));
+            goal(CPU, Some(FIO), AtMost(1.5));
+            let of_luks = match operation {
+                Operation::Read => 1.0 / 2.0,
+                Operation::Write => 1.0 / 4.0,
+            };
+            goal(CPU, Some(QEMU_LUKS), AtMost(of_luks));
+        }
+        (Storage::Real, false, _) => {
+            goal(RATE, Some(PLAIN), AtLeast(0.97));
+            if operation == Operation::Write {
+                goal(RATE, Some(QEMU_LUKS), AtLeast(6.0));
+                goal(CPU_MIB, Some(QEMU_LUKS), AtMost(1.0 / 15.0));
+            }
+        }
+        (Storage::Null, true, _) => goal(IOPS, None, AtLeast(700_000.0)),
+        (Storage::Null, false, _) => goal(RATE, None, AtLeast(8_000.0)),
+    }
+}
+
+/// The plot's title: how near encryption comes to no encryption, at the worst of the workloads.
+fn finding(report: &Report, storage: Storage, workloads: &[Workload]) -> Option<String> {
+    let single = workloads.iter().filter(|workload| workload.load.queues == 1);
+    let ratio = |workload: &Workload| {
+        let metric = if workload.load.random { IOPS } else { RATE };
+        Some(report.median(&workload.name, SEALBLK, metric)? / report.median(&workload.name, PLAIN, metric)?)
+    };
+    let worst = single.filter_map(ratio).reduce(f64::min)?;
+    let percent = (worst * 100.0).floor();
+    Some(match storage {
+        Storage::Real => format!("Encrypted by sealblk, a disk keeps {percent} % or more of its speed"),
+        Storage::Null => {
+            format!("Without storage to wait for, encryption leaves {percent} % or more of the speed")
+        }
+    })
+}
