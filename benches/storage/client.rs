@@ -71,18 +71,16 @@ pub(crate) fn run(server: &Server, load: &Load, waiting: Waiting, time: Duration
         let (cpu_before, before) = (cpu_time(server.pid()), Instant::now());
         thread::sleep(end.saturating_duration_since(Instant::now()));
         let (cpu, cpu_window) = (cpu_time(server.pid()) - cpu_before, before.elapsed());
-        let mut operations = 0;
-        let mut latencies = Vec::new();
-        for thread in threads {
-            let (done, times) = thread.join().expect("the driver's thread");
-            operations += done;
-            latencies.extend(times);
-        }
+        let drives: Vec<Drive> = threads
+            .into_iter()
+            .map(|thread| thread.join().expect("the driver's thread"))
+            .collect();
+        let time = drives.iter().map(|drive| drive.time).max().expect("a queue");
         Measured {
-            operations,
+            operations: drives.iter().map(|drive| drive.operations).sum(),
             time,
             cpu: cpu.mul_f64(time.as_secs_f64() / cpu_window.as_secs_f64()),
-            latency: percentiles(latencies),
+            latency: percentiles(drives.into_iter().flat_map(|drive| drive.latencies).collect()),
         }
     })
 }
@@ -191,6 +189,14 @@ fn connect(socket: &Path, load: &Load, waiting: Waiting) -> (Blkio, Vec<Driver>)
     (blkio, drivers.map(driver).collect())
 }
 
+/// What one queue did after the warm-up.
+struct Drive {
+    operations: u64,
+    time: Duration,
+    /// In nanoseconds, where there is one request at a time.
+    latencies: Vec<u32>,
+}
+
 /// One queue, with the part of the disk and of the memory that is its own.
 struct Driver {
     queue: Blkioq,
@@ -204,9 +210,8 @@ struct Driver {
 }
 
 impl Driver {
-    /// Keeps the queue full until the end. Returns how many requests completed after the start, and how long each took
-    /// if there is one at a time.
-    fn drive(mut self, start: Instant, end: Instant) -> (u64, Vec<u32>) {
+    /// Keeps the queue full until the end, and for as long as it takes to complete anything at all.
+    fn drive(mut self, start: Instant, end: Instant) -> Drive {
         let depth = self.load.depth;
         let mut latencies = Vec::with_capacity(if depth == 1 { MOST_LATENCIES } else { 0 });
         let mut completions = no_completions(depth);
@@ -216,15 +221,19 @@ impl Driver {
         loop {
             let done = self.complete(&mut completions);
             let now = Instant::now();
-            if now >= end {
-                self.drain(depth - done, &mut completions);
-                return (operations, latencies);
-            }
             if now >= start {
                 operations += done as u64;
                 if depth == 1 && latencies.len() < MOST_LATENCIES {
                     latencies.push((now - submitted).as_nanos() as u32);
                 }
+            }
+            if now >= end && operations > 0 {
+                self.drain(depth - done, &mut completions);
+                return Drive {
+                    operations,
+                    time: now - start,
+                    latencies,
+                };
             }
             submitted = now;
             for completion in &completions[..done] {
