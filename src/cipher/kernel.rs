@@ -3,7 +3,9 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::{Sector, portable};
+#[cfg(target_arch = "x86_64")]
+use super::x86;
+use super::{CipherError, Sector, portable};
 use crate::keys::arena::{ArenaError, SecretBytes};
 
 /// A run of data units (IEEE 1619), the first under `tweak`, each as many sectors further as it is long.
@@ -11,7 +13,7 @@ use crate::keys::arena::{ArenaError, SecretBytes};
 pub(super) struct Units {
     /// Of the first unit, before its encryption under the tweak key; little-endian in memory.
     pub(super) tweak: u128,
-    /// Of one unit, in bytes; a multiple of 16, so that no unit needs ciphertext stealing.
+    /// Of one unit, in bytes: 512 or 4096, so that none needs ciphertext stealing.
     pub(super) size: usize,
     pub(super) count: usize,
 }
@@ -25,6 +27,20 @@ impl Units {
             let low = (self.tweak as u64).wrapping_add(i as u64 * step);
             (i * self.size, (high | u128::from(low)).to_le_bytes())
         })
+    }
+
+    /// Takes the first units off, at most `count` of them.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn take_first(&mut self, count: usize) -> Self {
+        let first = Self {
+            count: self.count.min(count),
+            ..*self
+        };
+        let high = self.tweak & !u128::from(u64::MAX);
+        let step = first.count as u64 * (self.size as u64 / Sector::LEN);
+        self.tweak = high | u128::from((self.tweak as u64).wrapping_add(step));
+        self.count -= first.count;
+        first
     }
 }
 
@@ -48,16 +64,47 @@ pub(super) trait Kernel: Send + Sync {
 pub(super) struct Candidate {
     pub(super) name: &'static str,
     pub(super) choice: KernelChoice,
-    /// Expands a key of [`super::KEY_LEN`] bytes; round keys go to the key arena.
+    /// Whether this machine's processor has the instructions.
+    pub(super) runs_here: fn() -> bool,
+    /// Expands a key of [`super::KEY_LEN`] bytes; round keys go to the key arena. Only where it runs.
     pub(super) expand: fn(&SecretBytes) -> Result<Box<dyn Kernel>, ArenaError>,
 }
 
+/// All kernels of this architecture, the fastest first.
+pub(super) const KERNELS: &[Candidate] = &[
+    #[cfg(target_arch = "x86_64")]
+    Candidate {
+        name: "avx512",
+        choice: KernelChoice::Avx512,
+        runs_here: x86::has_avx512,
+        expand: x86::expand_avx512,
+    },
+    #[cfg(target_arch = "x86_64")]
+    Candidate {
+        name: "avx2",
+        choice: KernelChoice::Avx2,
+        runs_here: x86::has_avx2,
+        expand: x86::expand_avx2,
+    },
+    #[cfg(target_arch = "x86_64")]
+    Candidate {
+        name: "aes-ni",
+        choice: KernelChoice::AesNi,
+        runs_here: x86::has_aes_ni,
+        expand: x86::expand_aes_ni,
+    },
+    Candidate {
+        name: "portable",
+        choice: KernelChoice::Portable,
+        runs_here: || true,
+        expand: portable::expand,
+    },
+];
+
 /// The kernels that this machine can run, the fastest first.
-pub(super) const KERNELS: &[Candidate] = &[Candidate {
-    name: "portable",
-    choice: KernelChoice::Portable,
-    expand: portable::expand,
-}];
+pub(super) fn running_here() -> impl Iterator<Item = &'static Candidate> {
+    KERNELS.iter().filter(|kernel| (kernel.runs_here)())
+}
 
 /// Which kernel to use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -65,21 +112,48 @@ pub enum KernelChoice {
     /// The fastest that the machine can run.
     #[default]
     Fastest,
+    /// x86-64: AVX-512 and VAES, four blocks in a vector.
+    Avx512,
+    /// x86-64: AVX2 and VAES, two blocks in a vector.
+    Avx2,
+    /// x86-64: AES-NI and AVX, one block in a vector.
+    AesNi,
     /// The one that runs everywhere, and that others are compared with.
     Portable,
 }
 
-pub(super) fn choose(choice: KernelChoice) -> &'static Candidate {
-    KERNELS
-        .iter()
-        .find(|kernel| kernel.choice == choice)
-        .unwrap_or(&KERNELS[0])
+impl KernelChoice {
+    /// Every choice.
+    pub const ALL: [Self; 5] = [
+        Self::Fastest,
+        Self::Avx512,
+        Self::Avx2,
+        Self::AesNi,
+        Self::Portable,
+    ];
+}
+
+pub(super) fn choose(choice: KernelChoice) -> Result<&'static Candidate, CipherError> {
+    running_here()
+        .find(|kernel| choice == KernelChoice::Fastest || kernel.choice == choice)
+        .ok_or_else(|| CipherError::Kernel {
+            kernel: choice,
+            runs_here: names(running_here().map(|kernel| kernel.choice)),
+        })
+}
+
+fn names(choices: impl Iterator<Item = KernelChoice>) -> String {
+    let names: Vec<_> = choices.map(|choice| choice.to_string()).collect();
+    names.join(", ")
 }
 
 impl fmt::Display for KernelChoice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Fastest => "fastest",
+            Self::Avx512 => "avx512",
+            Self::Avx2 => "avx2",
+            Self::AesNi => "aes-ni",
             Self::Portable => "portable",
         })
     }
@@ -89,7 +163,7 @@ impl FromStr for KernelChoice {
     type Err = UnknownKernel;
 
     fn from_str(name: &str) -> Result<Self, UnknownKernel> {
-        [Self::Fastest, Self::Portable]
+        Self::ALL
             .into_iter()
             .find(|choice| choice.to_string() == name)
             .ok_or_else(|| UnknownKernel(name.to_owned()))
@@ -98,5 +172,5 @@ impl FromStr for KernelChoice {
 
 /// No kernel has this name.
 #[derive(Debug, thiserror::Error)]
-#[error("no cipher kernel is called {0:?}; known: fastest, portable")]
+#[error("no cipher kernel is called {0:?}; known: {known}", known = names(KernelChoice::ALL.into_iter()))]
 pub struct UnknownKernel(String);

@@ -104,7 +104,8 @@ pub(super) struct Serve {
         default_value_t = DEFAULT_POLL_MAX.as_micros() as u16
     )]
     poll_max: u16,
-    /// The code that encrypts and decrypts: 'fastest' of this machine, or 'portable'
+    /// The code that encrypts and decrypts: 'fastest' of this machine, or by name 'avx512', 'avx2', 'aes-ni' (x86-64) or
+    /// 'portable'
     #[arg(long, value_name = "NAME", default_value_t)]
     cipher_kernel: KernelChoice,
 }
