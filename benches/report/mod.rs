@@ -202,14 +202,9 @@ impl Report {
         goal: Goal,
     ) -> Option<f64> {
         let other = other.into();
-        let ours = self.find(workload, contender.name, metric)?;
         let rounds = match other {
-            None => ours.rounds.clone(),
-            Some(other) => {
-                let theirs = self.find(workload, other.name, metric)?;
-                let pairs = ours.rounds.iter().zip(&theirs.rounds);
-                pairs.map(|(ours, theirs)| goal.of(*ours, *theirs)).collect()
-            }
+            None => self.find(workload, contender.name, metric)?.rounds.clone(),
+            Some(other) => self.compared(workload, metric, contender, other, goal)?,
         };
         let median = Summary::of(&rounds).median;
         self.comparisons.push(Comparison {
@@ -221,6 +216,33 @@ impl Report {
             rounds,
         });
         Some(median)
+    }
+
+    /// The median of the rounds' ratios of two contenders, where there is no goal. Nothing where one of them was not
+    /// measured.
+    pub fn ratio(
+        &self,
+        workload: &str,
+        metric: Metric,
+        contender: Contender,
+        other: Contender,
+    ) -> Option<f64> {
+        let rounds = self.compared(workload, metric, contender, other, Goal::AtLeast(0.0))?;
+        Some(Summary::of(&rounds).median)
+    }
+
+    fn compared(
+        &self,
+        workload: &str,
+        metric: Metric,
+        contender: Contender,
+        other: Contender,
+        goal: Goal,
+    ) -> Option<Vec<f64>> {
+        let ours = self.find(workload, contender.name, metric)?;
+        let theirs = self.find(workload, other.name, metric)?;
+        let pairs = ours.rounds.iter().zip(&theirs.rounds);
+        Some(pairs.map(|(ours, theirs)| goal.of(*ours, *theirs)).collect())
     }
 
     /// Draws a workload's metrics, as the plot's next row.

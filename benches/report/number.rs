@@ -11,12 +11,13 @@ pub(super) fn with_unit(value: f64, unit: &str) -> String {
     format!("{number} {unit}")
 }
 
-/// Three significant digits, but no digit before the point lost.
+/// Three significant digits, two of a small fraction, but no digit before the point lost.
 pub(super) fn rounded(value: f64) -> String {
     let decimals = match value.abs() {
         size if size >= 99.95 => 0,
         size if size >= 9.995 => 1,
-        _ => 2,
+        size if size == 0.0 || size >= 0.0995 => 2,
+        _ => 3,
     };
     format!("{value:.decimals$}")
 }

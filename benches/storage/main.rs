@@ -479,7 +479,7 @@ fn finding(report: &Report, storage: Storage, workloads: &[Workload]) -> Option<
     let single = workloads.iter().filter(|workload| workload.load.queues == 1);
     let ratio = |workload: &Workload| {
         let metric = if workload.load.random { IOPS } else { RATE };
-        Some(report.median(&workload.name, SEALBLK, metric)? / report.median(&workload.name, PLAIN, metric)?)
+        report.ratio(&workload.name, metric, SEALBLK, PLAIN)
     };
     let worst = single.filter_map(ratio).reduce(f64::min)?;
     let percent = (worst * 100.0).floor();
