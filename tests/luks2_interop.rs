@@ -8,7 +8,7 @@ use std::process::{Command, Output, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use sealblk::cipher::{Sector, SectorSize};
+use sealblk::cipher::{Reader, Sector, SectorSize};
 use sealblk::keys::arena::SecretBytes;
 use sealblk::keys::registry::Registry;
 use sealblk::keys::{KeyProvider, Providers};
@@ -543,9 +543,12 @@ fn encrypted(volume: &Volume) -> (u64, Vec<u8>) {
     assert!(matches!(extent.treatment, Treatment::Crypt(_)));
     let mut plain = vec![0; 8192];
     let mut stored = vec![0; 8192];
-    extent
-        .treatment
-        .seal(extent.iv, &[VolatileSlice::from(&mut plain[..])], &mut stored);
+    extent.treatment.seal(
+        extent.iv,
+        &[VolatileSlice::from(&mut plain[..])],
+        &mut stored,
+        Reader::Processor,
+    );
     (extent.offset, stored)
 }
 

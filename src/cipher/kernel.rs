@@ -44,14 +44,23 @@ impl Units {
     }
 }
 
+/// Who reads ciphertext next, which tells where it had better be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reader {
+    /// A device, out of memory: what is written goes past the cache, and does not fetch lines that it overwrites.
+    Device,
+    /// A processor: the cache is the place.
+    Processor,
+}
+
 /// One expanded key, and the code that uses it. Neither keys nor plaintext are left on the stack.
 pub(super) trait Kernel: Send + Sync {
-    /// Encrypts the units from `source` to `target`.
+    /// Encrypts the units from `source` to `target`, where `reader` will look for them.
     ///
     /// # Safety
     /// Both sides are mapped for `units.size * units.count` bytes and do not overlap. The source may change at any
     /// time: it is read once and never borrowed.
-    unsafe fn encrypt(&self, units: Units, source: *const u8, target: *mut u8);
+    unsafe fn encrypt(&self, units: Units, source: *const u8, target: *mut u8, reader: Reader);
 
     /// Decrypts the units from `source` to `target`.
     ///

@@ -4,7 +4,7 @@ use sha2::{Digest, Sha256};
 use vm_memory::VolatileSlice;
 
 use super::kernel::running_here;
-use super::{CipherError, KEY_LEN, Sector, SectorCipher, SectorSize};
+use super::{CipherError, KEY_LEN, Reader, Sector, SectorCipher, SectorSize};
 use crate::keys::arena::SecretBytes;
 
 /// The key of IEEE 1619-2007, appendix B, vector 10.
@@ -61,9 +61,12 @@ pub fn self_test() -> Result<(), CipherError> {
 fn check(cipher: &SectorCipher, answer: [u8; 32]) -> Result<(), &'static str> {
     let mut plain = plaintext(cipher.sector_size());
     let mut encrypted = vec![0; plain.len()];
-    cipher.encrypt(FIRST, &[VolatileSlice::from(&mut plain[..])], &mut encrypted);
-    if <[u8; 32]>::from(Sha256::digest(&encrypted)) != answer {
-        return Err("encrypted");
+    for reader in [Reader::Device, Reader::Processor] {
+        let plain = [VolatileSlice::from(&mut plain[..])];
+        cipher.encrypt(FIRST, &plain, &mut encrypted, reader);
+        if <[u8; 32]>::from(Sha256::digest(&encrypted)) != answer {
+            return Err("encrypted");
+        }
     }
     plain.fill(0);
     cipher.decrypt(FIRST, &encrypted, &[VolatileSlice::from(&mut plain[..])]);

@@ -28,9 +28,10 @@
 mod schedule;
 
 use std::arch::asm;
+use std::arch::x86_64::_mm_sfence;
 use std::mem::{MaybeUninit, offset_of};
 
-use super::kernel::{Kernel, Units};
+use super::kernel::{Kernel, Reader, Units};
 use crate::keys::arena::{ArenaError, SecretBox, SecretBytes};
 use schedule::Schedules;
 
@@ -38,6 +39,11 @@ use schedule::Schedules;
 const RING: usize = 64;
 /// The most data units whose tweaks are encrypted together: 8 vectors of 4.
 const UNITS: usize = 32;
+
+/// What the code is assembled for.
+const ENCRYPT: u8 = 0;
+const ENCRYPT_PAST_CACHE: u8 = 1;
+const DECRYPT: u8 = 2;
 
 /// Constants of the code, 16 bytes for each block.
 #[repr(C, align(64))]
@@ -100,14 +106,20 @@ macro_rules! kernel {
         }
 
         impl Kernel for $name {
-            unsafe fn encrypt(&self, units: Units, source: *const u8, target: *mut u8) {
-                // SAFETY: the caller's promise, passed on.
-                unsafe { Self::work::<true>(&self.0, units, source, target) }
+            unsafe fn encrypt(&self, units: Units, source: *const u8, target: *mut u8, reader: Reader) {
+                // Stores past the cache take aligned vectors only.
+                if reader == Reader::Device && target.addr().is_multiple_of($bytes) {
+                    // SAFETY: the caller's promise, passed on, and the target is aligned.
+                    unsafe { Self::work::<ENCRYPT_PAST_CACHE>(&self.0, units, source, target) }
+                } else {
+                    // SAFETY: the caller's promise, passed on.
+                    unsafe { Self::work::<ENCRYPT>(&self.0, units, source, target) }
+                }
             }
 
             unsafe fn decrypt(&self, units: Units, source: *const u8, target: *mut u8) {
                 // SAFETY: the caller's promise, passed on.
-                unsafe { Self::work::<false>(&self.0, units, source, target) }
+                unsafe { Self::work::<DECRYPT>(&self.0, units, source, target) }
             }
         }
 
@@ -116,8 +128,8 @@ macro_rules! kernel {
             const GROUP: usize = 8 * $bytes;
 
             /// # Safety
-            /// As for [`Kernel::encrypt`].
-            unsafe fn work<const ENCRYPT: bool>(
+            /// As for [`Kernel::encrypt`]; to encrypt past the cache, `target` is aligned to a vector.
+            unsafe fn work<const OPERATION: u8>(
                 keys: &Schedules,
                 units: Units,
                 mut source: *const u8,
@@ -141,7 +153,7 @@ macro_rules! kernel {
                     unsafe { Self::start(keys, batch, scratch) };
                     let len = batch.size * batch.count;
                     // SAFETY: the tweaks were made by the line before, the sides are the caller's promise.
-                    unsafe { Self::crypt::<ENCRYPT>(keys, batch.count, scratch, source, target) };
+                    unsafe { Self::crypt::<OPERATION>(keys, batch.count, scratch, source, target) };
                     (source, target) = (source.wrapping_add(len), target.wrapping_add(len));
                 }
                 // SAFETY: `scratch` is ours.
@@ -195,8 +207,8 @@ macro_rules! kernel {
             }
 
             /// # Safety
-            /// As for [`Kernel::encrypt`], and the units' tweaks are in `scratch`.
-            unsafe fn crypt<const ENCRYPT: bool>(
+            /// As for [`Self::work`], and the units' tweaks are in `scratch`.
+            unsafe fn crypt<const OPERATION: u8>(
                 keys: &Schedules,
                 count: usize,
                 scratch: *mut Scratch,
@@ -242,7 +254,7 @@ macro_rules! kernel {
                 }
                 // A group of blocks under the V of this group, while those of the next are made.
                 macro_rules! group {
-                    ($aes:literal, $tweak:ident) => {
+                    ($aes:literal, $store:expr, $tweak:ident) => {
                         concat!(
                             ".irp i,0,1,2,3,4,5,6,7\n",
                             $load, " ", $r, "\\i, [{source} + ", $bytes, "*\\i]\n",
@@ -263,7 +275,7 @@ macro_rules! kernel {
                             ".endr\n",
                             ".irp i,0,1,2,3,4,5,6,7\n",
                             $aes, "last ", $r, "\\i, ", $r, "\\i, [{scratch} + {this} + ", $bytes, "*\\i]\n",
-                            $load, " [{target} + ", $bytes, "*\\i], ", $r, "\\i\n",
+                            $store, " [{target} + ", $bytes, "*\\i], ", $r, "\\i\n",
                             ".endr\n",
                             "add {source}, {group}\n",
                             "add {target}, {group}\n",
@@ -274,7 +286,7 @@ macro_rules! kernel {
                     };
                 }
                 macro_rules! all {
-                    ($aes:literal, $keys:expr) => {
+                    ($aes:literal, $store:expr, $keys:expr) => {
                         // SAFETY: it reads the source, the keys, the tables and the tweaks, and writes to the target
                         // and the ring.
                         unsafe {
@@ -301,7 +313,7 @@ macro_rules! kernel {
                                 "jz 4f",
                                 concat!($broadcast, " ", $r, "9, [{keys} + 16*15]"),
                                 "3:",
-                                group!($aes, step),
+                                group!($aes, $store, step),
                                 "dec {run}",
                                 "jnz 3b",
                                 // The last group of a unit, and those of the next one that come before others which
@@ -315,7 +327,7 @@ macro_rules! kernel {
                                 "test {run}, {run}",
                                 "jz 2b",
                                 "6:",
-                                group!($aes, start),
+                                group!($aes, $store, start),
                                 "add {shifts}, {group}",
                                 "dec {run}",
                                 "jnz 6b",
@@ -344,10 +356,15 @@ macro_rules! kernel {
                         }
                     };
                 }
-                if ENCRYPT {
-                    all!("vaesenc", &raw const keys.encrypt);
-                } else {
-                    all!("vaesdec", &raw const keys.decrypt);
+                match OPERATION {
+                    ENCRYPT => all!("vaesenc", $load, &raw const keys.encrypt),
+                    ENCRYPT_PAST_CACHE => {
+                        all!("vaesenc", "vmovntdq", &raw const keys.encrypt);
+                        // What went past the cache is there before whatever hands the buffer over.
+                        // SAFETY: every x86-64 has it.
+                        unsafe { _mm_sfence() };
+                    }
+                    _ => all!("vaesdec", $load, &raw const keys.decrypt),
                 }
             }
 

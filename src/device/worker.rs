@@ -35,7 +35,7 @@ use super::guest::{Memory, Pieces, Position, pieces};
 use super::polling::Polling;
 use super::request::{Kind, Refusal, Request, Status};
 use super::sigbus;
-use crate::cipher::Sector;
+use crate::cipher::{Reader, Sector};
 use crate::storage::{Buffer, Done, Engine, Event, PAGE};
 use crate::volume::segment::Extent;
 
@@ -229,6 +229,8 @@ struct Worker {
     current: Option<u16>,
     /// A bit for each head that is in hand.
     heads: Vec<u64>,
+    /// Who reads what is written: the device itself, or the kernel that puts it into the page cache.
+    reader: Reader,
     /// The zeros that write-zeroes encrypts.
     zeros: Vec<u8>,
     /// Whether a write to the call may block, because the front-end made it so.
@@ -256,6 +258,11 @@ impl Worker {
         Self {
             polling_driver: polling(),
             polling_storage: polling(),
+            reader: if disk.file.is_direct() {
+                Reader::Device
+            } else {
+                Reader::Processor
+            },
             ring,
             disk,
             engine,
@@ -421,7 +428,7 @@ impl Worker {
             .extent(piece.first, u64::from(piece.len) / Sector::LEN);
         extent
             .treatment
-            .seal(extent.iv, &plain, self.engine.bytes_mut(buffer));
+            .seal(extent.iv, &plain, self.engine.bytes_mut(buffer), self.reader);
         memory_is_whole()
     }
 

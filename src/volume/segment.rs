@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use vm_memory::VolatileSlice;
 
-use crate::cipher::{Sector, SectorCipher};
+use crate::cipher::{self, Reader, Sector, SectorCipher};
 
 /// What is done to the sectors of a segment on their way to storage and back.
 #[derive(Clone, Debug)]
@@ -19,18 +19,12 @@ pub enum Treatment {
 }
 
 impl Treatment {
-    /// Makes what goes to storage of what the guest wrote; `iv` is that of the first sector.
-    pub fn seal(&self, iv: Sector, plain: &[VolatileSlice<'_>], stored: &mut [u8]) {
+    /// Makes what goes to storage, and is read by `reader` there, of what the guest wrote; `iv` is that of the first
+    /// sector.
+    pub fn seal(&self, iv: Sector, plain: &[VolatileSlice<'_>], stored: &mut [u8], reader: Reader) {
         match self {
-            Treatment::Crypt(cipher) => cipher.encrypt(iv, plain, stored),
-            Treatment::Linear => {
-                let mut rest = stored;
-                for piece in plain {
-                    let (head, tail) = rest.split_at_mut(piece.len().min(rest.len()));
-                    piece.copy_to(head);
-                    rest = tail;
-                }
-            }
+            Treatment::Crypt(cipher) => cipher.encrypt(iv, plain, stored, reader),
+            Treatment::Linear => cipher::copy(plain, stored, reader),
         }
     }
 
@@ -190,7 +184,7 @@ mod tests {
         let (one, two) = plain.split_at_mut(3);
         let pieces = [VolatileSlice::from(one), VolatileSlice::from(two)];
         let mut stored = [0; 20];
-        Treatment::Linear.seal(Sector(0), &pieces, &mut stored);
+        Treatment::Linear.seal(Sector(0), &pieces, &mut stored, Reader::Device);
         assert_eq!(&stored, b"what the guest wrote");
         Treatment::Linear.open(Sector(0), b"what the guest reads", &pieces);
         assert_eq!(&plain, b"what the guest reads");
