@@ -422,6 +422,83 @@ mod tests {
         }
     }
 
+    /// Every count of sectors up to more than one batch of tweaks, at addresses that no vector is aligned to, and with
+    /// numbers that wrap on the way.
+    #[test]
+    fn every_count_of_sectors_gives_what_aws_lc_gives() {
+        for candidate in kernel::KERNELS {
+            if !(candidate.runs_here)() {
+                eprintln!("skipped: this machine cannot run the kernel {}", candidate.name);
+            }
+        }
+        let key = std::array::from_fn(|i| (i * 37) as u8);
+        for size in [SectorSize::B512, SectorSize::B4096] {
+            for count in 0..=70 {
+                let plain: Vec<u8> = (0..count * size.bytes()).map(|i| (i % 241) as u8).collect();
+                let first = Sector((4 * count as u64).wrapping_neg());
+                let expected = aws_lc(key, size, first, &plain);
+                for kernel in kernel::running_here() {
+                    let cipher = cipher(key, size, kernel.choice);
+                    let (shift, from) = (count * 16 % 61, (count * 7) % 59);
+                    let mut guest = vec![0; from + plain.len()];
+                    guest[from..].copy_from_slice(&plain);
+                    let mut bounce = vec![0xee; shift + plain.len() + 1];
+                    let end = shift + plain.len();
+                    let reader = [Reader::Device, Reader::Processor][count % 2];
+                    cipher.encrypt(
+                        first,
+                        &pieces(&mut guest[from..], &[]),
+                        &mut bounce[shift..end],
+                        reader,
+                    );
+                    assert!(
+                        bounce[shift..end] == expected,
+                        "{}: {count} of {}",
+                        kernel.name,
+                        size.bytes()
+                    );
+                    assert_eq!(bounce[end], 0xee, "nothing is written after the end");
+                    guest.fill(0);
+                    cipher.decrypt(first, &bounce[shift..end], &pieces(&mut guest[from..], &[]));
+                    assert!(
+                        guest[from..] == plain,
+                        "{}: {count} of {}",
+                        kernel.name,
+                        size.bytes()
+                    );
+                }
+            }
+        }
+    }
+
+    /// AWS-LC on a flat buffer, one sector after the other.
+    fn aws_lc(key: [u8; KEY_LEN], size: SectorSize, first: Sector, plain: &[u8]) -> Vec<u8> {
+        use aws_lc_sys::{
+            EVP_CIPHER_CTX_free, EVP_CIPHER_CTX_new, EVP_Cipher, EVP_CipherInit_ex, EVP_aes_256_xts,
+        };
+        use std::ptr::null_mut;
+        // SAFETY: it takes nothing.
+        let context = unsafe { EVP_CIPHER_CTX_new() };
+        // SAFETY: it takes nothing.
+        let cipher = unsafe { EVP_aes_256_xts() };
+        let mut out = vec![0; plain.len()];
+        let sectors = plain.chunks(size.bytes()).zip(out.chunks_mut(size.bytes()));
+        for (i, (source, target)) in sectors.enumerate() {
+            let number = first.0.wrapping_add((i * size.bytes() / 512) as u64);
+            let tweak = u128::from(number).to_le_bytes();
+            // SAFETY: the key has this cipher's length, and the tweak 16 bytes.
+            let begun =
+                unsafe { EVP_CipherInit_ex(context, cipher, null_mut(), key.as_ptr(), tweak.as_ptr(), 1) };
+            assert_eq!(begun, 1);
+            // SAFETY: both sides have this length.
+            let done = unsafe { EVP_Cipher(context, target.as_mut_ptr(), source.as_ptr(), source.len()) };
+            assert_eq!(done, 1);
+        }
+        // SAFETY: nothing uses the context any more.
+        unsafe { EVP_CIPHER_CTX_free(context) };
+        out
+    }
+
     /// Every cut of two sectors in two and three pieces, byte by byte.
     #[test]
     fn every_cut_of_two_sectors_gives_the_same_ciphertext() {
