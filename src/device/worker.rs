@@ -18,8 +18,9 @@
 use std::fmt::Display;
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -50,6 +51,8 @@ pub(super) const POOL_PAGES: u32 = 1024;
 const ROUND: usize = 4;
 /// With so many operations in flight, a worker sleeps rather than looks for what comes next.
 const ENOUGH_IN_FLIGHT: usize = 4;
+/// After how long without anything to do a worker goes on in a new thread.
+const REST: Duration = Duration::from_secs(1);
 /// How often at most a queue's storage errors are logged.
 const ERROR_LOG_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -92,9 +95,15 @@ impl Ring {
 /// A virtqueue that is being served.
 #[derive(Debug)]
 pub(super) struct Running {
-    thread: JoinHandle<(Ring, Option<Engine<Piece>>)>,
+    thread: CurrentThread,
     stop: OwnedFd,
 }
+
+/// What comes back: the ring, and the engine unless it failed.
+type Stopped = (Ring, Option<Engine<Piece>>);
+
+/// The thread that a worker is at, which ends with the worker stopped, or with another one here.
+type CurrentThread = Arc<Mutex<Option<JoinHandle<Option<Stopped>>>>>;
 
 impl Running {
     /// Starts a thread that serves `ring` with `engine`.
@@ -103,10 +112,13 @@ impl Running {
     /// If descriptors or threads are exhausted.
     pub(super) fn start(ring: Ring, disk: Arc<Disk>, engine: Engine<Piece>) -> io::Result<Self> {
         let stop = eventfd(0, EventfdFlags::CLOEXEC)?;
-        let watched_stop = stop.try_clone()?;
-        let thread = std::thread::Builder::new()
-            .name(format!("queue-{}", ring.index))
-            .spawn(move || Worker::new(ring, disk, engine).serve(&watched_stop))?;
+        let shift = Shift {
+            stop: stop.try_clone()?,
+            worker: Worker::new(ring, disk, engine),
+            thread: CurrentThread::default(),
+        };
+        let thread = Arc::clone(&shift.thread);
+        shift.begin().map_err(|(error, _)| error)?;
         Ok(Self { thread, stop })
     }
 
@@ -117,13 +129,63 @@ impl Running {
     }
 
     /// Has it take no more chains, waits for what is in flight, and gives the ring back, and the engine unless it failed.
-    pub(super) fn stop(self) -> (Ring, Option<Engine<Piece>>) {
+    pub(super) fn stop(self) -> Stopped {
         self.tell_to_stop();
-        match self.thread.join() {
-            Ok(stopped) => stopped,
-            // Only where panics unwind, in tests.
-            Err(panic) => std::panic::resume_unwind(panic),
+        loop {
+            let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+            match thread.expect("a worker has a thread").join() {
+                Ok(Some(stopped)) => return stopped,
+                Ok(None) => {}
+                // Only where panics unwind, in tests.
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
         }
+    }
+}
+
+/// A worker, on its way from one thread to the next.
+///
+/// What io_uring does not do at once, as every sync, it has threads of its own do. The last of those stays as long as the
+/// thread that it works for, and wakes up every 5 s all the while. So a worker that has nothing to do any more goes on
+/// in a new thread, which the kernel has no thread for: an idle disk wakes nobody.
+struct Shift {
+    worker: Worker,
+    stop: OwnedFd,
+    thread: CurrentThread,
+}
+
+impl Shift {
+    /// Starts the thread.
+    fn begin(self) -> Result<(), (io::Error, Box<Self>)> {
+        let (give, take) = mpsc::sync_channel::<Box<Self>>(1);
+        let thread = std::thread::Builder::new().name(format!("queue-{}", self.worker.ring.index));
+        let shift = Box::new(self);
+        match thread.spawn(move || take.recv().ok().and_then(|shift| shift.run())) {
+            Ok(thread) => {
+                // Before it has anything to do, and so before it can end. The one that was here is at its end.
+                *shift.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
+                give.send(shift).expect("the thread waits for that");
+                Ok(())
+            }
+            Err(error) => Err((error, shift)),
+        }
+    }
+
+    /// Serves on this thread; nothing comes back if another one goes on.
+    fn run(mut self) -> Option<Stopped> {
+        let unwatched = loop {
+            match self.worker.serve(&self.stop) {
+                End::Stopped(unwatched) => break unwatched,
+                End::Idle => match self.begin() {
+                    Ok(()) => return None,
+                    // No thread is to be had: it stays with this one.
+                    Err((_, shift)) => self = *shift,
+                },
+            }
+        };
+        let Worker { ring, engine, .. } = self.worker;
+        // An engine that still watches would wake the next worker for this one's kicks.
+        Some((ring, unwatched.is_ok().then_some(engine)))
     }
 }
 
@@ -219,6 +281,13 @@ impl Task {
     }
 }
 
+/// Why a thread serves no more: the ring is to be given back, which tells whether its engine can be used again, or
+/// there is nothing to do.
+enum End {
+    Stopped(io::Result<()>),
+    Idle,
+}
+
 struct Worker {
     ring: Ring,
     disk: Arc<Disk>,
@@ -240,6 +309,9 @@ struct Worker {
     stopping: bool,
     /// Set for good when the ring itself makes no sense.
     broken: bool,
+    /// Whether this thread has done anything, and whether it has then been idle for long enough to end.
+    worked: bool,
+    rests: bool,
     errors: ErrorLog,
     /// The looks for the driver's next request, and for what storage brings.
     polling_driver: Polling,
@@ -275,27 +347,33 @@ impl Worker {
             published: false,
             stopping: false,
             broken: false,
+            worked: false,
+            rests: false,
             errors: ErrorLog::default(),
         }
     }
 
-    fn serve(mut self, stop: &OwnedFd) -> (Ring, Option<Engine<Piece>>) {
+    /// Serves until the ring is to stop, or until it has been idle for a while after this thread did something.
+    fn serve(&mut self, stop: &OwnedFd) -> End {
         self.engine.watch(KICK, self.ring.kick.as_fd());
         self.engine.watch(STOP, stop.as_fd());
-        while !(self.stopping && self.is_idle()) {
+        (self.worked, self.rests) = (false, false);
+        while !(self.rests || self.stopping && self.is_idle()) {
             let completed = self.complete();
             let taken = self.take();
             self.notify();
             if completed || taken || self.look() {
+                self.worked = true;
                 self.enter(Engine::submit);
             } else if !self.has_more() {
                 self.sleep();
             }
         }
-        // An engine that still watches would wake the next worker for this one's kicks.
-        match self.engine.unwatch() {
-            Ok(()) => (self.ring, Some(self.engine)),
-            Err(_) => (self.ring, None),
+        let unwatched = self.engine.unwatch();
+        if self.rests {
+            End::Idle
+        } else {
+            End::Stopped(unwatched)
         }
     }
 
@@ -628,7 +706,12 @@ impl Worker {
     fn sleep(&mut self) {
         let in_flight = self.engine.in_flight();
         let asleep = Instant::now();
-        self.enter(Engine::wait);
+        if in_flight == 0 && self.worked {
+            self.enter(|engine| engine.wait_for(REST));
+            self.rests = !self.engine.has_event() && asleep.elapsed() >= REST;
+        } else {
+            self.enter(Engine::wait);
+        }
         match in_flight {
             0 => self.polling_driver.slept(asleep.elapsed()),
             1..ENOUGH_IN_FLIGHT => self.polling_storage.slept(asleep.elapsed()),

@@ -11,6 +11,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
@@ -275,6 +276,17 @@ impl<C> Engine<C> {
     pub fn wait(&mut self) -> io::Result<()> {
         let wanted = usize::from(self.ended.is_empty());
         enter(|| self.ring.submit_and_wait(wanted))
+    }
+
+    /// The same, but sleeps no longer than `time`.
+    pub fn wait_for(&mut self, time: Duration) -> io::Result<()> {
+        let wanted = usize::from(self.ended.is_empty());
+        let time = types::Timespec::from(time);
+        let arguments = types::SubmitArgs::new().timespec(&time);
+        match enter(|| self.ring.submitter().submit_with_args(wanted, &arguments)) {
+            Err(error) if error.raw_os_error() == Some(libc::ETIME) => Ok(()),
+            result => result,
+        }
     }
 
     /// Whether there is an event, or will be one after [`Engine::submit`]. It costs no system call.
