@@ -81,7 +81,11 @@ pub enum Failure {
     #[error(transparent)]
     Volume(#[from] VolumeError),
     /// A disk that is not encrypted.
-    #[error("{volume}; --allow-unencrypted serves it as a plain disk, as it lies there")]
+    #[error(
+        "{volume}; if its header is in another file, name that with --header; if its header was overwritten, restore a \
+         backup of it with `cryptsetup luksHeaderRestore`; only if it was never encrypted, --allow-unencrypted serves it \
+         as a plain disk"
+    )]
     Unencrypted {
         /// What it is not.
         volume: VolumeError,

@@ -153,8 +153,8 @@ pub enum Reason {
 
     #[error(
         "it holds no LUKS2 volume, but at byte {offset} there is what one would have there, so it is not served as a \
-         plain disk; restore a backup of its header with `cryptsetup luksHeaderRestore`, or, if it was never a volume, \
-         serve it in a partition or file without these bytes"
+         plain disk; if the whole disk was a volume, restore a backup of its header with `cryptsetup luksHeaderRestore`; if it \
+         was never one, copy it to where these bytes are not at that place"
     )]
     TraceOfHeader { offset: u64 },
     #[error("it is a LUKS volume already; its data would be lost")]

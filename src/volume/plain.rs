@@ -49,16 +49,22 @@ pub fn plain(disk: &dyn HeaderIo, sector_size: SectorSize) -> Result<Arc<Segment
     table().map_err(|reason: Reason| reason.at(disk.path()))
 }
 
-/// Whether something at `offset` looks as if it were, or had been, one copy of a header.
+/// Whether something at `offset` looks as if it were, or had been, one copy of a header of this disk.
+///
+/// A primary copy stands at the start alone. Further on it is that of a volume in a partition, which the guest made there:
+/// the first partition often starts where a secondary copy can stand, after 1 MiB.
 fn has_trace(disk: &dyn HeaderIo, offset: u64, len: u64) -> io::Result<bool> {
     let mut bytes = [0; 2 * binary::LEN];
     let there = len.saturating_sub(offset).min(bytes.len() as u64) as usize;
     disk.read_at(&mut bytes[..there], offset)?;
     let (block, json) = bytes.split_at(binary::LEN);
     // The letters are followed by two bytes that a terminal's or a transfer's conversions would have altered.
-    let magic = [Copy::Primary, Copy::Secondary].map(|copy| &copy.magic()[..4]);
+    let is = |copy: Copy| block[..4] == copy.magic()[..4];
+    if is(Copy::Primary) {
+        return Ok(offset == 0);
+    }
     let named = |name: &[u8]| json.windows(name.len()).any(|window| window == name);
-    Ok(magic.contains(&&block[..4]) || json[0] == b'{' && OBJECTS.iter().any(|name| named(name)))
+    Ok(is(Copy::Secondary) || json[0] == b'{' && OBJECTS.iter().any(|name| named(name)))
 }
 
 /// What the JSON metadata of LUKS2 consist of; the first of them is near the beginning, whoever wrote them.
@@ -106,6 +112,19 @@ mod tests {
         );
         assert_eq!(trace(&wiped_but(&|at| at >= COPY + block)), Some(COPY));
         assert_eq!(trace(&wiped_but(&|at| at % COPY < 3)), None);
+    }
+
+    /// Its secondary copy lies where none of this disk's can.
+    #[test]
+    fn volume_in_a_partition_leaves_the_disk_plain() {
+        for start in [1 << 20, 2 << 20] {
+            let inner = sample();
+            let io = Memory::of(&inner);
+            let header = io.front.borrow().clone();
+            io.front.borrow_mut().fill(0);
+            io.write_at(&header[..2 * COPY as usize], start).unwrap();
+            assert_eq!(trace(&io), None);
+        }
     }
 
     #[test]
