@@ -11,6 +11,7 @@ use std::process::Command;
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
+use common::driver::{Data, Driver, T_IN, T_OUT};
 use common::serve::Server;
 use common::volume::{MIB, PASSPHRASE, Volume, run};
 use sealblk::keys::registry::Registry;
@@ -20,26 +21,39 @@ use serde_json::Value;
 #[test]
 fn volume_key_and_passphrase_are_nowhere_in_readable_memory() {
     let volume = Volume::cryptsetup(4 * MIB, 512);
-    let key_file = volume.beside("volume.key");
-    run(Command::new("cryptsetup")
-        .args([
-            "luksDump",
-            "--batch-mode",
-            "--dump-volume-key",
-            "--volume-key-file",
-        ])
-        .arg(&key_file)
-        .arg("--key-file")
-        .arg(volume.beside("passphrase"))
-        .arg(&volume.path));
-    let key = fs::read(&key_file).unwrap();
-    assert_eq!(key.len(), 64);
+    let key = volume_key(&volume);
     let Some(memory) = memory_after_use(&volume) else {
         return;
     };
     // The first round keys of AES-256 are the key itself, so this finds expanded keys as well.
     assert_absent(&memory, &key, "volume key");
     assert_absent(&memory, PASSPHRASE.as_bytes(), "passphrase");
+}
+
+/// A page of guest memory that is missing interrupts a kernel, and the signal puts its registers on the stack.
+#[test]
+fn volume_key_is_nowhere_in_readable_memory_after_guest_memory_was_taken_away() {
+    let volume = Volume::cryptsetup(4 * MIB, 512);
+    let key = volume_key(&volume);
+    for write in [false, true] {
+        let memory = memory_after(&volume, |driver| {
+            let bytes = [7; 64 * 1024];
+            let (kind, data) = match write {
+                true => (T_OUT, Data::Out(&bytes)),
+                false => (T_IN, Data::In(bytes.len())),
+            };
+            let (_, buffers) = driver.build(kind, 0, data);
+            let head = driver.queue().chain(&buffers);
+            // The region with the buffers, from their middle on.
+            let file = &driver.memory.regions()[2].file;
+            rustix::fs::ftruncate(file, 32 * 1024).unwrap();
+            driver.queue().offer(&[head]);
+            driver.queue().kick();
+            driver.queue().watch_used();
+        });
+        let Some(memory) = memory else { return };
+        assert_absent(&memory, &key, "volume key");
+    }
 }
 
 #[test]
@@ -59,12 +73,38 @@ fn primary_key_and_slot_secret_are_nowhere_in_readable_memory() {
     );
 }
 
+/// By the one who made it.
+fn volume_key(volume: &Volume) -> Vec<u8> {
+    let key_file = volume.beside("volume.key");
+    run(Command::new("cryptsetup")
+        .args([
+            "luksDump",
+            "--batch-mode",
+            "--dump-volume-key",
+            "--volume-key-file",
+        ])
+        .arg(&key_file)
+        .arg("--key-file")
+        .arg(volume.beside("passphrase"))
+        .arg(&volume.path));
+    let key = fs::read(&key_file).unwrap();
+    assert_eq!(key.len(), 64);
+    key
+}
+
 /// The memory of a server that has read and written, if it can be had.
 fn memory_after_use(volume: &Volume) -> Option<Vec<u8>> {
+    memory_after(volume, |driver| {
+        driver.write(0, &common::pattern(7, 4096));
+        assert_eq!(driver.read(0, 4096), common::pattern(7, 4096));
+    })
+}
+
+/// The memory of a server that `work` was done with, if it can be had. Nothing is done with the driver's after that.
+fn memory_after(volume: &Volume, work: impl FnOnce(&mut Driver)) -> Option<Vec<u8>> {
     let server = Server::start(volume);
     let mut driver = server.connect();
-    driver.write(0, &common::pattern(7, 4096));
-    assert_eq!(driver.read(0, 4096), common::pattern(7, 4096));
+    work(&mut driver);
     let hidden = fs::read_to_string(format!("/proc/{}/maps", server.process.pid()))
         .is_ok_and(|maps| maps.contains("/secretmem"));
     if !hidden || !rustix::process::geteuid().is_root() {
@@ -74,7 +114,7 @@ fn memory_after_use(volume: &Volume) -> Option<Vec<u8>> {
     let memory = readable_memory(server.process.pid());
     let path = volume.path.to_str().unwrap().as_bytes();
     assert!(finds(&memory, path), "what is there is found");
-    drop(driver);
+    std::mem::forget(driver);
     server.stop();
     Some(memory)
 }

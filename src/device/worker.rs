@@ -37,6 +37,7 @@ use super::polling::Polling;
 use super::request::{Kind, Refusal, Request, Status};
 use super::sigbus;
 use crate::cipher::{Reader, Sector};
+use crate::keys::arena::on_wiped_stack;
 use crate::storage::{Buffer, Done, Engine, Event, PAGE};
 use crate::volume::segment::Extent;
 
@@ -784,6 +785,8 @@ fn zeros(page: &mut [u8], len: usize) -> Pieces<'_> {
 /// Fails when the data that were just copied from or to guest memory were not all there.
 fn memory_is_whole() -> io::Result<()> {
     if sigbus::is_lost() {
+        // The signal came in the middle of a kernel, perhaps, and put its registers on this stack, round keys among them.
+        on_wiped_stack(|| ());
         return Err(io::Error::other("the front-end has taken guest memory away"));
     }
     Ok(())
