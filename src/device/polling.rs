@@ -3,7 +3,7 @@
 //! To be woken takes several microseconds, and tens of them where the processor has gone to sleep too; to look takes
 //! processor time. So a worker looks only while something is likely to come soon: when it came soon the last times, and
 //! never for longer than a bound. This is the rule by which KVM polls for a halted guest's interrupts and QEMU's
-//! I/O threads for requests. A worker that waits for something rare stops looking after the first time; one that has
+//! I/O threads for requests. A worker that waits for something rare stops looking after a few times; one that has
 //! enough in flight never looks, since what it would gain is small beside what is under way.
 
 use std::time::{Duration, Instant};

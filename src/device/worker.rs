@@ -478,8 +478,8 @@ impl Worker {
                 let durable = !self.disk.write_cache();
                 self.engine.write(buffer, offset, durable, piece);
                 if u64::from(len) == MAX_PIECE {
-                    // Storage works on it while the next one is encrypted.
-                    self.enter(Engine::submit);
+                    // Storage works on it while the next one is encrypted. Where this fails, the round's end tells of it.
+                    let _ = self.engine.submit();
                 }
             }
         }

@@ -291,7 +291,12 @@ impl<C> Engine<C> {
 
     /// Whether there is an event, or will be one after [`Engine::submit`]. It costs no system call.
     pub fn has_event(&mut self) -> bool {
-        !self.ended.is_empty() || !self.ring.completion().is_empty() || self.ring.submission().taskrun()
+        if !self.ended.is_empty() || !self.ring.completion().is_empty() {
+            return true;
+        }
+        // What goes on after a short transfer is not submitted yet.
+        let submission = self.ring.submission();
+        submission.taskrun() || !submission.is_empty()
     }
 
     /// The next event that has happened, or none.
