@@ -20,7 +20,7 @@ use aws_lc_sys::{
 };
 use clap::Parser;
 use report::{Better, Conditions, Contender, Goal, Metric, Options, Report, Role};
-use sealblk::cipher::{KEY_LEN, KernelChoice, Reader, Sector, SectorCipher, SectorSize};
+use sealblk::cipher::{KEY_LEN, KernelChoice, Reader, Sector, SectorCipher, SectorSize, Workspace};
 use sealblk::keys::arena::SecretBytes;
 use vm_memory::VolatileSlice;
 use xts_mode::{Xts128, get_tweak_default};
@@ -230,6 +230,7 @@ fn main() {
             }
         })
         .collect();
+    let mut workspace = Workspace::new().expect("there is memory for tweaks");
     let aws_lc = [AwsLc::new(&key, false), AwsLc::new(&key, true)];
     let half = |half: &[u8]| Aes256::new_from_slice(half).expect("half of an XTS key");
     let xts_mode = Xts128::new(half(&key[..32]), half(&key[32..]));
@@ -258,8 +259,11 @@ fn main() {
                                 &pieces,
                                 black_box(&mut sealed),
                                 Reader::Processor,
+                                &mut workspace,
                             ),
-                            false => ciphers[i].decrypt(Sector(7), black_box(&sealed), &pieces),
+                            false => {
+                                ciphers[i].decrypt(Sector(7), black_box(&sealed), &pieces, &mut workspace)
+                            }
                         });
                         record(kernel.contender, ns);
                     }

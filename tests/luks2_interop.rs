@@ -8,7 +8,7 @@ use std::process::{Command, Output, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use sealblk::cipher::{Reader, Sector, SectorSize};
+use sealblk::cipher::{Reader, Sector, SectorSize, Workspace};
 use sealblk::keys::arena::SecretBytes;
 use sealblk::keys::registry::Registry;
 use sealblk::keys::{KeyProvider, Providers};
@@ -548,6 +548,7 @@ fn encrypted(volume: &Volume) -> (u64, Vec<u8>) {
         &[VolatileSlice::from(&mut plain[..])],
         &mut stored,
         Reader::Processor,
+        &mut Workspace::new().unwrap(),
     );
     (extent.offset, stored)
 }

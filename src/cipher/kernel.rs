@@ -6,7 +6,7 @@ use std::str::FromStr;
 #[cfg(target_arch = "x86_64")]
 use super::x86;
 use super::{CipherError, Sector, portable};
-use crate::keys::arena::{ArenaError, SecretBytes};
+use crate::keys::arena::{ArenaError, SecretBox, SecretBytes};
 
 /// A run of data units (IEEE 1619), the first under `tweak`, each as many sectors further as it is long.
 #[derive(Clone, Copy, Debug)]
@@ -53,6 +53,35 @@ pub enum Reader {
     Processor,
 }
 
+/// Where a kernel keeps tweaks while it runs: each thread that encrypts has one. A round key follows from them, so it is
+/// in the key arena.
+#[cfg_attr(
+    not(target_arch = "x86_64"),
+    allow(dead_code, reason = "only kernels of x86-64 use it")
+)]
+pub struct Workspace(pub(super) SecretBox<Inside>);
+
+#[cfg(target_arch = "x86_64")]
+type Inside = x86::Scratch;
+#[cfg(not(target_arch = "x86_64"))]
+type Inside = ();
+
+impl Workspace {
+    /// One that is wiped when dropped.
+    ///
+    /// # Errors
+    /// [`ArenaError`], if the arena is full or the kernel gives no more memory to it.
+    pub fn new() -> Result<Self, ArenaError> {
+        SecretBox::new(Inside::default).map(Self)
+    }
+}
+
+impl fmt::Debug for Workspace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Workspace")
+    }
+}
+
 /// One expanded key, and the code that uses it. Neither keys nor plaintext are left on the stack.
 pub(super) trait Kernel: Send + Sync {
     /// Encrypts the units from `source` to `target`, where `reader` will look for them.
@@ -60,13 +89,20 @@ pub(super) trait Kernel: Send + Sync {
     /// # Safety
     /// Both sides are mapped for `units.size * units.count` bytes and do not overlap. The source may change at any
     /// time: it is read once and never borrowed.
-    unsafe fn encrypt(&self, units: Units, source: *const u8, target: *mut u8, reader: Reader);
+    unsafe fn encrypt(
+        &self,
+        units: Units,
+        source: *const u8,
+        target: *mut u8,
+        reader: Reader,
+        workspace: &mut Workspace,
+    );
 
     /// Decrypts the units from `source` to `target`.
     ///
     /// # Safety
     /// As for [`Kernel::encrypt`]; here it is the target that others may write to at any time.
-    unsafe fn decrypt(&self, units: Units, source: *const u8, target: *mut u8);
+    unsafe fn decrypt(&self, units: Units, source: *const u8, target: *mut u8, workspace: &mut Workspace);
 }
 
 /// A row of the table.

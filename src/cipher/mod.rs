@@ -24,7 +24,7 @@ use vm_memory::VolatileSlice;
 use crate::keys::arena::{ArenaError, SecretBytes};
 use kernel::{Kernel, Units};
 
-pub use kernel::{KernelChoice, Reader};
+pub use kernel::{KernelChoice, Reader, Workspace};
 pub use plain::copy;
 pub use self_test::self_test;
 
@@ -169,7 +169,14 @@ impl SectorCipher {
     ///
     /// # Panics
     /// If `cipher` is not a whole number of sectors, or `plain` is not as long.
-    pub fn encrypt(&self, first: Sector, plain: &[VolatileSlice<'_>], cipher: &mut [u8], reader: Reader) {
+    pub fn encrypt(
+        &self,
+        first: Sector,
+        plain: &[VolatileSlice<'_>],
+        cipher: &mut [u8],
+        reader: Reader,
+        workspace: &mut Workspace,
+    ) {
         self.check(plain, cipher.len());
         let mut plain = Pieces::new(plain);
         let mut scratch = None;
@@ -182,8 +189,13 @@ impl SectorCipher {
                 // SAFETY: `run` is mapped for its length, and `target` is longer, because the two sides have equal
                 // lengths; guest memory does not overlap memory that Rust borrows.
                 unsafe {
-                    self.kernel
-                        .encrypt(units, run.ptr_guard().as_ptr(), target.as_mut_ptr(), reader)
+                    self.kernel.encrypt(
+                        units,
+                        run.ptr_guard().as_ptr(),
+                        target.as_mut_ptr(),
+                        reader,
+                        workspace,
+                    )
                 };
                 done += run.len();
             } else {
@@ -193,7 +205,7 @@ impl SectorCipher {
                 // SAFETY: the scratch is one sector long, `target` at least that.
                 unsafe {
                     self.kernel
-                        .encrypt(units, scratch.as_ptr(), target.as_mut_ptr(), reader)
+                        .encrypt(units, scratch.as_ptr(), target.as_mut_ptr(), reader, workspace)
                 };
                 done += scratch.len();
             }
@@ -204,7 +216,13 @@ impl SectorCipher {
     ///
     /// # Panics
     /// If `cipher` is not a whole number of sectors, or `plain` is not as long.
-    pub fn decrypt(&self, first: Sector, cipher: &[u8], plain: &[VolatileSlice<'_>]) {
+    pub fn decrypt(
+        &self,
+        first: Sector,
+        cipher: &[u8],
+        plain: &[VolatileSlice<'_>],
+        workspace: &mut Workspace,
+    ) {
         self.check(plain, cipher.len());
         let mut plain = Pieces::new(plain);
         let mut scratch = None;
@@ -218,14 +236,17 @@ impl SectorCipher {
                 // lengths; guest memory does not overlap memory that Rust borrows.
                 unsafe {
                     self.kernel
-                        .decrypt(units, source.as_ptr(), run.ptr_guard_mut().as_ptr())
+                        .decrypt(units, source.as_ptr(), run.ptr_guard_mut().as_ptr(), workspace)
                 };
                 done += run.len();
             } else {
                 let scratch = scratch.get_or_insert_with(Scratch::new).sector(self.sector_size);
                 let units = self.units(sector, scratch.len());
                 // SAFETY: the scratch is one sector long, `source` at least that.
-                unsafe { self.kernel.decrypt(units, source.as_ptr(), scratch.as_mut_ptr()) };
+                unsafe {
+                    self.kernel
+                        .decrypt(units, source.as_ptr(), scratch.as_mut_ptr(), workspace)
+                };
                 plain.scatter(scratch);
                 done += scratch.len();
             }
@@ -356,6 +377,10 @@ mod tests {
     use proptest::prelude::*;
     use xts_mode::{Xts128, get_tweak_default};
 
+    fn workspace() -> Workspace {
+        Workspace::new().unwrap()
+    }
+
     fn cipher(key: [u8; KEY_LEN], size: SectorSize, choice: KernelChoice) -> SectorCipher {
         SectorCipher::new(&SecretBytes::take(&mut key.clone()).unwrap(), size, choice).unwrap()
     }
@@ -410,12 +435,12 @@ mod tests {
                 let mut bounce = vec![0xee; plain.len() + 128];
                 let start = bounce.as_ptr().align_offset(64) + offset;
                 let bounce = &mut bounce[start..start + plain.len()];
-                cipher.encrypt(Sector(first), &pieces(&mut guest, &cuts), bounce, reader);
+                cipher.encrypt(Sector(first), &pieces(&mut guest, &cuts), bounce, reader, &mut workspace());
                 prop_assert_eq!(&guest, &plain, "guest memory is not written to");
                 prop_assert_eq!(&*bounce, &*expected);
 
                 guest.fill(0xdd);
-                cipher.decrypt(Sector(first), bounce, &pieces(&mut guest, &cuts));
+                cipher.decrypt(Sector(first), bounce, &pieces(&mut guest, &cuts), &mut workspace());
                 prop_assert_eq!(&guest, &plain);
                 prop_assert_eq!(&*bounce, &*expected, "the bounce buffer is not written to");
             }
@@ -450,6 +475,7 @@ mod tests {
                         &pieces(&mut guest[from..], &[]),
                         &mut bounce[shift..end],
                         reader,
+                        &mut workspace(),
                     );
                     assert!(
                         bounce[shift..end] == expected,
@@ -459,7 +485,12 @@ mod tests {
                     );
                     assert_eq!(bounce[end], 0xee, "nothing is written after the end");
                     guest.fill(0);
-                    cipher.decrypt(first, &bounce[shift..end], &pieces(&mut guest[from..], &[]));
+                    cipher.decrypt(
+                        first,
+                        &bounce[shift..end],
+                        &pieces(&mut guest[from..], &[]),
+                        &mut workspace(),
+                    );
                     assert!(
                         guest[from..] == plain,
                         "{}: {count} of {}",
@@ -513,6 +544,7 @@ mod tests {
                 &pieces(&mut plain, &[cut, cut + 7]),
                 &mut bounce,
                 Reader::Processor,
+                &mut workspace(),
             );
             assert_eq!(bounce, expected, "cut at {cut}");
         }
@@ -524,13 +556,20 @@ mod tests {
         let mut plain = vec![0x11; 3 * 4096];
         let mut whole = vec![0; 3 * 4096];
         let cipher = cipher(key, SectorSize::B4096, KernelChoice::Portable);
-        cipher.encrypt(Sector(8), &pieces(&mut plain, &[]), &mut whole, Reader::Device);
+        cipher.encrypt(
+            Sector(8),
+            &pieces(&mut plain, &[]),
+            &mut whole,
+            Reader::Device,
+            &mut workspace(),
+        );
         let mut third = vec![0; 4096];
         cipher.encrypt(
             Sector(24),
             &pieces(&mut plain[..4096], &[]),
             &mut third,
             Reader::Processor,
+            &mut workspace(),
         );
         assert_eq!(whole[2 * 4096..], third);
     }
@@ -562,6 +601,7 @@ mod tests {
             &pieces(&mut [0; 1024], &[]),
             &mut [0; 512],
             Reader::Device,
+            &mut workspace(),
         );
     }
 
@@ -611,6 +651,7 @@ mod tests {
                 &pieces(&mut plain, &[]),
                 &mut encrypted,
                 Reader::Processor,
+                &mut workspace(),
             );
             assert_eq!(
                 encrypted[..32],
@@ -678,12 +719,21 @@ mod tests {
         source.resize(512, 0);
         let mut out = vec![0; 512];
         let expanded = (kernel.expand)(&key).unwrap();
+        let mut workspace = Workspace::new().unwrap();
         if encrypting {
             // SAFETY: both buffers are one unit long.
-            unsafe { expanded.encrypt(units, source.as_ptr(), out.as_mut_ptr(), Reader::Processor) };
+            unsafe {
+                expanded.encrypt(
+                    units,
+                    source.as_ptr(),
+                    out.as_mut_ptr(),
+                    Reader::Processor,
+                    &mut workspace,
+                )
+            };
         } else {
             // SAFETY: both buffers are one unit long.
-            unsafe { expanded.decrypt(units, source.as_ptr(), out.as_mut_ptr()) };
+            unsafe { expanded.decrypt(units, source.as_ptr(), out.as_mut_ptr(), &mut workspace) };
         }
         out.truncate(expected.len());
         assert_eq!(out, expected, "{}: {vector}", kernel.name);

@@ -5,7 +5,7 @@ use aes::Aes256;
 use aes::cipher::KeyInit;
 use xts_mode::Xts128;
 
-use super::kernel::{Kernel, Reader, Units};
+use super::kernel::{Kernel, Reader, Units, Workspace};
 use super::{KEY_LEN, Scratch};
 use crate::keys::arena::{ArenaError, SecretBox, SecretBytes, on_wiped_stack};
 
@@ -21,7 +21,7 @@ pub(super) fn expand(key: &SecretBytes) -> Result<Box<dyn Kernel>, ArenaError> {
 }
 
 impl Kernel for Portable {
-    unsafe fn encrypt(&self, units: Units, source: *const u8, target: *mut u8, _: Reader) {
+    unsafe fn encrypt(&self, units: Units, source: *const u8, target: *mut u8, _: Reader, _: &mut Workspace) {
         // SAFETY: the caller's promise, passed on.
         unsafe {
             each_copied(units, source, target, |unit, tweak| {
@@ -30,7 +30,7 @@ impl Kernel for Portable {
         }
     }
 
-    unsafe fn decrypt(&self, units: Units, source: *const u8, target: *mut u8) {
+    unsafe fn decrypt(&self, units: Units, source: *const u8, target: *mut u8, _: &mut Workspace) {
         // SAFETY: the caller's promise, passed on.
         unsafe {
             each_copied(units, source, target, |unit, tweak| {

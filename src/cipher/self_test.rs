@@ -4,7 +4,7 @@ use sha2::{Digest, Sha256};
 use vm_memory::VolatileSlice;
 
 use super::kernel::running_here;
-use super::{CipherError, KEY_LEN, Reader, Sector, SectorCipher, SectorSize};
+use super::{CipherError, KEY_LEN, Reader, Sector, SectorCipher, SectorSize, Workspace};
 use crate::keys::arena::SecretBytes;
 
 /// The key of IEEE 1619-2007, appendix B, vector 10.
@@ -45,6 +45,7 @@ fn plaintext(len: usize) -> Vec<u8> {
 /// # Errors
 /// [`CipherError::SelfTest`] names the kernel that computes wrongly: a defect of the machine or of the build.
 pub fn self_test() -> Result<(), CipherError> {
+    let mut workspace = Workspace::new()?;
     for candidate in running_here() {
         for (size, sectors, answer) in ANSWERS {
             let key = SecretBytes::take(&mut KEY.clone())?;
@@ -53,7 +54,7 @@ pub fn self_test() -> Result<(), CipherError> {
                 name: candidate.name,
                 sector_size: size,
             };
-            check(&cipher, sectors, answer).map_err(|operation| CipherError::SelfTest {
+            check(&cipher, &mut workspace, sectors, answer).map_err(|operation| CipherError::SelfTest {
                 kernel: candidate.name,
                 sector_size: size.bytes(),
                 operation,
@@ -64,7 +65,12 @@ pub fn self_test() -> Result<(), CipherError> {
 }
 
 /// The operation that gives a wrong answer, if one does.
-fn check(cipher: &SectorCipher, sectors: usize, answer: [u8; 32]) -> Result<(), &'static str> {
+fn check(
+    cipher: &SectorCipher,
+    workspace: &mut Workspace,
+    sectors: usize,
+    answer: [u8; 32],
+) -> Result<(), &'static str> {
     let len = sectors * cipher.sector_size().bytes();
     let mut plain = plaintext(len);
     // Aligned, since stores past the cache want to be.
@@ -73,13 +79,18 @@ fn check(cipher: &SectorCipher, sectors: usize, answer: [u8; 32]) -> Result<(), 
     let encrypted = &mut encrypted[start..start + len];
     for reader in [Reader::Device, Reader::Processor] {
         let plain = [VolatileSlice::from(&mut plain[..])];
-        cipher.encrypt(FIRST, &plain, encrypted, reader);
+        cipher.encrypt(FIRST, &plain, encrypted, reader, workspace);
         if <[u8; 32]>::from(Sha256::digest(&*encrypted)) != answer {
             return Err("encrypted");
         }
     }
     plain.fill(0);
-    cipher.decrypt(FIRST, encrypted, &[VolatileSlice::from(&mut plain[..])]);
+    cipher.decrypt(
+        FIRST,
+        encrypted,
+        &[VolatileSlice::from(&mut plain[..])],
+        workspace,
+    );
     if plain != plaintext(len) {
         return Err("decrypted");
     }
@@ -100,6 +111,14 @@ mod tests {
     fn wrong_answer_is_noticed() {
         let other = SecretBytes::random(KEY_LEN).unwrap();
         let cipher = SectorCipher::new(&other, SectorSize::B512, KernelChoice::Portable).unwrap();
-        assert_eq!(check(&cipher, ANSWERS[0].1, ANSWERS[0].2), Err("encrypted"));
+        assert_eq!(
+            check(
+                &cipher,
+                &mut Workspace::new().unwrap(),
+                ANSWERS[0].1,
+                ANSWERS[0].2
+            ),
+            Err("encrypted")
+        );
     }
 }

@@ -11,34 +11,39 @@
 //!
 //! - **Whitening is folded into the outer round keys.** It keeps V = T ⊕ k₁₄ for each block. The first AddRoundKey is
 //!   P ⊕ V ⊕ (k₀ ⊕ k₁₄), and the last round adds V instead of k₁₄, so that it gives C.
-//! - **The tweaks of many data units are encrypted together**: of up to 8 vectors of them, before their data.
-//! - **The first 64 blocks of a unit** (all 32 of a 512-byte one) get their tweaks straight from T₀ = E(key2, i), none
-//!   from another. With T₀ = l + h x⁶⁴ and s = h ≫ (64 − j), T₀ ⊗ αʲ is T₀ shifted left by j bits, plus s·(x⁷ + x² + x + 1).
-//!   [`Tables`] has the shifts.
-//! - **Later blocks** get theirs from the one 64 before: V ⊗ α⁶⁴ = l x⁶⁴ + h·(x⁷ + x² + x + 1), and so
-//!   T ⊗ α⁶⁴ ⊕ k₁₄ = V ⊗ α⁶⁴ ⊕ c with c = k₁₄ ⊕ k₁₄ ⊗ α⁶⁴, a constant of the key.
+//! - **The tweaks of many data units are encrypted together**: 8 vectors of them at a time, before their data.
+//! - **The first 128 blocks of a unit** (all 32 of a 512-byte one) get theirs from its T₀ = E(key2, i). In vectors, 64 at a
+//!   time come straight from one tweak T = l + h x⁶⁴, T₀ or T₀ ⊗ α⁶⁴: with s = h ≫ (64 − j), T ⊗ αʲ is T shifted left by
+//!   j bits, plus s·(x⁷ + x² + x + 1). [`Tables`] has the shifts. With one block in a vector, each comes from the one
+//!   before, in general registers, which have nothing else to do: V ⊗ α ⊕ c with c = k₁₄ ⊕ k₁₄ ⊗ α, a constant of the key.
+//! - **Later blocks** get theirs from those 128 before: α¹²⁸ = α⁷ + α² + α + 1, so that the tweak of block j + 128 is the
+//!   sum of those of blocks j + 7, j + 2, j + 1 and j, and V is the sum of these V and k₁₄.
 //! - **Tweaks are made during rounds**: 8 vectors (a *group*) are in flight at a time, which hides an instruction's
-//!   latency; between their rounds are made the V of the next group. They lie in a ring of 64 blocks.
+//!   latency; between their rounds are made the V of the next group.
 //!
 //! Each byte of the source is read once. Branches and addresses depend on the number and size of the units alone. The
 //! rounds are assembly, so that no compiler puts round keys or plaintext on the stack; V, from which a round key follows,
-//! lies in [`Scratch`], which is wiped at the end, and so are the registers.
+//! lies in a [`Workspace`], in the key arena. The registers are wiped at the end.
 #![allow(unsafe_code)] // Assembly, on raw memory.
 
 mod schedule;
 
 use std::arch::asm;
 use std::arch::x86_64::_mm_sfence;
-use std::mem::{MaybeUninit, offset_of};
+use std::mem::offset_of;
 
-use super::kernel::{Kernel, Reader, Units};
+use super::kernel::{Kernel, Reader, Units, Workspace};
 use crate::keys::arena::{ArenaError, SecretBox, SecretBytes};
 use schedule::Schedules;
 
-/// Blocks whose tweaks come straight from T₀, and are kept.
-const RING: usize = 64;
+/// Blocks whose tweaks are shifts of one.
+const SHIFTS: usize = 64;
+/// Blocks whose tweaks are kept: as many as a unit has, so that those of 128 blocks before are there.
+const BLOCKS: usize = 256;
+/// The most data units that are worked on at a time.
+const UNITS: usize = 128;
 /// The most data units whose tweaks are encrypted together: 8 vectors of 4.
-const UNITS: usize = 32;
+const TWEAKS: usize = 32;
 
 /// What the code is assembled for.
 const ENCRYPT: u8 = 0;
@@ -49,30 +54,30 @@ const DECRYPT: u8 = 2;
 #[repr(C, align(64))]
 struct Tables {
     /// j for block j, in both halves.
-    left: [[u64; 2]; RING],
+    left: [[u64; 2]; SHIFTS],
     /// 64 − j for block j, in both halves.
-    right: [[u64; 2]; RING],
+    right: [[u64; 2]; SHIFTS],
     /// x⁷ + x² + x + 1, and the same without 1 for where that part is added by itself.
     polynomial: [u64; 2],
     /// How much each unit's tweak is more than the first one's, for units of 512 and of 4096 bytes.
-    count: [[[u64; 2]; UNITS]; 2],
+    count: [[[u64; 2]; TWEAKS]; 2],
 }
 
 static TABLES: Tables = {
     let mut tables = Tables {
-        left: [[0; 2]; RING],
-        right: [[0; 2]; RING],
+        left: [[0; 2]; SHIFTS],
+        right: [[0; 2]; SHIFTS],
         polynomial: [0x87, 0x86],
-        count: [[[0; 2]; UNITS]; 2],
+        count: [[[0; 2]; TWEAKS]; 2],
     };
     let mut i = 0;
-    while i < RING {
+    while i < SHIFTS {
         tables.left[i] = [i as u64; 2];
         tables.right[i] = [64 - i as u64; 2];
         i += 1;
     }
     i = 0;
-    while i < UNITS {
+    while i < TWEAKS {
         tables.count[0][i][0] = i as u64;
         tables.count[1][i][0] = 8 * i as u64;
         i += 1;
@@ -81,15 +86,50 @@ static TABLES: Tables = {
 };
 
 /// What the code keeps in memory while it runs.
+#[derive(Clone, Copy)]
 #[repr(C, align(64))]
-struct Scratch {
-    /// V of 64 blocks.
-    ring: [u128; RING],
+pub(super) struct Scratch {
+    /// V of a unit's blocks. Those of the next unit take the places of blocks that are done.
+    v: [u128; BLOCKS],
     /// T₀ of each unit, and room for one that the code looks at after the last.
-    tweaks: [u128; UNITS + 4],
-    /// Groups of a unit whose tweaks come from T₀, and those whose tweaks come from others.
-    started: u64,
-    stepped: u64,
+    tweaks: [u128; UNITS + 1],
+    /// The last offset in use in `v`: two units of 512 bytes fit, since one group is made while another is used.
+    last: u64,
+    /// Groups in the first 64 blocks of a unit, and in the next 64.
+    shifted: u64,
+    /// Whether there are such next 64.
+    again: u64,
+    /// Groups in the rest of a unit.
+    summed: u64,
+}
+
+impl Default for Scratch {
+    fn default() -> Self {
+        Self {
+            v: [0; BLOCKS],
+            tweaks: [0; UNITS + 1],
+            last: 0,
+            shifted: 0,
+            again: 0,
+            summed: 0,
+        }
+    }
+}
+
+impl Scratch {
+    /// To be called before units of `size` bytes, in groups of `group` bytes.
+    fn prepare(&mut self, size: usize, group: usize) {
+        const SHIFTED: usize = 16 * SHIFTS;
+        let (last, shifted, again, summed) = match size {
+            512 => (SHIFTED - 1, 512, 0, 0),
+            4096 => (4096 - 1, SHIFTED, 1, 4096 - 2 * SHIFTED),
+            _ => panic!("data units of {size} bytes; there are those of 512 and of 4096"),
+        };
+        self.last = last as u64;
+        self.shifted = (shifted / group) as u64;
+        self.again = again;
+        self.summed = (summed / group) as u64;
+    }
 }
 
 /// A kernel for one width of vectors: registers 0 to 7 are the blocks in flight.
@@ -97,7 +137,7 @@ macro_rules! kernel {
     (
         $name:ident, expand: $expand:ident, vector: $bytes:literal bytes in $r:literal,
         load: $load:literal, broadcast: $broadcast:literal, xor: $xor:literal, xor3: $xor3:ident,
-        shift: $left:literal $right:literal
+        tweaks: $tweaks:ident { $($operands:tt)* }
     ) => {
         struct $name(SecretBox<Schedules>);
 
@@ -106,20 +146,33 @@ macro_rules! kernel {
         }
 
         impl Kernel for $name {
-            unsafe fn encrypt(&self, units: Units, source: *const u8, target: *mut u8, reader: Reader) {
+            unsafe fn encrypt(
+                &self,
+                units: Units,
+                source: *const u8,
+                target: *mut u8,
+                reader: Reader,
+                workspace: &mut Workspace,
+            ) {
                 // Stores past the cache take aligned vectors only.
                 if reader == Reader::Device && target.addr().is_multiple_of($bytes) {
                     // SAFETY: the caller's promise, passed on, and the target is aligned.
-                    unsafe { Self::work::<ENCRYPT_PAST_CACHE>(&self.0, units, source, target) }
+                    unsafe { Self::work::<ENCRYPT_PAST_CACHE>(&self.0, units, source, target, workspace) }
                 } else {
                     // SAFETY: the caller's promise, passed on.
-                    unsafe { Self::work::<ENCRYPT>(&self.0, units, source, target) }
+                    unsafe { Self::work::<ENCRYPT>(&self.0, units, source, target, workspace) }
                 }
             }
 
-            unsafe fn decrypt(&self, units: Units, source: *const u8, target: *mut u8) {
+            unsafe fn decrypt(
+                &self,
+                units: Units,
+                source: *const u8,
+                target: *mut u8,
+                workspace: &mut Workspace,
+            ) {
                 // SAFETY: the caller's promise, passed on.
-                unsafe { Self::work::<DECRYPT>(&self.0, units, source, target) }
+                unsafe { Self::work::<DECRYPT>(&self.0, units, source, target, workspace) }
             }
         }
 
@@ -134,41 +187,33 @@ macro_rules! kernel {
                 units: Units,
                 mut source: *const u8,
                 mut target: *mut u8,
+                Workspace(scratch): &mut Workspace,
             ) {
-                assert!(
-                    matches!(units.size, 512 | 4096),
-                    "data units are 512 or 4096 bytes long"
-                );
-                let mut scratch = MaybeUninit::<Scratch>::uninit();
-                let scratch = scratch.as_mut_ptr();
-                let started = units.size.min(16 * RING) / Self::GROUP;
-                // SAFETY: the field is in `scratch`.
-                unsafe { (&raw mut (*scratch).started).write(started as u64) };
-                // SAFETY: as above.
-                unsafe { (&raw mut (*scratch).stepped).write((units.size / Self::GROUP - started) as u64) };
+                scratch.prepare(units.size, Self::GROUP);
                 let mut rest = units;
                 while rest.count > 0 {
-                    let batch = rest.take_first(Self::GROUP / 16);
-                    // SAFETY: `scratch` has room for the tweaks of a group.
-                    unsafe { Self::start(keys, batch, scratch) };
+                    let batch = rest.take_first(UNITS);
+                    let mut unstarted = batch;
+                    for tweaks in scratch.tweaks.chunks_exact_mut(Self::GROUP / 16) {
+                        if unstarted.count == 0 {
+                            break;
+                        }
+                        Self::start(keys, unstarted.take_first(tweaks.len()), tweaks);
+                    }
                     let len = batch.size * batch.count;
-                    // SAFETY: the tweaks were made by the line before, the sides are the caller's promise.
+                    // SAFETY: the tweaks were made by the lines before, the sides are the caller's promise.
                     unsafe { Self::crypt::<OPERATION>(keys, batch.count, scratch, source, target) };
                     (source, target) = (source.wrapping_add(len), target.wrapping_add(len));
                 }
-                // SAFETY: `scratch` is ours.
-                unsafe { Self::wipe(scratch) };
             }
 
             /// Encrypts the units' tweaks: T₀ of each, in two vectors if they are enough, else in eight.
-            ///
-            /// # Safety
-            /// There are at most a group of units; `scratch` is valid for writes.
-            unsafe fn start(keys: &Schedules, units: Units, scratch: *mut Scratch) {
+            fn start(keys: &Schedules, units: Units, tweaks: &mut [u128]) {
+                assert_eq!(tweaks.len(), Self::GROUP / 16, "a block for each of a group");
                 macro_rules! tweaks {
                     ($vectors:literal) => {
-                        // SAFETY: it reads the keys, the tables and the first tweak, and writes to the tweaks of
-                        // `scratch`, which has room for a group of them.
+                        // SAFETY: it reads the keys, the tables and the first tweak, and writes to `tweaks`, which has
+                        // room for a group of them.
                         unsafe {
                             asm!(
                                 concat!($broadcast, " ", $r, "9, [{first}]"),
@@ -191,7 +236,7 @@ macro_rules! kernel {
                                 keys = in(reg) &raw const keys.tweak,
                                 first = in(reg) &raw const units.tweak,
                                 count = in(reg) &raw const TABLES.count[usize::from(units.size == 4096)],
-                                tweaks = in(reg) &raw mut (*scratch).tweaks,
+                                tweaks = in(reg) tweaks.as_mut_ptr(),
                                 out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _, out("xmm4") _,
                                 out("xmm5") _, out("xmm6") _, out("xmm7") _, out("xmm8") _, out("xmm9") _,
                                 options(nostack, preserves_flags),
@@ -211,50 +256,15 @@ macro_rules! kernel {
             unsafe fn crypt<const OPERATION: u8>(
                 keys: &Schedules,
                 count: usize,
-                scratch: *mut Scratch,
+                scratch: &mut Scratch,
                 source: *const u8,
                 target: *mut u8,
             ) {
-                // Register 8 holds a round key, 9 and 10 T₀ and its swapped halves (9 also c), 11 the polynomial,
-                // 12 k₀ ⊕ k₁₄, 13 and 14 a tweak in the making, 15 k₁₄.
-                macro_rules! load_tweak {
-                    () => {
-                        concat!(
-                            "lea {shifts}, [rip + {tables}]\n",
-                            $broadcast, " ", $r, "9, [{tweaks}]\n",
-                            "vpshufd ", $r, "10, ", $r, "9, 0x4e\n",
-                            "add {tweaks}, 16"
-                        )
-                    };
-                }
-                // V of vector i of the next group: T₀ ⊗ αʲ ⊕ k₁₄.
-                macro_rules! start {
-                    ($i:literal) => {
-                        concat!(
-                            $left, " ", $r, "13, ", $r, "9, [{shifts} + ", $bytes, "*(", $i, ")]\n",
-                            $right, " ", $r, "14, ", $r, "10, [{shifts} + 16*64 + ", $bytes, "*(", $i, ")]\n",
-                            $xor, " ", $r, "13, ", $r, "13, ", $r, "14\n",
-                            "vpclmulqdq ", $r, "14, ", $r, "14, ", $r, "11, 0x10\n",
-                            $xor3!($r, "13", concat!($r, "14"), concat!($r, "15")), "\n",
-                            $load, " [{scratch} + {next} + ", $bytes, "*(", $i, ")], ", $r, "13"
-                        )
-                    };
-                }
-                // V of vector i of the next group: that of 64 blocks before, times α⁶⁴, plus c.
-                macro_rules! step {
-                    ($i:literal) => {
-                        concat!(
-                            $load, " ", $r, "13, [{scratch} + {next} + ", $bytes, "*(", $i, ")]\n",
-                            "vpclmulqdq ", $r, "14, ", $r, "13, ", $r, "11, 0x01\n",
-                            "vpslldq ", $r, "13, ", $r, "13, 8\n",
-                            $xor3!($r, "13", concat!($r, "14"), concat!($r, "9")), "\n",
-                            $load, " [{scratch} + {next} + ", $bytes, "*(", $i, ")], ", $r, "13"
-                        )
-                    };
-                }
+                // Register 8 holds a round key, 9 and 10 a tweak and its swapped halves, 11 the polynomial, 12 k₀ ⊕ k₁₄,
+                // 13 and 14 a V in the making, 15 k₁₄.
                 // A group of blocks under the V of this group, while those of the next are made.
                 macro_rules! group {
-                    ($aes:literal, $store:expr, $tweak:ident) => {
+                    ($aes:literal, $store:expr, $next:ident) => {
                         concat!(
                             ".irp i,0,1,2,3,4,5,6,7\n",
                             $load, " ", $r, "\\i, [{source} + ", $bytes, "*\\i]\n",
@@ -265,7 +275,7 @@ macro_rules! kernel {
                             ".irp i,0,1,2,3,4,5,6,7\n",
                             $aes, " ", $r, "\\i, ", $r, "\\i, ", $r, "8\n",
                             ".endr\n",
-                            $tweak!("\\round-1"), "\n",
+                            $next!(next "\\round-1", $r, $bytes, $load, $xor, $xor3), "\n",
                             ".endr\n",
                             ".irp round,9,10,11,12,13\n",
                             $broadcast, " ", $r, "8, [{keys} + 16*\\round]\n",
@@ -281,7 +291,7 @@ macro_rules! kernel {
                             "add {target}, {group}\n",
                             "mov {this:e}, {next:e}\n",
                             "add {next:e}, {group}\n",
-                            "and {next:e}, 16*64 - 1"
+                            "and {next:e}, [{scratch} + {last}]"
                         )
                     };
                 }
@@ -291,62 +301,74 @@ macro_rules! kernel {
                         // and the ring.
                         unsafe {
                             asm!(
-                                load_tweak!(),
-                                concat!($broadcast, " ", $r, "11, [{shifts} + 16*128]"),
                                 concat!($broadcast, " ", $r, "12, [{keys}]"),
                                 concat!($broadcast, " ", $r, "15, [{keys} + 16*14]"),
                                 concat!($xor, " ", $r, "12, ", $r, "12, ", $r, "15"),
+                                $tweaks!(prepare $r, $broadcast),
+                                // The first group's V.
+                                $tweaks!(first $r, $broadcast),
                                 "xor {next:e}, {next:e}",
                                 ".irp i,0,1,2,3,4,5,6,7",
-                                start!("\\i"),
+                                $tweaks!(next "\\i", $r, $bytes, $load, $xor, $xor3),
                                 ".endr",
-                                "add {shifts}, {group}",
+                                $tweaks!(advance),
                                 "xor {this:e}, {this:e}",
                                 "mov {next:e}, {group}",
-                                "mov {run}, [{scratch} + {started}]",
+                                "mov {run}, [{scratch} + {shifted}]",
+                                "mov {again}, [{scratch} + {again_at}]",
                                 "dec {run}",
-                                "jmp 5f",
-                                // Groups before those that come from others.
+                                "jmp 3f",
+                                // Groups before those whose tweaks come from one.
                                 "2:",
-                                "mov {run}, [{scratch} + {stepped}]",
-                                "test {run}, {run}",
-                                "jz 4f",
-                                concat!($broadcast, " ", $r, "9, [{keys} + 16*15]"),
+                                group!($aes, $store, $tweaks),
+                                $tweaks!(advance),
+                                "dec {run}",
                                 "3:",
-                                group!($aes, $store, step),
-                                "dec {run}",
-                                "jnz 3b",
-                                // The last group of a unit, and those of the next one that come before others which
-                                // come from T₀.
-                                "4:",
-                                load_tweak!(),
-                                "mov {run:e}, 1",
-                                "dec {count}",
-                                "cmovnz {run}, [{scratch} + {started}]",
-                                "5:",
                                 "test {run}, {run}",
-                                "jz 2b",
-                                "6:",
-                                group!($aes, $store, start),
-                                "add {shifts}, {group}",
-                                "dec {run}",
-                                "jnz 6b",
-                                "test {count}, {count}",
                                 "jnz 2b",
-                                tables = sym TABLES,
+                                "test {count}, {count}",
+                                "jz 6f",
+                                "dec {again}",
+                                "js 4f",
+                                $tweaks!(again $r, $xor),
+                                "mov {run}, [{scratch} + {shifted}]",
+                                "jmp 2b",
+                                // Groups before those whose tweaks are sums.
+                                "4:",
+                                "mov {run}, [{scratch} + {summed}]",
+                                "test {run}, {run}",
+                                "jz 5f",
+                                "7:",
+                                group!($aes, $store, sums),
+                                "dec {run}",
+                                "jnz 7b",
+                                // The unit's last group: before one of the next unit, or of none.
+                                "5:",
+                                $tweaks!(first $r, $broadcast),
+                                "mov {run:e}, 1",
+                                "xor {again:e}, {again:e}",
+                                "dec {count}",
+                                "cmovnz {run}, [{scratch} + {shifted}]",
+                                "cmovnz {again}, [{scratch} + {again_at}]",
+                                "jmp 2b",
+                                "6:",
+                                "vzeroall",
                                 group = const Self::GROUP,
-                                started = const offset_of!(Scratch, started),
-                                stepped = const offset_of!(Scratch, stepped),
+                                last = const offset_of!(Scratch, last),
+                                shifted = const offset_of!(Scratch, shifted),
+                                again_at = const offset_of!(Scratch, again),
+                                summed = const offset_of!(Scratch, summed),
                                 keys = in(reg) $keys,
-                                scratch = in(reg) scratch,
-                                tweaks = inout(reg) &raw const (*scratch).tweaks => _,
+                                scratch = in(reg) &raw mut *scratch,
+                                tweaks = inout(reg) scratch.tweaks.as_ptr() => _,
                                 source = inout(reg) source => _,
                                 target = inout(reg) target => _,
                                 count = inout(reg) count => _,
-                                shifts = out(reg) _,
                                 this = out(reg) _,
                                 next = out(reg) _,
                                 run = out(reg) _,
+                                again = out(reg) _,
+                                $($operands)*
                                 out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _,
                                 out("xmm4") _, out("xmm5") _, out("xmm6") _, out("xmm7") _,
                                 out("xmm8") _, out("xmm9") _, out("xmm10") _, out("xmm11") _,
@@ -367,31 +389,198 @@ macro_rules! kernel {
                     _ => all!("vaesdec", $load, &raw const keys.decrypt),
                 }
             }
-
-            /// Wipes `scratch` and the registers.
-            ///
-            /// # Safety
-            /// `scratch` is valid for writes.
-            unsafe fn wipe(scratch: *mut Scratch) {
-                // SAFETY: it writes to `scratch` alone, and changes the registers that it names.
-                unsafe {
-                    asm!(
-                        "vzeroall",
-                        "2:",
-                        concat!($load, " [{end} + {at}], ", $r, "0"),
-                        concat!("add {at}, ", $bytes),
-                        "jnz 2b",
-                        end = in(reg) scratch.add(1),
-                        at = inout(reg) -(size_of::<Scratch>() as isize) => _,
-                        out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _,
-                        out("xmm4") _, out("xmm5") _, out("xmm6") _, out("xmm7") _,
-                        out("xmm8") _, out("xmm9") _, out("xmm10") _, out("xmm11") _,
-                        out("xmm12") _, out("xmm13") _, out("xmm14") _, out("xmm15") _,
-                        options(nostack),
-                    )
-                }
-            }
         }
+    };
+}
+
+// How V comes about. `first` takes T₀ of the next unit, `next` makes V of vector i of the next group, `advance` ends the
+// group, and `again` goes on after 64 blocks.
+
+/// 64 of them from one tweak.
+macro_rules! shifts {
+    (prepare $r:literal, $broadcast:literal) => {
+        concat!($broadcast, " ", $r, "11, [rip + {tables} + 16*128]")
+    };
+    (first $r:literal, $broadcast:literal) => {
+        concat!(
+            $broadcast,
+            " ",
+            $r,
+            "9, [{tweaks}]\n",
+            "vpshufd ",
+            $r,
+            "10, ",
+            $r,
+            "9, 0x4e\n",
+            "lea {shifts}, [rip + {tables}]\n",
+            "add {tweaks}, 16"
+        )
+    };
+    (next $i:literal, $r:literal, $bytes:literal, $load:literal, $xor:literal, $xor3:ident) => {
+        concat!(
+            "vpsllvq ",
+            $r,
+            "13, ",
+            $r,
+            "9, [{shifts} + ",
+            $bytes,
+            "*(",
+            $i,
+            ")]\n",
+            "vpsrlvq ",
+            $r,
+            "14, ",
+            $r,
+            "10, [{shifts} + 16*64 + ",
+            $bytes,
+            "*(",
+            $i,
+            ")]\n",
+            $xor,
+            " ",
+            $r,
+            "13, ",
+            $r,
+            "13, ",
+            $r,
+            "14\n",
+            "vpclmulqdq ",
+            $r,
+            "14, ",
+            $r,
+            "14, ",
+            $r,
+            "11, 0x10\n",
+            $xor3!($r, "13", concat!($r, "14"), concat!($r, "15")),
+            "\n",
+            $load,
+            " [{scratch} + {next} + ",
+            $bytes,
+            "*(",
+            $i,
+            ")], ",
+            $r,
+            "13"
+        )
+    };
+    (advance) => {
+        "add {shifts}, {group}"
+    };
+    (again $r:literal, $xor:literal) => {
+        concat!(
+            "vpclmulqdq ",
+            $r,
+            "14, ",
+            $r,
+            "9, ",
+            $r,
+            "11, 0x01\n",
+            "vpslldq ",
+            $r,
+            "9, ",
+            $r,
+            "9, 8\n",
+            $xor,
+            " ",
+            $r,
+            "9, ",
+            $r,
+            "9, ",
+            $r,
+            "14\n",
+            "vpshufd ",
+            $r,
+            "10, ",
+            $r,
+            "9, 0x4e\n",
+            "lea {shifts}, [rip + {tables}]"
+        )
+    };
+}
+
+/// Each from the one before.
+macro_rules! chain {
+    (prepare $r:literal, $broadcast:literal) => {
+        ""
+    };
+    (first $r:literal, $broadcast:literal) => {
+        concat!(
+            "mov {low}, [{tweaks}]\n",
+            "mov {high}, [{tweaks} + 8]\n",
+            "xor {low}, [{keys} + 16*14]\n",
+            "xor {high}, [{keys} + 16*14 + 8]\n",
+            "add {tweaks}, 16"
+        )
+    };
+    (next $i:literal, $r:literal, $bytes:literal, $load:literal, $xor:literal, $xor3:ident) => {
+        concat!(
+            "mov [{scratch} + {next} + 16*(",
+            $i,
+            ")], {low}\n",
+            "mov [{scratch} + {next} + 16*(",
+            $i,
+            ") + 8], {high}\n",
+            "mov {carry}, {high}\n",
+            "sar {carry}, 63\n",
+            "and {carry}, 0x87\n",
+            "xor {carry}, [{keys} + 16*15]\n",
+            "add {low}, {low}\n",
+            "adc {high}, {high}\n",
+            "xor {low}, {carry}\n",
+            "xor {high}, [{keys} + 16*15 + 8]"
+        )
+    };
+    (advance) => {
+        ""
+    };
+    (again $r:literal, $xor:literal) => {
+        ""
+    };
+}
+
+/// Each from four of 128 blocks before.
+macro_rules! sums {
+    (next $i:literal, $r:literal, $bytes:literal, $load:literal, $xor:literal, $xor3:ident) => {
+        concat!(
+            $load,
+            " ",
+            $r,
+            "13, [{scratch} + {next} - 16*128 + ",
+            $bytes,
+            "*(",
+            $i,
+            ")]\n",
+            $load,
+            " ",
+            $r,
+            "14, [{scratch} + {next} - 16*127 + ",
+            $bytes,
+            "*(",
+            $i,
+            ")]\n",
+            $xor3!(
+                $r,
+                "13",
+                concat!($r, "14"),
+                concat!("[{scratch} + {next} - 16*126 + ", $bytes, "*(", $i, ")]")
+            ),
+            "\n",
+            $xor3!(
+                $r,
+                "13",
+                concat!($r, "15"),
+                concat!("[{scratch} + {next} - 16*121 + ", $bytes, "*(", $i, ")]")
+            ),
+            "\n",
+            $load,
+            " [{scratch} + {next} + ",
+            $bytes,
+            "*(",
+            $i,
+            ")], ",
+            $r,
+            "13"
+        )
     };
 }
 
@@ -415,18 +604,17 @@ macro_rules! xor3_vex {
 kernel! {
     Avx512, expand: expand_avx512, vector: 64 bytes in "zmm",
     load: "vmovdqu64", broadcast: "vbroadcasti32x4", xor: "vpxorq", xor3: xor3_evex,
-    shift: "vpsllvq" "vpsrlvq"
+    tweaks: shifts { tables = sym TABLES, shifts = out(reg) _, }
 }
 kernel! {
     Avx2, expand: expand_avx2, vector: 32 bytes in "ymm",
     load: "vmovdqu", broadcast: "vbroadcasti128", xor: "vpxor", xor3: xor3_vex,
-    shift: "vpsllvq" "vpsrlvq"
+    tweaks: shifts { tables = sym TABLES, shifts = out(reg) _, }
 }
-// Shifts by one count for both halves are all that AVX has, and all that one block needs.
 kernel! {
     AesNi, expand: expand_aes_ni, vector: 16 bytes in "xmm",
     load: "vmovdqu", broadcast: "vmovdqu", xor: "vpxor", xor3: xor3_vex,
-    shift: "vpsllq" "vpsrlq"
+    tweaks: chain { low = out(reg) _, high = out(reg) _, carry = out(reg) _, }
 }
 
 pub(super) fn has_avx512() -> bool {

@@ -36,7 +36,7 @@ use super::guest::{Memory, Pieces, Position, pieces};
 use super::polling::Polling;
 use super::request::{Kind, Refusal, Request, Status};
 use super::sigbus;
-use crate::cipher::{Reader, Sector};
+use crate::cipher::{Reader, Sector, Workspace};
 use crate::keys::arena::on_wiped_stack;
 use crate::storage::{Buffer, Done, Engine, Event, PAGE};
 use crate::volume::segment::Extent;
@@ -115,7 +115,7 @@ impl Running {
         let stop = eventfd(0, EventfdFlags::CLOEXEC)?;
         let shift = Shift {
             stop: stop.try_clone()?,
-            worker: Worker::new(ring, disk, engine),
+            worker: Worker::new(ring, disk, engine)?,
             thread: CurrentThread::default(),
         };
         let thread = Arc::clone(&shift.thread);
@@ -303,6 +303,7 @@ struct Worker {
     reader: Reader,
     /// The zeros that write-zeroes encrypts.
     zeros: Vec<u8>,
+    workspace: Workspace,
     /// Whether a write to the call may block, because the front-end made it so.
     call_blocks: bool,
     /// Whether something was put into the used ring since the driver was last notified.
@@ -320,7 +321,7 @@ struct Worker {
 }
 
 impl Worker {
-    fn new(ring: Ring, disk: Arc<Disk>, engine: Engine<Piece>) -> Self {
+    fn new(ring: Ring, disk: Arc<Disk>, engine: Engine<Piece>) -> io::Result<Self> {
         let flags = ring
             .call
             .as_ref()
@@ -328,7 +329,8 @@ impl Worker {
         let call_blocks = flags.is_some_and(|flags| !flags.contains(OFlags::NONBLOCK));
         let heads = vec![0; usize::from(ring.queue.size()).div_ceil(u64::BITS as usize)];
         let polling = || Polling::new(disk.poll_max);
-        Self {
+        Ok(Self {
+            workspace: Workspace::new().map_err(io::Error::other)?,
             polling_driver: polling(),
             polling_storage: polling(),
             reader: if disk.file.is_direct() {
@@ -351,7 +353,7 @@ impl Worker {
             worked: false,
             rests: false,
             errors: ErrorLog::default(),
-        }
+        })
     }
 
     /// Serves until the ring is to stop, or until it has been idle for a while after this thread did something.
@@ -505,9 +507,13 @@ impl Worker {
             .disk
             .table
             .extent(piece.first, u64::from(piece.len) / Sector::LEN);
-        extent
-            .treatment
-            .seal(extent.iv, &plain, self.engine.bytes_mut(buffer), self.reader);
+        extent.treatment.seal(
+            extent.iv,
+            &plain,
+            self.engine.bytes_mut(buffer),
+            self.reader,
+            &mut self.workspace,
+        );
         memory_is_whole()
     }
 
@@ -617,7 +623,7 @@ impl Worker {
                 .extent(piece.first, u64::from(piece.len) / Sector::LEN);
             extent
                 .treatment
-                .open(extent.iv, self.engine.bytes(buffer), &plain);
+                .open(extent.iv, self.engine.bytes(buffer), &plain, &mut self.workspace);
         }
         memory_is_whole()
     }

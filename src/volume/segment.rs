@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use vm_memory::VolatileSlice;
 
-use crate::cipher::{self, Reader, Sector, SectorCipher};
+use crate::cipher::{self, Reader, Sector, SectorCipher, Workspace};
 
 /// What is done to the sectors of a segment on their way to storage and back.
 #[derive(Clone, Debug)]
@@ -21,17 +21,24 @@ pub enum Treatment {
 impl Treatment {
     /// Makes what goes to storage, and is read by `reader` there, of what the guest wrote; `iv` is that of the first
     /// sector.
-    pub fn seal(&self, iv: Sector, plain: &[VolatileSlice<'_>], stored: &mut [u8], reader: Reader) {
+    pub fn seal(
+        &self,
+        iv: Sector,
+        plain: &[VolatileSlice<'_>],
+        stored: &mut [u8],
+        reader: Reader,
+        workspace: &mut Workspace,
+    ) {
         match self {
-            Treatment::Crypt(cipher) => cipher.encrypt(iv, plain, stored, reader),
+            Treatment::Crypt(cipher) => cipher.encrypt(iv, plain, stored, reader, workspace),
             Treatment::Linear => cipher::copy(plain, stored, reader),
         }
     }
 
     /// Makes what the guest reads of what came from storage; `iv` is that of the first sector.
-    pub fn open(&self, iv: Sector, stored: &[u8], plain: &[VolatileSlice<'_>]) {
+    pub fn open(&self, iv: Sector, stored: &[u8], plain: &[VolatileSlice<'_>], workspace: &mut Workspace) {
         match self {
-            Treatment::Crypt(cipher) => cipher.decrypt(iv, stored, plain),
+            Treatment::Crypt(cipher) => cipher.decrypt(iv, stored, plain, workspace),
             Treatment::Linear => {
                 let mut rest = stored;
                 for piece in plain {
@@ -184,9 +191,10 @@ mod tests {
         let (one, two) = plain.split_at_mut(3);
         let pieces = [VolatileSlice::from(one), VolatileSlice::from(two)];
         let mut stored = [0; 20];
-        Treatment::Linear.seal(Sector(0), &pieces, &mut stored, Reader::Device);
+        let mut workspace = Workspace::new().unwrap();
+        Treatment::Linear.seal(Sector(0), &pieces, &mut stored, Reader::Device, &mut workspace);
         assert_eq!(&stored, b"what the guest wrote");
-        Treatment::Linear.open(Sector(0), b"what the guest reads", &pieces);
+        Treatment::Linear.open(Sector(0), b"what the guest reads", &pieces, &mut workspace);
         assert_eq!(&plain, b"what the guest reads");
     }
 }

@@ -15,7 +15,7 @@ pub(super) const ROUNDS: usize = 14;
 #[repr(C, align(64))]
 pub(super) struct Schedule {
     round: [u128; ROUNDS + 1],
-    /// What makes `V α⁶⁴` of the kernels' header the tweak of the block 64 further on.
+    /// c of the kernels' header: what makes V ⊗ α that of the next block.
     step: u128,
 }
 
@@ -44,11 +44,10 @@ impl Schedules {
 impl Schedule {
     fn new(round: [u128; ROUNDS + 1]) -> Self {
         let last = round[ROUNDS];
-        let (high, low) = (last >> 64, last << 64);
-        let times_alpha_64 = low ^ high ^ (high << 1) ^ (high << 2) ^ (high << 7);
+        let times_alpha = (last << 1) ^ (0x87 & (last >> 127).wrapping_neg());
         Self {
             round,
-            step: last ^ times_alpha_64,
+            step: last ^ times_alpha,
         }
     }
 }
