@@ -377,6 +377,9 @@ mod tests {
     use proptest::prelude::*;
     use xts_mode::{Xts128, get_tweak_default};
 
+    /// Where a count of 32 bits ends.
+    const CARRY: u64 = 1 << 32;
+
     fn workspace() -> Workspace {
         Workspace::new().unwrap()
     }
@@ -421,7 +424,7 @@ mod tests {
             sectors in 0usize..40,
             // Of the bounce buffer from a multiple of a vector: where there is one, stores past the cache cannot be had.
             offset in prop_oneof![Just(0_usize), 0..64_usize],
-            first in prop_oneof![any::<u64>(), u64::MAX - 20..=u64::MAX],
+            first in prop_oneof![any::<u64>(), u64::MAX - 20..=u64::MAX, CARRY - 20..=CARRY],
             cuts in prop::collection::vec(any::<usize>(), 0..12),
             seed in any::<u64>(),
         ) {
@@ -447,8 +450,8 @@ mod tests {
         }
     }
 
-    /// Every count of sectors up to more than one batch of tweaks, at addresses that no vector is aligned to, and with
-    /// numbers that wrap on the way.
+    /// Every count of sectors up to several groups of tweaks, and some about the most that a kernel works on at a time,
+    /// whose numbers wrap or carry on the way; with a bounce buffer that vectors are aligned to, and with none.
     #[test]
     fn every_count_of_sectors_gives_what_aws_lc_gives() {
         for candidate in kernel::KERNELS {
@@ -456,49 +459,47 @@ mod tests {
                 eprintln!("skipped: this machine cannot run the kernel {}", candidate.name);
             }
         }
-        let key = std::array::from_fn(|i| (i * 37) as u8);
         for size in [SectorSize::B512, SectorSize::B4096] {
-            for count in 0..=70 {
-                let plain: Vec<u8> = (0..count * size.bytes()).map(|i| (i % 241) as u8).collect();
-                let first = Sector((4 * count as u64).wrapping_neg());
-                let expected = aws_lc(key, size, first, &plain);
-                for kernel in kernel::running_here() {
-                    let cipher = cipher(key, size, kernel.choice);
-                    let (shift, from) = (count * 16 % 61, (count * 7) % 59);
-                    let mut guest = vec![0; from + plain.len()];
-                    guest[from..].copy_from_slice(&plain);
-                    let mut bounce = vec![0xee; shift + plain.len() + 1];
-                    let end = shift + plain.len();
-                    let reader = [Reader::Device, Reader::Processor][count % 2];
-                    cipher.encrypt(
-                        first,
-                        &pieces(&mut guest[from..], &[]),
-                        &mut bounce[shift..end],
-                        reader,
-                        &mut workspace(),
-                    );
-                    assert!(
-                        bounce[shift..end] == expected,
-                        "{}: {count} of {}",
-                        kernel.name,
-                        size.bytes()
-                    );
-                    assert_eq!(bounce[end], 0xee, "nothing is written after the end");
-                    guest.fill(0);
-                    cipher.decrypt(
-                        first,
-                        &bounce[shift..end],
-                        &pieces(&mut guest[from..], &[]),
-                        &mut workspace(),
-                    );
-                    assert!(
-                        guest[from..] == plain,
-                        "{}: {count} of {}",
-                        kernel.name,
-                        size.bytes()
-                    );
+            for count in (0..=70).chain([127, 128, 129, 255, 256, 257, 300]) {
+                let before = 4 * count as u64;
+                let first = [before.wrapping_neg(), CARRY - before][count % 2];
+                for (reader, shift) in [(Reader::Device, 0), (Reader::Processor, count * 16 % 61)] {
+                    check_count(size, count, Sector(first), reader, shift);
                 }
             }
+        }
+    }
+
+    fn check_count(size: SectorSize, count: usize, first: Sector, reader: Reader, shift: usize) {
+        let key = std::array::from_fn(|i| (i * 37) as u8);
+        let plain: Vec<u8> = (0..count * size.bytes()).map(|i| (i % 241) as u8).collect();
+        let expected = aws_lc(key, size, first, &plain);
+        let from = (count * 7) % 59;
+        for kernel in kernel::running_here() {
+            let cipher = cipher(key, size, kernel.choice);
+            let mut guest = vec![0; from + plain.len()];
+            guest[from..].copy_from_slice(&plain);
+            let mut bounce = vec![0xee; plain.len() + 128];
+            let start = bounce.as_ptr().align_offset(64) + shift;
+            let end = start + plain.len();
+            cipher.encrypt(
+                first,
+                &pieces(&mut guest[from..], &[]),
+                &mut bounce[start..end],
+                reader,
+                &mut workspace(),
+            );
+            let what = format!("{}: {count} of {} from {first}", kernel.name, size.bytes());
+            assert!(bounce[start..end] == expected, "{what}");
+            assert_eq!(bounce[end], 0xee, "nothing is written after the end");
+            guest.fill(0);
+            cipher.decrypt(
+                first,
+                &bounce[start..end],
+                &pieces(&mut guest[from..], &[]),
+                &mut workspace(),
+            );
+            assert!(guest[from..] == plain, "{what}");
         }
     }
 

@@ -12,10 +12,11 @@
 //! - **Whitening is folded into the outer round keys.** It keeps V = T ⊕ k₁₄ for each block. The first AddRoundKey is
 //!   P ⊕ V ⊕ (k₀ ⊕ k₁₄), and the last round adds V instead of k₁₄, so that it gives C.
 //! - **The tweaks of many data units are encrypted together**: 8 vectors of them at a time, before their data.
-//! - **The first 128 blocks of a unit** (all 32 of a 512-byte one) get theirs from its T₀ = E(key2, i). In vectors, 64 at a
-//!   time come straight from one tweak T = l + h x⁶⁴, T₀ or T₀ ⊗ α⁶⁴: with s = h ≫ (64 − j), T ⊗ αʲ is T shifted left by
-//!   j bits, plus s·(x⁷ + x² + x + 1). [`Tables`] has the shifts. With one block in a vector, each comes from the one
-//!   before, in general registers, which have nothing else to do: V ⊗ α ⊕ c with c = k₁₄ ⊕ k₁₄ ⊗ α, a constant of the key.
+//! - **The first 128 blocks of a unit** (all 32 of a 512-byte one) get theirs from its T₀ = E(key2, i) in two ways, since
+//!   the carry-less product competes with the rounds for units of the processor. Those of each group's first vectors come
+//!   one from the other, in general registers, which have nothing else to do: V ⊗ α ⊕ c with c = k₁₄ ⊕ k₁₄ ⊗ α,
+//!   a constant of the key. With one block in a vector, all do. The others come straight from a tweak T = l + h x⁶⁴, T₀ or T₀ ⊗ α⁶⁴: with
+//!   s = h ≫ (64 − j), T ⊗ αʲ is T shifted left by j bits, plus s·(x⁷ + x² + x + 1). [`Tables`] has the shifts.
 //! - **Later blocks** get theirs from those 128 before: α¹²⁸ = α⁷ + α² + α + 1, so that the tweak of block j + 128 is the
 //!   sum of those of blocks j + 7, j + 2, j + 1 and j, and V is the sum of these V and k₁₄.
 //! - **Tweaks are made during rounds**: 8 vectors (a *group*) are in flight at a time, which hides an instruction's
@@ -93,9 +94,11 @@ pub(super) struct Scratch {
     v: [u128; BLOCKS],
     /// T₀ of each unit, and room for one that the code looks at after the last.
     tweaks: [u128; UNITS + 1],
+    /// Units that are left.
+    count: u64,
     /// The last offset in use in `v`: two units of 512 bytes fit, since one group is made while another is used.
     last: u64,
-    /// Groups in the first 64 blocks of a unit, and in the next 64.
+    /// Groups in the first 64 blocks of a unit, and in the next 64: those whose tweaks come from one.
     shifted: u64,
     /// Whether there are such next 64.
     again: u64,
@@ -108,6 +111,7 @@ impl Default for Scratch {
         Self {
             v: [0; BLOCKS],
             tweaks: [0; UNITS + 1],
+            count: 0,
             last: 0,
             shifted: 0,
             again: 0,
@@ -135,9 +139,9 @@ impl Scratch {
 /// A kernel for one width of vectors: registers 0 to 7 are the blocks in flight.
 macro_rules! kernel {
     (
-        $name:ident, expand: $expand:ident, vector: $bytes:literal bytes in $r:literal,
+        $name:ident, expand: $expand:ident, vector: $bytes:literal bytes of blocks $blocks:literal in $r:literal,
         load: $load:literal, broadcast: $broadcast:literal, xor: $xor:literal, xor3: $xor3:ident,
-        tweaks: $tweaks:ident { $($operands:tt)* }
+        chained: $chained:literal, at first: $at_first:literal
     ) => {
         struct $name(SecretBox<Schedules>);
 
@@ -260,11 +264,100 @@ macro_rules! kernel {
                 source: *const u8,
                 target: *mut u8,
             ) {
-                // Register 8 holds a round key, 9 and 10 a tweak and its swapped halves, 11 the polynomial, 12 k₀ ⊕ k₁₄,
-                // 13 and 14 a V in the making, 15 k₁₄.
+                // Register 8 holds a round key, 9 and 10 the tweak for shifts and its swapped halves, 11 the polynomial,
+                // 12 k₀ ⊕ k₁₄, 13 and 14 a V in the making, 15 k₁₄; the general registers `low` and `high` V of the block
+                // that is next in the chain.
+                macro_rules! next_unit {
+                    () => {
+                        concat!(
+                            $broadcast, " ", $r, "9, [{tweaks}]\n",
+                            "vpshufd ", $r, "10, ", $r, "9, 0x4e\n",
+                            "lea {shifts}, [rip + {tables}]\n",
+                            "mov {low}, [{tweaks}]\n",
+                            "mov {high}, [{tweaks} + 8]\n",
+                            "xor {low}, [{keys} + 16*14]\n",
+                            "xor {high}, [{keys} + 16*14 + 8]\n",
+                            "add {tweaks}, 16"
+                        )
+                    };
+                }
+                // The tweak for shifts, times α⁶⁴.
+                macro_rules! next_64 {
+                    () => {
+                        concat!(
+                            "vpclmulqdq ", $r, "14, ", $r, "9, ", $r, "11, 0x01\n",
+                            "vpslldq ", $r, "9, ", $r, "9, 8\n",
+                            $xor, " ", $r, "9, ", $r, "9, ", $r, "14\n",
+                            "vpshufd ", $r, "10, ", $r, "9, 0x4e\n",
+                            "lea {shifts}, [rip + {tables}]"
+                        )
+                    };
+                }
+                // The chain's next block.
+                macro_rules! step {
+                    () => {
+                        concat!(
+                            "mov {carry}, {high}\n",
+                            "sar {carry}, 63\n",
+                            "and {carry}, 0x87\n",
+                            "xor {carry}, [{keys} + 16*15]\n",
+                            "add {low}, {low}\n",
+                            "adc {high}, {high}\n",
+                            "xor {low}, {carry}\n",
+                            "xor {high}, [{keys} + 16*15 + 8]"
+                        )
+                    };
+                }
+                // V of vector i of the next group, from the first tweak of its unit.
+                macro_rules! first {
+                    ($i:literal, $chained_:literal) => {
+                        concat!(
+                            ".if ", $i, " < ", $chained_, "\n",
+                            ".irp block,", $blocks, "\n",
+                            "mov [{scratch} + {next} + ", $bytes, "*(", $i, ") + 16*\\block], {low}\n",
+                            "mov [{scratch} + {next} + ", $bytes, "*(", $i, ") + 16*\\block + 8], {high}\n",
+                            step!(), "\n",
+                            ".endr\n",
+                            ".else\n",
+                            "vpsllvq ", $r, "13, ", $r, "9, [{shifts} + ", $bytes, "*(", $i, ")]\n",
+                            "vpsrlvq ", $r, "14, ", $r, "10, [{shifts} + 16*64 + ", $bytes, "*(", $i, ")]\n",
+                            $xor, " ", $r, "13, ", $r, "13, ", $r, "14\n",
+                            "vpclmulqdq ", $r, "14, ", $r, "14, ", $r, "11, 0x10\n",
+                            $xor3!($r, "13", concat!($r, "14"), concat!($r, "15")), "\n",
+                            $load, " [{scratch} + {next} + ", $bytes, "*(", $i, ")], ", $r, "13\n",
+                            ".endif"
+                        )
+                    };
+                }
+                // Goes on to the group after the next one.
+                macro_rules! after_first {
+                    () => {
+                        concat!(
+                            "add {shifts}, {group}\n",
+                            "mov {low}, [{scratch} + {next} + {group} - 16]\n",
+                            "mov {high}, [{scratch} + {next} + {group} - 8]\n",
+                            step!()
+                        )
+                    };
+                }
+                // V of vector i of the next group, from those of 128 blocks before.
+                macro_rules! later {
+                    ($i:literal, $chained_:literal) => {
+                        concat!(
+                            $load, " ", $r, "13, [{scratch} + {next} - 16*128 + ", $bytes, "*(", $i, ")]\n",
+                            $load, " ", $r, "14, [{scratch} + {next} - 16*127 + ", $bytes, "*(", $i, ")]\n",
+                            $xor3!($r, "13", concat!($r, "14"), concat!("[{scratch} + {next} - 16*126 + ", $bytes, "*(", $i, ")]")), "\n",
+                            $xor3!($r, "13", concat!($r, "15"), concat!("[{scratch} + {next} - 16*121 + ", $bytes, "*(", $i, ")]")), "\n",
+                            $load, " [{scratch} + {next} + ", $bytes, "*(", $i, ")], ", $r, "13"
+                        )
+                    };
+                }
+                macro_rules! after_later {
+                    () => { "" };
+                }
                 // A group of blocks under the V of this group, while those of the next are made.
                 macro_rules! group {
-                    ($aes:literal, $store:expr, $next:ident) => {
+                    ($aes:literal, $store:expr, $next:ident, $after:ident) => {
                         concat!(
                             ".irp i,0,1,2,3,4,5,6,7\n",
                             $load, " ", $r, "\\i, [{source} + ", $bytes, "*\\i]\n",
@@ -275,7 +368,7 @@ macro_rules! kernel {
                             ".irp i,0,1,2,3,4,5,6,7\n",
                             $aes, " ", $r, "\\i, ", $r, "\\i, ", $r, "8\n",
                             ".endr\n",
-                            $next!(next "\\round-1", $r, $bytes, $load, $xor, $xor3), "\n",
+                            $next!("\\round-1", $chained), "\n",
                             ".endr\n",
                             ".irp round,9,10,11,12,13\n",
                             $broadcast, " ", $r, "8, [{keys} + 16*\\round]\n",
@@ -289,29 +382,31 @@ macro_rules! kernel {
                             ".endr\n",
                             "add {source}, {group}\n",
                             "add {target}, {group}\n",
+                            $after!(), "\n",
                             "mov {this:e}, {next:e}\n",
                             "add {next:e}, {group}\n",
                             "and {next:e}, [{scratch} + {last}]"
                         )
                     };
                 }
+                scratch.count = count as u64;
                 macro_rules! all {
                     ($aes:literal, $store:expr, $keys:expr) => {
                         // SAFETY: it reads the source, the keys, the tables and the tweaks, and writes to the target
-                        // and the ring.
+                        // and to `scratch`.
                         unsafe {
                             asm!(
                                 concat!($broadcast, " ", $r, "12, [{keys}]"),
                                 concat!($broadcast, " ", $r, "15, [{keys} + 16*14]"),
                                 concat!($xor, " ", $r, "12, ", $r, "12, ", $r, "15"),
-                                $tweaks!(prepare $r, $broadcast),
+                                concat!($broadcast, " ", $r, "11, [rip + {tables} + 16*128]"),
                                 // The first group's V.
-                                $tweaks!(first $r, $broadcast),
+                                next_unit!(),
                                 "xor {next:e}, {next:e}",
                                 ".irp i,0,1,2,3,4,5,6,7",
-                                $tweaks!(next "\\i", $r, $bytes, $load, $xor, $xor3),
+                                first!("\\i", $at_first),
                                 ".endr",
-                                $tweaks!(advance),
+                                after_first!(),
                                 "xor {this:e}, {this:e}",
                                 "mov {next:e}, {group}",
                                 "mov {run}, [{scratch} + {shifted}]",
@@ -320,17 +415,16 @@ macro_rules! kernel {
                                 "jmp 3f",
                                 // Groups before those whose tweaks come from one.
                                 "2:",
-                                group!($aes, $store, $tweaks),
-                                $tweaks!(advance),
+                                group!($aes, $store, first, after_first),
                                 "dec {run}",
                                 "3:",
                                 "test {run}, {run}",
                                 "jnz 2b",
-                                "test {count}, {count}",
-                                "jz 6f",
+                                "cmp qword ptr [{scratch} + {count}], 0",
+                                "je 6f",
                                 "dec {again}",
                                 "js 4f",
-                                $tweaks!(again $r, $xor),
+                                next_64!(),
                                 "mov {run}, [{scratch} + {shifted}]",
                                 "jmp 2b",
                                 // Groups before those whose tweaks are sums.
@@ -339,21 +433,26 @@ macro_rules! kernel {
                                 "test {run}, {run}",
                                 "jz 5f",
                                 "7:",
-                                group!($aes, $store, sums),
+                                group!($aes, $store, later, after_later),
                                 "dec {run}",
                                 "jnz 7b",
                                 // The unit's last group: before one of the next unit, or of none.
                                 "5:",
-                                $tweaks!(first $r, $broadcast),
+                                next_unit!(),
                                 "mov {run:e}, 1",
                                 "xor {again:e}, {again:e}",
-                                "dec {count}",
+                                "dec qword ptr [{scratch} + {count}]",
                                 "cmovnz {run}, [{scratch} + {shifted}]",
                                 "cmovnz {again}, [{scratch} + {again_at}]",
                                 "jmp 2b",
                                 "6:",
                                 "vzeroall",
+                                "xor {low:e}, {low:e}",
+                                "xor {high:e}, {high:e}",
+                                "xor {carry:e}, {carry:e}",
                                 group = const Self::GROUP,
+                                tables = sym TABLES,
+                                count = const offset_of!(Scratch, count),
                                 last = const offset_of!(Scratch, last),
                                 shifted = const offset_of!(Scratch, shifted),
                                 again_at = const offset_of!(Scratch, again),
@@ -363,12 +462,14 @@ macro_rules! kernel {
                                 tweaks = inout(reg) scratch.tweaks.as_ptr() => _,
                                 source = inout(reg) source => _,
                                 target = inout(reg) target => _,
-                                count = inout(reg) count => _,
                                 this = out(reg) _,
                                 next = out(reg) _,
                                 run = out(reg) _,
                                 again = out(reg) _,
-                                $($operands)*
+                                shifts = out(reg) _,
+                                low = out(reg) _,
+                                high = out(reg) _,
+                                carry = out(reg) _,
                                 out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _,
                                 out("xmm4") _, out("xmm5") _, out("xmm6") _, out("xmm7") _,
                                 out("xmm8") _, out("xmm9") _, out("xmm10") _, out("xmm11") _,
@@ -393,197 +494,6 @@ macro_rules! kernel {
     };
 }
 
-// How V comes about. `first` takes T₀ of the next unit, `next` makes V of vector i of the next group, `advance` ends the
-// group, and `again` goes on after 64 blocks.
-
-/// 64 of them from one tweak.
-macro_rules! shifts {
-    (prepare $r:literal, $broadcast:literal) => {
-        concat!($broadcast, " ", $r, "11, [rip + {tables} + 16*128]")
-    };
-    (first $r:literal, $broadcast:literal) => {
-        concat!(
-            $broadcast,
-            " ",
-            $r,
-            "9, [{tweaks}]\n",
-            "vpshufd ",
-            $r,
-            "10, ",
-            $r,
-            "9, 0x4e\n",
-            "lea {shifts}, [rip + {tables}]\n",
-            "add {tweaks}, 16"
-        )
-    };
-    (next $i:literal, $r:literal, $bytes:literal, $load:literal, $xor:literal, $xor3:ident) => {
-        concat!(
-            "vpsllvq ",
-            $r,
-            "13, ",
-            $r,
-            "9, [{shifts} + ",
-            $bytes,
-            "*(",
-            $i,
-            ")]\n",
-            "vpsrlvq ",
-            $r,
-            "14, ",
-            $r,
-            "10, [{shifts} + 16*64 + ",
-            $bytes,
-            "*(",
-            $i,
-            ")]\n",
-            $xor,
-            " ",
-            $r,
-            "13, ",
-            $r,
-            "13, ",
-            $r,
-            "14\n",
-            "vpclmulqdq ",
-            $r,
-            "14, ",
-            $r,
-            "14, ",
-            $r,
-            "11, 0x10\n",
-            $xor3!($r, "13", concat!($r, "14"), concat!($r, "15")),
-            "\n",
-            $load,
-            " [{scratch} + {next} + ",
-            $bytes,
-            "*(",
-            $i,
-            ")], ",
-            $r,
-            "13"
-        )
-    };
-    (advance) => {
-        "add {shifts}, {group}"
-    };
-    (again $r:literal, $xor:literal) => {
-        concat!(
-            "vpclmulqdq ",
-            $r,
-            "14, ",
-            $r,
-            "9, ",
-            $r,
-            "11, 0x01\n",
-            "vpslldq ",
-            $r,
-            "9, ",
-            $r,
-            "9, 8\n",
-            $xor,
-            " ",
-            $r,
-            "9, ",
-            $r,
-            "9, ",
-            $r,
-            "14\n",
-            "vpshufd ",
-            $r,
-            "10, ",
-            $r,
-            "9, 0x4e\n",
-            "lea {shifts}, [rip + {tables}]"
-        )
-    };
-}
-
-/// Each from the one before.
-macro_rules! chain {
-    (prepare $r:literal, $broadcast:literal) => {
-        ""
-    };
-    (first $r:literal, $broadcast:literal) => {
-        concat!(
-            "mov {low}, [{tweaks}]\n",
-            "mov {high}, [{tweaks} + 8]\n",
-            "xor {low}, [{keys} + 16*14]\n",
-            "xor {high}, [{keys} + 16*14 + 8]\n",
-            "add {tweaks}, 16"
-        )
-    };
-    (next $i:literal, $r:literal, $bytes:literal, $load:literal, $xor:literal, $xor3:ident) => {
-        concat!(
-            "mov [{scratch} + {next} + 16*(",
-            $i,
-            ")], {low}\n",
-            "mov [{scratch} + {next} + 16*(",
-            $i,
-            ") + 8], {high}\n",
-            "mov {carry}, {high}\n",
-            "sar {carry}, 63\n",
-            "and {carry}, 0x87\n",
-            "xor {carry}, [{keys} + 16*15]\n",
-            "add {low}, {low}\n",
-            "adc {high}, {high}\n",
-            "xor {low}, {carry}\n",
-            "xor {high}, [{keys} + 16*15 + 8]"
-        )
-    };
-    (advance) => {
-        ""
-    };
-    (again $r:literal, $xor:literal) => {
-        ""
-    };
-}
-
-/// Each from four of 128 blocks before.
-macro_rules! sums {
-    (next $i:literal, $r:literal, $bytes:literal, $load:literal, $xor:literal, $xor3:ident) => {
-        concat!(
-            $load,
-            " ",
-            $r,
-            "13, [{scratch} + {next} - 16*128 + ",
-            $bytes,
-            "*(",
-            $i,
-            ")]\n",
-            $load,
-            " ",
-            $r,
-            "14, [{scratch} + {next} - 16*127 + ",
-            $bytes,
-            "*(",
-            $i,
-            ")]\n",
-            $xor3!(
-                $r,
-                "13",
-                concat!($r, "14"),
-                concat!("[{scratch} + {next} - 16*126 + ", $bytes, "*(", $i, ")]")
-            ),
-            "\n",
-            $xor3!(
-                $r,
-                "13",
-                concat!($r, "15"),
-                concat!("[{scratch} + {next} - 16*121 + ", $bytes, "*(", $i, ")]")
-            ),
-            "\n",
-            $load,
-            " [{scratch} + {next} + ",
-            $bytes,
-            "*(",
-            $i,
-            ")], ",
-            $r,
-            "13"
-        )
-    };
-}
-
 /// `target ^= a ^ b` in one instruction, of EVEX.
 macro_rules! xor3_evex {
     ($r:literal, $target:literal, $a:expr, $b:expr) => {
@@ -602,19 +512,19 @@ macro_rules! xor3_vex {
 }
 
 kernel! {
-    Avx512, expand: expand_avx512, vector: 64 bytes in "zmm",
+    Avx512, expand: expand_avx512, vector: 64 bytes of blocks "0,1,2,3" in "zmm",
     load: "vmovdqu64", broadcast: "vbroadcasti32x4", xor: "vpxorq", xor3: xor3_evex,
-    tweaks: shifts { tables = sym TABLES, shifts = out(reg) _, }
+    chained: 3, at first: 0
 }
 kernel! {
-    Avx2, expand: expand_avx2, vector: 32 bytes in "ymm",
+    Avx2, expand: expand_avx2, vector: 32 bytes of blocks "0,1" in "ymm",
     load: "vmovdqu", broadcast: "vbroadcasti128", xor: "vpxor", xor3: xor3_vex,
-    tweaks: shifts { tables = sym TABLES, shifts = out(reg) _, }
+    chained: 3, at first: 0
 }
 kernel! {
-    AesNi, expand: expand_aes_ni, vector: 16 bytes in "xmm",
+    AesNi, expand: expand_aes_ni, vector: 16 bytes of blocks "0" in "xmm",
     load: "vmovdqu", broadcast: "vmovdqu", xor: "vpxor", xor3: xor3_vex,
-    tweaks: chain { low = out(reg) _, high = out(reg) _, carry = out(reg) _, }
+    chained: 8, at first: 8
 }
 
 pub(super) fn has_avx512() -> bool {
