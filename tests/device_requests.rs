@@ -1026,7 +1026,16 @@ fn more_than_the_device_has_buffers_for_waits_and_is_served() {
 
 #[test]
 fn one_request_larger_than_every_buffer_is_served() {
-    let server = Server::of(Volume::created(16 * MIB, 512), &[]);
+    one_large_request_is_served(&[]);
+}
+
+#[test]
+fn one_request_larger_than_a_small_pool_is_served() {
+    one_large_request_is_served(&["--pool-size", "1M"]);
+}
+
+fn one_large_request_is_served(args: &[&str]) {
+    let server = Server::of(Volume::created(16 * MIB, 512), args);
     let mut driver = server.connect();
     let piece = pattern(16, MIB as usize);
     // The whole disk in one request, from and to one buffer.

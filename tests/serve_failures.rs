@@ -378,6 +378,10 @@ fn arguments_that_make_no_sense_are_refused() {
         &["--num-queues", "0"][..],
         &["--num-queues", "65"],
         &["--num-queues", "x"],
+        &["--pool-size", "1048575"],
+        &["--pool-size", "1M1"],
+        &["--pool-size", "257M"],
+        &["--poll-max", "1001"],
         &["--fd", "9"],
         &["--bogus"],
     ] {

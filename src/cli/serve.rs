@@ -12,12 +12,12 @@ use sha2::{Digest, Sha256};
 
 use super::failure::Failure;
 use super::secret::{SecretError, SecretSource};
-use super::size::Size;
+use super::size::{NotASize, Size};
 use super::{Host, output};
 use crate::cipher::{KEY_LEN, KernelChoice, Sector, SectorCipher, SectorSize};
-use crate::device::{DEFAULT_POLL_MAX, Disk, Endpoint, Server};
+use crate::device::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES, Disk, Endpoint, Server};
 use crate::keys::arena::SecretBytes;
-use crate::storage::{Access, Backing, DataFile};
+use crate::storage::{Access, Backing, DataFile, PAGE};
 use crate::volume::segment::{SegmentTable, Treatment};
 use crate::volume::{HeaderError, Locked, Reason, VolumeError, plain};
 
@@ -104,6 +104,10 @@ pub(super) struct Serve {
         default_value_t = DEFAULT_POLL_MAX.as_micros() as u16
     )]
     poll_max: u16,
+    /// Memory of each queue in use for data between the guest and storage, pinned: 1M to 256M; with less, fewer large
+    /// requests are in flight at a time [default: 8M]
+    #[arg(long, value_name = "SIZE", value_parser = parse_pool_size)]
+    pool_size: Option<u32>,
     /// The code that encrypts and decrypts: 'fastest' of this machine, or by name 'avx512', 'avx2', 'aes-ni' (x86-64) or
     /// 'portable'
     #[arg(long, value_name = "NAME", default_value_t)]
@@ -251,6 +255,7 @@ impl Serve {
             self.serial.as_ref().unwrap_or(&medium.serial),
         )
         .with_poll_max(Duration::from_micros(self.poll_max.into()))
+        .with_pool_pages(self.pool_size.unwrap_or(DEFAULT_POOL_PAGES))
     }
 }
 
@@ -278,6 +283,15 @@ fn serial_of_path(path: &Path) -> String {
 fn parse_sector_size(text: &str) -> Result<SectorSize, String> {
     let size = text.parse().ok().and_then(SectorSize::from_bytes);
     size.ok_or_else(|| "a sector has 512 or 4096 bytes".into())
+}
+
+/// In pages.
+fn parse_pool_size(text: &str) -> Result<u32, String> {
+    let Size(bytes) = text.parse().map_err(|error: NotASize| error.to_string())?;
+    if !(1 << 20..=256 << 20).contains(&bytes) || !bytes.is_multiple_of(PAGE as u64) {
+        return Err("a pool has 1M to 256M, in whole pages of 4K".into());
+    }
+    Ok((bytes / PAGE as u64) as u32)
 }
 
 fn parse_serial(text: &str) -> Result<String, String> {

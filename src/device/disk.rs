@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use super::polling;
+use super::{polling, worker};
 use crate::cipher::SectorSize;
 use crate::storage::DataFile;
 use crate::volume::segment::SegmentTable;
@@ -27,6 +27,8 @@ pub struct Disk {
     pub serial: [u8; 20],
     /// The longest that a worker looks for work itself before it sleeps.
     pub poll_max: Duration,
+    /// The pages of each queue's pool.
+    pub pool_pages: u32,
     write_cache: AtomicBool,
     /// What the last driver that could choose has chosen.
     chosen: AtomicBool,
@@ -54,6 +56,7 @@ impl Disk {
             discard,
             serial: padded,
             poll_max: polling::DEFAULT_MAX,
+            pool_pages: worker::DEFAULT_POOL_PAGES,
             write_cache: AtomicBool::new(true),
             chosen: AtomicBool::new(true),
         }
@@ -62,6 +65,12 @@ impl Disk {
     /// The same disk, whose workers look for work for so long at most before they sleep; zero has them sleep at once.
     pub fn with_poll_max(mut self, poll_max: Duration) -> Self {
         self.poll_max = poll_max;
+        self
+    }
+
+    /// The same disk, each of whose queues has a pool of so many pages for data on the way between driver and storage.
+    pub fn with_pool_pages(mut self, pool_pages: u32) -> Self {
+        self.pool_pages = pool_pages;
         self
     }
 

@@ -30,3 +30,4 @@ mod worker;
 pub use disk::Disk;
 pub use polling::DEFAULT_MAX as DEFAULT_POLL_MAX;
 pub use server::{Endpoint, ServeError, Server};
+pub use worker::DEFAULT_POOL_PAGES;

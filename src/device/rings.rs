@@ -10,7 +10,7 @@ use super::disk::Disk;
 use super::guest::SharedMemory;
 use super::sigbus;
 use super::vring::{StartError, Vring};
-use super::worker::{POOL_PAGES, Piece, Running};
+use super::worker::{Piece, Running};
 use crate::storage::Engine;
 
 /// Which rings a change concerns.
@@ -118,7 +118,7 @@ impl Drop for Rings {
 pub(super) fn engine(disk: &Disk) -> io::Result<Engine<Piece>> {
     let mut tries = 1..=ENGINE_TRIES;
     loop {
-        match Engine::new(Arc::clone(&disk.file), POOL_PAGES) {
+        match Engine::new(Arc::clone(&disk.file), disk.pool_pages) {
             Err(error) if error.raw_os_error() == Some(libc::ENOMEM) && tries.next().is_some() => {
                 std::thread::sleep(ENGINE_RETRY);
             }

@@ -45,9 +45,9 @@ use crate::volume::segment::Extent;
 const MAX_REQUESTS: usize = 256;
 /// The most bytes of one piece of a request: large ones are cut, so that cipher and storage work at the same time.
 const MAX_PIECE: u64 = 128 << 10;
-/// The pages of a queue's pool: room for 64 of the largest pieces, or for all requests of a few pages. With less, storage
-/// idles while the driver has eight requests of 1 MiB in flight.
-pub(super) const POOL_PAGES: u32 = 2048;
+/// The pages of a queue's pool, if nobody says otherwise: room for 64 of the largest pieces, or for all requests of a few
+/// pages. With less, storage idles while the driver has eight requests of 1 MiB in flight.
+pub const DEFAULT_POOL_PAGES: u32 = 2048;
 /// The most events, and the most chains, of a round. What a round has brought goes to storage and to the driver before
 /// the next one begins: with long rounds, device and driver would idle while the worker works, and the other way round.
 const ROUND: usize = 4;
