@@ -1030,8 +1030,9 @@ fn one_request_larger_than_every_buffer_is_served() {
 }
 
 #[test]
-fn one_request_larger_than_a_small_pool_is_served() {
+fn one_large_request_is_served_with_the_smallest_pool_and_the_largest() {
     one_large_request_is_served(&["--pool-size", "1M"]);
+    one_large_request_is_served(&["--pool-size", "64M"]);
 }
 
 fn one_large_request_is_served(args: &[&str]) {

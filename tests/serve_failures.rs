@@ -380,7 +380,7 @@ fn arguments_that_make_no_sense_are_refused() {
         &["--num-queues", "x"],
         &["--pool-size", "1048575"],
         &["--pool-size", "1M1"],
-        &["--pool-size", "257M"],
+        &["--pool-size", "65M"],
         &["--poll-max", "1001"],
         &["--fd", "9"],
         &["--bogus"],

@@ -104,7 +104,7 @@ pub(super) struct Serve {
         default_value_t = DEFAULT_POLL_MAX.as_micros() as u16
     )]
     poll_max: u16,
-    /// Memory of each queue in use for data between the guest and storage, pinned: 1M to 256M; with less, fewer large
+    /// Memory of each queue in use for data between the guest and storage, pinned: 1M to 64M; with less, fewer large
     /// requests are in flight at a time [default: 8M]
     #[arg(long, value_name = "SIZE", value_parser = parse_pool_size)]
     pool_size: Option<u32>,
@@ -288,8 +288,9 @@ fn parse_sector_size(text: &str) -> Result<SectorSize, String> {
 /// In pages.
 fn parse_pool_size(text: &str) -> Result<u32, String> {
     let Size(bytes) = text.parse().map_err(|error: NotASize| error.to_string())?;
-    if !(1 << 20..=256 << 20).contains(&bytes) || !bytes.is_multiple_of(PAGE as u64) {
-        return Err("a pool has 1M to 256M, in whole pages of 4K".into());
+    // A place for each page, and io_uring has 32768.
+    if !(1 << 20..=64 << 20).contains(&bytes) || !bytes.is_multiple_of(PAGE as u64) {
+        return Err("a pool has 1M to 64M, in whole pages of 4K".into());
     }
     Ok((bytes / PAGE as u64) as u32)
 }
