@@ -15,6 +15,8 @@ use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 /// The granularity of the pool: the unit of O_DIRECT's memory alignment on every machine that we run on.
 pub const PAGE: usize = 4096;
+/// Of x86-64 and of AArch64 with pages of 4 KiB; where it is another, there are fewer huge pages.
+const HUGE_PAGE: usize = 2 << 20;
 
 /// A run of pages, owned: it goes back to the pool that it came from by [`Pool::give`].
 #[derive(Debug)]
@@ -52,19 +54,31 @@ unsafe impl Send for Pool {}
 impl Pool {
     /// Maps `pages` pages.
     pub(super) fn new(pages: u32) -> io::Result<Self> {
-        let flags = MapFlags::PRIVATE;
+        let len = pages as usize * PAGE;
         // SAFETY: a fresh anonymous mapping at an address of the kernel's choice aliases nothing.
-        let memory = unsafe {
+        let mapping = unsafe {
             rustix::mm::mmap_anonymous(
                 std::ptr::null_mut(),
-                pages as usize * PAGE,
+                len + HUGE_PAGE,
                 ProtFlags::READ | ProtFlags::WRITE,
-                flags,
+                MapFlags::PRIVATE,
             )
         }?;
+        // Kernels before 6.7 align no mapping for huge pages.
+        let before = mapping.cast::<u8>().align_offset(HUGE_PAGE);
+        let memory = mapping.wrapping_byte_add(before);
+        for (rest, len) in [
+            (mapping, before),
+            (memory.wrapping_byte_add(len), HUGE_PAGE - before),
+        ] {
+            if len > 0 {
+                // SAFETY: it is that part of the mapping that nothing is going to use.
+                unsafe { rustix::mm::munmap(rest, len) }?;
+            }
+        }
         // Where the kernel has no huge pages, storage is slower.
-        // SAFETY: the range is that mapping, and the advice changes nothing of what it holds.
-        let _ = unsafe { rustix::mm::madvise(memory, pages as usize * PAGE, Advice::LinuxHugepage) };
+        // SAFETY: the range is what is left of the mapping, and the advice changes nothing of what it holds.
+        let _ = unsafe { rustix::mm::madvise(memory, len, Advice::LinuxHugepage) };
         let memory =
             NonNull::new(memory.cast()).ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
         let mut pool = Self {
