@@ -50,6 +50,8 @@ pub struct Engine<C> {
     /// Operations in flight that hold no buffer.
     without_data: u32,
     watches: [Option<types::Fd>; WATCHES],
+    /// Whether the kernel watches them: from the submission to the last that it tells of a watch.
+    armed: [bool; WATCHES],
     /// What ended without passing through the ring.
     ended: Vec<Done<C>>,
 }
@@ -121,6 +123,7 @@ impl<C> Engine<C> {
             vacant: (0..places).rev().collect(),
             without_data: 0,
             watches: [None; WATCHES],
+            armed: [false; WATCHES],
             ended: Vec::new(),
         })
     }
@@ -237,20 +240,25 @@ impl<C> Engine<C> {
         self.arm(number);
     }
 
-    /// Ends all watches, and waits until the kernel has let go of their descriptors. Call it only while nothing is in
-    /// flight.
+    /// Ends all watches, and waits until the kernel has let go of their descriptors and told of their ends: what it told
+    /// later would be taken for the end of the next watch. Call it only while nothing is in flight.
     pub fn unwatch(&mut self) -> io::Result<()> {
-        for number in 0..WATCHES as u32 {
-            if self.watches[number as usize].take().is_some() {
-                let entry = opcode::PollRemove::new(WATCH + u64::from(number))
-                    .build()
-                    .user_data(CANCEL);
-                self.push(&entry);
-                let mut cancelled = false;
-                while !cancelled {
-                    enter(|| self.ring.submit_and_wait(1))?;
-                    let ids: Vec<u64> = self.ring.completion().map(|entry| entry.user_data()).collect();
-                    cancelled = ids.contains(&CANCEL);
+        self.watches = [None; WATCHES];
+        for number in 0..WATCHES {
+            let mut asked = false;
+            while self.armed[number] {
+                if !asked {
+                    let remove = opcode::PollRemove::new(WATCH + number as u64);
+                    self.push(&remove.build().user_data(CANCEL));
+                    asked = true;
+                }
+                enter(|| self.ring.submit_and_wait(1))?;
+                for entry in self.ring.completion() {
+                    match entry.user_data() {
+                        // A poll that is just being told of an event stays, and has to be removed again.
+                        CANCEL => asked = entry.result() != -libc::EALREADY,
+                        id => self.armed[(id - WATCH) as usize] = cqueue::more(entry.flags()),
+                    }
                 }
             }
         }
@@ -312,6 +320,7 @@ impl<C> Engine<C> {
             }
             if id >= WATCH {
                 let number = (id - WATCH) as u32;
+                self.armed[number as usize] = cqueue::more(entry.flags());
                 if entry.result() < 0 {
                     // Cancelled, or never watched.
                     if self.watches[number as usize].take().is_some() {
@@ -320,7 +329,7 @@ impl<C> Engine<C> {
                     continue;
                 }
                 // A multishot poll ends when the completion queue overflows.
-                if !cqueue::more(entry.flags()) {
+                if !self.armed[number as usize] {
                     self.arm(number);
                 }
                 return Some(Event::Ready(number));
@@ -338,6 +347,7 @@ impl<C> Engine<C> {
                 .build()
                 .user_data(WATCH + u64::from(number));
             self.push(&entry);
+            self.armed[number as usize] = true;
         }
     }
 
