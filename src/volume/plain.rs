@@ -63,11 +63,16 @@ fn has_trace(disk: &dyn HeaderIo, offset: u64, len: u64) -> io::Result<bool> {
     if is(Copy::Primary) {
         return Ok(offset == 0);
     }
-    let named = |name: &[u8]| json.windows(name.len()).any(|window| window == name);
-    Ok(is(Copy::Secondary) || json[0] == b'{' && OBJECTS.iter().any(|name| named(name)))
+    Ok(is(Copy::Secondary) || is_metadata(json))
 }
 
-/// What the JSON metadata of LUKS2 consist of; the first of them is near the beginning, whoever wrote them.
+/// Whether these are the first bytes of LUKS2's JSON metadata: an object, whose first member is one of those that it has.
+fn is_metadata(json: &[u8]) -> bool {
+    let member = json.strip_prefix(b"{").map(<[u8]>::trim_ascii_start);
+    member.is_some_and(|member| OBJECTS.iter().any(|name| member.starts_with(name)))
+}
+
+/// What the JSON metadata of LUKS2 consist of, in any order.
 const OBJECTS: [&[u8]; 5] = [
     b"\"keyslots\"",
     b"\"tokens\"",
@@ -112,6 +117,22 @@ mod tests {
         );
         assert_eq!(trace(&wiped_but(&|at| at >= COPY + block)), Some(COPY));
         assert_eq!(trace(&wiped_but(&|at| at % COPY < 3)), None);
+    }
+
+    /// Many programs write JSON with members of these names, and their files lie anywhere.
+    #[test]
+    fn json_of_others_leaves_the_disk_plain() {
+        let io = Memory::of(&sample());
+        let block = binary::LEN as u64;
+        for (json, found) in [
+            (&br#"{"schemaVersion":2,"config":{"digests":[]}}"#[..], None),
+            (br#"{ "tokens" : {"#, Some(COPY)),
+            (b"{\n\t\"segments\"", Some(COPY)),
+        ] {
+            io.front.borrow_mut().fill(0);
+            io.write_at(json, COPY + block).unwrap();
+            assert_eq!(trace(&io), found);
+        }
     }
 
     /// Its secondary copy lies where none of this disk's can.
