@@ -20,7 +20,7 @@ use std::process::{Command, Stdio};
 
 use sealblk::cipher::SectorSize;
 use sealblk::keys::arena::SecretBytes;
-use sealblk::keys::registry::Registry;
+use sealblk::keys::registry::{Registry, Source};
 use sealblk::keys::{KeyProvider, Providers};
 use sealblk::volume::{
     Argon2Cost, CreateOptions, HeaderError, HeaderIo, HeaderState, Info, LockMode, Locked, MetadataLock,
@@ -279,7 +279,7 @@ impl Host {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut providers = Registry::open(&dir.path().join("state")).unwrap();
-        providers.add_native("native", true).unwrap();
+        providers.add("native", Source::Native {}, true).unwrap();
         Self { dir, providers }
     }
 

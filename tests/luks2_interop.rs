@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use sealblk::cipher::{Reader, Sector, SectorSize, Workspace};
 use sealblk::keys::arena::SecretBytes;
-use sealblk::keys::registry::Registry;
+use sealblk::keys::registry::{Registry, Source};
 use sealblk::keys::{KeyProvider, Providers};
 use sealblk::storage::{Access, Backing, StorageError};
 use sealblk::volume::segment::Treatment;
@@ -595,7 +595,7 @@ impl Disk {
         let path = dir.path().join("disk");
         File::create(&path).unwrap().set_len(size).unwrap();
         let mut providers = Registry::open(&dir.path().join("state")).unwrap();
-        providers.add_native("native", true).unwrap();
+        providers.add("native", Source::Native {}, true).unwrap();
         Self {
             dir,
             path,

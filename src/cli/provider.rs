@@ -1,13 +1,13 @@
 //! `sealblk provider`: the key providers of this host.
 
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{Args, Subcommand};
 
 use super::failure::Failure;
 use super::{Host, output};
 use crate::keys::Providers;
-use crate::keys::registry::Registry;
+use crate::keys::registry::{Registry, Source};
 
-const ADD_HELP: &str = "\
+const NATIVE_HELP: &str = "\
 Examples:
   sealblk provider add native
   sealblk provider add native --name lab --default
@@ -26,28 +26,28 @@ pub(super) struct Provider {
 #[derive(Debug, Subcommand)]
 enum Verb {
     /// Add a key provider to this host
-    #[command(after_help = ADD_HELP)]
+    #[command(subcommand)]
     Add(Add),
     /// List the key providers of this host, and whether each one's keys can be used
     List,
 }
 
+#[derive(Debug, Subcommand)]
+enum Add {
+    /// A primary key in the state directory; needs no server
+    #[command(after_help = NATIVE_HELP)]
+    Native(Common),
+}
+
+/// What every kind is asked.
 #[derive(Debug, Args)]
-struct Add {
-    /// What it is
-    kind: Kind,
+struct Common {
     /// What to call it [default: its kind]
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
     /// Let new volumes take it when none is named; the first provider is the default anyway
     #[arg(long)]
     default: bool,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Kind {
-    /// A primary key in the state directory; needs no server
-    Native,
 }
 
 impl Provider {
@@ -61,19 +61,22 @@ impl Provider {
 
 impl Add {
     fn run(self, host: &Host) -> Result<(), Failure> {
-        let Kind::Native = self.kind;
         let mut registry = host.registry()?;
-        add_native(
-            &mut registry,
-            self.name.as_deref().unwrap_or("native"),
-            self.default,
-        )
+        match self {
+            Add::Native(common) => add_native(&mut registry, common.named("native"), common.default),
+        }
+    }
+}
+
+impl Common {
+    fn named(&self, kind: &'static str) -> &str {
+        self.name.as_deref().unwrap_or(kind)
     }
 }
 
 /// Adds a native provider, and says where its key is.
 pub(super) fn add_native(registry: &mut Registry, name: &str, default: bool) -> Result<(), Failure> {
-    registry.add_native(name, default)?;
+    registry.add(name, Source::Native {}, default)?;
     let dir = registry.dir().display();
     output::note(&format!(
         "added key provider {name:?}; its primary key is in {dir}: back that directory up, since volumes bound to \

@@ -31,8 +31,17 @@ pub enum KeyReason {
     Invalid,
     /// The provider does not answer.
     Unreachable,
+    /// Whoever answers is not known to be the provider, or does not take this host for who it is: a certificate is wrong
+    /// or has expired.
+    Untrusted,
+    /// The provider answers, but cannot do it: what lies behind it fails, or it does not know the operation.
+    Failed,
+    /// The provider's answer makes no sense.
+    Garbled,
     /// The provider knows this host and will not serve it, or not this key.
     Refused,
+    /// The provider does not find this host in the state that it has to be in.
+    Attestation,
     /// The provider has no such KEK.
     Missing,
     /// The provider has the KEK, in a state that forbids its use.
@@ -43,6 +52,31 @@ pub enum KeyReason {
     Host,
 }
 
+impl KeyError {
+    /// An operation that failed at `provider`, on `hop`.
+    pub fn new(provider: &str, hop: impl fmt::Display, reason: KeyReason) -> Self {
+        Self {
+            provider: provider.to_owned(),
+            key_id: None,
+            hop: hop.to_string(),
+            reason,
+            source: None,
+        }
+    }
+
+    /// The same, about this KEK.
+    pub fn of(mut self, key_id: &KeyId) -> Self {
+        self.key_id = Some(key_id.clone());
+        self
+    }
+
+    /// The same, with what lies under it.
+    pub fn because(mut self, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        self.source = Some(source.into());
+        self
+    }
+}
+
 impl KeyReason {
     /// The reason as a phrase: "the provider has no such key".
     pub fn what(self) -> &'static str {
@@ -50,6 +84,10 @@ impl KeyReason {
             Self::UnknownProvider => "this host has no such key provider",
             Self::Invalid => "the key provider's own state cannot be used",
             Self::Unreachable => "the key provider does not answer",
+            Self::Untrusted => "this host and the key provider do not trust each other's certificates",
+            Self::Failed => "the key provider answers, but fails",
+            Self::Garbled => "the key provider's answer makes no sense",
+            Self::Attestation => "the key provider does not find this host in the state that it has to be in",
             Self::Refused => "the key provider refuses this host",
             Self::Missing => "the key provider has no such key",
             Self::NotActive => "the key is not active",
@@ -66,6 +104,12 @@ impl KeyReason {
             }
             Self::Invalid => "mend it as the cause says, or restore the provider's files from a backup",
             Self::Unreachable => "check the server and the network, then try again",
+            Self::Untrusted => {
+                "renew or exchange the certificate that the cause names, and look at both clocks"
+            }
+            Self::Failed => "see the provider's log, and mend what lies behind it",
+            Self::Garbled => "check that the address is the provider's, and that its version is supported",
+            Self::Attestation => "compare this host's measured state with the provider's reference values",
             Self::Refused => "grant this host access at the provider",
             Self::Missing => "restore the key at the provider, or open the volume with a recovery key",
             Self::NotActive => "activate the key at the provider",
@@ -103,13 +147,7 @@ mod tests {
 
     #[test]
     fn text_says_what_where_and_what_to_do() {
-        let error = KeyError {
-            provider: "kms".into(),
-            key_id: Some(KeyId("4711".into())),
-            hop: "kms1:5696".into(),
-            reason: KeyReason::Missing,
-            source: None,
-        };
+        let error = KeyError::new("kms", "kms1:5696", KeyReason::Missing).of(&KeyId("4711".into()));
         assert_eq!(
             error.to_string(),
             "key provider \"kms\", key 4711: the key provider has no such key (at kms1:5696); restore the key at \

@@ -6,9 +6,10 @@
 //! a volume stores no KEK.
 //!
 //! ```text
-//! registry   the providers of this host, by name, in the state directory
-//! native     the provider that needs nothing but a file: KEKs derived from a primary key
-//! wrap       AES-256-GCM under a KEK, for providers whose KEKs come to this host
+//! registry   the providers of this host, by name, in the state directory; settings: the file that names them
+//! source     providers whose KEKs come to this host: what differs between them, and the wrapping, which does not
+//! native     the one that needs nothing but a file: KEKs derived from a primary key
+//! wrap       AES-256-GCM under a KEK that is on this host
 //! arena      the memory of every secret        harden   the process around it
 //! ```
 
@@ -20,7 +21,8 @@ pub mod harden;
 mod native;
 pub(crate) mod private;
 pub mod registry;
-
+mod settings;
+mod source;
 mod wrap;
 
 use std::fmt;
@@ -31,7 +33,6 @@ use uuid::Uuid;
 use arena::SecretBytes;
 
 pub use error::{KeyError, KeyReason};
-use native::Native;
 
 /// The name that a provider knows a KEK by. Its form is the provider's own affair.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -70,11 +71,20 @@ pub struct Binding<'a> {
     pub keyslot: u32,
 }
 
-/// Whether a KEK can be used, as its provider sees it.
+/// What a KEK can be used for, as its provider sees it: the states that KMIP has (its attribute State), for
+/// every provider.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KeyState {
+    /// It is there, and must not be used yet.
+    PreActive,
     /// It wraps and unwraps.
     Active,
+    /// It must not be used any more.
+    Deactivated,
+    /// Others may have it.
+    Compromised,
+    /// It was there; its record is.
+    Destroyed,
     /// The provider does not have it.
     Missing,
 }

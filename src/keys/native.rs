@@ -26,8 +26,9 @@ use uuid::Uuid;
 
 use super::arena::{ArenaError, SecretBytes, on_wiped_stack};
 use super::private::{self, Forbid};
-use super::wrap::{self, KEK_LEN, UnwrapError};
-use super::{Binding, KeyError, KeyId, KeyProvider, KeyReason, KeyState};
+use super::source::KekSource;
+use super::wrap::{KEK_LEN, Kek};
+use super::{KeyError, KeyId, KeyReason, KeyState};
 
 const MAGIC: &[u8; 16] = b"sealblk-native\0\x01";
 const PRIMARY_LEN: usize = 32;
@@ -66,12 +67,8 @@ impl Native {
     /// # Errors
     /// [`KeyError`] with the reason [`KeyReason::Host`]; then there is no file.
     pub(super) fn create(name: &str, path: &Path) -> Result<(), KeyError> {
-        let fail = |source: Box<dyn Error + Send + Sync>| KeyError {
-            provider: name.to_owned(),
-            key_id: None,
-            hop: path.display().to_string(),
-            reason: KeyReason::Host,
-            source: Some(source),
+        let fail = |source: Box<dyn Error + Send + Sync>| {
+            KeyError::new(name, path.display(), KeyReason::Host).because(source)
         };
         let primary = SecretBytes::random(PRIMARY_LEN).map_err(|e| fail(e.into()))?;
         let mut content = SecretBytes::zeroed(FILE_LEN).map_err(|e| fail(e.into()))?;
@@ -87,12 +84,8 @@ impl Native {
     /// [`KeyError`]: [`KeyReason::Missing`] without a file, [`KeyReason::Invalid`] if the file is damaged or others
     /// than its owner can get at it.
     pub(super) fn open(name: &str, path: &Path) -> Result<Self, KeyError> {
-        let fail = |reason, source: Box<dyn Error + Send + Sync>| KeyError {
-            provider: name.to_owned(),
-            key_id: None,
-            hop: path.display().to_string(),
-            reason,
-            source: Some(source),
+        let fail = |reason, source: Box<dyn Error + Send + Sync>| {
+            KeyError::new(name, path.display(), reason).because(source)
         };
         let invalid = |source: Box<dyn Error + Send + Sync>| fail(KeyReason::Invalid, source);
         let mut file = File::open(path).map_err(|e| match e.kind() {
@@ -123,14 +116,6 @@ impl Native {
         })
     }
 
-    /// The KEK of a key ID, if it was made under this primary key.
-    fn kek(&self, key_id: &KeyId) -> Result<SecretBytes, KeyError> {
-        self.recognise(key_id)
-            .map_err(|e| self.fail(key_id, KeyReason::Missing, e))?;
-        derive(&self.primary, b"sealblk native KEK\0", key_id.0.as_bytes())
-            .map_err(|e| self.fail(key_id, KeyReason::Host, e))
-    }
-
     fn recognise(&self, key_id: &KeyId) -> Result<(), ForeignKey> {
         let (wanted, number) = key_id.0.split_once('.').ok_or(ForeignKey::Form)?;
         let uuid = Uuid::try_parse(number).map_err(|_| ForeignKey::Form)?;
@@ -147,23 +132,12 @@ impl Native {
         }
     }
 
-    fn fail(
-        &self,
-        key_id: &KeyId,
-        reason: KeyReason,
-        source: impl Error + Send + Sync + 'static,
-    ) -> KeyError {
-        KeyError {
-            provider: self.name.clone(),
-            key_id: Some(key_id.clone()),
-            hop: self.path.display().to_string(),
-            reason,
-            source: Some(Box::new(source)),
-        }
+    fn fail(&self, key_id: &KeyId, reason: KeyReason) -> KeyError {
+        KeyError::new(&self.name, self.path.display(), reason).of(key_id)
     }
 }
 
-impl KeyProvider for Native {
+impl KekSource for Native {
     fn name(&self) -> &str {
         &self.name
     }
@@ -172,21 +146,20 @@ impl KeyProvider for Native {
         "native"
     }
 
+    fn location(&self) -> String {
+        self.path.display().to_string()
+    }
+
     fn create_kek(&self) -> Result<KeyId, KeyError> {
         Ok(KeyId(format!("{}.{}", self.identity, Uuid::new_v4())))
     }
 
-    fn wrap(&self, binding: &Binding<'_>, secret: &SecretBytes) -> Result<Vec<u8>, KeyError> {
-        let kek = self.kek(binding.key_id)?;
-        wrap::wrap(&kek, binding, secret).map_err(|e| self.fail(binding.key_id, KeyReason::Host, e))
-    }
-
-    fn unwrap(&self, binding: &Binding<'_>, wrapped: &[u8]) -> Result<SecretBytes, KeyError> {
-        let kek = self.kek(binding.key_id)?;
-        wrap::unwrap(&kek, binding, wrapped).map_err(|e| match e {
-            UnwrapError::Arena(e) => self.fail(binding.key_id, KeyReason::Host, e),
-            e => self.fail(binding.key_id, KeyReason::Unauthentic, e),
-        })
+    fn fetch(&self, key_id: &KeyId) -> Result<Kek, KeyError> {
+        self.recognise(key_id)
+            .map_err(|e| self.fail(key_id, KeyReason::Missing).because(e))?;
+        let kek = derive(&self.primary, b"sealblk native KEK\0", key_id.0.as_bytes())
+            .map_err(|e| self.fail(key_id, KeyReason::Host).because(e))?;
+        Ok(Kek::new(kek).expect("it is derived at this length"))
     }
 
     fn state(&self, key_id: &KeyId) -> Result<KeyState, KeyError> {
@@ -194,23 +167,6 @@ impl KeyProvider for Native {
             Ok(()) => KeyState::Active,
             Err(_) => KeyState::Missing,
         })
-    }
-
-    fn check(&self) -> Result<(), KeyError> {
-        let key_id = self.create_kek()?;
-        let binding = Binding {
-            volume: Uuid::new_v4(),
-            provider: &self.name,
-            key_id: &key_id,
-            keyslot: 0,
-        };
-        let secret = SecretBytes::random(KEK_LEN).map_err(|e| self.fail(&key_id, KeyReason::Host, e))?;
-        let back = self.unwrap(&binding, &self.wrap(&binding, &secret)?)?;
-        if back.ct_eq(&secret) {
-            Ok(())
-        } else {
-            Err(self.fail(&key_id, KeyReason::Invalid, FileError::Damaged))
-        }
     }
 }
 
@@ -255,7 +211,8 @@ fn hex(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::keys::conformance;
+    use crate::keys::source::HostProvider;
+    use crate::keys::{Binding, KeyProvider, conformance};
     use std::fs;
     use std::os::unix::fs::PermissionsExt;
 
@@ -268,13 +225,13 @@ mod tests {
     #[test]
     fn native_provider_conforms() {
         let dir = tempfile::tempdir().unwrap();
-        conformance::run(&native(&dir, "primary.key"));
+        conformance::run(&HostProvider::new(Box::new(native(&dir, "primary.key"))));
     }
 
     #[test]
     fn reopened_provider_unwraps_what_it_wrapped_before() {
         let dir = tempfile::tempdir().unwrap();
-        let before = native(&dir, "primary.key");
+        let before = HostProvider::new(Box::new(native(&dir, "primary.key")));
         let key_id = before.create_kek().unwrap();
         let binding = Binding {
             volume: Uuid::new_v4(),
@@ -285,6 +242,7 @@ mod tests {
         let secret = SecretBytes::random(32).unwrap();
         let wrapped = before.wrap(&binding, &secret).unwrap();
         let after = Native::open("native", &dir.path().join("primary.key")).unwrap();
+        let after = HostProvider::new(Box::new(after));
         assert!(after.unwrap(&binding, &wrapped).unwrap().ct_eq(&secret));
     }
 
@@ -292,15 +250,7 @@ mod tests {
     fn key_of_another_primary_key_is_missing_not_corrupt() {
         let dir = tempfile::tempdir().unwrap();
         let (one, two) = (native(&dir, "one"), native(&dir, "two"));
-        let key_id = one.create_kek().unwrap();
-        let binding = Binding {
-            volume: Uuid::new_v4(),
-            provider: "native",
-            key_id: &key_id,
-            keyslot: 0,
-        };
-        let wrapped = one.wrap(&binding, &SecretBytes::random(32).unwrap()).unwrap();
-        let error = two.unwrap(&binding, &wrapped).unwrap_err();
+        let error = two.fetch(&one.create_kek().unwrap()).unwrap_err();
         assert_eq!(error.reason, KeyReason::Missing);
         let cause = error.source.unwrap().to_string();
         assert!(

@@ -11,18 +11,18 @@
 //! The settings are replaced atomically and under a lock on the directory. A provider's own files exist before the
 //! settings name it; those left behind by a crash in between are taken up when the provider is added again.
 
-use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FlockOperation, flock};
-use serde::{Deserialize, Serialize};
-
 use super::private::{self, Exposed, Forbid};
-use super::{KeyError, KeyProvider, KeyReason, Native, Providers};
+use super::settings::Settings;
+use super::source::HostProvider;
+use super::{KeyError, KeyProvider, KeyReason, Providers};
+use rustix::fs::{FlockOperation, flock};
 
-const SETTINGS: &str = "providers.toml";
+pub use super::settings::Source;
+
 const NAME_RULE: &str =
     "up to 64 lower-case letters, digits, '-' and '_' are allowed, a letter or digit first";
 
@@ -156,22 +156,20 @@ impl Registry {
 
     /// All providers, by name.
     pub fn list(&self) -> Vec<Entry> {
-        let entry = |(name, kind): (&String, &Kind)| Entry {
+        let entry = |(name, source): (&String, &Source)| Entry {
             name: name.clone(),
-            kind: kind.name(),
+            kind: source.kind(),
             default: self.default_name() == Some(name),
-            location: match kind {
-                Kind::Native => self.native_path(name).display().to_string(),
-            },
+            location: source.location(&self.dir_of(name)),
         };
-        self.settings.providers.iter().map(entry).collect()
+        self.settings.provider.iter().map(entry).collect()
     }
 
-    /// Adds a native provider with a new primary key. The first provider becomes the default; later ones if asked for.
+    /// Adds a provider. The first one becomes the default; later ones if asked for.
     ///
     /// # Errors
     /// [`RegistryError`]; the settings are as they were then.
-    pub fn add_native(&mut self, name: &str, default: bool) -> Result<(), RegistryError> {
+    pub fn add(&mut self, name: &str, source: Source, default: bool) -> Result<(), RegistryError> {
         check_name(name)?;
         let io = |action, path: &Path| {
             let path = path.to_owned();
@@ -181,26 +179,21 @@ impl Registry {
         let lock = File::open(&self.dir).map_err(io("open", &self.dir))?;
         flock(&lock, FlockOperation::LockExclusive).map_err(|e| io("lock", &self.dir)(e.into()))?;
         let mut settings = Settings::read(&self.dir)?;
-        if settings.providers.contains_key(name) {
+        if settings.provider.contains_key(name) {
             return Err(RegistryError::Exists {
                 name: name.to_owned(),
                 dir: self.dir.clone(),
             });
         }
 
-        let path = self.native_path(name);
-        for dir in [self.dir.join("providers"), self.dir.join("providers").join(name)] {
-            private::ensure_dir(&dir).map_err(io("make", &dir))?;
-            check_private(&dir, Forbid::All)?;
+        let dir = self.dir_of(name);
+        for dir in [&self.dir.join("providers"), &dir] {
+            private::ensure_dir(dir).map_err(io("make", dir))?;
+            check_private(dir, Forbid::All)?;
         }
-        if path.try_exists().map_err(io("look for", &path))? {
-            // Left by a crash before the settings named it, or brought back from a backup.
-            Native::open(name, &path)?;
-        } else {
-            Native::create(name, &path)?;
-        }
+        source.prepare(name, &dir)?;
 
-        settings.providers.insert(name.to_owned(), Kind::Native);
+        settings.provider.insert(name.to_owned(), source);
         if default || settings.default.is_none() {
             settings.default = Some(name.to_owned());
         }
@@ -209,139 +202,29 @@ impl Registry {
         Ok(())
     }
 
-    fn native_path(&self, name: &str) -> PathBuf {
-        self.dir.join("providers").join(name).join("primary.key")
+    /// Where a provider keeps what is its own.
+    fn dir_of(&self, name: &str) -> PathBuf {
+        self.dir.join("providers").join(name)
     }
 }
 
 impl Providers for Registry {
     fn provider(&self, name: &str) -> Result<Box<dyn KeyProvider>, KeyError> {
-        match self.settings.providers.get(name) {
-            Some(Kind::Native) => Ok(Box::new(Native::open(name, &self.native_path(name))?)),
-            None => Err(KeyError {
-                provider: name.to_owned(),
-                key_id: None,
-                hop: self.dir.display().to_string(),
-                reason: KeyReason::UnknownProvider,
-                source: None,
-            }),
-        }
-    }
-}
-
-/// What runs: every name is valid, and the default exists.
-#[derive(Debug, Default)]
-struct Settings {
-    default: Option<String>,
-    providers: BTreeMap<String, Kind>,
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Kind {
-    Native,
-}
-
-impl Kind {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Native => "native",
-        }
-    }
-}
-
-/// What is written.
-#[derive(Debug, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Written {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    default: Option<String>,
-    #[serde(default)]
-    provider: BTreeMap<String, WrittenProvider>,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
-enum WrittenProvider {
-    Native {},
-}
-
-impl Settings {
-    fn read(dir: &Path) -> Result<Self, RegistryError> {
-        let path = dir.join(SETTINGS);
-        let text = match fs::read_to_string(&path) {
-            Ok(text) => text,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
-            Err(source) => {
-                return Err(RegistryError::Io {
-                    action: "read",
-                    path,
-                    source,
-                });
+        match self.settings.provider.get(name) {
+            Some(source) => {
+                let source = source.open(name, &self.dir_of(name))?;
+                Ok(Box::new(HostProvider::new(source)))
             }
-        };
-        check_private(dir, Forbid::Write)?;
-        check_private(&path, Forbid::Write)?;
-        let written: Written = toml::from_str(&text).map_err(|e| RegistryError::Syntax {
-            path: path.clone(),
-            source: Box::new(e),
-        })?;
-        Self::check(written, &path)
-    }
-
-    fn check(written: Written, path: &Path) -> Result<Self, RegistryError> {
-        let mut providers = BTreeMap::new();
-        for (name, provider) in written.provider {
-            if check_name(&name).is_err() {
-                return Err(RegistryError::SettingsName {
-                    path: path.to_owned(),
-                    name,
-                });
-            }
-            let kind = match provider {
-                WrittenProvider::Native {} => Kind::Native,
-            };
-            providers.insert(name, kind);
+            None => Err(KeyError::new(
+                name,
+                self.dir.display(),
+                KeyReason::UnknownProvider,
+            )),
         }
-        if let Some(name) = written
-            .default
-            .as_ref()
-            .filter(|name| !providers.contains_key(*name))
-        {
-            let known = providers.keys().cloned().collect::<Vec<_>>().join(", ");
-            return Err(RegistryError::UnknownDefault {
-                path: path.to_owned(),
-                name: name.clone(),
-                known,
-            });
-        }
-        Ok(Self {
-            default: written.default,
-            providers,
-        })
-    }
-
-    fn write(&self, dir: &Path) -> Result<(), RegistryError> {
-        let provider = |(name, kind): (&String, &Kind)| {
-            let written = match kind {
-                Kind::Native => WrittenProvider::Native {},
-            };
-            (name.clone(), written)
-        };
-        let written = Written {
-            default: self.default.clone(),
-            provider: self.providers.iter().map(provider).collect(),
-        };
-        let text = toml::to_string(&written).expect("a table of strings is TOML");
-        let path = dir.join(SETTINGS);
-        private::replace(&path, text.as_bytes()).map_err(|source| RegistryError::Io {
-            action: "write",
-            path,
-            source,
-        })
     }
 }
 
-fn check_private(path: &Path, forbid: Forbid) -> Result<(), RegistryError> {
+pub(super) fn check_private(path: &Path, forbid: Forbid) -> Result<(), RegistryError> {
     let metadata = fs::metadata(path).map_err(|source| RegistryError::Io {
         action: "look at",
         path: path.to_owned(),
@@ -353,7 +236,7 @@ fn check_private(path: &Path, forbid: Forbid) -> Result<(), RegistryError> {
     })
 }
 
-fn check_name(name: &str) -> Result<(), RegistryError> {
+pub(super) fn check_name(name: &str) -> Result<(), RegistryError> {
     let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
     let valid =
         name.len() <= 64 && name.starts_with(plain) && name.chars().all(|c| plain(c) || c == '-' || c == '_');
@@ -367,6 +250,7 @@ fn check_name(name: &str) -> Result<(), RegistryError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::keys::settings;
     use std::os::unix::fs::PermissionsExt;
 
     /// A state directory that does not exist yet.
@@ -392,12 +276,15 @@ mod tests {
     #[test]
     fn added_provider_is_there_for_the_next_process() {
         let (_parent, dir) = fresh();
-        Registry::open(&dir).unwrap().add_native("native", false).unwrap();
+        Registry::open(&dir)
+            .unwrap()
+            .add("native", Source::Native {}, false)
+            .unwrap();
         let registry = Registry::open(&dir).unwrap();
         assert_eq!(registry.default_name(), Some("native"));
         registry.provider("native").unwrap().check().unwrap();
         assert_eq!(
-            fs::read_to_string(dir.join(SETTINGS)).unwrap(),
+            fs::read_to_string(dir.join(settings::FILE)).unwrap(),
             "default = \"native\"\n\n[provider.native]\nkind = \"native\"\n"
         );
         assert_eq!(
@@ -414,10 +301,10 @@ mod tests {
     fn first_provider_is_the_default_until_another_is_asked_for() {
         let (_parent, dir) = fresh();
         let mut registry = Registry::open(&dir).unwrap();
-        registry.add_native("one", false).unwrap();
-        registry.add_native("two", false).unwrap();
+        registry.add("one", Source::Native {}, false).unwrap();
+        registry.add("two", Source::Native {}, false).unwrap();
         assert_eq!(registry.default_name(), Some("one"));
-        registry.add_native("three", true).unwrap();
+        registry.add("three", Source::Native {}, true).unwrap();
         assert_eq!(Registry::open(&dir).unwrap().default_name(), Some("three"));
     }
 
@@ -425,27 +312,33 @@ mod tests {
     fn second_provider_of_a_name_is_refused_and_the_first_keeps_its_key() {
         let (_parent, dir) = fresh();
         let mut registry = Registry::open(&dir).unwrap();
-        registry.add_native("native", false).unwrap();
-        let key = fs::read(registry.native_path("native")).unwrap();
+        registry.add("native", Source::Native {}, false).unwrap();
+        let key = fs::read(dir.join("providers/native/primary.key")).unwrap();
         // As seen by a process that read the settings before.
         let mut stale = Registry {
             dir: dir.clone(),
             settings: Settings::default(),
         };
         assert!(matches!(
-            stale.add_native("native", false),
+            stale.add("native", Source::Native {}, false),
             Err(RegistryError::Exists { .. })
         ));
-        assert_eq!(fs::read(registry.native_path("native")).unwrap(), key);
+        assert_eq!(fs::read(dir.join("providers/native/primary.key")).unwrap(), key);
     }
 
     #[test]
     fn key_left_behind_by_a_crash_is_taken_up() {
         let (_parent, dir) = fresh();
-        Registry::open(&dir).unwrap().add_native("native", false).unwrap();
+        Registry::open(&dir)
+            .unwrap()
+            .add("native", Source::Native {}, false)
+            .unwrap();
         let key = fs::read(dir.join("providers/native/primary.key")).unwrap();
-        fs::remove_file(dir.join(SETTINGS)).unwrap();
-        Registry::open(&dir).unwrap().add_native("native", false).unwrap();
+        fs::remove_file(dir.join(settings::FILE)).unwrap();
+        Registry::open(&dir)
+            .unwrap()
+            .add("native", Source::Native {}, false)
+            .unwrap();
         assert_eq!(fs::read(dir.join("providers/native/primary.key")).unwrap(), key);
     }
 
@@ -454,7 +347,7 @@ mod tests {
         let (_parent, dir) = fresh();
         private::ensure_dir(&dir).unwrap();
         let refused = |text: &str| {
-            private::replace(&dir.join(SETTINGS), text.as_bytes()).unwrap();
+            private::replace(&dir.join(settings::FILE), text.as_bytes()).unwrap();
             let error = Registry::open(&dir).unwrap_err();
             assert!(error.to_string().contains("providers.toml"), "{error}");
             error
@@ -485,7 +378,10 @@ mod tests {
     #[test]
     fn settings_that_others_can_write_are_refused() {
         let (_parent, dir) = fresh();
-        Registry::open(&dir).unwrap().add_native("native", false).unwrap();
+        Registry::open(&dir)
+            .unwrap()
+            .add("native", Source::Native {}, false)
+            .unwrap();
         fs::set_permissions(&dir, fs::Permissions::from_mode(0o770)).unwrap();
         assert!(matches!(Registry::open(&dir), Err(RegistryError::Exposed { .. })));
         fs::set_permissions(&dir, fs::Permissions::from_mode(0o755)).unwrap();
@@ -498,7 +394,10 @@ mod tests {
         let mut registry = Registry::open(&dir).unwrap();
         for name in ["", ".", "..", "a/b", "-a", "Native", "a b", "ä", &"a".repeat(65)] {
             assert!(
-                matches!(registry.add_native(name, false), Err(RegistryError::Name(_))),
+                matches!(
+                    registry.add(name, Source::Native {}, false),
+                    Err(RegistryError::Name(_))
+                ),
                 "{name}"
             );
         }

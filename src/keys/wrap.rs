@@ -20,6 +20,28 @@ use super::arena::{ArenaError, SecretBox, SecretBytes, on_wiped_stack};
 /// The length of a KEK, in bytes.
 pub(super) const KEK_LEN: usize = 32;
 
+/// A key encryption key: 32 bytes, for AES-256-GCM.
+#[derive(Debug)]
+pub(super) struct Kek(SecretBytes);
+
+/// Key material that is none of AES-256.
+#[derive(Debug, thiserror::Error)]
+#[error("it has {} bits, and a KEK has {}", 8 * .0, 8 * KEK_LEN)]
+pub(super) struct KekLength(usize);
+
+impl Kek {
+    /// Takes key material for a KEK.
+    ///
+    /// # Errors
+    /// If it is not [`KEK_LEN`] bytes long.
+    pub(super) fn new(key: SecretBytes) -> Result<Self, KekLength> {
+        match key.len() {
+            KEK_LEN => Ok(Self(key)),
+            len => Err(KekLength(len)),
+        }
+    }
+}
+
 const VERSION: u8 = 1;
 const NONCE_LEN: usize = 12;
 const TAG_LEN: usize = 16;
@@ -37,12 +59,8 @@ pub(super) enum UnwrapError {
     Arena(#[from] ArenaError),
 }
 
-/// Wraps `secret` under `kek`, which has [`KEK_LEN`] bytes.
-pub(super) fn wrap(
-    kek: &SecretBytes,
-    binding: &Binding<'_>,
-    secret: &SecretBytes,
-) -> Result<Vec<u8>, ArenaError> {
+/// Wraps `secret` under `kek`.
+pub(super) fn wrap(kek: &Kek, binding: &Binding<'_>, secret: &SecretBytes) -> Result<Vec<u8>, ArenaError> {
     let mut wrapped = vec![0; 1 + NONCE_LEN + secret.len()];
     wrapped[0] = VERSION;
     let (nonce, ciphertext) = wrapped[1..].split_at_mut(NONCE_LEN);
@@ -56,11 +74,7 @@ pub(super) fn wrap(
 }
 
 /// Unwraps what [`wrap`] made with the same KEK and binding.
-pub(super) fn unwrap(
-    kek: &SecretBytes,
-    binding: &Binding<'_>,
-    wrapped: &[u8],
-) -> Result<SecretBytes, UnwrapError> {
+pub(super) fn unwrap(kek: &Kek, binding: &Binding<'_>, wrapped: &[u8]) -> Result<SecretBytes, UnwrapError> {
     let (&version, rest) = wrapped.split_first().ok_or(UnwrapError::Format)?;
     if version != VERSION || rest.len() < NONCE_LEN + TAG_LEN {
         return Err(UnwrapError::Format);
@@ -76,8 +90,8 @@ pub(super) fn unwrap(
     Ok(secret)
 }
 
-fn gcm(kek: &SecretBytes) -> Result<SecretBox<Aes256Gcm>, ArenaError> {
-    SecretBox::new(|| Aes256Gcm::new_from_slice(kek).expect("a KEK has KEK_LEN bytes"))
+fn gcm(kek: &Kek) -> Result<SecretBox<Aes256Gcm>, ArenaError> {
+    SecretBox::new(|| Aes256Gcm::new_from_slice(&kek.0).expect("a KEK has KEK_LEN bytes"))
 }
 
 fn nonce_of(bytes: &[u8]) -> Nonce<aes_gcm::aead::consts::U12> {
@@ -103,8 +117,12 @@ mod tests {
     use crate::keys::KeyId;
     use uuid::Uuid;
 
-    fn fixed(fill: u8, len: usize) -> SecretBytes {
-        SecretBytes::take(&mut vec![fill; len]).unwrap()
+    fn secret(fill: u8) -> SecretBytes {
+        SecretBytes::take(&mut [fill; 32]).unwrap()
+    }
+
+    fn kek(fill: u8) -> Kek {
+        Kek::new(secret(fill)).unwrap()
     }
 
     fn binding(key_id: &KeyId) -> Binding<'_> {
@@ -160,15 +178,15 @@ mod tests {
     fn format_stays_as_it_is() {
         let key_id = KeyId("0011223344556677.a5".into());
         let wrapped = include_bytes!("testdata/wrapped-v1.bin");
-        let secret = unwrap(&fixed(0x4b, KEK_LEN), &binding(&key_id), wrapped).unwrap();
+        let secret = unwrap(&kek(0x4b), &binding(&key_id), wrapped).unwrap();
         assert!(secret.ct_eq(&[0x5e; 32]));
     }
 
     #[test]
     fn every_altered_byte_is_noticed() {
         let key_id = KeyId("k".into());
-        let kek = fixed(1, KEK_LEN);
-        let wrapped = wrap(&kek, &binding(&key_id), &fixed(2, 32)).unwrap();
+        let kek = kek(1);
+        let wrapped = wrap(&kek, &binding(&key_id), &secret(2)).unwrap();
         assert!(unwrap(&kek, &binding(&key_id), &wrapped).unwrap().ct_eq(&[2; 32]));
         for at in 0..wrapped.len() {
             let mut altered = wrapped.clone();

@@ -1,0 +1,148 @@
+//! `providers.toml`: the providers of a host as the operator may read and edit them.
+//!
+//! ```toml
+//! default = "native"
+//!
+//! [provider.native]
+//! kind = "native"
+//! ```
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::KeyError;
+use super::native::Native;
+use super::private::{self, Forbid};
+use super::registry::{RegistryError, check_name, check_private};
+use super::source::KekSource;
+
+/// The settings' name in the state directory.
+pub(super) const FILE: &str = "providers.toml";
+
+/// All of it: every name is valid, and the default exists.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Settings {
+    /// The provider that new volumes take when none is named.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) default: Option<String>,
+    /// By name.
+    #[serde(default)]
+    pub(super) provider: BTreeMap<String, Source>,
+}
+
+/// Where a provider's KEKs come from, and what it has to be told for that.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Source {
+    /// A primary key in the provider's directory.
+    Native {},
+}
+
+impl Source {
+    /// Its kind, as the settings and the command line spell it.
+    pub(super) fn kind(&self) -> &'static str {
+        match self {
+            Source::Native {} => "native",
+        }
+    }
+
+    /// Where its keys come from: a path, or servers' addresses. `dir` is the provider's directory.
+    pub(super) fn location(&self, dir: &Path) -> String {
+        match self {
+            Source::Native {} => primary_key(dir).display().to_string(),
+        }
+    }
+
+    /// Makes what it keeps in `dir`. What a crash left there before the settings named it, or what was brought back from
+    /// a backup, is taken up.
+    pub(super) fn prepare(&self, name: &str, dir: &Path) -> Result<(), RegistryError> {
+        match self {
+            Source::Native {} => {
+                let path = primary_key(dir);
+                let exists = path.try_exists().map_err(|source| RegistryError::Io {
+                    action: "look for",
+                    path: path.clone(),
+                    source,
+                })?;
+                match exists {
+                    true => Native::open(name, &path).map(drop)?,
+                    false => Native::create(name, &path)?,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes it ready for use.
+    pub(super) fn open(&self, name: &str, dir: &Path) -> Result<Box<dyn KekSource>, KeyError> {
+        match self {
+            Source::Native {} => Ok(Box::new(Native::open(name, &primary_key(dir))?)),
+        }
+    }
+}
+
+fn primary_key(dir: &Path) -> PathBuf {
+    dir.join("primary.key")
+}
+
+impl Settings {
+    /// Reads the settings of a state directory; without a file there are none.
+    pub(super) fn read(dir: &Path) -> Result<Self, RegistryError> {
+        let path = dir.join(FILE);
+        let text = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
+            Err(source) => {
+                return Err(RegistryError::Io {
+                    action: "read",
+                    path,
+                    source,
+                });
+            }
+        };
+        check_private(dir, Forbid::Write)?;
+        check_private(&path, Forbid::Write)?;
+        let settings: Self = toml::from_str(&text).map_err(|e| RegistryError::Syntax {
+            path: path.clone(),
+            source: Box::new(e),
+        })?;
+        settings.check(&path)?;
+        Ok(settings)
+    }
+
+    fn check(&self, path: &Path) -> Result<(), RegistryError> {
+        let path = || path.to_owned();
+        if let Some(name) = self.provider.keys().find(|name| check_name(name).is_err()) {
+            return Err(RegistryError::SettingsName {
+                path: path(),
+                name: name.clone(),
+            });
+        }
+        match &self.default {
+            Some(name) if !self.provider.contains_key(name) => {
+                let known: Vec<_> = self.provider.keys().map(String::as_str).collect();
+                Err(RegistryError::UnknownDefault {
+                    path: path(),
+                    name: name.clone(),
+                    known: known.join(", "),
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Replaces the settings of a state directory. The caller has it locked since it read them.
+    pub(super) fn write(&self, dir: &Path) -> Result<(), RegistryError> {
+        let text = toml::to_string(self).expect("tables of strings are TOML");
+        let path = dir.join(FILE);
+        private::replace(&path, text.as_bytes()).map_err(|source| RegistryError::Io {
+            action: "write",
+            path,
+            source,
+        })
+    }
+}

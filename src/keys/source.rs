@@ -1,0 +1,125 @@
+//! Providers whose KEKs come to this host: one trait for what differs between them, and the wrapping, which does not.
+//!
+//! A [`KekSource`] makes KEKs, fetches them by their key IDs and tells their states. [`HostProvider`] makes a
+//! [`KeyProvider`] of it: secrets are wrapped here, under the KEK that was fetched, so that a volume that was bound
+//! under one kind of source is wrapped exactly as under another.
+
+use std::fmt;
+
+use uuid::Uuid;
+
+use super::arena::SecretBytes;
+use super::wrap::{self, Kek, UnwrapError};
+use super::{Binding, KeyError, KeyId, KeyProvider, KeyReason, KeyState};
+
+/// Where KEKs come from: a file of this host, or a server.
+///
+/// Implementations may block and are called from any thread. They hold credentials, but keep no KEK: who wants to ask
+/// less often than once for each use keeps what was fetched (and says for how long).
+pub(super) trait KekSource: Send + Sync + fmt::Debug {
+    /// The name that the operator gave it, unique on this host.
+    fn name(&self) -> &str;
+
+    /// What it is, for people: "native", "kmip" …
+    fn kind(&self) -> &'static str;
+
+    /// Where its keys come from: a path, or the servers' addresses.
+    fn location(&self) -> String;
+
+    /// Makes a new KEK, ready for use.
+    ///
+    /// # Errors
+    /// [`KeyError`]; then no KEK is left behind that anything would refer to.
+    fn create_kek(&self) -> Result<KeyId, KeyError>;
+
+    /// Fetches a KEK. One that its server would let nobody wrap or unwrap with is not given out.
+    ///
+    /// # Errors
+    /// [`KeyError`]: [`KeyReason::Missing`] if there is no such KEK, [`KeyReason::NotActive`] if its state forbids its
+    /// use, else what kept the source from answering.
+    fn fetch(&self, key_id: &KeyId) -> Result<Kek, KeyError>;
+
+    /// Looks for a KEK.
+    ///
+    /// # Errors
+    /// [`KeyError`], if the source cannot tell. That a KEK is missing is not an error here.
+    fn state(&self, key_id: &KeyId) -> Result<KeyState, KeyError>;
+
+    /// A KEK that no volume is bound to, to prove with that keys can be had. Where a KEK leaves a trace on a server it is
+    /// the same one every time.
+    ///
+    /// # Errors
+    /// As for [`KekSource::create_kek`].
+    fn probe_kek(&self) -> Result<KeyId, KeyError> {
+        self.create_kek()
+    }
+}
+
+/// A provider that wraps on this host.
+#[derive(Debug)]
+pub(super) struct HostProvider {
+    source: Box<dyn KekSource>,
+}
+
+/// A source that gives another key than it gave before.
+#[derive(Debug, thiserror::Error)]
+#[error("what was wrapped a moment ago unwraps to something else")]
+struct Fickle;
+
+impl HostProvider {
+    pub(super) fn new(source: Box<dyn KekSource>) -> Self {
+        Self { source }
+    }
+
+    fn fail(&self, key_id: &KeyId, reason: KeyReason) -> KeyError {
+        KeyError::new(self.source.name(), self.source.location(), reason).of(key_id)
+    }
+}
+
+impl KeyProvider for HostProvider {
+    fn name(&self) -> &str {
+        self.source.name()
+    }
+
+    fn kind(&self) -> &'static str {
+        self.source.kind()
+    }
+
+    fn create_kek(&self) -> Result<KeyId, KeyError> {
+        self.source.create_kek()
+    }
+
+    fn wrap(&self, binding: &Binding<'_>, secret: &SecretBytes) -> Result<Vec<u8>, KeyError> {
+        let kek = self.source.fetch(binding.key_id)?;
+        wrap::wrap(&kek, binding, secret).map_err(|e| self.fail(binding.key_id, KeyReason::Host).because(e))
+    }
+
+    fn unwrap(&self, binding: &Binding<'_>, wrapped: &[u8]) -> Result<SecretBytes, KeyError> {
+        let kek = self.source.fetch(binding.key_id)?;
+        wrap::unwrap(&kek, binding, wrapped).map_err(|e| match e {
+            UnwrapError::Arena(e) => self.fail(binding.key_id, KeyReason::Host).because(e),
+            e => self.fail(binding.key_id, KeyReason::Unauthentic).because(e),
+        })
+    }
+
+    fn state(&self, key_id: &KeyId) -> Result<KeyState, KeyError> {
+        self.source.state(key_id)
+    }
+
+    fn check(&self) -> Result<(), KeyError> {
+        let key_id = self.source.probe_kek()?;
+        let binding = Binding {
+            volume: Uuid::new_v4(),
+            provider: self.source.name(),
+            key_id: &key_id,
+            keyslot: 0,
+        };
+        let secret = SecretBytes::random(32).map_err(|e| self.fail(&key_id, KeyReason::Host).because(e))?;
+        let back = self.unwrap(&binding, &self.wrap(&binding, &secret)?)?;
+        if back.ct_eq(&secret) {
+            Ok(())
+        } else {
+            Err(self.fail(&key_id, KeyReason::Invalid).because(Fickle))
+        }
+    }
+}
