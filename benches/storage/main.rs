@@ -2,7 +2,8 @@
 //!
 //! One load generator, libblkio's virtio-blk driver, drives sealblk and QEMU's storage daemon in turn, over files on real
 //! storage and over null storage; fio on the same file system says what the storage itself can do. Every round
-//! measures all contenders at a workload one right after the other, each in a process of its own, started for it.
+//! measures all contenders at a workload one right after the other, each in a process of its own, started for it; from
+//! round to round their order changes, and the places on storage of the encrypted and of the plain disk.
 
 mod client;
 mod fio;
@@ -206,20 +207,17 @@ fn measure(arguments: &Arguments, storage: Storage) {
     }
     let mut report = Report::new(name, title, bench.conditions(&workloads));
     for round in 1..=arguments.options.rounds() {
+        if storage == Storage::Real {
+            bench.disks.exchange();
+        }
         for workload in &workloads {
             eprintln!("{name}, round {round}: {}", workload.name);
-            for (contender, kind) in bench.contenders(&workload.load) {
-                let measured = bench.run(workload, kind, bench.time());
+            for (contender, runner) in bench.in_turn(&workload.load, round) {
+                let measured = match runner {
+                    Runner::Server(kind) => bench.run(workload, kind, bench.time()),
+                    Runner::Fio => bench.run_fio(workload),
+                };
                 record(&mut report, workload, contender, &measured);
-            }
-            if storage == Storage::Real && workload.load.queues == 1 {
-                let measured = fio::run(
-                    &workload.load,
-                    &bench.disks.raw(),
-                    bench.time(),
-                    arguments.server_core,
-                );
-                record(&mut report, workload, FIO, &measured);
             }
         }
     }
@@ -233,6 +231,13 @@ fn measure(arguments: &Arguments, storage: Storage) {
         report.finding(finding);
     }
     report.write(&arguments.options);
+}
+
+/// Who does the I/O of a contender: a server for the load generator, or fio by itself.
+#[derive(Clone, Copy, Debug)]
+enum Runner {
+    Server(Kind),
+    Fio,
 }
 
 struct Bench<'a> {
@@ -263,22 +268,35 @@ impl<'a> Bench<'a> {
         bench
     }
 
+    /// The contenders in the order of a round. What one leaves behind (storage that is still busy with its writes, a
+    /// core that is warm) meets another one in each round: the order moves on by one, and every second time backwards.
+    fn in_turn(&self, load: &Load, round: u32) -> Vec<(Contender, Runner)> {
+        let mut order = self.contenders(load);
+        let len = order.len();
+        order.rotate_left(round as usize / 2 % len);
+        if round.is_multiple_of(2) {
+            order.reverse();
+        }
+        order
+    }
+
     /// Over null storage QEMU's LUKS needs a QEMU that can have it there, and large requests that QEMU does not encrypt are
     /// left out: not a byte of them is touched.
-    fn contenders(&self, load: &Load) -> Vec<(Contender, Kind)> {
+    fn contenders(&self, load: &Load) -> Vec<(Contender, Runner)> {
         let mut all = vec![
-            (SEALBLK, Kind::Sealblk),
-            (PLAIN, Kind::Plain),
-            (QEMU, Kind::Qemu),
-            (QEMU_LUKS, Kind::QemuLuks),
+            (SEALBLK, Runner::Server(Kind::Sealblk)),
+            (PLAIN, Runner::Server(Kind::Plain)),
+            (QEMU, Runner::Server(Kind::Qemu)),
+            (QEMU_LUKS, Runner::Server(Kind::QemuLuks)),
+            (FIO, Runner::Fio),
         ];
-        if self.storage == Storage::Null {
-            all.retain(|(_, kind)| match kind {
-                Kind::Sealblk | Kind::Plain => true,
-                Kind::Qemu => load.random,
-                Kind::QemuLuks => server::has_qemu10(),
-            });
-        }
+        let null = self.storage == Storage::Null;
+        all.retain(|(_, runner)| match runner {
+            Runner::Server(Kind::Sealblk | Kind::Plain) => true,
+            Runner::Server(Kind::Qemu) => !null || load.random,
+            Runner::Server(Kind::QemuLuks) => !null || server::has_qemu10(),
+            Runner::Fio => !null && load.queues == 1,
+        });
         all
     }
 
@@ -364,6 +382,11 @@ impl<'a> Bench<'a> {
     fn run(&self, workload: &Workload, kind: Kind, time: Duration) -> Measured {
         let server = self.start(kind, workload.load.queues, workload.aio);
         client::run(&server, &workload.load, self.arguments.waiting, time)
+    }
+
+    fn run_fio(&self, workload: &Workload) -> Measured {
+        let file = self.disks.raw();
+        fio::run(&workload.load, &file, self.time(), self.arguments.server_core)
     }
 
     fn start(&self, kind: Kind, queues: u16, aio: &str) -> Server {
