@@ -14,8 +14,6 @@
 //! ```
 
 pub mod arena;
-#[cfg(test)]
-mod conformance;
 mod error;
 pub mod harden;
 mod native;

@@ -212,7 +212,7 @@ fn hex(bytes: &[u8]) -> String {
 mod tests {
     use super::*;
     use crate::keys::source::HostProvider;
-    use crate::keys::{Binding, KeyProvider, conformance};
+    use crate::keys::{Binding, KeyProvider};
     use std::fs;
     use std::os::unix::fs::PermissionsExt;
 
@@ -220,12 +220,6 @@ mod tests {
         let path = dir.path().join(file);
         Native::create("native", &path).unwrap();
         Native::open("native", &path).unwrap()
-    }
-
-    #[test]
-    fn native_provider_conforms() {
-        let dir = tempfile::tempdir().unwrap();
-        conformance::run(&HostProvider::new(Box::new(native(&dir, "primary.key"))));
     }
 
     #[test]

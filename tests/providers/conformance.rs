@@ -2,13 +2,12 @@
 
 use std::thread;
 
+use sealblk::keys::arena::SecretBytes;
+use sealblk::keys::{Binding, KeyError, KeyId, KeyProvider, KeyReason, KeyState};
 use uuid::Uuid;
 
-use super::arena::SecretBytes;
-use super::{Binding, KeyError, KeyId, KeyProvider, KeyReason, KeyState};
-
 /// Panics at the first promise of [`KeyProvider`] that `provider` does not keep.
-pub(super) fn run(provider: &dyn KeyProvider) {
+pub(crate) fn run(provider: &dyn KeyProvider) {
     provider.check().unwrap();
     keks_are_distinct_and_active(provider);
     secrets_come_back(provider);

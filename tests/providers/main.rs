@@ -1,0 +1,4 @@
+//! Key providers, each with its real server, as a registry opens them: all pass one suite, and say why when they cannot.
+
+mod conformance;
+mod native;
