@@ -24,7 +24,7 @@ use sealblk::keys::registry::{Registry, Source};
 use sealblk::keys::{KeyProvider, Providers};
 use sealblk::volume::{
     Argon2Cost, CreateOptions, HeaderError, HeaderIo, HeaderState, Info, LockMode, Locked, MetadataLock,
-    Reason, VolumeError, create,
+    Reason, Rekeyed, VolumeError, create,
 };
 
 const CHEAP: Argon2Cost = Argon2Cost {
@@ -65,6 +65,63 @@ fn removing_a_recovery_key() {
         }
     });
     assert!(!opens_with_the_header_of(&before, &after));
+}
+
+/// The header may have the old KEK, both, or the new one; whichever, the provider opens the volume, and the next rekey
+/// ends with one.
+#[test]
+fn rekeying() {
+    let host = Host::new();
+    let before = host.volume();
+    let log = recorded(&before, |medium| host.rekey(medium).map(drop).unwrap());
+    let after = medium_after(&before, &log).now();
+    assert!(!provider_opens_with_the_header_of(&host, &before, &after));
+
+    let (old, new) = (described(&before).unwrap(), described(&after).unwrap());
+    let mut found = BTreeMap::from([("old", 0), ("both", 0), ("new", 0)]);
+    let mut count = 0;
+    states(&before, &log, |image, at| {
+        let info = described(image).unwrap_or_else(|error| panic!("{at}: {error}"));
+        let tokens = info["tokens"].as_array().unwrap().len();
+        let name = match tokens {
+            1 if info == old => "old",
+            1 if info == new => "new",
+            2 => "both",
+            _ => panic!("{at}: {info}"),
+        };
+        *found.get_mut(name).unwrap() += 1;
+        if count % SAMPLE == 0 {
+            let medium = Medium::new(image);
+            host.opens(&medium, &ONE_KEY);
+            if name == "both" {
+                host.finish(&medium)
+                    .unwrap_or_else(|| panic!("{at}: nothing to finish"));
+            } else {
+                assert_eq!(host.finish(&medium), None, "{at}");
+                host.rekey(&medium).unwrap();
+            }
+            host.opens(&medium, &ONE_KEY);
+            let now = medium.now();
+            assert_eq!(
+                described(&now).unwrap()["tokens"].as_array().unwrap().len(),
+                1,
+                "{at}"
+            );
+            assert!(
+                !provider_opens_with_the_header_of(&host, image, &now) || name == "both",
+                "{at}"
+            );
+            assert!(!provider_opens_with_the_header_of(&host, &before, &now), "{at}");
+        }
+        if count % (4 * SAMPLE) == 0 {
+            host.cryptsetup_opens(image, &ONE_KEY, at);
+        }
+        count += 1;
+    });
+    assert!(
+        found.values().all(|&count| count > 0),
+        "not every state was seen: {found:?}"
+    );
 }
 
 #[test]
@@ -201,6 +258,43 @@ fn a_recovery_key_that_was_removed_opens_nothing_whatever_fails() {
 }
 
 #[test]
+fn a_rekey_loses_no_way_in_whatever_fails() {
+    let host = Host::new();
+    let before = host.volume();
+    let old = described(&before).unwrap();
+    let (mut done, mut untouched, mut unfinished) = (0, 0, 0);
+    faults(&before, |medium, at| {
+        let result = host.rekey(medium);
+        medium.heal();
+        host.opens(medium, &ONE_KEY);
+        match result.map_err(|error| *error.reason) {
+            Ok(_) => done += 1,
+            Err(Reason::RekeyUnfinished(_)) => unfinished += 1,
+            Err(Reason::WriteKeyslot { .. } | Reason::Lock(_) | Reason::Keyslot { .. }) => {
+                assert_eq!(described(&medium.now()).unwrap(), old, "{at}");
+                untouched += 1;
+            }
+            // Storage that says it failed may have done it.
+            Err(Reason::Header(HeaderError::Write { copy: _, source: _ })) => untouched += 1,
+            Err(reason) => panic!("{at}: {reason}"),
+        }
+        // Tried again on sound storage, one key is left, and it is not the old one.
+        if host.finish(medium).is_none() {
+            host.rekey(medium).unwrap();
+        }
+        host.opens(medium, &ONE_KEY);
+        assert!(
+            !provider_opens_with_the_header_of(&host, &before, &medium.now()),
+            "{at}"
+        );
+    });
+    assert!(
+        done > 0 && untouched > 0 && unfinished > 0,
+        "{done}, {untouched}, {unfinished}"
+    );
+}
+
+#[test]
 fn a_volume_that_is_overwritten_stays_until_nothing_but_writing_can_fail() {
     let host = Host::new();
     let before = host.volume();
@@ -239,6 +333,15 @@ fn faults(before: &[u8], mut operation: impl FnMut(&Medium<'_>, &str)) {
             }
         }
     }
+}
+
+/// Whether the provider opens `now` with the header that the volume had before.
+fn provider_opens_with_the_header_of(host: &Host, before: &[u8], now: &[u8]) -> bool {
+    let mut image = now.to_vec();
+    image[..2 * COPY].copy_from_slice(&before[..2 * COPY]);
+    let medium = Medium::new(image);
+    let locked = Locked::open(&medium, None).unwrap();
+    locked.unlock_with_provider(&host.providers).is_ok()
 }
 
 /// Whether the old recovery key opens `now` with the header that the volume had before, of which there is a backup.
@@ -327,6 +430,18 @@ impl Host {
         let mut locked = Locked::open(medium, None)?;
         let volume = locked.unlock_with_provider(&self.providers)?;
         locked.remove_recovery_key(1, &volume)
+    }
+
+    fn rekey(&self, medium: &Medium<'_>) -> Result<Rekeyed, VolumeError> {
+        let mut locked = Locked::open(medium, None)?;
+        let volume = locked.unlock_with_provider(&self.providers)?;
+        locked.rekey(&volume, &self.providers, "native")
+    }
+
+    fn finish(&self, medium: &Medium<'_>) -> Option<Rekeyed> {
+        let mut locked = Locked::open(medium, None).unwrap();
+        let volume = locked.unlock_with_provider(&self.providers).unwrap();
+        locked.finish_rekey(&volume, &self.providers).unwrap()
     }
 
     /// Opens every state that a crash could have left of `log`.
@@ -627,6 +742,10 @@ impl HeaderIo for Medium<'_> {
     fn sync(&self) -> io::Result<()> {
         self.step()?;
         self.log.borrow_mut().push(Op::Sync);
+        Ok(())
+    }
+
+    fn forget_cached(&self, _: Range<u64>) -> io::Result<()> {
         Ok(())
     }
 

@@ -57,6 +57,9 @@ pub enum Failure {
         /// The file.
         disk: PathBuf,
     },
+    /// There is nobody to ask for a key.
+    #[error("this host has no key provider; `sealblk provider add` adds one")]
+    NoProvider,
     /// A key that is there already.
     #[error(
         "the recovery key opens the volume already, by keyslot {keyslot}; name a file that does not exist for a new one"
@@ -145,7 +148,7 @@ impl Failure {
             },
             Self::Registry(RegistryError::Name(_) | RegistryError::Exists { .. }) => USAGE,
             Self::Secret(SecretError::Arena(_)) => HOST,
-            Self::Key(_) | Self::Registry(_) | Self::Secret(_) => KEY,
+            Self::Key(_) | Self::NoProvider | Self::Registry(_) | Self::Secret(_) => KEY,
         }
     }
 }
@@ -164,8 +167,10 @@ fn volume_code(reason: &Reason) -> u8 {
         | Reason::NoToken
         | Reason::Provider { .. }
         | Reason::Wrap(_)
+        | Reason::Kek(_)
         | Reason::ForeignToken { .. }
         | Reason::TokenOpensNothing { .. } => KEY,
+        Reason::RekeyUnfinished(reason) | Reason::ReadBack(reason) => volume_code(reason),
         Reason::AlreadyLuks => IN_USE,
         Reason::Header(HeaderError::Read(_) | HeaderError::Length(_) | HeaderError::Write { .. })
         | Reason::Keyslot {
@@ -180,6 +185,9 @@ fn volume_code(reason: &Reason) -> u8 {
         | Reason::Prepare(_)
         | Reason::WriteKeyslot { .. }
         | Reason::Wipe { .. }
+        | Reason::WipeReplaced { .. }
+        | Reason::ForgetCached(_)
+        | Reason::DamagedCopy { .. }
         | Reason::Entry { .. } => STORAGE,
         Reason::Keyslot { source, .. } if lacks_memory(source) => HOST,
         Reason::Cipher(CipherError::EqualHalves | CipherError::KeyLength(_)) => VOLUME,

@@ -161,8 +161,12 @@ fn token_text(token: &TokenInfo) -> String {
     match (&token.provider, &token.key_id, &token.broken) {
         (_, _, Some(why)) => format!("{opens}; broken: {}", printable(why)),
         (Some(provider), Some(key_id), _) => {
+            let rekey = match token.replaces.is_empty() {
+                true => "",
+                false => "; the rekey that added it is unfinished: run `sealblk rekey` again",
+            };
             format!(
-                "{opens} by provider {}, key {}",
+                "{opens} by provider {}, key {}{rekey}",
                 printable(provider),
                 printable(key_id)
             )

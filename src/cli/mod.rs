@@ -13,9 +13,11 @@ mod process;
 mod provider;
 mod recovery;
 mod recovery_key;
+mod rekey;
 pub mod secret;
 mod serve;
 mod size;
+mod volume_args;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -75,6 +77,7 @@ enum Verb {
     Create(create::Create),
     Info(info::Info),
     Recovery(recovery::Recovery),
+    Rekey(rekey::Rekey),
     Provider(provider::Provider),
     Serve(serve::Serve),
 }
@@ -133,6 +136,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Create(verb) => verb.run(&host),
         Verb::Info(verb) => verb.run(),
         Verb::Recovery(verb) => verb.run(&host),
+        Verb::Rekey(verb) => verb.run(&host),
         Verb::Provider(verb) => verb.run(&host),
         Verb::Serve(verb) => verb.run(&host),
     }

@@ -1,16 +1,15 @@
 //! `sealblk recovery`: keyslots that a recovery key opens, with or without sealblk.
 
-use std::path::PathBuf;
-
 use clap::{Args, Subcommand};
 
 use super::failure::Failure;
 use super::made::Made;
 use super::recovery_key::RecoveryKey;
 use super::secret::SecretSource;
+use super::volume_args::{Unlock, VolumeArgs};
 use super::{Host, output};
-use crate::storage::{Access, Backing};
-use crate::volume::{Argon2Cost, HeaderError, Locked, Reason, Volume};
+use crate::storage::Access;
+use crate::volume::{Argon2Cost, HeaderError, Reason};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -81,22 +80,6 @@ struct Test {
     /// Where the recovery key is; '-', 'fd:N' and 'cred:NAME' are taken too
     #[arg(long, value_name = "FILE")]
     recovery_key: SecretSource,
-}
-
-#[derive(Debug, Args)]
-struct VolumeArgs {
-    /// The disk's file or device
-    disk: PathBuf,
-    /// The file that holds the header, if it is detached
-    #[arg(long, value_name = "FILE")]
-    header: Option<PathBuf>,
-}
-
-#[derive(Debug, Args)]
-struct Unlock {
-    /// Open the volume with this recovery key or passphrase, instead of with its key provider
-    #[arg(long, value_name = "FILE")]
-    unlock_key: Option<SecretSource>,
 }
 
 impl Recovery {
@@ -192,47 +175,5 @@ impl Test {
             self.volume.disk.display(),
             volume.keyslot()
         ))
-    }
-}
-
-impl Unlock {
-    fn open(&self, locked: &Locked<'_>, host: &Host) -> Result<Volume, Failure> {
-        match &self.unlock_key {
-            Some(key) => Ok(locked.unlock_with_passphrase(&key.read_passphrase()?)?),
-            None => Ok(locked.unlock_with_provider(&host.registry()?)?),
-        }
-    }
-}
-
-impl VolumeArgs {
-    /// Opens the header for `access`. If it is detached, nobody writes to the payload here.
-    fn open(&self, access: Access) -> Result<Files, Failure> {
-        let Some(header) = &self.header else {
-            let disk = Backing::open(&self.disk, access)?;
-            return Ok(Files { disk, header: None });
-        };
-        let payload = match access {
-            Access::ReadWrite => Access::ReadOnly,
-            access => access,
-        };
-        Ok(Files {
-            header: Some(Backing::open(header, access)?),
-            disk: Backing::open(&self.disk, payload)?,
-        })
-    }
-}
-
-/// A volume's file or device, and its header's if that is detached.
-struct Files {
-    disk: Backing,
-    header: Option<Backing>,
-}
-
-impl Files {
-    fn locked(&self) -> Result<Locked<'_>, Failure> {
-        Ok(match &self.header {
-            Some(header) => Locked::open(header, Some(&self.disk))?,
-            None => Locked::open(&self.disk, None)?,
-        })
     }
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
-use super::copies::HeaderError;
+use super::copies::{Damage, HeaderError};
 use super::kdf::KdfError;
 use super::keyslot::KeyslotError;
 use super::refusal::Refusal;
@@ -150,6 +150,22 @@ pub enum Reason {
          `sealblk recovery remove --keyslot {keyslot}`"
     )]
     Entry { keyslot: u32, source: HeaderError },
+
+    #[error("there is no key to bind it to: {0}")]
+    Kek(#[source] KeyError),
+    #[error(
+        "the volume has its new key, but what it had before may open it still: {0}; run `sealblk rekey` again, which \
+         goes on from there"
+    )]
+    RekeyUnfinished(#[source] Box<Reason>),
+    #[error("read back from storage, the new keyslot does not open: {0}")]
+    ReadBack(#[source] Box<Reason>),
+    #[error("the {copy} copy of the header is damaged: {damage}")]
+    DamagedCopy { copy: &'static str, damage: Damage },
+    #[error("the header cannot be read back")]
+    ForgetCached(#[source] io::Error),
+    #[error("the material of keyslot {keyslot} cannot be overwritten; check the storage")]
+    WipeReplaced { keyslot: u32, source: io::Error },
 
     #[error(
         "it holds no LUKS2 volume, but at byte {offset} there is what one would have there, so it is not served as a \

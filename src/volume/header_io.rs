@@ -3,8 +3,12 @@
 
 use std::fmt::Debug;
 use std::io;
+use std::num::NonZeroU64;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+
+use rustix::fs::{Advice, fadvise};
 
 use super::lock::{LockMode, MetadataLock};
 use crate::storage::{Backing, Kind};
@@ -37,6 +41,9 @@ pub trait HeaderIo: Debug {
 
     /// Makes durable all that was written.
     fn sync(&self) -> io::Result<()>;
+
+    /// Has the next read of a range, which was synced, come from the medium and not from a cache.
+    fn forget_cached(&self, range: Range<u64>) -> io::Result<()>;
 
     /// Waits for the lock that every writer of metadata honours.
     fn lock(&self, mode: LockMode) -> io::Result<MetadataLock<'_>>;
@@ -74,6 +81,11 @@ impl HeaderIo for Backing {
 
     fn sync(&self) -> io::Result<()> {
         self.file().sync_all()
+    }
+
+    fn forget_cached(&self, range: Range<u64>) -> io::Result<()> {
+        let len = NonZeroU64::new(range.end - range.start);
+        Ok(fadvise(self.file(), range.start, len, Advice::DontNeed)?)
     }
 
     fn lock(&self, mode: LockMode) -> io::Result<MetadataLock<'_>> {

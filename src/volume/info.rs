@@ -154,6 +154,8 @@ pub struct TokenInfo {
     pub provider: Option<String>,
     /// Of a sealblk token: the KEK.
     pub key_id: Option<String>,
+    /// Of a sealblk token that a rekey under way has added: the tokens that it replaces.
+    pub replaces: Vec<u32>,
     /// Of a sealblk token that cannot be read: why.
     pub broken: Option<String>,
 }
@@ -313,6 +315,8 @@ impl TokenInfo {
             Some(Err(text)) => (None, Some(text)),
             None => (None, None),
         };
+        let replaces = sealblk.as_ref().map_or(&[][..], |sealblk| &sealblk.replaces);
+        let replaces = replaces.iter().map(|token| token.0).collect();
         let (provider, key_id) = sealblk
             .map(|sealblk| (sealblk.provider, sealblk.key_id.0))
             .unzip();
@@ -322,6 +326,7 @@ impl TokenInfo {
             keyslots: token.keyslots.iter().map(|keyslot| keyslot.0).collect(),
             provider,
             key_id,
+            replaces,
             broken,
         }
     }

@@ -17,6 +17,7 @@
 //!
 //! ```text
 //! create, locked, ways_in, info   what is done with a volume
+//! rekey                           a new KEK in the place of the old one
 //! plain                           a disk that is none
 //! layout, refusal                 metadata -> segments that can be served, or why not
 //! token, keyslot, kdf, af, hash   wrapped slot secret -> passphrase -> volume key
@@ -46,6 +47,7 @@ mod locked;
 mod metadata;
 mod plain;
 mod refusal;
+mod rekey;
 pub mod segment;
 #[cfg(test)]
 mod testing;
@@ -63,3 +65,4 @@ pub use lock::{LockMode, MetadataLock};
 pub use locked::{Locked, Volume};
 pub use plain::plain;
 pub use refusal::Refusal;
+pub use rekey::Rekeyed;

@@ -181,6 +181,10 @@ impl HeaderIo for Memory {
         Ok(())
     }
 
+    fn forget_cached(&self, _: Range<u64>) -> io::Result<()> {
+        Ok(())
+    }
+
     fn lock(&self, _: LockMode) -> io::Result<MetadataLock<'_>> {
         Ok(MetadataLock::unshared())
     }

@@ -4,6 +4,8 @@
 //! {"type": "sealblk", "keyslots": ["0"], "provider": "native", "key_id": "…", "wrapped_slot_secret": "<base64>"}
 //! ```
 //!
+//! While a rekey is under way, the new token has the numbers of the tokens that it replaces too: `"replaces": ["0"]`.
+//!
 //! The slot secret is 32 random bytes. What the keyslot takes as its passphrase is their base64 text (44
 //! characters, with padding), as systemd-cryptenroll does it for its tokens: who has unwrapped the secret by other
 //! means can type it into `cryptsetup open`, which would stop at a newline or a NUL in the raw bytes.
@@ -27,6 +29,8 @@ pub(super) struct SealblkToken {
     pub(super) provider: String,
     pub(super) key_id: KeyId,
     pub(super) wrapped_slot_secret: Base64,
+    #[serde(default)]
+    pub(super) replaces: Vec<Id>,
 }
 
 impl SealblkToken {
@@ -52,6 +56,10 @@ impl SealblkToken {
             "wrapped_slot_secret".to_owned(),
             field(BASE64_STANDARD.encode(&self.wrapped_slot_secret.0)),
         );
+        if !self.replaces.is_empty() {
+            let replaces = self.replaces.into_iter().map(|id| field(id.0.to_string()));
+            other.insert("replaces".to_owned(), replaces.collect());
+        }
         Token {
             kind: TYPE.to_owned(),
             keyslots: vec![keyslot],
@@ -80,6 +88,7 @@ mod tests {
             provider: "native".to_owned(),
             key_id: KeyId("k1".to_owned()),
             wrapped_slot_secret: Base64(vec![1, 2, 3]),
+            replaces: Vec::new(),
         }
     }
 
@@ -94,6 +103,15 @@ mod tests {
             r#""provider":"native","key_id":"k1","wrapped_slot_secret":"AQID""#,
         );
         assert_eq!(text, format!("{{{common},{ours}}}"));
+
+        let replacing = SealblkToken {
+            replaces: vec![Id(0), Id(2)],
+            ..token()
+        };
+        let stored = replacing.clone().into_token(Id(3));
+        assert_eq!(SealblkToken::of(&stored), Some(Ok(replacing)));
+        let text = serde_json::to_string(&stored).unwrap();
+        assert_eq!(text, format!(r#"{{{common},{ours},"replaces":["0","2"]}}"#));
     }
 
     #[test]

@@ -22,7 +22,8 @@ use crate::keys::arena::SecretBytes;
 use crate::keys::{Binding, KeyProvider, KeyReason, Providers};
 
 impl Locked<'_> {
-    /// Unlocks by the sealblk tokens, one after the other, with the providers that they name.
+    /// Unlocks by the sealblk tokens, one after the other, with the providers that they name. That which a rekey under way
+    /// has added is the first: the key that it replaces may be gone for good.
     ///
     /// # Errors
     /// [`Reason::NoToken`] when there are none; else the error of the last one.
@@ -30,10 +31,12 @@ impl Locked<'_> {
         let unlock = || {
             let mut failure = Reason::NoToken;
             let mut budget = Budget::default();
-            for (&id, token) in &self.header.metadata.tokens {
-                let Some(sealblk) = SealblkToken::of(token) else {
-                    continue;
-                };
+            let tokens = self.header.metadata.tokens.iter();
+            let mut ours: Vec<_> = tokens
+                .filter_map(|(&id, token)| Some((id, token, SealblkToken::of(token)?)))
+                .collect();
+            ours.sort_by_key(|(_, _, sealblk)| !matches!(sealblk, Ok(token) if !token.replaces.is_empty()));
+            for (id, token, sealblk) in ours {
                 let opened = sealblk
                     .map_err(|text| Reason::BrokenToken { token: id.0, text })
                     .and_then(|sealblk| {
@@ -54,7 +57,7 @@ impl Locked<'_> {
         unlock().map_err(|reason| self.failed(reason))
     }
 
-    fn unlock_token(
+    pub(super) fn unlock_token(
         &self,
         token: Id,
         keyslot: Id,
@@ -268,11 +271,12 @@ pub(super) fn bound_keyslot(
         provider: binding.provider.to_owned(),
         key_id: binding.key_id.clone(),
         wrapped_slot_secret: Base64(wrapped),
+        replaces: Vec::new(),
     };
     Ok((sealed, token))
 }
 
-pub(super) fn add_token(metadata: &mut Metadata, token: super::metadata::Token) -> Result<(), Reason> {
+pub(super) fn add_token(metadata: &mut Metadata, token: super::metadata::Token) -> Result<Id, Reason> {
     let free = (0..MAX_TOKENS)
         .map(Id)
         .find(|id| !metadata.tokens.contains_key(id));
@@ -281,7 +285,7 @@ pub(super) fn add_token(metadata: &mut Metadata, token: super::metadata::Token) 
         limit: MAX_TOKENS,
     })?;
     metadata.tokens.insert(id, token);
-    Ok(())
+    Ok(id)
 }
 
 pub(super) fn free_keyslot(metadata: &Metadata) -> Result<Id, Reason> {

@@ -1,0 +1,69 @@
+//! The arguments of verbs that change the header of a volume at rest: which volume, and how to open it.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::Host;
+use super::failure::Failure;
+use super::secret::SecretSource;
+use crate::storage::{Access, Backing};
+use crate::volume::{Locked, Volume};
+
+#[derive(Debug, Args)]
+pub(super) struct VolumeArgs {
+    /// The disk's file or device
+    pub(super) disk: PathBuf,
+    /// The file that holds the header, if it is detached
+    #[arg(long, value_name = "FILE")]
+    header: Option<PathBuf>,
+}
+
+impl VolumeArgs {
+    /// Opens the header for `access`. If it is detached, nobody writes to the payload here.
+    pub(super) fn open(&self, access: Access) -> Result<Files, Failure> {
+        let Some(header) = &self.header else {
+            let disk = Backing::open(&self.disk, access)?;
+            return Ok(Files { disk, header: None });
+        };
+        let payload = match access {
+            Access::ReadWrite => Access::ReadOnly,
+            access => access,
+        };
+        Ok(Files {
+            header: Some(Backing::open(header, access)?),
+            disk: Backing::open(&self.disk, payload)?,
+        })
+    }
+}
+
+/// A volume's file or device, and its header's if that is detached.
+pub(super) struct Files {
+    disk: Backing,
+    header: Option<Backing>,
+}
+
+impl Files {
+    pub(super) fn locked(&self) -> Result<Locked<'_>, Failure> {
+        Ok(match &self.header {
+            Some(header) => Locked::open(header, Some(&self.disk))?,
+            None => Locked::open(&self.disk, None)?,
+        })
+    }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Unlock {
+    /// Open the volume with this recovery key or passphrase, instead of with its key provider
+    #[arg(long, value_name = "FILE")]
+    unlock_key: Option<SecretSource>,
+}
+
+impl Unlock {
+    pub(super) fn open(&self, locked: &Locked<'_>, host: &Host) -> Result<Volume, Failure> {
+        match &self.unlock_key {
+            Some(key) => Ok(locked.unlock_with_passphrase(&key.read_passphrase()?)?),
+            None => Ok(locked.unlock_with_provider(&host.registry()?)?),
+        }
+    }
+}
