@@ -12,6 +12,7 @@
 
 pub mod cipher;
 pub mod cli;
+pub mod control;
 pub mod device;
 pub mod keys;
 pub mod storage;

@@ -1,0 +1,14 @@
+//! The control sockets: how other programs ask a process of ours to do something, and who may.
+//!
+//! They speak the varlink wire protocol: JSON objects over a Unix socket, each ended by a NUL byte, with an interface
+//! that describes itself. Any varlink client can call what needs no descriptor.
+//!
+//! ```text
+//! wire       messages, and descriptors beside them: a secret goes through a pipe, never through JSON
+//! varlink    calls, replies and errors; what every service answers
+//! peer       who is at the other end, as the kernel knows it
+//! ```
+
+pub mod peer;
+pub mod varlink;
+pub mod wire;

@@ -1,0 +1,86 @@
+//! Who is at the other end of a Unix socket, as the kernel knows it: credentials of the moment when it connected.
+
+#![allow(unsafe_code)] // SO_PEERGROUPS has no safe wrapper.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+
+/// The process that connected.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Its effective user.
+    pub user: u32,
+    /// Its effective group, and the supplementary ones.
+    pub groups: Vec<u32>,
+    /// Its number, for people: it may have ended since.
+    pub process: i32,
+}
+
+impl Peer {
+    /// Who connected to `stream`.
+    ///
+    /// # Errors
+    /// If it is no Unix socket.
+    pub fn of(stream: &UnixStream) -> io::Result<Self> {
+        let credentials = rustix::net::sockopt::socket_peercred(stream)?;
+        let mut groups = groups(stream)?;
+        let group = credentials.gid.as_raw();
+        if !groups.contains(&group) {
+            groups.insert(0, group);
+        }
+        Ok(Self {
+            user: credentials.uid.as_raw(),
+            groups,
+            process: credentials.pid.as_raw_nonzero().get(),
+        })
+    }
+}
+
+/// The most supplementary groups that Linux lets a process have (`NGROUPS_MAX`).
+const MAX_GROUPS: usize = 65536;
+
+fn groups(stream: &UnixStream) -> io::Result<Vec<u32>> {
+    let mut groups: Vec<libc::gid_t> = vec![0; 64];
+    loop {
+        let mut bytes = std::mem::size_of_val(&groups[..]) as libc::socklen_t;
+        // SAFETY: the kernel writes at most `bytes` bytes to the vector, which is as long, and the length to `bytes`.
+        let result = unsafe {
+            libc::getsockopt(
+                stream.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_PEERGROUPS,
+                groups.as_mut_ptr().cast(),
+                &raw mut bytes,
+            )
+        };
+        let count = bytes as usize / size_of::<libc::gid_t>();
+        if result == 0 {
+            groups.truncate(count);
+            return Ok(groups);
+        }
+        let error = io::Error::last_os_error();
+        // With ERANGE the kernel tells how many there are.
+        if error.raw_os_error() != Some(libc::ERANGE) || count <= groups.len() || count > MAX_GROUPS {
+            return Err(error);
+        }
+        groups.resize(count, 0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_peer_of_a_pair_is_this_process() {
+        let (one, _two) = UnixStream::pair().unwrap();
+        let peer = Peer::of(&one).unwrap();
+        assert_eq!(peer.user, rustix::process::geteuid().as_raw());
+        assert_eq!(peer.process, std::process::id() as i32);
+        assert!(peer.groups.contains(&rustix::process::getegid().as_raw()));
+        for group in rustix::process::getgroups().unwrap() {
+            assert!(peer.groups.contains(&group.as_raw()));
+        }
+    }
+}

@@ -1,0 +1,372 @@
+//! Calls, replies and errors of varlink (varlink, "Wire Protocol"), and a service that answers them.
+//!
+//! A connection carries one call at a time; its reply comes before the next is read. A call's errors have names of the
+//! interface; the connection goes on after them.
+
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use super::peer::Peer;
+use super::wire::{Connection, WireError};
+
+/// What every service answers.
+const SERVICE: &str = "org.varlink.service";
+const SERVICE_DESCRIPTION: &str = include_str!("org.varlink.service.varlink");
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Call {
+    method: String,
+    #[serde(default)]
+    parameters: Map<String, Value>,
+    /// The caller wants no reply.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    oneway: bool,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Reply {
+    #[serde(default)]
+    parameters: Map<String, Value>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+}
+
+/// An error that a method answers with: its full name, and what it tells.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MethodError {
+    /// Interface and name, as in `org.varlink.service.MethodNotFound`.
+    pub name: String,
+    /// As the interface describes them.
+    pub parameters: Map<String, Value>,
+}
+
+impl MethodError {
+    /// An error of `interface`.
+    pub fn new(interface: &str, name: &str, parameters: impl Serialize) -> Self {
+        Self {
+            name: format!("{interface}.{name}"),
+            parameters: object(parameters),
+        }
+    }
+
+    /// A parameter that is missing, or is not what it should be.
+    pub fn invalid_parameter(parameter: &str) -> Self {
+        Self::new(SERVICE, "InvalidParameter", json!({ "parameter": parameter }))
+    }
+}
+
+impl fmt::Display for MethodError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.name, Value::Object(self.parameters.clone()))
+    }
+}
+
+/// What a method answers, and the descriptors beside it.
+#[derive(Debug, Default)]
+pub struct Answer {
+    parameters: Map<String, Value>,
+    descriptors: Vec<OwnedFd>,
+}
+
+impl Answer {
+    /// An answer of these parameters, which are a JSON object.
+    pub fn of(parameters: impl Serialize) -> Self {
+        Self {
+            parameters: object(parameters),
+            descriptors: Vec::new(),
+        }
+    }
+
+    /// The same, with one more descriptor.
+    pub fn with(mut self, descriptor: OwnedFd) -> Self {
+        self.descriptors.push(descriptor);
+        self
+    }
+}
+
+/// A call that is being answered.
+#[derive(Debug)]
+pub struct Request<'c> {
+    parameters: Map<String, Value>,
+    /// What came beside the call.
+    pub descriptors: Vec<OwnedFd>,
+    /// Who calls.
+    pub peer: &'c Peer,
+}
+
+impl Request<'_> {
+    /// The parameters, as the interface describes them.
+    ///
+    /// # Errors
+    /// `org.varlink.service.InvalidParameter`.
+    pub fn parameters<T: DeserializeOwned>(&mut self) -> Result<T, MethodError> {
+        let parameters = Value::Object(std::mem::take(&mut self.parameters));
+        // What serde says of it names the parameter.
+        serde_json::from_value(parameters).map_err(|error| MethodError::invalid_parameter(&error.to_string()))
+    }
+}
+
+/// One interface of a service.
+pub trait Interface: Send + Sync {
+    /// Its name, as in `org.example.Interface`.
+    fn name(&self) -> &'static str;
+
+    /// It in varlink's interface definition language.
+    fn description(&self) -> &'static str;
+
+    /// Answers a call of `method`, or says that there is no such method by [`None`].
+    ///
+    /// # Errors
+    /// Those of the interface.
+    fn call(&self, method: &str, request: Request<'_>) -> Option<Result<Answer, MethodError>>;
+}
+
+/// Answers the calls on a connection until its other side leaves or sends what is no call.
+///
+/// # Errors
+/// What ended the connection other than the caller's leave.
+pub fn serve(stream: UnixStream, interface: &dyn Interface, timeout: Duration) -> Result<(), WireError> {
+    let peer = Peer::of(&stream)?;
+    // A caller may wait as long as it likes between its calls.
+    let mut connection = Connection::new(stream, None)?;
+    connection.stream().set_write_timeout(Some(timeout))?;
+    while let Some(message) = connection.receive::<Call>()? {
+        let call = message.content;
+        let request = Request {
+            parameters: call.parameters,
+            descriptors: message.descriptors,
+            peer: &peer,
+        };
+        let answer = answer(&call.method, request, interface);
+        if call.oneway {
+            continue;
+        }
+        let (parameters, error, descriptors) = match answer {
+            Ok(answer) => (answer.parameters, None, answer.descriptors),
+            Err(refusal) => (refusal.parameters, Some(refusal.name), Vec::new()),
+        };
+        let reply = Reply { parameters, error };
+        let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
+        connection.send(&reply, &descriptors)?;
+    }
+    Ok(())
+}
+
+fn answer(
+    full_name: &str,
+    mut request: Request<'_>,
+    interface: &dyn Interface,
+) -> Result<Answer, MethodError> {
+    let (wanted, method) = full_name
+        .rsplit_once('.')
+        .ok_or_else(|| MethodError::invalid_parameter("method"))?;
+    let not_found = || MethodError::new(SERVICE, "MethodNotFound", json!({ "method": full_name }));
+    if wanted == interface.name() {
+        return interface
+            .call(method, request)
+            .unwrap_or_else(|| Err(not_found()));
+    }
+    match (wanted, method) {
+        (SERVICE, "GetInfo") => Ok(Answer::of(json!({
+            "vendor": "sealblk",
+            "product": "sealblk",
+            "version": env!("CARGO_PKG_VERSION"),
+            "url": "",
+            "interfaces": [SERVICE, interface.name()],
+        }))),
+        (SERVICE, "GetInterfaceDescription") => {
+            #[derive(Deserialize)]
+            struct Parameters {
+                interface: String,
+            }
+            let named = request.parameters::<Parameters>()?.interface;
+            let description = match named {
+                named if named == SERVICE => SERVICE_DESCRIPTION,
+                named if named == interface.name() => interface.description(),
+                named => {
+                    return Err(MethodError::new(
+                        SERVICE,
+                        "InterfaceNotFound",
+                        json!({ "interface": named }),
+                    ));
+                }
+            };
+            Ok(Answer::of(json!({ "description": description })))
+        }
+        (SERVICE, _) => Err(not_found()),
+        _ => Err(MethodError::new(
+            SERVICE,
+            "InterfaceNotFound",
+            json!({ "interface": wanted }),
+        )),
+    }
+}
+
+/// Why a call came to nothing.
+#[derive(Debug, thiserror::Error)]
+pub enum CallError {
+    /// The connection.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    /// The service left instead of answering.
+    #[error("the connection ended before an answer came")]
+    NoAnswer,
+    /// The service says no.
+    #[error("{0}")]
+    Method(MethodError),
+}
+
+impl From<io::Error> for CallError {
+    fn from(error: io::Error) -> Self {
+        Self::Wire(error.into())
+    }
+}
+
+/// Calls a method and waits for its answer.
+///
+/// # Errors
+/// [`CallError`]; the connection is good for another call only after [`CallError::Method`].
+pub fn call<T: DeserializeOwned>(
+    connection: &mut Connection,
+    method: &str,
+    parameters: impl Serialize,
+    descriptors: &[BorrowedFd<'_>],
+) -> Result<(T, Vec<OwnedFd>), CallError> {
+    let call = Call {
+        method: method.to_owned(),
+        parameters: object(parameters),
+        oneway: false,
+    };
+    connection.send(&call, descriptors)?;
+    let reply = connection.receive::<Reply>()?.ok_or(CallError::NoAnswer)?;
+    let Reply {
+        parameters, error, ..
+    } = reply.content;
+    match error {
+        Some(name) => Err(CallError::Method(MethodError { name, parameters })),
+        None => {
+            let parameters = serde_json::from_value(Value::Object(parameters)).map_err(WireError::Json)?;
+            Ok((parameters, reply.descriptors))
+        }
+    }
+}
+
+fn object(parameters: impl Serialize) -> Map<String, Value> {
+    match serde_json::to_value(parameters) {
+        Ok(Value::Object(object)) => object,
+        other => unreachable!("parameters are an object: {other:?}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::wire;
+    use crate::keys::arena::SecretBytes;
+
+    /// Gives back what it gets, secrets among it.
+    struct Echo;
+
+    impl Interface for Echo {
+        fn name(&self) -> &'static str {
+            "org.example.Echo"
+        }
+
+        fn description(&self) -> &'static str {
+            "interface org.example.Echo\n"
+        }
+
+        fn call(&self, method: &str, mut request: Request<'_>) -> Option<Result<Answer, MethodError>> {
+            #[derive(Serialize, Deserialize)]
+            struct Text {
+                text: String,
+            }
+            match method {
+                "Say" => Some(request.parameters::<Text>().map(Answer::of)),
+                "Pass" => Some(Ok(Answer::default().with(request.descriptors.remove(0)))),
+                "Fail" => Some(Err(MethodError::new(
+                    self.name(),
+                    "Never",
+                    json!({ "why": "because" }),
+                ))),
+                _ => None,
+            }
+        }
+    }
+
+    fn with_service(work: impl FnOnce(&mut Connection)) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let service = std::thread::spawn(|| serve(theirs, &Echo, Duration::from_secs(10)));
+        let mut connection = Connection::new(ours, Some(Duration::from_secs(10))).unwrap();
+        work(&mut connection);
+        drop(connection);
+        service.join().unwrap().unwrap();
+    }
+
+    fn error_of(result: Result<(Value, Vec<OwnedFd>), CallError>) -> (String, Value) {
+        match result {
+            Err(CallError::Method(error)) => (error.name, error.parameters.into()),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn calls_are_answered_and_the_connection_outlives_errors() {
+        with_service(|connection| {
+            let mut call =
+                |method: &str, parameters: Value| call::<Value>(connection, method, parameters, &[]);
+            assert_eq!(
+                call("org.example.Echo.Say", json!({"text": "word"})).unwrap().0,
+                json!({"text": "word"})
+            );
+            let (name, told) = error_of(call("org.example.Echo.Say", json!({"text": 1})));
+            assert_eq!(name, "org.varlink.service.InvalidParameter");
+            assert!(told["parameter"].as_str().unwrap().contains("string"), "{told}");
+            assert_eq!(
+                error_of(call("org.example.Echo.Fail", json!({}))),
+                ("org.example.Echo.Never".to_owned(), json!({"why": "because"}))
+            );
+            assert_eq!(
+                error_of(call("org.example.Echo.Sing", json!({}))),
+                (
+                    "org.varlink.service.MethodNotFound".to_owned(),
+                    json!({"method": "org.example.Echo.Sing"})
+                )
+            );
+            assert_eq!(
+                error_of(call("org.example.Other.Say", json!({}))).0,
+                "org.varlink.service.InterfaceNotFound"
+            );
+            assert_eq!(
+                error_of(call("nothing", json!({}))).0,
+                "org.varlink.service.InvalidParameter"
+            );
+            let (info, _) = call("org.varlink.service.GetInfo", json!({})).unwrap();
+            assert_eq!(
+                info["interfaces"],
+                json!(["org.varlink.service", "org.example.Echo"])
+            );
+            let described = json!({"interface": "org.example.Echo"});
+            let (description, _) = call("org.varlink.service.GetInterfaceDescription", described).unwrap();
+            assert_eq!(description["description"], "interface org.example.Echo\n");
+        });
+    }
+
+    #[test]
+    fn secrets_go_beside_calls_and_answers() {
+        with_service(|connection| {
+            let secret = SecretBytes::random(64).unwrap();
+            let pipe = wire::pass(&secret).unwrap();
+            let (_, back) =
+                call::<Value>(connection, "org.example.Echo.Pass", json!({}), &[pipe.as_fd()]).unwrap();
+            assert!(wire::take(&back[0]).unwrap().ct_eq(&secret));
+        });
+    }
+}

@@ -1,0 +1,339 @@
+//! Messages of the varlink wire protocol on a Unix socket, and file descriptors that go with them.
+//!
+//! A message is one JSON object and a NUL byte (varlink, "Wire Protocol"). Descriptors are sent with its first byte
+//! (`SCM_RIGHTS`), as sd-varlink does it; the message names them by their index. The sides take turns: the kernel may hand
+//! the descriptors of a message over with the one before it, if that was not read yet. What comes from the other side is
+//! bounded: the length of a message, the number of its descriptors, and, by the socket's timeouts, the time it takes.
+
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
+};
+use rustix::pipe::{PipeFlags, pipe_with};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::keys::arena::{ArenaError, SecretBytes};
+
+/// The longest message.
+const MAX_MESSAGE: usize = 1 << 20;
+/// The most descriptors beside one message.
+const MAX_DESCRIPTORS: usize = 4;
+/// The longest secret: it fits into a pipe that nobody reads yet, whatever the limits on pipes are.
+const MAX_SECRET: usize = 4096;
+
+/// One end of a connection.
+#[derive(Debug)]
+pub struct Connection {
+    stream: UnixStream,
+    /// What was received behind the last message.
+    ahead: Vec<u8>,
+    descriptors: Vec<OwnedFd>,
+}
+
+/// A message, and the descriptors beside it.
+#[derive(Debug)]
+pub struct Message<T> {
+    /// What the JSON object holds.
+    pub content: T,
+    /// In the order of their indices.
+    pub descriptors: Vec<OwnedFd>,
+}
+
+/// Why a connection is of no use any more.
+#[derive(Debug, thiserror::Error)]
+pub enum WireError {
+    /// The socket.
+    #[error("the connection failed")]
+    Io(#[from] io::Error),
+    /// The other side left in the middle of a message.
+    #[error("the connection ended in the middle of a message")]
+    Truncated,
+    /// The other side sends without an end.
+    #[error("a message is longer than {MAX_MESSAGE} bytes")]
+    TooLong,
+    /// The other side sends more descriptors than any message has.
+    #[error("more than {MAX_DESCRIPTORS} descriptors came with a message")]
+    TooManyDescriptors,
+    /// The other side does not speak varlink.
+    #[error("a message is not what it should be: {0}")]
+    Json(#[from] serde_json::Error),
+}
+
+impl Connection {
+    /// Speaks over `stream`. A message that does not come or go within `timeout` is an error.
+    ///
+    /// # Errors
+    /// If the kernel takes no timeouts.
+    pub fn new(stream: UnixStream, timeout: Option<Duration>) -> io::Result<Self> {
+        stream.set_nonblocking(false)?;
+        stream.set_read_timeout(timeout)?;
+        stream.set_write_timeout(timeout)?;
+        Ok(Self {
+            stream,
+            ahead: Vec::new(),
+            descriptors: Vec::new(),
+        })
+    }
+
+    /// The socket.
+    pub fn stream(&self) -> &UnixStream {
+        &self.stream
+    }
+
+    /// Sends a message.
+    ///
+    /// # Errors
+    /// [`WireError`]; the connection is of no use then.
+    pub fn send(
+        &mut self,
+        content: &impl Serialize,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(), WireError> {
+        let mut bytes = serde_json::to_vec(content)?;
+        bytes.push(0);
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        if descriptors.len() > MAX_DESCRIPTORS {
+            return Err(WireError::TooManyDescriptors);
+        }
+        if !descriptors.is_empty() {
+            let fits = ancillary.push(SendAncillaryMessage::ScmRights(descriptors));
+            assert!(fits, "the space is for as many");
+        }
+        let sent = loop {
+            // A peer that has left is an error here, and not a signal.
+            match sendmsg(
+                &self.stream,
+                &[IoSlice::new(&bytes)],
+                &mut ancillary,
+                SendFlags::NOSIGNAL,
+            ) {
+                Err(Errno::INTR) => {}
+                result => break result.map_err(io::Error::from)?,
+            }
+        };
+        Ok(self.stream.write_all(&bytes[sent..])?)
+    }
+
+    /// Waits for a message; there is none when the other side has left.
+    ///
+    /// # Errors
+    /// [`WireError`]; the connection is of no use then.
+    pub fn receive<T: DeserializeOwned>(&mut self) -> Result<Option<Message<T>>, WireError> {
+        let mut searched = 0;
+        loop {
+            if let Some(end) = self.ahead[searched..].iter().position(|&byte| byte == 0) {
+                let message: Vec<u8> = self.ahead.drain(..=searched + end).collect();
+                let content = serde_json::from_slice(&message[..message.len() - 1])?;
+                let descriptors = std::mem::take(&mut self.descriptors);
+                return Ok(Some(Message { content, descriptors }));
+            }
+            searched = self.ahead.len();
+            if searched > MAX_MESSAGE {
+                return Err(WireError::TooLong);
+            }
+            if self.receive_some()? == 0 {
+                return match self.ahead.is_empty() {
+                    true => Ok(None),
+                    false => Err(WireError::Truncated),
+                };
+            }
+        }
+    }
+
+    fn receive_some(&mut self) -> Result<usize, WireError> {
+        let mut bytes = [0; 8192];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let received = loop {
+            let mut pieces = [IoSliceMut::new(&mut bytes)];
+            match recvmsg(&self.stream, &mut pieces, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
+                Err(Errno::INTR) => {}
+                result => break result.map_err(io::Error::from)?,
+            }
+        };
+        for message in ancillary.drain() {
+            if let RecvAncillaryMessage::ScmRights(descriptors) = message {
+                self.descriptors.extend(descriptors);
+            }
+        }
+        // What did not fit was closed by the kernel.
+        if self.descriptors.len() > MAX_DESCRIPTORS
+            || received.flags.contains(rustix::net::ReturnFlags::CTRUNC)
+        {
+            return Err(WireError::TooManyDescriptors);
+        }
+        self.ahead.extend_from_slice(&bytes[..received.bytes]);
+        Ok(received.bytes)
+    }
+}
+
+/// A secret on its way: the end of a pipe, in which the kernel keeps it out of every file and of swap.
+///
+/// # Errors
+/// If descriptors are exhausted.
+pub fn pass(secret: &SecretBytes) -> io::Result<OwnedFd> {
+    if secret.len() > MAX_SECRET {
+        return Err(io::ErrorKind::FileTooLarge.into());
+    }
+    let (take, give) = pipe_with(PipeFlags::CLOEXEC)?;
+    std::fs::File::from(give).write_all(secret)?;
+    Ok(take)
+}
+
+/// Why a secret did not arrive.
+#[derive(Debug, thiserror::Error)]
+pub enum ReceiveError {
+    /// It is not there, or does not come.
+    #[error("the descriptor of a secret cannot be read")]
+    Io(#[from] io::Error),
+    /// It is longer than any secret.
+    #[error("what was sent as a secret is longer than {MAX_SECRET} bytes")]
+    TooLong,
+    /// There is no memory for it.
+    #[error(transparent)]
+    Arena(#[from] ArenaError),
+}
+
+/// Takes a secret that [`pass`] has sent. The whole of it is there already, so nobody has to be waited for.
+///
+/// # Errors
+/// [`ReceiveError`].
+pub fn take(descriptor: &OwnedFd) -> Result<SecretBytes, ReceiveError> {
+    // A hostile sender could keep the other end, or send something else than a pipe.
+    rustix::io::ioctl_fionbio(descriptor, true).map_err(io::Error::from)?;
+    let mut secret = SecretBytes::zeroed(MAX_SECRET)?;
+    let mut len = 0;
+    let mut file = std::fs::File::from(descriptor.as_fd().try_clone_to_owned()?);
+    while len < secret.len() {
+        match file.read(&mut secret[len..])? {
+            0 => {
+                secret.truncate(len);
+                return Ok(secret);
+            }
+            read => len += read,
+        }
+    }
+    match file.read(&mut [0])? {
+        0 => Ok(secret),
+        _ => Err(ReceiveError::TooLong),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn pair() -> (Connection, Connection) {
+        let (one, two) = UnixStream::pair().unwrap();
+        let connection = |stream| Connection::new(stream, Some(Duration::from_secs(10))).unwrap();
+        (connection(one), connection(two))
+    }
+
+    fn content(message: Option<Message<Value>>) -> Value {
+        message.unwrap().content
+    }
+
+    #[test]
+    fn messages_come_one_by_one_however_they_are_cut() {
+        let (mut one, mut two) = pair();
+        let bytes = b"{\"n\":1}\0{\"n\":2}\0{\"n\":3}\0";
+        for byte in bytes {
+            one.stream.write_all(&[*byte]).unwrap();
+        }
+        one.stream.write_all(bytes).unwrap();
+        for n in [1, 2, 3, 1, 2, 3] {
+            assert_eq!(content(two.receive().unwrap()), json!({ "n": n }));
+        }
+        drop(one);
+        assert!(two.receive::<Value>().unwrap().is_none());
+    }
+
+    #[test]
+    fn long_messages_pass_and_endless_ones_do_not() {
+        let (mut one, mut two) = pair();
+        let text = "x".repeat(MAX_MESSAGE - 100);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                one.send(&text, &[]).unwrap();
+                // Until the other side has had enough.
+                let _ = one.send(&"y".repeat(2 * MAX_MESSAGE), &[]);
+            });
+            assert_eq!(content(two.receive().unwrap()), text);
+            assert!(matches!(two.receive::<Value>(), Err(WireError::TooLong)));
+            drop(two);
+        });
+    }
+
+    #[test]
+    fn what_is_no_message_ends_the_connection() {
+        let (mut one, mut two) = pair();
+        one.stream.write_all(b"{]\0").unwrap();
+        assert!(matches!(two.receive::<Value>(), Err(WireError::Json(_))));
+        one.stream.write_all(b"{").unwrap();
+        drop(one);
+        assert!(matches!(two.receive::<Value>(), Err(WireError::Truncated)));
+    }
+
+    #[test]
+    fn descriptors_come_with_their_message_and_too_many_are_refused() {
+        let (mut one, mut two) = pair();
+        let secret = SecretBytes::random(32).unwrap();
+        let pipe = pass(&secret).unwrap();
+        let mut pass_on = |content: u8, descriptors: &[BorrowedFd<'_>]| {
+            one.send(&content, descriptors).unwrap();
+            let message = two.receive::<u8>().unwrap().unwrap();
+            assert_eq!(
+                (message.content, message.descriptors.len()),
+                (content, descriptors.len())
+            );
+            message.descriptors
+        };
+        pass_on(1, &[]);
+        let received = pass_on(2, &[pipe.as_fd(), pipe.as_fd()]);
+        assert!(take(&received[1]).unwrap().ct_eq(&secret));
+        pass_on(3, &[]);
+
+        assert!(matches!(
+            one.send(&4, &[pipe.as_fd(); 5]),
+            Err(WireError::TooManyDescriptors)
+        ));
+        let five = [pipe.as_fd(); 5];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(5))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        assert!(ancillary.push(SendAncillaryMessage::ScmRights(&five)));
+        sendmsg(
+            &one.stream,
+            &[IoSlice::new(b"5\0")],
+            &mut ancillary,
+            SendFlags::empty(),
+        )
+        .unwrap();
+        assert!(matches!(
+            two.receive::<Value>(),
+            Err(WireError::TooManyDescriptors)
+        ));
+    }
+
+    #[test]
+    fn secrets_that_do_not_end_or_do_not_come_are_errors() {
+        let longest = SecretBytes::random(MAX_SECRET).unwrap();
+        assert!(take(&pass(&longest).unwrap()).unwrap().ct_eq(&longest));
+        assert!(pass(&SecretBytes::zeroed(MAX_SECRET + 1).unwrap()).is_err());
+        let (end, kept) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+        assert!(matches!(take(&end), Err(ReceiveError::Io(_))), "nobody writes");
+        drop(kept);
+        assert!(take(&end).unwrap().is_empty());
+        let zeros = std::fs::File::open("/dev/zero").unwrap().into();
+        assert!(matches!(take(&zeros), Err(ReceiveError::TooLong)));
+    }
+}
