@@ -17,6 +17,7 @@ use std::io;
 use std::ops::Range;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 
 use sealblk::cipher::SectorSize;
 use sealblk::keys::arena::SecretBytes;
@@ -386,7 +387,7 @@ impl Host {
         Self { dir, providers }
     }
 
-    fn provider(&self) -> Box<dyn KeyProvider> {
+    fn provider(&self) -> Arc<dyn KeyProvider> {
         self.providers.provider("native").unwrap()
     }
 

@@ -5,6 +5,7 @@ use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
@@ -651,7 +652,7 @@ impl Disk {
         self.cryptsetup_with(PASSPHRASE, &arguments);
     }
 
-    fn provider(&self) -> Box<dyn KeyProvider> {
+    fn provider(&self) -> Arc<dyn KeyProvider> {
         self.providers.provider("native").unwrap()
     }
 

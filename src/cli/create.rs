@@ -7,6 +7,7 @@ use std::fs::OpenOptions;
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::Args;
 
@@ -171,14 +172,12 @@ impl Create {
     }
 }
 
-fn default_provider(registry: &mut Registry) -> Result<Box<dyn KeyProvider>, Failure> {
-    if registry.default_name().is_none() {
+fn default_provider(registry: &mut Registry) -> Result<Arc<dyn KeyProvider>, Failure> {
+    if registry.default_name()?.is_none() {
         provider::add_native(registry, "native", true)?;
     }
-    let name = registry
-        .default_name()
-        .expect("the provider that was added is the default");
-    Ok(registry.provider(name)?)
+    let name = registry.default_name()?.ok_or(Failure::NoProvider)?;
+    Ok(registry.provider(&name)?)
 }
 
 /// Whether there may be something to lose: any byte in a file; on a device, anything but zeros at either end, where

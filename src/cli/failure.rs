@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::cipher::{CipherError, SectorSize};
+use crate::control::socket::BindError;
 use crate::device::ServeError;
 use crate::keys::KeyError;
 use crate::keys::registry::RegistryError;
@@ -142,9 +143,9 @@ impl Failure {
             Self::Storage(_) | Self::Make { .. } | Self::Look { .. } => STORAGE,
             Self::Volume(VolumeError { reason, .. }) => volume_code(reason),
             Self::Serve(error) => match error {
-                ServeError::SocketInUse { .. } => IN_USE,
-                ServeError::NotASocket { .. } | ServeError::BadFd { .. } => USAGE,
-                ServeError::Bind { .. } | ServeError::IoUring(_) | ServeError::Control(_) => HOST,
+                ServeError::Socket(error) => socket_code(error),
+                ServeError::BadFd { .. } => USAGE,
+                ServeError::IoUring(_) | ServeError::Control(_) => HOST,
             },
             Self::Registry(RegistryError::Name(_) | RegistryError::Exists { .. }) => USAGE,
             Self::Secret(SecretError::Arena(_)) => HOST,
@@ -193,6 +194,14 @@ fn volume_code(reason: &Reason) -> u8 {
         Reason::Cipher(CipherError::EqualHalves | CipherError::KeyLength(_)) => VOLUME,
         Reason::Cipher(_) | Reason::Arena(_) | Reason::Kdf(_) | Reason::Seal(_) | Reason::Random(_) => HOST,
         _ => VOLUME,
+    }
+}
+
+fn socket_code(error: &BindError) -> u8 {
+    match error {
+        BindError::InUse { .. } => IN_USE,
+        BindError::NotASocket { .. } => USAGE,
+        BindError::Bind { .. } => HOST,
     }
 }
 

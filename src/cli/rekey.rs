@@ -5,6 +5,7 @@ use clap::Args;
 use super::failure::Failure;
 use super::volume_args::{Unlock, VolumeArgs};
 use super::{Host, output};
+use crate::keys::Providers;
 use crate::storage::Access;
 use crate::volume::Rekeyed;
 
@@ -55,7 +56,7 @@ impl Rekey {
             Some(name) => name.clone(),
             None => match locked.bound_to() {
                 Some(name) => name,
-                None => registry.default_name().ok_or(Failure::NoProvider)?.to_owned(),
+                None => registry.default_name()?.ok_or(Failure::NoProvider)?,
             },
         };
         let rekeyed = locked.rekey(&volume, &registry, &name)?;

@@ -6,9 +6,11 @@
 //! ```text
 //! wire       messages, and descriptors beside them: a secret goes through a pipe, never through JSON
 //! varlink    calls, replies and errors; what every service answers
+//! socket     where a process listens, and the signals that end it
 //! peer       who is at the other end, as the kernel knows it
 //! ```
 
 pub mod peer;
+pub mod socket;
 pub mod varlink;
 pub mod wire;

@@ -1,15 +1,13 @@
 //! The socket that front-ends connect to, one at a time, and the control thread: it accepts, ends sessions, and stops
 //! on a signal. It follows QEMU's "Backend program conventions" (vhost-user specification).
 
-#![allow(unsafe_code)] // Signals as a descriptor have no safe wrapper, and --fd hands over a bare number.
+#![allow(unsafe_code)] // --fd hands over a bare number.
 
 use std::fmt;
 use std::io;
-use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -21,6 +19,7 @@ use vmm_sys_util::epoll::EventSet;
 use super::disk::Disk;
 use super::rings;
 use super::session::{self, Link};
+use crate::control::socket::{BindError, Bound, bind, termination};
 
 /// Where front-ends come from.
 #[derive(Debug)]
@@ -34,12 +33,8 @@ pub enum Endpoint {
 /// Why a disk is not served.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    #[error("{}: a server is listening on this socket; stop it, or choose another path", path.display())]
-    SocketInUse { path: PathBuf },
-    #[error("{}: is not a socket, so it is not replaced; choose another path", path.display())]
-    NotASocket { path: PathBuf },
-    #[error("{}: the socket cannot be bound; its directory has to exist and be writable", path.display())]
-    Bind { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Socket(#[from] BindError),
     #[error("file descriptor {fd} is not an open Unix stream socket")]
     BadFd { fd: RawFd, source: io::Error },
     #[error(
@@ -74,10 +69,16 @@ impl Server {
         let disk = Arc::new(disk);
         drop(rings::engine(&disk).map_err(ServeError::IoUring)?);
         let manager = EventManager::new().map_err(|error| ServeError::Control(io::Error::other(error)))?;
-        let signals = signals().map_err(ServeError::Control)?;
+        let signals = termination().map_err(ServeError::Control)?;
         let host = Host::new(disk, num_queues).map_err(ServeError::Control)?;
         let source = match endpoint {
-            Endpoint::Path(path) => bind(&path)?,
+            Endpoint::Path(path) => {
+                let (listener, bound) = bind(&path)?;
+                Source::Listener {
+                    listener,
+                    bound: Some(bound),
+                }
+            }
             Endpoint::Fd(fd) => inherited(fd).map_err(|source| ServeError::BadFd { fd, source })?,
         };
         let (listener, next, bound) = match source {
@@ -286,58 +287,6 @@ fn has_hung_up(stream: &UnixStream) -> bool {
     poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
 }
 
-/// A socket that was bound: its name goes with us, if it is still ours.
-#[derive(Debug)]
-struct Bound {
-    path: PathBuf,
-    inode: (u64, u64),
-}
-
-impl Drop for Bound {
-    fn drop(&mut self) {
-        if inode(&self.path).is_ok_and(|inode| inode == self.inode) {
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
-}
-
-fn inode(path: &Path) -> io::Result<(u64, u64)> {
-    let metadata = std::fs::symlink_metadata(path)?;
-    Ok((metadata.dev(), metadata.ino()))
-}
-
-/// Binds a socket, in the place of one that nobody listens on any more.
-fn bind(path: &Path) -> Result<Source, ServeError> {
-    let bind_error = |source| ServeError::Bind {
-        path: path.into(),
-        source,
-    };
-    let listener = match UnixListener::bind(path) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-            let file_type = std::fs::symlink_metadata(path).map_err(bind_error)?.file_type();
-            if !file_type.is_socket() {
-                return Err(ServeError::NotASocket { path: path.into() });
-            }
-            match UnixStream::connect(path) {
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
-                _ => return Err(ServeError::SocketInUse { path: path.into() }),
-            }
-            std::fs::remove_file(path).map_err(bind_error)?;
-            UnixListener::bind(path)
-        }
-        result => result,
-    }
-    .map_err(bind_error)?;
-    let inode = inode(path).map_err(bind_error)?;
-    Ok(Source::Listener {
-        listener,
-        bound: Some(Bound {
-            path: path.into(),
-            inode,
-        }),
-    })
-}
-
 /// The socket that the process was started with.
 fn inherited(fd: RawFd) -> io::Result<Source> {
     if fd <= libc::STDERR_FILENO {
@@ -364,29 +313,4 @@ fn inherited(fd: RawFd) -> io::Result<Source> {
     let stream = UnixStream::from(fd);
     stream.set_nonblocking(false)?;
     Ok(Source::Connected(stream))
-}
-
-/// SIGINT and SIGTERM as a descriptor; the threads started from here on do not get them.
-fn signals() -> io::Result<OwnedFd> {
-    let mut set = MaybeUninit::<libc::sigset_t>::uninit();
-    // SAFETY: sigemptyset initialises the set it is given.
-    unsafe { libc::sigemptyset(set.as_mut_ptr()) };
-    // SAFETY: it was initialised just above.
-    let mut set = unsafe { set.assume_init() };
-    for signal in [libc::SIGINT, libc::SIGTERM] {
-        // SAFETY: the set is initialised, and the signal is a valid one.
-        unsafe { libc::sigaddset(&raw mut set, signal) };
-    }
-    // SAFETY: the set is initialised, and the old mask is not asked for.
-    let blocked = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
-    if blocked != 0 {
-        return Err(io::Error::from_raw_os_error(blocked));
-    }
-    // SAFETY: the set is initialised; -1 asks for a new descriptor.
-    let fd = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the descriptor was just made, and nobody else has it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

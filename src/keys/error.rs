@@ -2,13 +2,16 @@
 
 use std::error::Error;
 use std::fmt;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
 
 use super::KeyId;
 
 /// A key operation that failed: at which provider, for which key, on which hop, and why.
 ///
 /// The text of the error ends with what to do. Its `source` is what the file system or the server answered.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct KeyError {
     /// The provider's name.
     pub provider: String,
@@ -19,14 +22,19 @@ pub struct KeyError {
     /// Why.
     pub reason: KeyReason,
     /// What lies under it.
-    pub source: Option<Box<dyn Error + Send + Sync>>,
+    pub source: Option<Arc<dyn Error + Send + Sync>>,
 }
 
-/// Why a key operation failed. Locked disks show it, and programs may act on it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+/// Why a key operation failed. Locked disks show it, and programs may act on it by its name, as in `not-active`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum KeyReason {
     /// This host has no provider of that name.
     UnknownProvider,
+    /// The host's agent, which has the providers, does not answer.
+    NoAgent,
+    /// The host's agent does not let this user do it.
+    NotPermitted,
     /// The provider exists, but its configuration or its own files cannot be used.
     Invalid,
     /// The provider does not answer.
@@ -72,7 +80,7 @@ impl KeyError {
 
     /// The same, with what lies under it.
     pub fn because(mut self, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
-        self.source = Some(source.into());
+        self.source = Some(Arc::from(source.into()));
         self
     }
 }
@@ -82,6 +90,8 @@ impl KeyReason {
     pub fn what(self) -> &'static str {
         match self {
             Self::UnknownProvider => "this host has no such key provider",
+            Self::NoAgent => "this host's key agent does not answer",
+            Self::NotPermitted => "this host's key agent does not let this user do that",
             Self::Invalid => "the key provider's own state cannot be used",
             Self::Unreachable => "the key provider does not answer",
             Self::Untrusted => "this host and the key provider do not trust each other's certificates",
@@ -102,6 +112,8 @@ impl KeyReason {
             Self::UnknownProvider => {
                 "see `sealblk provider list`, or point --state-dir at the right directory"
             }
+            Self::NoAgent => "start `sealblk agent`, or name its socket with --agent",
+            Self::NotPermitted => "grant the privilege that the cause names, in the agent's configuration",
             Self::Invalid => "mend it as the cause says, or restore the provider's files from a backup",
             Self::Unreachable => "check the server and the network, then try again",
             Self::Untrusted => {

@@ -7,6 +7,7 @@
 //!
 //! ```text
 //! registry   the providers of this host, by name, in the state directory; settings: the file that names them
+//! shared     the same for a process that goes on, and keeps KEKs for a while (cache)
 //! source     providers whose KEKs come to this host: what differs between them, and the wrapping, which does not
 //! native     the one that needs nothing but a file: KEKs derived from a primary key
 //! wrap       AES-256-GCM under a KEK that is on this host
@@ -14,16 +15,19 @@
 //! ```
 
 pub mod arena;
+mod cache;
 mod error;
 pub mod harden;
 mod native;
 pub(crate) mod private;
 pub mod registry;
 mod settings;
+mod shared;
 mod source;
 mod wrap;
 
 use std::fmt;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -31,6 +35,7 @@ use uuid::Uuid;
 use arena::SecretBytes;
 
 pub use error::{KeyError, KeyReason};
+pub use shared::SharedProviders;
 
 /// The name that a provider knows a KEK by. Its form is the provider's own affair.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -71,7 +76,8 @@ pub struct Binding<'a> {
 
 /// What a KEK can be used for, as its provider sees it: the states that KMIP has (its attribute State), for
 /// every provider.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum KeyState {
     /// It is there, and must not be used yet.
     PreActive,
@@ -136,7 +142,13 @@ pub trait Providers {
     ///
     /// # Errors
     /// [`KeyError`], above all [`KeyReason::UnknownProvider`].
-    fn provider(&self, name: &str) -> Result<Box<dyn KeyProvider>, KeyError>;
+    fn provider(&self, name: &str) -> Result<Arc<dyn KeyProvider>, KeyError>;
+
+    /// The name of the provider that new volumes take when none is named.
+    ///
+    /// # Errors
+    /// [`KeyError`], if that cannot be told.
+    fn default_name(&self) -> Result<Option<String>, KeyError>;
 }
 
 #[cfg(test)]

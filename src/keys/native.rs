@@ -215,6 +215,7 @@ mod tests {
     use crate::keys::{Binding, KeyProvider};
     use std::fs;
     use std::os::unix::fs::PermissionsExt;
+    use std::time::Duration;
 
     fn native(dir: &tempfile::TempDir, file: &str) -> Native {
         let path = dir.path().join(file);
@@ -225,7 +226,7 @@ mod tests {
     #[test]
     fn reopened_provider_unwraps_what_it_wrapped_before() {
         let dir = tempfile::tempdir().unwrap();
-        let before = HostProvider::new(Box::new(native(&dir, "primary.key")));
+        let before = HostProvider::new(Box::new(native(&dir, "primary.key")), Duration::ZERO);
         let key_id = before.create_kek().unwrap();
         let binding = Binding {
             volume: Uuid::new_v4(),
@@ -236,7 +237,7 @@ mod tests {
         let secret = SecretBytes::random(32).unwrap();
         let wrapped = before.wrap(&binding, &secret).unwrap();
         let after = Native::open("native", &dir.path().join("primary.key")).unwrap();
-        let after = HostProvider::new(Box::new(after));
+        let after = HostProvider::new(Box::new(after), Duration::ZERO);
         assert!(after.unwrap(&binding, &wrapped).unwrap().ct_eq(&secret));
     }
 

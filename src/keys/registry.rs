@@ -14,6 +14,8 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
 use super::private::{self, Exposed, Forbid};
 use super::settings::Settings;
@@ -149,17 +151,12 @@ impl Registry {
         &self.dir
     }
 
-    /// The name of the provider that new volumes take when none is named.
-    pub fn default_name(&self) -> Option<&str> {
-        self.settings.default.as_deref()
-    }
-
     /// All providers, by name.
     pub fn list(&self) -> Vec<Entry> {
         let entry = |(name, source): (&String, &Source)| Entry {
             name: name.clone(),
             kind: source.kind(),
-            default: self.default_name() == Some(name),
+            default: self.settings.default.as_ref() == Some(name),
             location: source.location(&self.dir_of(name)),
         };
         self.settings.provider.iter().map(entry).collect()
@@ -202,18 +199,12 @@ impl Registry {
         Ok(())
     }
 
-    /// Where a provider keeps what is its own.
-    fn dir_of(&self, name: &str) -> PathBuf {
-        self.dir.join("providers").join(name)
-    }
-}
-
-impl Providers for Registry {
-    fn provider(&self, name: &str) -> Result<Box<dyn KeyProvider>, KeyError> {
+    /// The provider of this name, which keeps a KEK for `time_to_live` after it was fetched.
+    pub(super) fn open_provider(&self, name: &str, time_to_live: Duration) -> Result<HostProvider, KeyError> {
         match self.settings.provider.get(name) {
             Some(source) => {
                 let source = source.open(name, &self.dir_of(name))?;
-                Ok(Box::new(HostProvider::new(source)))
+                Ok(HostProvider::new(source, time_to_live))
             }
             None => Err(KeyError::new(
                 name,
@@ -221,6 +212,21 @@ impl Providers for Registry {
                 KeyReason::UnknownProvider,
             )),
         }
+    }
+
+    /// Where a provider keeps what is its own.
+    fn dir_of(&self, name: &str) -> PathBuf {
+        self.dir.join("providers").join(name)
+    }
+}
+
+impl Providers for Registry {
+    fn provider(&self, name: &str) -> Result<Arc<dyn KeyProvider>, KeyError> {
+        Ok(Arc::new(self.open_provider(name, Duration::ZERO)?))
+    }
+
+    fn default_name(&self) -> Result<Option<String>, KeyError> {
+        Ok(self.settings.default.clone())
     }
 }
 
@@ -265,7 +271,7 @@ mod tests {
         let (_parent, dir) = fresh();
         let registry = Registry::open(&dir).unwrap();
         assert_eq!(registry.list(), []);
-        assert_eq!(registry.default_name(), None);
+        assert_eq!(registry.default_name().unwrap(), None);
         assert_eq!(
             registry.provider("native").unwrap_err().reason,
             KeyReason::UnknownProvider
@@ -281,7 +287,7 @@ mod tests {
             .add("native", Source::Native {}, false)
             .unwrap();
         let registry = Registry::open(&dir).unwrap();
-        assert_eq!(registry.default_name(), Some("native"));
+        assert_eq!(registry.default_name().unwrap().as_deref(), Some("native"));
         registry.provider("native").unwrap().check().unwrap();
         assert_eq!(
             fs::read_to_string(dir.join(settings::FILE)).unwrap(),
@@ -303,9 +309,12 @@ mod tests {
         let mut registry = Registry::open(&dir).unwrap();
         registry.add("one", Source::Native {}, false).unwrap();
         registry.add("two", Source::Native {}, false).unwrap();
-        assert_eq!(registry.default_name(), Some("one"));
+        assert_eq!(registry.default_name().unwrap().as_deref(), Some("one"));
         registry.add("three", Source::Native {}, true).unwrap();
-        assert_eq!(Registry::open(&dir).unwrap().default_name(), Some("three"));
+        assert_eq!(
+            Registry::open(&dir).unwrap().default_name().unwrap().as_deref(),
+            Some("three")
+        );
     }
 
     #[test]

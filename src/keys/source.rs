@@ -5,10 +5,13 @@
 //! under one kind of source is wrapped exactly as under another.
 
 use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
 
 use uuid::Uuid;
 
 use super::arena::SecretBytes;
+use super::cache::KekCache;
 use super::wrap::{self, Kek, UnwrapError};
 use super::{Binding, KeyError, KeyId, KeyProvider, KeyReason, KeyState};
 
@@ -59,6 +62,7 @@ pub(super) trait KekSource: Send + Sync + fmt::Debug {
 #[derive(Debug)]
 pub(super) struct HostProvider {
     source: Box<dyn KekSource>,
+    keks: KekCache,
 }
 
 /// A source that gives another key than it gave before.
@@ -67,8 +71,21 @@ pub(super) struct HostProvider {
 struct Fickle;
 
 impl HostProvider {
-    pub(super) fn new(source: Box<dyn KekSource>) -> Self {
-        Self { source }
+    /// A provider that keeps a KEK for `time_to_live` after it was fetched.
+    pub(super) fn new(source: Box<dyn KekSource>, time_to_live: Duration) -> Self {
+        Self {
+            source,
+            keks: KekCache::new(time_to_live),
+        }
+    }
+
+    /// The KEKs that it keeps.
+    pub(super) fn keks(&self) -> &KekCache {
+        &self.keks
+    }
+
+    fn kek(&self, key_id: &KeyId) -> Result<Arc<Kek>, KeyError> {
+        self.keks.get(key_id, || self.source.fetch(key_id))
     }
 
     fn fail(&self, key_id: &KeyId, reason: KeyReason) -> KeyError {
@@ -90,12 +107,12 @@ impl KeyProvider for HostProvider {
     }
 
     fn wrap(&self, binding: &Binding<'_>, secret: &SecretBytes) -> Result<Vec<u8>, KeyError> {
-        let kek = self.source.fetch(binding.key_id)?;
+        let kek = self.kek(binding.key_id)?;
         wrap::wrap(&kek, binding, secret).map_err(|e| self.fail(binding.key_id, KeyReason::Host).because(e))
     }
 
     fn unwrap(&self, binding: &Binding<'_>, wrapped: &[u8]) -> Result<SecretBytes, KeyError> {
-        let kek = self.source.fetch(binding.key_id)?;
+        let kek = self.kek(binding.key_id)?;
         wrap::unwrap(&kek, binding, wrapped).map_err(|e| match e {
             UnwrapError::Arena(e) => self.fail(binding.key_id, KeyReason::Host).because(e),
             e => self.fail(binding.key_id, KeyReason::Unauthentic).because(e),

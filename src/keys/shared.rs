@@ -1,0 +1,115 @@
+//! The providers of a host for a process that goes on, as the agent does: opened once, with their KEKs kept for a while.
+
+use std::collections::HashMap;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use super::registry::{Entry, Registry, RegistryError};
+use super::source::HostProvider;
+use super::{KeyError, KeyProvider, KeyReason, Providers, settings};
+
+/// The providers of one state directory, as they are at each moment: other processes add to them.
+#[derive(Debug)]
+pub struct SharedProviders {
+    dir: PathBuf,
+    time_to_live: Duration,
+    open: Mutex<Open>,
+}
+
+#[derive(Debug, Default)]
+struct Open {
+    /// Which settings these are.
+    settings: Option<FileIdentity>,
+    providers: HashMap<String, Arc<HostProvider>>,
+}
+
+/// Tells a file from the one that has replaced it: inode, and change in seconds and nanoseconds.
+type FileIdentity = (u64, i64, i64);
+
+impl SharedProviders {
+    /// The providers of `dir`, which keep a KEK for `time_to_live` after it was fetched.
+    pub fn new(dir: &Path, time_to_live: Duration) -> Self {
+        Self {
+            dir: dir.to_owned(),
+            time_to_live,
+            open: Mutex::default(),
+        }
+    }
+
+    /// All providers, by name.
+    ///
+    /// # Errors
+    /// If the settings cannot be used.
+    pub fn list(&self) -> Result<Vec<Entry>, RegistryError> {
+        Ok(Registry::open(&self.dir)?.list())
+    }
+
+    /// Drops the KEKs whose time has come.
+    pub fn drop_expired(&self) {
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.providers
+            .values()
+            .for_each(|provider| provider.keks().drop_expired());
+    }
+
+    fn settings(&self) -> Option<FileIdentity> {
+        let metadata = std::fs::metadata(self.dir.join(settings::FILE)).ok()?;
+        Some((metadata.ino(), metadata.ctime(), metadata.ctime_nsec()))
+    }
+
+    fn registry(&self, name: &str) -> Result<Registry, KeyError> {
+        Registry::open(&self.dir)
+            .map_err(|error| KeyError::new(name, self.dir.display(), KeyReason::Invalid).because(error))
+    }
+}
+
+impl Providers for SharedProviders {
+    fn provider(&self, name: &str) -> Result<Arc<dyn KeyProvider>, KeyError> {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let settings = self.settings();
+        if open.settings != settings {
+            *open = Open {
+                settings,
+                ..Open::default()
+            };
+        }
+        if let Some(provider) = open.providers.get(name) {
+            return Ok(Arc::clone(provider) as _);
+        }
+        let provider = self.registry(name)?.open_provider(name, self.time_to_live)?;
+        let provider = Arc::new(provider);
+        open.providers.insert(name.to_owned(), Arc::clone(&provider));
+        Ok(provider)
+    }
+
+    fn default_name(&self) -> Result<Option<String>, KeyError> {
+        self.registry("")?.default_name()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::keys::registry::Source;
+
+    #[test]
+    fn providers_are_shared_until_the_settings_change() {
+        let dir = tempfile::tempdir().unwrap();
+        let shared = SharedProviders::new(dir.path(), Duration::from_secs(60));
+        assert_eq!(
+            shared.provider("one").unwrap_err().reason,
+            KeyReason::UnknownProvider
+        );
+        let mut registry = Registry::open(dir.path()).unwrap();
+        registry.add("one", Source::Native {}, false).unwrap();
+        let first = shared.provider("one").unwrap();
+        assert!(Arc::ptr_eq(&first, &shared.provider("one").unwrap()));
+        registry.add("two", Source::Native {}, true).unwrap();
+        assert!(!Arc::ptr_eq(&first, &shared.provider("one").unwrap()));
+        shared.provider("two").unwrap().check().unwrap();
+        assert_eq!(shared.default_name().unwrap().as_deref(), Some("two"));
+        assert_eq!(shared.list().unwrap().len(), 2);
+    }
+}
