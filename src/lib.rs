@@ -5,11 +5,14 @@
 //!
 //! ```text
 //! cli      a file for each verb
+//! agent    the host's key agent, and its client
+//! control  sockets on which processes of ours are asked, and who may
 //! device   what the guest sees: virtio-blk over vhost-user
 //! volume   LUKS2 on storage, and the segment table that maps sectors to it
 //! cipher, storage, keys
 //! ```
 
+pub mod agent;
 pub mod cipher;
 pub mod cli;
 pub mod control;

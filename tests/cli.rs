@@ -298,7 +298,7 @@ fn wrong_arguments_are_refused_with_the_right_ones() {
         KEY,
         &["kms", "no such key provider"],
     );
-    bench.fails(&["provider", "add", "magic"], USAGE, &["native"]);
+    bench.fails(&["provider", "add", "magic"], USAGE, &["magic", "provider add"]);
     bench.fails(
         &["provider", "add", "native", "--name", "../x"],
         USAGE,

@@ -16,9 +16,9 @@ use super::made::Made;
 use super::recovery_key::RecoveryKey;
 use super::secret::SecretSource;
 use super::size::Size;
-use super::{Host, output, provider};
+use super::{Host, Keys, output, provider};
+use crate::agent::Purpose;
 use crate::cipher::SectorSize;
-use crate::keys::registry::Registry;
 use crate::keys::{KeyProvider, Providers};
 use crate::storage::{Access, Backing, Kind};
 use crate::volume::{self, Argon2Cost, CreateOptions, Locked};
@@ -74,11 +74,11 @@ impl Create {
             "4096" => SectorSize::B4096,
             _ => SectorSize::B512,
         };
-        let mut registry = host.registry()?;
+        let mut keys = host.keys(Purpose::Create)?;
         let named = self
             .provider
             .as_deref()
-            .map(|name| registry.provider(name))
+            .map(|name| keys.provider(name))
             .transpose()?;
 
         let mut made = Made::default();
@@ -100,7 +100,7 @@ impl Create {
 
         let provider = match named {
             Some(provider) => provider,
-            None => default_provider(&mut registry)?,
+            None => default_provider(&mut keys)?,
         };
         let key_id = provider.create_kek()?;
         let (header_io, payload) = match &header {
@@ -172,12 +172,15 @@ impl Create {
     }
 }
 
-fn default_provider(registry: &mut Registry) -> Result<Arc<dyn KeyProvider>, Failure> {
-    if registry.default_name()?.is_none() {
+/// The provider of volumes for which none is named. A host without one gets a native one, unless an agent has its keys.
+fn default_provider(keys: &mut Keys) -> Result<Arc<dyn KeyProvider>, Failure> {
+    if let Keys::Own(registry) = keys
+        && registry.default_name()?.is_none()
+    {
         provider::add_native(registry, "native", true)?;
     }
-    let name = registry.default_name()?.ok_or(Failure::NoProvider)?;
-    Ok(registry.provider(&name)?)
+    let name = keys.default_name()?.ok_or(Failure::NoProvider)?;
+    Ok(keys.provider(&name)?)
 }
 
 /// Whether there may be something to lose: any byte in a file; on a device, anything but zeros at either end, where

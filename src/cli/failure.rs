@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::agent::{AgentError, AuditError};
 use crate::cipher::{CipherError, SectorSize};
 use crate::control::socket::BindError;
 use crate::device::ServeError;
@@ -11,6 +12,7 @@ use crate::keys::registry::RegistryError;
 use crate::storage::StorageError;
 use crate::volume::{HeaderError, KdfError, KeyslotError, Reason, VolumeError};
 
+use super::config::ConfigError;
 use super::secret::SecretError;
 
 /// clap's own choice too.
@@ -120,6 +122,15 @@ pub enum Failure {
     /// What stands for the disk that is not there.
     #[error("/dev/null cannot be opened")]
     Null(#[source] io::Error),
+    /// The configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// There can be no key agent.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    /// The audit log.
+    #[error(transparent)]
+    Audit(#[from] AuditError),
     /// The disk cannot be served.
     #[error(transparent)]
     Serve(#[from] ServeError),
@@ -147,6 +158,14 @@ impl Failure {
                 ServeError::BadFd { .. } => USAGE,
                 ServeError::IoUring(_) | ServeError::Control(_) => HOST,
             },
+            Self::Agent(AgentError::Socket(error)) => socket_code(error),
+            Self::Agent(AgentError::Setup(_)) => HOST,
+            Self::Agent(AgentError::Audit(error)) | Self::Audit(error) => match error {
+                AuditError::InUse { .. } => IN_USE,
+                AuditError::Io { .. } => STORAGE,
+                AuditError::Broken { .. } | AuditError::HeadNotFound { .. } => VOLUME,
+            },
+            Self::Config(_) => USAGE,
             Self::Registry(RegistryError::Name(_) | RegistryError::Exists { .. }) => USAGE,
             Self::Secret(SecretError::Arena(_)) => HOST,
             Self::Key(_) | Self::NoProvider | Self::Registry(_) | Self::Secret(_) => KEY,

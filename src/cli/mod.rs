@@ -4,6 +4,9 @@
 //! [`output`], what it reads in secret through [`secret`]. Failures are printed here, once, with their causes, and
 //! become the exit code that `sealblk --help` documents.
 
+mod agent;
+mod audit;
+mod config;
 mod create;
 pub mod failure;
 mod info;
@@ -22,12 +25,15 @@ mod volume_args;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
 
+use crate::agent::{Client, Purpose};
 use crate::cipher;
-use crate::keys::harden;
-use crate::keys::registry::{self, Registry, RegistryError};
+use crate::keys::registry::{self, Entry, Registry, RegistryError};
+use crate::keys::{KeyError, KeyProvider, Providers, harden};
+use config::{Config, ConfigError};
 use failure::Failure;
 
 const AFTER_HELP: &str = "\
@@ -44,13 +50,15 @@ Exit codes:
   0  done
   1  this host cannot do it: memory, permissions, an internal defect
   2  the arguments are wrong
-  3  the disk holds no volume, or one that is damaged or not supported
+  3  the disk holds no volume, or one that is damaged or not supported; the
+     audit log was changed
   4  the key is not to be had: provider, passphrase or recovery key
   5  the disk or the socket is in use, or the disk holds data
   6  storage: cannot be opened, read or written, or is full
 
 Environment:
   SEALBLK_STATE_DIR  as --state-dir
+  SEALBLK_CONFIG     as --config
   SEALBLK_LOG        what to log to standard error: 'info', 'debug' ...";
 
 /// VM encryption for QEMU/KVM: serves LUKS2 volumes to guests as virtio disks
@@ -68,6 +76,16 @@ struct Cli {
     )]
     state_dir: Option<PathBuf>,
 
+    /// The configuration [default: /etc/sealblk/config.toml, if it exists]
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        env = "SEALBLK_CONFIG",
+        hide_env = true
+    )]
+    config: Option<PathBuf>,
+
     #[command(subcommand)]
     verb: Verb,
 }
@@ -80,23 +98,82 @@ enum Verb {
     Rekey(rekey::Rekey),
     Provider(provider::Provider),
     Serve(serve::Serve),
+    Agent(agent::Agent),
+    Audit(audit::Audit),
 }
 
-/// What verbs know of the host that they run on.
+/// What verbs know of the host that they run on. Nothing is read before a verb asks.
 #[derive(Debug)]
 pub struct Host {
     state_dir: Option<PathBuf>,
+    config: Option<PathBuf>,
+}
+
+/// Where a verb gets keys.
+#[derive(Debug)]
+enum Keys {
+    /// The state directory's providers, in this process.
+    Own(Registry),
+    /// The host's agent.
+    Agent(Client),
 }
 
 impl Host {
-    /// The host's key providers. Nothing is read before a verb asks.
+    /// The configuration.
+    fn config(&self) -> Result<Config, ConfigError> {
+        Config::read(self.config.as_deref())
+    }
+
+    /// The state directory.
+    ///
+    /// # Errors
+    /// [`RegistryError::NoStateDir`], if neither an option nor the environment tells it.
+    pub fn state_dir(&self) -> Result<PathBuf, RegistryError> {
+        match &self.state_dir {
+            Some(dir) => Ok(dir.clone()),
+            None => registry::default_dir(),
+        }
+    }
+
+    /// The key providers of the state directory.
     ///
     /// # Errors
     /// [`RegistryError`], if there is no state directory to look in, or its settings cannot be used.
     pub fn registry(&self) -> Result<Registry, RegistryError> {
-        match &self.state_dir {
-            Some(dir) => Registry::open(dir),
-            None => Registry::open(&registry::default_dir()?),
+        Registry::open(&self.state_dir()?)
+    }
+
+    /// The key providers, by the host's agent if the configuration has one.
+    fn keys(&self, purpose: Purpose) -> Result<Keys, Failure> {
+        Ok(match self.config()?.agent {
+            Some(agent) => Keys::Agent(Client::new(&agent.socket, purpose)),
+            None => Keys::Own(self.registry()?),
+        })
+    }
+}
+
+impl Providers for Keys {
+    fn provider(&self, name: &str) -> Result<Arc<dyn KeyProvider>, KeyError> {
+        match self {
+            Self::Own(registry) => registry.provider(name),
+            Self::Agent(client) => client.provider(name),
+        }
+    }
+
+    fn default_name(&self) -> Result<Option<String>, KeyError> {
+        match self {
+            Self::Own(registry) => registry.default_name(),
+            Self::Agent(client) => client.default_name(),
+        }
+    }
+}
+
+impl Keys {
+    /// All providers, by name.
+    fn list(&self) -> Result<Vec<Entry>, KeyError> {
+        match self {
+            Self::Own(registry) => Ok(registry.list()),
+            Self::Agent(client) => client.list(),
         }
     }
 }
@@ -124,13 +201,14 @@ fn run(cli: Cli) -> Result<(), Failure> {
     process::prepare().map_err(Failure::Process)?;
     harden::process().map_err(Failure::Process)?;
     cipher::self_test()?;
-    output::log_events(if matches!(cli.verb, Verb::Serve(_)) {
+    output::log_events(if matches!(cli.verb, Verb::Serve(_) | Verb::Agent(_)) {
         "info"
     } else {
         "warn"
     });
     let host = Host {
         state_dir: cli.state_dir,
+        config: cli.config,
     };
     match cli.verb {
         Verb::Create(verb) => verb.run(&host),
@@ -139,6 +217,8 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Rekey(verb) => verb.run(&host),
         Verb::Provider(verb) => verb.run(&host),
         Verb::Serve(verb) => verb.run(&host),
+        Verb::Agent(verb) => verb.run(&host),
+        Verb::Audit(verb) => verb.run(&host),
     }
 }
 

@@ -3,7 +3,8 @@
 use clap::{Args, Subcommand};
 
 use super::failure::Failure;
-use super::{Host, output};
+use super::{Host, Keys, output};
+use crate::agent::Purpose;
 use crate::keys::Providers;
 use crate::keys::registry::{Registry, Source};
 
@@ -54,7 +55,7 @@ impl Provider {
     pub(super) fn run(self, host: &Host) -> Result<(), Failure> {
         match self.verb {
             Verb::Add(add) => add.run(host),
-            Verb::List => output::print(&list(&host.registry()?)),
+            Verb::List => output::print(&list(&host.keys(Purpose::Check)?)?),
         }
     }
 }
@@ -85,13 +86,10 @@ pub(super) fn add_native(registry: &mut Registry, name: &str, default: bool) -> 
     Ok(())
 }
 
-fn list(registry: &Registry) -> String {
-    let entries = registry.list();
+fn list(keys: &Keys) -> Result<String, Failure> {
+    let entries = keys.list()?;
     if entries.is_empty() {
-        return format!(
-            "no key providers in {}; `sealblk provider add native` adds one\n",
-            registry.dir().display()
-        );
+        return Ok("this host has no key providers; `sealblk provider add native` adds one\n".to_owned());
     }
     let mut rows = vec![[
         "NAME".to_owned(),
@@ -101,21 +99,12 @@ fn list(registry: &Registry) -> String {
         "LOCATION".into(),
     ]];
     for entry in entries {
-        let keys = match registry
-            .provider(&entry.name)
-            .and_then(|provider| provider.check())
-        {
+        let usable = match keys.provider(&entry.name).and_then(|provider| provider.check()) {
             Ok(()) => "usable".to_owned(),
             Err(e) => e.reason.what().to_owned(),
         };
         let default = if entry.default { "yes" } else { "no" };
-        rows.push([
-            entry.name,
-            entry.kind.to_owned(),
-            default.to_owned(),
-            keys,
-            entry.location,
-        ]);
+        rows.push([entry.name, entry.kind, default.to_owned(), usable, entry.location]);
     }
-    output::table(&rows)
+    Ok(output::table(&rows))
 }

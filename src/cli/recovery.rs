@@ -8,6 +8,7 @@ use super::recovery_key::RecoveryKey;
 use super::secret::SecretSource;
 use super::volume_args::{Unlock, VolumeArgs};
 use super::{Host, output};
+use crate::agent::Purpose;
 use crate::storage::Access;
 use crate::volume::{Argon2Cost, HeaderError, Reason};
 
@@ -96,7 +97,7 @@ impl Add {
     fn run(self, host: &Host) -> Result<(), Failure> {
         let files = self.volume.open(Access::ReadWrite)?;
         let mut locked = files.locked()?;
-        let volume = self.unlock.open(&locked, host)?;
+        let volume = self.unlock.open(&locked, || host.keys(Purpose::Access))?;
         let key = RecoveryKey::read_or_make(&self.recovery_key)?;
         if key.made.is_none()
             && let Ok(volume) = locked.unlock_with_passphrase(&key.passphrase)
@@ -138,7 +139,7 @@ impl Remove {
             Some(key) => Some(key.read_passphrase()?),
             None => None,
         };
-        let other = self.unlock.open(&locked, host)?;
+        let other = self.unlock.open(&locked, || host.keys(Purpose::Access))?;
         let mut keyslot = match (&key, self.which.keyslot) {
             (Some(key), _) => locked.unlock_with_passphrase(key)?.keyslot(),
             (None, Some(keyslot)) => keyslot,

@@ -5,6 +5,7 @@ use clap::Args;
 use super::failure::Failure;
 use super::volume_args::{Unlock, VolumeArgs};
 use super::{Host, output};
+use crate::agent::Purpose;
 use crate::keys::Providers;
 use crate::storage::Access;
 use crate::volume::Rekeyed;
@@ -40,9 +41,10 @@ impl Rekey {
     pub(super) fn run(self, host: &Host) -> Result<(), Failure> {
         let files = self.volume.open(Access::ReadWrite)?;
         let mut locked = files.locked()?;
-        let volume = self.unlock.open(&locked, host)?;
-        let registry = host.registry()?;
-        if let Some(finished) = locked.finish_rekey(&volume, &registry)? {
+        let keys = || host.keys(Purpose::Recrypt);
+        let volume = self.unlock.open(&locked, keys)?;
+        let keys = keys()?;
+        if let Some(finished) = locked.finish_rekey(&volume, &keys)? {
             self.tell("an interrupted rekey was finished", &finished)?;
             if self
                 .provider
@@ -56,10 +58,10 @@ impl Rekey {
             Some(name) => name.clone(),
             None => match locked.bound_to() {
                 Some(name) => name,
-                None => registry.default_name()?.ok_or(Failure::NoProvider)?,
+                None => keys.default_name()?.ok_or(Failure::NoProvider)?,
             },
         };
-        let rekeyed = locked.rekey(&volume, &registry, &name)?;
+        let rekeyed = locked.rekey(&volume, &keys, &name)?;
         self.tell("rekeyed", &rekeyed)
     }
 

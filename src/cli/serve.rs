@@ -14,6 +14,7 @@ use super::failure::Failure;
 use super::secret::{SecretError, SecretSource};
 use super::size::{NotASize, Size};
 use super::{Host, output};
+use crate::agent::Purpose;
 use crate::cipher::{KEY_LEN, KernelChoice, Sector, SectorCipher, SectorSize};
 use crate::device::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES, Disk, Endpoint, Server};
 use crate::keys::arena::SecretBytes;
@@ -168,7 +169,7 @@ impl Serve {
         let volume = match (&self.passphrase_file, &self.key_file) {
             (Some(source), _) => locked.unlock_with_passphrase(&source.read_passphrase()?)?,
             (None, Some(source)) => locked.unlock_with_passphrase(&source.read()?)?,
-            (None, None) => locked.unlock_with_provider(&host.registry()?)?,
+            (None, None) => locked.unlock_with_provider(&host.keys(Purpose::Attach)?)?,
         };
         let (table, sector_size) = (volume.table(), volume.sector_size());
         let file = disk.data_file(table.alignment(sector_size.bytes() as u32))?;

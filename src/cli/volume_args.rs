@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::Host;
+use super::Keys;
 use super::failure::Failure;
 use super::secret::SecretSource;
 use crate::storage::{Access, Backing};
@@ -60,10 +60,14 @@ pub(super) struct Unlock {
 }
 
 impl Unlock {
-    pub(super) fn open(&self, locked: &Locked<'_>, host: &Host) -> Result<Volume, Failure> {
+    pub(super) fn open(
+        &self,
+        locked: &Locked<'_>,
+        keys: impl FnOnce() -> Result<Keys, Failure>,
+    ) -> Result<Volume, Failure> {
         match &self.unlock_key {
             Some(key) => Ok(locked.unlock_with_passphrase(&key.read_passphrase()?)?),
-            None => Ok(locked.unlock_with_provider(&host.registry()?)?),
+            None => Ok(locked.unlock_with_provider(&keys()?)?),
         }
     }
 }

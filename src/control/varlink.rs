@@ -128,21 +128,23 @@ pub trait Interface: Send + Sync {
     fn call(&self, method: &str, request: Request<'_>) -> Option<Result<Answer, MethodError>>;
 }
 
-/// Answers the calls on a connection until its other side leaves or sends what is no call.
+/// Answers the calls of `peer` until it leaves, sends what is no call, or is silent for `timeout`.
 ///
 /// # Errors
 /// What ended the connection other than the caller's leave.
-pub fn serve(stream: UnixStream, interface: &dyn Interface, timeout: Duration) -> Result<(), WireError> {
-    let peer = Peer::of(&stream)?;
-    // A caller may wait as long as it likes between its calls.
-    let mut connection = Connection::new(stream, None)?;
-    connection.stream().set_write_timeout(Some(timeout))?;
+pub fn serve(
+    stream: UnixStream,
+    peer: &Peer,
+    interface: &dyn Interface,
+    timeout: Duration,
+) -> Result<(), WireError> {
+    let mut connection = Connection::new(stream, timeout)?;
     while let Some(message) = connection.receive::<Call>()? {
         let call = message.content;
         let request = Request {
             parameters: call.parameters,
             descriptors: message.descriptors,
-            peer: &peer,
+            peer,
         };
         let answer = answer(&call.method, request, interface);
         if call.oneway {
@@ -303,8 +305,10 @@ mod tests {
 
     fn with_service(work: impl FnOnce(&mut Connection)) {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let service = std::thread::spawn(|| serve(theirs, &Echo, Duration::from_secs(10)));
-        let mut connection = Connection::new(ours, Some(Duration::from_secs(10))).unwrap();
+        let timeout = Duration::from_secs(10);
+        let peer = Peer::of(&theirs).unwrap();
+        let service = std::thread::spawn(move || serve(theirs, &peer, &Echo, timeout));
+        let mut connection = Connection::new(ours, timeout).unwrap();
         work(&mut connection);
         drop(connection);
         service.join().unwrap().unwrap();

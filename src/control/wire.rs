@@ -72,20 +72,15 @@ impl Connection {
     ///
     /// # Errors
     /// If the kernel takes no timeouts.
-    pub fn new(stream: UnixStream, timeout: Option<Duration>) -> io::Result<Self> {
+    pub fn new(stream: UnixStream, timeout: Duration) -> io::Result<Self> {
         stream.set_nonblocking(false)?;
-        stream.set_read_timeout(timeout)?;
-        stream.set_write_timeout(timeout)?;
+        stream.set_read_timeout(Some(timeout))?;
+        stream.set_write_timeout(Some(timeout))?;
         Ok(Self {
             stream,
             ahead: Vec::new(),
             descriptors: Vec::new(),
         })
-    }
-
-    /// The socket.
-    pub fn stream(&self) -> &UnixStream {
-        &self.stream
     }
 
     /// Sends a message.
@@ -195,6 +190,9 @@ pub enum ReceiveError {
     /// It is not there, or does not come.
     #[error("the descriptor of a secret cannot be read")]
     Io(#[from] io::Error),
+    /// There is none: it was taken already.
+    #[error("a secret was to come, and nothing did")]
+    Empty,
     /// It is longer than any secret.
     #[error("what was sent as a secret is longer than {MAX_SECRET} bytes")]
     TooLong,
@@ -215,6 +213,7 @@ pub fn take(descriptor: &OwnedFd) -> Result<SecretBytes, ReceiveError> {
     let mut file = std::fs::File::from(descriptor.as_fd().try_clone_to_owned()?);
     while len < secret.len() {
         match file.read(&mut secret[len..])? {
+            0 if len == 0 => return Err(ReceiveError::Empty),
             0 => {
                 secret.truncate(len);
                 return Ok(secret);
@@ -235,7 +234,7 @@ mod tests {
 
     fn pair() -> (Connection, Connection) {
         let (one, two) = UnixStream::pair().unwrap();
-        let connection = |stream| Connection::new(stream, Some(Duration::from_secs(10))).unwrap();
+        let connection = |stream| Connection::new(stream, Duration::from_secs(10)).unwrap();
         (connection(one), connection(two))
     }
 
@@ -332,7 +331,7 @@ mod tests {
         let (end, kept) = pipe_with(PipeFlags::CLOEXEC).unwrap();
         assert!(matches!(take(&end), Err(ReceiveError::Io(_))), "nobody writes");
         drop(kept);
-        assert!(take(&end).unwrap().is_empty());
+        assert!(matches!(take(&end), Err(ReceiveError::Empty)));
         let zeros = std::fs::File::open("/dev/zero").unwrap().into();
         assert!(matches!(take(&zeros), Err(ReceiveError::TooLong)));
     }

@@ -25,9 +25,9 @@ pub struct KeyError {
     pub source: Option<Arc<dyn Error + Send + Sync>>,
 }
 
-/// Why a key operation failed. Locked disks show it, and programs may act on it by its name, as in `not-active`.
+/// Why a key operation failed. Locked disks show it, and programs may act on it by its name, as in `not_active`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[serde(rename_all = "snake_case")]
 pub enum KeyReason {
     /// This host has no provider of that name.
     UnknownProvider,
@@ -86,6 +86,24 @@ impl KeyError {
 }
 
 impl KeyReason {
+    #[cfg(test)]
+    pub(crate) const ALL: [Self; 14] = [
+        Self::UnknownProvider,
+        Self::NoAgent,
+        Self::NotPermitted,
+        Self::Invalid,
+        Self::Unreachable,
+        Self::Untrusted,
+        Self::Failed,
+        Self::Garbled,
+        Self::Refused,
+        Self::Attestation,
+        Self::Missing,
+        Self::NotActive,
+        Self::Unauthentic,
+        Self::Host,
+    ];
+
     /// The reason as a phrase: "the provider has no such key".
     pub fn what(self) -> &'static str {
         match self {

@@ -77,7 +77,7 @@ pub struct Binding<'a> {
 /// What a KEK can be used for, as its provider sees it: the states that KMIP has (its attribute State), for
 /// every provider.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[serde(rename_all = "snake_case")]
 pub enum KeyState {
     /// It is there, and must not be used yet.
     PreActive,
@@ -100,9 +100,6 @@ pub enum KeyState {
 pub trait KeyProvider: Send + Sync + fmt::Debug {
     /// The name that the operator gave it, unique on this host.
     fn name(&self) -> &str;
-
-    /// What it is, for people: "native", "kmip" …
-    fn kind(&self) -> &'static str;
 
     /// Makes a new KEK.
     ///

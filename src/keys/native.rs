@@ -142,10 +142,6 @@ impl KekSource for Native {
         &self.name
     }
 
-    fn kind(&self) -> &'static str {
-        "native"
-    }
-
     fn location(&self) -> String {
         self.path.display().to_string()
     }

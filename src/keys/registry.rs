@@ -22,6 +22,7 @@ use super::settings::Settings;
 use super::source::HostProvider;
 use super::{KeyError, KeyProvider, KeyReason, Providers};
 use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
 
 pub use super::settings::Source;
 
@@ -36,12 +37,12 @@ pub struct Registry {
 }
 
 /// One provider, as a list shows it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
     /// Its name.
     pub name: String,
     /// What it is: "native".
-    pub kind: &'static str,
+    pub kind: String,
     /// Whether new volumes take it when none is named.
     pub default: bool,
     /// Where its keys come from: a path, or a server's address.
@@ -155,7 +156,7 @@ impl Registry {
     pub fn list(&self) -> Vec<Entry> {
         let entry = |(name, source): (&String, &Source)| Entry {
             name: name.clone(),
-            kind: source.kind(),
+            kind: source.kind().to_owned(),
             default: self.settings.default.as_ref() == Some(name),
             location: source.location(&self.dir_of(name)),
         };

@@ -23,9 +23,6 @@ pub(super) trait KekSource: Send + Sync + fmt::Debug {
     /// The name that the operator gave it, unique on this host.
     fn name(&self) -> &str;
 
-    /// What it is, for people: "native", "kmip" …
-    fn kind(&self) -> &'static str;
-
     /// Where its keys come from: a path, or the servers' addresses.
     fn location(&self) -> String;
 
@@ -96,10 +93,6 @@ impl HostProvider {
 impl KeyProvider for HostProvider {
     fn name(&self) -> &str {
         self.source.name()
-    }
-
-    fn kind(&self) -> &'static str {
-        self.source.kind()
     }
 
     fn create_kek(&self) -> Result<KeyId, KeyError> {

@@ -1,4 +1,5 @@
 //! Key providers, each with its real server, as a registry opens them: all pass one suite, and say why when they cannot.
 
+mod agent;
 mod conformance;
 mod native;

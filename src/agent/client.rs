@@ -1,0 +1,290 @@
+//! The agent's providers, as a volume sees providers.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::Purpose;
+use super::service::{CreateKek, INTERFACE, Kek, KeyFailure, NamedProvider, Unwrap, WireBinding, Wrap};
+use crate::control::varlink::{CallError, MethodError, call};
+use crate::control::wire::{self, Connection, WireError};
+use crate::keys::arena::SecretBytes;
+use crate::keys::registry::Entry;
+use crate::keys::{Binding, KeyError, KeyId, KeyProvider, KeyReason, KeyState, Providers};
+
+/// How long the agent may take: it may have to wait for several servers, one after the other.
+const TIMEOUT: Duration = Duration::from_secs(120);
+
+/// How long, and how often, a busy agent is asked again.
+const TURNED_AWAY: Duration = Duration::from_secs(30);
+const RETRY: Duration = Duration::from_millis(50);
+
+/// The agent at a socket. Each call is a connection of its own.
+#[derive(Clone, Debug)]
+pub struct Client {
+    socket: PathBuf,
+    purpose: Purpose,
+}
+
+/// One of the agent's providers.
+#[derive(Debug)]
+struct AgentProvider {
+    client: Client,
+    name: String,
+}
+
+/// What the agent says lies under a failure: each text is the cause of the one before.
+#[derive(Debug, thiserror::Error)]
+#[error("{text}")]
+struct Cause {
+    text: String,
+    source: Option<Box<Cause>>,
+}
+
+/// What the agent's answer makes of a call.
+#[derive(Debug, thiserror::Error)]
+enum Refusal {
+    #[error("user {user} lacks the privilege {privilege}")]
+    NotPermitted { privilege: String, user: u32 },
+    #[error("the agent says {0}")]
+    Other(MethodError),
+}
+
+impl Client {
+    /// The agent that listens at `socket`, asked for keys for `purpose`.
+    pub fn new(socket: &Path, purpose: Purpose) -> Self {
+        Self {
+            socket: socket.to_owned(),
+            purpose,
+        }
+    }
+
+    /// All providers, by name.
+    ///
+    /// # Errors
+    /// [`KeyError`], above all [`KeyReason::NoAgent`] and [`KeyReason::NotPermitted`].
+    pub fn list(&self) -> Result<Vec<Entry>, KeyError> {
+        #[derive(Deserialize)]
+        struct Listed {
+            providers: Vec<Entry>,
+        }
+        let (listed, _) = self.ask::<Listed>("", "ListProviders", json!({}), &[])?;
+        Ok(listed.providers)
+    }
+
+    fn ask<T: DeserializeOwned>(
+        &self,
+        provider: &str,
+        method: &str,
+        parameters: impl Serialize,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(T, Vec<OwnedFd>), KeyError> {
+        let method = format!("{INTERFACE}.{method}");
+        let ask = || {
+            let stream = UnixStream::connect(&self.socket)?;
+            let mut connection = Connection::new(stream, TIMEOUT)?;
+            call(&mut connection, &method, &parameters, descriptors)
+        };
+        let mut patience = TURNED_AWAY;
+        loop {
+            let error = match ask() {
+                Ok(answer) => return Ok(answer),
+                Err(CallError::Method(error)) => return Err(self.refused(provider, error)),
+                Err(error) => error,
+            };
+            // An agent that has too many callers of this user hangs up.
+            if !has_hung_up(&error) || patience.is_zero() {
+                return Err(self.fail(provider, KeyReason::NoAgent).because(error));
+            }
+            std::thread::sleep(RETRY);
+            patience = patience.saturating_sub(RETRY);
+        }
+    }
+
+    fn refused(&self, provider: &str, error: MethodError) -> KeyError {
+        let name = error.name.strip_prefix(INTERFACE).unwrap_or(&error.name);
+        let parameters = Value::Object(error.parameters.clone());
+        match name {
+            ".KeyFailure" => {
+                if let Ok(failure) = serde_json::from_value::<KeyFailure>(parameters) {
+                    return self.failure(failure);
+                }
+            }
+            ".NotPermitted" => {
+                let field = |name| error.parameters.get(name);
+                let privilege = field("privilege")
+                    .and_then(Value::as_str)
+                    .unwrap_or("?")
+                    .to_owned();
+                let user = field("user").and_then(Value::as_u64).unwrap_or(0) as u32;
+                let refusal = Refusal::NotPermitted { privilege, user };
+                return self.fail(provider, KeyReason::NotPermitted).because(refusal);
+            }
+            _ => {}
+        }
+        self.fail(provider, KeyReason::Failed)
+            .because(Refusal::Other(error))
+    }
+
+    fn failure(&self, failure: KeyFailure) -> KeyError {
+        let mut error = KeyError::new(&failure.provider, failure.hop, failure.reason);
+        error.key_id = failure.key_id;
+        let causes = failure.causes.into_iter().rev();
+        let cause = causes.fold(None, |source, text| Some(Box::new(Cause { text, source })));
+        match cause {
+            Some(cause) => error.because(*cause),
+            None => error,
+        }
+    }
+
+    fn fail(&self, provider: &str, reason: KeyReason) -> KeyError {
+        KeyError::new(provider, self.socket.display(), reason)
+    }
+}
+
+impl Providers for Client {
+    fn provider(&self, name: &str) -> Result<Arc<dyn KeyProvider>, KeyError> {
+        Ok(Arc::new(AgentProvider {
+            client: self.clone(),
+            name: name.to_owned(),
+        }))
+    }
+
+    fn default_name(&self) -> Result<Option<String>, KeyError> {
+        #[derive(Deserialize)]
+        struct Default {
+            name: Option<String>,
+        }
+        let (default, _) = self.ask::<Default>("", "GetDefaultProvider", json!({}), &[])?;
+        Ok(default.name)
+    }
+}
+
+impl AgentProvider {
+    fn ask<T: DeserializeOwned>(
+        &self,
+        method: &str,
+        parameters: impl Serialize,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(T, Vec<OwnedFd>), KeyError> {
+        self.client.ask(&self.name, method, parameters, descriptors)
+    }
+
+    /// The agent finds the provider by the binding; one that names another is not for this one.
+    fn on_the_wire(&self, binding: &Binding<'_>) -> Result<WireBinding, KeyError> {
+        if binding.provider != self.name {
+            return Err(self.fail(binding.key_id, KeyReason::Unauthentic));
+        }
+        Ok(WireBinding {
+            volume: binding.volume,
+            provider: self.name.clone(),
+            key_id: binding.key_id.clone(),
+            keyslot: binding.keyslot,
+        })
+    }
+
+    fn fail(&self, key_id: &KeyId, reason: KeyReason) -> KeyError {
+        self.client.fail(&self.name, reason).of(key_id)
+    }
+}
+
+impl KeyProvider for AgentProvider {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn create_kek(&self) -> Result<KeyId, KeyError> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "camelCase")]
+        struct Created {
+            key_id: KeyId,
+        }
+        let parameters = CreateKek {
+            provider: self.name.clone(),
+            purpose: self.client.purpose,
+        };
+        let (created, _) = self.ask::<Created>("CreateKek", parameters, &[])?;
+        Ok(created.key_id)
+    }
+
+    fn wrap(&self, binding: &Binding<'_>, secret: &SecretBytes) -> Result<Vec<u8>, KeyError> {
+        #[derive(Deserialize)]
+        struct Wrapped {
+            wrapped: String,
+        }
+        let pipe =
+            wire::pass(secret).map_err(|error| self.fail(binding.key_id, KeyReason::Host).because(error))?;
+        let parameters = Wrap {
+            binding: self.on_the_wire(binding)?,
+            purpose: self.client.purpose,
+            secret: 0,
+        };
+        let (answer, _) = self.ask::<Wrapped>("Wrap", parameters, &[pipe.as_fd()])?;
+        BASE64_STANDARD
+            .decode(answer.wrapped)
+            .map_err(|error| self.fail(binding.key_id, KeyReason::Garbled).because(error))
+    }
+
+    fn unwrap(&self, binding: &Binding<'_>, wrapped: &[u8]) -> Result<SecretBytes, KeyError> {
+        #[derive(Deserialize)]
+        struct Unwrapped {
+            secret: usize,
+        }
+        let parameters = Unwrap {
+            binding: self.on_the_wire(binding)?,
+            purpose: self.client.purpose,
+            wrapped: BASE64_STANDARD.encode(wrapped),
+        };
+        let (answer, descriptors) = self.ask::<Unwrapped>("Unwrap", parameters, &[])?;
+        let garbled = || self.fail(binding.key_id, KeyReason::Garbled);
+        let descriptor = descriptors
+            .get(answer.secret)
+            .ok_or_else(|| garbled().because(io::Error::from(io::ErrorKind::UnexpectedEof)))?;
+        wire::take(descriptor).map_err(|error| garbled().because(error))
+    }
+
+    fn state(&self, key_id: &KeyId) -> Result<KeyState, KeyError> {
+        #[derive(Deserialize)]
+        struct State {
+            state: KeyState,
+        }
+        let parameters = Kek {
+            provider: self.name.clone(),
+            key_id: key_id.clone(),
+        };
+        Ok(self.ask::<State>("GetKekState", parameters, &[])?.0.state)
+    }
+
+    fn check(&self) -> Result<(), KeyError> {
+        #[derive(Deserialize)]
+        struct Checked {}
+        let parameters = NamedProvider {
+            provider: self.name.clone(),
+        };
+        self.ask::<Checked>("CheckProvider", parameters, &[]).map(drop)
+    }
+}
+
+/// Whether the connection ended before an answer. A call that was heard nevertheless may be made again: a KEK too many, or
+/// a secret once more.
+fn has_hung_up(error: &CallError) -> bool {
+    match error {
+        CallError::NoAnswer => true,
+        CallError::Wire(WireError::Io(error)) => {
+            matches!(
+                error.kind(),
+                io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
+            )
+        }
+        _ => false,
+    }
+}

@@ -1,0 +1,350 @@
+//! What the agent answers, to whom. Each use of a key, each refusal and each failure goes to the audit log first.
+
+use std::error::Error;
+
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+use uuid::Uuid;
+
+use super::Purpose;
+use super::audit::AuditLog;
+use crate::control::peer::Peer;
+use crate::control::privilege::{Grants, Privilege};
+use crate::control::varlink::{Answer, Interface, MethodError, Request};
+use crate::control::wire;
+use crate::keys::{Binding, KeyError, KeyId, KeyReason, Providers, SharedProviders};
+
+pub(super) const INTERFACE: &str = "org.sealblk.Agent";
+
+/// The agent's side of its socket.
+#[derive(Debug)]
+pub(super) struct Service {
+    providers: SharedProviders,
+    grants: Grants,
+    audit: AuditLog,
+}
+
+/// [`Binding`], as the interface has it.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct WireBinding {
+    pub(super) volume: Uuid,
+    pub(super) provider: String,
+    pub(super) key_id: KeyId,
+    pub(super) keyslot: u32,
+}
+
+impl WireBinding {
+    fn binding(&self) -> Binding<'_> {
+        Binding {
+            volume: self.volume,
+            provider: &self.provider,
+            key_id: &self.key_id,
+            keyslot: self.keyslot,
+        }
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct CreateKek {
+    pub(super) provider: String,
+    pub(super) purpose: Purpose,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Wrap {
+    pub(super) binding: WireBinding,
+    pub(super) purpose: Purpose,
+    pub(super) secret: usize,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Unwrap {
+    pub(super) binding: WireBinding,
+    pub(super) purpose: Purpose,
+    pub(super) wrapped: String,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Kek {
+    pub(super) provider: String,
+    pub(super) key_id: KeyId,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct NamedProvider {
+    pub(super) provider: String,
+}
+
+/// [`KeyError`], as the interface has it.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct KeyFailure {
+    pub(super) provider: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) key_id: Option<KeyId>,
+    pub(super) hop: String,
+    pub(super) reason: KeyReason,
+    pub(super) causes: Vec<String>,
+}
+
+impl KeyFailure {
+    fn of(error: &KeyError) -> Self {
+        let mut causes = Vec::new();
+        let mut cause = error.source();
+        while let Some(error) = cause {
+            causes.push(error.to_string());
+            cause = error.source();
+        }
+        Self {
+            provider: error.provider.clone(),
+            key_id: error.key_id.clone(),
+            hop: error.hop.clone(),
+            reason: error.reason,
+            causes,
+        }
+    }
+}
+
+type Answered = Result<Answer, MethodError>;
+
+impl Service {
+    pub(super) fn new(providers: SharedProviders, grants: Grants, audit: AuditLog) -> Self {
+        Self {
+            providers,
+            grants,
+            audit,
+        }
+    }
+
+    pub(super) fn providers(&self) -> &SharedProviders {
+        &self.providers
+    }
+
+    fn list_providers(&self, request: &Request<'_>) -> Answered {
+        self.permit(request.peer, Privilege::ReadKeyServersInfo, json!({}))?;
+        let entries = self.providers.list().map_err(|error| {
+            let error = KeyError::new("", "the agent's settings", KeyReason::Invalid).because(error);
+            failure(&error)
+        })?;
+        Ok(Answer::of(json!({ "providers": entries })))
+    }
+
+    fn default_provider(&self, request: &Request<'_>) -> Answered {
+        let any = [
+            Privilege::EncryptNew,
+            Privilege::Recrypt,
+            Privilege::ReadKeyServersInfo,
+        ];
+        if !any
+            .iter()
+            .any(|&privilege| self.grants.allow(request.peer, privilege))
+        {
+            self.permit(request.peer, Privilege::ReadKeyServersInfo, json!({}))?;
+        }
+        let name = self.providers.default_name().map_err(|error| failure(&error))?;
+        Ok(Answer::of(json!({ "name": name })))
+    }
+
+    fn create_kek(&self, mut request: Request<'_>) -> Answered {
+        let CreateKek { provider, purpose } = request.parameters()?;
+        let subject = json!({ "provider": provider, "purpose": purpose });
+        self.permit_for(&request, purpose, &[Purpose::Create, Purpose::Recrypt], &subject)?;
+        let made = self
+            .providers
+            .provider(&provider)
+            .and_then(|provider| provider.create_kek());
+        let key_id = self.judged(request.peer, &subject, made)?;
+        self.audited("KeyCreated", request.peer, with(subject, "keyId", &key_id))?;
+        Ok(Answer::of(json!({ "keyId": key_id })))
+    }
+
+    fn wrap(&self, mut request: Request<'_>) -> Answered {
+        let Wrap {
+            binding,
+            purpose,
+            secret,
+        } = request.parameters()?;
+        let subject = about(&binding, purpose);
+        self.permit_for(&request, purpose, &[Purpose::Create, Purpose::Recrypt], &subject)?;
+        let secret = request
+            .descriptors
+            .get(secret)
+            .and_then(|descriptor| wire::take(descriptor).ok())
+            .ok_or_else(|| MethodError::invalid_parameter("secret"))?;
+        let wrapped = self
+            .providers
+            .provider(&binding.provider)
+            .and_then(|provider| provider.wrap(&binding.binding(), &secret));
+        let wrapped = self.judged(request.peer, &subject, wrapped)?;
+        self.audited("KeyBound", request.peer, subject)?;
+        Ok(Answer::of(json!({ "wrapped": BASE64_STANDARD.encode(wrapped) })))
+    }
+
+    fn unwrap(&self, mut request: Request<'_>) -> Answered {
+        let Unwrap {
+            binding,
+            purpose,
+            wrapped,
+        } = request.parameters()?;
+        let subject = about(&binding, purpose);
+        let purposes = [Purpose::Attach, Purpose::Access, Purpose::Recrypt];
+        self.permit_for(&request, purpose, &purposes, &subject)?;
+        let wrapped = BASE64_STANDARD
+            .decode(&wrapped)
+            .map_err(|_| MethodError::invalid_parameter("wrapped"))?;
+        let secret = self
+            .providers
+            .provider(&binding.provider)
+            .and_then(|provider| provider.unwrap(&binding.binding(), &wrapped));
+        let secret = self.judged(request.peer, &subject, secret)?;
+        let pipe = wire::pass(&secret).map_err(|error| {
+            let error = KeyError::new(&binding.provider, "the agent", KeyReason::Host).because(error);
+            failure(&error)
+        })?;
+        self.audited("KeyReleased", request.peer, subject)?;
+        Ok(Answer::of(json!({ "secret": 0 })).with(pipe))
+    }
+
+    fn kek_state(&self, mut request: Request<'_>) -> Answered {
+        let Kek { provider, key_id } = request.parameters()?;
+        let subject = json!({ "provider": provider, "keyId": key_id });
+        self.permit(request.peer, Privilege::ManageKeys, subject)?;
+        let state = self
+            .providers
+            .provider(&provider)
+            .and_then(|provider| provider.state(&key_id));
+        let state = state.map_err(|error| failure(&error))?;
+        Ok(Answer::of(json!({ "state": state })))
+    }
+
+    fn check_provider(&self, mut request: Request<'_>) -> Answered {
+        let NamedProvider { provider } = request.parameters()?;
+        let subject = json!({ "provider": provider, "purpose": Purpose::Check });
+        self.permit_for(&request, Purpose::Check, &[Purpose::Check], &subject)?;
+        let checked = self
+            .providers
+            .provider(&provider)
+            .and_then(|provider| provider.check());
+        self.judged(request.peer, &subject, checked)?;
+        Ok(Answer::default())
+    }
+
+    /// Lets through who may do this for `purpose`, if that is one of `purposes`.
+    fn permit_for(
+        &self,
+        request: &Request<'_>,
+        purpose: Purpose,
+        purposes: &[Purpose],
+        subject: &Value,
+    ) -> Result<(), MethodError> {
+        if !purposes.contains(&purpose) {
+            return Err(MethodError::new(
+                INTERFACE,
+                "WrongPurpose",
+                json!({ "purpose": purpose }),
+            ));
+        }
+        self.permit(request.peer, purpose.privilege(), subject.clone())
+    }
+
+    fn permit(&self, peer: &Peer, privilege: Privilege, subject: Value) -> Result<(), MethodError> {
+        if self.grants.allow(peer, privilege) {
+            return Ok(());
+        }
+        self.audited("KeyRefused", peer, with(subject, "privilege", privilege))?;
+        let told = json!({ "privilege": privilege, "user": peer.user });
+        Err(MethodError::new(INTERFACE, "NotPermitted", told))
+    }
+
+    /// What a provider brought; a failure is told to the log as well.
+    fn judged<T>(&self, peer: &Peer, subject: &Value, result: Result<T, KeyError>) -> Result<T, MethodError> {
+        let error = match result {
+            Ok(brought) => return Ok(brought),
+            Err(error) => error,
+        };
+        let told = KeyFailure::of(&error);
+        let mut fields = with(subject.clone(), "reason", told.reason);
+        fields = with(fields, "hop", &told.hop);
+        fields = with(fields, "causes", &told.causes);
+        self.audited("KeyFailed", peer, fields)?;
+        Err(failure(&error))
+    }
+
+    fn audited(&self, event: &str, peer: &Peer, subject: Value) -> Result<(), MethodError> {
+        let mut fields = Map::new();
+        fields.insert("user".into(), peer.user.into());
+        fields.insert("process".into(), peer.process.into());
+        if let Value::Object(subject) = subject {
+            fields.extend(subject);
+        }
+        self.audit.record(event, Value::Object(fields)).map_err(|error| {
+            let cause = error
+                .source()
+                .map(|cause| format!(": {cause}"))
+                .unwrap_or_default();
+            tracing::error!("{error}{cause}");
+            MethodError::new(
+                INTERFACE,
+                "NotAudited",
+                json!({ "reason": format!("{error}{cause}") }),
+            )
+        })
+    }
+}
+
+impl Interface for Service {
+    fn name(&self) -> &'static str {
+        INTERFACE
+    }
+
+    fn description(&self) -> &'static str {
+        include_str!("org.sealblk.Agent.varlink")
+    }
+
+    fn call(&self, method: &str, request: Request<'_>) -> Option<Answered> {
+        Some(match method {
+            "ListProviders" => self.list_providers(&request),
+            "GetDefaultProvider" => self.default_provider(&request),
+            "CreateKek" => self.create_kek(request),
+            "Wrap" => self.wrap(request),
+            "Unwrap" => self.unwrap(request),
+            "GetKekState" => self.kek_state(request),
+            "CheckProvider" => self.check_provider(request),
+            _ => return None,
+        })
+    }
+}
+
+fn failure(error: &KeyError) -> MethodError {
+    MethodError::new(INTERFACE, "KeyFailure", KeyFailure::of(error))
+}
+
+/// What a record says of a binding.
+fn about(binding: &WireBinding, purpose: Purpose) -> Value {
+    let fields = serde_json::to_value(binding).expect("texts and numbers are JSON");
+    with(fields, "purpose", purpose)
+}
+
+fn with(mut fields: Value, name: &str, value: impl Serialize) -> Value {
+    fields[name] = serde_json::to_value(value).expect("texts and lists are JSON");
+    fields
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_reason_stands_in_the_interface() {
+        let description = include_str!("org.sealblk.Agent.varlink");
+        for reason in KeyReason::ALL {
+            let name = serde_json::to_value(reason).unwrap();
+            let line = format!("\n  {}", name.as_str().unwrap());
+            assert!(description.contains(&line), "{line}");
+        }
+    }
+}

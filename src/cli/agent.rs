@@ -1,0 +1,57 @@
+//! `sealblk agent`: the host's key agent, until SIGTERM.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::Host;
+use super::failure::Failure;
+use crate::agent;
+
+const AFTER_HELP: &str = "\
+Example, in the configuration (/etc/sealblk/config.toml, or --config):
+  [agent]
+  socket = \"/run/sealblk/agent.sock\"
+
+  [[grant]]
+  group = \"kvm\"
+  privileges = [\"RegisterVM\"]
+
+Where the configuration has an [agent], all other verbs ask it for keys, and need
+neither the state directory nor a provider's credentials. It knows its callers by
+the user and groups that they run as:
+
+  RegisterVM          serve a disk
+  Access              open a volume for something else: `recovery`
+  EncryptNew          make a disk
+  Recrypt             give a volume another key: `rekey`
+  ReadKeyServersInfo  see the providers: `provider list`
+  ManageKeys          ask for a key's state
+
+Root, and the user that the agent runs as, have them all; nobody else has any
+that is not granted. What was asked for, refused and given stands in audit.log in
+the state directory; `sealblk audit verify` checks that nothing of it was changed.";
+
+/// Keep this host's keys, for all disks that are served on it
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub(super) struct Agent {
+    /// The socket to listen on, for anybody on the host [default: the configuration's, else /run/sealblk/agent.sock]
+    #[arg(long, value_name = "SOCK")]
+    socket_path: Option<PathBuf>,
+}
+
+impl Agent {
+    pub(super) fn run(self, host: &Host) -> Result<(), Failure> {
+        let config = host.config()?;
+        let settings = config.agent.unwrap_or_default();
+        let agent = agent::Agent::new(agent::Settings {
+            state_dir: host.state_dir()?,
+            socket: self.socket_path.unwrap_or(settings.socket),
+            time_to_live: settings.time_to_live,
+            grants: config.grants,
+        })?;
+        tracing::info!("the agent answers");
+        agent.run().map_err(|error| Failure::Agent(error.into()))
+    }
+}

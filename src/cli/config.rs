@@ -1,0 +1,294 @@
+//! The configuration file: where the host's key agent is, and who may ask it for what.
+//!
+//! ```toml
+//! [agent]
+//! socket = "/run/sealblk/agent.sock"
+//! kek-time-to-live = 600
+//!
+//! [[grant]]
+//! group = "kvm"
+//! privileges = ["RegisterVM"]
+//! ```
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use crate::agent;
+use crate::control::privilege::{Grant, Grantee, Grants, Privilege};
+use crate::keys::private::{self, Exposed, Forbid};
+
+/// Where the configuration is, if nobody says otherwise; it need not be there.
+const DEFAULT_PATH: &str = "/etc/sealblk/config.toml";
+
+/// What runs: users and groups are those of the host.
+#[derive(Debug, Default)]
+pub(super) struct Config {
+    /// The agent, if keys come from one.
+    pub(super) agent: Option<Agent>,
+    /// Who may ask it for what.
+    pub(super) grants: Grants,
+}
+
+/// The host's key agent.
+#[derive(Clone, Debug)]
+pub(super) struct Agent {
+    /// Where it listens.
+    pub(super) socket: PathBuf,
+    /// How long it keeps a KEK.
+    pub(super) time_to_live: Duration,
+}
+
+impl Default for Agent {
+    fn default() -> Self {
+        Self {
+            socket: agent::DEFAULT_SOCKET.into(),
+            time_to_live: agent::DEFAULT_TIME_TO_LIVE,
+        }
+    }
+}
+
+/// Why a configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file system refused.
+    #[error("cannot read the configuration {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The answer.
+        source: io::Error,
+    },
+    /// Others could have written it.
+    #[error("the configuration {} is not safe to use", path.display())]
+    Exposed {
+        /// The file.
+        path: PathBuf,
+        /// Who can do what with it.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// It is not TOML, or holds what is not known.
+    #[error("the configuration {} cannot be understood", path.display())]
+    Syntax {
+        /// The file.
+        path: PathBuf,
+        /// Where and what.
+        source: Box<toml::de::Error>,
+    },
+    /// A grant to nobody.
+    #[error("{}: a [[grant]] names either a user or a group", path.display())]
+    Grantee {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A grant to somebody whom the host does not know.
+    #[error("{}: this host has no {what} called {name:?}", path.display())]
+    Unknown {
+        /// The file.
+        path: PathBuf,
+        /// "user" or "group".
+        what: &'static str,
+        /// The name.
+        name: String,
+    },
+}
+
+/// What is written.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Written {
+    agent: Option<WrittenAgent>,
+    #[serde(default)]
+    grant: Vec<WrittenGrant>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct WrittenAgent {
+    socket: Option<PathBuf>,
+    kek_time_to_live: Option<u32>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WrittenGrant {
+    user: Option<Id>,
+    group: Option<Id>,
+    privileges: BTreeSet<Privilege>,
+}
+
+/// A user or group, by number or by name.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Id {
+    Number(u32),
+    Name(String),
+}
+
+impl Config {
+    /// Reads the configuration at `path`, or the default one if it exists.
+    pub(super) fn read(path: Option<&Path>) -> Result<Self, ConfigError> {
+        let (path, optional) = match path {
+            Some(path) => (path, false),
+            None => (Path::new(DEFAULT_PATH), true),
+        };
+        let text = match fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) if optional && error.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
+            Err(source) => return Err(read_error(path, source)),
+        };
+        let metadata = fs::metadata(path).map_err(|source| read_error(path, source))?;
+        private::check(path, &metadata, Forbid::Write).map_err(|error: Exposed| ConfigError::Exposed {
+            path: path.to_owned(),
+            source: Box::new(error),
+        })?;
+        let written: Written = toml::from_str(&text).map_err(|error| ConfigError::Syntax {
+            path: path.to_owned(),
+            source: Box::new(error),
+        })?;
+        let grants = written.grant.into_iter().map(|grant| grant.check(path));
+        Ok(Self {
+            agent: written.agent.map(WrittenAgent::check),
+            grants: Grants::new(grants.collect::<Result<_, _>>()?),
+        })
+    }
+}
+
+fn read_error(path: &Path, source: io::Error) -> ConfigError {
+    ConfigError::Read {
+        path: path.to_owned(),
+        source,
+    }
+}
+
+impl WrittenAgent {
+    fn check(self) -> Agent {
+        let default = Agent::default();
+        Agent {
+            socket: self.socket.unwrap_or(default.socket),
+            time_to_live: match self.kek_time_to_live {
+                Some(seconds) => Duration::from_secs(seconds.into()),
+                None => default.time_to_live,
+            },
+        }
+    }
+}
+
+impl WrittenGrant {
+    fn check(self, path: &Path) -> Result<Grant, ConfigError> {
+        let unknown = |what, name: String| ConfigError::Unknown {
+            path: path.to_owned(),
+            what,
+            name,
+        };
+        let to = match (self.user, self.group) {
+            (Some(Id::Number(user)), None) => Grantee::User(user),
+            (None, Some(Id::Number(group))) => Grantee::Group(group),
+            (Some(Id::Name(name)), None) => match uzers::get_user_by_name(&name) {
+                Some(user) => Grantee::User(user.uid()),
+                None => return Err(unknown("user", name)),
+            },
+            (None, Some(Id::Name(name))) => match uzers::get_group_by_name(&name) {
+                Some(group) => Grantee::Group(group.gid()),
+                None => return Err(unknown("group", name)),
+            },
+            _ => {
+                return Err(ConfigError::Grantee {
+                    path: path.to_owned(),
+                });
+            }
+        };
+        Ok(Grant {
+            to,
+            privileges: self.privileges,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn read(text: &str) -> Result<Config, ConfigError> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.toml");
+        fs::write(&path, text).unwrap();
+        Config::read(Some(&path))
+    }
+
+    #[test]
+    fn everything_has_a_default_but_a_file_that_was_named() {
+        let config = read("").unwrap();
+        assert!(config.agent.is_none() && config.grants == Grants::default());
+        let config = read("[agent]").unwrap();
+        assert_eq!(config.agent.unwrap().socket, Path::new(agent::DEFAULT_SOCKET));
+        let nowhere = Path::new("/nonexistent/config.toml");
+        assert!(matches!(
+            Config::read(Some(nowhere)),
+            Err(ConfigError::Read { .. })
+        ));
+    }
+
+    #[test]
+    fn users_and_groups_have_names_or_numbers() {
+        let config = read(
+            "[agent]\nsocket = \"/run/a\"\nkek-time-to-live = 5\n[[grant]]\nuser = \"root\"\nprivileges = \
+             [\"Access\"]\n[[grant]]\ngroup = 7\nprivileges = [\"RegisterVM\", \"Recrypt\"]",
+        )
+        .unwrap();
+        assert_eq!(config.agent.unwrap().time_to_live, Duration::from_secs(5));
+        let expected = Grants::new(vec![
+            Grant {
+                to: Grantee::User(0),
+                privileges: [Privilege::Access].into(),
+            },
+            Grant {
+                to: Grantee::Group(7),
+                privileges: [Privilege::RegisterVM, Privilege::Recrypt].into(),
+            },
+        ]);
+        assert_eq!(config.grants, expected);
+    }
+
+    #[test]
+    fn slips_of_the_pen_are_refused() {
+        for (text, expected) in [
+            ("agent = 1", "cannot be understood"),
+            ("[agent]\nsokcet = \"/run/a\"", "cannot be understood"),
+            (
+                "[[grant]]\nuser = \"root\"\nprivileges = [\"Everything\"]",
+                "cannot be understood",
+            ),
+            ("[[grant]]\nprivileges = [\"Access\"]", "either a user or a group"),
+            (
+                "[[grant]]\nuser = 1\ngroup = 1\nprivileges = []",
+                "either a user or a group",
+            ),
+            (
+                "[[grant]]\nuser = \"no one at all\"\nprivileges = []",
+                "no user called \"no one at all\"",
+            ),
+        ] {
+            let error = read(text).unwrap_err().to_string();
+            assert!(error.contains(expected), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_others_can_write_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.toml");
+        fs::write(&path, "").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
+        assert!(matches!(
+            Config::read(Some(&path)),
+            Err(ConfigError::Exposed { .. })
+        ));
+    }
+}

@@ -1,0 +1,125 @@
+//! Who may do what: privileges named as vSphere names them (`Cryptographer.*`), granted to users and groups.
+//!
+//! Nobody has a privilege that was not granted, except root and the user that the asked process runs as, who could have
+//! it anyhow.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::peer::Peer;
+
+/// A privilege.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Privilege {
+    /// Open a volume for another purpose than to serve it to a guest.
+    Access,
+    /// Bind a new volume to a KEK.
+    EncryptNew,
+    /// Make KEKs, and ask for their states.
+    ManageKeys,
+    /// See the key providers, and whether they work.
+    ReadKeyServersInfo,
+    /// Give a volume another KEK.
+    Recrypt,
+    /// Open a volume to serve it to a guest.
+    RegisterVM,
+}
+
+impl fmt::Display for Privilege {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self, f)
+    }
+}
+
+/// Privileges for a user or a group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Grant {
+    /// Who.
+    pub to: Grantee,
+    /// What.
+    pub privileges: BTreeSet<Privilege>,
+}
+
+/// Who is granted something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Grantee {
+    /// A user, by number.
+    User(u32),
+    /// All members of a group, by number.
+    Group(u32),
+}
+
+impl Grantee {
+    fn is(self, peer: &Peer) -> bool {
+        match self {
+            Self::User(user) => peer.user == user,
+            Self::Group(group) => peer.groups.contains(&group),
+        }
+    }
+}
+
+/// All grants of a process.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Grants(Vec<Grant>);
+
+impl Grants {
+    /// These and no others.
+    pub fn new(grants: Vec<Grant>) -> Self {
+        Self(grants)
+    }
+
+    /// Whether `peer` may do what takes `privilege`.
+    pub fn allow(&self, peer: &Peer, privilege: Privilege) -> bool {
+        let ours = rustix::process::geteuid().as_raw();
+        peer.user == 0
+            || peer.user == ours
+            || self
+                .0
+                .iter()
+                .any(|grant| grant.to.is(peer) && grant.privileges.contains(&privilege))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn peer(user: u32, groups: &[u32]) -> Peer {
+        Peer {
+            user,
+            groups: groups.to_vec(),
+            process: 1,
+        }
+    }
+
+    #[test]
+    fn privileges_are_those_of_the_user_and_of_its_groups_and_no_others() {
+        let grants = Grants::new(vec![
+            Grant {
+                to: Grantee::User(4_000_001),
+                privileges: [Privilege::Access].into(),
+            },
+            Grant {
+                to: Grantee::Group(4_000_002),
+                privileges: [Privilege::RegisterVM, Privilege::Recrypt].into(),
+            },
+        ]);
+        let stranger = peer(4_000_003, &[4_000_001]);
+        let user = peer(4_000_001, &[4_000_009]);
+        let member = peer(4_000_004, &[1, 4_000_002]);
+        let both = peer(4_000_001, &[4_000_002]);
+        for (privilege, allowed) in [
+            (Privilege::Access, [false, true, false, true]),
+            (Privilege::RegisterVM, [false, false, true, true]),
+            (Privilege::Recrypt, [false, false, true, true]),
+            (Privilege::EncryptNew, [false; 4]),
+            (Privilege::ManageKeys, [false; 4]),
+        ] {
+            let found = [&stranger, &user, &member, &both].map(|peer| grants.allow(peer, privilege));
+            assert_eq!(found, allowed, "{privilege}");
+            assert!(grants.allow(&peer(0, &[0]), privilege));
+        }
+    }
+}

@@ -1,0 +1,488 @@
+//! The host's key agent, as its callers see it: users who have neither the state directory nor a provider's credentials.
+
+#![allow(unsafe_code)] // A thread of another user than its process has no safe wrapper.
+
+mod common;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::serve::SEALBLK;
+use common::volume::run;
+use sealblk::agent::{Client, Purpose};
+use sealblk::keys::arena::SecretBytes;
+use sealblk::keys::{Binding, KeyError, KeyId, KeyProvider, KeyReason, Providers};
+use serde_json::Value;
+use tempfile::TempDir;
+use uuid::Uuid;
+
+/// A user whom no host has, and who is granted nothing unless a test does.
+const SOMEBODY: u32 = 4_000_001;
+const GROUP: u32 = 4_000_002;
+
+/// An agent with a native provider, ended with this.
+struct Agent {
+    dir: TempDir,
+    child: Child,
+}
+
+impl Agent {
+    fn new(grants: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        let path = |name: &str| dir.path().join(name);
+        let state = path("state").display().to_string();
+        run(Command::new(SEALBLK).args(["--state-dir", &state, "provider", "add", "native"]));
+        let socket = path("agent.sock").display().to_string();
+        fs::write(
+            path("config.toml"),
+            format!("[agent]\nsocket = {socket:?}\n{grants}"),
+        )
+        .unwrap();
+        let child = start(&dir);
+        Self { dir, child }
+    }
+
+    fn restart(&mut self) {
+        self.stop();
+        self.child = start(&self.dir);
+    }
+
+    fn stop(&mut self) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        assert!(self.child.wait().unwrap().success());
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// A verb that knows the agent, and a state directory that does not exist.
+    fn verb(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(SEALBLK);
+        command.current_dir(self.dir.path());
+        command
+            .args(["--state-dir", "/nonexistent", "--config", "config.toml"])
+            .args(args);
+        command
+    }
+
+    fn client(&self, purpose: Purpose) -> Client {
+        Client::new(&self.path("agent.sock"), purpose)
+    }
+
+    fn provider(&self, purpose: Purpose) -> std::sync::Arc<dyn KeyProvider> {
+        self.client(purpose).provider("native").unwrap()
+    }
+
+    /// The records of the audit log.
+    fn audit(&self) -> Vec<Value> {
+        let log = fs::read_to_string(self.path("state/audit.log")).unwrap();
+        log.lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect()
+    }
+
+    fn memory_kib(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+}
+
+fn start(dir: &TempDir) -> Child {
+    let child = Command::new(SEALBLK)
+        .current_dir(dir.path())
+        .args(["--state-dir", "state", "--config", "config.toml", "agent"])
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let started = Instant::now();
+    while UnixStream::connect(dir.path().join("agent.sock")).is_err() {
+        assert!(
+            started.elapsed() < Duration::from_secs(30),
+            "the agent does not answer"
+        );
+        thread::sleep(Duration::from_millis(10));
+    }
+    child
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Does `work` as `user`, which the kernel tells the agent; nobody else in this process is.
+fn as_user<R: Send>(user: u32, group: u32, work: impl FnOnce() -> R + Send) -> R {
+    thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            // The raw calls change this thread alone, which ends with it.
+            let keep: libc::c_long = -1;
+            let no_groups: [libc::gid_t; 0] = [];
+            // SAFETY: a list of no groups.
+            let groups = unsafe { libc::syscall(libc::SYS_setgroups, 0, no_groups.as_ptr()) };
+            // SAFETY: these take numbers alone.
+            let id = unsafe { libc::syscall(libc::SYS_setresgid, keep, group, keep) };
+            assert_eq!((groups, id), (0, 0));
+            // SAFETY: as above.
+            assert_eq!(unsafe { libc::syscall(libc::SYS_setresuid, keep, user, keep) }, 0);
+            work()
+        });
+        thread.join().unwrap()
+    })
+}
+
+fn binding(key_id: &KeyId) -> Binding<'_> {
+    Binding {
+        volume: Uuid::from_u128(7),
+        provider: "native",
+        key_id,
+        keyslot: 0,
+    }
+}
+
+#[test]
+fn disks_are_made_opened_and_rekeyed_without_the_state_directory() {
+    let mut agent = Agent::new("");
+    run(&mut agent.verb(&["create", "vm.luks", "--size", "1M"]));
+    run(&mut agent.verb(&["recovery", "add", "vm.luks", "--recovery-key", "vm.key"]));
+    run(&mut agent.verb(&["rekey", "vm.luks"]));
+    agent.restart();
+    run(&mut agent.verb(&["rekey", "vm.luks"]));
+    let listed = String::from_utf8(run(&mut agent.verb(&["provider", "list"])).stdout).unwrap();
+    assert!(listed.contains("native") && listed.contains("usable"), "{listed}");
+
+    let events: Vec<_> = agent
+        .audit()
+        .iter()
+        .map(|record| record["event"].clone())
+        .collect();
+    let expected = [
+        // create, recovery add
+        "AgentStarted",
+        "KeyCreated",
+        "KeyBound",
+        "KeyReleased",
+        // rekey: opened, bound, read back
+        "KeyReleased",
+        "KeyCreated",
+        "KeyBound",
+        "KeyReleased",
+        "AgentStarted",
+        "KeyReleased",
+        "KeyCreated",
+        "KeyBound",
+        "KeyReleased",
+    ];
+    assert_eq!(events, expected);
+    let last = agent.audit().pop().unwrap();
+    assert_eq!(
+        (&last["purpose"], &last["user"], &last["keyslot"]),
+        (&"recrypt".into(), &0.into(), &0.into())
+    );
+
+    agent.stop();
+    let refused = agent.verb(&["rekey", "vm.luks"]).output().unwrap();
+    assert_eq!(refused.status.code(), Some(4));
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert!(
+        said.contains("agent does not answer") && said.contains("agent.sock"),
+        "{said}"
+    );
+    agent.child = start(&agent.dir);
+}
+
+/// Every privilege against every call that takes one, by a real user who has that privilege and no other.
+#[test]
+fn a_privilege_allows_its_calls_and_no_others() {
+    let privileges = [
+        "Access",
+        "EncryptNew",
+        "ManageKeys",
+        "ReadKeyServersInfo",
+        "Recrypt",
+        "RegisterVM",
+    ];
+    let grants: String = (privileges.iter().zip(SOMEBODY..))
+        .map(|(privilege, user)| format!("[[grant]]\nuser = {user}\nprivileges = [{privilege:?}]\n"))
+        .collect();
+    let agent = Agent::new(&grants);
+    let secret = SecretBytes::random(32).unwrap();
+    let key_id = agent.provider(Purpose::Recrypt).create_kek().unwrap();
+    let wrapped = agent
+        .provider(Purpose::Recrypt)
+        .wrap(&binding(&key_id), &secret)
+        .unwrap();
+
+    type Call<'c> = Box<dyn Fn() -> Result<(), KeyError> + Sync + 'c>;
+    let on = |purpose| agent.provider(purpose);
+    let unwrap = |purpose| -> Call<'_> {
+        let (key_id, wrapped) = (&key_id, &wrapped);
+        let provider = on(purpose);
+        Box::new(move || provider.unwrap(&binding(key_id), wrapped).map(drop))
+    };
+    let wrap = |purpose| -> Call<'_> {
+        let (key_id, secret) = (&key_id, &secret);
+        let provider = on(purpose);
+        Box::new(move || provider.wrap(&binding(key_id), secret).map(drop))
+    };
+    let create = |purpose| -> Call<'_> {
+        let provider = on(purpose);
+        Box::new(move || provider.create_kek().map(drop))
+    };
+    let (list, state, check) = (
+        agent.client(Purpose::Check),
+        on(Purpose::Access),
+        on(Purpose::Check),
+    );
+    let calls: Vec<(&str, &[&str], Call<'_>)> = vec![
+        ("Unwrap to attach", &["RegisterVM"], unwrap(Purpose::Attach)),
+        ("Unwrap to access", &["Access"], unwrap(Purpose::Access)),
+        ("Unwrap to recrypt", &["Recrypt"], unwrap(Purpose::Recrypt)),
+        ("Wrap to create", &["EncryptNew"], wrap(Purpose::Create)),
+        ("Wrap to recrypt", &["Recrypt"], wrap(Purpose::Recrypt)),
+        ("CreateKek to create", &["EncryptNew"], create(Purpose::Create)),
+        ("CreateKek to recrypt", &["Recrypt"], create(Purpose::Recrypt)),
+        (
+            "GetKekState",
+            &["ManageKeys"],
+            Box::new(|| state.state(&key_id).map(drop)),
+        ),
+        (
+            "CheckProvider",
+            &["ReadKeyServersInfo"],
+            Box::new(|| check.check()),
+        ),
+        (
+            "ListProviders",
+            &["ReadKeyServersInfo"],
+            Box::new(|| list.list().map(drop)),
+        ),
+        (
+            "GetDefaultProvider",
+            &["EncryptNew", "Recrypt", "ReadKeyServersInfo"],
+            Box::new(|| list.default_name().map(drop)),
+        ),
+    ];
+    let mut refusals = 0;
+    for (name, takes, call) in &calls {
+        for (privilege, user) in privileges.iter().zip(SOMEBODY..) {
+            let result = as_user(user, GROUP, call);
+            match takes.contains(privilege) {
+                true => result.unwrap_or_else(|error| panic!("{name} with {privilege}: {error}")),
+                false => {
+                    let error = result.expect_err(&format!("{name} with {privilege}"));
+                    assert_eq!(
+                        error.reason,
+                        KeyReason::NotPermitted,
+                        "{name} with {privilege}: {error}"
+                    );
+                    refusals += 1;
+                }
+            }
+        }
+        call().unwrap_or_else(|error| panic!("{name} by root: {error}"));
+    }
+    let refused = agent
+        .audit()
+        .into_iter()
+        .filter(|record| record["event"] == "KeyRefused");
+    assert_eq!(refused.count(), refusals);
+
+    // What a purpose is not for, its privilege is not good for either.
+    for wrong in [
+        unwrap(Purpose::Create),
+        wrap(Purpose::Attach),
+        create(Purpose::Access),
+    ] {
+        let error = wrong().unwrap_err();
+        assert_eq!(error.reason, KeyReason::Failed);
+        assert!(
+            std::error::Error::source(&error)
+                .unwrap()
+                .to_string()
+                .contains("WrongPurpose")
+        );
+    }
+}
+
+#[test]
+fn members_of_a_group_have_its_privileges_and_strangers_are_told_what_they_lack() {
+    let agent = Agent::new(&format!(
+        "[[grant]]\ngroup = {GROUP}\nprivileges = [\"EncryptNew\"]"
+    ));
+    let create = || agent.provider(Purpose::Create).create_kek();
+    as_user(SOMEBODY, GROUP, create).unwrap();
+    let error = as_user(SOMEBODY, GROUP + 1, create).unwrap_err();
+    let cause = std::error::Error::source(&error).unwrap().to_string();
+    assert_eq!(cause, format!("user {SOMEBODY} lacks the privilege EncryptNew"));
+    let record = agent.audit().pop().unwrap();
+    assert_eq!(record["event"], "KeyRefused");
+    assert_eq!(record["user"], SOMEBODY);
+    assert_eq!(record["process"], std::process::id());
+}
+
+#[test]
+fn the_audit_log_tells_what_was_changed_and_an_agent_does_not_go_on_with_it() {
+    let mut agent = Agent::new("");
+    for _ in 0..3 {
+        agent.provider(Purpose::Create).create_kek().unwrap();
+    }
+    let verify = |args: &[&str]| {
+        let mut command = Command::new(SEALBLK);
+        command
+            .current_dir(agent.dir.path())
+            .args(["--state-dir", "state", "audit", "verify"])
+            .args(args);
+        command.output().unwrap()
+    };
+    let sound = verify(&[]);
+    assert!(sound.status.success());
+    let said = String::from_utf8(sound.stdout).unwrap();
+    let head = said.split_whitespace().last().unwrap().to_owned();
+    agent.provider(Purpose::Create).create_kek().unwrap();
+    assert!(verify(&["--head", &head]).status.success());
+
+    let log = agent.path("state/audit.log");
+    let whole = fs::read_to_string(&log).unwrap();
+    let cut = whole
+        .lines()
+        .take(3)
+        .map(|line| format!("{line}\n"))
+        .collect::<String>();
+    fs::write(&log, cut).unwrap();
+    let refused = verify(&["--head", &head]);
+    assert_eq!(refused.status.code(), Some(3));
+    assert!(String::from_utf8(refused.stderr).unwrap().contains("was cut"));
+
+    agent.stop();
+    fs::write(&log, whole.replacen("KeyCreated", "KeyRemoved", 1)).unwrap();
+    let refused = Command::new(SEALBLK)
+        .current_dir(agent.dir.path())
+        .args(["--state-dir", "state", "--config", "config.toml", "agent"])
+        .output()
+        .unwrap();
+    assert_eq!(refused.status.code(), Some(3));
+    assert!(String::from_utf8(refused.stderr).unwrap().contains("line 3"));
+    fs::write(&log, whole).unwrap();
+    agent.child = start(&agent.dir);
+}
+
+/// Nothing is given out that cannot be logged.
+#[test]
+fn keys_wait_while_the_audit_log_cannot_be_written() {
+    let agent = Agent::new("");
+    let key_id = agent.provider(Purpose::Create).create_kek().unwrap();
+    let secret = SecretBytes::random(32).unwrap();
+    let wrapped = agent
+        .provider(Purpose::Create)
+        .wrap(&binding(&key_id), &secret)
+        .unwrap();
+    // As on a full disk: the agent may write no byte more to a file.
+    let pid = rustix::process::Pid::from_child(&agent.child);
+    let limit = |bytes| {
+        let limit = rustix::process::Rlimit {
+            current: bytes,
+            maximum: None,
+        };
+        rustix::process::prlimit(Some(pid), rustix::process::Resource::Fsize, limit).unwrap()
+    };
+    let len = fs::metadata(agent.path("state/audit.log")).unwrap().len();
+    limit(Some(len + 20));
+    let unwrap = || {
+        agent
+            .provider(Purpose::Attach)
+            .unwrap(&binding(&key_id), &wrapped)
+    };
+    for _ in 0..2 {
+        let error = unwrap().unwrap_err();
+        assert_eq!(error.reason, KeyReason::Failed);
+        assert!(
+            std::error::Error::source(&error)
+                .unwrap()
+                .to_string()
+                .contains("NotAudited")
+        );
+    }
+    limit(None);
+    assert!(unwrap().unwrap().ct_eq(&secret));
+    assert_eq!(agent.audit().pop().unwrap()["event"], "KeyReleased");
+}
+
+#[test]
+fn callers_that_send_nonsense_or_nothing_keep_nobody_out() {
+    let agent = Agent::new("");
+    let connect = || UnixStream::connect(agent.path("agent.sock")).unwrap();
+    for nonsense in [
+        &b"\0"[..],
+        b"{}\0",
+        b"[1]\0",
+        b"{\"method\":1}\0",
+        b"\xff\xfe\0",
+        b"GET / HTTP/1.1\r\n\r\n\0",
+    ] {
+        let mut stream = connect();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        stream.write_all(nonsense).unwrap();
+        // It hangs up, or, where it is a call, says what is wrong with it.
+        let mut said = Vec::new();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        stream.read_to_end(&mut said).unwrap();
+        assert!(
+            said.is_empty() || String::from_utf8_lossy(&said).contains("error"),
+            "{said:?}"
+        );
+    }
+    // A user takes all places that one user gets, and more.
+    let silent: Vec<_> = as_user(SOMEBODY, GROUP, || (0..700).map(|_| connect()).collect());
+    let mut last = &silent[699];
+    last.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    assert_eq!(last.read(&mut [0]).unwrap_or(0), 0, "it is turned away");
+    let listed = run(&mut agent.verb(&["provider", "list"])).stdout;
+    assert!(String::from_utf8(listed).unwrap().contains("usable"));
+}
+
+/// As after a reboot of a host. `ATTACHES` asks for more than the few that there is time for.
+#[test]
+fn a_storm_of_attaches_is_answered() {
+    let attaches: u32 = std::env::var("ATTACHES").map_or(200, |attaches| attaches.parse().unwrap());
+    let agent = Agent::new("");
+    let key_id = agent.provider(Purpose::Create).create_kek().unwrap();
+    let secret = SecretBytes::random(32).unwrap();
+    let wrapped = agent
+        .provider(Purpose::Create)
+        .wrap(&binding(&key_id), &secret)
+        .unwrap();
+    let (before, started) = (agent.memory_kib(), Instant::now());
+    thread::scope(|scope| {
+        for _ in 0..attaches {
+            scope.spawn(|| {
+                let unwrapped = agent
+                    .provider(Purpose::Attach)
+                    .unwrap(&binding(&key_id), &wrapped);
+                assert!(unwrapped.unwrap().ct_eq(&secret));
+            });
+        }
+    });
+    let (took, after) = (started.elapsed(), agent.memory_kib());
+    println!("{attaches} attaches: {took:?}, the agent's memory {before} KiB before, {after} KiB after");
+    let released = agent
+        .audit()
+        .into_iter()
+        .filter(|record| record["event"] == "KeyReleased");
+    assert_eq!(released.count(), attaches as usize);
+    assert!(
+        after < before + 64 * 1024,
+        "{before} KiB before, {after} KiB after"
+    );
+}
