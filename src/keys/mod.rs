@@ -18,6 +18,7 @@ pub mod arena;
 mod cache;
 mod error;
 pub mod harden;
+pub mod kmip;
 mod native;
 pub(crate) mod private;
 pub mod registry;

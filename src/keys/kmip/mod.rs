@@ -1,0 +1,3 @@
+//! KMIP, the standard protocol of key servers.
+
+pub mod ttlv;
