@@ -1,11 +1,14 @@
 //! `sealblk provider`: the key providers of this host.
 
+use std::path::PathBuf;
+
 use clap::{Args, Subcommand};
 
 use super::failure::Failure;
 use super::{Host, Keys, output};
 use crate::agent::Purpose;
 use crate::keys::Providers;
+use crate::keys::kmip::{self, Wrap};
 use crate::keys::registry::{Registry, Source};
 
 const NATIVE_HELP: &str = "\
@@ -16,6 +19,19 @@ Examples:
 A native provider is one primary key in a file of the state directory. All keys
 that it gives to volumes are derived from it: whoever has the file can open the
 volumes, and without it they open with a recovery key alone. Back it up.";
+
+const KMIP_HELP: &str = "\
+Examples:
+  sealblk provider add kmip --server kms1.example.com --server kms2.example.com \\
+    --ca /etc/sealblk/kms-ca.pem --certificate /etc/sealblk/host.pem \\
+    --key /etc/sealblk/host.key
+  sealblk provider add kmip --name vault --wrap server --server [2001:db8::7]:5696 \\
+    --ca ca.pem --certificate host.pem --key host.key
+
+The servers have the same keys, and are tried in the given order. KMIP 1.1 to 1.4,
+2.0 and 2.1 are spoken, over TLS 1.2 or 1.3; the files are PEM, and read at each
+connection. No server is asked yet: `sealblk provider list` does that, and makes a
+key called sealblk-probe there. docs/providers.md tells what to set up.";
 
 /// Add and list sources of keys
 #[derive(Debug, Args)]
@@ -38,6 +54,33 @@ enum Add {
     /// A primary key in the state directory; needs no server
     #[command(after_help = NATIVE_HELP)]
     Native(Common),
+    /// Key servers that speak KMIP
+    #[command(after_help = KMIP_HELP)]
+    Kmip(KmipArgs),
+}
+
+#[derive(Debug, Args)]
+struct KmipArgs {
+    /// A server, an IPv6 address with a port in brackets; once for each of several with the same keys [default port: 5696]
+    #[arg(long = "server", value_name = "HOST[:PORT]", required = true)]
+    servers: Vec<String>,
+    /// The authorities that the servers' certificates come from
+    #[arg(long, value_name = "FILE")]
+    ca: PathBuf,
+    /// This host's certificate
+    #[arg(long, value_name = "FILE")]
+    certificate: PathBuf,
+    /// The certificate's private key, readable by its owner alone
+    #[arg(long, value_name = "FILE")]
+    key: PathBuf,
+    /// Who has the server's keys: client: this host fetches them; server: it decrypts for this host (from KMIP 1.4 on)
+    #[arg(long, value_name = "WHO", default_value = "client", value_parser = ["client", "server"])]
+    wrap: String,
+    /// How long an operation may take, over all servers
+    #[arg(long, value_name = "SECONDS", default_value_t = kmip::DEFAULT_TIMEOUT)]
+    timeout: u64,
+    #[command(flatten)]
+    common: Common,
 }
 
 /// What every kind is asked.
@@ -65,7 +108,36 @@ impl Add {
         let mut registry = host.registry()?;
         match self {
             Add::Native(common) => add_native(&mut registry, common.named("native"), common.default),
+            Add::Kmip(args) => {
+                let common = &args.common;
+                let name = common.named("kmip").to_owned();
+                let default = common.default;
+                registry.add(&name, Source::Kmip(args.settings()?), default)?;
+                output::note(&format!(
+                    "added key provider {name:?}; `sealblk provider list` tells whether its keys can be used"
+                ));
+                Ok(())
+            }
         }
+    }
+}
+
+impl KmipArgs {
+    /// As they are stored: paths hold wherever sealblk is started.
+    fn settings(self) -> Result<kmip::Settings, Failure> {
+        let whole =
+            |path: PathBuf| std::path::absolute(&path).map_err(|source| Failure::Look { path, source });
+        Ok(kmip::Settings {
+            servers: self.servers,
+            ca: whole(self.ca)?,
+            certificate: whole(self.certificate)?,
+            key: whole(self.key)?,
+            wrap: match self.wrap.as_str() {
+                "server" => Wrap::Server,
+                _ => Wrap::Client,
+            },
+            timeout: self.timeout,
+        })
     }
 }
 

@@ -10,6 +10,7 @@
 //! shared     the same for a process that goes on, and keeps KEKs for a while (cache)
 //! source     providers whose KEKs come to this host: what differs between them, and the wrapping, which does not
 //! native     the one that needs nothing but a file: KEKs derived from a primary key
+//! kmip       key servers by the standard protocol, over mutual TLS (tls: its files and failures)
 //! wrap       AES-256-GCM under a KEK that is on this host
 //! arena      the memory of every secret        harden   the process around it
 //! ```
@@ -25,6 +26,7 @@ pub mod registry;
 mod settings;
 mod shared;
 mod source;
+mod tls;
 mod wrap;
 
 use std::fmt;

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::KeyError;
+use super::kmip::{self, Kmip};
 use super::native::Native;
 use super::private::{self, Forbid};
 use super::registry::{RegistryError, check_name, check_private};
@@ -40,6 +41,8 @@ pub(super) struct Settings {
 pub enum Source {
     /// A primary key in the provider's directory.
     Native {},
+    /// Key servers that speak KMIP.
+    Kmip(kmip::Settings),
 }
 
 impl Source {
@@ -47,6 +50,7 @@ impl Source {
     pub(super) fn kind(&self) -> &'static str {
         match self {
             Source::Native {} => "native",
+            Source::Kmip(_) => "kmip",
         }
     }
 
@@ -54,6 +58,7 @@ impl Source {
     pub(super) fn location(&self, dir: &Path) -> String {
         match self {
             Source::Native {} => primary_key(dir).display().to_string(),
+            Source::Kmip(settings) => settings.servers.join(", "),
         }
     }
 
@@ -73,6 +78,7 @@ impl Source {
                     false => Native::create(name, &path)?,
                 }
             }
+            Source::Kmip(settings) => drop(Kmip::new(name, settings)?),
         }
         Ok(())
     }
@@ -81,6 +87,7 @@ impl Source {
     pub(super) fn open(&self, name: &str, dir: &Path) -> Result<Box<dyn KekSource>, KeyError> {
         match self {
             Source::Native {} => Ok(Box::new(Native::open(name, &primary_key(dir))?)),
+            Source::Kmip(settings) => Ok(Box::new(Kmip::new(name, settings)?)),
         }
     }
 }

@@ -1,3 +1,425 @@
-//! KMIP, the standard protocol of key servers.
+//! The KMIP provider: KEKs of a key server, or of a group of servers with the same keys, over mutual TLS.
+//!
+//! A KEK is an AES-256 key that the server makes. With `wrap = "client"` the KEK comes to this host by Get, and its key
+//! ID is the Unique Identifier. With `wrap = "server"` the server's key never leaves it: the KEK is made here, and the key
+//! ID holds its ciphertext under the server's key beside the Unique Identifier, so that a volume stays self-contained:
+//!
+//! ```text
+//! UNIQUE-IDENTIFIER.BASE64(nonce, 12 bytes | ciphertext, 32 bytes | tag, 16 bytes)      AES-256-GCM
+//! ```
+//!
+//! In both cases the server's word on the key's State counts at each fetch, not only its willingness to do the operation.
+//!
+//! ```text
+//! address   where a server listens
+//! session   a connection: TLS, the protocol's version, requests one by one until a deadline
+//! message   what is asked, and what is answered
+//! ttlv      the encoding
+//! ```
 
+mod address;
+pub mod message;
+mod session;
 pub mod ttlv;
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::arena::SecretBytes;
+use super::source::KekSource;
+use super::tls::TlsFiles;
+use super::wrap::{KEK_LEN, Kek};
+use super::{KeyError, KeyId, KeyReason, KeyState};
+use address::Address;
+use message::{Mark, NONCE_LEN, Request, TAG_LEN, Version, identifies};
+use session::{Session, Trouble, share};
+
+/// What the operator says of it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// `HOST[:PORT]` of servers with the same keys, in the order in which they are tried.
+    pub servers: Vec<String>,
+    /// The certificates of the authorities that the servers' certificates come from. A PEM file, as the next two are.
+    pub ca: PathBuf,
+    /// This host's certificate.
+    pub certificate: PathBuf,
+    /// Its private key.
+    pub key: PathBuf,
+    /// Where slot secrets' KEKs are in clear.
+    #[serde(default)]
+    pub wrap: Wrap,
+    /// How long an operation may take, over all servers, in seconds.
+    #[serde(default = "default_timeout")]
+    pub timeout: u64,
+}
+
+/// Who has the key that comes from the server.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Wrap {
+    /// This host: it fetches the key and wraps under it.
+    #[default]
+    Client,
+    /// The server alone: it decrypts a KEK that was made on this host.
+    Server,
+}
+
+/// The setting `timeout` when it is not given, in seconds.
+pub const DEFAULT_TIMEOUT: u64 = 10;
+const LONGEST_TIMEOUT: u64 = 600;
+/// The Name of the key that `check` proves the provider with.
+const PROBE: &str = "sealblk-probe";
+/// What a KEK's ciphertext is authenticated with: it is no other message under the same key.
+const LABEL: &[u8] = b"sealblk KMIP wrapped KEK\0";
+
+fn default_timeout() -> u64 {
+    DEFAULT_TIMEOUT
+}
+
+/// A KMIP provider.
+pub(super) struct Kmip {
+    name: String,
+    servers: Vec<Address>,
+    tls: TlsFiles,
+    wrap: Wrap,
+    timeout: Duration,
+    /// The server that answered last. It is asked first.
+    preferred: AtomicUsize,
+}
+
+/// What is wrong with the settings.
+#[derive(Debug, thiserror::Error)]
+enum SettingsError {
+    #[error("servers: name at least one")]
+    NoServer,
+    #[error("servers: {0}")]
+    Server(#[from] address::NoAddress),
+    #[error("{field} = {path:?}: write the whole path, from / on")]
+    Relative { field: &'static str, path: PathBuf },
+    #[error("timeout = {0}: between 1 and {LONGEST_TIMEOUT} seconds are possible")]
+    Timeout(u64),
+}
+
+/// What each of several servers said.
+#[derive(Debug)]
+struct Each(Vec<(Address, Trouble)>);
+
+/// A key ID as this provider makes them.
+enum Identifier<'a> {
+    /// The KEK is the server's key.
+    Key(&'a str),
+    /// The KEK was encrypted by the server's key.
+    Wrapped { by: &'a str, kek: [u8; WRAPPED_LEN] },
+}
+
+const WRAPPED_LEN: usize = NONCE_LEN + KEK_LEN + TAG_LEN;
+
+impl Kmip {
+    /// A provider with these settings. No server is asked yet, and no file is read.
+    ///
+    /// # Errors
+    /// [`KeyError`] with the reason [`KeyReason::Invalid`], if the settings have not the right form.
+    pub(super) fn new(name: &str, settings: &Settings) -> Result<Self, KeyError> {
+        settings
+            .usable(name)
+            .map_err(|e| KeyError::new(name, settings.servers.join(", "), KeyReason::Invalid).because(e))
+    }
+
+    /// Lets the servers do `work`, one after the other until one has.
+    fn with_server<T>(
+        &self,
+        key_id: Option<&KeyId>,
+        work: impl Fn(&mut Session) -> Result<T, Trouble>,
+    ) -> Result<T, KeyError> {
+        let about = |error: KeyError| match key_id {
+            Some(key_id) => error.of(key_id),
+            None => error,
+        };
+        let tls = self.tls.load().map_err(|e| {
+            let hop = e.path.display().to_string();
+            about(KeyError::new(&self.name, hop, e.reason()).because(e))
+        })?;
+        let deadline = Instant::now() + self.timeout;
+        let count = self.servers.len();
+        let first = self.preferred.load(Ordering::Relaxed);
+        let mut failed = Vec::new();
+        for turn in 0..count {
+            let at = (first + turn) % count;
+            let address = &self.servers[at];
+            let deadline = share(deadline, count - turn);
+            match Session::open(address, tls.clone(), deadline).and_then(|mut session| work(&mut session)) {
+                Ok(done) => {
+                    self.preferred.store(at, Ordering::Relaxed);
+                    return Ok(done);
+                }
+                Err(trouble) if trouble.is_verdict() || count == 1 => {
+                    return Err(about(self.fail(&[address], trouble.reason()).because(trouble)));
+                }
+                Err(trouble) => failed.push((address.clone(), trouble)),
+            }
+        }
+        let reasons = failed.iter().map(|(_, trouble)| trouble.reason());
+        // That a server does not answer tells less than what another one answered.
+        let reason = reasons
+            .clone()
+            .find(|reason| *reason != KeyReason::Unreachable)
+            .unwrap_or(KeyReason::Unreachable);
+        let addresses: Vec<_> = failed.iter().map(|(address, _)| address).collect();
+        Err(about(self.fail(&addresses, reason).because(Each(failed))))
+    }
+
+    fn fail(&self, at: &[&Address], reason: KeyReason) -> KeyError {
+        let at: Vec<_> = at.iter().map(ToString::to_string).collect();
+        KeyError::new(&self.name, at.join(", "), reason)
+    }
+
+    /// A KEK under a key that the server has ready for use.
+    fn kek_under(&self, session: &mut Session, key: &str) -> Result<KeyId, Trouble> {
+        Ok(KeyId(match self.wrap {
+            Wrap::Client => key.to_owned(),
+            Wrap::Server => {
+                let kek = SecretBytes::random(KEK_LEN)?;
+                let wrapped = encrypt(session, key, &kek)?;
+                format!("{key}.{}", URL_SAFE_NO_PAD.encode(wrapped))
+            }
+        }))
+    }
+
+    /// Makes a key called `name` and activates it. The server marks it as sealblk's in the best way that it has.
+    fn create_key(&self, session: &mut Session, name: &str) -> Result<String, Trouble> {
+        let sensitive = self.wrap == Wrap::Server;
+        if sensitive && session.version() < Version::V1_4 {
+            return Err(Trouble::NoWrapping(session.version()));
+        }
+        let mut create = |mark| {
+            let request = Request::Create {
+                name,
+                mark,
+                sensitive,
+            };
+            session.ask(&request, |answer| answer.unique_identifier().map(str::to_owned))
+        };
+        let mut created = create(Mark::Vendor);
+        for mark in [Mark::Application, Mark::Name] {
+            match &created {
+                // It may be the mark that is refused; what else it may be is told by the last refusal.
+                Err(trouble @ Trouble::Refused { .. }) if !trouble.is_verdict() => created = create(mark),
+                _ => break,
+            }
+        }
+        let key = created?;
+        match session.ask(&Request::Activate(&key), |_| Ok(())) {
+            Ok(()) => Ok(key),
+            Err(trouble) => {
+                // Nothing will ever refer to it.
+                let _ = session.ask(&Request::Destroy(&key), |_| Ok(()));
+                Err(trouble)
+            }
+        }
+    }
+
+    /// Makes a KEK whose key is called `name`.
+    fn create(&self, session: &mut Session, name: &str) -> Result<KeyId, Trouble> {
+        let key = self.create_key(session, name)?;
+        self.kek_under(session, &key).inspect_err(|_| {
+            let _ = session.ask(&Request::Revoke(&key), |_| Ok(()));
+            let _ = session.ask(&Request::Destroy(&key), |_| Ok(()));
+        })
+    }
+
+    /// A key ID's parts, unless no provider with these settings would make it.
+    fn recognise<'a>(&self, key_id: &'a KeyId) -> Option<Identifier<'a>> {
+        match self.wrap {
+            Wrap::Client => identifies(&key_id.0).then_some(Identifier::Key(&key_id.0)),
+            Wrap::Server => {
+                let (by, kek) = key_id.0.rsplit_once('.')?;
+                let kek = URL_SAFE_NO_PAD.decode(kek).ok()?.try_into().ok()?;
+                identifies(by).then_some(Identifier::Wrapped { by, kek })
+            }
+        }
+    }
+}
+
+impl KekSource for Kmip {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn location(&self) -> String {
+        let servers: Vec<_> = self.servers.iter().map(ToString::to_string).collect();
+        servers.join(", ")
+    }
+
+    fn create_kek(&self) -> Result<KeyId, KeyError> {
+        let name = format!("sealblk-{}", Uuid::new_v4());
+        self.with_server(None, |session| self.create(session, &name))
+    }
+
+    fn fetch(&self, key_id: &KeyId) -> Result<Kek, KeyError> {
+        let Some(identifier) = self.recognise(key_id) else {
+            return Err(KeyError::new(&self.name, self.location(), KeyReason::Missing)
+                .of(key_id)
+                .because(Foreign));
+        };
+        self.with_server(Some(key_id), |session| {
+            match key_state(session, identifier.key())? {
+                KeyState::Active => (),
+                state => return Err(Trouble::State(state)),
+            }
+            let kek = match &identifier {
+                Identifier::Key(key) => session.ask(&Request::Get(key), |answer| answer.key())?,
+                Identifier::Wrapped { by, kek } => decrypt(session, by, kek)?,
+            };
+            Kek::new(kek).map_err(|e| Trouble::NoKek(e.into()))
+        })
+    }
+
+    fn state(&self, key_id: &KeyId) -> Result<KeyState, KeyError> {
+        match self.recognise(key_id) {
+            None => Ok(KeyState::Missing),
+            Some(identifier) => {
+                self.with_server(Some(key_id), |session| key_state(session, identifier.key()))
+            }
+        }
+    }
+
+    fn probe_kek(&self) -> Result<KeyId, KeyError> {
+        self.with_server(None, |session| {
+            let located = session.ask(&Request::Locate { name: PROBE }, |answer| {
+                Ok(answer.located()?.map(str::to_owned))
+            })?;
+            match located {
+                Some(key) => self.kek_under(session, &key),
+                None => self.create(session, PROBE),
+            }
+        })
+    }
+}
+
+/// A key ID that this provider has not made.
+#[derive(Debug, thiserror::Error)]
+#[error("no provider with these settings makes key IDs like this")]
+struct Foreign;
+
+impl<'a> Identifier<'a> {
+    /// The server's key.
+    fn key(&self) -> &'a str {
+        match self {
+            Identifier::Key(key) | Identifier::Wrapped { by: key, .. } => key,
+        }
+    }
+}
+
+fn key_state(session: &mut Session, key: &str) -> Result<KeyState, Trouble> {
+    match session.ask(&Request::GetState(key), |answer| answer.state()) {
+        Err(trouble @ Trouble::Refused { .. }) if trouble.reason() == KeyReason::Missing => {
+            Ok(KeyState::Missing)
+        }
+        told => told,
+    }
+}
+
+/// Lets the server encrypt a KEK.
+fn encrypt(session: &mut Session, key: &str, kek: &SecretBytes) -> Result<Vec<u8>, Trouble> {
+    let mut nonce = [0; NONCE_LEN];
+    getrandom::fill(&mut nonce).map_err(super::arena::ArenaError::Random)?;
+    let request = Request::Encrypt {
+        key,
+        nonce: &nonce,
+        additional: LABEL,
+        data: kek,
+    };
+    session.ask(&request, |answer| {
+        let encrypted = answer.encrypted(KEK_LEN)?;
+        Ok([encrypted.nonce.unwrap_or(&nonce), encrypted.data, encrypted.tag].concat())
+    })
+}
+
+/// Lets the server decrypt a KEK.
+fn decrypt(session: &mut Session, key: &str, wrapped: &[u8; WRAPPED_LEN]) -> Result<SecretBytes, Trouble> {
+    if session.version() < Version::V1_4 {
+        return Err(Trouble::NoWrapping(session.version()));
+    }
+    let (nonce, rest) = wrapped.split_at(NONCE_LEN);
+    let (data, tag) = rest.split_at(KEK_LEN);
+    let request = Request::Decrypt {
+        key,
+        nonce,
+        additional: LABEL,
+        data,
+        tag,
+    };
+    session.ask(&request, |answer| answer.decrypted())
+}
+
+impl Settings {
+    /// The provider that has them, if they are of the right form.
+    fn usable(&self, name: &str) -> Result<Kmip, SettingsError> {
+        let servers: Vec<Address> = self
+            .servers
+            .iter()
+            .map(|text| text.parse())
+            .collect::<Result<_, _>>()?;
+        if servers.is_empty() {
+            return Err(SettingsError::NoServer);
+        }
+        for (field, path) in [
+            ("ca", &self.ca),
+            ("certificate", &self.certificate),
+            ("key", &self.key),
+        ] {
+            if !path.is_absolute() {
+                let path = path.clone();
+                return Err(SettingsError::Relative { field, path });
+            }
+        }
+        if !(1..=LONGEST_TIMEOUT).contains(&self.timeout) {
+            return Err(SettingsError::Timeout(self.timeout));
+        }
+        Ok(Kmip {
+            name: name.to_owned(),
+            servers,
+            tls: TlsFiles {
+                ca: self.ca.clone(),
+                certificate: self.certificate.clone(),
+                key: self.key.clone(),
+            },
+            wrap: self.wrap,
+            timeout: Duration::from_secs(self.timeout),
+            preferred: AtomicUsize::new(0),
+        })
+    }
+}
+
+impl fmt::Debug for Kmip {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Kmip")
+            .field("name", &self.name)
+            .field("servers", &self.servers)
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Display for Each {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (number, (address, trouble)) in self.0.iter().enumerate() {
+            write!(f, "{}{address}: {trouble}", if number == 0 { "" } else { "; " })?;
+            let mut cause = std::error::Error::source(trouble);
+            while let Some(error) = cause {
+                write!(f, ": {error}")?;
+                cause = error.source();
+            }
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Each {}

@@ -1,0 +1,26 @@
+//! Answers of KMIP servers: `cargo +nightly fuzz run kmip`.
+//!
+//! The first byte of the input is the operation that was asked for, the rest is the answer. What decodes has one encoding, and
+//! everything that is ever read of an answer is read.
+
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use sealblk::keys::kmip::message::Answer;
+use sealblk::keys::kmip::ttlv::Item;
+
+fuzz_target!(|input: &[u8]| {
+    let Some((operation, message)) = input.split_first() else { return };
+    if let Ok(item) = Item::decode(message) {
+        assert_eq!(*item.encode().unwrap(), *message);
+    }
+    if let Ok(answer) = Answer::parse(message, u32::from(*operation)) {
+        answer.versions();
+        let _ = answer.unique_identifier();
+        let _ = answer.located();
+        let _ = answer.state();
+        let _ = answer.encrypted(32);
+        let _ = answer.decrypted();
+        let _ = answer.key();
+    }
+});

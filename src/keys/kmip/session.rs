@@ -1,0 +1,336 @@
+//! A connection to one KMIP server: mutual TLS, a version of the protocol that both sides speak, requests one by one.
+//!
+//! A session lasts for one operation of the provider and has one deadline: whatever a server does or does not do, nobody
+//! waits longer. What it sends is read up to a bound, into the key arena.
+
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustls::pki_types::ServerName;
+use rustls::{ClientConfig, ClientConnection, StreamOwned};
+
+use super::address::Address;
+use super::message::{ANSWER_LIMIT, Answer, AnswerError, Refusal, Request, VERSIONS, Version, tag};
+use super::ttlv::{self, Malformed};
+use crate::keys::arena::{ArenaError, SecretBytes};
+use crate::keys::{KeyReason, KeyState, tls};
+
+/// A connection on which requests are answered.
+pub(super) struct Session {
+    stream: StreamOwned<ClientConnection, Timed>,
+    version: Version,
+}
+
+/// Why a server did not do what it was asked for.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Trouble {
+    #[error("its name is not known")]
+    Resolve(#[source] io::Error),
+    #[error("it cannot be connected to")]
+    Connect(#[source] io::Error),
+    #[error("there was no answer in time")]
+    Timeout,
+    #[error("the connection broke")]
+    Broken(#[source] io::Error),
+    #[error("it closed the connection without an answer")]
+    Closed,
+    #[error("TLS failed")]
+    Tls(#[source] rustls::Error),
+    #[error("the answer to {0} ends too early")]
+    Truncated(&'static str),
+    #[error("the answer to {request} is no message of KMIP")]
+    Malformed {
+        request: &'static str,
+        source: Malformed,
+    },
+    #[error("the answer to {request} makes no sense")]
+    Answer {
+        request: &'static str,
+        source: AnswerError,
+    },
+    #[error("{request} is refused")]
+    Refused { request: &'static str, source: Refusal },
+    #[error("it speaks none of the versions 1.1 to 1.4, 2.0 and 2.1 of KMIP")]
+    NoCommonVersion,
+    #[error("it speaks KMIP {0}, and its keys wrap from KMIP {v1_4} on; with wrap = \"client\" older versions will do", v1_4 = Version::V1_4)]
+    NoWrapping(Version),
+    #[error("its state is {0:?}")]
+    State(KeyState),
+    #[error("the key is none of AES-256")]
+    NoKek(#[source] Box<dyn std::error::Error + Send + Sync>),
+    #[error(transparent)]
+    Arena(#[from] ArenaError),
+}
+
+impl Trouble {
+    /// What an operator would act on.
+    pub(super) fn reason(&self) -> KeyReason {
+        match self {
+            Self::Resolve(_) | Self::Connect(_) | Self::Timeout | Self::Broken(_) | Self::Closed => {
+                KeyReason::Unreachable
+            }
+            Self::Tls(error) => tls::reason(error),
+            Self::Truncated(_) | Self::Malformed { .. } | Self::Answer { .. } | Self::NoKek(_) => {
+                KeyReason::Garbled
+            }
+            Self::Refused { source, .. } => refusal_reason(source),
+            Self::NoCommonVersion | Self::NoWrapping(_) => KeyReason::Failed,
+            Self::State(KeyState::Missing | KeyState::Destroyed) => KeyReason::Missing,
+            Self::State(_) => KeyReason::NotActive,
+            Self::Arena(_) => KeyReason::Host,
+        }
+    }
+
+    /// Whether this is the server's word on the key: no other server of the same keys is asked then.
+    pub(super) fn is_verdict(&self) -> bool {
+        match self.reason() {
+            KeyReason::Missing | KeyReason::NotActive | KeyReason::Refused => true,
+            // Not a server's.
+            KeyReason::Host => true,
+            _ => false,
+        }
+    }
+}
+
+/// By Result Reason: KMIP 2.1, section 11.48.
+fn refusal_reason(refusal: &Refusal) -> KeyReason {
+    match refusal.reason {
+        // Item Not Found, Object Destroyed, Object Not Found.
+        Some(0x01 | 0x36 | 0x37) => KeyReason::Missing,
+        // Object Archived, Wrong Key Lifecycle State.
+        Some(0x0d | 0x43) => KeyReason::NotActive,
+        // Authentication Not Successful, Permission Denied, Sensitive, Not Extractable, Not Authorised.
+        Some(0x03 | 0x0c | 0x16 | 0x17 | 0x39) => KeyReason::Refused,
+        _ => KeyReason::Failed,
+    }
+}
+
+impl Session {
+    /// Connects to a server and agrees with it on a version.
+    pub(super) fn open(
+        address: &Address,
+        tls: Arc<ClientConfig>,
+        deadline: Instant,
+    ) -> Result<Self, Trouble> {
+        let name = ServerName::try_from(address.host().to_owned())
+            .map_err(|e| Trouble::Resolve(io::Error::new(io::ErrorKind::InvalidInput, e)))?;
+        let socket = Timed {
+            socket: connect(address, deadline)?,
+            deadline,
+        };
+        let connection = ClientConnection::new(tls, name).map_err(Trouble::Tls)?;
+        let mut stream = StreamOwned::new(connection, socket);
+        while stream.conn.is_handshaking() {
+            if let Err(e) = stream.conn.complete_io(&mut stream.sock) {
+                return Err(broken_by(&mut stream, e));
+            }
+        }
+        let mut session = Self {
+            stream,
+            version: VERSIONS[0],
+        };
+        session.version = session.negotiate()?;
+        Ok(session)
+    }
+
+    /// The version that both sides speak.
+    pub(super) fn version(&self) -> Version {
+        self.version
+    }
+
+    /// Asks for something, and reads the answer.
+    pub(super) fn ask<T>(
+        &mut self,
+        request: &Request<'_>,
+        read: impl FnOnce(Answer<'_>) -> Result<T, AnswerError>,
+    ) -> Result<T, Trouble> {
+        let name = request.name();
+        let message = self.exchange(request)?;
+        Answer::parse(&message, request.operation())
+            .and_then(read)
+            .map_err(|e| match e {
+                AnswerError::Refused(source) => Trouble::Refused {
+                    request: name,
+                    source,
+                },
+                AnswerError::Arena(e) => Trouble::Arena(e),
+                source => Trouble::Answer {
+                    request: name,
+                    source,
+                },
+            })
+    }
+
+    /// The best version of ours that the server has too. The question has to be put in a version too: in the oldest one,
+    /// which most servers have, and to those that have not in the next.
+    fn negotiate(&mut self) -> Result<Version, Trouble> {
+        let mut told = Err(Trouble::NoCommonVersion);
+        for version in VERSIONS.into_iter().rev() {
+            self.version = version;
+            told = self.ask(&Request::DiscoverVersions, |answer| Ok(answer.versions()));
+            if !matches!(told, Err(Trouble::Refused { .. })) {
+                break;
+            }
+        }
+        let theirs = told?;
+        let common = VERSIONS.into_iter().find(|version| theirs.contains(version));
+        common.ok_or(Trouble::NoCommonVersion)
+    }
+
+    /// Sends a request, and receives a message.
+    fn exchange(&mut self, request: &Request<'_>) -> Result<SecretBytes, Trouble> {
+        let asked = request.encode(self.version)?;
+        if let Err(e) = self.stream.write_all(&asked).and_then(|()| self.stream.flush()) {
+            return Err(broken_by(&mut self.stream, e));
+        }
+        let truncated = |e: io::Error| match e.kind() {
+            io::ErrorKind::UnexpectedEof => Trouble::Truncated(request.name()),
+            _ => trouble(e),
+        };
+        let mut header = [0; ttlv::HEADER_LEN];
+        self.stream.read_exact(&mut header[..1]).map_err(trouble)?;
+        self.stream.read_exact(&mut header[1..]).map_err(truncated)?;
+        let len = ttlv::announced(&header, tag::RESPONSE_MESSAGE, ANSWER_LIMIT).map_err(|source| {
+            let request = request.name();
+            Trouble::Malformed { request, source }
+        })?;
+        let mut message = SecretBytes::zeroed(header.len() + len)?;
+        message[..header.len()].copy_from_slice(&header);
+        self.stream
+            .read_exact(&mut message[header.len()..])
+            .map_err(truncated)?;
+        Ok(message)
+    }
+}
+
+impl Drop for Session {
+    /// Says good-bye, so that the server's log has no complaint; it does not matter whether that arrives.
+    fn drop(&mut self) {
+        self.stream.conn.send_close_notify();
+        let _ = self.stream.conn.complete_io(&mut self.stream.sock);
+    }
+}
+
+/// A socket that nobody waits for longer than until the deadline.
+struct Timed {
+    socket: TcpStream,
+    deadline: Instant,
+}
+
+impl Read for Timed {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.socket.set_read_timeout(Some(left(self.deadline)?))?;
+        self.socket.read(buffer)
+    }
+}
+
+impl Write for Timed {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.socket.set_write_timeout(Some(left(self.deadline)?))?;
+        self.socket.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.socket.flush()
+    }
+}
+
+/// What is left until the deadline, which is not zero.
+fn left(deadline: Instant) -> io::Result<Duration> {
+    match deadline.saturating_duration_since(Instant::now()) {
+        Duration::ZERO => Err(io::ErrorKind::TimedOut.into()),
+        left => Ok(left),
+    }
+}
+
+/// The deadline of the first of `count` attempts that have `deadline` together.
+pub(super) fn share(deadline: Instant, count: usize) -> Instant {
+    let now = Instant::now();
+    let count = u32::try_from(count).unwrap_or(u32::MAX).max(1);
+    now + deadline.saturating_duration_since(now) / count
+}
+
+/// Connects to the first address of the host that answers.
+fn connect(address: &Address, deadline: Instant) -> Result<TcpStream, Trouble> {
+    let addresses = resolve(address, deadline)?;
+    let mut first = None;
+    for (tried, socket_address) in addresses.iter().enumerate() {
+        let connected = left(share(deadline, addresses.len() - tried))
+            .and_then(|left| TcpStream::connect_timeout(socket_address, left))
+            // Requests are small, and each waits for its answer.
+            .and_then(|socket| socket.set_nodelay(true).map(|()| socket));
+        match connected {
+            Ok(socket) => return Ok(socket),
+            Err(e) => {
+                first.get_or_insert(e);
+            }
+        }
+    }
+    let none = || io::Error::new(io::ErrorKind::NotFound, "it has no address");
+    Err(Trouble::Connect(first.unwrap_or_else(none)))
+}
+
+/// The host's addresses. The resolver has no deadline of its own: a thread waits for it, and may be left behind.
+fn resolve(address: &Address, deadline: Instant) -> Result<Vec<SocketAddr>, Trouble> {
+    if let Ok(ip) = address.host().parse::<IpAddr>() {
+        return Ok(vec![SocketAddr::new(ip, address.port())]);
+    }
+    let (sender, receiver) = mpsc::channel();
+    let asked = (address.host().to_owned(), address.port());
+    thread::Builder::new()
+        .name("resolver".into())
+        .spawn(move || sender.send(asked.to_socket_addrs().map(Iterator::collect)))
+        .map_err(Trouble::Resolve)?;
+    let wait = left(deadline).map_err(Trouble::Resolve)?;
+    let resolved = receiver.recv_timeout(wait).map_err(|_| Trouble::Timeout)?;
+    resolved.map_err(Trouble::Resolve)
+}
+
+/// Why sending failed. A server that refuses a certificate says so and closes, while this side may still be sending: what it
+/// has said is there to be read.
+fn broken_by(stream: &mut StreamOwned<ClientConnection, Timed>, error: io::Error) -> Trouble {
+    let trouble = trouble(error);
+    if matches!(trouble, Trouble::Broken(_)) {
+        while let Ok(1..) = stream.conn.read_tls(&mut stream.sock) {
+            if let Err(e) = stream.conn.process_new_packets() {
+                return Trouble::Tls(e);
+            }
+        }
+    }
+    trouble
+}
+
+/// What an error of the connection is.
+fn trouble(error: io::Error) -> Trouble {
+    match error.kind() {
+        io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => Trouble::Timeout,
+        io::ErrorKind::UnexpectedEof => Trouble::Closed,
+        _ => match error.downcast::<rustls::Error>() {
+            Ok(error) => Trouble::Tls(error),
+            Err(error) => Trouble::Broken(error),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attempts_share_what_time_is_left() {
+        let deadline = Instant::now() + Duration::from_secs(9);
+        let third = share(deadline, 3).saturating_duration_since(Instant::now());
+        assert!(
+            third <= Duration::from_secs(3) && third > Duration::from_secs(2),
+            "{third:?}"
+        );
+        assert_eq!(
+            share(Instant::now(), 3).saturating_duration_since(Instant::now()),
+            Duration::ZERO
+        );
+    }
+}

@@ -1,0 +1,157 @@
+//! Mutual TLS with a key server: whom this host believes, and what it shows of itself.
+//!
+//! The operator names three PEM files. They are read at each new connection, so that a renewed certificate needs no
+//! restart. TLS 1.2 and 1.3.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustls::client::Resumption;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{AlertDescription, ClientConfig, RootCertStore};
+
+use super::KeyReason;
+use super::arena::{ArenaError, SecretBytes};
+use super::private::{self, Exposed, Forbid};
+
+/// The most that is read of a file of certificates; a bundle of all public authorities has a fifth of that.
+const CERTIFICATES_LIMIT: u64 = 1 << 20;
+/// The most that is read of a key's file.
+const KEY_LIMIT: u64 = 64 << 10;
+
+/// Where this host's side of mutual TLS lies: PEM files, by absolute path.
+#[derive(Clone, Debug)]
+pub(super) struct TlsFiles {
+    /// The certificates of the authorities that are believed.
+    pub(super) ca: PathBuf,
+    /// This host's certificate, and those between it and an authority that the server believes.
+    pub(super) certificate: PathBuf,
+    /// The certificate's private key, readable by its owner alone.
+    pub(super) key: PathBuf,
+}
+
+/// A file that cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error("{} cannot be used", path.display())]
+pub(super) struct TlsFileError {
+    /// The file.
+    pub(super) path: PathBuf,
+    /// Why.
+    #[source]
+    cause: Unusable,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum Unusable {
+    #[error("it cannot be read")]
+    Io(#[from] io::Error),
+    #[error(transparent)]
+    Exposed(#[from] Exposed),
+    #[error("it is larger than {0} bytes")]
+    TooLarge(u64),
+    #[error("it is no PEM file with what is wanted of it")]
+    Pem(#[source] rustls::pki_types::pem::Error),
+    #[error("there is no certificate in it")]
+    NoCertificate,
+    #[error("it does not go with the rest")]
+    Tls(#[source] rustls::Error),
+    #[error(transparent)]
+    Arena(#[from] ArenaError),
+}
+
+impl TlsFiles {
+    /// Reads them.
+    ///
+    /// # Errors
+    /// [`TlsFileError`], with the file that is at fault.
+    pub(super) fn load(&self) -> Result<Arc<ClientConfig>, TlsFileError> {
+        let mut roots = RootCertStore::empty();
+        for certificate in at(&self.ca, certificates(&self.ca))? {
+            at(&self.ca, roots.add(certificate).map_err(Unusable::Tls))?;
+        }
+        let chain = at(&self.certificate, certificates(&self.certificate))?;
+        let key = at(&self.key, private_key(&self.key))?;
+        let config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .expect("ring has cipher suites for every version of TLS that is built in")
+            .with_root_certificates(roots)
+            .with_client_auth_cert(chain, key);
+        let mut config = at(&self.key, config.map_err(Unusable::Tls))?;
+        // Each connection reads the files anew, and has no session to go on with.
+        config.resumption = Resumption::disabled();
+        Ok(Arc::new(config))
+    }
+}
+
+impl TlsFileError {
+    /// What an operator would act on.
+    pub(super) fn reason(&self) -> KeyReason {
+        match self.cause {
+            Unusable::Arena(_) => KeyReason::Host,
+            _ => KeyReason::Invalid,
+        }
+    }
+}
+
+/// What a failure of TLS means to an operator.
+pub(super) fn reason(error: &rustls::Error) -> KeyReason {
+    use AlertDescription as Alert;
+    match error {
+        rustls::Error::InvalidCertificate(_) | rustls::Error::NoCertificatesPresented => KeyReason::Untrusted,
+        rustls::Error::AlertReceived(
+            Alert::BadCertificate
+            | Alert::UnsupportedCertificate
+            | Alert::CertificateRevoked
+            | Alert::CertificateExpired
+            | Alert::CertificateUnknown
+            | Alert::UnknownCA
+            | Alert::CertificateRequired
+            | Alert::NoCertificate
+            | Alert::DecryptError,
+        ) => KeyReason::Untrusted,
+        rustls::Error::AlertReceived(Alert::AccessDenied) => KeyReason::Refused,
+        // It speaks TLS, and something that this host does not.
+        rustls::Error::AlertReceived(_) | rustls::Error::PeerIncompatible(_) => KeyReason::Failed,
+        rustls::Error::FailedToGetRandomBytes => KeyReason::Host,
+        _ => KeyReason::Garbled,
+    }
+}
+
+fn at<T>(path: &Path, result: Result<T, Unusable>) -> Result<T, TlsFileError> {
+    result.map_err(|cause| TlsFileError {
+        path: path.to_owned(),
+        cause,
+    })
+}
+
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Unusable> {
+    let mut pem = Vec::new();
+    let read = File::open(path)?
+        .take(CERTIFICATES_LIMIT + 1)
+        .read_to_end(&mut pem)?;
+    if read as u64 > CERTIFICATES_LIMIT {
+        return Err(Unusable::TooLarge(CERTIFICATES_LIMIT));
+    }
+    let certificates: Vec<_> = CertificateDer::pem_slice_iter(&pem)
+        .collect::<Result<_, _>>()
+        .map_err(Unusable::Pem)?;
+    match certificates.is_empty() {
+        true => Err(Unusable::NoCertificate),
+        false => Ok(certificates),
+    }
+}
+
+fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, Unusable> {
+    let mut file = File::open(path)?;
+    let metadata = file.metadata()?;
+    private::check(path, &metadata, Forbid::All)?;
+    if metadata.len() > KEY_LIMIT {
+        return Err(Unusable::TooLarge(KEY_LIMIT));
+    }
+    let mut pem = SecretBytes::zeroed(metadata.len() as usize)?;
+    file.read_exact(&mut pem)?;
+    PrivateKeyDer::from_pem_slice(&pem).map_err(Unusable::Pem)
+}
