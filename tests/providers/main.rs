@@ -2,4 +2,6 @@
 
 mod agent;
 mod conformance;
+mod kmip;
 mod native;
+mod pykmip;

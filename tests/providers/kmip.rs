@@ -1,0 +1,581 @@
+//! The KMIP provider with PyKMIP, and with servers that no honest one would be.
+
+use std::io::{self, Read, Write};
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{ServerConfig, ServerConnection, StreamOwned};
+use sealblk::keys::arena::SecretBytes;
+use sealblk::keys::kmip::{Settings, Wrap};
+use sealblk::keys::registry::{Registry, RegistryError, Source};
+use sealblk::keys::{Binding, KeyError, KeyId, KeyProvider, KeyReason, KeyState, Providers};
+use uuid::Uuid;
+
+use crate::conformance;
+use crate::pykmip::{Server, certificates, free_port, settings};
+
+/// The provider with these settings, as a registry opens it.
+fn open(settings: &Settings) -> Arc<dyn KeyProvider> {
+    let dir = tempfile::tempdir().unwrap();
+    let mut registry = Registry::open(dir.path()).unwrap();
+    registry.add("kms", Source::Kmip(settings.clone()), true).unwrap();
+    // What was written is what is read.
+    Registry::open(dir.path()).unwrap().provider("kms").unwrap()
+}
+
+fn provider(server: &Server) -> Arc<dyn KeyProvider> {
+    open(&settings(&[server.address()]))
+}
+
+fn binding(key_id: &KeyId) -> Binding<'_> {
+    Binding {
+        volume: Uuid::from_u128(7),
+        provider: "kms",
+        key_id,
+        keyslot: 0,
+    }
+}
+
+fn wrap(provider: &dyn KeyProvider, key_id: &KeyId) -> Result<Vec<u8>, KeyError> {
+    provider.wrap(&binding(key_id), &SecretBytes::random(32).unwrap())
+}
+
+fn causes(error: &KeyError) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        text += &format!(": {error}");
+        cause = error.source();
+    }
+    text
+}
+
+#[track_caller]
+fn assert_fails<T: std::fmt::Debug>(result: Result<T, KeyError>, reason: KeyReason, cause: &str) {
+    let error = result.unwrap_err();
+    let causes = causes(&error);
+    assert_eq!(error.reason, reason, "{causes}");
+    assert!(causes.contains(cause), "{causes}");
+}
+
+#[test]
+fn conforms() {
+    let server = Server::start();
+    conformance::run(&*provider(&server));
+}
+
+#[test]
+fn conforms_where_the_server_wraps() {
+    let server = Server::start();
+    let settings = Settings {
+        wrap: Wrap::Server,
+        ..settings(&[server.address()])
+    };
+    conformance::run(&*open(&settings));
+}
+
+#[test]
+fn conforms_over_ipv6() {
+    let server = Server::start_with("::1", "server", &[]);
+    conformance::run(&*provider(&server));
+}
+
+#[test]
+fn every_version_is_spoken() {
+    for version in ["1.1", "1.2", "1.3", "1.4", "2.0"] {
+        let server = Server::start_with("127.0.0.1", "server", &[version]);
+        let provider = provider(&server);
+        provider.check().unwrap();
+        let key_id = provider.create_kek().unwrap();
+        assert_eq!(provider.state(&key_id).unwrap(), KeyState::Active);
+        wrap(&*provider, &key_id).unwrap();
+
+        let wrapping = open(&Settings {
+            wrap: Wrap::Server,
+            ..settings(&[server.address()])
+        });
+        match version {
+            "1.4" | "2.0" => wrapping.check().unwrap(),
+            _ => assert_fails(
+                wrapping.create_kek(),
+                KeyReason::Failed,
+                "its keys wrap from KMIP 1.4 on",
+            ),
+        }
+    }
+    let server = Server::start_with("127.0.0.1", "server", &["1.0"]);
+    assert_fails(
+        provider(&server).create_kek(),
+        KeyReason::Failed,
+        "Discover Versions is refused",
+    );
+}
+
+/// PyKMIP refuses attributes of clients' own.
+#[test]
+fn key_tells_whose_it_is_where_own_attributes_are_refused() {
+    for version in ["1.4", "2.0"] {
+        let server = Server::start_with("127.0.0.1", "server", &["1.4", version]);
+        let key_id = provider(&server).create_kek().unwrap();
+        let attributes = server.operator(&["attributes", &key_id.0]);
+        assert!(attributes.contains("Name=sealblk-"), "{attributes}");
+        assert!(
+            attributes.contains("Application Specific Information="),
+            "{attributes}"
+        );
+        assert!(attributes.contains("State=State.ACTIVE"), "{attributes}");
+        assert!(attributes.contains("Sensitive=False"), "{attributes}");
+    }
+}
+
+#[test]
+fn key_that_wraps_on_the_server_is_sensitive_and_the_kek_is_not_there() {
+    let server = Server::start();
+    let provider = open(&Settings {
+        wrap: Wrap::Server,
+        ..settings(&[server.address()])
+    });
+    let key_id = provider.create_kek().unwrap();
+    let (uid, _) = key_id.0.rsplit_once('.').unwrap();
+    assert!(server.operator(&["attributes", uid]).contains("Sensitive=True"));
+    assert_eq!(server.operator(&["locate"]), uid);
+}
+
+#[test]
+fn checks_leave_one_key_on_the_server() {
+    let server = Server::start();
+    let provider = provider(&server);
+    provider.check().unwrap();
+    provider.check().unwrap();
+    let keys = server.operator(&["locate"]);
+    assert_eq!(keys.lines().count(), 1, "{keys}");
+    // One that was put out of use is replaced.
+    server.operator(&["deactivate", &keys]);
+    provider.check().unwrap();
+    assert_eq!(server.operator(&["locate"]).lines().count(), 2);
+}
+
+#[test]
+fn key_that_is_not_active_is_told_with_its_state() {
+    let server = Server::start();
+    let provider = provider(&server);
+    let deactivated = provider.create_kek().unwrap();
+    let compromised = provider.create_kek().unwrap();
+    server.operator(&["deactivate", &deactivated.0]);
+    server.operator(&["compromise", &compromised.0]);
+    let pre_active = KeyId(server.operator(&["create"]));
+    for (key_id, state) in [
+        (deactivated, KeyState::Deactivated),
+        (compromised, KeyState::Compromised),
+        (pre_active, KeyState::PreActive),
+    ] {
+        assert_eq!(provider.state(&key_id).unwrap(), state);
+        assert_fails(
+            wrap(&*provider, &key_id),
+            KeyReason::NotActive,
+            &format!("{state:?}"),
+        );
+    }
+}
+
+#[test]
+fn key_put_out_of_use_on_the_server_unwraps_nothing_more() {
+    let server = Server::start();
+    let provider = open(&Settings {
+        wrap: Wrap::Server,
+        ..settings(&[server.address()])
+    });
+    let (deactivated, destroyed) = (provider.create_kek().unwrap(), provider.create_kek().unwrap());
+    let by = |key_id: &KeyId| key_id.0.rsplit_once('.').unwrap().0.to_owned();
+    server.operator(&["deactivate", &by(&deactivated)]);
+    server.operator(&["destroy", &by(&destroyed)]);
+    assert_fails(
+        wrap(&*provider, &deactivated),
+        KeyReason::NotActive,
+        "Deactivated",
+    );
+    assert_fails(wrap(&*provider, &destroyed), KeyReason::Missing, "");
+}
+
+#[test]
+fn destroyed_key_is_missing() {
+    let server = Server::start();
+    let provider = provider(&server);
+    let key_id = provider.create_kek().unwrap();
+    server.operator(&["destroy", &key_id.0]);
+    assert_eq!(provider.state(&key_id).unwrap(), KeyState::Missing);
+    assert_fails(
+        wrap(&*provider, &key_id),
+        KeyReason::Missing,
+        "restore the key at the provider",
+    );
+}
+
+#[test]
+fn key_of_another_host_is_refused() {
+    let server = Server::start();
+    let key_id = provider(&server).create_kek().unwrap();
+    let other = open(&Settings {
+        certificate: certificates().join("other.pem"),
+        key: certificates().join("other.key"),
+        ..settings(&[server.address()])
+    });
+    assert_fails(wrap(&*other, &key_id), KeyReason::Refused, "Permission Denied");
+}
+
+#[test]
+fn key_of_another_length_is_no_kek() {
+    let server = Server::start();
+    let key_id = KeyId(server.operator(&["register"]));
+    assert_fails(
+        wrap(&*provider(&server), &key_id),
+        KeyReason::Garbled,
+        "it has 128 bits",
+    );
+}
+
+#[test]
+fn certificates_that_are_wrong_are_not_trusted() {
+    let server = Server::start();
+    let stranger = Server::start_with("127.0.0.1", "stranger-server", &[]);
+    let expired = Server::start_with("127.0.0.1", "expired-server", &[]);
+    let as_client = |name: &str| Settings {
+        certificate: certificates().join(format!("{name}.pem")),
+        key: certificates().join(format!("{name}.key")),
+        ..settings(&[server.address()])
+    };
+    for (settings, cause) in [
+        (settings(&[stranger.address()]), "UnknownIssuer"),
+        (settings(&[expired.address()]), "expired"),
+        (as_client("stranger-client"), "UnknownCA"),
+        (as_client("expired-client"), "CertificateExpired"),
+    ] {
+        assert_fails(open(&settings).create_kek(), KeyReason::Untrusted, cause);
+    }
+    open(&as_client("client")).create_kek().unwrap();
+}
+
+#[test]
+fn server_under_another_name_is_not_trusted() {
+    let server = Server::start();
+    let (_, port) = server
+        .address()
+        .rsplit_once(':')
+        .map(|(host, port)| (host.to_owned(), port.to_owned()))
+        .unwrap();
+    open(&settings(&[format!("localhost:{port}")]))
+        .create_kek()
+        .unwrap();
+    let renamed = settings(&[format!("127.0.0.2:{port}")]);
+    // PyKMIP listens on 127.0.0.1 alone.
+    let relay = TcpListener::bind(("127.0.0.2", port.parse().unwrap())).unwrap();
+    let target = server.address();
+    thread::spawn(move || {
+        let (mut client, _) = relay.accept().unwrap();
+        let mut server = std::net::TcpStream::connect(target).unwrap();
+        let (mut from, mut to) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+        thread::spawn(move || io::copy(&mut from, &mut to));
+        let _ = io::copy(&mut server, &mut client);
+    });
+    assert_fails(
+        open(&renamed).create_kek(),
+        KeyReason::Untrusted,
+        "not valid for name",
+    );
+}
+
+#[test]
+fn files_that_cannot_be_used_are_named() {
+    let server = Server::start();
+    let good = settings(&[server.address()]);
+    let dir = tempfile::tempdir().unwrap();
+    let missing = dir.path().join("missing");
+    let other_key = certificates().join("other.key");
+    let open_key = dir.path().join("open.key");
+    std::fs::copy(&good.key, &open_key).unwrap();
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o644);
+    std::fs::set_permissions(&open_key, mode).unwrap();
+    for (settings, file, cause) in [
+        (
+            Settings {
+                ca: missing.clone(),
+                ..good.clone()
+            },
+            &missing,
+            "cannot be read",
+        ),
+        (
+            Settings {
+                certificate: good.key.clone(),
+                ..good.clone()
+            },
+            &good.key,
+            "no certificate",
+        ),
+        (
+            Settings {
+                key: other_key.clone(),
+                ..good.clone()
+            },
+            &other_key,
+            "does not go with the rest",
+        ),
+        (
+            Settings {
+                key: open_key.clone(),
+                ..good.clone()
+            },
+            &open_key,
+            "chmod go-rwx",
+        ),
+    ] {
+        let error = open(&settings).create_kek().unwrap_err();
+        assert_eq!(error.hop, file.display().to_string());
+        assert_fails(Err::<(), _>(error), KeyReason::Invalid, cause);
+    }
+}
+
+#[test]
+fn renewed_certificate_needs_no_restart() {
+    let server = Server::start();
+    let dir = tempfile::tempdir().unwrap();
+    let install = |name: &str| {
+        for end in ["pem", "key"] {
+            std::fs::copy(certificates().join(format!("{name}.{end}")), dir.path().join(end)).unwrap();
+        }
+    };
+    install("expired-client");
+    let provider = open(&Settings {
+        certificate: dir.path().join("pem"),
+        key: dir.path().join("key"),
+        ..settings(&[server.address()])
+    });
+    assert_fails(provider.create_kek(), KeyReason::Untrusted, "CertificateExpired");
+    install("client");
+    provider.create_kek().unwrap();
+}
+
+#[test]
+fn settings_of_the_wrong_form_are_refused_when_they_are_made() {
+    let good = settings(&["kms1".into()]);
+    for (settings, cause) in [
+        (
+            Settings {
+                servers: vec![],
+                ..good.clone()
+            },
+            "at least one",
+        ),
+        (
+            Settings {
+                servers: vec!["https://kms1".into()],
+                ..good.clone()
+            },
+            "is no server",
+        ),
+        (
+            Settings {
+                ca: "ca.pem".into(),
+                ..good.clone()
+            },
+            "the whole path",
+        ),
+        (
+            Settings {
+                timeout: 0,
+                ..good.clone()
+            },
+            "timeout = 0",
+        ),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut registry = Registry::open(dir.path()).unwrap();
+        match registry.add("kms", Source::Kmip(settings), true) {
+            Err(RegistryError::Key(error)) => assert_fails(Err::<(), _>(error), KeyReason::Invalid, cause),
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(registry.list(), []);
+    }
+}
+
+#[test]
+fn second_server_answers_when_the_first_is_away() {
+    let second = Server::start();
+    let away = format!("127.0.0.1:{}", free_port("127.0.0.1"));
+    let provider = open(&settings(&[away, second.address()]));
+    let key_id = provider.create_kek().unwrap();
+    wrap(&*provider, &key_id).unwrap();
+}
+
+#[test]
+fn server_that_does_not_answer_leaves_time_for_the_second_and_is_not_asked_first_again() {
+    let second = Server::start();
+    let silent = Mock::start(|_| thread::sleep(Duration::from_secs(60)));
+    let provider = open(&Settings {
+        timeout: 8,
+        ..settings(&[silent.address(), second.address()])
+    });
+    let started = Instant::now();
+    let key_id = provider.create_kek().unwrap();
+    let first = started.elapsed();
+    assert!(
+        first >= Duration::from_secs(4) && first < Duration::from_secs(8),
+        "{first:?}"
+    );
+    let started = Instant::now();
+    wrap(&*provider, &key_id).unwrap();
+    assert!(
+        started.elapsed() < Duration::from_secs(3),
+        "{:?}",
+        started.elapsed()
+    );
+}
+
+#[test]
+fn no_server_answers() {
+    let away = || format!("127.0.0.1:{}", free_port("127.0.0.1"));
+    let one = open(&settings(&[away()]));
+    assert_fails(one.create_kek(), KeyReason::Unreachable, "Connection refused");
+    let servers = [away(), away()];
+    let error = open(&settings(&servers)).create_kek().unwrap_err();
+    assert_eq!(error.hop, servers.join(", "));
+    assert_fails(
+        Err::<(), _>(error),
+        KeyReason::Unreachable,
+        &format!("; {}: ", servers[1]),
+    );
+    let nameless = open(&settings(&["kms.invalid".into()]));
+    assert_fails(
+        nameless.create_kek(),
+        KeyReason::Unreachable,
+        "its name is not known",
+    );
+}
+
+#[test]
+fn what_another_server_says_tells_more_than_that_one_is_away() {
+    let away = format!("127.0.0.1:{}", free_port("127.0.0.1"));
+    let expired = Server::start_with("127.0.0.1", "expired-server", &[]);
+    let provider = open(&settings(&[away, expired.address()]));
+    assert_fails(provider.create_kek(), KeyReason::Untrusted, "expired");
+}
+
+#[test]
+fn hostile_answers_are_garbled_and_nothing_worse() {
+    let header = "42007b01";
+    let answers: [(Vec<u8>, &str); 9] = [
+        (bytes("42"), "ends too early"),
+        (bytes(header), "ends too early"),
+        (bytes(&format!("{header} 00000010 42000f01")), "ends too early"),
+        (bytes(&format!("{header} 7ffffff8")), "2147483640 bytes long"),
+        (bytes(&format!("{header} 00000004 00000000")), "is no message"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec(), "is no message"),
+        (bytes(&format!("{header} 00000000")), "lacks the item 42000f"),
+        // A text that is none.
+        (
+            bytes(&format!("{header} 00000010 42000f 07 00000002 c328000000000000")),
+            "makes no sense",
+        ),
+        // Structures in structures, to the limit of an answer.
+        (nested(16 << 10), "more than 16 deep"),
+    ];
+    for (answer, cause) in answers {
+        let sent = answer.clone();
+        let server = Mock::start(move |stream| {
+            let _ = stream.read(&mut [0; 1024]);
+            let _ = stream.write_all(&sent);
+        });
+        let result = open(&settings(&[server.address()])).create_kek();
+        assert_fails(result, KeyReason::Garbled, cause);
+    }
+}
+
+#[test]
+fn server_that_closes_without_an_answer_is_not_there() {
+    let server = Mock::start(|stream| drop(stream.read(&mut [0; 1024])));
+    let result = open(&settings(&[server.address()])).create_kek();
+    assert_fails(result, KeyReason::Unreachable, "closed the connection");
+}
+
+#[test]
+fn slow_server_is_not_waited_for_beyond_the_deadline() {
+    // It says something twice a second, so that no single wait is long.
+    let dripping = Mock::start(|stream| {
+        let _ = stream.read(&mut [0; 1024]);
+        for byte in bytes("42007b01 00001000").into_iter().chain([0; 200]) {
+            if stream.write_all(&[byte]).and_then(|()| stream.flush()).is_err() {
+                return;
+            }
+            thread::sleep(Duration::from_millis(500));
+        }
+    });
+    let provider = open(&Settings {
+        timeout: 2,
+        ..settings(&[dripping.address()])
+    });
+    let started = Instant::now();
+    assert_fails(provider.create_kek(), KeyReason::Unreachable, "no answer in time");
+    assert!(
+        started.elapsed() < Duration::from_secs(4),
+        "{:?}",
+        started.elapsed()
+    );
+}
+
+fn bytes(hex: &str) -> Vec<u8> {
+    let digits: Vec<u8> = hex.bytes().filter(u8::is_ascii_hexdigit).collect();
+    let byte = |pair: &[u8]| u8::from_str_radix(str::from_utf8(pair).unwrap(), 16).unwrap();
+    digits.chunks(2).map(byte).collect()
+}
+
+/// Structures each of which has the next one as its value.
+fn nested(len: usize) -> Vec<u8> {
+    let structure = |left: usize| [bytes("42007b01"), (left as u32).to_be_bytes().to_vec()].concat();
+    (0..=len / 8).flat_map(|at| structure(len - 8 * at)).collect()
+}
+
+type Stream = StreamOwned<ServerConnection, std::net::TcpStream>;
+
+/// A server with the right certificate that does what no server should, to each of its clients.
+struct Mock {
+    address: String,
+    _thread: JoinHandle<()>,
+}
+
+impl Mock {
+    fn start(act: impl Fn(&mut Stream) + Send + 'static) -> Self {
+        let chain = vec![CertificateDer::from_pem_file(certificates().join("server.pem")).unwrap()];
+        let key = PrivateKeyDer::from_pem_file(certificates().join("server.key")).unwrap();
+        let config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(chain, key)
+            .unwrap();
+        let config = Arc::new(config);
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        // It ends with the test's process.
+        let thread = thread::spawn(move || {
+            for socket in listener.incoming() {
+                let connection = ServerConnection::new(config.clone()).unwrap();
+                let mut stream = StreamOwned::new(connection, socket.unwrap());
+                act(&mut stream);
+                stream.conn.send_close_notify();
+                let _ = stream.conn.complete_io(&mut stream.sock);
+            }
+        });
+        Self {
+            address,
+            _thread: thread,
+        }
+    }
+    /// As the settings name it.
+    fn address(&self) -> String {
+        self.address.clone()
+    }
+}

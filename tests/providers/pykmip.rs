@@ -1,0 +1,175 @@
+//! PyKMIP's server, each test with its own: certificates, database and port, in a directory that goes with it.
+
+use std::fs::{self, File};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::LazyLock;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process_group};
+use sealblk::keys::kmip::{Settings, Wrap};
+
+/// How long a server may take to start. Long, since it is only reached on a busy machine.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// The certificates that `certificates.py` tells of, in this directory.
+pub(crate) fn certificates() -> &'static Path {
+    static DIR: LazyLock<PathBuf> = LazyLock::new(|| {
+        // Under target/, for no test of this process knows that it is the last one.
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("certificates");
+        let _ = fs::remove_dir_all(&dir);
+        fs::create_dir_all(&dir).unwrap();
+        run(Command::new(python()).arg(script("certificates.py")).arg(&dir));
+        dir
+    });
+    &DIR
+}
+
+/// Settings for these servers, as the host "client".
+pub(crate) fn settings(servers: &[String]) -> Settings {
+    Settings {
+        servers: servers.to_vec(),
+        ca: certificates().join("ca.pem"),
+        certificate: certificates().join("client.pem"),
+        key: certificates().join("client.key"),
+        wrap: Wrap::Client,
+        timeout: 30,
+    }
+}
+
+/// A running server.
+pub(crate) struct Server {
+    child: Child,
+    dir: tempfile::TempDir,
+    host: &'static str,
+    port: u16,
+}
+
+impl Server {
+    /// A server on 127.0.0.1 that speaks all versions that PyKMIP has.
+    pub(crate) fn start() -> Self {
+        Self::start_with("127.0.0.1", "server", &[])
+    }
+
+    /// A server on `host`, with this certificate, that speaks `versions` alone.
+    pub(crate) fn start_with(host: &'static str, certificate: &str, versions: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let port = free_port(host);
+        fs::create_dir(dir.path().join("policies")).unwrap();
+        let certificates = certificates().display();
+        let configuration = format!(
+            "[server]\nhostname={host}\nport={port}\ncertificate_path={certificates}/{certificate}.pem\n\
+             key_path={certificates}/{certificate}.key\nca_path={certificates}/ca.pem\nauth_suite=TLS1.2\n\
+             policy_path={0}/policies\nenable_tls_client_auth=True\ndatabase_path={0}/database\n",
+            dir.path().display()
+        );
+        fs::write(dir.path().join("configuration"), configuration).unwrap();
+        let child = Command::new(python())
+            .arg(script("kmip_server.py"))
+            .args([dir.path().join("configuration"), dir.path().join("log")])
+            .arg(host)
+            .args(versions)
+            .env("TMPDIR", dir.path())
+            // It has processes of its own, which end with it.
+            .process_group(0)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(dir.path().join("stderr")).unwrap())
+            .spawn()
+            .unwrap();
+        let mut server = Self {
+            child,
+            dir,
+            host,
+            port,
+        };
+        server.wait_until_it_listens();
+        server
+    }
+
+    fn wait_until_it_listens(&mut self) {
+        let started = Instant::now();
+        while TcpStream::connect((self.host, self.port)).is_err() {
+            let ended = self.child.try_wait().unwrap();
+            assert!(
+                ended.is_none() && started.elapsed() < DEADLINE,
+                "PyKMIP does not start: {}",
+                fs::read_to_string(self.dir.path().join("stderr")).unwrap()
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// As the settings name it.
+    pub(crate) fn address(&self) -> String {
+        match self.host.contains(':') {
+            true => format!("[{}]:{}", self.host, self.port),
+            false => format!("{}:{}", self.host, self.port),
+        }
+    }
+
+    /// Lets the server's operator do something, by PyKMIP's own client: see `kmip_operator.py`.
+    pub(crate) fn operator(&self, verb: &[&str]) -> String {
+        let mut command = Command::new(python());
+        command
+            .arg(script("kmip_operator.py"))
+            .args([self.host, &self.port.to_string()])
+            .arg(certificates())
+            .args(verb);
+        run(&mut command).trim().to_owned()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = kill_process_group(Pid::from_child(&self.child), Signal::KILL);
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            let log = fs::read_to_string(self.dir.path().join("log")).unwrap_or_default();
+            let lines: Vec<_> = log
+                .lines()
+                .rev()
+                .filter(|line| !line.contains("DEBUG"))
+                .take(20)
+                .collect();
+            eprintln!(
+                "---- the last that {} logged, newest first:\n{}",
+                self.address(),
+                lines.join("\n")
+            );
+        }
+    }
+}
+
+/// A port on which nobody listens.
+pub(crate) fn free_port(host: &str) -> u16 {
+    TcpListener::bind((host, 0)).unwrap().local_addr().unwrap().port()
+}
+
+fn run(command: &mut Command) -> String {
+    let done = command.output().unwrap();
+    assert!(
+        done.status.success(),
+        "{command:?}:\n{}",
+        String::from_utf8_lossy(&done.stderr)
+    );
+    String::from_utf8(done.stdout).unwrap()
+}
+
+/// The interpreter that `ci/servers` has installed PyKMIP for.
+fn python() -> PathBuf {
+    let build = std::env::var_os("SEALBLK_BUILD").map_or_else(|| repository().join("build"), PathBuf::from);
+    let python = build.join("servers/bin/python");
+    assert!(python.exists(), "{} is not there: run ci/setup", python.display());
+    python
+}
+
+fn script(name: &str) -> PathBuf {
+    repository().join("tests/providers").join(name)
+}
+
+fn repository() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
