@@ -39,7 +39,7 @@ use super::sigbus;
 use crate::cipher::{Reader, Sector, Workspace};
 use crate::keys::arena::on_wiped_stack;
 use crate::storage::{Buffer, Done, Engine, Event, PAGE};
-use crate::volume::segment::Extent;
+use crate::volume::segment::{Extent, SegmentTable};
 
 /// The most requests that one queue has in hand; more wait in the available ring.
 const MAX_REQUESTS: usize = 256;
@@ -108,15 +108,20 @@ type Stopped = (Ring, Option<Engine<Piece>>);
 type CurrentThread = Arc<Mutex<Option<JoinHandle<Option<Stopped>>>>>;
 
 impl Running {
-    /// Starts a thread that serves `ring` with `engine`.
+    /// Starts a thread that serves `ring` of `disk` by `table` with `engine`.
     ///
     /// # Errors
     /// If descriptors or threads are exhausted.
-    pub(super) fn start(ring: Ring, disk: Arc<Disk>, engine: Engine<Piece>) -> io::Result<Self> {
+    pub(super) fn start(
+        ring: Ring,
+        disk: Arc<Disk>,
+        table: Arc<SegmentTable>,
+        engine: Engine<Piece>,
+    ) -> io::Result<Self> {
         let stop = eventfd(0, EventfdFlags::CLOEXEC)?;
         let shift = Shift {
             stop: stop.try_clone()?,
-            worker: Worker::new(ring, disk, engine)?,
+            worker: Worker::new(ring, disk, table, engine)?,
             thread: CurrentThread::default(),
         };
         let thread = Arc::clone(&shift.thread);
@@ -293,6 +298,7 @@ enum End {
 struct Worker {
     ring: Ring,
     disk: Arc<Disk>,
+    table: Arc<SegmentTable>,
     engine: Engine<Piece>,
     tasks: Vec<Task>,
     vacant: Vec<u16>,
@@ -322,7 +328,7 @@ struct Worker {
 }
 
 impl Worker {
-    fn new(ring: Ring, disk: Arc<Disk>, engine: Engine<Piece>) -> io::Result<Self> {
+    fn new(ring: Ring, disk: Arc<Disk>, table: Arc<SegmentTable>, engine: Engine<Piece>) -> io::Result<Self> {
         let flags = ring
             .call
             .as_ref()
@@ -341,6 +347,7 @@ impl Worker {
             },
             ring,
             disk,
+            table,
             engine,
             tasks: Vec::new(),
             vacant: Vec::new(),
@@ -456,7 +463,7 @@ impl Worker {
     fn issue_transfers(&mut self, place: u16) -> bool {
         while let Some((first, sectors)) = self.task(place).next_sectors() {
             let sectors = sectors.min(MAX_PIECE / Sector::LEN);
-            let Extent { sectors, offset, .. } = self.disk.table.extent(first, sectors);
+            let Extent { sectors, offset, .. } = self.table.extent(first, sectors);
             let len = (sectors * Sector::LEN) as u32;
             let Some(mut buffer) = self.engine.buffer(len as usize) else {
                 return false;
@@ -504,10 +511,7 @@ impl Worker {
             )
             .map_err(io::Error::other)?
         };
-        let extent = self
-            .disk
-            .table
-            .extent(piece.first, u64::from(piece.len) / Sector::LEN);
+        let extent = self.table.extent(piece.first, u64::from(piece.len) / Sector::LEN);
         extent.treatment.seal(
             extent.iv,
             &plain,
@@ -541,7 +545,7 @@ impl Worker {
             if !self.engine.has_room_without_data() {
                 return false;
             }
-            let Extent { sectors, offset, .. } = self.disk.table.extent(first, sectors);
+            let Extent { sectors, offset, .. } = self.table.extent(first, sectors);
             let piece = Piece {
                 place,
                 position: Position::default(),
@@ -618,10 +622,7 @@ impl Worker {
             )
             .map_err(io::Error::other)?;
             // The table is the one that the piece was issued by: it does not change while a ring runs.
-            let extent = self
-                .disk
-                .table
-                .extent(piece.first, u64::from(piece.len) / Sector::LEN);
+            let extent = self.table.extent(piece.first, u64::from(piece.len) / Sector::LEN);
             extent
                 .treatment
                 .open(extent.iv, self.engine.bytes(buffer), &plain, &mut self.workspace);
