@@ -183,11 +183,13 @@ impl Shift {
         let unwatched = loop {
             match self.worker.serve(&self.stop) {
                 End::Stopped(unwatched) => break unwatched,
-                End::Idle => match self.begin() {
+                End::Idle(Ok(())) => match self.begin() {
                     Ok(()) => return None,
                     // No thread is to be had: it stays with this one.
                     Err((_, shift)) => self = *shift,
                 },
+                // The watches are this thread's, and would end with it.
+                End::Idle(Err(_)) => {}
             }
         };
         let Worker { ring, engine, .. } = self.worker;
@@ -288,11 +290,11 @@ impl Task {
     }
 }
 
-/// Why a thread serves no more: the ring is to be given back, which tells whether its engine can be used again, or
-/// there is nothing to do.
+/// Why a thread serves no more: the ring is to be given back, or there is nothing to do; and whether its engine has ended
+/// all watches, without which nobody else can use it.
 enum End {
     Stopped(io::Result<()>),
-    Idle,
+    Idle(io::Result<()>),
 }
 
 struct Worker {
@@ -382,7 +384,7 @@ impl Worker {
         }
         let unwatched = self.engine.unwatch();
         if self.rests {
-            End::Idle
+            End::Idle(unwatched)
         } else {
             End::Stopped(unwatched)
         }
@@ -570,6 +572,12 @@ impl Worker {
                 Event::Done(done) => self.land(done),
                 Event::Ready(KICK) => self.consume_kick(),
                 Event::Ready(_) => self.stopping = true,
+                // A worker that hears of no stop has to stop by itself, and one that hears of no kick serves nobody.
+                Event::Lost(number, error) => {
+                    tracing::error!(queue = self.ring.index, number, %error, "io_uring watches a descriptor no more");
+                    self.stopping |= number == STOP;
+                    self.broken = true;
+                }
             }
         }
         any
@@ -635,7 +643,7 @@ impl Worker {
         // Storage that cannot discard is no error: the driver learns that it need not ask.
         let unsupported =
             task.request.kind == Kind::Discard && error.raw_os_error() == Some(libc::EOPNOTSUPP);
-        task.fail(if unsupported {
+        task.fail(if unsupported && task.status != Status::IoError {
             Status::Unsupported
         } else {
             Status::IoError
