@@ -1,7 +1,7 @@
-//! Mutual TLS with a key server: whom this host believes, and what it shows of itself.
+//! TLS with a key server: whom this host believes, and what it shows of itself.
 //!
-//! The operator names three PEM files. They are read at each new connection, so that a renewed certificate needs no
-//! restart. TLS 1.2 and 1.3.
+//! The operator names PEM files. They are read at each new connection, so that a renewed certificate needs no restart.
+//! TLS 1.2 and 1.3.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -22,11 +22,18 @@ const CERTIFICATES_LIMIT: u64 = 1 << 20;
 /// The most that is read of a key's file.
 const KEY_LIMIT: u64 = 64 << 10;
 
-/// Where this host's side of mutual TLS lies: PEM files, by absolute path.
+/// Where this host's side of TLS lies: PEM files, by absolute path.
 #[derive(Clone, Debug)]
 pub(super) struct TlsFiles {
     /// The certificates of the authorities that are believed.
     pub(super) ca: PathBuf,
+    /// What this host shows, where TLS is mutual.
+    pub(super) identity: Option<Identity>,
+}
+
+/// Whom this host says it is.
+#[derive(Clone, Debug)]
+pub(super) struct Identity {
     /// This host's certificate, and those between it and an authority that the server believes.
     pub(super) certificate: PathBuf,
     /// The certificate's private key, readable by its owner alone.
@@ -72,14 +79,19 @@ impl TlsFiles {
         for certificate in at(&self.ca, certificates(&self.ca))? {
             at(&self.ca, roots.add(certificate).map_err(Unusable::Tls))?;
         }
-        let chain = at(&self.certificate, certificates(&self.certificate))?;
-        let key = at(&self.key, private_key(&self.key))?;
         let config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
             .with_safe_default_protocol_versions()
             .expect("ring has cipher suites for every version of TLS that is built in")
-            .with_root_certificates(roots)
-            .with_client_auth_cert(chain, key);
-        let mut config = at(&self.key, config.map_err(Unusable::Tls))?;
+            .with_root_certificates(roots);
+        let mut config = match &self.identity {
+            None => config.with_no_client_auth(),
+            Some(Identity { certificate, key }) => {
+                let chain = at(certificate, certificates(certificate))?;
+                let private_key = at(key, private_key(key))?;
+                let config = config.with_client_auth_cert(chain, private_key);
+                at(key, config.map_err(Unusable::Tls))?
+            }
+        };
         // Each connection reads the files anew, and has no session to go on with.
         config.resumption = Resumption::disabled();
         Ok(Arc::new(config))

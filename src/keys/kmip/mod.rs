@@ -34,7 +34,7 @@ use uuid::Uuid;
 
 use super::arena::SecretBytes;
 use super::source::KekSource;
-use super::tls::TlsFiles;
+use super::tls::{Identity, TlsFiles};
 use super::wrap::{KEK_LEN, Kek};
 use super::{KeyError, KeyId, KeyReason, KeyState};
 use address::Address;
@@ -389,8 +389,10 @@ impl Settings {
             servers,
             tls: TlsFiles {
                 ca: self.ca.clone(),
-                certificate: self.certificate.clone(),
-                key: self.key.clone(),
+                identity: Some(Identity {
+                    certificate: self.certificate.clone(),
+                    key: self.key.clone(),
+                }),
             },
             wrap: self.wrap,
             timeout: Duration::from_secs(self.timeout),
