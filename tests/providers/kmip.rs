@@ -15,8 +15,10 @@ use sealblk::keys::registry::{Registry, RegistryError, Source};
 use sealblk::keys::{Binding, KeyError, KeyId, KeyProvider, KeyReason, KeyState, Providers};
 use uuid::Uuid;
 
+use crate::certificates;
 use crate::conformance;
-use crate::pykmip::{Server, certificates, free_port, settings};
+use crate::ports::free_port;
+use crate::pykmip::{Server, settings};
 
 /// The provider with these settings, as a registry opens it.
 fn open(settings: &Settings) -> Arc<dyn KeyProvider> {
@@ -220,8 +222,8 @@ fn key_of_another_host_is_refused() {
     let server = Server::start();
     let key_id = provider(&server).create_kek().unwrap();
     let other = open(&Settings {
-        certificate: certificates().join("other.pem"),
-        key: certificates().join("other.key"),
+        certificate: certificates::directory().join("other.pem"),
+        key: certificates::directory().join("other.key"),
         ..settings(&[server.address()])
     });
     assert_fails(wrap(&*other, &key_id), KeyReason::Refused, "Permission Denied");
@@ -244,8 +246,8 @@ fn certificates_that_are_wrong_are_not_trusted() {
     let stranger = Server::start_with("127.0.0.1", "stranger-server", &[]);
     let expired = Server::start_with("127.0.0.1", "expired-server", &[]);
     let as_client = |name: &str| Settings {
-        certificate: certificates().join(format!("{name}.pem")),
-        key: certificates().join(format!("{name}.key")),
+        certificate: certificates::directory().join(format!("{name}.pem")),
+        key: certificates::directory().join(format!("{name}.key")),
         ..settings(&[server.address()])
     };
     for (settings, cause) in [
@@ -294,7 +296,7 @@ fn files_that_cannot_be_used_are_named() {
     let good = settings(&[server.address()]);
     let dir = tempfile::tempdir().unwrap();
     let missing = dir.path().join("missing");
-    let other_key = certificates().join("other.key");
+    let other_key = certificates::directory().join("other.key");
     let open_key = dir.path().join("open.key");
     std::fs::copy(&good.key, &open_key).unwrap();
     let mode = std::os::unix::fs::PermissionsExt::from_mode(0o644);
@@ -345,7 +347,11 @@ fn renewed_certificate_needs_no_restart() {
     let dir = tempfile::tempdir().unwrap();
     let install = |name: &str| {
         for end in ["pem", "key"] {
-            std::fs::copy(certificates().join(format!("{name}.{end}")), dir.path().join(end)).unwrap();
+            std::fs::copy(
+                certificates::directory().join(format!("{name}.{end}")),
+                dir.path().join(end),
+            )
+            .unwrap();
         }
     };
     install("expired-client");
@@ -548,8 +554,9 @@ struct Mock {
 
 impl Mock {
     fn start(act: impl Fn(&mut Stream) + Send + 'static) -> Self {
-        let chain = vec![CertificateDer::from_pem_file(certificates().join("server.pem")).unwrap()];
-        let key = PrivateKeyDer::from_pem_file(certificates().join("server.key")).unwrap();
+        let chain =
+            vec![CertificateDer::from_pem_file(certificates::directory().join("server.pem")).unwrap()];
+        let key = PrivateKeyDer::from_pem_file(certificates::directory().join("server.key")).unwrap();
         let config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
             .with_safe_default_protocol_versions()
             .unwrap()

@@ -1,7 +1,9 @@
 //! Key providers, each with its real server, as a registry opens them: all pass one suite, and say why when they cannot.
 
 mod agent;
+mod certificates;
 mod conformance;
 mod kmip;
 mod native;
+mod ports;
 mod pykmip;

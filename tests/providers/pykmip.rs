@@ -1,39 +1,28 @@
 //! PyKMIP's server, each test with its own: certificates, database and port, in a directory that goes with it.
 
 use std::fs::{self, File};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process_group};
 use sealblk::keys::kmip::{Settings, Wrap};
 
+use crate::certificates;
+use crate::ports::free_port;
+
 /// How long a server may take to start. Long, since it is only reached on a busy machine.
 const DEADLINE: Duration = Duration::from_secs(60);
-
-/// The certificates that `certificates.py` tells of, in this directory.
-pub(crate) fn certificates() -> &'static Path {
-    static DIR: LazyLock<PathBuf> = LazyLock::new(|| {
-        // Under target/, for no test of this process knows that it is the last one.
-        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("certificates");
-        let _ = fs::remove_dir_all(&dir);
-        fs::create_dir_all(&dir).unwrap();
-        run(Command::new(python()).arg(script("certificates.py")).arg(&dir));
-        dir
-    });
-    &DIR
-}
 
 /// Settings for these servers, as the host "client".
 pub(crate) fn settings(servers: &[String]) -> Settings {
     Settings {
         servers: servers.to_vec(),
-        ca: certificates().join("ca.pem"),
-        certificate: certificates().join("client.pem"),
-        key: certificates().join("client.key"),
+        ca: certificates::directory().join("ca.pem"),
+        certificate: certificates::directory().join("client.pem"),
+        key: certificates::directory().join("client.key"),
         wrap: Wrap::Client,
         timeout: 30,
     }
@@ -58,7 +47,7 @@ impl Server {
         let dir = tempfile::tempdir().unwrap();
         let port = free_port(host);
         fs::create_dir(dir.path().join("policies")).unwrap();
-        let certificates = certificates().display();
+        let certificates = certificates::directory().display();
         let configuration = format!(
             "[server]\nhostname={host}\nport={port}\ncertificate_path={certificates}/{certificate}.pem\n\
              key_path={certificates}/{certificate}.key\nca_path={certificates}/ca.pem\nauth_suite=TLS1.2\n\
@@ -116,7 +105,7 @@ impl Server {
         command
             .arg(script("kmip_operator.py"))
             .args([self.host, &self.port.to_string()])
-            .arg(certificates())
+            .arg(certificates::directory())
             .args(verb);
         run(&mut command).trim().to_owned()
     }
@@ -141,11 +130,6 @@ impl Drop for Server {
             );
         }
     }
-}
-
-/// A port on which nobody listens.
-pub(crate) fn free_port(host: &str) -> u16 {
-    TcpListener::bind((host, 0)).unwrap().local_addr().unwrap().port()
 }
 
 fn run(command: &mut Command) -> String {
