@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use clap::{ArgGroup, Args, Subcommand};
 
 use super::failure::Failure;
 use super::{Host, Keys, output};
@@ -10,6 +10,7 @@ use crate::agent::Purpose;
 use crate::keys::Providers;
 use crate::keys::kmip::{self, Wrap};
 use crate::keys::registry::{Registry, Source};
+use crate::keys::transit::{self, Login};
 
 const NATIVE_HELP: &str = "\
 Examples:
@@ -32,6 +33,17 @@ The servers have the same keys, and are tried in the given order. KMIP 1.1 to 1.
 2.0 and 2.1 are spoken, over TLS 1.2 or 1.3; the files are PEM, and read at each
 connection. No server is asked yet: `sealblk provider list` does that, and makes a
 key called sealblk-probe there. docs/providers.md tells what to set up.";
+const TRANSIT_HELP: &str = "\
+Examples:
+  sealblk provider add transit --address https://bao1:8200 --address https://bao2:8200 \\
+      --ca /etc/sealblk/bao-ca.pem --transit-key sealblk \\
+      --role-id 3c2f1a5e-7a54-4e0c-9f5d-0f6f0f1f2a3b --secret-id-file /etc/sealblk/secret-id
+  sealblk provider add transit --address https://bao1:8200 --ca /etc/sealblk/bao-ca.pem \\
+      --transit-key sealblk --certificate /etc/sealblk/host.pem --key /etc/sealblk/host.key
+
+The transit key stays on the server, and wraps the keys that volumes are bound to.
+Files are read whenever a connection is made, so that what they hold can be renewed.
+No server is asked now: `sealblk provider list` tells whether keys can be used.";
 
 /// Add and list sources of keys
 #[derive(Debug, Args)]
@@ -44,7 +56,7 @@ pub(super) struct Provider {
 enum Verb {
     /// Add a key provider to this host
     #[command(subcommand)]
-    Add(Add),
+    Add(Box<Add>),
     /// List the key providers of this host, and whether each one's keys can be used
     List,
 }
@@ -57,6 +69,9 @@ enum Add {
     /// Key servers that speak KMIP
     #[command(after_help = KMIP_HELP)]
     Kmip(KmipArgs),
+    /// The Transit secrets engine of OpenBao or HashiCorp Vault
+    #[command(after_help = TRANSIT_HELP)]
+    Transit(TransitArgs),
 }
 
 #[derive(Debug, Args)]
@@ -83,8 +98,51 @@ struct KmipArgs {
     common: Common,
 }
 
-/// What every kind is asked.
 #[derive(Debug, Args)]
+#[command(group = ArgGroup::new("login").required(true).args(["role_id", "certificate", "token_file"]))]
+struct TransitArgs {
+    /// A server; give it again for others that are asked, in this order, where one does not answer
+    #[arg(long, value_name = "https://HOST:PORT", required = true)]
+    address: Vec<String>,
+    /// PEM file with the authority's certificate that the servers' certificates are to be checked against
+    #[arg(long, value_name = "FILE")]
+    ca: PathBuf,
+    /// The server's key
+    #[arg(long, value_name = "NAME")]
+    transit_key: String,
+    /// Where the server has the secrets engine
+    #[arg(long, value_name = "PATH", default_value = transit::MOUNT)]
+    mount: String,
+    /// The namespace that it is in
+    #[arg(long, value_name = "PATH")]
+    namespace: Option<String>,
+    /// Log in by AppRole, with this role
+    #[arg(long, value_name = "ID", requires = "secret_id_file")]
+    role_id: Option<String>,
+    /// The file of the role's secret ID, which its owner alone can read
+    #[arg(long, value_name = "FILE", requires = "role_id")]
+    secret_id_file: Option<PathBuf>,
+    /// Log in by this TLS certificate, a PEM file
+    #[arg(long, value_name = "FILE", requires = "key")]
+    certificate: Option<PathBuf>,
+    /// The file of the certificate's private key, which its owner alone can read
+    #[arg(long, value_name = "FILE", requires = "certificate")]
+    key: Option<PathBuf>,
+    /// Log in by the token in this file, which something else keeps valid, and its owner alone can read
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// Where the server has the login method, under auth/ [default: approle, or cert]
+    #[arg(long, value_name = "PATH", conflicts_with = "token_file")]
+    login_mount: Option<String>,
+    /// How long an operation may take
+    #[arg(long, value_name = "SECONDS", default_value_t = transit::TIMEOUT, value_parser = clap::value_parser!(u16).range(1..))]
+    timeout: u16,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// What every kind is asked.
+#[derive(Clone, Debug, Args)]
 struct Common {
     /// What to call it [default: its kind]
     #[arg(long, value_name = "NAME")]
@@ -109,29 +167,29 @@ impl Add {
         match self {
             Add::Native(common) => add_native(&mut registry, common.named("native"), common.default),
             Add::Kmip(args) => {
-                let common = &args.common;
-                let name = common.named("kmip").to_owned();
-                let default = common.default;
-                registry.add(&name, Source::Kmip(args.settings()?), default)?;
-                output::note(&format!(
-                    "added key provider {name:?}; `sealblk provider list` tells whether its keys can be used"
-                ));
-                Ok(())
+                let common = args.common.clone();
+                add_servers(&mut registry, &common, "kmip", Source::Kmip(args.settings()?))
+            }
+            Add::Transit(args) => {
+                let common = args.common.clone();
+                add_servers(
+                    &mut registry,
+                    &common,
+                    "transit",
+                    Source::Transit(args.settings()?),
+                )
             }
         }
     }
 }
 
 impl KmipArgs {
-    /// As they are stored: paths hold wherever sealblk is started.
     fn settings(self) -> Result<kmip::Settings, Failure> {
-        let whole =
-            |path: PathBuf| std::path::absolute(&path).map_err(|source| Failure::Look { path, source });
         Ok(kmip::Settings {
             servers: self.servers,
-            ca: whole(self.ca)?,
-            certificate: whole(self.certificate)?,
-            key: whole(self.key)?,
+            ca: absolute(self.ca)?,
+            certificate: absolute(self.certificate)?,
+            key: absolute(self.key)?,
             wrap: match self.wrap.as_str() {
                 "server" => Wrap::Server,
                 _ => Wrap::Client,
@@ -139,6 +197,60 @@ impl KmipArgs {
             timeout: self.timeout,
         })
     }
+}
+
+impl TransitArgs {
+    fn settings(self) -> Result<transit::Settings, Failure> {
+        let (role_id, certificate) = (
+            self.role_id.zip(self.secret_id_file),
+            self.certificate.zip(self.key),
+        );
+        let login = match (role_id, certificate, self.token_file) {
+            (Some((role_id, secret_id_file)), ..) => Login::Approle {
+                role_id,
+                secret_id_file: absolute(secret_id_file)?,
+                mount: self.login_mount.unwrap_or_else(transit::approle),
+            },
+            (_, Some((certificate, key)), _) => Login::Cert {
+                certificate: absolute(certificate)?,
+                key: absolute(key)?,
+                mount: self.login_mount.unwrap_or_else(transit::cert),
+            },
+            (.., Some(token_file)) => Login::Token {
+                token_file: absolute(token_file)?,
+            },
+            _ => unreachable!("one of them is required"),
+        };
+        Ok(transit::Settings {
+            addresses: self.address,
+            ca: absolute(self.ca)?,
+            transit_key: self.transit_key,
+            mount: self.mount,
+            namespace: self.namespace,
+            timeout: self.timeout,
+            login,
+        })
+    }
+}
+
+/// Adds a provider whose servers are not asked yet.
+fn add_servers(
+    registry: &mut Registry,
+    common: &Common,
+    kind: &'static str,
+    source: Source,
+) -> Result<(), Failure> {
+    let name = common.named(kind);
+    registry.add(name, source, common.default)?;
+    output::note(&format!(
+        "added key provider {name:?}; `sealblk provider list` tells whether its keys can be used"
+    ));
+    Ok(())
+}
+
+/// A path as it is stored: it holds wherever sealblk is started.
+fn absolute(path: PathBuf) -> Result<PathBuf, Failure> {
+    std::path::absolute(&path).map_err(|source| Failure::Look { path, source })
 }
 
 impl Common {

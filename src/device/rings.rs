@@ -76,26 +76,12 @@ impl Rings {
         self.memory.memory().num_regions()
     }
 
-    /// Stops all rings if the disk was locked, and starts those that the front-end wants served if it was unlocked.
-    ///
-    /// # Errors
-    /// As for [`Rings::start`].
-    pub(super) fn follow_lock(&mut self) -> io::Result<()> {
-        if self.disk.is_locked() {
-            self.stop(Scope::All);
-        }
-        self.start()
-    }
-
-    /// Starts every ring that the front-end wants served and that is not; none while the disk is locked.
+    /// Starts every ring that the front-end wants served and that is not.
     ///
     /// # Errors
     /// If there are no descriptors, threads or memory left to serve one. A ring that the driver set up wrongly is no
     /// error of the session: it rests.
     pub(super) fn start(&mut self) -> io::Result<()> {
-        let Some(table) = self.disk.table() else {
-            return Ok(());
-        };
         for (index, vring) in self.vrings.iter().enumerate() {
             if self.running[index].is_some() {
                 continue;
@@ -113,12 +99,7 @@ impl Rings {
                 Some(engine) => engine,
                 None => engine(&self.disk)?,
             };
-            self.running[index] = Some(Running::start(
-                ring,
-                Arc::clone(&self.disk),
-                Arc::clone(&table),
-                engine,
-            )?);
+            self.running[index] = Some(Running::start(ring, Arc::clone(&self.disk), engine)?);
         }
         Ok(())
     }

@@ -10,7 +10,9 @@
 //! shared     the same for a process that goes on, and keeps KEKs for a while (cache)
 //! source     providers whose KEKs come to this host: what differs between them, and the wrapping, which does not
 //! native     the one that needs nothing but a file: KEKs derived from a primary key
-//! kmip       key servers by the standard protocol, over mutual TLS (tls: its files and failures)
+//! kmip       key servers by the standard protocol, over mutual TLS
+//! transit    keys that an OpenBao or Vault server wraps
+//! tls        a server's certificates, and this host's
 //! wrap       AES-256-GCM under a KEK that is on this host
 //! arena      the memory of every secret        harden   the process around it
 //! ```
@@ -27,6 +29,7 @@ mod settings;
 mod shared;
 mod source;
 mod tls;
+pub mod transit;
 mod wrap;
 
 use std::fmt;
@@ -48,20 +51,19 @@ pub struct KeyId(pub String);
 impl fmt::Display for KeyId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const SHOWN: usize = 128;
-        // It may come from a hostile header: nothing of it reaches a terminal as a control character.
-        self.0.chars().take(SHOWN).try_for_each(|c| {
-            if c.is_control() {
-                write!(f, "{}", c.escape_default())
-            } else {
-                write!(f, "{c}")
-            }
-        })?;
-        if self.0.chars().nth(SHOWN).is_some() {
-            f.write_str("…")
-        } else {
-            Ok(())
-        }
+        // It may come from a hostile header.
+        write!(f, "{}", harmless(&self.0, SHOWN))
     }
+}
+
+/// The first `limit` characters of what others wrote, none of which reaches a terminal as a control character.
+pub(crate) fn harmless(text: &str, limit: usize) -> String {
+    let shown = text.chars().take(limit).map(|c| match c.is_control() {
+        true => c.escape_default().to_string(),
+        false => c.to_string(),
+    });
+    let more = text.chars().nth(limit).map(|_| "…".to_owned());
+    shown.chain(more).collect()
 }
 
 /// What a wrapped secret is bound to: it is unwrapped for exactly these, or not at all.

@@ -19,6 +19,7 @@ use super::native::Native;
 use super::private::{self, Forbid};
 use super::registry::{RegistryError, check_name, check_private};
 use super::source::KekSource;
+use super::transit::{self, Transit};
 
 /// The settings' name in the state directory.
 pub(super) const FILE: &str = "providers.toml";
@@ -43,6 +44,8 @@ pub enum Source {
     Native {},
     /// Key servers that speak KMIP.
     Kmip(kmip::Settings),
+    /// A key of a server's that wraps KEKs.
+    Transit(transit::Settings),
 }
 
 impl Source {
@@ -51,6 +54,7 @@ impl Source {
         match self {
             Source::Native {} => "native",
             Source::Kmip(_) => "kmip",
+            Source::Transit(_) => "transit",
         }
     }
 
@@ -59,6 +63,7 @@ impl Source {
         match self {
             Source::Native {} => primary_key(dir).display().to_string(),
             Source::Kmip(settings) => settings.servers.join(", "),
+            Source::Transit(settings) => settings.location(),
         }
     }
 
@@ -79,6 +84,7 @@ impl Source {
                 }
             }
             Source::Kmip(settings) => drop(Kmip::new(name, settings)?),
+            Source::Transit(settings) => drop(Transit::new(name, settings)?),
         }
         Ok(())
     }
@@ -88,6 +94,7 @@ impl Source {
         match self {
             Source::Native {} => Ok(Box::new(Native::open(name, &primary_key(dir))?)),
             Source::Kmip(settings) => Ok(Box::new(Kmip::new(name, settings)?)),
+            Source::Transit(settings) => Ok(Box::new(Transit::new(name, settings)?)),
         }
     }
 }

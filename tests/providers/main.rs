@@ -5,5 +5,7 @@ mod certificates;
 mod conformance;
 mod kmip;
 mod native;
+mod openbao;
 mod ports;
 mod pykmip;
+mod transit;

@@ -1,0 +1,398 @@
+//! The transit provider: KEKs that the Transit secrets engine of OpenBao or HashiCorp Vault has made and wrapped.
+//!
+//! The server has one key of which nobody ever sees a bit; it may have many versions. A new KEK is a data key of the
+//! server's making, which comes wrapped under the newest version and is stored so, in the key ID ([`key_id`]): the server
+//! keeps nothing of it. To use the KEK, the server is asked to unwrap it.
+//!
+//! ```text
+//! create    POST  MOUNT/datakey/wrapped/NAME   {"bits": 256}           no plaintext travels
+//! fetch     POST  MOUNT/decrypt/NAME           {"ciphertext": ...}
+//! state     GET   MOUNT/keys/NAME              or, where that is not granted, as fetch
+//! ```
+//!
+//! The settings name one key of the server's. A key ID that names another one is foreign, so that a volume's header cannot
+//! have other keys used that this host's token may happen to use.
+//!
+//! Servers are tried in their order. Each has an even share of the time that is left; the next one is asked if one cannot be
+//! had or fails, and not if it refuses.
+
+mod connector;
+mod failure;
+mod http;
+mod key_id;
+mod login;
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use serde::{Deserialize, Serialize};
+
+use self::failure::{Failure, Nonsense, Refusal};
+use self::http::Server;
+use self::key_id::WrappedKek;
+use self::login::Token;
+use super::arena::SecretBytes;
+use super::source::KekSource;
+use super::tls::{Identity, TlsFiles};
+use super::wrap::{KEK_LEN, Kek};
+use super::{KeyError, KeyId, KeyReason, KeyState};
+
+pub use self::login::{Login, approle, cert};
+
+/// The default of [`Settings::mount`].
+pub const MOUNT: &str = "transit";
+
+/// The default of [`Settings::timeout`], in seconds.
+pub const TIMEOUT: u16 = 10;
+
+/// What a transit provider has to be told.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Settings {
+    /// The servers, as `https://HOST:PORT`, in the order in which they are tried.
+    pub addresses: Vec<String>,
+    /// The certificates of the authorities that are believed: a PEM file, by absolute path.
+    pub ca: PathBuf,
+    /// The server's key that wraps KEKs.
+    pub transit_key: String,
+    /// Where the server has the secrets engine.
+    #[serde(default = "mount")]
+    pub mount: String,
+    /// The namespace that all of it is in.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub namespace: Option<String>,
+    /// How long an operation may take, in seconds.
+    #[serde(default = "timeout")]
+    pub timeout: u16,
+    /// How this host logs in.
+    pub login: Login,
+}
+
+/// A setting that cannot be used.
+#[derive(Debug, thiserror::Error)]
+enum Setting {
+    #[error("{0:?} is no server's address: https://HOST:PORT is wanted, with nothing after it")]
+    Address(String),
+    #[error("there is no server's address")]
+    NoAddress,
+    #[error("{0} is no absolute path")]
+    Relative(PathBuf),
+    #[error("{0:?} cannot be the name of a transit key")]
+    Key(String),
+    #[error("{0:?} cannot be a mount's or a namespace's path")]
+    Path(String),
+    #[error("{0:?} cannot be a role's ID")]
+    Role(String),
+    #[error("an operation needs at least a second")]
+    Timeout,
+}
+
+/// A key ID that is none of this provider's.
+#[derive(Debug, thiserror::Error)]
+#[error("the KEK is wrapped under the server's key {theirs:?}, and this provider's is {ours:?}")]
+struct OtherKey {
+    theirs: String,
+    ours: String,
+}
+
+/// A transit provider, with the token that it has now.
+#[derive(Debug)]
+pub(super) struct Transit {
+    name: String,
+    settings: Settings,
+    files: TlsFiles,
+    token: Mutex<Option<Arc<Token>>>,
+}
+
+#[derive(Deserialize)]
+struct Answer<T> {
+    data: T,
+}
+
+fn mount() -> String {
+    MOUNT.to_owned()
+}
+
+fn timeout() -> u16 {
+    TIMEOUT
+}
+
+impl Settings {
+    fn check(&self) -> Result<(), Setting> {
+        if self.addresses.is_empty() {
+            return Err(Setting::NoAddress);
+        }
+        if let Some(address) = self.addresses.iter().find(|address| !is_address(address)) {
+            return Err(Setting::Address(address.clone()));
+        }
+        if !key_id::is_key_name(&self.transit_key) {
+            return Err(Setting::Key(self.transit_key.clone()));
+        }
+        if let Login::Approle { role_id, .. } = &self.login
+            && !login::is_credential(role_id.as_bytes())
+        {
+            return Err(Setting::Role(role_id.clone()));
+        }
+        let (mount, paths) = match &self.login {
+            Login::Approle {
+                mount,
+                secret_id_file,
+                ..
+            } => (Some(mount), vec![secret_id_file]),
+            Login::Cert {
+                mount,
+                certificate,
+                key,
+            } => (Some(mount), vec![certificate, key]),
+            Login::Token { token_file } => (None, vec![token_file]),
+        };
+        let in_urls = [Some(&self.mount), mount, self.namespace.as_ref()];
+        if let Some(path) = in_urls.into_iter().flatten().find(|path| !is_path(path)) {
+            return Err(Setting::Path(path.clone()));
+        }
+        if let Some(path) = paths
+            .into_iter()
+            .chain([&self.ca])
+            .find(|path| !path.is_absolute())
+        {
+            return Err(Setting::Relative(path.clone()));
+        }
+        match self.timeout {
+            0 => Err(Setting::Timeout),
+            _ => Ok(()),
+        }
+    }
+
+    /// Where it is: the servers' addresses.
+    pub(super) fn location(&self) -> String {
+        self.addresses.join(", ")
+    }
+}
+
+/// `https://HOST` or `https://HOST:PORT`.
+fn is_address(text: &str) -> bool {
+    let Some(authority) = text.strip_prefix("https://") else {
+        return false;
+    };
+    let Ok(parsed) = authority.parse::<ureq::http::uri::Authority>() else {
+        return false;
+    };
+    let has_port = authority.len() > parsed.host().len();
+    !parsed.host().is_empty() && !authority.contains('@') && (!has_port || parsed.port_u16().is_some())
+}
+
+/// Names with slashes between them, of letters that mean nothing in a URL.
+fn is_path(text: &str) -> bool {
+    let is_name = |name: &str| {
+        !name.is_empty()
+            && name != "."
+            && name != ".."
+            && name
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+    };
+    text.len() <= 256 && text.split('/').all(is_name)
+}
+
+impl Transit {
+    /// A provider with these settings. No server is asked yet.
+    ///
+    /// # Errors
+    /// [`KeyError`] with the reason [`KeyReason::Invalid`], if they cannot be.
+    pub(super) fn new(name: &str, settings: &Settings) -> Result<Self, KeyError> {
+        settings
+            .check()
+            .map_err(|e| KeyError::new(name, settings.location(), KeyReason::Invalid).because(e))?;
+        let identity = match &settings.login {
+            Login::Cert { certificate, key, .. } => Some(Identity {
+                certificate: certificate.clone(),
+                key: key.clone(),
+            }),
+            Login::Approle { .. } | Login::Token { .. } => None,
+        };
+        Ok(Self {
+            name: name.to_owned(),
+            settings: settings.clone(),
+            files: TlsFiles {
+                ca: settings.ca.clone(),
+                identity,
+            },
+            token: Mutex::default(),
+        })
+    }
+
+    /// Has `request` answered by the first server that can.
+    fn ask<T>(
+        &self,
+        request: impl Fn(&Server<'_>, &SecretBytes) -> Result<T, Failure>,
+    ) -> Result<T, KeyError> {
+        let ends = Instant::now() + Duration::from_secs(self.settings.timeout.into());
+        let mut left = self.settings.addresses.len() as u32;
+        for address in &self.settings.addresses {
+            let now = Instant::now();
+            let deadline = now + ends.saturating_duration_since(now) / left;
+            left -= 1;
+            match self.ask_one(address, deadline, &request) {
+                Ok(answer) => return Ok(answer),
+                Err(failure) if failure.is_of_this_server() && left > 0 => {
+                    tracing::warn!(
+                        provider = self.name,
+                        server = address,
+                        reason = failure.reason.what(),
+                        cause = %failure.cause,
+                        "asking the next key server"
+                    );
+                }
+                Err(failure) => {
+                    return Err(KeyError::new(&self.name, address, failure.reason).because(failure.cause));
+                }
+            }
+        }
+        unreachable!("the settings have an address, and the last one's failure is returned")
+    }
+
+    fn ask_one<T>(
+        &self,
+        address: &str,
+        deadline: Instant,
+        request: impl Fn(&Server<'_>, &SecretBytes) -> Result<T, Failure>,
+    ) -> Result<T, Failure> {
+        let server = Server::new(address, self.settings.namespace.as_deref(), &self.files, deadline)?;
+        let held = self.token().clone().filter(|token| token.is_fresh());
+        if let Some(token) = held {
+            match request(&server, &token.secret) {
+                // Expired before its time, revoked, or of another server: a new one tells whether it is only that.
+                Err(failure) if failure.reason == KeyReason::Refused => (),
+                answer => return answer,
+            }
+        }
+        // Whoever else needs a token meanwhile gets their own: nobody waits for another's slow server.
+        let token = Arc::new(self.settings.login.log_in(&server)?);
+        *self.token() = Some(Arc::clone(&token));
+        request(&server, &token.secret)
+    }
+
+    fn token(&self) -> MutexGuard<'_, Option<Arc<Token>>> {
+        self.token.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn path(&self, verb: &str) -> String {
+        format!("{}/{verb}/{}", self.settings.mount, self.settings.transit_key)
+    }
+
+    fn recognise<'a>(&self, key_id: &'a KeyId) -> Result<WrappedKek<'a>, KeyError> {
+        let foreign = || KeyError::new(&self.name, self.settings.location(), KeyReason::Missing).of(key_id);
+        let kek = WrappedKek::parse(key_id).map_err(|e| foreign().because(e))?;
+        let ours = &self.settings.transit_key;
+        if kek.name == ours {
+            return Ok(kek);
+        }
+        Err(foreign().because(OtherKey {
+            theirs: kek.name.to_owned(),
+            ours: ours.clone(),
+        }))
+    }
+
+    fn decrypt(&self, kek: &WrappedKek<'_>) -> Result<Kek, KeyError> {
+        #[derive(Serialize)]
+        struct Wrapped<'a> {
+            ciphertext: &'a str,
+        }
+        #[derive(Deserialize)]
+        struct Plaintext<'a> {
+            plaintext: &'a str,
+        }
+        let wrapped = Wrapped {
+            ciphertext: kek.ciphertext,
+        };
+        self.ask(|server, token| {
+            let answer = server.post(&self.path("decrypt"), Some(token), &wrapped)?;
+            let body = answer.body().map_err(Refusal::of_a_key)?;
+            let text = body.parse::<Answer<Plaintext<'_>>>()?.data.plaintext;
+            let mut key = SecretBytes::zeroed(base64::decoded_len_estimate(text.len()))?;
+            let len = BASE64_STANDARD
+                .decode_slice(text, &mut key)
+                .map_err(|_| Nonsense::Base64)?;
+            key.truncate(len);
+            Kek::new(key).map_err(|e| Failure::new(KeyReason::Garbled, e))
+        })
+    }
+
+    /// The state of a version, as the server's key says.
+    fn state_of_version(&self, version: u32) -> Result<KeyState, KeyError> {
+        #[derive(Deserialize)]
+        struct Key {
+            latest_version: u32,
+            min_decryption_version: u32,
+            /// Older ones were removed for good.
+            #[serde(default)]
+            min_available_version: u32,
+            #[serde(default)]
+            soft_deleted: bool,
+        }
+        let key = self.ask(|server, token| {
+            let answer = server.get(&self.path("keys"), token)?;
+            let body = answer.body().map_err(Refusal::of_a_key)?;
+            Ok(body.parse::<Answer<Key>>()?.data)
+        })?;
+        Ok(match version {
+            version if version > key.latest_version => KeyState::Missing,
+            version if version < key.min_available_version => KeyState::Destroyed,
+            version if key.soft_deleted || version < key.min_decryption_version => KeyState::Deactivated,
+            _ => KeyState::Active,
+        })
+    }
+}
+
+impl KekSource for Transit {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn location(&self) -> String {
+        self.settings.location()
+    }
+
+    fn create_kek(&self) -> Result<KeyId, KeyError> {
+        #[derive(Serialize)]
+        struct Size {
+            bits: usize,
+        }
+        #[derive(Deserialize)]
+        struct Wrapped<'a> {
+            ciphertext: &'a str,
+        }
+        self.ask(|server, token| {
+            let size = Size { bits: 8 * KEK_LEN };
+            let answer = server.post(&self.path("datakey/wrapped"), Some(token), &size)?;
+            let body = answer.body().map_err(Refusal::of_a_key)?;
+            let ciphertext = body.parse::<Answer<Wrapped<'_>>>()?.data.ciphertext;
+            let kek = WrappedKek::new(&self.settings.transit_key, ciphertext);
+            Ok(kek.map_err(|_| Nonsense::Ciphertext)?.key_id())
+        })
+    }
+
+    fn fetch(&self, key_id: &KeyId) -> Result<Kek, KeyError> {
+        let kek = self.recognise(key_id)?;
+        self.decrypt(&kek).map_err(|e| e.of(key_id))
+    }
+
+    fn state(&self, key_id: &KeyId) -> Result<KeyState, KeyError> {
+        let Ok(kek) = self.recognise(key_id) else {
+            return Ok(KeyState::Missing);
+        };
+        let state = self.state_of_version(kek.version).or_else(|e| match e.reason {
+            // The token need not be allowed to look at the key, if it may use it.
+            KeyReason::Refused => self.decrypt(&kek).map(|_| KeyState::Active),
+            _ => Err(e),
+        });
+        state.or_else(|e| match e.reason {
+            KeyReason::Missing | KeyReason::Unauthentic => Ok(KeyState::Missing),
+            KeyReason::NotActive => Ok(KeyState::Deactivated),
+            _ => Err(e.of(key_id)),
+        })
+    }
+}
