@@ -3,12 +3,9 @@
 use std::io::{self, Read, Write};
 use std::net::TcpListener;
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use sealblk::keys::arena::SecretBytes;
 use sealblk::keys::kmip::{Settings, Wrap};
 use sealblk::keys::registry::{Registry, RegistryError, Source};
@@ -17,6 +14,7 @@ use uuid::Uuid;
 
 use crate::certificates;
 use crate::conformance;
+use crate::mock::Mock;
 use crate::ports::free_port;
 use crate::pykmip::{Server, settings};
 
@@ -542,47 +540,4 @@ fn bytes(hex: &str) -> Vec<u8> {
 fn nested(len: usize) -> Vec<u8> {
     let structure = |left: usize| [bytes("42007b01"), (left as u32).to_be_bytes().to_vec()].concat();
     (0..=len / 8).flat_map(|at| structure(len - 8 * at)).collect()
-}
-
-type Stream = StreamOwned<ServerConnection, std::net::TcpStream>;
-
-/// A server with the right certificate that does what no server should, to each of its clients.
-struct Mock {
-    address: String,
-    _thread: JoinHandle<()>,
-}
-
-impl Mock {
-    fn start(act: impl Fn(&mut Stream) + Send + 'static) -> Self {
-        let chain =
-            vec![CertificateDer::from_pem_file(certificates::directory().join("server.pem")).unwrap()];
-        let key = PrivateKeyDer::from_pem_file(certificates::directory().join("server.key")).unwrap();
-        let config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_no_client_auth()
-            .with_single_cert(chain, key)
-            .unwrap();
-        let config = Arc::new(config);
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        // It ends with the test's process.
-        let thread = thread::spawn(move || {
-            for socket in listener.incoming() {
-                let connection = ServerConnection::new(config.clone()).unwrap();
-                let mut stream = StreamOwned::new(connection, socket.unwrap());
-                act(&mut stream);
-                stream.conn.send_close_notify();
-                let _ = stream.conn.complete_io(&mut stream.sock);
-            }
-        });
-        Self {
-            address,
-            _thread: thread,
-        }
-    }
-    /// As the settings name it.
-    fn address(&self) -> String {
-        self.address.clone()
-    }
 }
