@@ -4,6 +4,7 @@ mod agent;
 mod certificates;
 mod conformance;
 mod kmip;
+mod kmip_mock;
 mod mock;
 mod native;
 mod openbao;

@@ -1,4 +1,4 @@
-//! A server that does what no honest one would.
+//! A server that acts as a test says: as no honest one would, or as the real ones of the other tests never do.
 
 use std::net::TcpListener;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use crate::certificates;
 /// What a client's connection is to the server.
 pub(crate) type Stream = StreamOwned<ServerConnection, std::net::TcpStream>;
 
-/// A server with the right certificate that does what no server should, to each of its clients.
+/// A server with the right certificate, which acts towards one client after the other.
 pub(crate) struct Mock {
     address: String,
     _thread: JoinHandle<()>,

@@ -1,0 +1,376 @@
+//! The KMIP provider with servers that do what PyKMIP does not: those that are hostile or broken, and those that keep to the
+//! protocol and accept or refuse what PyKMIP never would.
+
+use std::io::{Read, Write};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use sealblk::keys::kmip::message::tag;
+use sealblk::keys::kmip::ttlv::{Item, Tag, Value};
+use sealblk::keys::kmip::{Settings, Wrap};
+use sealblk::keys::{KeyId, KeyReason};
+
+use crate::kmip::{assert_fails, causes, open, wrap};
+use crate::mock::{Mock, Stream};
+use crate::pykmip::{Server, settings};
+
+const CREATE: u32 = 0x01;
+const GET: u32 = 0x0a;
+const GET_ATTRIBUTES: u32 = 0x0b;
+const ACTIVATE: u32 = 0x12;
+const REVOKE: u32 = 0x13;
+const DESTROY: u32 = 0x14;
+const DISCOVER_VERSIONS: u32 = 0x1e;
+const ENCRYPT: u32 = 0x1f;
+
+const OPERATION_NOT_SUPPORTED: u32 = 0x05;
+
+#[test]
+fn server_that_does_not_answer_leaves_time_for_the_second_and_is_not_asked_first_again() {
+    let second = Server::start();
+    let silent = Mock::start(|_| thread::sleep(Duration::from_secs(60)));
+    let provider = open(&Settings {
+        timeout: 8,
+        ..settings(&[silent.address(), second.address()])
+    });
+    let started = Instant::now();
+    let key_id = provider.create_kek().unwrap();
+    let first = started.elapsed();
+    assert!(
+        first >= Duration::from_secs(4) && first < Duration::from_secs(8),
+        "{first:?}"
+    );
+    let started = Instant::now();
+    wrap(&*provider, &key_id).unwrap();
+    assert!(
+        started.elapsed() < Duration::from_secs(3),
+        "{:?}",
+        started.elapsed()
+    );
+}
+
+#[test]
+fn hostile_answers_are_garbled_and_nothing_worse() {
+    let header = "42007b01";
+    let answers: [(Vec<u8>, &str); 9] = [
+        (bytes("42"), "ends too early"),
+        (bytes(header), "ends too early"),
+        (bytes(&format!("{header} 00000010 42000f01")), "ends too early"),
+        (bytes(&format!("{header} 7ffffff8")), "2147483640 bytes long"),
+        (bytes(&format!("{header} 00000004 00000000")), "is no message"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec(), "is no message"),
+        (bytes(&format!("{header} 00000000")), "lacks the item 42000f"),
+        // A text that is none.
+        (
+            bytes(&format!("{header} 00000010 42000f 07 00000002 c328000000000000")),
+            "makes no sense",
+        ),
+        // Structures in structures, to the limit of an answer.
+        (nested(16 << 10), "more than 16 deep"),
+    ];
+    for (answer, cause) in answers {
+        let sent = answer.clone();
+        let server = Mock::start(move |stream| {
+            let _ = stream.read(&mut [0; 1024]);
+            let _ = stream.write_all(&sent);
+        });
+        let result = open(&settings(&[server.address()])).create_kek();
+        assert_fails(result, KeyReason::Garbled, cause);
+    }
+}
+
+#[test]
+fn server_that_closes_without_an_answer_is_not_there() {
+    let server = Mock::start(|stream| drop(stream.read(&mut [0; 1024])));
+    let result = open(&settings(&[server.address()])).create_kek();
+    assert_fails(result, KeyReason::Unreachable, "closed the connection");
+}
+
+#[test]
+fn slow_server_is_not_waited_for_beyond_the_deadline() {
+    // It says something twice a second, so that no single wait is long.
+    let dripping = Mock::start(|stream| {
+        let _ = stream.read(&mut [0; 1024]);
+        for byte in bytes("42007b01 00001000").into_iter().chain([0; 200]) {
+            if stream.write_all(&[byte]).and_then(|()| stream.flush()).is_err() {
+                return;
+            }
+            thread::sleep(Duration::from_millis(500));
+        }
+    });
+    let provider = open(&Settings {
+        timeout: 2,
+        ..settings(&[dripping.address()])
+    });
+    let started = Instant::now();
+    assert_fails(provider.create_kek(), KeyReason::Unreachable, "no answer in time");
+    assert!(
+        started.elapsed() < Duration::from_secs(4),
+        "{:?}",
+        started.elapsed()
+    );
+}
+
+#[test]
+fn key_has_attributes_of_our_own_where_they_are_accepted() {
+    let version = env!("CARGO_PKG_VERSION");
+    for (protocol, expected) in [
+        (
+            (1, 4),
+            &[
+                "x-Vendor",
+                "sealblk",
+                "x-Product",
+                "sealblk",
+                "x-Product_Version",
+                version,
+            ][..],
+        ),
+        (
+            (2, 1),
+            &[
+                "x",
+                "Vendor",
+                "sealblk",
+                "x",
+                "Product",
+                "sealblk",
+                "x",
+                "Product_Version",
+                version,
+            ],
+        ),
+    ] {
+        let created = Arc::new(Mutex::new(Vec::new()));
+        let seen = created.clone();
+        let server = Honest::start(protocol, move |operation, payload| {
+            if operation == CREATE {
+                collect_texts(payload, &mut seen.lock().unwrap());
+            }
+            Ok(vec![text(tag::UNIQUE_IDENTIFIER, "key-1")])
+        });
+        let key_id = open(&settings(&[server.mock.address()])).create_kek().unwrap();
+        assert_eq!(key_id, KeyId("key-1".into()));
+        let created = created.lock().unwrap();
+        assert_eq!(created[created.len() - expected.len()..], *expected);
+        assert_eq!(server.operations(), [DISCOVER_VERSIONS, CREATE, ACTIVATE]);
+    }
+}
+
+#[test]
+fn key_that_cannot_be_made_ready_is_not_left_behind() {
+    let refusing = |refused| {
+        Honest::start((1, 4), move |operation, _| match operation {
+            operation if operation == refused => Err((OPERATION_NOT_SUPPORTED, "")),
+            _ => Ok(vec![text(tag::UNIQUE_IDENTIFIER, "key-1")]),
+        })
+    };
+    let server = refusing(ACTIVATE);
+    let result = open(&settings(&[server.mock.address()])).create_kek();
+    assert_fails(
+        result,
+        KeyReason::Failed,
+        "Activate is refused: Operation Not Supported",
+    );
+    assert_eq!(
+        server.operations(),
+        [DISCOVER_VERSIONS, CREATE, ACTIVATE, DESTROY]
+    );
+
+    let server = refusing(ENCRYPT);
+    let provider = open(&Settings {
+        wrap: Wrap::Server,
+        ..settings(&[server.mock.address()])
+    });
+    assert_fails(provider.create_kek(), KeyReason::Failed, "Encrypt is refused");
+    assert_eq!(
+        server.operations(),
+        [DISCOVER_VERSIONS, CREATE, ACTIVATE, ENCRYPT, REVOKE, DESTROY]
+    );
+}
+
+#[test]
+fn refusals_are_told_by_what_to_do_about_them() {
+    for (result_reason, reason, shown) in [
+        (0x01, KeyReason::Missing, "Item Not Found"),
+        (0x36, KeyReason::Missing, "Object Destroyed"),
+        (0x37, KeyReason::Missing, "Object Not Found"),
+        (0x0d, KeyReason::NotActive, "Object Archived"),
+        (0x43, KeyReason::NotActive, "Wrong Key Lifecycle State"),
+        (0x03, KeyReason::Refused, "Authentication Not Successful"),
+        (0x0c, KeyReason::Refused, "Permission Denied"),
+        (0x16, KeyReason::Refused, "Sensitive"),
+        (0x17, KeyReason::Refused, "Not Extractable"),
+        (0x39, KeyReason::Refused, "Not Authorised"),
+        (0x05, KeyReason::Failed, "Operation Not Supported"),
+        (0x100, KeyReason::Failed, "General Failure"),
+        (0x7777, KeyReason::Failed, "Result Reason 0x7777"),
+    ] {
+        let server = Honest::start((1, 4), move |operation, _| match operation {
+            GET_ATTRIBUTES => Ok(state(2)),
+            _ => Err((result_reason, "see\x1b[2Jthe log")),
+        });
+        let provider = open(&settings(&[server.mock.address()]));
+        let error = wrap(&*provider, &KeyId("key-1".into())).unwrap_err();
+        let causes = causes(&error);
+        assert_eq!(error.reason, reason, "{causes}");
+        // Nothing of what a server says reaches a terminal as a control character.
+        assert!(
+            causes.contains(&format!("Get is refused: {shown}: \"see[2Jthe log\"")),
+            "{causes}"
+        );
+    }
+}
+
+#[test]
+fn answers_that_are_none_to_what_was_asked_are_garbled() {
+    let symmetric_key = |format| {
+        let material = Item::structure(
+            tag::KEY_VALUE,
+            [Item::new(tag::KEY_MATERIAL, Value::ByteString(&[7; 32]))],
+        );
+        let format = Item::new(tag::KEY_FORMAT_TYPE, Value::Enumeration(format));
+        let block = Item::structure(tag::KEY_BLOCK, [format, material]);
+        vec![Item::structure(tag::SYMMETRIC_KEY, [block])]
+    };
+    let with_answers = |state: Vec<Item<'static>>, key: Vec<Item<'static>>| {
+        let server = Honest::start((1, 4), move |operation, _| match operation {
+            GET_ATTRIBUTES => Ok(state.clone()),
+            GET => Ok(key.clone()),
+            _ => Err((OPERATION_NOT_SUPPORTED, "")),
+        });
+        let provider = open(&settings(&[server.mock.address()]));
+        wrap(&*provider, &KeyId("key-1".into()))
+    };
+    with_answers(state(2), symmetric_key(1)).unwrap();
+    for (answers, cause) in [
+        (with_answers(state(9), vec![]), "the state 0x9"),
+        (with_answers(vec![], vec![]), "lacks the item 42008d"),
+        (with_answers(state(2), vec![]), "lacks the item 42008f"),
+        // Transparent Symmetric Key: not the format that was asked for.
+        (with_answers(state(2), symmetric_key(7)), "lacks the item 420042"),
+    ] {
+        assert_fails(answers, KeyReason::Garbled, cause);
+    }
+}
+
+fn text(tag: Tag, text: &'static str) -> Item<'static> {
+    Item::new(tag, Value::TextString(text))
+}
+
+/// The attribute State as KMIP 1.x has it.
+fn state(state: u32) -> Vec<Item<'static>> {
+    let value = Item::new(tag::ATTRIBUTE_VALUE, Value::Enumeration(state));
+    vec![Item::structure(
+        tag::ATTRIBUTE,
+        [text(tag::ATTRIBUTE_NAME, "State"), value],
+    )]
+}
+
+fn collect_texts(items: &[Item<'_>], texts: &mut Vec<String>) {
+    for item in items {
+        match &item.value {
+            Value::Structure(items) => collect_texts(items, texts),
+            Value::TextString(text) => texts.push((*text).to_owned()),
+            _ => (),
+        }
+    }
+}
+
+fn bytes(hex: &str) -> Vec<u8> {
+    let digits: Vec<u8> = hex.bytes().filter(u8::is_ascii_hexdigit).collect();
+    let byte = |pair: &[u8]| u8::from_str_radix(str::from_utf8(pair).unwrap(), 16).unwrap();
+    digits.chunks(2).map(byte).collect()
+}
+
+/// Structures each of which has the next one as its value.
+fn nested(len: usize) -> Vec<u8> {
+    let structure = |left: usize| [bytes("42007b01"), (left as u32).to_be_bytes().to_vec()].concat();
+    (0..=len / 8).flat_map(|at| structure(len - 8 * at)).collect()
+}
+
+/// A server that keeps to the protocol.
+struct Honest {
+    mock: Mock,
+    operations: Arc<Mutex<Vec<u32>>>,
+}
+
+/// The items of an answer's payload, or Result Reason and Result Message.
+type Outcome = Result<Vec<Item<'static>>, (u32, &'static str)>;
+
+impl Honest {
+    /// A server of one version that answers as `answer` does to an operation and the items of its payload.
+    fn start(version: (i32, i32), answer: impl Fn(u32, &[Item<'_>]) -> Outcome + Send + 'static) -> Self {
+        let operations = Arc::new(Mutex::new(Vec::new()));
+        let seen = operations.clone();
+        let mock = Mock::start(move |stream| {
+            while let Some(request) = receive(stream) {
+                let request = Item::decode(&request).unwrap();
+                let batch_item = child(&request, tag::BATCH_ITEM);
+                let Value::Enumeration(operation) = child(batch_item, tag::OPERATION).value else {
+                    panic!("{request:?}")
+                };
+                let Value::Structure(payload) = &child(batch_item, tag::REQUEST_PAYLOAD).value else {
+                    panic!("{request:?}")
+                };
+                seen.lock().unwrap().push(operation);
+                let outcome = match operation {
+                    DISCOVER_VERSIONS => Ok(vec![protocol_version(version)]),
+                    _ => answer(operation, payload),
+                };
+                let _ = stream.write_all(&response(operation, outcome));
+            }
+        });
+        Self { mock, operations }
+    }
+
+    /// Those that were asked for so far.
+    fn operations(&self) -> Vec<u32> {
+        self.operations.lock().unwrap().clone()
+    }
+}
+
+fn receive(stream: &mut Stream) -> Option<Vec<u8>> {
+    let mut message = vec![0; 8];
+    stream.read_exact(&mut message).ok()?;
+    let len = u32::from_be_bytes(message[4..].try_into().unwrap()) as usize;
+    message.resize(8 + len, 0);
+    stream.read_exact(&mut message[8..]).ok()?;
+    Some(message)
+}
+
+fn child<'i, 'a>(item: &'i Item<'a>, tag: Tag) -> &'i Item<'a> {
+    let Value::Structure(items) = &item.value else {
+        panic!("{item:?}")
+    };
+    items.iter().find(|item| item.tag == tag).unwrap()
+}
+
+fn protocol_version((major, minor): (i32, i32)) -> Item<'static> {
+    Item::structure(
+        tag::PROTOCOL_VERSION,
+        [
+            Item::new(tag::PROTOCOL_VERSION_MAJOR, Value::Integer(major)),
+            Item::new(tag::PROTOCOL_VERSION_MINOR, Value::Integer(minor)),
+        ],
+    )
+}
+
+fn response(operation: u32, outcome: Outcome) -> Vec<u8> {
+    let status = |status| Item::new(tag::RESULT_STATUS, Value::Enumeration(status));
+    let mut items = vec![Item::new(tag::OPERATION, Value::Enumeration(operation))];
+    match outcome {
+        Ok(payload) => items.extend([status(0), Item::structure(tag::RESPONSE_PAYLOAD, payload)]),
+        Err((reason, message)) => items.extend([
+            status(1),
+            Item::new(tag::RESULT_REASON, Value::Enumeration(reason)),
+            text(tag::RESULT_MESSAGE, message),
+        ]),
+    }
+    let batch_item = Item::structure(tag::BATCH_ITEM, items);
+    Item::structure(tag::RESPONSE_MESSAGE, [batch_item])
+        .encode()
+        .unwrap()
+        .to_vec()
+}
