@@ -314,6 +314,45 @@ fn wrong_arguments_are_refused_with_the_right_ones() {
 }
 
 #[test]
+fn kmip_provider_is_added_with_no_server_up_and_found_wanting_by_the_list() {
+    let bench = Bench::empty();
+    let add = |server: &str| {
+        let files = ["--ca", "ca.pem", "--certificate", "host.pem", "--key", "host.key"];
+        let add = ["provider", "add", "kmip", "--server", server, "--wrap", "server"];
+        [&add[..], &files[..]]
+            .concat()
+            .iter()
+            .map(|s| s.to_string())
+            .collect::<Vec<_>>()
+    };
+    bench.fails(&add("https://kms1"), USAGE, &["https://kms1", "HOST:PORT"]);
+    assert!(!bench.path("state/providers.toml").exists());
+    bench.succeeds(&add("[2001:db8::7]:99"));
+    let settings = fs::read_to_string(bench.path("state/providers.toml")).unwrap();
+    // A path holds wherever sealblk is started.
+    let key = format!("key = {:?}", bench.path("host.key"));
+    for line in [
+        "servers = [\"[2001:db8::7]:99\"]",
+        "wrap = \"server\"",
+        "timeout = 10",
+        &key,
+    ] {
+        assert!(settings.lines().any(|l| l == line), "{line}:\n{settings}");
+    }
+    let list = bench.succeeds(&["provider", "list"]).out;
+    assert!(
+        list.contains("the key provider's own state cannot be used  [2001:db8::7]:99"),
+        "{list}"
+    );
+    bench.fails(
+        &["create", "vm.luks", "--size", "1M"],
+        KEY,
+        &["ca.pem", "cannot be read"],
+    );
+    assert!(!bench.path("vm.luks").exists());
+}
+
+#[test]
 fn impossible_disks_are_refused_and_leave_nothing() {
     let bench = Bench::empty();
     bench.succeeds(&["provider", "add", "native"]);

@@ -166,7 +166,9 @@ impl Failure {
                 AuditError::Broken { .. } | AuditError::HeadNotFound { .. } => VOLUME,
             },
             Self::Config(_) => USAGE,
-            Self::Registry(RegistryError::Name(_) | RegistryError::Exists { .. }) => USAGE,
+            Self::Registry(
+                RegistryError::Name(_) | RegistryError::Exists { .. } | RegistryError::Settings(_),
+            ) => USAGE,
             Self::Secret(SecretError::Arena(_)) => HOST,
             Self::Key(_) | Self::NoProvider | Self::Registry(_) | Self::Secret(_) => KEY,
         }

@@ -111,6 +111,9 @@ pub enum RegistryError {
         /// The state directory.
         dir: PathBuf,
     },
+    /// Settings that a provider cannot be added with.
+    #[error(transparent)]
+    Settings(KeyError),
     /// The provider's own files.
     #[error(transparent)]
     Key(#[from] KeyError),

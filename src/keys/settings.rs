@@ -83,8 +83,8 @@ impl Source {
                     false => Native::create(name, &path)?,
                 }
             }
-            Source::Kmip(settings) => drop(Kmip::new(name, settings)?),
-            Source::Transit(settings) => drop(Transit::new(name, settings)?),
+            Source::Kmip(settings) => drop(Kmip::new(name, settings).map_err(RegistryError::Settings)?),
+            Source::Transit(settings) => drop(Transit::new(name, settings).map_err(RegistryError::Settings)?),
         }
         Ok(())
     }

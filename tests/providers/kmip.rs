@@ -398,7 +398,9 @@ fn settings_of_the_wrong_form_are_refused_when_they_are_made() {
         let dir = tempfile::tempdir().unwrap();
         let mut registry = Registry::open(dir.path()).unwrap();
         match registry.add("kms", Source::Kmip(settings), true) {
-            Err(RegistryError::Key(error)) => assert_fails(Err::<(), _>(error), KeyReason::Invalid, cause),
+            Err(RegistryError::Settings(error)) => {
+                assert_fails(Err::<(), _>(error), KeyReason::Invalid, cause)
+            }
             other => panic!("{other:?}"),
         }
         assert_eq!(registry.list(), []);
