@@ -120,13 +120,13 @@ struct TransitArgs {
     #[arg(long, value_name = "ID", requires = "secret_id_file")]
     role_id: Option<String>,
     /// The file of the role's secret ID, which its owner alone can read
-    #[arg(long, value_name = "FILE", requires = "role_id")]
+    #[arg(long, value_name = "FILE", requires = "role_id", conflicts_with_all = ["certificate", "token_file"])]
     secret_id_file: Option<PathBuf>,
     /// Log in by this TLS certificate, a PEM file
     #[arg(long, value_name = "FILE", requires = "key")]
     certificate: Option<PathBuf>,
     /// The file of the certificate's private key, which its owner alone can read
-    #[arg(long, value_name = "FILE", requires = "certificate")]
+    #[arg(long, value_name = "FILE", requires = "certificate", conflicts_with_all = ["role_id", "token_file"])]
     key: Option<PathBuf>,
     /// Log in by the token in this file, which something else keeps valid, and its owner alone can read
     #[arg(long, value_name = "FILE")]
