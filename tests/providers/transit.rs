@@ -1,7 +1,8 @@
 //! The transit provider, with OpenBao.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -516,4 +517,84 @@ fn files_that_cannot_be_used_are_the_hosts_own_fault() {
         mount: "cert".into(),
     };
     assert_eq!(reason(Settings { login, ..good }), KeyReason::Invalid);
+}
+
+#[test]
+fn volume_moves_to_the_new_version_of_a_rotated_key() {
+    let server = Server::start();
+    let dir = tempfile::tempdir().unwrap();
+    let disk = dir.path().join("vm.luks");
+    let sealblk = |verb: &[&str], operands: &[&str]| {
+        let done = Command::new(env!("CARGO_BIN_EXE_sealblk"))
+            .args(verb)
+            .arg("--state-dir")
+            .arg(dir.path().join("state"))
+            .env("SEALBLK_CONFIG", server.private("config.toml", ""))
+            .args(operands)
+            .output()
+            .unwrap();
+        let stderr = String::from_utf8_lossy(&done.stderr);
+        assert!(done.status.success(), "{verb:?}: {stderr}");
+        String::from_utf8(done.stdout).unwrap()
+    };
+    let Login::Approle {
+        role_id,
+        secret_id_file,
+        ..
+    } = server.approle(3600)
+    else {
+        unreachable!()
+    };
+    let text = |path: &Path| path.to_str().unwrap().to_owned();
+    let ca = text(&certificates::directory().join("ca.pem"));
+    let address = server.address();
+    let (secret_id_file, disk) = (text(&secret_id_file), text(&disk));
+    let mut options = vec!["--address", &address, "--ca", &ca, "--transit-key", "sealblk"];
+    options.extend(["--role-id", &role_id, "--secret-id-file", &secret_id_file]);
+    sealblk(&["provider", "add", "transit"], &options);
+    let list = sealblk(&["provider", "list"], &[]);
+    assert!(list.contains("usable") && list.contains(&address), "{list}");
+
+    sealblk(&["create"], &["--size=32M", &disk]);
+    let info = || sealblk(&["info"], &[&disk]);
+    assert!(info().contains("sealblk:vault:v1:"), "{}", info());
+    server.post("transit/keys/sealblk/rotate", json!({}));
+    sealblk(&["rekey"], &[&disk]);
+    assert!(info().contains("sealblk:vault:v2:"), "{}", info());
+    server.post(
+        "transit/keys/sealblk/config",
+        json!({"min_decryption_version": 2}),
+    );
+    // It has to open for that.
+    sealblk(&["rekey"], &[&disk]);
+}
+
+#[test]
+fn ways_to_log_in_exclude_each_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let add = |login: &[&str]| {
+        Command::new(env!("CARGO_BIN_EXE_sealblk"))
+            .args(["provider", "add", "transit", "--state-dir"])
+            .arg(dir.path().join("state"))
+            .args(["--address=https://bao1", "--ca=ca.pem", "--transit-key=sealblk"])
+            .args(login)
+            .output()
+            .unwrap()
+            .status
+            .code()
+    };
+    for login in [
+        &[][..],
+        &["--role-id=a"],
+        &["--secret-id-file=a"],
+        &["--certificate=a"],
+        &["--key=a"],
+        &["--token-file=a", "--role-id=a", "--secret-id-file=a"],
+        &["--token-file=a", "--certificate=a", "--key=a"],
+        &["--token-file=a", "--secret-id-file=a"],
+        &["--token-file=a", "--login-mount=a"],
+    ] {
+        assert_eq!(add(login), Some(2), "{login:?}");
+    }
+    assert_eq!(add(&["--token-file=a"]), Some(0));
 }
