@@ -135,7 +135,7 @@ struct TransitArgs {
     #[arg(long, value_name = "PATH", conflicts_with = "token_file")]
     login_mount: Option<String>,
     /// How long an operation may take
-    #[arg(long, value_name = "SECONDS", default_value_t = transit::TIMEOUT, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "SECONDS", default_value_t = transit::TIMEOUT)]
     timeout: u16,
     #[command(flatten)]
     common: Common,

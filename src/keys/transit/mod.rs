@@ -47,6 +47,8 @@ pub const MOUNT: &str = "transit";
 
 /// The default of [`Settings::timeout`], in seconds.
 pub const TIMEOUT: u16 = 10;
+/// Who asks the agent for a key gives up after 120 seconds, and should hear why there is none.
+const LONGEST_TIMEOUT: u16 = 100;
 
 /// What a transit provider has to be told.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -86,8 +88,8 @@ enum Setting {
     Path(String),
     #[error("{0:?} cannot be a role's ID")]
     Role(String),
-    #[error("an operation needs at least a second")]
-    Timeout,
+    #[error("timeout = {0}: from 1 to {LONGEST_TIMEOUT} seconds are possible")]
+    Timeout(u16),
 }
 
 /// A key ID that is none of this provider's.
@@ -161,8 +163,8 @@ impl Settings {
             return Err(Setting::Relative(path.clone()));
         }
         match self.timeout {
-            0 => Err(Setting::Timeout),
-            _ => Ok(()),
+            1..=LONGEST_TIMEOUT => Ok(()),
+            timeout => Err(Setting::Timeout(timeout)),
         }
     }
 
@@ -394,5 +396,41 @@ impl KekSource for Transit {
             KeyReason::NotActive => Ok(KeyState::Deactivated),
             _ => Err(e.of(key_id)),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHORTEST: &str = "addresses = [\"https://bao1\"]\nca = \"/ca.pem\"\ntransit-key = \"sealblk\"\n";
+
+    #[test]
+    fn settings_that_are_left_out_have_defaults() {
+        let role = "[login]\nmethod = \"approle\"\nrole-id = \"r\"\nsecret-id-file = \"/s\"\n";
+        let settings: Settings = toml::from_str(&format!("{SHORTEST}{role}")).unwrap();
+        settings.check().unwrap();
+        assert_eq!(
+            (settings.mount.as_str(), settings.namespace, settings.timeout),
+            ("transit", None, TIMEOUT)
+        );
+        let Login::Approle { mount, .. } = settings.login else {
+            panic!("another login");
+        };
+        assert_eq!(mount, "approle");
+    }
+
+    #[test]
+    fn unknown_settings_are_refused() {
+        let token = "[login]\nmethod = \"token\"\ntoken-file = \"/t\"\n";
+        toml::from_str::<Settings>(&format!("{SHORTEST}{token}")).unwrap();
+        for text in [
+            format!("{SHORTEST}colour = 1\n{token}"),
+            format!("{SHORTEST}{token}colour = 1\n"),
+            format!("{SHORTEST}{token}role-id = \"r\"\n"),
+            SHORTEST.to_owned(),
+        ] {
+            assert!(toml::from_str::<Settings>(&text).is_err(), "{text}");
+        }
     }
 }
