@@ -7,6 +7,7 @@
 //! cli      a file for each verb
 //! agent    the host's key agent, and its client
 //! control  sockets on which processes of ours are asked, and who may
+//! served   a volume that is being served: its key comes, goes and is changed
 //! device   what the guest sees: virtio-blk over vhost-user
 //! volume   LUKS2 on storage, and the segment table that maps sectors to it
 //! cipher, storage, keys
@@ -18,5 +19,6 @@ pub mod cli;
 pub mod control;
 pub mod device;
 pub mod keys;
+pub mod served;
 pub mod storage;
 pub mod volume;

@@ -1,7 +1,5 @@
 //! The host's key agent, as its callers see it: users who have neither the state directory nor a provider's credentials.
 
-#![allow(unsafe_code)] // A thread of another user than its process has no safe wrapper.
-
 mod common;
 
 use std::fs;
@@ -13,6 +11,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use common::secrets::as_user;
 use common::serve::SEALBLK;
 use common::volume::run;
 use sealblk::agent::{Client, Purpose};
@@ -24,7 +23,8 @@ use uuid::Uuid;
 
 /// A user whom no host has, and who is granted nothing unless a test does.
 const SOMEBODY: u32 = 4_000_001;
-const GROUP: u32 = 4_000_002;
+/// A group, and a user of the same number.
+const GROUP: u32 = 4_100_000;
 
 /// An agent with a native provider, ended with this.
 struct Agent {
@@ -120,26 +120,6 @@ impl Drop for Agent {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
-}
-
-/// Does `work` as `user`, which the kernel tells the agent; nobody else in this process is.
-fn as_user<R: Send>(user: u32, group: u32, work: impl FnOnce() -> R + Send) -> R {
-    thread::scope(|scope| {
-        let thread = scope.spawn(|| {
-            // The raw calls change this thread alone, which ends with it.
-            let keep: libc::c_long = -1;
-            let no_groups: [libc::gid_t; 0] = [];
-            // SAFETY: a list of no groups.
-            let groups = unsafe { libc::syscall(libc::SYS_setgroups, 0, no_groups.as_ptr()) };
-            // SAFETY: these take numbers alone.
-            let id = unsafe { libc::syscall(libc::SYS_setresgid, keep, group, keep) };
-            assert_eq!((groups, id), (0, 0));
-            // SAFETY: as above.
-            assert_eq!(unsafe { libc::syscall(libc::SYS_setresuid, keep, user, keep) }, 0);
-            work()
-        });
-        thread.join().unwrap()
-    })
 }
 
 fn binding(key_id: &KeyId) -> Binding<'_> {
@@ -277,7 +257,7 @@ fn a_privilege_allows_its_calls_and_no_others() {
     let mut refusals = 0;
     for (name, takes, call) in &calls {
         for (privilege, user) in privileges.iter().zip(SOMEBODY..) {
-            let result = as_user(user, GROUP, call);
+            let result = as_user(user, call);
             match takes.contains(privilege) {
                 true => result.unwrap_or_else(|error| panic!("{name} with {privilege}: {error}")),
                 false => {
@@ -322,8 +302,8 @@ fn members_of_a_group_have_its_privileges_and_strangers_are_told_what_they_lack(
         "[[grant]]\ngroup = {GROUP}\nprivileges = [\"EncryptNew\"]"
     ));
     let create = || agent.provider(Purpose::Create).create_kek();
-    as_user(SOMEBODY, GROUP, create).unwrap();
-    let error = as_user(SOMEBODY, GROUP + 1, create).unwrap_err();
+    as_user(GROUP, create).unwrap();
+    let error = as_user(SOMEBODY, create).unwrap_err();
     let cause = std::error::Error::source(&error).unwrap().to_string();
     assert_eq!(cause, format!("user {SOMEBODY} lacks the privilege EncryptNew"));
     let record = agent.audit().pop().unwrap();
@@ -444,7 +424,7 @@ fn callers_that_send_nonsense_or_nothing_keep_nobody_out() {
         );
     }
     // A user takes all places that one user gets, and more.
-    let silent: Vec<_> = as_user(SOMEBODY, GROUP, || (0..700).map(|_| connect()).collect());
+    let silent: Vec<_> = as_user(SOMEBODY, || (0..700).map(|_| connect()).collect());
     let mut last = &silent[699];
     last.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     assert_eq!(last.read(&mut [0]).unwrap_or(0), 0, "it is turned away");

@@ -5,13 +5,13 @@
 
 mod common;
 
-use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::fs;
 use std::process::Command;
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use common::driver::{Data, Driver, T_IN, T_OUT};
+use common::secrets::{finds, readable_memory};
 use common::serve::Server;
 use common::volume::{MIB, PASSPHRASE, Volume, run};
 use sealblk::keys::registry::Registry;
@@ -119,26 +119,6 @@ fn memory_after(volume: &Volume, work: impl FnOnce(&mut Driver)) -> Option<Vec<u
     Some(memory)
 }
 
-/// Every mapping that can be read, one after the other.
-fn readable_memory(pid: u32) -> Vec<u8> {
-    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
-    let memory = File::open(format!("/proc/{pid}/mem")).unwrap();
-    let mut bytes = Vec::new();
-    for line in maps.lines() {
-        let mut fields = line.split(' ');
-        let (start, end) = fields.next().unwrap().split_once('-').unwrap();
-        if !fields.next().unwrap().starts_with('r') {
-            continue;
-        }
-        let address = |hex| u64::from_str_radix(hex, 16).unwrap();
-        let mut mapping = vec![0; (address(end) - address(start)) as usize];
-        if memory.read_exact_at(&mut mapping, address(start)).is_ok() {
-            bytes.append(&mut mapping);
-        }
-    }
-    bytes
-}
-
 /// What the volume's token wraps.
 fn slot_secret(volume: &Volume) -> Vec<u8> {
     let cryptsetup = |args: &[&str]| run(Command::new("cryptsetup").args(args).arg(&volume.path)).stdout;
@@ -174,10 +154,4 @@ fn assert_absent(memory: &[u8], secret: &[u8], what: &str) {
             16 * i + 16
         );
     }
-}
-
-fn finds(memory: &[u8], wanted: &[u8]) -> bool {
-    memory
-        .windows(wanted.len())
-        .any(|window| window[0] == wanted[0] && window == wanted)
 }

@@ -92,7 +92,7 @@ fn host_without_the_provider_is_refused() {
 fn provider_of_the_same_name_with_another_key_is_refused() {
     let (mut volume, other) = (small(), small());
     volume.open.clone_from(&other.open);
-    refused(&volume, &[], KEY, &[named(&volume.path), "native"]);
+    refused(&volume, &["--no-wait"], KEY, &[named(&volume.path), "native"]);
 }
 
 #[test]

@@ -83,12 +83,15 @@ fn memory() -> String {
 }
 
 fn sealblk() -> String {
-    let in_tree =
-        |arguments: &[&str]| said("git", &[&["-C", env!("CARGO_MANIFEST_DIR")], arguments].concat());
-    let version = env!("CARGO_PKG_VERSION");
+    let git = |arguments: &[&str]| lines("git", &[&["-C", env!("CARGO_MANIFEST_DIR")], arguments].concat());
+    let commit = git(&["rev-parse", "--short=12", "HEAD"]).pop();
+    // Reports change the documents; what they tell of is the program.
+    let changed = !git(&["status", "--porcelain", "--", ".", ":!docs"]).is_empty();
     format!(
-        "{version}, commit {}",
-        in_tree(&["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"])
+        "{}, commit {}{}",
+        env!("CARGO_PKG_VERSION"),
+        commit.as_deref().unwrap_or("unknown"),
+        if changed { ", changed" } else { "" }
     )
 }
 

@@ -13,23 +13,19 @@ mod audit;
 mod client;
 mod service;
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 
-use crate::control::peer::Peer;
 use crate::control::privilege::{Grants, Privilege};
-use crate::control::socket::{BindError, Bound, bind, termination};
-use crate::control::varlink;
+use crate::control::server;
+use crate::control::socket::{BindError, Bound, termination};
+use crate::control::varlink::Interface;
 use crate::keys::SharedProviders;
 
 use audit::AuditLog;
@@ -42,19 +38,8 @@ pub const DEFAULT_SOCKET: &str = "/run/sealblk/agent.sock";
 /// How long a KEK is kept after it was fetched, if nobody says otherwise: a reboot's storm of attaches is over by then.
 pub const DEFAULT_TIME_TO_LIVE: Duration = Duration::from_secs(600);
 
-/// The most callers at a time; others wait to be accepted.
-const MAX_CALLERS: usize = 1024;
-/// The most callers of one user at a time, so that none keeps out the others; what is more is turned away.
-const MAX_CALLERS_OF_USER: usize = MAX_CALLERS / 2;
-/// How long a caller may be silent, or leave an answer unread.
-const CALLER_TIMEOUT: Duration = Duration::from_secs(30);
-/// A caller's thread calls into a provider's client, and into little else.
-const STACK: usize = 1 << 20;
 /// How often KEKs are looked at for their time.
-const TICK: Timespec = Timespec {
-    tv_sec: 1,
-    tv_nsec: 0,
-};
+const TICK: Duration = Duration::from_secs(1);
 
 /// What a key is asked for. The interface describes which calls and privileges go with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -132,10 +117,7 @@ impl Agent {
         if let Some(dir) = settings.socket.parent() {
             std::fs::create_dir_all(dir)?;
         }
-        let (listener, bound) = bind(&settings.socket)?;
-        // Anybody may ask; who may have what is decided by who it is.
-        std::fs::set_permissions(&settings.socket, std::fs::Permissions::from_mode(0o666))?;
-        listener.set_nonblocking(true)?;
+        let (listener, bound) = server::bind(&settings.socket)?;
         audit.record(
             "AgentStarted",
             serde_json::json!({ "process": std::process::id() }),
@@ -153,107 +135,9 @@ impl Agent {
     /// # Errors
     /// If it cannot wait for callers.
     pub fn run(self) -> io::Result<()> {
-        let callers = Arc::new(Callers::default());
-        loop {
-            let mut fds = [
-                PollFd::new(&self.ending, PollFlags::IN),
-                PollFd::from_borrowed_fd(self.listener.as_fd(), PollFlags::IN),
-            ];
-            match poll(&mut fds, Some(&TICK)) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-            if !fds[0].revents().is_empty() {
-                return Ok(());
-            }
-            let called = !fds[1].revents().is_empty();
-            self.service.providers().drop_expired();
-            if !called {
-                continue;
-            }
-            callers.wait_for_place();
-            match self.listener.accept() {
-                Ok((stream, _)) => self.answer(stream, &callers),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => {
-                    tracing::warn!(%error, "a caller cannot be accepted");
-                    std::thread::sleep(Duration::from_millis(100));
-                }
-            }
-        }
-    }
-
-    fn answer(&self, stream: UnixStream, callers: &Arc<Callers>) {
-        let Ok(peer) = Peer::of(&stream) else { return };
-        let Some(place) = Callers::place_for(callers, peer.user) else {
-            tracing::debug!(user = peer.user, "a caller is turned away: its user has too many");
-            return;
-        };
-        let service = Arc::clone(&self.service);
-        let thread = std::thread::Builder::new()
-            .name("caller".into())
-            .stack_size(STACK);
-        let spawned = thread.spawn(move || {
-            if let Err(error) = varlink::serve(stream, &peer, &*service, CALLER_TIMEOUT) {
-                tracing::debug!(%error, user = peer.user, "a caller was left");
-            }
-            drop(place);
-        });
-        if let Err(error) = spawned {
-            tracing::warn!(%error, "a caller cannot be answered");
-        }
-    }
-}
-
-/// Those who are being answered: how many of each user.
-#[derive(Debug, Default)]
-struct Callers {
-    of_users: Mutex<HashMap<u32, usize>>,
-    left: Condvar,
-}
-
-/// A caller's place among them.
-struct Place {
-    callers: Arc<Callers>,
-    user: u32,
-}
-
-impl Callers {
-    /// Waits until there is a place for somebody.
-    fn wait_for_place(&self) {
-        let full = |of_users: &mut HashMap<u32, usize>| of_users.values().sum::<usize>() >= MAX_CALLERS;
-        let waited = self.left.wait_while(self.lock(), full);
-        drop(waited.unwrap_or_else(PoisonError::into_inner));
-    }
-
-    /// A place for one more caller of `user`, if there is one.
-    fn place_for(callers: &Arc<Self>, user: u32) -> Option<Place> {
-        let mut of_users = callers.lock();
-        let of_user = of_users.entry(user).or_default();
-        if *of_user >= MAX_CALLERS_OF_USER {
-            return None;
-        }
-        *of_user += 1;
-        Some(Place {
-            callers: Arc::clone(callers),
-            user,
-        })
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<u32, usize>> {
-        self.of_users.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        if let Entry::Occupied(mut of_user) = self.callers.lock().entry(self.user) {
-            *of_user.get_mut() -= 1;
-            if *of_user.get() == 0 {
-                of_user.remove();
-            }
-        }
-        self.callers.left.notify_one();
+        let service: Arc<dyn Interface> = Arc::<Service>::clone(&self.service);
+        let expire = || self.service.providers().drop_expired();
+        server::run(&self.listener, &self.ending, &service, Some((TICK, &expire)))
     }
 }
 

@@ -6,9 +6,11 @@ use std::path::PathBuf;
 use crate::agent::{AgentError, AuditError};
 use crate::cipher::{CipherError, SectorSize};
 use crate::control::socket::BindError;
+use crate::control::varlink::CallError;
 use crate::device::ServeError;
 use crate::keys::KeyError;
 use crate::keys::registry::RegistryError;
+use crate::served::OpenError;
 use crate::storage::StorageError;
 use crate::volume::{HeaderError, KdfError, KeyslotError, Reason, VolumeError};
 
@@ -131,6 +133,31 @@ pub enum Failure {
     /// The audit log.
     #[error(transparent)]
     Audit(#[from] AuditError),
+    /// A served disk does not answer.
+    #[error("{}: no served disk answers on this control socket", socket.display())]
+    Control {
+        /// The socket.
+        socket: PathBuf,
+        /// Why.
+        source: CallError,
+    },
+    /// A served disk says no.
+    #[error("{}: {message}", socket.display())]
+    Refused {
+        /// The socket.
+        socket: PathBuf,
+        /// Why.
+        message: String,
+    },
+    /// The host is out of something.
+    #[error("descriptors or threads are exhausted")]
+    Host(#[source] io::Error),
+    /// The control socket.
+    #[error(transparent)]
+    Socket(#[from] BindError),
+    /// The volume that is to be served.
+    #[error(transparent)]
+    Open(#[from] OpenError),
     /// The disk cannot be served.
     #[error(transparent)]
     Serve(#[from] ServeError),
@@ -166,6 +193,12 @@ impl Failure {
                 AuditError::Broken { .. } | AuditError::HeadNotFound { .. } => VOLUME,
             },
             Self::Config(_) => USAGE,
+            Self::Control { .. } | Self::Host(_) => HOST,
+            Self::Refused { .. } => KEY,
+            Self::Socket(error) => socket_code(error),
+            Self::Open(OpenError::Volume(VolumeError { reason, .. })) => volume_code(reason),
+            Self::Open(OpenError::Passphrase(_)) => KEY,
+            Self::Open(OpenError::Replaced { .. } | OpenError::Reshaped) => VOLUME,
             Self::Registry(
                 RegistryError::Name(_) | RegistryError::Exists { .. } | RegistryError::Settings(_),
             ) => USAGE,
@@ -190,6 +223,7 @@ fn volume_code(reason: &Reason) -> u8 {
         | Reason::Provider { .. }
         | Reason::Wrap(_)
         | Reason::Kek(_)
+        | Reason::NoProvider
         | Reason::ForeignToken { .. }
         | Reason::TokenOpensNothing { .. } => KEY,
         Reason::RekeyUnfinished(reason) | Reason::ReadBack(reason) => volume_code(reason),

@@ -19,6 +19,7 @@ mod recovery_key;
 mod rekey;
 pub mod secret;
 mod serve;
+mod served;
 mod size;
 mod volume_args;
 
@@ -98,6 +99,9 @@ enum Verb {
     Rekey(rekey::Rekey),
     Provider(provider::Provider),
     Serve(serve::Serve),
+    Status(served::Status),
+    Lock(served::Lock),
+    Unlock(served::Unlock),
     Agent(agent::Agent),
     Audit(audit::Audit),
 }
@@ -217,6 +221,9 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Rekey(verb) => verb.run(&host),
         Verb::Provider(verb) => verb.run(&host),
         Verb::Serve(verb) => verb.run(&host),
+        Verb::Status(verb) => verb.run(),
+        Verb::Lock(verb) => verb.run(),
+        Verb::Unlock(verb) => verb.run(),
         Verb::Agent(verb) => verb.run(&host),
         Verb::Audit(verb) => verb.run(&host),
     }

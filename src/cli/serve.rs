@@ -2,13 +2,17 @@
 
 use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 use clap::{ArgGroup, Args};
+use rustix::event::{EventfdFlags, eventfd};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use sha2::{Digest, Sha256};
+use uuid::Uuid;
 
 use super::failure::Failure;
 use super::secret::{SecretError, SecretSource};
@@ -16,8 +20,11 @@ use super::size::{NotASize, Size};
 use super::{Host, output};
 use crate::agent::Purpose;
 use crate::cipher::{KEY_LEN, KernelChoice, Sector, SectorCipher, SectorSize};
+use crate::control::socket::Bound;
+use crate::control::{server, varlink};
 use crate::device::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES, Disk, Endpoint, Server};
 use crate::keys::arena::SecretBytes;
+use crate::served::{By, Interface, Opener, Served};
 use crate::storage::{Access, Backing, DataFile, PAGE};
 use crate::volume::segment::{SegmentTable, Treatment};
 use crate::volume::{HeaderError, Locked, Reason, VolumeError, plain};
@@ -32,6 +39,9 @@ Then start QEMU with memory that it shares, and the disk:
 
 A volume is known by its header: with --allow-unencrypted too it is served
 decrypted, and one whose header is damaged not at all.
+
+If the key is not to be had, the disk is locked: the guest sees it, and its requests
+wait until the key is there. --no-wait ends instead.
 
 The process ends on SIGTERM, when all that is in flight is done. A front-end
 may leave and come back, or be followed by another; there is one at a time.";
@@ -62,6 +72,12 @@ pub(super) struct Serve {
     /// Refuse writes; several processes may serve a disk so
     #[arg(long)]
     read_only: bool,
+    /// Answer `sealblk status`, `lock`, `unlock` and `rekey` on this socket
+    #[arg(long, value_name = "SOCK", conflicts_with_all = ["null_storage", "allow_unencrypted"])]
+    control_socket: Option<PathBuf>,
+    /// End at once if the key is not to be had, instead of serving a locked disk until it is
+    #[arg(long)]
+    no_wait: bool,
     /// The most queues that QEMU may ask for
     #[arg(long, value_name = "N", default_value_t = MAX_QUEUES as u16,
           value_parser = clap::value_parser!(u16).range(1..=MAX_QUEUES))]
@@ -135,22 +151,55 @@ impl Serve {
             None => Ok(None),
         };
         let (backing, header) = (claim(&self.blk_file)?, claim(&self.header)?);
-        let medium = match (&backing, self.null_storage) {
+        let medium = match (backing, self.null_storage) {
             (_, Some(size)) => self.null(size)?,
-            (Some(disk), None) => self.stored(host, disk, header.as_ref())?,
+            (Some(disk), None) => self.stored(host, disk, header)?,
             (None, None) => unreachable!("clap asks for one of them"),
         };
-        let server = Server::new(self.disk(medium), self.num_queues, endpoint)?;
-        Ok(server.run()?)
+        let disk = Arc::new(self.disk(&medium)?);
+        let control = self.control_socket.as_deref().map(server::bind).transpose()?;
+        let (served, _claim) = match medium.key {
+            Key::Volume { opener, uuid } => {
+                let served = Served::start(opener, Arc::clone(&disk), uuid, !self.no_wait)?;
+                (Some(served), None)
+            }
+            Key::Known { table, claim } => {
+                disk.unlock(table);
+                (None, claim)
+            }
+        };
+        // From here on threads do not get the signals that end the process.
+        let server = Server::new(disk, self.num_queues, endpoint)?;
+        if let Some(served) = &served {
+            served.wait_for_key();
+        }
+        match (&served, control) {
+            (Some(served), Some((listener, bound))) => {
+                run_with_control(server, served, host, listener, bound)
+            }
+            _ => Ok(server.run()?),
+        }
     }
 
-    fn stored(&self, host: &Host, disk: &Backing, header: Option<&Backing>) -> Result<Medium, Failure> {
-        let opened = match header {
-            Some(header) => Locked::open(header, Some(disk)),
-            None => Locked::open(disk, None),
+    fn stored(&self, host: &Host, disk: Backing, header: Option<Backing>) -> Result<Medium, Failure> {
+        let opened = match &header {
+            Some(header) => Locked::open(header, Some(&disk)),
+            None => Locked::open(&disk, None),
         };
         match opened {
-            Ok(locked) => self.volume(host, disk, &locked.with_kernel(self.cipher_kernel)),
+            Ok(locked) => {
+                let volume = self.volume(&disk, &locked)?;
+                let by = self.unlocked_by(host)?;
+                Ok(volume.of(Key::Volume {
+                    uuid: locked.uuid(),
+                    opener: Opener {
+                        disk,
+                        header,
+                        by,
+                        kernel: self.cipher_kernel,
+                    },
+                }))
+            }
             Err(volume) if header.is_none() && is_no_volume(&volume) => match self.allow_unencrypted {
                 true => self.plain(disk),
                 false => Err(Failure::Unencrypted { volume }),
@@ -159,31 +208,41 @@ impl Serve {
         }
     }
 
-    /// Unlocks the volume. What stays of its key are the round keys in the disk's segment table.
-    fn volume(&self, host: &Host, disk: &Backing, locked: &Locked<'_>) -> Result<Medium, Failure> {
+    /// What is known of the volume without its key.
+    fn volume(&self, disk: &Backing, locked: &Locked<'_>) -> Result<Shape, Failure> {
         if self.sector_size.is_some() {
             return Err(Failure::SectorSizeOfVolume {
                 disk: disk.path().to_owned(),
             });
         }
-        let volume = match (&self.passphrase_file, &self.key_file) {
-            (Some(source), _) => locked.unlock_with_passphrase(&source.read_passphrase()?)?,
-            (None, Some(source)) => locked.unlock_with_passphrase(&source.read()?)?,
-            (None, None) => locked.unlock_with_provider(&host.keys(Purpose::Attach)?)?,
-        };
-        let (table, sector_size) = (volume.table(), volume.sector_size());
-        let file = disk.data_file(table.alignment(sector_size.bytes() as u32))?;
-        tracing::info!(volume = %volume.uuid(), keyslot = volume.keyslot(), "unlocked");
-        Ok(Medium {
-            table,
+        let sector_size = locked.sector_size();
+        Ok(Shape {
+            sectors: locked.capacity() / Sector::LEN,
             sector_size,
-            file,
-            serial: volume.uuid().simple().to_string(),
+            file: Arc::new(disk.data_file(locked.alignment(sector_size.bytes() as u32))?),
+            serial: locked.uuid().simple().to_string(),
+        })
+    }
+
+    fn unlocked_by(&self, host: &Host) -> Result<By, Failure> {
+        Ok(match (&self.passphrase_file, &self.key_file) {
+            (Some(source), _) => {
+                let source = source.clone();
+                By::Passphrase(Box::new(move || Ok(source.read_passphrase()?)))
+            }
+            (None, Some(source)) => {
+                let source = source.clone();
+                By::Passphrase(Box::new(move || Ok(source.read()?)))
+            }
+            (None, None) => By::Providers {
+                attach: Box::new(host.keys(Purpose::Attach)?),
+                recrypt: Box::new(host.keys(Purpose::Recrypt)?),
+            },
         })
     }
 
     /// The disk as it lies there, which is no volume.
-    fn plain(&self, disk: &Backing) -> Result<Medium, Failure> {
+    fn plain(&self, disk: Backing) -> Result<Medium, Failure> {
         let keys = [
             ("--passphrase-file", &self.passphrase_file),
             ("--key-file", &self.key_file),
@@ -195,15 +254,18 @@ impl Serve {
             });
         }
         let sector_size = self.sector_size.unwrap_or_default();
-        let table = plain(disk, sector_size)?;
-        let file = disk.data_file(sector_size.bytes() as u32)?;
+        let table = plain(&disk, sector_size)?;
         tracing::warn!("not a LUKS2 volume: it is served as a plain disk, and nothing of it is encrypted");
-        Ok(Medium {
-            table,
+        let shape = Shape {
+            sectors: table.sectors(),
             sector_size,
-            file,
+            file: Arc::new(disk.data_file(sector_size.bytes() as u32)?),
             serial: serial_of_path(disk.path()),
-        })
+        };
+        Ok(shape.of(Key::Known {
+            table,
+            claim: Some(disk),
+        }))
     }
 
     /// No disk: all but the storage.
@@ -226,47 +288,102 @@ impl Serve {
             encrypted = !self.allow_unencrypted,
             "null storage, to measure with: nothing that is written is kept, and reads give noise"
         );
-        Ok(Medium {
-            table: Arc::new(SegmentTable::whole(capacity, treatment)),
+        let table = Arc::new(SegmentTable::whole(capacity, treatment));
+        let shape = Shape {
+            sectors: table.sectors(),
             sector_size,
-            file: DataFile::null().map_err(Failure::Null)?,
+            file: Arc::new(DataFile::null().map_err(Failure::Null)?),
             serial: "null".into(),
-        })
+        };
+        Ok(shape.of(Key::Known { table, claim: None }))
     }
 
-    fn disk(&self, medium: Medium) -> Disk {
+    fn disk(&self, medium: &Medium) -> Result<Disk, Failure> {
+        let shape = &medium.shape;
         let path = self.blk_file.as_ref().map(|path| path.display());
         tracing::info!(
             disk = path.map(tracing::field::display),
-            capacity = medium.table.sectors() * Sector::LEN,
-            sector_size = medium.sector_size.bytes(),
+            capacity = shape.sectors * Sector::LEN,
+            sector_size = shape.sector_size.bytes(),
             read_only = self.read_only,
-            direct = medium.file.is_direct(),
+            direct = shape.file.is_direct(),
             "serving"
         );
-        if !medium.file.is_direct() {
+        if !shape.file.is_direct() {
             tracing::warn!("no direct I/O with this sector size here; data pass through the page cache");
         }
-        Disk::new(
-            medium.table,
-            Arc::new(medium.file),
-            medium.sector_size,
+        let disk = Disk::new(
+            shape.sectors,
+            Arc::clone(&shape.file),
+            shape.sector_size,
             self.read_only,
             self.discard,
-            self.serial.as_ref().unwrap_or(&medium.serial),
-        )
-        .with_poll_max(Duration::from_micros(self.poll_max.into()))
-        .with_pool_pages(self.pool_size.unwrap_or(DEFAULT_POOL_PAGES))
+            self.serial.as_ref().unwrap_or(&shape.serial),
+        );
+        Ok(disk
+            .map_err(Failure::Host)?
+            .with_poll_max(Duration::from_micros(self.poll_max.into()))
+            .with_pool_pages(self.pool_size.unwrap_or(DEFAULT_POOL_PAGES)))
     }
+}
+
+/// Serves, and answers on the control socket meanwhile.
+fn run_with_control(
+    server: Server,
+    served: &Arc<Served>,
+    host: &Host,
+    listener: UnixListener,
+    bound: Bound,
+) -> Result<(), Failure> {
+    let interface: Arc<dyn varlink::Interface> =
+        Arc::new(Interface::new(Arc::clone(served), host.config()?.grants));
+    let ended = eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| Failure::Host(error.into()))?;
+    let result = thread::scope(|scope| {
+        let control = thread::Builder::new().name("control".into());
+        let spawned = control.spawn_scoped(scope, || {
+            if let Err(error) = server::run(&listener, &ended, &interface, None) {
+                tracing::error!(%error, "the control socket is answered no more");
+            }
+        });
+        spawned.map_err(Failure::Host)?;
+        let result = server.run();
+        let _ = rustix::io::write(&ended, &1_u64.to_ne_bytes());
+        Ok(result?)
+    });
+    drop(bound);
+    result
 }
 
 /// What lies under a disk.
 struct Medium {
-    table: Arc<SegmentTable>,
+    shape: Shape,
+    key: Key,
+}
+
+/// What is known without a key.
+struct Shape {
+    sectors: u64,
     sector_size: SectorSize,
-    file: DataFile,
+    file: Arc<DataFile>,
     /// The disk's serial, if the operator gives none.
     serial: String,
+}
+
+/// Where its segment table comes from.
+enum Key {
+    /// From the volume, which has to be unlocked for it.
+    Volume { opener: Opener, uuid: Uuid },
+    /// It is there, and stays.
+    Known {
+        table: Arc<SegmentTable>,
+        claim: Option<Backing>,
+    },
+}
+
+impl Shape {
+    fn of(self, key: Key) -> Medium {
+        Medium { shape: self, key }
+    }
 }
 
 fn is_no_volume(error: &VolumeError) -> bool {

@@ -15,7 +15,7 @@ pub(super) struct VolumeArgs {
     /// The disk's file or device
     pub(super) disk: PathBuf,
     /// The file that holds the header, if it is detached
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", requires = "disk")]
     header: Option<PathBuf>,
 }
 

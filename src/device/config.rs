@@ -169,28 +169,13 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::cipher::Sector;
     use crate::storage::{Access, Backing};
-    use crate::volume::segment::{Segment, SegmentTable, Treatment};
 
     fn disk(read_only: bool, discard: bool) -> Disk {
         let file = tempfile::NamedTempFile::new().unwrap();
         let backing = Backing::open(file.path(), Access::ReadWrite).unwrap();
-        let table = SegmentTable::new([Segment {
-            sectors: 2048,
-            offset: 0,
-            iv: Sector(0),
-            treatment: Treatment::Linear,
-        }]);
         let file = Arc::new(backing.data_file(512).unwrap());
-        Disk::new(
-            Arc::new(table),
-            file,
-            SectorSize::B512,
-            read_only,
-            discard,
-            "serial",
-        )
+        Disk::new(2048, file, SectorSize::B512, read_only, discard, "serial").unwrap()
     }
 
     #[test]

@@ -1,20 +1,34 @@
 //! The disk that all workers of a served volume share.
+//!
+//! It has its key, or it is locked: then no ring is served, and the driver's requests wait in the rings, as long as it
+//! takes. What I/O stands on is the segment table, in which the keys are; each worker borrows it for as long as it has a
+//! ring. So a lock is done when the last worker has given the table back, and nothing of a key is left with it.
 
 use std::io;
-use std::sync::Arc;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+
+use rustix::event::{EventfdFlags, eventfd};
 
 use super::{polling, worker};
 use crate::cipher::SectorSize;
 use crate::storage::DataFile;
 use crate::volume::segment::SegmentTable;
 
+/// How often a lock looks whether the workers are done.
+const LOCK_TICK: Duration = Duration::from_millis(1);
+
 /// A disk as the guest sees it, and what lies under it.
 #[derive(Debug)]
 pub struct Disk {
-    /// Which range of sectors lies where, and under which key.
-    pub table: Arc<SegmentTable>,
+    /// Which range of sectors lies where, and under which key; none while the disk is locked.
+    table: Mutex<Option<Arc<SegmentTable>>>,
+    /// Signalled when the disk was locked or unlocked, for the session to stop or start its rings.
+    changed: OwnedFd,
+    /// The capacity in sectors, which is known without a key.
+    sectors: u64,
     /// The payload's file.
     pub file: Arc<DataFile>,
     /// The unit of every transfer.
@@ -35,21 +49,26 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// A disk whose write cache is on, as the driver of a disk with a flush command expects at first.
+    /// A locked disk whose write cache is on, as the driver of a disk with a flush command expects at first.
+    ///
+    /// # Errors
+    /// If descriptors are exhausted.
     pub fn new(
-        table: Arc<SegmentTable>,
+        sectors: u64,
         file: Arc<DataFile>,
         sector_size: SectorSize,
         read_only: bool,
         discard: bool,
         serial: &str,
-    ) -> Self {
+    ) -> io::Result<Self> {
         let mut padded = [0; 20];
         for (to, from) in padded.iter_mut().zip(serial.bytes()) {
             *to = from;
         }
-        Self {
-            table,
+        Ok(Self {
+            table: Mutex::new(None),
+            changed: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            sectors,
             file,
             sector_size,
             read_only,
@@ -59,7 +78,60 @@ impl Disk {
             pool_pages: worker::DEFAULT_POOL_PAGES,
             write_cache: AtomicBool::new(true),
             chosen: AtomicBool::new(true),
+        })
+    }
+
+    /// Has the disk served by `table`, which is of as many sectors as the disk has.
+    ///
+    /// # Panics
+    /// If it is not: the driver knows the capacity already.
+    pub fn unlock(&self, table: Arc<SegmentTable>) {
+        assert_eq!(table.sectors(), self.sectors, "the capacity is what it was");
+        *self.lock_table() = Some(table);
+        self.tell();
+    }
+
+    /// Takes the table away, with the keys in it. What is in flight is finished; all else waits in the rings. When this
+    /// returns, no worker has the table any more.
+    pub fn lock(&self) {
+        let Some(mut table) = self.lock_table().take() else {
+            return;
+        };
+        self.tell();
+        // The session has to hear of it, and every ring to drain, which storage may hold up for as long as it likes.
+        while let Err(shared) = Arc::try_unwrap(table) {
+            table = shared;
+            std::thread::sleep(LOCK_TICK);
         }
+    }
+
+    /// Whether it is locked.
+    pub fn is_locked(&self) -> bool {
+        self.lock_table().is_none()
+    }
+
+    /// The table, for a worker that begins; none while the disk is locked.
+    pub(super) fn table(&self) -> Option<Arc<SegmentTable>> {
+        self.lock_table().clone()
+    }
+
+    /// Is readable when the disk was locked or unlocked since [`Disk::take_change`].
+    pub(super) fn changed(&self) -> &OwnedFd {
+        &self.changed
+    }
+
+    /// Takes note of a change; what it was, [`Disk::table`] tells.
+    pub(super) fn take_change(&self) {
+        let _ = rustix::io::read(&self.changed, &mut [0; 8]);
+    }
+
+    fn tell(&self) {
+        // A counter that is full has told already.
+        let _ = rustix::io::write(&self.changed, &1_u64.to_ne_bytes());
+    }
+
+    fn lock_table(&self) -> MutexGuard<'_, Option<Arc<SegmentTable>>> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The same disk, whose workers look for work for so long at most before they sleep; zero has them sleep at once.
@@ -76,7 +148,7 @@ impl Disk {
 
     /// The capacity in sectors.
     pub fn sectors(&self) -> u64 {
-        self.table.sectors()
+        self.sectors
     }
 
     /// Whether a write may be answered before it is on stable storage (virtio 1.2 §5.2.6.2, `writeback`).

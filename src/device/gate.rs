@@ -18,7 +18,9 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::FileType;
+use rustix::io::Errno;
 use vhost::vhost_user::VhostUserProtocolFeatures;
 use vhost::vhost_user::message::FrontendReq;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
@@ -32,6 +34,8 @@ use super::sigbus::MAX_REGIONS;
 /// Why a session ended other than by the front-end's leave.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum GateError {
+    #[error("messages cannot be waited for")]
+    Wait(#[source] io::Error),
     #[error("the front-end does not speak vhost-user")]
     FrontEnd(#[source] MessageError),
     #[error("the front-end takes no reply")]
@@ -77,7 +81,19 @@ fn pass_messages(
     agree_on_acknowledgements(handler)?;
     // Whether the front-end has agreed on them.
     let mut acknowledging = false;
-    while let Some(mut message) = Message::receive(front_end).map_err(GateError::FrontEnd)? {
+    // Once a message has begun, the rest of it comes, or the disk could not be locked meanwhile.
+    front_end
+        .set_read_timeout(Some(MESSAGE_TIMEOUT))
+        .map_err(GateError::Wait)?;
+    loop {
+        if !wait_for_message(front_end, disk).map_err(GateError::Wait)? {
+            disk.take_change();
+            rings.follow_lock().map_err(GateError::Rings)?;
+            continue;
+        }
+        let Some(mut message) = Message::receive(front_end).map_err(GateError::FrontEnd)? else {
+            return Ok(());
+        };
         check(&message, rings)?;
         let (asks, wants_acknowledgement) = (asks_for_data(&message), message.needs_reply());
         if message.code() == Some(FrontendReq::SET_PROTOCOL_FEATURES)
@@ -94,7 +110,21 @@ fn pass_messages(
             reply.send(front_end).map_err(GateError::Reply)?;
         }
     }
-    Ok(())
+}
+
+/// Waits for the front-end; it is not its turn if the disk was locked or unlocked.
+fn wait_for_message(front_end: &UnixStream, disk: &Disk) -> io::Result<bool> {
+    let mut fds = [
+        PollFd::new(disk.changed(), PollFlags::IN),
+        PollFd::new(front_end, PollFlags::IN),
+    ];
+    loop {
+        match poll(&mut fds, None) {
+            Ok(_) => return Ok(fds[0].revents().is_empty()),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
 }
 
 /// Has a message applied, while the rings that it concerns are stopped.
@@ -203,6 +233,9 @@ fn regions_are_mappable(message: &Message) -> bool {
         })
     })
 }
+
+/// How long the front-end may take over the rest of a message.
+const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long the handler may take over a message. It only maps memory and keeps notes; should it ever wait for something,
 /// the session ends instead of waiting with it.

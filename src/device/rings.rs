@@ -76,12 +76,26 @@ impl Rings {
         self.memory.memory().num_regions()
     }
 
-    /// Starts every ring that the front-end wants served and that is not.
+    /// Stops all rings if the disk was locked, and starts those that the front-end wants served if it was unlocked.
+    ///
+    /// # Errors
+    /// As for [`Rings::start`].
+    pub(super) fn follow_lock(&mut self) -> io::Result<()> {
+        if self.disk.is_locked() {
+            self.stop(Scope::All);
+        }
+        self.start()
+    }
+
+    /// Starts every ring that the front-end wants served and that is not; none while the disk is locked.
     ///
     /// # Errors
     /// If there are no descriptors, threads or memory left to serve one. A ring that the driver set up wrongly is no
     /// error of the session: it rests.
     pub(super) fn start(&mut self) -> io::Result<()> {
+        let Some(table) = self.disk.table() else {
+            return Ok(());
+        };
         for (index, vring) in self.vrings.iter().enumerate() {
             if self.running[index].is_some() {
                 continue;
@@ -99,7 +113,12 @@ impl Rings {
                 Some(engine) => engine,
                 None => engine(&self.disk)?,
             };
-            self.running[index] = Some(Running::start(ring, Arc::clone(&self.disk), engine)?);
+            self.running[index] = Some(Running::start(
+                ring,
+                Arc::clone(&self.disk),
+                Arc::clone(&table),
+                engine,
+            )?);
         }
         Ok(())
     }

@@ -65,8 +65,7 @@ impl Server {
     /// Makes sure that a queue can be served, and takes the socket last: where it is, all else is too.
     ///
     /// From here on SIGINT and SIGTERM wait for [`Server::run`]; call it while there is one thread.
-    pub fn new(disk: Disk, num_queues: u16, endpoint: Endpoint) -> Result<Self, ServeError> {
-        let disk = Arc::new(disk);
+    pub fn new(disk: Arc<Disk>, num_queues: u16, endpoint: Endpoint) -> Result<Self, ServeError> {
         drop(rings::engine(&disk).map_err(ServeError::IoUring)?);
         let manager = EventManager::new().map_err(|error| ServeError::Control(io::Error::other(error)))?;
         let signals = termination().map_err(ServeError::Control)?;

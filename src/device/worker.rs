@@ -39,7 +39,7 @@ use super::sigbus;
 use crate::cipher::{Reader, Sector, Workspace};
 use crate::keys::arena::on_wiped_stack;
 use crate::storage::{Buffer, Done, Engine, Event, PAGE};
-use crate::volume::segment::Extent;
+use crate::volume::segment::{Extent, SegmentTable};
 
 /// The most requests that one queue has in hand; more wait in the available ring.
 const MAX_REQUESTS: usize = 256;
@@ -108,15 +108,20 @@ type Stopped = (Ring, Option<Engine<Piece>>);
 type CurrentThread = Arc<Mutex<Option<JoinHandle<Option<Stopped>>>>>;
 
 impl Running {
-    /// Starts a thread that serves `ring` with `engine`.
+    /// Starts a thread that serves `ring` of `disk` by `table` with `engine`.
     ///
     /// # Errors
     /// If descriptors or threads are exhausted.
-    pub(super) fn start(ring: Ring, disk: Arc<Disk>, engine: Engine<Piece>) -> io::Result<Self> {
+    pub(super) fn start(
+        ring: Ring,
+        disk: Arc<Disk>,
+        table: Arc<SegmentTable>,
+        engine: Engine<Piece>,
+    ) -> io::Result<Self> {
         let stop = eventfd(0, EventfdFlags::CLOEXEC)?;
         let shift = Shift {
             stop: stop.try_clone()?,
-            worker: Worker::new(ring, disk, engine)?,
+            worker: Worker::new(ring, disk, table, engine)?,
             thread: CurrentThread::default(),
         };
         let thread = Arc::clone(&shift.thread);
@@ -178,11 +183,13 @@ impl Shift {
         let unwatched = loop {
             match self.worker.serve(&self.stop) {
                 End::Stopped(unwatched) => break unwatched,
-                End::Idle => match self.begin() {
+                End::Idle(Ok(())) => match self.begin() {
                     Ok(()) => return None,
                     // No thread is to be had: it stays with this one.
                     Err((_, shift)) => self = *shift,
                 },
+                // The watches are this thread's, and would end with it.
+                End::Idle(Err(_)) => {}
             }
         };
         let Worker { ring, engine, .. } = self.worker;
@@ -283,16 +290,17 @@ impl Task {
     }
 }
 
-/// Why a thread serves no more: the ring is to be given back, which tells whether its engine can be used again, or
-/// there is nothing to do.
+/// Why a thread serves no more: the ring is to be given back, or there is nothing to do; and whether its engine has ended
+/// all watches, without which nobody else can use it.
 enum End {
     Stopped(io::Result<()>),
-    Idle,
+    Idle(io::Result<()>),
 }
 
 struct Worker {
     ring: Ring,
     disk: Arc<Disk>,
+    table: Arc<SegmentTable>,
     engine: Engine<Piece>,
     tasks: Vec<Task>,
     vacant: Vec<u16>,
@@ -322,7 +330,7 @@ struct Worker {
 }
 
 impl Worker {
-    fn new(ring: Ring, disk: Arc<Disk>, engine: Engine<Piece>) -> io::Result<Self> {
+    fn new(ring: Ring, disk: Arc<Disk>, table: Arc<SegmentTable>, engine: Engine<Piece>) -> io::Result<Self> {
         let flags = ring
             .call
             .as_ref()
@@ -341,6 +349,7 @@ impl Worker {
             },
             ring,
             disk,
+            table,
             engine,
             tasks: Vec::new(),
             vacant: Vec::new(),
@@ -375,7 +384,7 @@ impl Worker {
         }
         let unwatched = self.engine.unwatch();
         if self.rests {
-            End::Idle
+            End::Idle(unwatched)
         } else {
             End::Stopped(unwatched)
         }
@@ -456,7 +465,7 @@ impl Worker {
     fn issue_transfers(&mut self, place: u16) -> bool {
         while let Some((first, sectors)) = self.task(place).next_sectors() {
             let sectors = sectors.min(MAX_PIECE / Sector::LEN);
-            let Extent { sectors, offset, .. } = self.disk.table.extent(first, sectors);
+            let Extent { sectors, offset, .. } = self.table.extent(first, sectors);
             let len = (sectors * Sector::LEN) as u32;
             let Some(mut buffer) = self.engine.buffer(len as usize) else {
                 return false;
@@ -504,10 +513,7 @@ impl Worker {
             )
             .map_err(io::Error::other)?
         };
-        let extent = self
-            .disk
-            .table
-            .extent(piece.first, u64::from(piece.len) / Sector::LEN);
+        let extent = self.table.extent(piece.first, u64::from(piece.len) / Sector::LEN);
         extent.treatment.seal(
             extent.iv,
             &plain,
@@ -541,7 +547,7 @@ impl Worker {
             if !self.engine.has_room_without_data() {
                 return false;
             }
-            let Extent { sectors, offset, .. } = self.disk.table.extent(first, sectors);
+            let Extent { sectors, offset, .. } = self.table.extent(first, sectors);
             let piece = Piece {
                 place,
                 position: Position::default(),
@@ -566,6 +572,12 @@ impl Worker {
                 Event::Done(done) => self.land(done),
                 Event::Ready(KICK) => self.consume_kick(),
                 Event::Ready(_) => self.stopping = true,
+                // A worker that hears of no stop has to stop by itself, and one that hears of no kick serves nobody.
+                Event::Lost(number, error) => {
+                    tracing::error!(queue = self.ring.index, number, %error, "io_uring watches a descriptor no more");
+                    self.stopping |= number == STOP;
+                    self.broken = true;
+                }
             }
         }
         any
@@ -618,10 +630,7 @@ impl Worker {
             )
             .map_err(io::Error::other)?;
             // The table is the one that the piece was issued by: it does not change while a ring runs.
-            let extent = self
-                .disk
-                .table
-                .extent(piece.first, u64::from(piece.len) / Sector::LEN);
+            let extent = self.table.extent(piece.first, u64::from(piece.len) / Sector::LEN);
             extent
                 .treatment
                 .open(extent.iv, self.engine.bytes(buffer), &plain, &mut self.workspace);
@@ -634,7 +643,7 @@ impl Worker {
         // Storage that cannot discard is no error: the driver learns that it need not ask.
         let unsupported =
             task.request.kind == Kind::Discard && error.raw_os_error() == Some(libc::EOPNOTSUPP);
-        task.fail(if unsupported {
+        task.fail(if unsupported && task.status != Status::IoError {
             Status::Unsupported
         } else {
             Status::IoError

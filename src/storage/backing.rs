@@ -255,11 +255,19 @@ impl DataFile {
         })
     }
 
+    /// The same file opened once more, for a queue of its own: Linux tells each who has a file open of data that could
+    /// not be written back, but tells it once, so that queues that shared one would hide it from each other.
+    pub(super) fn reopen(&self) -> io::Result<File> {
+        let kept = OFlags::RWMODE | OFlags::DIRECT;
+        let flags = rustix::fs::fcntl_getfl(&self.file)? & kept | OFlags::CLOEXEC;
+        Ok(rustix::fs::open(fd_path(&self.file), flags, Mode::empty())?.into())
+    }
+
     /// Puts on stable storage what was written, where no guest asked for it.
     ///
     /// # Errors
-    /// Linux tells of data that it could not write back once, to whoever asks first. So a failure here is kept for the
-    /// guest's next flush or durable write, which would succeed otherwise.
+    /// A failure here is kept for the guest's next flush or durable write: a queue that is opened later is not told of it
+    /// by Linux any more.
     pub fn sync(&self) -> io::Result<()> {
         if self.null {
             return Ok(());

@@ -25,6 +25,8 @@ pub enum Event<C> {
     Done(Done<C>),
     /// A watched descriptor became readable; the number it was watched under.
     Ready(u32),
+    /// A descriptor is watched no more, though nobody ended that.
+    Lost(u32, io::Error),
 }
 
 /// An operation that ended, with what it owned.
@@ -103,7 +105,8 @@ impl<C> Engine<C> {
             .setup_submit_all()
             .setup_cqsize((2 * places).next_power_of_two())
             .build((places + CONTROL).next_power_of_two())?;
-        ring.submitter().register_files(&[file.as_fd().as_raw_fd()])?;
+        // The ring holds it from then on.
+        ring.submitter().register_files(&[file.reopen()?.as_raw_fd()])?;
         // SAFETY: the region stays mapped until the ring is gone: `Drop` takes care of the order.
         let registered = unsafe { ring.submitter().register_buffers(&[pool.region()]) };
         if let Err(error) = &registered {
@@ -237,7 +240,10 @@ impl<C> Engine<C> {
     /// until then.
     pub fn watch(&mut self, number: u32, fd: BorrowedFd<'_>) {
         self.watches[number as usize] = Some(types::Fd(fd.as_raw_fd()));
-        self.arm(number);
+        // One that could not be ended goes on.
+        if !self.armed[number as usize] {
+            self.arm(number);
+        }
     }
 
     /// Ends all watches, and waits until the kernel has let go of their descriptors and told of their ends: what it told
@@ -324,7 +330,7 @@ impl<C> Engine<C> {
                 if entry.result() < 0 {
                     // Cancelled, or never watched.
                     if self.watches[number as usize].take().is_some() {
-                        tracing::warn!(number, result = entry.result(), "a descriptor cannot be watched");
+                        return Some(Event::Lost(number, io::Error::from_raw_os_error(-entry.result())));
                     }
                     continue;
                 }
@@ -542,7 +548,7 @@ mod tests {
         loop {
             match engine.next_event() {
                 Some(Event::Done(done)) => return done,
-                Some(Event::Ready(number)) => panic!("watch {number}"),
+                Some(other) => panic!("{other:?}"),
                 None => engine.wait().unwrap(),
             }
         }

@@ -151,6 +151,8 @@ pub enum Reason {
     )]
     Entry { keyslot: u32, source: HeaderError },
 
+    #[error("there is no key provider to bind it to; `sealblk provider add` adds one")]
+    NoProvider,
     #[error("there is no key to bind it to: {0}")]
     Kek(#[source] KeyError),
     #[error(

@@ -62,6 +62,12 @@ impl Layout {
         })
     }
 
+    /// The largest power of two, up to `limit`, that divides where the segment starts in the payload: transfers of that
+    /// many bytes stay aligned to it there.
+    pub(super) fn alignment(&self, limit: u32) -> u32 {
+        limit.min(1 << self.offset.trailing_zeros().min(31))
+    }
+
     /// The table, with `cipher`, which has the segment's key.
     pub(super) fn table(&self, cipher: SectorCipher) -> SegmentTable {
         SegmentTable::new([Segment {
@@ -92,6 +98,14 @@ mod tests {
     fn laid_out(segment: Value, payload_len: u64) -> Result<Layout, Refusal> {
         let metadata = parsed(&sample_with("/segments/0", segment)).unwrap();
         Layout::new(check(&metadata).unwrap(), HEADER, payload_len)
+    }
+
+    #[test]
+    fn alignment_is_that_of_where_the_segment_starts() {
+        for (offset, expected) in [(HEADER, 4096), (HEADER + 4096, 4096), (HEADER + 512, 512)] {
+            let layout = laid_out(crypt(offset, "dynamic", 512), FILE + 8192).unwrap();
+            assert_eq!(layout.alignment(4096), expected);
+        }
     }
 
     #[test]

@@ -78,6 +78,11 @@ impl<'header> Locked<'header> {
         self.layout.sector_size
     }
 
+    /// The largest power of two, up to `limit`, that divides where the disk starts in the payload.
+    pub fn alignment(&self, limit: u32) -> u32 {
+        self.layout.alignment(limit)
+    }
+
     /// Tries `passphrase` on every keyslot: those of high priority first, those to be ignored not at all.
     ///
     /// # Errors

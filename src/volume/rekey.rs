@@ -36,6 +36,34 @@ pub struct Rekeyed {
 }
 
 impl Locked<'_> {
+    /// Gives the volume a new KEK of the provider `name`; if none is named, of the one that it is bound to, else of the
+    /// default one. If that was begun before, it is finished. `volume` is this volume, unlocked.
+    ///
+    /// # Errors
+    /// As for [`Locked::rekey`] and [`Locked::finish_rekey`].
+    pub fn rekey_to(
+        &mut self,
+        volume: &Volume,
+        providers: &dyn Providers,
+        name: Option<&str>,
+    ) -> Result<Rekeyed, VolumeError> {
+        if let Some(finished) = self.finish_rekey(volume, providers)?
+            && name.is_none_or(|name| name == finished.provider)
+        {
+            return Ok(finished);
+        }
+        let chosen = || match (name, self.bound_to()) {
+            (Some(name), _) => Ok(name.to_owned()),
+            (None, Some(bound)) => Ok(bound),
+            (None, None) => providers
+                .default_name()
+                .map_err(Reason::Kek)?
+                .ok_or(Reason::NoProvider),
+        };
+        let name = chosen().map_err(|reason| self.failed(reason))?;
+        self.rekey(volume, providers, &name)
+    }
+
     /// Gives the volume a new KEK of the provider `name`, in the place of all KEKs that it is bound to. `volume` is this
     /// volume, unlocked.
     ///
@@ -78,7 +106,7 @@ impl Locked<'_> {
     }
 
     /// The provider that the volume is bound to; if there are several, that of the first token.
-    pub fn bound_to(&self) -> Option<String> {
+    fn bound_to(&self) -> Option<String> {
         let tokens = sealblk_tokens(&self.header.metadata);
         tokens.into_iter().next().map(|(.., token)| token.provider)
     }

@@ -116,16 +116,6 @@ impl SegmentTable {
         self.sectors
     }
 
-    /// The largest power of two, up to `limit`, that divides where each segment starts in the file: transfers of that
-    /// many bytes stay aligned to it there.
-    pub fn alignment(&self, limit: u32) -> u32 {
-        let offsets = self
-            .segments
-            .iter()
-            .fold(0, |bits, (_, segment)| bits | segment.offset);
-        limit.min(1 << offsets.trailing_zeros().min(31))
-    }
-
     /// The extent that starts at `first`, of at most `sectors` sectors.
     ///
     /// # Panics
@@ -175,14 +165,6 @@ mod tests {
             let extent = table.extent(Sector(first), sectors);
             assert_eq!((extent.sectors, extent.offset, extent.iv.0), expected);
         }
-    }
-
-    #[test]
-    fn alignment_is_that_of_the_least_aligned_segment() {
-        let table = |offsets: &[u64]| SegmentTable::new(offsets.iter().map(|&offset| linear(8, offset, 0)));
-        assert_eq!(table(&[0]).alignment(4096), 4096);
-        assert_eq!(table(&[16 << 20, 4096]).alignment(4096), 4096);
-        assert_eq!(table(&[16 << 20, (16 << 20) + 512]).alignment(4096), 512);
     }
 
     #[test]

@@ -15,6 +15,7 @@ pub mod frontend;
 pub mod memory;
 pub mod process;
 pub mod queue;
+pub mod secrets;
 pub mod serve;
 pub mod storage;
 pub mod volume;

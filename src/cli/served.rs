@@ -1,0 +1,151 @@
+//! `sealblk status`, `lock` and `unlock`: a disk that is being served, by its control socket.
+
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::Args;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::failure::Failure;
+use super::output;
+use super::size::Size;
+use crate::control::varlink::{CallError, MethodError, call};
+use crate::control::wire::Connection;
+use crate::served::{self, LockedBy, State};
+
+/// How long an answer may take: a lock waits for storage, a rekey for key servers.
+const TIMEOUT: Duration = Duration::from_secs(300);
+
+/// Show how a served disk is: whether it has its key, and if not, why
+#[derive(Debug, Args)]
+pub(super) struct Status {
+    #[command(flatten)]
+    disk: ServedDisk,
+    /// Print JSON, as the interface org.sealblk.Disk has it
+    #[arg(long)]
+    json: bool,
+}
+
+/// Take the key of a served disk out of memory; the guest's requests wait until `unlock`
+#[derive(Debug, Args)]
+pub(super) struct Lock {
+    #[command(flatten)]
+    disk: ServedDisk,
+}
+
+/// Fetch the key of a locked disk; the guest's requests go on
+#[derive(Debug, Args)]
+pub(super) struct Unlock {
+    #[command(flatten)]
+    disk: ServedDisk,
+}
+
+#[derive(Debug, Args)]
+struct ServedDisk {
+    /// The control socket of `sealblk serve`
+    #[arg(long, value_name = "SOCK")]
+    control_socket: PathBuf,
+}
+
+impl Status {
+    pub(super) fn run(self) -> Result<(), Failure> {
+        let socket = &self.disk.control_socket;
+        if self.json {
+            let status: Value = ask(socket, "GetStatus", json!({}))?;
+            let text = serde_json::to_string_pretty(&status).expect("what came as JSON is JSON");
+            return output::print(&(text + "\n"));
+        }
+        output::print(&text(&ask(socket, "GetStatus", json!({}))?))
+    }
+}
+
+impl Lock {
+    pub(super) fn run(self) -> Result<(), Failure> {
+        ask::<Nothing>(&self.disk.control_socket, "Lock", json!({})).map(drop)
+    }
+}
+
+impl Unlock {
+    pub(super) fn run(self) -> Result<(), Failure> {
+        ask::<Nothing>(&self.disk.control_socket, "Unlock", json!({})).map(drop)
+    }
+}
+
+#[derive(Deserialize)]
+struct Nothing {}
+
+fn text(status: &served::Status) -> String {
+    let mut rows: Vec<[String; 2]> = Vec::new();
+    let mut row = |what: &str, value: String| rows.push([what.to_owned(), value]);
+    row("disk", status.disk.display().to_string());
+    row("volume", format!("LUKS2 {}", status.volume));
+    row("capacity", Size(status.capacity).to_string());
+    row(
+        "access",
+        if status.read_only {
+            "read-only"
+        } else {
+            "read and write"
+        }
+        .to_owned(),
+    );
+    match status.state {
+        State::Open => row("state", "open".to_owned()),
+        State::Locked => row("state", "locked: the guest's requests wait".to_owned()),
+    }
+    if let Some(lock) = &status.lock {
+        match lock.by {
+            LockedBy::Operator => row("", "until `sealblk unlock`".to_owned()),
+            LockedBy::NoKey => row(
+                "",
+                "until its key is to be had, which is tried again and again".to_owned(),
+            ),
+        }
+        if let Some(message) = &lock.message {
+            row("", message.clone());
+        }
+    }
+    output::table(&rows)
+}
+
+/// Asks the disk that is served with this control socket.
+pub(super) fn ask<T: DeserializeOwned>(
+    socket: &Path,
+    method: &str,
+    parameters: impl Serialize,
+) -> Result<T, Failure> {
+    let answer = || {
+        let stream = UnixStream::connect(socket)?;
+        let mut connection = Connection::new(stream, TIMEOUT)?;
+        let method = format!("{}.{method}", served::INTERFACE);
+        call(&mut connection, &method, parameters, &[])
+    };
+    match answer() {
+        Ok((answer, _)) => Ok(answer),
+        Err(CallError::Method(error)) => Err(refused(socket, &error)),
+        Err(source) => Err(Failure::Control {
+            socket: socket.to_owned(),
+            source,
+        }),
+    }
+}
+
+fn refused(socket: &Path, error: &MethodError) -> Failure {
+    let field = |name: &str| error.parameters.get(name).and_then(Value::as_str);
+    let message = match error.name.strip_prefix(served::INTERFACE) {
+        Some(".Failed") => field("message").map(str::to_owned),
+        Some(".NotPermitted") => field("privilege").map(|privilege| {
+            format!(
+                "you lack the privilege {privilege}; grant it in the configuration that `sealblk serve` has"
+            )
+        }),
+        _ => None,
+    };
+    Failure::Refused {
+        socket: socket.to_owned(),
+        message: message.unwrap_or_else(|| error.to_string()),
+    }
+}

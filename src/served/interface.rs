@@ -1,0 +1,214 @@
+//! The control socket of a served disk.
+
+use std::error::Error;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use uuid::Uuid;
+
+use super::{Lock, OpenError, Served, ServedError};
+use crate::cipher::Sector;
+use crate::control::peer::Peer;
+use crate::control::privilege::{Grants, Privilege};
+use crate::control::varlink::{self, Answer, MethodError, Request};
+use crate::keys::{KeyId, KeyReason};
+
+/// The interface's name.
+pub const INTERFACE: &str = "org.sealblk.Disk";
+
+/// How a served disk is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Status {
+    /// The disk's file or device.
+    pub disk: PathBuf,
+    /// The UUID in its header.
+    pub volume: Uuid,
+    /// Whether it has its key.
+    pub state: State,
+    /// Why it has not.
+    pub lock: Option<LockStatus>,
+    /// In bytes.
+    pub capacity: u64,
+    /// Whether writes are refused.
+    pub read_only: bool,
+}
+
+/// Whether a disk has its key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// The guest reads and writes.
+    Open,
+    /// The guest's requests wait.
+    Locked,
+}
+
+/// Why a disk is locked.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LockStatus {
+    /// Who or what has it locked.
+    pub by: LockedBy,
+    /// For people.
+    pub message: Option<String>,
+    /// The key provider that was asked.
+    pub provider: Option<String>,
+    /// The key that was wanted.
+    pub key_id: Option<KeyId>,
+    /// Where it failed.
+    pub hop: Option<String>,
+    /// Why.
+    pub reason: Option<KeyReason>,
+}
+
+/// Who or what has a disk locked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LockedBy {
+    /// Somebody who may.
+    Operator,
+    /// The key is not to be had.
+    NoKey,
+}
+
+impl LockStatus {
+    fn of(lock: &Lock) -> Self {
+        let (by, error) = match lock {
+            Lock::Operator => (LockedBy::Operator, None),
+            Lock::NoKey(error) => (LockedBy::NoKey, Some(error)),
+        };
+        let key = error.and_then(OpenError::key);
+        Self {
+            by,
+            message: error.map(|error| describe(error)),
+            provider: key.map(|key| key.provider.clone()),
+            key_id: key.and_then(|key| key.key_id.clone()),
+            hop: key.map(|key| key.hop.clone()),
+            reason: key.map(|key| key.reason),
+        }
+    }
+}
+
+/// What a served disk answers, to whom.
+#[derive(Debug)]
+pub struct Interface {
+    served: Arc<Served>,
+    grants: Grants,
+}
+
+#[derive(Deserialize)]
+struct Rekey {
+    provider: Option<String>,
+}
+
+type Answered = Result<Answer, MethodError>;
+
+impl Interface {
+    /// Answers for `served` to those who have `grants`.
+    pub fn new(served: Arc<Served>, grants: Grants) -> Self {
+        Self { served, grants }
+    }
+
+    fn status(&self) -> Answered {
+        let served = &self.served;
+        let lock = served.with_lock(|lock| lock.map(LockStatus::of));
+        Ok(Answer::of(Status {
+            disk: served.opener.disk.path().to_owned(),
+            volume: served.uuid,
+            state: match lock {
+                None => State::Open,
+                Some(_) => State::Locked,
+            },
+            lock,
+            capacity: served.disk.sectors() * Sector::LEN,
+            read_only: served.disk.read_only,
+        }))
+    }
+
+    fn lock(&self, peer: &Peer) -> Answered {
+        self.permit(peer, Privilege::RegisterVM)?;
+        self.served.lock();
+        Ok(Answer::default())
+    }
+
+    fn unlock(&self, peer: &Peer) -> Answered {
+        self.permit(peer, Privilege::RegisterVM)?;
+        self.served.unlock().map_err(|error| failed(&error))?;
+        Ok(Answer::default())
+    }
+
+    fn rekey(&self, mut request: Request<'_>) -> Answered {
+        let Rekey { provider } = request.parameters()?;
+        self.permit(request.peer, Privilege::Recrypt)?;
+        let rekeyed = self
+            .served
+            .rekey(provider.as_deref())
+            .map_err(|error| failed(&error))?;
+        let replaced = rekeyed.replaced.into_iter();
+        let replaced: Vec<_> = replaced
+            .map(|(provider, key_id)| json!({ "provider": provider, "keyId": key_id }))
+            .collect();
+        Ok(Answer::of(json!({
+            "provider": rekeyed.provider,
+            "keyId": rekeyed.key_id,
+            "keyslot": rekeyed.keyslot,
+            "replaced": replaced,
+        })))
+    }
+
+    fn permit(&self, peer: &Peer, privilege: Privilege) -> Result<(), MethodError> {
+        if self.grants.allow(peer, privilege) {
+            return Ok(());
+        }
+        tracing::warn!(user = peer.user, process = peer.process, %privilege, "a caller is refused");
+        let told = json!({ "privilege": privilege, "user": peer.user });
+        Err(MethodError::new(INTERFACE, "NotPermitted", told))
+    }
+}
+
+impl varlink::Interface for Interface {
+    fn name(&self) -> &'static str {
+        INTERFACE
+    }
+
+    fn description(&self) -> &'static str {
+        include_str!("org.sealblk.Disk.varlink")
+    }
+
+    fn call(&self, method: &str, request: Request<'_>) -> Option<Answered> {
+        Some(match method {
+            "GetStatus" => self.status(),
+            "Lock" => self.lock(request.peer),
+            "Unlock" => self.unlock(request.peer),
+            "Rekey" => self.rekey(request),
+            _ => return None,
+        })
+    }
+}
+
+fn failed(error: &ServedError) -> MethodError {
+    let reason = match error {
+        ServedError::Open(error) => error.key().map(|key| key.reason),
+        _ => None,
+    };
+    let told = json!({ "message": describe(error), "reason": reason });
+    MethodError::new(INTERFACE, "Failed", told)
+}
+
+/// An error with what lies under it, on one line.
+fn describe(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let said = error.to_string();
+        if !text.contains(&said) {
+            text.push_str(": ");
+            text.push_str(&said);
+        }
+        cause = error.source();
+    }
+    text
+}

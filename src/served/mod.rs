@@ -1,0 +1,333 @@
+//! A volume that is being served, and its key: how it comes, goes, comes back, and is changed under load.
+//!
+//! ```text
+//! Locked  --unlock-->  served  --lock-->  Locked (by an operator, until `unlock`)
+//!    |
+//!    +-- the key is not to be had: tried again until it is
+//! ```
+//!
+//! While the disk is locked, the guest's requests wait; nothing of the volume's key is in this process. What it takes to
+//! get the key again is kept: the header, and where keys come from.
+
+mod interface;
+
+use std::fmt;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use crate::cipher::KernelChoice;
+use crate::device::Disk;
+use crate::keys::arena::SecretBytes;
+use crate::keys::{KeyError, KeyReason, Providers};
+use crate::storage::Backing;
+use crate::volume::{Locked, Reason, Rekeyed, Volume, VolumeError};
+
+pub use interface::{INTERFACE, Interface, LockStatus, LockedBy, State, Status};
+
+/// How soon a key that was not to be had is tried again, and how much later at most: a server that is back is found
+/// within this time, and one that is away is not worn down by hundreds of disks.
+const FIRST_RETRY: Duration = Duration::from_secs(1);
+const LAST_RETRY: Duration = Duration::from_secs(30);
+
+/// What opens a volume, as often as it has to be opened.
+pub struct Opener {
+    /// The disk, and the header where that is detached.
+    pub disk: Backing,
+    /// See [`Opener::disk`].
+    pub header: Option<Backing>,
+    /// What unlocks it.
+    pub by: By,
+    /// The kernel of its cipher.
+    pub kernel: KernelChoice,
+}
+
+/// What unlocks a volume.
+pub enum By {
+    /// Key providers.
+    Providers {
+        /// To open the volume.
+        attach: Box<dyn Providers + Send + Sync>,
+        /// To give it another KEK.
+        recrypt: Box<dyn Providers + Send + Sync>,
+    },
+    /// A passphrase, which is read each time.
+    Passphrase(Box<dyn Fn() -> Result<SecretBytes, Unreadable> + Send + Sync>),
+}
+
+/// Why a passphrase cannot be read.
+pub type Unreadable = Box<dyn std::error::Error + Send + Sync>;
+
+/// Why a volume is not opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The volume.
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
+    /// What unlocks it.
+    #[error("the passphrase is not to be had")]
+    Passphrase(#[source] Unreadable),
+    /// Somebody has put another volume in its place.
+    #[error("the header was replaced: it was that of volume {expected}, and is that of {found}; restore it")]
+    Replaced {
+        /// The volume that is being served.
+        expected: Uuid,
+        /// The volume that is there now.
+        found: Uuid,
+    },
+    /// A guest sees the capacity that the volume had.
+    #[error(
+        "the header tells another capacity or sector size than the guest was told; restart `sealblk serve`"
+    )]
+    Reshaped,
+}
+
+impl OpenError {
+    /// Why the key is not to be had, if that is what is wrong.
+    pub fn key(&self) -> Option<&KeyError> {
+        match self {
+            Self::Volume(error) => match &*error.reason {
+                Reason::Provider { source, .. } => Some(source),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
+    /// Whether it may go by itself, so that it is worth trying again.
+    pub fn may_pass(&self) -> bool {
+        self.key().is_some_and(|error| {
+            !matches!(
+                error.reason,
+                KeyReason::Unauthentic | KeyReason::UnknownProvider | KeyReason::NotPermitted
+            )
+        })
+    }
+}
+
+impl Opener {
+    /// Reads the header.
+    ///
+    /// # Errors
+    /// Where it is no volume that can be served.
+    pub fn locked(&self) -> Result<Locked<'_>, VolumeError> {
+        let locked = match &self.header {
+            Some(header) => Locked::open(header, Some(&self.disk))?,
+            None => Locked::open(&self.disk, None)?,
+        };
+        Ok(locked.with_kernel(self.kernel))
+    }
+
+    /// Unlocks the volume.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn unlock(&self, locked: &Locked<'_>) -> Result<Volume, OpenError> {
+        Ok(match &self.by {
+            By::Providers { attach, .. } => locked.unlock_with_provider(&**attach)?,
+            By::Passphrase(read) => locked.unlock_with_passphrase(&read().map_err(OpenError::Passphrase)?)?,
+        })
+    }
+}
+
+impl fmt::Debug for By {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            By::Providers { .. } => "Providers",
+            By::Passphrase(_) => "Passphrase",
+        })
+    }
+}
+
+impl fmt::Debug for Opener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Opener")
+            .field("disk", &self.disk)
+            .field("header", &self.header)
+            .field("by", &self.by)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A volume that is being served.
+#[derive(Debug)]
+pub struct Served {
+    disk: Arc<Disk>,
+    uuid: Uuid,
+    opener: Opener,
+    /// Held while the key comes, goes or is changed: one of these at a time.
+    turn: Mutex<()>,
+    lock: Mutex<Option<Lock>>,
+    /// Signalled when `lock` was changed.
+    changed: Condvar,
+}
+
+/// Why a disk is locked.
+#[derive(Debug)]
+pub enum Lock {
+    /// Somebody wants it so.
+    Operator,
+    /// Its key is not to be had.
+    NoKey(OpenError),
+}
+
+/// What cannot be done to a disk.
+#[derive(Debug, thiserror::Error)]
+pub enum ServedError {
+    /// Its key.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// It would have to be unlocked.
+    #[error("the disk is locked; unlock it first")]
+    IsLocked,
+    /// Nobody to ask for a KEK.
+    #[error("the disk is served by a passphrase, without key providers; rekey it while it is not served")]
+    NoProviders,
+}
+
+impl Served {
+    /// Has `disk`, which is locked, served under the key of the volume that `opener` opens. If the key is not to be had,
+    /// and `wait` says so, the disk stays locked until [`Served::wait_for_key`] finds it.
+    ///
+    /// # Errors
+    /// Where waiting does not help, or nobody wants to wait.
+    pub fn start(opener: Opener, disk: Arc<Disk>, uuid: Uuid, wait: bool) -> Result<Arc<Self>, OpenError> {
+        let served = Self {
+            disk,
+            uuid,
+            opener,
+            turn: Mutex::new(()),
+            lock: Mutex::new(None),
+            changed: Condvar::new(),
+        };
+        match served.open(&guard(&served.turn)) {
+            Ok(()) => {}
+            Err(error) if wait && error.may_pass() => served.tell_locked(error),
+            Err(error) => return Err(error),
+        }
+        Ok(Arc::new(served))
+    }
+
+    /// Takes the key away. When this returns, nothing of it is in this process.
+    pub fn lock(&self) {
+        let _turn = guard(&self.turn);
+        self.set(Some(Lock::Operator));
+        self.disk.lock();
+        tracing::info!(volume = %self.uuid, "locked");
+    }
+
+    /// Fetches the key, and has the disk served again.
+    ///
+    /// # Errors
+    /// [`ServedError`]; the disk is as locked as it was.
+    pub fn unlock(&self) -> Result<(), ServedError> {
+        Ok(self.open(&guard(&self.turn))?)
+    }
+
+    /// Whether it is locked, and why.
+    pub fn with_lock<R>(&self, look: impl FnOnce(Option<&Lock>) -> R) -> R {
+        look(guard(&self.lock).as_ref())
+    }
+
+    /// Gives the volume a new KEK of `provider`, or of the one that it has; the guest does not notice.
+    ///
+    /// # Errors
+    /// [`ServedError`].
+    pub fn rekey(&self, provider: Option<&str>) -> Result<Rekeyed, ServedError> {
+        let By::Providers { recrypt, .. } = &self.opener.by else {
+            return Err(ServedError::NoProviders);
+        };
+        let _turn = guard(&self.turn);
+        if self.disk.is_locked() {
+            return Err(ServedError::IsLocked);
+        }
+        let mut locked = self.read_header()?;
+        let volume = self.opener.unlock(&locked)?;
+        let rekeyed = locked
+            .rekey_to(&volume, &**recrypt, provider)
+            .map_err(OpenError::from)?;
+        tracing::info!(volume = %self.uuid, provider = rekeyed.provider, key = %rekeyed.key_id, "rekeyed");
+        Ok(rekeyed)
+    }
+
+    fn open(&self, _turn: &MutexGuard<'_, ()>) -> Result<(), OpenError> {
+        if !self.disk.is_locked() {
+            return Ok(());
+        }
+        let locked = self.read_header()?;
+        let volume = self.opener.unlock(&locked)?;
+        self.disk.unlock(volume.table());
+        self.set(None);
+        tracing::info!(volume = %self.uuid, keyslot = volume.keyslot(), "unlocked");
+        Ok(())
+    }
+
+    /// Reads the header anew, which has to be of the volume that the guest sees.
+    fn read_header(&self) -> Result<Locked<'_>, OpenError> {
+        let locked = self.opener.locked()?;
+        if locked.uuid() != self.uuid {
+            return Err(OpenError::Replaced {
+                expected: self.uuid,
+                found: locked.uuid(),
+            });
+        }
+        let capacity = self.disk.sectors() * crate::cipher::Sector::LEN;
+        if locked.capacity() != capacity || locked.sector_size() != self.disk.sector_size {
+            return Err(OpenError::Reshaped);
+        }
+        Ok(locked)
+    }
+
+    /// If the disk is locked for want of its key, has a thread try again until the key is there, or somebody locks the disk.
+    pub fn wait_for_key(self: &Arc<Self>) {
+        if !matches!(*guard(&self.lock), Some(Lock::NoKey(_))) {
+            return;
+        }
+        let served = Arc::clone(self);
+        let spawned = thread::Builder::new().name("key".into()).spawn(move || {
+            let mut pause = FIRST_RETRY;
+            while served.pause(pause) {
+                let turn = guard(&served.turn);
+                if !matches!(*guard(&served.lock), Some(Lock::NoKey(_))) {
+                    return;
+                }
+                match served.open(&turn) {
+                    Ok(()) => return,
+                    Err(error) => served.tell_locked(error),
+                }
+                pause = (2 * pause).min(LAST_RETRY);
+            }
+        });
+        if let Err(error) = spawned {
+            tracing::error!(%error, "nobody tries again: the disk stays locked until `sealblk unlock`");
+        }
+    }
+
+    /// Waits; tells whether the disk is still locked for want of its key.
+    fn pause(&self, pause: Duration) -> bool {
+        let no_key = |lock: &mut Option<Lock>| matches!(lock, Some(Lock::NoKey(_)));
+        let waited = self.changed.wait_timeout_while(guard(&self.lock), pause, no_key);
+        let (mut lock, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        no_key(&mut lock)
+    }
+
+    fn tell_locked(&self, error: OpenError) {
+        let mut lock = guard(&self.lock);
+        let told = matches!(&*lock, Some(Lock::NoKey(before)) if before.to_string() == error.to_string());
+        if !told {
+            tracing::warn!(volume = %self.uuid, "the disk is locked, and the guest's requests wait: {error}");
+        }
+        *lock = Some(Lock::NoKey(error));
+    }
+
+    fn set(&self, lock: Option<Lock>) {
+        *guard(&self.lock) = lock;
+        self.changed.notify_all();
+    }
+}
+
+fn guard<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

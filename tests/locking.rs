@@ -1,0 +1,447 @@
+//! A served disk and its key: taken away and brought back under load, missing at the start, changed while a driver is at
+//! work. The driver's requests wait meanwhile; none fails, and none is lost.
+
+#![allow(unsafe_code)] // A filter on system calls and a thread of another user have no safe wrappers.
+
+mod common;
+
+use std::fs;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Command, Output};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::driver::{Data, Driver, S_OK, T_IN, T_OUT};
+use common::pattern;
+use common::process::Process;
+use common::secrets::{finds, readable_memory};
+use common::serve::{SEALBLK, Server, serve, serve_fails};
+use common::volume::{MIB, Volume, run};
+use serde_json::Value;
+
+/// Long enough for a request to be answered, if it were to be.
+const A_WHILE: Duration = Duration::from_millis(300);
+
+#[test]
+fn requests_wait_while_the_disk_is_locked_and_go_on_when_it_is_unlocked() {
+    let disk = Served::new();
+    let mut driver = disk.server.connect();
+    let bytes = pattern(1, 64 * 1024);
+    driver.write(0, &bytes);
+    for _ in 0..3 {
+        disk.does("lock");
+        assert_eq!(disk.status()["state"], "locked");
+        assert_eq!(disk.status()["lock"]["by"], "operator");
+        let read = driver.submit(0, T_IN, 0, Data::In(bytes.len()));
+        let write = driver.submit(0, T_OUT, 1000, Data::Out(&bytes));
+        thread::sleep(A_WHILE);
+        assert!(driver.queue().poll_used().is_none(), "a locked disk answered");
+        // What needs no key is answered.
+        assert_eq!(driver.capacity(), 64 * MIB / 512);
+        disk.does("lock");
+
+        disk.does("unlock");
+        assert_eq!(disk.status()["state"], "open");
+        assert_eq!(disk.status()["lock"], Value::Null);
+        let mut done = driver.queue().wait_used_many(2);
+        done.sort_by_key(|used| used.head != read.head);
+        let read = driver.outcome(&read, done[0]);
+        assert_eq!((read.status, read.data == bytes), (S_OK, true));
+        assert_eq!(driver.outcome(&write, done[1]).status, S_OK);
+        assert!(driver.read(1000, bytes.len()) == bytes);
+        disk.does("unlock");
+    }
+    disk.server.still_serves_both(driver);
+}
+
+/// A lock in the middle of requests: those in flight end, the others wait.
+#[test]
+fn a_lock_under_load_loses_nothing() {
+    let disk = Served::new();
+    let mut driver = disk.server.connect();
+    let bytes: Vec<Vec<u8>> = (0..64).map(|seed| pattern(seed, 4096)).collect();
+    for round in 0..20_u64 {
+        let sector = |n: usize| 8 * (64 * (round % 8) + n as u64);
+        let submit = |driver: &mut Driver, n: usize| driver.submit(0, T_OUT, sector(n), Data::Out(&bytes[n]));
+        let mark = driver.memory.mark();
+        let early: Vec<_> = (0..16).map(|n| submit(&mut driver, n)).collect();
+        disk.does("lock");
+        let late: Vec<_> = (16..32).map(|n| submit(&mut driver, n)).collect();
+        disk.does("unlock");
+        let used = driver.queue().wait_used_many(32);
+        for pending in early.iter().chain(&late) {
+            let used = used.iter().find(|used| used.head == pending.head).unwrap();
+            assert_eq!(driver.outcome(pending, *used).status, S_OK);
+        }
+        driver.memory.free_to(mark);
+        for (n, bytes) in bytes.iter().enumerate().take(32) {
+            assert!(
+                driver.read(sector(n), 4096) == *bytes,
+                "round {round}, request {n}"
+            );
+        }
+    }
+}
+
+#[test]
+fn front_ends_come_and_go_while_the_disk_is_locked() {
+    let disk = Served::new();
+    disk.server.connect().still_serves();
+    disk.does("lock");
+    for _ in 0..3 {
+        let mut driver = disk.server.connect();
+        let pending = driver.submit(0, T_IN, 0, Data::In(4096));
+        thread::sleep(A_WHILE / 3);
+        assert!(driver.queue().poll_used().is_none());
+        // The ring is given back as it was: the chain was not taken.
+        assert_eq!(driver.frontend.stop_vring(0), 0);
+        let _ = pending;
+    }
+    disk.server.wait_idle();
+    disk.does("unlock");
+    disk.server.still_serves();
+    disk.does("lock");
+    assert!(disk.server.stop().stderr.contains("locked"));
+}
+
+/// The process is searched without the memory that hides keys from those who look, so that what is found before the lock
+/// shows that the search finds.
+#[test]
+fn a_locked_disk_has_no_key_in_memory() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: it takes root to look");
+        return;
+    }
+    let volume = Volume::new();
+    let key = volume_key(&volume);
+    let control = volume.beside("control");
+    let socket = volume.beside("vhost.sock");
+    let mut command = serve(&volume, &socket, &["--control-socket", control.to_str().unwrap()]);
+    without_secret_memory(&mut command);
+    let process = Process::spawn(&mut command);
+    let start = Instant::now();
+    while !socket.exists() {
+        assert!(start.elapsed() < Duration::from_secs(30), "{}", process.stderr());
+        thread::sleep(Duration::from_millis(5));
+    }
+    let mut driver = Driver::connect(&socket);
+    driver.still_serves();
+    let halves = || key.chunks_exact(16);
+    let memory = readable_memory(process.pid());
+    assert!(
+        halves().all(|part| finds(&memory, part)),
+        "the search finds the key of an open disk"
+    );
+
+    let verb = |name: &str| {
+        let mut command = Command::new(SEALBLK);
+        run(command.args([name, "--control-socket"]).arg(&control));
+    };
+    for _ in 0..3 {
+        for n in 0..32 {
+            driver.submit(0, T_IN, 8 * n, Data::In(4096));
+        }
+        verb("lock");
+        let memory = readable_memory(process.pid());
+        for (n, part) in halves().enumerate() {
+            assert!(
+                !finds(&memory, part),
+                "bytes {} to {} of the volume key",
+                16 * n,
+                16 * n + 16
+            );
+        }
+        verb("unlock");
+        driver.queue().wait_used_many(32);
+        driver.still_serves();
+    }
+}
+
+#[test]
+fn a_disk_whose_key_is_away_is_locked_with_the_reason_and_unlocks_by_itself() {
+    let volume = Volume::new();
+    let primary = volume.beside("state/providers/native/primary.key");
+    let away = volume.beside("away");
+    fs::rename(&primary, &away).unwrap();
+    let disk = Served::of(volume);
+    let status = disk.status();
+    assert_eq!(status["state"], "locked");
+    let lock = &status["lock"];
+    assert_eq!(
+        (&lock["by"], &lock["reason"]),
+        (&"no_key".into(), &"missing".into())
+    );
+    assert_eq!(lock["provider"], "native");
+    assert_eq!(lock["hop"], primary.to_str().unwrap());
+    assert!(
+        disk.verb("status").contains("no such key"),
+        "{}",
+        disk.verb("status")
+    );
+
+    let mut driver = disk.server.connect();
+    assert_eq!(driver.capacity(), 64 * MIB / 512);
+    let read = driver.submit(0, T_IN, 0, Data::In(4096));
+    let refused = disk.run("unlock");
+    assert_eq!(refused.status.code(), Some(4));
+    assert!(String::from_utf8(refused.stderr).unwrap().contains("no such key"));
+    assert!(driver.queue().poll_used().is_none());
+
+    fs::rename(&away, &primary).unwrap();
+    let used = driver.queue().wait_used();
+    assert_eq!(driver.outcome(&read, used).status, S_OK);
+    driver.still_serves();
+    assert_eq!(disk.status()["state"], "open");
+}
+
+#[test]
+fn an_operators_lock_stands_when_the_key_comes_back() {
+    let volume = Volume::new();
+    let primary = volume.beside("state/providers/native/primary.key");
+    let away = volume.beside("away");
+    fs::rename(&primary, &away).unwrap();
+    let disk = Served::of(volume);
+    disk.does("lock");
+    fs::rename(&away, &primary).unwrap();
+    thread::sleep(Duration::from_secs(3));
+    assert_eq!(disk.status()["lock"]["by"], "operator");
+    disk.does("unlock");
+    disk.server.still_serves();
+}
+
+#[test]
+fn a_key_that_cannot_come_back_or_that_nobody_waits_for_ends_the_process() {
+    let volume = Volume::new();
+    let primary = volume.beside("state/providers/native/primary.key");
+    fs::rename(&primary, volume.beside("away")).unwrap();
+    let ended = serve_fails(&volume, &["--no-wait"]);
+    assert_eq!(ended.status.code(), Some(4), "{}", ended.stderr);
+    fs::remove_file(volume.beside("state/providers.toml")).unwrap();
+    let ended = serve_fails(&volume, &[]);
+    assert_eq!(ended.status.code(), Some(4), "{}", ended.stderr);
+    assert!(ended.stderr.contains("no such key provider"), "{}", ended.stderr);
+}
+
+#[test]
+fn a_served_disk_is_rekeyed_and_the_driver_does_not_notice() {
+    let disk = Served::new();
+    let volume = disk.server.volume();
+    let mut driver = disk.server.connect();
+    let token = |volume: &Volume| {
+        let mut dump = Command::new("cryptsetup");
+        let dump = run(dump.args(["luksDump", "--dump-json-metadata"]).arg(&volume.path)).stdout;
+        let metadata: Value = serde_json::from_slice(&dump).unwrap();
+        let tokens = metadata["tokens"].as_object().unwrap();
+        assert_eq!(tokens.len(), 1);
+        tokens.values().next().unwrap()["key_id"]
+            .as_str()
+            .unwrap()
+            .to_owned()
+    };
+    let bytes = pattern(3, 4096);
+    let mut before = token(volume);
+    thread::scope(|scope| {
+        let rekeys = scope.spawn(|| (0..5).map(|_| disk.verb("rekey")).collect::<Vec<_>>());
+        let mut n = 0;
+        while !rekeys.is_finished() {
+            driver.write(8 * (n % 1000), &bytes);
+            assert!(driver.read(8 * (n % 1000), 4096) == bytes);
+            n += 1;
+        }
+        for told in rekeys.join().unwrap() {
+            let after = told
+                .split("key ")
+                .nth(1)
+                .unwrap()
+                .split_whitespace()
+                .next()
+                .unwrap();
+            assert!(
+                told.contains(&format!("no more       provider \"native\", key {before}")),
+                "{told}"
+            );
+            before = after.to_owned();
+        }
+    });
+    assert_eq!(token(volume), before);
+    disk.does("lock");
+    let refused = disk.run("rekey");
+    assert_eq!(refused.status.code(), Some(4));
+    assert!(
+        String::from_utf8(refused.stderr)
+            .unwrap()
+            .contains("unlock it first")
+    );
+    disk.does("unlock");
+    disk.server.still_serves_both(driver);
+}
+
+#[test]
+fn strangers_may_look_and_not_lock() {
+    let config = |grants: &str, volume: &Volume| {
+        let path = volume.beside("config.toml");
+        fs::write(&path, grants).unwrap();
+        path.display().to_string()
+    };
+    let volume = Volume::new();
+    let mut granted = String::new();
+    for (user, privilege) in [(4_000_001, "RegisterVM"), (4_000_002, "Recrypt")] {
+        granted += &format!("[[grant]]\nuser = {user}\nprivileges = [{privilege:?}]\n");
+    }
+    let config = config(&granted, &volume);
+    let disk = Served::with(volume, &["--config", &config]);
+    for (user, verb, allowed) in [
+        (4_000_001, "lock", true),
+        (4_000_001, "unlock", true),
+        (4_000_001, "rekey", false),
+        (4_000_002, "rekey", true),
+        (4_000_002, "lock", false),
+        (4_000_002, "unlock", false),
+        (4_000_003, "lock", false),
+        (4_000_003, "unlock", false),
+        (4_000_003, "rekey", false),
+        (4_000_003, "status", true),
+    ] {
+        let socket = disk.control.clone();
+        let result = common::secrets::as_user(user, move || {
+            let method = match verb {
+                "status" => "GetStatus".to_owned(),
+                verb => verb[..1].to_uppercase() + &verb[1..],
+            };
+            let stream = std::os::unix::net::UnixStream::connect(socket).unwrap();
+            let mut connection =
+                sealblk::control::wire::Connection::new(stream, Duration::from_secs(30)).unwrap();
+            let method = format!("org.sealblk.Disk.{method}");
+            let parameters = serde_json::json!({});
+            sealblk::control::varlink::call::<Value>(&mut connection, &method, parameters, &[])
+                .map(drop)
+                .map_err(|error| error.to_string())
+        });
+        match allowed {
+            true => result.unwrap_or_else(|error| panic!("{user} {verb}: {error}")),
+            false => {
+                let error = result.expect_err(verb);
+                assert!(error.contains("NotPermitted"), "{user} {verb}: {error}");
+            }
+        }
+    }
+    disk.server.still_serves();
+}
+
+/// A volume that is served with a control socket.
+struct Served {
+    server: Server,
+    control: PathBuf,
+}
+
+impl Served {
+    fn new() -> Self {
+        Self::of(Volume::new())
+    }
+
+    fn of(volume: Volume) -> Self {
+        Self::with(volume, &[])
+    }
+
+    fn with(volume: Volume, args: &[&str]) -> Self {
+        let control = volume.beside("control");
+        let socket = control.display().to_string();
+        let args = [&["--control-socket", &socket], args].concat();
+        Self {
+            server: Server::of(volume, &args),
+            control,
+        }
+    }
+
+    fn run(&self, verb: &str) -> Output {
+        let mut command = Command::new(SEALBLK);
+        command.args([verb, "--control-socket"]).arg(&self.control);
+        command.output().unwrap()
+    }
+
+    /// What the verb says.
+    fn verb(&self, verb: &str) -> String {
+        let output = self.run(verb);
+        assert!(
+            output.status.success(),
+            "{verb}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    fn does(&self, verb: &str) {
+        self.verb(verb);
+    }
+
+    fn status(&self) -> Value {
+        let mut command = Command::new(SEALBLK);
+        let output = run(command
+            .args(["status", "--json", "--control-socket"])
+            .arg(&self.control));
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+}
+
+/// By cryptsetup, with a recovery key that is added for it.
+fn volume_key(volume: &Volume) -> Vec<u8> {
+    let (recovery, key) = (volume.beside("recovery"), volume.beside("volume.key"));
+    let mut add = Command::new(SEALBLK);
+    run(add
+        .args(&volume.open)
+        .args(["recovery", "add"])
+        .arg(&volume.path)
+        .arg("--recovery-key")
+        .arg(&recovery));
+    let mut dump = Command::new("cryptsetup");
+    dump.args([
+        "luksDump",
+        "--batch-mode",
+        "--dump-volume-key",
+        "--volume-key-file",
+    ])
+    .arg(&key);
+    run(dump.arg("--key-file").arg(&recovery).arg(&volume.path));
+    fs::read(&key).unwrap()
+}
+
+/// Has the program run as on a kernel without memfd_secret(2).
+fn without_secret_memory(command: &mut Command) {
+    const ALLOW: u32 = 0x7fff_0000;
+    const ENOSYS: u32 = 0x0005_0000 | libc::ENOSYS as u32;
+    let step = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter {
+        code: code as u16,
+        jt,
+        jf,
+        k,
+    };
+    let filter = [
+        // The number of the call is the first of what is looked at.
+        step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
+        step(
+            libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K,
+            0,
+            1,
+            libc::SYS_memfd_secret as u32,
+        ),
+        step(libc::BPF_RET | libc::BPF_K, 0, 0, ENOSYS),
+        step(libc::BPF_RET | libc::BPF_K, 0, 0, ALLOW),
+    ];
+    let install = move || {
+        let program = libc::sock_fprog {
+            len: filter.len() as u16,
+            filter: filter.as_ptr().cast_mut(),
+        };
+        // SAFETY: a number for a switch.
+        let done = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+        // SAFETY: the program lives as long as the call, which copies it.
+        let filtered = unsafe { libc::prctl(libc::PR_SET_SECCOMP, 2, &raw const program) };
+        match done | filtered {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    };
+    // SAFETY: what runs between fork and exec makes two system calls and allocates nothing.
+    unsafe { command.pre_exec(install) };
+}
