@@ -38,7 +38,7 @@ impl Agent {
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
         let path = |name: &str| dir.path().join(name);
         let state = path("state").display().to_string();
-        run(Command::new(SEALBLK).args(["--state-dir", &state, "provider", "add", "native"]));
+        run(Command::new(SEALBLK).args(["--state-dir", &state, "provider", "add", "native", "--no-backup"]));
         let socket = path("agent.sock").display().to_string();
         fs::write(
             path("config.toml"),

@@ -29,13 +29,23 @@ const STORAGE: i32 = 6;
 #[test]
 fn first_disk_takes_one_command() {
     let bench = Bench::empty();
-    let made = bench.succeeds(&["create", "vm.luks", "--size", "1M", "--label", "web"]);
+    let create = [
+        "create",
+        "vm.luks",
+        "--size",
+        "1M",
+        "--label",
+        "web",
+        "--recovery-key",
+        "vm.key",
+    ];
+    let made = bench.succeeds(&create);
     assert!(
-        made.err.contains("added key provider \"native\"") && made.err.contains("back that directory up"),
+        made.err.contains("added key provider \"native\"") && made.err.contains("provider backup native"),
         "{made:?}"
     );
     assert!(
-        made.out.contains("a disk of 1 MiB") && made.out.contains("recovery key  none"),
+        made.out.contains("a disk of 1 MiB") && made.out.contains("recovery key  made, in vm.key"),
         "{made:?}"
     );
     assert_eq!(
@@ -47,6 +57,7 @@ fn first_disk_takes_one_command() {
 
     let again = bench.succeeds(&["create", "vm2.luks", "--size", "1M"]);
     assert_eq!(again.err, "", "the provider is there now");
+    assert!(again.out.contains("recovery key  none"), "{again:?}");
     let list = bench.succeeds(&["provider", "list"]).out;
     assert!(list.contains("native  native  yes      usable"), "{list}");
 }
@@ -304,7 +315,7 @@ fn wrong_arguments_are_refused_with_the_right_ones() {
         USAGE,
         &["../x", "lower-case"],
     );
-    bench.succeeds(&["provider", "add", "native"]);
+    bench.succeeds(&["provider", "add", "native", "--no-backup"]);
     bench.fails(
         &["provider", "add", "native"],
         USAGE,
@@ -355,7 +366,7 @@ fn kmip_provider_is_added_with_no_server_up_and_found_wanting_by_the_list() {
 #[test]
 fn impossible_disks_are_refused_and_leave_nothing() {
     let bench = Bench::empty();
-    bench.succeeds(&["provider", "add", "native"]);
+    bench.succeeds(&["provider", "add", "native", "--no-backup"]);
     let create = |more: &[&str]| {
         [&["create", "vm.luks"], more]
             .concat()
@@ -406,7 +417,7 @@ fn impossible_disks_are_refused_and_leave_nothing() {
 #[test]
 fn disk_without_space_is_refused_and_leaves_nothing() {
     let bench = Bench::empty();
-    bench.succeeds(&["provider", "add", "native"]);
+    bench.succeeds(&["provider", "add", "native", "--no-backup"]);
     let before = bench.snapshot();
     // 8 MiB, in the middle of the header.
     let mut limited = Command::new("sh");
@@ -439,7 +450,7 @@ fn disk_without_space_is_refused_and_leaves_nothing() {
 #[test]
 fn disk_on_a_full_file_system_is_refused_and_leaves_nothing() {
     let bench = Bench::empty();
-    bench.succeeds(&["provider", "add", "native"]);
+    bench.succeeds(&["provider", "add", "native", "--no-backup"]);
     fs::create_dir(bench.path("full")).unwrap();
     let mount = Command::new("mount")
         .args(["-t", "tmpfs", "-o", "size=4M", "none"])
@@ -465,7 +476,7 @@ fn disk_on_a_full_file_system_is_refused_and_leaves_nothing() {
 #[test]
 fn what_exists_is_overwritten_by_force_alone() {
     let bench = Bench::empty();
-    bench.succeeds(&["provider", "add", "native"]);
+    bench.succeeds(&["provider", "add", "native", "--no-backup"]);
     fs::write(bench.path("vm.luks"), [7; 64 << 10]).unwrap();
     bench.fails(
         &["create", "vm.luks", "--size", "1M"],
@@ -512,7 +523,7 @@ fn what_exists_is_overwritten_by_force_alone() {
 #[test]
 fn block_device_is_taken_whole_and_what_it_holds_is_noticed() {
     let bench = Bench::empty();
-    bench.succeeds(&["provider", "add", "native"]);
+    bench.succeeds(&["provider", "add", "native", "--no-backup"]);
     File::create(bench.path("backing"))
         .unwrap()
         .set_len(HEADER_LEN + DISK_LEN)
@@ -575,6 +586,7 @@ fn disk_in_use_is_left_alone_even_by_force() {
 #[test]
 fn detached_header_opens_its_disk() {
     let bench = Bench::empty();
+    bench.succeeds(&["provider", "add", "native", "--no-backup"]);
     bench.succeeds(&[
         "create",
         "disk",
@@ -712,7 +724,7 @@ fn missing_keys_are_told_from_exposed_and_damaged_ones() {
     fs::remove_dir_all(bench.path("state")).unwrap();
     bench.fails(&add, KEY, &["native", "no such key provider", "--state-dir"]);
 
-    bench.succeeds(&["provider", "add", "native"]);
+    bench.succeeds(&["provider", "add", "native", "--no-backup"]);
     bench.fails(&add, KEY, &["native", "no such key", "primary key"]);
 
     fs::write(bench.path("state/providers.toml"), "default = 1").unwrap();

@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 use sealblk::cipher::SectorSize;
 use sealblk::keys::arena::SecretBytes;
-use sealblk::keys::registry::{Registry, Source};
+use sealblk::keys::registry::{Backup, Registry, Source};
 use sealblk::keys::{KeyProvider, Providers};
 use sealblk::volume::{
     Argon2Cost, CreateOptions, HeaderError, HeaderIo, HeaderState, Info, LockMode, Locked, MetadataLock,
@@ -383,7 +383,15 @@ impl Host {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut providers = Registry::open(&dir.path().join("state")).unwrap();
-        providers.add("native", Source::Native {}, true).unwrap();
+        providers
+            .add(
+                "native",
+                Source::Native {
+                    backup: Backup::Waived,
+                },
+                true,
+            )
+            .unwrap();
         Self { dir, providers }
     }
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use sealblk::cipher::{Reader, Sector, SectorSize, Workspace};
 use sealblk::keys::arena::SecretBytes;
-use sealblk::keys::registry::{Registry, Source};
+use sealblk::keys::registry::{Backup, Registry, Source};
 use sealblk::keys::{KeyProvider, Providers};
 use sealblk::storage::{Access, Backing, StorageError};
 use sealblk::volume::segment::Treatment;
@@ -596,7 +596,15 @@ impl Disk {
         let path = dir.path().join("disk");
         File::create(&path).unwrap().set_len(size).unwrap();
         let mut providers = Registry::open(&dir.path().join("state")).unwrap();
-        providers.add("native", Source::Native {}, true).unwrap();
+        providers
+            .add(
+                "native",
+                Source::Native {
+                    backup: Backup::Waived,
+                },
+                true,
+            )
+            .unwrap();
         Self {
             dir,
             path,

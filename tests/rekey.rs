@@ -88,7 +88,7 @@ fn a_volume_moves_to_another_provider_and_back_from_its_recovery_key() {
     let state = volume.open[1].clone();
     run(&mut sealblk(
         &state,
-        &["provider", "add", "native", "--name", "second"],
+        &["provider", "add", "native", "--no-backup", "--name", "second"],
     ));
     run(&mut rekey(&volume, &["--provider", "second"]));
     assert_eq!(token(&volume)["provider"], "second");
@@ -98,7 +98,7 @@ fn a_volume_moves_to_another_provider_and_back_from_its_recovery_key() {
     let elsewhere = volume.beside("elsewhere").display().to_string();
     run(&mut sealblk(
         &elsewhere,
-        &["provider", "add", "native", "--name", "third"],
+        &["provider", "add", "native", "--no-backup", "--name", "third"],
     ));
     let mut command = sealblk(&elsewhere, &["rekey"]);
     command.arg(&volume.path);

@@ -56,19 +56,18 @@ impl Disks {
             header_len: 0,
         };
         let size = mebibytes << 20;
-        succeed(
-            Command::new(SEALBLK)
-                .arg("--state-dir")
-                .arg(disks.path("state"))
-                .arg("create")
-                .arg(disks.path("volume"))
-                .args([
-                    "--size",
-                    &size.to_string(),
-                    "--sector-size",
-                    &sector_size.to_string(),
-                ]),
-        );
+        let sealblk = || {
+            let mut command = Command::new(SEALBLK);
+            command.arg("--state-dir").arg(disks.path("state"));
+            command
+        };
+        succeed(sealblk().args(["provider", "add", "native", "--no-backup"]));
+        succeed(sealblk().arg("create").arg(disks.path("volume")).args([
+            "--size",
+            &size.to_string(),
+            "--sector-size",
+            &sector_size.to_string(),
+        ]));
         let volume_len = fs::metadata(disks.path("volume")).expect("the volume").len();
         disks.header_len = (volume_len - size) as usize;
         fs::File::create(disks.raw())

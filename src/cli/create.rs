@@ -19,6 +19,7 @@ use super::size::Size;
 use super::{Host, Keys, output, provider};
 use crate::agent::Purpose;
 use crate::cipher::SectorSize;
+use crate::keys::registry::Backup;
 use crate::keys::{KeyProvider, Providers};
 use crate::storage::{Access, Backing, Kind};
 use crate::volume::{self, Argon2Cost, CreateOptions, Locked};
@@ -30,7 +31,8 @@ Examples:
   sealblk create /dev/vg0/vm9 --header /srv/headers/vm9.luks
 
 The volume is bound to a key provider: this host opens it without being asked
-for a passphrase. If the host has no provider, a native one is added, and told.
+for a passphrase. If the host has none, and the volume gets a recovery key, a
+native provider is added, and told.
 
 A recovery key opens the volume on any Linux, without sealblk:
   cryptsetup open --key-file vm7.key vm7.luks vm7
@@ -100,7 +102,7 @@ impl Create {
 
         let provider = match named {
             Some(provider) => provider,
-            None => default_provider(&mut keys)?,
+            None => default_provider(&mut keys, recovery_key.is_some())?,
         };
         let key_id = provider.create_kek()?;
         let (header_io, payload) = match &header {
@@ -172,12 +174,14 @@ impl Create {
     }
 }
 
-/// The provider of volumes for which none is named. A host without one gets a native one, unless an agent has its keys.
-fn default_provider(keys: &mut Keys) -> Result<Arc<dyn KeyProvider>, Failure> {
+/// The provider of volumes for which none is named. A host without one gets a native one, if the volume has a recovery key
+/// too: it is not lost with a primary key that nobody has backed up.
+fn default_provider(keys: &mut Keys, recovery_key: bool) -> Result<Arc<dyn KeyProvider>, Failure> {
     if let Keys::Own(registry) = keys
+        && recovery_key
         && registry.default_name()?.is_none()
     {
-        provider::add_native(registry, "native", true)?;
+        provider::add_native(registry, "native", true, Backup::Waived)?;
     }
     let name = keys.default_name()?.ok_or(Failure::NoProvider)?;
     Ok(keys.provider(&name)?)

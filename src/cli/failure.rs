@@ -63,8 +63,29 @@ pub enum Failure {
         disk: PathBuf,
     },
     /// There is nobody to ask for a key.
-    #[error("this host has no key provider; `sealblk provider add` adds one")]
+    #[error(
+        "this host has no key provider: `sealblk provider add native` adds one, and `sealblk provider backup` makes it fit \
+         for use; with --recovery-key the disk has another way in, and a native provider is added for it"
+    )]
     NoProvider,
+    /// A passphrase that would be found.
+    #[error(
+        "the passphrase in {location} is shorter than {least} bytes; whoever finds the backup would guess it"
+    )]
+    ShortPassphrase {
+        /// Where it is.
+        location: String,
+        /// What is long enough.
+        least: usize,
+    },
+    /// A backup that holds something else.
+    #[error("{}: {what}", path.display())]
+    Backup {
+        /// The backup.
+        path: PathBuf,
+        /// What is wrong.
+        what: &'static str,
+    },
     /// A key that is there already.
     #[error(
         "the recovery key opens the volume already, by keyslot {keyslot}; name a file that does not exist for a new one"
@@ -172,11 +193,12 @@ impl Failure {
         match self {
             Self::Process(_) | Self::Output(_) | Self::Cipher(_) | Self::Null(_) => HOST,
             Self::SizeNeeded { .. }
+            | Self::ShortPassphrase { .. }
             | Self::OpensAlready { .. }
             | Self::KeyOfPlainDisk { .. }
             | Self::SectorSizeOfVolume { .. }
             | Self::NullStorage { .. } => USAGE,
-            Self::Unencrypted { .. } => VOLUME,
+            Self::Unencrypted { .. } | Self::Backup { .. } => VOLUME,
             Self::Storage(StorageError::InUse { .. }) | Self::Occupied { .. } => IN_USE,
             Self::Storage(_) | Self::Make { .. } | Self::Look { .. } => STORAGE,
             Self::Volume(VolumeError { reason, .. }) => volume_code(reason),
@@ -200,7 +222,10 @@ impl Failure {
             Self::Open(OpenError::Passphrase(_)) => KEY,
             Self::Open(OpenError::Replaced { .. } | OpenError::Reshaped) => VOLUME,
             Self::Registry(
-                RegistryError::Name(_) | RegistryError::Exists { .. } | RegistryError::Settings(_),
+                RegistryError::Name(_)
+                | RegistryError::Exists { .. }
+                | RegistryError::Settings(_)
+                | RegistryError::NotNative(_),
             ) => USAGE,
             Self::Secret(SecretError::Arena(_)) => HOST,
             Self::Key(_) | Self::NoProvider | Self::Registry(_) | Self::Secret(_) => KEY,
@@ -243,6 +268,7 @@ fn volume_code(reason: &Reason) -> u8 {
         | Reason::Wipe { .. }
         | Reason::WipeReplaced { .. }
         | Reason::ForgetCached(_)
+        | Reason::ReadArea(_)
         | Reason::DamagedCopy { .. }
         | Reason::Entry { .. } => STORAGE,
         Reason::Keyslot { source, .. } if lacks_memory(source) => HOST,

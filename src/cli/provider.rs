@@ -3,14 +3,21 @@
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, Subcommand};
+use sha2::{Digest, Sha256};
 
 use super::failure::Failure;
+use super::made::Made;
+use super::secret::{SecretError, SecretSource};
 use super::{Host, Keys, output};
 use crate::agent::Purpose;
-use crate::keys::Providers;
+use crate::keys::arena::{SecretBytes, on_wiped_stack};
 use crate::keys::kmip::{self, Wrap};
-use crate::keys::registry::{Registry, Source};
+use crate::keys::private;
+use crate::keys::registry::{Backup, Registry, Source};
 use crate::keys::transit::{self, Login};
+use crate::keys::{PRIMARY_LEN, Providers};
+use crate::storage::{Access, Backing};
+use crate::volume::{Argon2Cost, vault};
 
 const NATIVE_HELP: &str = "\
 Examples:
@@ -19,7 +26,25 @@ Examples:
 
 A native provider is one primary key in a file of the state directory. All keys
 that it gives to volumes are derived from it: whoever has the file can open the
-volumes, and without it they open with a recovery key alone. Back it up.";
+volumes, and without it they open with a recovery key alone. It is for no new
+volumes before there is a backup (`sealblk provider backup`), or --no-backup.";
+
+const BACKUP_HELP: &str = "\
+Examples:
+  sealblk provider backup native --to native.backup --passphrase-file pass
+  sealblk provider backup native --waive
+
+The backup is a LUKS2 header under argon2id that holds the primary key. It is read
+back and opened with the passphrase before it counts. One is enough for good:
+later keys are derived from the same primary key. cryptsetup opens it, too:
+  cryptsetup luksDump --dump-volume-key --volume-key-file out native.backup
+gives 64 bytes, of which the first 32 are the primary key.";
+
+const RESTORE_HELP: &str = "\
+Example:
+  sealblk provider restore native.backup --passphrase-file pass
+
+This host then opens the disks of the host that the backup was taken on.";
 
 const KMIP_HELP: &str = "\
 Examples:
@@ -57,6 +82,12 @@ enum Verb {
     /// Add a key provider to this host
     #[command(subcommand)]
     Add(Box<Add>),
+    /// Write a native provider's primary key to a file under a passphrase, and see that it can be restored
+    Backup(BackupArgs),
+    /// Add a native provider with the primary key of a backup
+    Restore(Restore),
+    /// See whether keys can be had of a provider, by a real unwrap
+    Check(Check),
     /// List the key providers of this host, and whether each one's keys can be used
     List,
 }
@@ -65,13 +96,61 @@ enum Verb {
 enum Add {
     /// A primary key in the state directory; needs no server
     #[command(after_help = NATIVE_HELP)]
-    Native(Common),
+    Native(NativeArgs),
     /// Key servers that speak KMIP
     #[command(after_help = KMIP_HELP)]
     Kmip(KmipArgs),
     /// The Transit secrets engine of OpenBao or HashiCorp Vault
     #[command(after_help = TRANSIT_HELP)]
     Transit(TransitArgs),
+}
+
+#[derive(Debug, Args)]
+struct NativeArgs {
+    /// Let new volumes take its keys though there is no backup
+    #[arg(long)]
+    no_backup: bool,
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = BACKUP_HELP)]
+#[command(group = ArgGroup::new("how").required(true).args(["to", "waive"]))]
+struct BackupArgs {
+    /// The provider
+    name: String,
+    /// The file, which is made
+    #[arg(long, value_name = "FILE", requires = "passphrase_file")]
+    to: Option<PathBuf>,
+    /// The passphrase that the backup shall open with
+    #[arg(long, value_name = "FILE|-|fd:N|cred:NAME", requires = "to")]
+    passphrase_file: Option<SecretSource>,
+    /// Do without: new volumes get keys of the provider, and are lost if its file is
+    #[arg(long)]
+    waive: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = RESTORE_HELP)]
+struct Restore {
+    /// The backup
+    file: PathBuf,
+    /// The passphrase that it opens with
+    #[arg(long, value_name = "FILE|-|fd:N|cred:NAME")]
+    passphrase_file: SecretSource,
+    /// What to call the provider [default: as where the backup was taken, which volumes know it by]
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+    /// Let new volumes take it when none is named; the first provider is the default anyway
+    #[arg(long)]
+    default: bool,
+}
+
+#[derive(Debug, Args)]
+struct Check {
+    /// The provider
+    name: String,
 }
 
 #[derive(Debug, Args)]
@@ -156,6 +235,9 @@ impl Provider {
     pub(super) fn run(self, host: &Host) -> Result<(), Failure> {
         match self.verb {
             Verb::Add(add) => add.run(host),
+            Verb::Backup(backup) => backup.run(host),
+            Verb::Restore(restore) => restore.run(host),
+            Verb::Check(check) => Ok(host.keys(Purpose::Check)?.provider(&check.name)?.check()?),
             Verb::List => output::print(&list(&host.keys(Purpose::Check)?)?),
         }
     }
@@ -165,7 +247,10 @@ impl Add {
     fn run(self, host: &Host) -> Result<(), Failure> {
         let mut registry = host.registry()?;
         match self {
-            Add::Native(common) => add_native(&mut registry, common.named("native"), common.default),
+            Add::Native(NativeArgs { no_backup, common }) => {
+                let backup = if no_backup { Backup::Waived } else { Backup::None };
+                add_native(&mut registry, common.named("native"), common.default, backup)
+            }
             Add::Kmip(args) => {
                 let common = args.common.clone();
                 add_servers(&mut registry, &common, "kmip", Source::Kmip(args.settings()?))
@@ -259,16 +344,117 @@ impl Common {
     }
 }
 
-/// Adds a native provider, and says where its key is.
-pub(super) fn add_native(registry: &mut Registry, name: &str, default: bool) -> Result<(), Failure> {
-    registry.add(name, Source::Native {}, default)?;
+/// Adds a native provider, and says what is to be done with it.
+pub(super) fn add_native(
+    registry: &mut Registry,
+    name: &str,
+    default: bool,
+    backup: Backup,
+) -> Result<(), Failure> {
+    registry.add(name, Source::Native { backup }, default)?;
     let dir = registry.dir().display();
     output::note(&format!(
-        "added key provider {name:?}; its primary key is in {dir}: back that directory up, since volumes bound to \
-         this provider open with it or with their recovery key, and with nothing else"
+        "added key provider {name:?}; its primary key is in {dir}: back it up with `sealblk provider backup {name}`, since \
+         volumes bound to this provider open with it or with their recovery key, and with nothing else"
     ));
     Ok(())
 }
+
+impl BackupArgs {
+    fn run(self, host: &Host) -> Result<(), Failure> {
+        let mut registry = host.registry()?;
+        let (Some(path), Some(source)) = (&self.to, &self.passphrase_file) else {
+            return Ok(registry.set_backup(&self.name, Backup::Waived)?);
+        };
+        let primary = registry.export(&self.name)?;
+        let passphrase = source.read_passphrase()?;
+        if passphrase.len() < MIN_PASSPHRASE {
+            return Err(Failure::ShortPassphrase {
+                location: source.to_string(),
+                least: MIN_PASSPHRASE,
+            });
+        }
+        let mut made = Made::default();
+        private::create(path, &[]).map_err(|source| Failure::Make {
+            path: path.clone(),
+            source,
+        })?;
+        made.extend([path.clone()]);
+        let file = Backing::open(path, Access::ReadWrite)?;
+        let key = with_check(&primary)?;
+        let about = [("provider", self.name.as_str())];
+        vault::seal(
+            &file,
+            &key,
+            &passphrase,
+            Argon2Cost::for_this_host(),
+            BACKUP,
+            &about,
+        )?;
+        // It counts once it was restored.
+        let unsealed = vault::unseal(&file, &passphrase, BACKUP)?;
+        if !unsealed.key.ct_eq(&key) {
+            return Err(Failure::Backup {
+                path: path.clone(),
+                what: "read back from storage, the backup holds another key; check the storage",
+            });
+        }
+        made.keep();
+        registry.set_backup(&self.name, Backup::Taken)?;
+        output::print(&format!(
+            "{}: the primary key of {:?}, read back and opened; keep it and its passphrase apart, and from the disks\n",
+            path.display(),
+            self.name
+        ))
+    }
+}
+
+impl Restore {
+    fn run(self, host: &Host) -> Result<(), Failure> {
+        let mut registry = host.registry()?;
+        let file = Backing::open(&self.file, Access::Inspect)?;
+        let unsealed = vault::unseal(&file, &self.passphrase_file.read_passphrase()?, BACKUP)?;
+        let broken = |what| Failure::Backup {
+            path: self.file.clone(),
+            what,
+        };
+        let mut primary = SecretBytes::zeroed(PRIMARY_LEN).map_err(SecretError::from)?;
+        primary.copy_from_slice(&unsealed.key[..PRIMARY_LEN]);
+        if !with_check(&primary)?.ct_eq(&unsealed.key) {
+            return Err(broken("it holds no primary key; was it made by sealblk?"));
+        }
+        let known = unsealed.about.into_iter().find(|(name, _)| name == "provider");
+        let name = match (self.name, known) {
+            (Some(name), _) | (None, Some((_, name))) => name,
+            (None, None) => {
+                return Err(broken(
+                    "it does not tell the provider's name; give one with --name",
+                ));
+            }
+        };
+        registry.import(&name, &primary, self.default)?;
+        output::print(&format!("key provider {name:?} was restored\n"))
+    }
+}
+
+/// What a backup of a primary key holds: the key, and the SHA-256 of it, so that it is known for what it is.
+fn with_check(primary: &SecretBytes) -> Result<SecretBytes, Failure> {
+    let mut key = SecretBytes::zeroed(2 * PRIMARY_LEN).map_err(SecretError::from)?;
+    let (first, check) = key.split_at_mut(PRIMARY_LEN);
+    first.copy_from_slice(primary);
+    on_wiped_stack(|| {
+        let digest = Sha256::new()
+            .chain_update(b"sealblk primary key backup\0")
+            .chain_update(&primary[..]);
+        check.copy_from_slice(&digest.finalize());
+    });
+    Ok(key)
+}
+
+/// The type of a backup's token.
+const BACKUP: &str = "sealblk-primary-key";
+/// The shortest passphrase, in bytes. argon2id makes each guess dear, and not the first thousands of them.
+const MIN_PASSPHRASE: usize = 8;
 
 fn list(keys: &Keys) -> Result<String, Failure> {
     let entries = keys.list()?;

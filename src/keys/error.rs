@@ -37,6 +37,8 @@ pub enum KeyReason {
     NotPermitted,
     /// The provider exists, but its configuration or its own files cannot be used.
     Invalid,
+    /// The provider gives no key to new volumes before there is a backup of it.
+    NotBackedUp,
     /// The provider does not answer.
     Unreachable,
     /// Whoever answers is not known to be the provider, or does not take this host for who it is: a certificate is wrong
@@ -87,11 +89,12 @@ impl KeyError {
 
 impl KeyReason {
     #[cfg(test)]
-    pub(crate) const ALL: [Self; 14] = [
+    pub(crate) const ALL: [Self; 15] = [
         Self::UnknownProvider,
         Self::NoAgent,
         Self::NotPermitted,
         Self::Invalid,
+        Self::NotBackedUp,
         Self::Unreachable,
         Self::Untrusted,
         Self::Failed,
@@ -111,6 +114,7 @@ impl KeyReason {
             Self::NoAgent => "this host's key agent does not answer",
             Self::NotPermitted => "this host's key agent does not let this user do that",
             Self::Invalid => "the key provider's own state cannot be used",
+            Self::NotBackedUp => "the key provider was not backed up yet, so it gives no keys to new volumes",
             Self::Unreachable => "the key provider does not answer",
             Self::Untrusted => "this host and the key provider do not trust each other's certificates",
             Self::Failed => "the key provider answers, but fails",
@@ -133,6 +137,9 @@ impl KeyReason {
             Self::NoAgent => "start `sealblk agent`, or name its socket with --agent",
             Self::NotPermitted => "grant the privilege that the cause names, in the agent's configuration",
             Self::Invalid => "mend it as the cause says, or restore the provider's files from a backup",
+            Self::NotBackedUp => {
+                "take a backup with `sealblk provider backup`, or do without with its --waive"
+            }
             Self::Unreachable => "check the server and the network, then try again",
             Self::Untrusted => {
                 "renew or exchange the certificate that the cause names, and look at both clocks"

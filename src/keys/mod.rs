@@ -41,6 +41,7 @@ use uuid::Uuid;
 use arena::SecretBytes;
 
 pub use error::{KeyError, KeyReason};
+pub use native::PRIMARY_LEN;
 pub use shared::SharedProviders;
 
 /// The name that a provider knows a KEK by. Its form is the provider's own affair.

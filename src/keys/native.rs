@@ -26,12 +26,14 @@ use uuid::Uuid;
 
 use super::arena::{ArenaError, SecretBytes, on_wiped_stack};
 use super::private::{self, Forbid};
+use super::settings::Backup;
 use super::source::KekSource;
 use super::wrap::{KEK_LEN, Kek};
 use super::{KeyError, KeyId, KeyReason, KeyState};
 
 const MAGIC: &[u8; 16] = b"sealblk-native\0\x01";
-const PRIMARY_LEN: usize = 32;
+/// The length of a primary key, in bytes.
+pub const PRIMARY_LEN: usize = 32;
 const IDENTITY_LEN: usize = 8;
 const FILE_LEN: usize = MAGIC.len() + PRIMARY_LEN + IDENTITY_LEN;
 
@@ -39,6 +41,7 @@ const FILE_LEN: usize = MAGIC.len() + PRIMARY_LEN + IDENTITY_LEN;
 pub(super) struct Native {
     name: String,
     path: PathBuf,
+    backup: Backup,
     primary: SecretBytes,
     identity: String,
 }
@@ -67,14 +70,22 @@ impl Native {
     /// # Errors
     /// [`KeyError`] with the reason [`KeyReason::Host`]; then there is no file.
     pub(super) fn create(name: &str, path: &Path) -> Result<(), KeyError> {
+        let fail = |source| KeyError::new(name, path.display(), KeyReason::Host).because(source);
+        Self::write(name, path, &SecretBytes::random(PRIMARY_LEN).map_err(fail)?)
+    }
+
+    /// Writes `primary`, which comes from a backup, to `path`, which must not exist.
+    ///
+    /// # Errors
+    /// As for [`Native::create`].
+    pub(super) fn write(name: &str, path: &Path, primary: &SecretBytes) -> Result<(), KeyError> {
         let fail = |source: Box<dyn Error + Send + Sync>| {
             KeyError::new(name, path.display(), KeyReason::Host).because(source)
         };
-        let primary = SecretBytes::random(PRIMARY_LEN).map_err(|e| fail(e.into()))?;
         let mut content = SecretBytes::zeroed(FILE_LEN).map_err(|e| fail(e.into()))?;
         content[..16].copy_from_slice(MAGIC);
-        content[16..48].copy_from_slice(&primary);
-        content[48..].copy_from_slice(&identity(&primary));
+        content[16..48].copy_from_slice(primary);
+        content[48..].copy_from_slice(&identity(primary));
         private::create(path, &content).map_err(|e| fail(e.into()))
     }
 
@@ -83,7 +94,7 @@ impl Native {
     /// # Errors
     /// [`KeyError`]: [`KeyReason::Missing`] without a file, [`KeyReason::Invalid`] if the file is damaged or others
     /// than its owner can get at it.
-    pub(super) fn open(name: &str, path: &Path) -> Result<Self, KeyError> {
+    pub(super) fn open(name: &str, path: &Path, backup: Backup) -> Result<Self, KeyError> {
         let fail = |reason, source: Box<dyn Error + Send + Sync>| {
             KeyError::new(name, path.display(), reason).because(source)
         };
@@ -111,9 +122,15 @@ impl Native {
         Ok(Self {
             name: name.to_owned(),
             path: path.to_owned(),
+            backup,
             primary,
             identity: hex(&identity),
         })
+    }
+
+    /// The primary key, to be backed up.
+    pub(super) fn primary(&self) -> &SecretBytes {
+        &self.primary
     }
 
     fn recognise(&self, key_id: &KeyId) -> Result<(), ForeignKey> {
@@ -147,6 +164,13 @@ impl KekSource for Native {
     }
 
     fn create_kek(&self) -> Result<KeyId, KeyError> {
+        if self.backup == Backup::None {
+            return Err(KeyError::new(
+                &self.name,
+                self.path.display(),
+                KeyReason::NotBackedUp,
+            ));
+        }
         Ok(KeyId(format!("{}.{}", self.identity, Uuid::new_v4())))
     }
 
@@ -216,7 +240,7 @@ mod tests {
     fn native(dir: &tempfile::TempDir, file: &str) -> Native {
         let path = dir.path().join(file);
         Native::create("native", &path).unwrap();
-        Native::open("native", &path).unwrap()
+        Native::open("native", &path, Backup::Waived).unwrap()
     }
 
     #[test]
@@ -232,7 +256,7 @@ mod tests {
         };
         let secret = SecretBytes::random(32).unwrap();
         let wrapped = before.wrap(&binding, &secret).unwrap();
-        let after = Native::open("native", &dir.path().join("primary.key")).unwrap();
+        let after = Native::open("native", &dir.path().join("primary.key"), Backup::Waived).unwrap();
         let after = HostProvider::new(Box::new(after), Duration::ZERO);
         assert!(after.unwrap(&binding, &wrapped).unwrap().ct_eq(&secret));
     }
@@ -273,13 +297,13 @@ mod tests {
             damaged[at] ^= 1;
             fs::write(&path, &damaged).unwrap();
             assert_eq!(
-                Native::open("native", &path).unwrap_err().reason,
+                Native::open("native", &path, Backup::Waived).unwrap_err().reason,
                 KeyReason::Invalid,
                 "byte {at}"
             );
             fs::write(&path, &whole[..at]).unwrap();
             assert_eq!(
-                Native::open("native", &path).unwrap_err().reason,
+                Native::open("native", &path, Backup::Waived).unwrap_err().reason,
                 KeyReason::Invalid,
                 "cut at {at}"
             );
@@ -292,7 +316,7 @@ mod tests {
         native(&dir, "primary.key");
         let path = dir.path().join("primary.key");
         fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
-        let error = Native::open("native", &path).unwrap_err();
+        let error = Native::open("native", &path, Backup::Waived).unwrap_err();
         assert_eq!(error.reason, KeyReason::Invalid);
         assert!(error.source.unwrap().to_string().contains("chmod"));
     }
@@ -302,7 +326,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("primary.key");
         assert_eq!(
-            Native::open("native", &path).unwrap_err().reason,
+            Native::open("native", &path, Backup::Waived).unwrap_err().reason,
             KeyReason::Missing
         );
         fs::write(&path, b"precious").unwrap();

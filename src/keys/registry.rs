@@ -17,14 +17,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::arena::{ArenaError, SecretBytes};
+use super::native::Native;
 use super::private::{self, Exposed, Forbid};
-use super::settings::Settings;
+use super::settings::{Settings, primary_key};
 use super::source::HostProvider;
 use super::{KeyError, KeyProvider, KeyReason, Providers};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
-pub use super::settings::Source;
+pub use super::settings::{Backup, Source};
 
 const NAME_RULE: &str =
     "up to 64 lower-case letters, digits, '-' and '_' are allowed, a letter or digit first";
@@ -114,6 +116,9 @@ pub enum RegistryError {
     /// Settings that a provider cannot be added with.
     #[error(transparent)]
     Settings(KeyError),
+    /// Only a primary key can be backed up here.
+    #[error("provider {0:?} is no native one: its keys are its server's, and are backed up there")]
+    NotNative(String),
     /// The provider's own files.
     #[error(transparent)]
     Key(#[from] KeyError),
@@ -171,14 +176,80 @@ impl Registry {
     /// # Errors
     /// [`RegistryError`]; the settings are as they were then.
     pub fn add(&mut self, name: &str, source: Source, default: bool) -> Result<(), RegistryError> {
+        self.add_with(name, source, default, |source, dir| source.prepare(name, dir))
+    }
+
+    /// Adds a native provider with the primary key of a backup.
+    ///
+    /// # Errors
+    /// As for [`Registry::add`]; above all, if there is a primary key of that name already.
+    pub fn import(&mut self, name: &str, primary: &SecretBytes, default: bool) -> Result<(), RegistryError> {
+        let backup = Backup::Taken;
+        self.add_with(name, Source::Native { backup }, default, |_, dir| {
+            Ok(Native::write(name, &primary_key(dir), primary)?)
+        })
+    }
+
+    /// The primary key of a native provider, for a backup.
+    ///
+    /// # Errors
+    /// [`RegistryError`], if it is no native one, or its key cannot be read.
+    pub fn export(&self, name: &str) -> Result<SecretBytes, RegistryError> {
+        match self.settings.provider.get(name) {
+            Some(Source::Native { backup }) => {
+                let path = primary_key(&self.dir_of(name));
+                let native = Native::open(name, &path, *backup)?;
+                let host = |e: ArenaError| KeyError::new(name, path.display(), KeyReason::Host).because(e);
+                let mut primary = SecretBytes::zeroed(native.primary().len()).map_err(host)?;
+                primary.copy_from_slice(native.primary());
+                Ok(primary)
+            }
+            Some(_) => Err(RegistryError::NotNative(name.to_owned())),
+            None => Err(self.unknown(name).into()),
+        }
+    }
+
+    /// Takes note of the backup of a native provider.
+    ///
+    /// # Errors
+    /// [`RegistryError`]; the settings are as they were then.
+    pub fn set_backup(&mut self, name: &str, taken: Backup) -> Result<(), RegistryError> {
+        let _lock = self.lock()?;
+        let mut settings = Settings::read(&self.dir)?;
+        match settings.provider.get_mut(name) {
+            Some(Source::Native { backup }) => *backup = taken,
+            Some(_) => return Err(RegistryError::NotNative(name.to_owned())),
+            None => return Err(self.unknown(name).into()),
+        }
+        settings.write(&self.dir)?;
+        self.settings = settings;
+        Ok(())
+    }
+
+    fn lock(&self) -> Result<File, RegistryError> {
+        let error = |action| {
+            let path = self.dir.clone();
+            move |source| RegistryError::Io { action, path, source }
+        };
+        let lock = File::open(&self.dir).map_err(error("open"))?;
+        flock(&lock, FlockOperation::LockExclusive).map_err(|e| error("lock")(e.into()))?;
+        Ok(lock)
+    }
+
+    fn add_with(
+        &mut self,
+        name: &str,
+        source: Source,
+        default: bool,
+        prepare: impl FnOnce(&Source, &Path) -> Result<(), RegistryError>,
+    ) -> Result<(), RegistryError> {
         check_name(name)?;
         let io = |action, path: &Path| {
             let path = path.to_owned();
             move |source: io::Error| RegistryError::Io { action, path, source }
         };
         private::ensure_dir(&self.dir).map_err(io("make the state directory", &self.dir))?;
-        let lock = File::open(&self.dir).map_err(io("open", &self.dir))?;
-        flock(&lock, FlockOperation::LockExclusive).map_err(|e| io("lock", &self.dir)(e.into()))?;
+        let _lock = self.lock()?;
         let mut settings = Settings::read(&self.dir)?;
         if settings.provider.contains_key(name) {
             return Err(RegistryError::Exists {
@@ -192,7 +263,7 @@ impl Registry {
             private::ensure_dir(dir).map_err(io("make", dir))?;
             check_private(dir, Forbid::All)?;
         }
-        source.prepare(name, &dir)?;
+        prepare(&source, &dir)?;
 
         settings.provider.insert(name.to_owned(), source);
         if default || settings.default.is_none() {
@@ -210,12 +281,12 @@ impl Registry {
                 let source = source.open(name, &self.dir_of(name))?;
                 Ok(HostProvider::new(source, time_to_live))
             }
-            None => Err(KeyError::new(
-                name,
-                self.dir.display(),
-                KeyReason::UnknownProvider,
-            )),
+            None => Err(self.unknown(name)),
         }
+    }
+
+    fn unknown(&self, name: &str) -> KeyError {
+        KeyError::new(name, self.dir.display(), KeyReason::UnknownProvider)
     }
 
     /// Where a provider keeps what is its own.
@@ -263,6 +334,10 @@ mod tests {
     use crate::keys::settings;
     use std::os::unix::fs::PermissionsExt;
 
+    const NATIVE: Source = Source::Native {
+        backup: Backup::Waived,
+    };
+
     /// A state directory that does not exist yet.
     fn fresh() -> (tempfile::TempDir, PathBuf) {
         let parent = tempfile::tempdir().unwrap();
@@ -288,14 +363,14 @@ mod tests {
         let (_parent, dir) = fresh();
         Registry::open(&dir)
             .unwrap()
-            .add("native", Source::Native {}, false)
+            .add("native", NATIVE, false)
             .unwrap();
         let registry = Registry::open(&dir).unwrap();
         assert_eq!(registry.default_name().unwrap().as_deref(), Some("native"));
         registry.provider("native").unwrap().check().unwrap();
         assert_eq!(
             fs::read_to_string(dir.join(settings::FILE)).unwrap(),
-            "default = \"native\"\n\n[provider.native]\nkind = \"native\"\n"
+            "default = \"native\"\n\n[provider.native]\nkind = \"native\"\nbackup = \"waived\"\n"
         );
         assert_eq!(
             fs::metadata(dir.join("providers/native"))
@@ -311,10 +386,10 @@ mod tests {
     fn first_provider_is_the_default_until_another_is_asked_for() {
         let (_parent, dir) = fresh();
         let mut registry = Registry::open(&dir).unwrap();
-        registry.add("one", Source::Native {}, false).unwrap();
-        registry.add("two", Source::Native {}, false).unwrap();
+        registry.add("one", NATIVE, false).unwrap();
+        registry.add("two", NATIVE, false).unwrap();
         assert_eq!(registry.default_name().unwrap().as_deref(), Some("one"));
-        registry.add("three", Source::Native {}, true).unwrap();
+        registry.add("three", NATIVE, true).unwrap();
         assert_eq!(
             Registry::open(&dir).unwrap().default_name().unwrap().as_deref(),
             Some("three")
@@ -325,7 +400,7 @@ mod tests {
     fn second_provider_of_a_name_is_refused_and_the_first_keeps_its_key() {
         let (_parent, dir) = fresh();
         let mut registry = Registry::open(&dir).unwrap();
-        registry.add("native", Source::Native {}, false).unwrap();
+        registry.add("native", NATIVE, false).unwrap();
         let key = fs::read(dir.join("providers/native/primary.key")).unwrap();
         // As seen by a process that read the settings before.
         let mut stale = Registry {
@@ -333,7 +408,7 @@ mod tests {
             settings: Settings::default(),
         };
         assert!(matches!(
-            stale.add("native", Source::Native {}, false),
+            stale.add("native", NATIVE, false),
             Err(RegistryError::Exists { .. })
         ));
         assert_eq!(fs::read(dir.join("providers/native/primary.key")).unwrap(), key);
@@ -344,13 +419,13 @@ mod tests {
         let (_parent, dir) = fresh();
         Registry::open(&dir)
             .unwrap()
-            .add("native", Source::Native {}, false)
+            .add("native", NATIVE, false)
             .unwrap();
         let key = fs::read(dir.join("providers/native/primary.key")).unwrap();
         fs::remove_file(dir.join(settings::FILE)).unwrap();
         Registry::open(&dir)
             .unwrap()
-            .add("native", Source::Native {}, false)
+            .add("native", NATIVE, false)
             .unwrap();
         assert_eq!(fs::read(dir.join("providers/native/primary.key")).unwrap(), key);
     }
@@ -393,7 +468,7 @@ mod tests {
         let (_parent, dir) = fresh();
         Registry::open(&dir)
             .unwrap()
-            .add("native", Source::Native {}, false)
+            .add("native", NATIVE, false)
             .unwrap();
         fs::set_permissions(&dir, fs::Permissions::from_mode(0o770)).unwrap();
         assert!(matches!(Registry::open(&dir), Err(RegistryError::Exposed { .. })));
@@ -407,10 +482,7 @@ mod tests {
         let mut registry = Registry::open(&dir).unwrap();
         for name in ["", ".", "..", "a/b", "-a", "Native", "a b", "ä", &"a".repeat(65)] {
             assert!(
-                matches!(
-                    registry.add(name, Source::Native {}, false),
-                    Err(RegistryError::Name(_))
-                ),
+                matches!(registry.add(name, NATIVE, false), Err(RegistryError::Name(_))),
                 "{name}"
             );
         }

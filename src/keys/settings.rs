@@ -5,6 +5,7 @@
 //!
 //! [provider.native]
 //! kind = "native"
+//! backup = "taken"
 //! ```
 
 use std::collections::BTreeMap;
@@ -41,18 +42,35 @@ pub(super) struct Settings {
 #[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Source {
     /// A primary key in the provider's directory.
-    Native {},
+    Native {
+        /// Whether there is a backup of it.
+        #[serde(default)]
+        backup: Backup,
+    },
     /// Key servers that speak KMIP.
     Kmip(kmip::Settings),
     /// A key of a server's that wraps KEKs.
     Transit(transit::Settings),
 }
 
+/// Whether a primary key was backed up. Until it was, it is for no new volumes, unless somebody has waived that.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Backup {
+    /// It was not.
+    #[default]
+    None,
+    /// It was, and what was written was seen to hold the key.
+    Taken,
+    /// It was not, and somebody does without.
+    Waived,
+}
+
 impl Source {
     /// Its kind, as the settings and the command line spell it.
     pub(super) fn kind(&self) -> &'static str {
         match self {
-            Source::Native {} => "native",
+            Source::Native { .. } => "native",
             Source::Kmip(_) => "kmip",
             Source::Transit(_) => "transit",
         }
@@ -61,7 +79,7 @@ impl Source {
     /// Where its keys come from: a path, or servers' addresses. `dir` is the provider's directory.
     pub(super) fn location(&self, dir: &Path) -> String {
         match self {
-            Source::Native {} => primary_key(dir).display().to_string(),
+            Source::Native { .. } => primary_key(dir).display().to_string(),
             Source::Kmip(settings) => settings.servers.join(", "),
             Source::Transit(settings) => settings.location(),
         }
@@ -71,7 +89,7 @@ impl Source {
     /// a backup, is taken up.
     pub(super) fn prepare(&self, name: &str, dir: &Path) -> Result<(), RegistryError> {
         match self {
-            Source::Native {} => {
+            Source::Native { backup } => {
                 let path = primary_key(dir);
                 let exists = path.try_exists().map_err(|source| RegistryError::Io {
                     action: "look for",
@@ -79,7 +97,7 @@ impl Source {
                     source,
                 })?;
                 match exists {
-                    true => Native::open(name, &path).map(drop)?,
+                    true => Native::open(name, &path, *backup).map(drop)?,
                     false => Native::create(name, &path)?,
                 }
             }
@@ -92,14 +110,15 @@ impl Source {
     /// Makes it ready for use.
     pub(super) fn open(&self, name: &str, dir: &Path) -> Result<Box<dyn KekSource>, KeyError> {
         match self {
-            Source::Native {} => Ok(Box::new(Native::open(name, &primary_key(dir))?)),
+            Source::Native { backup } => Ok(Box::new(Native::open(name, &primary_key(dir), *backup)?)),
             Source::Kmip(settings) => Ok(Box::new(Kmip::new(name, settings)?)),
             Source::Transit(settings) => Ok(Box::new(Transit::new(name, settings)?)),
         }
     }
 }
 
-fn primary_key(dir: &Path) -> PathBuf {
+/// The file of a native provider in its directory.
+pub(super) fn primary_key(dir: &Path) -> PathBuf {
     dir.join("primary.key")
 }
 

@@ -92,7 +92,11 @@ impl Providers for SharedProviders {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::keys::registry::Source;
+    use crate::keys::registry::{Backup, Source};
+
+    const NATIVE: Source = Source::Native {
+        backup: Backup::Waived,
+    };
 
     #[test]
     fn providers_are_shared_until_the_settings_change() {
@@ -103,10 +107,10 @@ mod tests {
             KeyReason::UnknownProvider
         );
         let mut registry = Registry::open(dir.path()).unwrap();
-        registry.add("one", Source::Native {}, false).unwrap();
+        registry.add("one", NATIVE, false).unwrap();
         let first = shared.provider("one").unwrap();
         assert!(Arc::ptr_eq(&first, &shared.provider("one").unwrap()));
-        registry.add("two", Source::Native {}, true).unwrap();
+        registry.add("two", NATIVE, true).unwrap();
         assert!(!Arc::ptr_eq(&first, &shared.provider("one").unwrap()));
         shared.provider("two").unwrap().check().unwrap();
         assert_eq!(shared.default_name().unwrap().as_deref(), Some("two"));

@@ -107,7 +107,13 @@ impl Plan {
                 uuid,
                 subsystem: Text::EMPTY,
             },
-            metadata(&key, offset, capacity, options.sector_size)?,
+            metadata(
+                &key,
+                offset,
+                SegmentSize::Fixed(capacity),
+                options.sector_size,
+                HEADER_LEN - 2 * COPY_LEN,
+            )?,
         )?;
 
         let mut keyslots = Vec::new();
@@ -246,18 +252,19 @@ fn grow(files: &[(&dyn HeaderIo, u64)]) -> Result<(), Reason> {
 
 /// The metadata of a volume that has one segment and no keyslots yet.
 ///
-/// The segment says its length, where cryptsetup would write "dynamic": a payload that was cut short is then noticed,
+/// A disk's segment says its length, where cryptsetup would write "dynamic": a payload that was cut short is then noticed,
 /// and a file that grew shows the guest a larger disk only when somebody says so.
-fn metadata(
+pub(super) fn metadata(
     key: &SecretBytes,
     offset: u64,
-    capacity: u64,
+    size: SegmentSize,
     sector_size: SectorSize,
+    keyslots_size: u64,
 ) -> Result<Metadata, Reason> {
     let segment = Segment::Crypt(CryptSegment {
         place: Place {
             offset: Decimal(offset),
-            size: SegmentSize::Fixed(capacity),
+            size,
             flags: None,
         },
         iv_tweak: Decimal(0),
@@ -274,7 +281,7 @@ fn metadata(
         digests: BTreeMap::from([(Id(0), digest)]),
         config: Config {
             json_size: Decimal(COPY_LEN - binary::LEN as u64),
-            keyslots_size: Decimal(HEADER_LEN - 2 * COPY_LEN),
+            keyslots_size: Decimal(keyslots_size),
             flags: None,
             requirements: None,
             other: Other::new(),
@@ -294,12 +301,12 @@ fn volume_key() -> Result<SecretBytes, ArenaError> {
     }
 }
 
-fn random_uuid() -> Result<Uuid, Reason> {
+pub(super) fn random_uuid() -> Result<Uuid, Reason> {
     let mut bytes = [0; 16];
     getrandom::fill(&mut bytes).map_err(Reason::Random)?;
     Ok(uuid::Builder::from_random_bytes(bytes).into_uuid())
 }
 
 /// cryptsetup's defaults: two copies of 16 KiB, and keyslots up to 16 MiB, where the payload starts.
-const COPY_LEN: u64 = 16 << 10;
+pub(super) const COPY_LEN: u64 = 16 << 10;
 const HEADER_LEN: u64 = 16 << 20;

@@ -164,6 +164,10 @@ pub enum Reason {
     ReadBack(#[source] Box<Reason>),
     #[error("the {copy} copy of the header is damaged: {damage}")]
     DamagedCopy { copy: &'static str, damage: Damage },
+    #[error("it is no backup that can be used: {what}; take another copy of it")]
+    NoVault { what: &'static str },
+    #[error("its keyslots area cannot be read")]
+    ReadArea(#[source] io::Error),
     #[error("the header cannot be read back")]
     ForgetCached(#[source] io::Error),
     #[error("the material of keyslot {keyslot} cannot be overwritten; check the storage")]

@@ -18,6 +18,7 @@
 //! ```text
 //! create, locked, ways_in, info   what is done with a volume
 //! rekey                           a new KEK in the place of the old one
+//! vault                           a key in a header without a disk
 //! plain                           a disk that is none
 //! layout, refusal                 metadata -> segments that can be served, or why not
 //! token, keyslot, kdf, af, hash   wrapped slot secret -> passphrase -> volume key
@@ -52,6 +53,7 @@ pub mod segment;
 #[cfg(test)]
 mod testing;
 mod token;
+pub mod vault;
 mod ways_in;
 
 pub use copies::{Damage, HeaderError, HeaderState};

@@ -36,6 +36,8 @@ impl Volume {
     /// A volume of `sealblk create` anywhere, with its state directory in `dir`.
     pub fn created_at(dir: TempDir, path: PathBuf, args: &[&str]) -> Self {
         let state = dir.path().join("state").display().to_string();
+        let mut add = Command::new(SEALBLK);
+        run(add.args(["--state-dir", &state, "provider", "add", "native", "--no-backup"]));
         let mut create = Command::new(SEALBLK);
         run(create
             .args(["--state-dir", &state, "create"])

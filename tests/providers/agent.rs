@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use sealblk::agent::{Client, Purpose};
 use sealblk::keys::Providers;
-use sealblk::keys::registry::{Registry, Source};
+use sealblk::keys::registry::{Backup, Registry, Source};
 
 use crate::conformance;
 
@@ -22,7 +22,15 @@ impl Drop for Ended {
 fn native_by_the_agent_conforms() {
     let dir = tempfile::tempdir().unwrap();
     let mut registry = Registry::open(dir.path()).unwrap();
-    registry.add("native", Source::Native {}, true).unwrap();
+    registry
+        .add(
+            "native",
+            Source::Native {
+                backup: Backup::Waived,
+            },
+            true,
+        )
+        .unwrap();
     let socket = dir.path().join("agent.sock");
     let agent = Command::new(env!("CARGO_BIN_EXE_sealblk"))
         .arg("--state-dir")

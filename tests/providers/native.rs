@@ -1,7 +1,7 @@
 //! The native provider: a file, and no server.
 
 use sealblk::keys::Providers;
-use sealblk::keys::registry::{Registry, Source};
+use sealblk::keys::registry::{Backup, Registry, Source};
 
 use crate::conformance;
 
@@ -9,6 +9,14 @@ use crate::conformance;
 fn conforms() {
     let dir = tempfile::tempdir().unwrap();
     let mut registry = Registry::open(dir.path()).unwrap();
-    registry.add("native", Source::Native {}, true).unwrap();
+    registry
+        .add(
+            "native",
+            Source::Native {
+                backup: Backup::Waived,
+            },
+            true,
+        )
+        .unwrap();
     conformance::run(&*registry.provider("native").unwrap());
 }

@@ -1,0 +1,232 @@
+//! The backup of a native provider's primary key: restored elsewhere it opens the disks, and nothing else does.
+
+mod common;
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+use common::serve::SEALBLK;
+use common::volume::run;
+use tempfile::TempDir;
+
+const PASSPHRASE: &str = "a passphrase of some length";
+const USAGE: i32 = 2;
+const VOLUME: i32 = 3;
+const KEY: i32 = 4;
+
+/// A host with the native provider of the test's own, which was not backed up.
+struct Host(TempDir);
+
+impl Host {
+    fn new() -> Self {
+        let host = Host(tempfile::tempdir().unwrap());
+        fs::write(host.path("pass"), PASSPHRASE).unwrap();
+        fs::write(host.path("wrong"), "another passphrase").unwrap();
+        host.does(&["provider", "add", "native"]);
+        host
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn on(&self, state: &str, args: &[&str]) -> Output {
+        let mut command = Command::new(SEALBLK);
+        command
+            .current_dir(self.0.path())
+            .args(["--state-dir", state])
+            .args(args);
+        command.output().unwrap()
+    }
+
+    #[track_caller]
+    fn does(&self, args: &[&str]) -> String {
+        self.does_on("state", args)
+    }
+
+    #[track_caller]
+    fn does_on(&self, state: &str, args: &[&str]) -> String {
+        let output = self.on(state, args);
+        assert!(
+            output.status.success(),
+            "{args:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    #[track_caller]
+    fn fails_on(&self, state: &str, args: &[&str], code: i32, said: &str) {
+        let output = self.on(state, args);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{args:?}: {stderr}");
+        assert!(stderr.contains(said), "{args:?}: {stderr}");
+    }
+
+    fn backup(&self) {
+        self.does(&[
+            "provider",
+            "backup",
+            "native",
+            "--to",
+            "backup",
+            "--passphrase-file",
+            "pass",
+        ]);
+    }
+}
+
+const RESTORE: [&str; 5] = ["provider", "restore", "backup", "--passphrase-file", "pass"];
+
+#[test]
+fn no_new_volume_relies_on_a_provider_that_was_not_backed_up() {
+    let host = Host::new();
+    let create = ["create", "vm.luks", "--size", "1M"];
+    host.fails_on("state", &create, KEY, "provider backup");
+    assert!(!host.path("vm.luks").exists());
+    assert!(host.does(&["provider", "list"]).contains("not backed up"));
+    host.fails_on("state", &["provider", "check", "native"], KEY, "not backed up");
+    host.backup();
+    host.does(&["provider", "check", "native"]);
+    host.does(&create);
+
+    // Where somebody does without, too; and where the volume has another way in, on a host that has no provider at all.
+    host.does_on("other", &["provider", "add", "native"]);
+    host.does_on("other", &["provider", "backup", "native", "--waive"]);
+    host.does_on("other", &["create", "other.luks", "--size", "1M"]);
+    host.fails_on(
+        "third",
+        &["create", "third.luks", "--size", "1M"],
+        KEY,
+        "--recovery-key",
+    );
+    host.does_on(
+        "third",
+        &[
+            "create",
+            "third.luks",
+            "--size",
+            "1M",
+            "--recovery-key",
+            "third.key",
+        ],
+    );
+}
+
+#[test]
+fn a_restored_backup_opens_the_disks_and_cryptsetup_finds_the_key_in_it() {
+    let host = Host::new();
+    host.backup();
+    host.does(&["create", "vm.luks", "--size", "1M"]);
+    assert_eq!(
+        host.does_on("second", &RESTORE),
+        "key provider \"native\" was restored\n"
+    );
+    host.does_on(
+        "second",
+        &["recovery", "add", "vm.luks", "--recovery-key", "vm.key"],
+    );
+    host.does_on("second", &["create", "second.luks", "--size", "1M"]);
+    host.does(&["rekey", "second.luks"]);
+    let file = "providers/native/primary.key";
+    let primary = fs::read(host.path("state").join(file)).unwrap();
+    assert_eq!(primary, fs::read(host.path("second").join(file)).unwrap());
+
+    let cryptsetup = |args: &[&str]| {
+        let mut command = Command::new("cryptsetup");
+        command.current_dir(host.0.path()).args(args);
+        run(&mut command)
+    };
+    cryptsetup(&["luksDump", "backup"]);
+    cryptsetup(&["open", "--test-passphrase", "--key-file", "pass", "backup"]);
+    let dump = [
+        "luksDump",
+        "--batch-mode",
+        "--dump-volume-key",
+        "--key-file",
+        "pass",
+        "--volume-key-file",
+        "out",
+    ];
+    cryptsetup(&[&dump[..], &["backup"]].concat());
+    let key = fs::read(host.path("out")).unwrap();
+    assert_eq!(key.len(), 64);
+    assert!(key[..32] == primary[16..48]);
+
+    // Nothing that exists is replaced.
+    host.fails_on("second", &RESTORE, USAGE, "already");
+    let again = [
+        "provider",
+        "backup",
+        "native",
+        "--to",
+        "backup",
+        "--passphrase-file",
+        "pass",
+    ];
+    host.fails_on("state", &again, 6, "backup");
+    host.does_on("second", &[&RESTORE[..], &["--name", "again"]].concat());
+}
+
+#[test]
+fn a_backup_with_one_flipped_bit_or_another_passphrase_is_refused() {
+    let host = Host::new();
+    host.backup();
+    let whole = fs::read(host.path("backup")).unwrap();
+    // Some of every part, its ends among them.
+    let parts = [
+        0..64,
+        64..512,
+        4096..4200,
+        8192..8200,
+        16384..16448,
+        20480..20500,
+        32760..32776,
+    ];
+    let area = (32768..whole.len()).step_by(9973);
+    let ends = [whole.len() - 2048, whole.len() - 1];
+    for (n, at) in parts
+        .into_iter()
+        .flatten()
+        .step_by(7)
+        .chain(area)
+        .chain(ends)
+        .enumerate()
+    {
+        let mut damaged = whole.clone();
+        damaged[at] ^= 1 << (n % 8);
+        fs::write(host.path("backup"), &damaged).unwrap();
+        let refused = host.on("second", &RESTORE);
+        assert!(!refused.status.success(), "byte {at}");
+        assert!(!host.path("second/providers.toml").exists(), "byte {at}");
+    }
+    for damaged in [&whole[..whole.len() - 1], &[&whole[..], &[0]].concat()] {
+        fs::write(host.path("backup"), damaged).unwrap();
+        host.fails_on("second", &RESTORE, VOLUME, "no backup");
+    }
+    fs::write(host.path("backup"), &whole).unwrap();
+    let wrong = ["provider", "restore", "backup", "--passphrase-file", "wrong"];
+    host.fails_on("second", &wrong, KEY, "no keyslot opens with this passphrase");
+    host.does_on("second", &RESTORE);
+}
+
+#[test]
+fn what_is_no_backup_and_what_cannot_be_backed_up_is_told() {
+    let host = Host::new();
+    fs::write(host.path("short"), "1234567").unwrap();
+    let to = ["--to", "backup", "--passphrase-file"];
+    let backup =
+        |name: &'static str, pass: &'static str| [&["provider", "backup", name][..], &to, &[pass]].concat();
+    host.fails_on("state", &backup("native", "short"), USAGE, "shorter than 8 bytes");
+    host.fails_on("state", &backup("nobody", "pass"), KEY, "nobody");
+    assert!(!host.path("backup").exists());
+    host.fails_on("state", &["provider", "backup", "native"], USAGE, "--to");
+
+    fs::write(host.path("backup"), vec![7; 290_816]).unwrap();
+    host.fails_on("second", &RESTORE, VOLUME, "LUKS");
+    host.does(&["provider", "backup", "native", "--waive"]);
+    host.does(&["create", "disk", "--size", "1M", "--recovery-key", "key"]);
+    fs::rename(host.path("disk"), host.path("backup")).unwrap();
+    host.fails_on("second", &RESTORE, VOLUME, "no backup");
+}
