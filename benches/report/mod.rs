@@ -106,11 +106,12 @@ impl Goal {
         }
     }
 
-    /// The value that the first contender has to reach, where the other's is known.
-    fn threshold(self, other: f64) -> f64 {
+    /// The value that the first contender would have to have, with the value that it has and what that compares to. Not
+    /// the other's value times the bound: what is judged are the rounds, each by itself.
+    fn threshold(self, value: f64, compared: f64) -> f64 {
         match self {
-            Goal::AtLeast(bound) | Goal::AtMost(bound) => bound * other,
-            Goal::Within(bound) => other + bound,
+            Goal::AtLeast(bound) | Goal::AtMost(bound) => value * bound / compared,
+            Goal::Within(bound) => value - compared + bound,
         }
     }
 }

@@ -191,9 +191,12 @@ impl<'a> Row<'a> {
         let goals = goals.filter_map(|comparison| {
             let value = match comparison.other {
                 None => comparison.goal.bound(),
-                Some(other) => {
-                    let series = self.report.find(self.workload, other, metric)?;
-                    comparison.goal.threshold(Summary::of(&series.rounds).median)
+                Some(_) => {
+                    let series = self.report.find(self.workload, comparison.contender, metric)?;
+                    let compared = Summary::of(&comparison.rounds).median;
+                    comparison
+                        .goal
+                        .threshold(Summary::of(&series.rounds).median, compared)
                 }
             };
             Some((value, format!("goal {}", with_unit(value, metric.unit))))

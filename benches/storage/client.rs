@@ -184,7 +184,7 @@ fn connect(socket: &Path, load: &Load, waiting: Waiting) -> (Blkio, Vec<Driver>)
         first: share * index as u64,
         blocks: share,
         next: 0,
-        random: Random(index as u64 + 1),
+        random: Random::fresh(),
     };
     (blkio, drivers.map(driver).collect())
 }
@@ -307,10 +307,16 @@ fn slot(completion: &MaybeUninit<Completion>) -> usize {
     completion.user_data
 }
 
-/// xorshift64*: offsets that no cache foresees.
+/// xorshift64*: offsets that no cache foresees, and other ones each time, which nobody has just read.
 struct Random(u64);
 
 impl Random {
+    fn fresh() -> Self {
+        let mut seed = [0; 8];
+        getrandom::fill(&mut seed).expect("the kernel's random numbers");
+        Self(u64::from_le_bytes(seed) | 1)
+    }
+
     fn next(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;

@@ -22,6 +22,7 @@ pub(crate) fn run(load: &Load, file: &Path, time: Duration, core: usize) -> Meas
             "--registerfiles=1",
             "--time_based=1",
             "--norandommap=1",
+            "--randrepeat=0",
         ])
         // A driver does not tell that a file is invalid, which costs nothing and is done before the time starts.
         .args([
