@@ -64,13 +64,11 @@ impl Agent {
         self.dir.path().join(name)
     }
 
-    /// A verb that knows the agent, and a state directory that does not exist.
+    /// A verb that knows the agent, and has no state directory of its own.
     fn verb(&self, args: &[&str]) -> Command {
         let mut command = Command::new(SEALBLK);
         command.current_dir(self.dir.path());
-        command
-            .args(["--state-dir", "/nonexistent", "--config", "config.toml"])
-            .args(args);
+        command.args(["--config", "config.toml"]).args(args);
         command
     }
 

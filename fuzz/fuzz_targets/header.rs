@@ -6,6 +6,7 @@
 #![no_main]
 
 use std::io;
+use std::ops::Range;
 use std::path::Path;
 
 use libfuzzer_sys::fuzz_target;
@@ -19,7 +20,7 @@ fuzz_target!(|input: &[u8]| {
         _ => Medium(sealed(rest)),
     };
     if let Ok(info) = Info::read(&medium, None) {
-        assert_eq!(Locked::open(&medium, None).is_ok(), info.served);
+        assert_eq!(Locked::open(&medium, None).is_ok(), info.servable);
     }
 });
 
@@ -84,6 +85,10 @@ impl HeaderIo for Medium {
     }
 
     fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn forget_cached(&self, _: Range<u64>) -> io::Result<()> {
         Ok(())
     }
 

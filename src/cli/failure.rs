@@ -1,6 +1,7 @@
 //! Why a verb failed, and the exit code that tells a script whose move it is.
 
 use std::io;
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use crate::agent::{AgentError, AuditError};
@@ -130,6 +131,12 @@ pub enum Failure {
         /// What names the key.
         option: &'static str,
     },
+    /// A descriptor for two things.
+    #[error("descriptor {fd} is the front-end's socket, by --fd; the secret has to come by another one")]
+    SameDescriptor {
+        /// Its number.
+        fd: RawFd,
+    },
     /// A sector size for a disk that has its own.
     #[error("{} is a LUKS2 volume, whose header tells its sector size: leave --sector-size out", disk.display())]
     SectorSizeOfVolume {
@@ -193,6 +200,7 @@ impl Failure {
         match self {
             Self::Process(_) | Self::Output(_) | Self::Cipher(_) | Self::Null(_) => HOST,
             Self::SizeNeeded { .. }
+            | Self::SameDescriptor { .. }
             | Self::ShortPassphrase { .. }
             | Self::OpensAlready { .. }
             | Self::KeyOfPlainDisk { .. }

@@ -66,8 +66,8 @@ Environment:
 #[derive(Debug, Parser)]
 #[command(name = "sealblk", version, after_help = AFTER_HELP, max_term_width = 100)]
 struct Cli {
-    /// Where this host's key providers are kept [default: /var/lib/sealblk for root, else
-    /// $XDG_STATE_HOME/sealblk]
+    /// Where key providers are kept; named, it is used even where the configuration has an agent [default:
+    /// /var/lib/sealblk for root, else $XDG_STATE_HOME/sealblk]
     #[arg(
         long,
         global = true,
@@ -147,11 +147,12 @@ impl Host {
         Registry::open(&self.state_dir()?)
     }
 
-    /// The key providers, by the host's agent if the configuration has one.
+    /// The key providers: those of the state directory that was named, else of the host's agent, if the configuration has
+    /// one, else of the usual state directory.
     fn keys(&self, purpose: Purpose) -> Result<Keys, Failure> {
-        Ok(match self.config()?.agent {
-            Some(agent) => Keys::Agent(Client::new(&agent.socket, purpose)),
-            None => Keys::Own(self.registry()?),
+        Ok(match (&self.state_dir, self.config()?.agent) {
+            (None, Some(agent)) => Keys::Agent(Client::new(&agent.socket, purpose)),
+            _ => Keys::Own(self.registry()?),
         })
     }
 }

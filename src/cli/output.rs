@@ -4,6 +4,7 @@ use std::error::Error;
 use std::io::{self, Write};
 
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 
 use super::failure::Failure;
 
@@ -26,12 +27,35 @@ pub fn note(text: &str) {
 
 /// Lets events go to standard error, which is the journal's for a service; SEALBLK_LOG says which, else `level` and up.
 pub(super) fn log_events(level: &str) {
-    let filter = EnvFilter::try_from_env("SEALBLK_LOG").unwrap_or_else(|_| EnvFilter::new(level));
+    let wanted = std::env::var("SEALBLK_LOG").unwrap_or_default();
+    let filter = match wanted.parse() {
+        Ok(filter) if names_levels(&wanted) => filter,
+        _ => {
+            if !wanted.is_empty() {
+                note(&format!(
+                    "SEALBLK_LOG={wanted:?} is not a level (error, warn, info, debug, trace, off), nor TARGET=LEVEL; it is left out"
+                ));
+            }
+            EnvFilter::new(level)
+        }
+    };
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr)
         .with_target(false)
         .init();
+}
+
+/// Whether each part of a filter has a level: a slip of the pen would be a target's name, and silence all others.
+fn names_levels(filter: &str) -> bool {
+    let level = |part: &str| {
+        part.rsplit('=')
+            .next()
+            .unwrap_or(part)
+            .parse::<LevelFilter>()
+            .is_ok()
+    };
+    !filter.is_empty() && filter.split(',').all(|part| level(part.trim()))
 }
 
 /// Prints an error, and what lies under it, a line each.
@@ -93,6 +117,22 @@ mod tests {
             text,
             source: layers(under),
         }))
+    }
+
+    #[test]
+    fn a_filter_that_would_silence_all_is_none() {
+        for filter in [
+            "info",
+            "debug",
+            "warn,sealblk::device=trace",
+            "OFF",
+            "sealblk=debug",
+        ] {
+            assert!(names_levels(filter), "{filter}");
+        }
+        for filter in ["", "verbose", "warning", "info,", "sealblk", "sealblk=loud"] {
+            assert!(!names_levels(filter), "{filter}");
+        }
     }
 
     #[test]

@@ -471,7 +471,10 @@ fn list(keys: &Keys) -> Result<String, Failure> {
     for entry in entries {
         let usable = match keys.provider(&entry.name).and_then(|provider| provider.check()) {
             Ok(()) => "usable".to_owned(),
-            Err(e) => e.reason.what().to_owned(),
+            Err(e) => {
+                output::complain(&e);
+                e.reason.what().to_owned()
+            }
         };
         let default = if entry.default { "yes" } else { "no" };
         rows.push([entry.name, entry.kind, default.to_owned(), usable, entry.location]);

@@ -31,7 +31,7 @@ use crate::volume::{HeaderError, Locked, Reason, VolumeError, plain};
 
 const AFTER_HELP: &str = "\
 Then start QEMU with memory that it shares, and the disk:
-  qemu-system-x86_64 -m 2G \\
+  qemu-system-x86_64 -accel kvm -m 2G \\
     -object memory-backend-memfd,id=mem,size=2G,share=on \\
     -machine q35,memory-backend=mem \\
     -chardev socket,id=disk0,path=SOCK,reconnect=1 \\
@@ -107,7 +107,7 @@ pub(super) struct Serve {
     #[arg(long, value_name = "SIZE", conflicts_with_all = ["blk_file", "header", "passphrase_file", "key_file"])]
     null_storage: Option<Size>,
     /// Pass the guest's discards on to storage, which then shows what is in use to who can see it
-    #[arg(long)]
+    #[arg(long, conflicts_with = "read_only")]
     discard: bool,
     /// What the guest sees as the disk's serial [default: the first 20 digits of the volume's UUID; for a plain disk, of
     /// the SHA-256 of its absolute path]
@@ -139,6 +139,14 @@ impl Serve {
             // clap lets nobody past without an endpoint, or the question for capabilities.
             (None, None) => return output::print(&format!("{CAPABILITIES}\n")),
         };
+        let secrets = [&self.passphrase_file, &self.key_file].into_iter().flatten();
+        if let Some(fd) = self.fd
+            && secrets
+                .into_iter()
+                .any(|source| *source == SecretSource::Descriptor(fd))
+        {
+            return Err(Failure::SameDescriptor { fd });
+        }
         raise_descriptor_limit();
         let access = if self.read_only {
             Access::ReadOnly
@@ -414,10 +422,10 @@ fn parse_pool_size(text: &str) -> Result<u32, String> {
 }
 
 fn parse_serial(text: &str) -> Result<String, String> {
-    if text.len() <= 20 && text.bytes().all(|byte| byte.is_ascii_graphic()) {
+    if (1..=20).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic()) {
         Ok(text.to_owned())
     } else {
-        Err("a serial has at most 20 printable ASCII characters and no blanks".into())
+        Err("a serial has 1 to 20 printable ASCII characters and no blanks".into())
     }
 }
 

@@ -134,7 +134,9 @@ impl KeyReason {
             Self::UnknownProvider => {
                 "see `sealblk provider list`, or point --state-dir at the right directory"
             }
-            Self::NoAgent => "start `sealblk agent`, or name its socket with --agent",
+            Self::NoAgent => {
+                "start `sealblk agent`, or correct its `socket` under [agent] in the configuration"
+            }
             Self::NotPermitted => "grant the privilege that the cause names, in the agent's configuration",
             Self::Invalid => "mend it as the cause says, or restore the provider's files from a backup",
             Self::NotBackedUp => {
@@ -158,7 +160,11 @@ impl KeyReason {
 
 impl fmt::Display for KeyError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "key provider {:?}", self.provider)?;
+        // Some questions are to the agent, and to no provider of it.
+        match self.provider.as_str() {
+            "" => f.write_str("keys")?,
+            provider => write!(f, "key provider {provider:?}")?,
+        }
         if let Some(key_id) = &self.key_id {
             write!(f, ", key {key_id}")?;
         }
