@@ -48,14 +48,12 @@ pub(super) fn log_events(level: &str) {
 
 /// Whether each part of a filter has a level: a slip of the pen would be a target's name, and silence all others.
 fn names_levels(filter: &str) -> bool {
+    // Nothing is a level too, for tracing.
     let level = |part: &str| {
-        part.rsplit('=')
-            .next()
-            .unwrap_or(part)
-            .parse::<LevelFilter>()
-            .is_ok()
+        let level = part.rsplit('=').next().unwrap_or(part);
+        !level.is_empty() && level.parse::<LevelFilter>().is_ok()
     };
-    !filter.is_empty() && filter.split(',').all(|part| level(part.trim()))
+    filter.split(',').all(|part| level(part.trim()))
 }
 
 /// Prints an error, and what lies under it, a line each.
