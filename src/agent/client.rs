@@ -14,7 +14,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::Purpose;
-use super::service::{CreateKek, INTERFACE, Kek, KeyFailure, NamedProvider, Unwrap, WireBinding, Wrap};
+use super::service::{
+    CreateKek, INTERFACE, Kek, KeyFailure, MAX_KEY_ID, NamedProvider, Unwrap, WireBinding, Wrap,
+};
 use crate::control::varlink::{CallError, MethodError, call};
 use crate::control::wire::{self, Connection, WireError};
 use crate::keys::arena::SecretBytes;
@@ -184,6 +186,10 @@ impl AgentProvider {
         if binding.provider != self.name {
             return Err(self.fail(binding.key_id, KeyReason::Unauthentic));
         }
+        // No provider has such a key, and the agent hears of none.
+        if binding.key_id.0.len() > MAX_KEY_ID {
+            return Err(self.fail(binding.key_id, KeyReason::Missing));
+        }
         Ok(WireBinding {
             volume: binding.volume,
             provider: self.name.clone(),
@@ -256,6 +262,9 @@ impl KeyProvider for AgentProvider {
         #[derive(Deserialize)]
         struct State {
             state: KeyState,
+        }
+        if key_id.0.len() > MAX_KEY_ID {
+            return Ok(KeyState::Missing);
         }
         let parameters = Kek {
             provider: self.name.clone(),

@@ -1,6 +1,9 @@
 //! What the agent answers, to whom. Each use of a key, each refusal and each failure goes to the audit log first.
 
+use std::collections::HashMap;
 use std::error::Error;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
@@ -18,12 +21,60 @@ use crate::keys::{Binding, KeyError, KeyId, KeyReason, Providers, SharedProvider
 
 pub(super) const INTERFACE: &str = "org.sealblk.Agent";
 
+/// The longest name of a provider, and the longest key ID, that anybody has: those of servers that hold a wrapped key have
+/// some hundred bytes. What is longer must not fill the log.
+const MAX_NAME: usize = 64;
+pub(super) const MAX_KEY_ID: usize = 8192;
+/// How many refusals of a user are logged at once, and how often one more: whoever may do nothing could fill the log too.
+const REFUSALS: u32 = 100;
+const REFUSAL_INTERVAL: Duration = Duration::from_secs(1);
+
 /// The agent's side of its socket.
 #[derive(Debug)]
 pub(super) struct Service {
     providers: SharedProviders,
     grants: Grants,
     audit: AuditLog,
+    refusals: Mutex<HashMap<u32, Refusals>>,
+}
+
+/// What was logged of a user's refusals.
+#[derive(Debug)]
+struct Refusals {
+    /// How many more may be, as of when.
+    room: u32,
+    since: Instant,
+    suppressed: u64,
+}
+
+impl Refusals {
+    fn new() -> Self {
+        Self {
+            room: REFUSALS,
+            since: Instant::now(),
+            suppressed: 0,
+        }
+    }
+
+    /// The number of refusals that were not logged before this one, or none if this one is not to be either.
+    fn admit(&mut self) -> Option<u64> {
+        let passed = self.since.elapsed().as_secs() / REFUSAL_INTERVAL.as_secs();
+        if passed > 0 {
+            self.room = u32::try_from(passed)
+                .map_or(REFUSALS, |passed| REFUSALS.min(self.room.saturating_add(passed)));
+            self.since = Instant::now();
+        }
+        match self.room.checked_sub(1) {
+            Some(room) => {
+                self.room = room;
+                Some(std::mem::take(&mut self.suppressed))
+            }
+            None => {
+                self.suppressed += 1;
+                None
+            }
+        }
+    }
 }
 
 /// [`Binding`], as the interface has it.
@@ -117,6 +168,7 @@ impl Service {
             providers,
             grants,
             audit,
+            refusals: Mutex::default(),
         }
     }
 
@@ -151,6 +203,7 @@ impl Service {
 
     fn create_kek(&self, mut request: Request<'_>) -> Answered {
         let CreateKek { provider, purpose } = request.parameters()?;
+        check_lengths(&provider, None)?;
         let subject = json!({ "provider": provider, "purpose": purpose });
         self.permit_for(&request, purpose, &[Purpose::Create, Purpose::Recrypt], &subject)?;
         let made = self
@@ -168,6 +221,7 @@ impl Service {
             purpose,
             secret,
         } = request.parameters()?;
+        check_lengths(&binding.provider, Some(&binding.key_id))?;
         let subject = about(&binding, purpose);
         self.permit_for(&request, purpose, &[Purpose::Create, Purpose::Recrypt], &subject)?;
         let secret = request
@@ -190,6 +244,7 @@ impl Service {
             purpose,
             wrapped,
         } = request.parameters()?;
+        check_lengths(&binding.provider, Some(&binding.key_id))?;
         let subject = about(&binding, purpose);
         let purposes = [Purpose::Attach, Purpose::Access, Purpose::Recrypt];
         self.permit_for(&request, purpose, &purposes, &subject)?;
@@ -211,6 +266,7 @@ impl Service {
 
     fn kek_state(&self, mut request: Request<'_>) -> Answered {
         let Kek { provider, key_id } = request.parameters()?;
+        check_lengths(&provider, Some(&key_id))?;
         let subject = json!({ "provider": provider, "keyId": key_id });
         self.permit(request.peer, Privilege::ManageKeys, subject)?;
         let state = self
@@ -223,6 +279,7 @@ impl Service {
 
     fn check_provider(&self, mut request: Request<'_>) -> Answered {
         let NamedProvider { provider } = request.parameters()?;
+        check_lengths(&provider, None)?;
         let subject = json!({ "provider": provider, "purpose": Purpose::Check });
         self.permit_for(&request, Purpose::Check, &[Purpose::Check], &subject)?;
         let checked = self
@@ -255,7 +312,17 @@ impl Service {
         if self.grants.allow(peer, privilege) {
             return Ok(());
         }
-        self.audited("KeyRefused", peer, with(subject, "privilege", privilege))?;
+        let admitted = {
+            let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
+            refusals.entry(peer.user).or_insert_with(Refusals::new).admit()
+        };
+        if let Some(suppressed) = admitted {
+            let mut fields = with(subject, "privilege", privilege);
+            if suppressed > 0 {
+                fields = with(fields, "suppressed", suppressed);
+            }
+            self.audited("KeyRefused", peer, fields)?;
+        }
         let told = json!({ "privilege": privilege, "user": peer.user });
         Err(MethodError::new(INTERFACE, "NotPermitted", told))
     }
@@ -323,6 +390,16 @@ fn failure(error: &KeyError) -> MethodError {
     MethodError::new(INTERFACE, "KeyFailure", KeyFailure::of(error))
 }
 
+fn check_lengths(provider: &str, key_id: Option<&KeyId>) -> Result<(), MethodError> {
+    if provider.len() > MAX_NAME {
+        return Err(MethodError::invalid_parameter("provider"));
+    }
+    if key_id.is_some_and(|key_id| key_id.0.len() > MAX_KEY_ID) {
+        return Err(MethodError::invalid_parameter("keyId"));
+    }
+    Ok(())
+}
+
 /// What a record says of a binding.
 fn about(binding: &WireBinding, purpose: Purpose) -> Value {
     let fields = serde_json::to_value(binding).expect("texts and numbers are JSON");
@@ -337,6 +414,24 @@ fn with(mut fields: Value, name: &str, value: impl Serialize) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn refusals_are_logged_until_they_are_too_many_and_counted_then() {
+        let mut refusals = Refusals::new();
+        for _ in 0..REFUSALS {
+            assert_eq!(refusals.admit(), Some(0));
+        }
+        assert_eq!((refusals.admit(), refusals.admit()), (None, None));
+        refusals.since -= 3 * REFUSAL_INTERVAL;
+        assert_eq!(refusals.admit(), Some(2));
+        assert_eq!(
+            (refusals.admit(), refusals.admit(), refusals.admit()),
+            (Some(0), Some(0), None)
+        );
+        refusals.since -= 10_000 * REFUSAL_INTERVAL;
+        assert_eq!(refusals.admit(), Some(1));
+        assert_eq!(refusals.room, REFUSALS - 1);
+    }
 
     #[test]
     fn every_reason_stands_in_the_interface() {
