@@ -233,7 +233,7 @@ fn a_privilege_allows_its_calls_and_no_others() {
         ("CreateKek to recrypt", &["Recrypt"], create(Purpose::Recrypt)),
         (
             "GetKekState",
-            &["ManageKeys"],
+            &["ManageKeys", "Recrypt"],
             Box::new(|| state.state(&key_id).map(drop)),
         ),
         (

@@ -35,6 +35,8 @@ struct End {
     len: u64,
     records: u64,
     last: [u8; 32],
+    /// Half a line is there that could not be taken back.
+    poisoned: bool,
 }
 
 /// Why there is no log.
@@ -95,7 +97,7 @@ impl AuditLog {
                 source,
             }
         };
-        let mut file = OpenOptions::new()
+        let file = OpenOptions::new()
             .read(true)
             .append(true)
             .create(true)
@@ -106,10 +108,6 @@ impl AuditLog {
             path: path.to_owned(),
         })?;
         let chain = Chain::read(&file, path)?;
-        if chain.torn {
-            // A crash in the middle of a line. It stays as it is, and the next record says so.
-            file.write_all(b"\n").map_err(error("written"))?;
-        }
         let len = file.metadata().map_err(error("read"))?.len();
         let log = Self {
             path: path.to_owned(),
@@ -118,17 +116,35 @@ impl AuditLog {
                 len,
                 records: chain.lines,
                 last: chain.last,
+                poisoned: false,
             }),
         };
-        if chain.torn {
-            log.record("LogRecovered", json!({}))?;
+        if chain.torn || chain.crashed {
+            // A crash in the middle of a line. It stays as it is, and the next record says so; its end and that record are
+            // one write, and where that fails, they are written at the next start.
+            let end = if chain.torn { &b"\n"[..] } else { b"" };
+            log.append(end, "LogRecovered", json!({}))?;
         }
         Ok(log)
     }
 
     /// Adds a record. It is on stable storage when this returns.
     pub(super) fn record(&self, event: &str, fields: Value) -> Result<(), AuditError> {
+        self.append(b"", event, fields)
+    }
+
+    fn append(&self, before: &[u8], event: &str, fields: Value) -> Result<(), AuditError> {
         let mut end = self.end.lock().unwrap_or_else(PoisonError::into_inner);
+        let failed = |source| AuditError::Io {
+            action: "written",
+            path: self.path.clone(),
+            source,
+        };
+        if end.poisoned {
+            return Err(failed(io::Error::other(
+                "an earlier record is there by half; restart the agent",
+            )));
+        }
         let mut record = Map::new();
         record.insert("seq".into(), (end.records + 1).into());
         let time = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
@@ -138,18 +154,14 @@ impl AuditLog {
             record.extend(fields);
         }
         record.insert("prev".into(), hex(&end.last).into());
-        let mut line = Value::Object(record).to_string().into_bytes();
-        let last = Sha256::digest(&line).into();
-        line.push(b'\n');
+        let record = Value::Object(record).to_string();
+        let last = Sha256::digest(&record).into();
+        let line = [before, record.as_bytes(), b"\n"].concat();
         let written = end.file.write_all(&line).and_then(|()| end.file.sync_data());
         if let Err(source) = written {
             // On a full disk half a line may be there, behind which no other must come.
-            let _ = end.file.set_len(end.len);
-            return Err(AuditError::Io {
-                action: "written",
-                path: self.path.clone(),
-                source,
-            });
+            end.poisoned = end.file.set_len(end.len).is_err();
+            return Err(failed(source));
         }
         end.len += line.len() as u64;
         (end.records, end.last) = (end.records + 1, last);
@@ -169,11 +181,11 @@ pub fn verify(path: &Path, head: Option<&str>) -> Result<Verified, AuditError> {
     })?;
     let mut found = head.is_none();
     let chain = Chain::walk(&file, path, |hash| found |= head == Some(&hex(hash)))?;
-    if chain.torn {
+    if chain.torn || chain.crashed {
         return Err(AuditError::Broken {
             path: path.to_owned(),
             line: chain.lines,
-            what: "has no end: the agent crashed while it wrote it, or the log was cut",
+            what: "is there by half: the agent crashed while it wrote it, or the log was cut",
         });
     }
     match head {
@@ -194,6 +206,8 @@ struct Chain {
     last: [u8; 32],
     /// The last line has no end.
     torn: bool,
+    /// It is no record.
+    crashed: bool,
 }
 
 impl Chain {
@@ -213,9 +227,9 @@ impl Chain {
             lines: 0,
             last: NO_LINE,
             torn: false,
+            crashed: false,
         };
         // A line that is no record is what a crash left, if the next one says so.
-        let mut crashed = false;
         loop {
             let mut line = Vec::new();
             let mut bounded = (&mut reader).take(MAX_LINE);
@@ -243,23 +257,16 @@ impl Chain {
                     if record.get("seq") != Some(&chain.lines.into()) {
                         return Err(broken("has not its number"));
                     }
-                    if crashed && record.get("event") != Some(&"LogRecovered".into()) {
+                    if chain.crashed && record.get("event") != Some(&"LogRecovered".into()) {
                         return Err(broken("follows one that is no record"));
                     }
                 }
-                None if crashed => return Err(broken("is no record, and follows one that is none")),
+                None if chain.crashed => return Err(broken("is no record, and follows one that is none")),
                 None => {}
             }
-            crashed = record.is_none();
+            chain.crashed = record.is_none();
             chain.last = Sha256::digest(&line).into();
             seen(&chain.last);
-        }
-        if crashed && !chain.torn {
-            return Err(AuditError::Broken {
-                path: path.to_owned(),
-                line: chain.lines,
-                what: "is no record",
-            });
         }
         Ok(chain)
     }
@@ -335,6 +342,14 @@ mod tests {
             );
             log_of(&dir, 1);
             assert_eq!(verify(&path, None).unwrap().records, 4, "{cut}");
+
+            // And where a recovery came no further than the end of that line.
+            fs::write(&path, [&whole[..whole.len() - cut], b"\n"].concat()).unwrap();
+            if cut > 1 {
+                assert!(verify(&path, None).is_err(), "{cut}");
+                log_of(&dir, 1);
+                assert_eq!(verify(&path, None).unwrap().records, 4, "{cut}");
+            }
         }
     }
 

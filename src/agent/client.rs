@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use super::Purpose;
 use super::service::{
-    CreateKek, INTERFACE, Kek, KeyFailure, MAX_KEY_ID, NamedProvider, Unwrap, WireBinding, Wrap,
+    CreateKek, INTERFACE, Kek, KeyFailure, MAX_KEY_ID, MAX_WRAPPED, NamedProvider, Unwrap, WireBinding, Wrap,
 };
 use crate::control::varlink::{CallError, MethodError, call};
 use crate::control::wire::{self, Connection, WireError};
@@ -244,6 +244,10 @@ impl KeyProvider for AgentProvider {
         #[derive(Deserialize)]
         struct Unwrapped {
             secret: usize,
+        }
+        // Nothing that was ever wrapped is as long.
+        if wrapped.len() > MAX_WRAPPED {
+            return Err(self.fail(binding.key_id, KeyReason::Unauthentic));
         }
         let parameters = Unwrap {
             binding: self.on_the_wire(binding)?,

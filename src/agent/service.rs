@@ -25,6 +25,8 @@ pub(super) const INTERFACE: &str = "org.sealblk.Agent";
 /// some hundred bytes. What is longer must not fill the log.
 const MAX_NAME: usize = 64;
 pub(super) const MAX_KEY_ID: usize = 8192;
+/// The longest wrapped secret. Memory for keys is scarce, and is taken before anything is authenticated.
+pub(super) const MAX_WRAPPED: usize = wire::MAX_SECRET + 256;
 /// How many refusals of a user are logged at once, and how often one more: whoever may do nothing could fill the log too.
 const REFUSALS: u32 = 100;
 const REFUSAL_INTERVAL: Duration = Duration::from_secs(1);
@@ -250,7 +252,9 @@ impl Service {
         self.permit_for(&request, purpose, &purposes, &subject)?;
         let wrapped = BASE64_STANDARD
             .decode(&wrapped)
-            .map_err(|_| MethodError::invalid_parameter("wrapped"))?;
+            .ok()
+            .filter(|wrapped| wrapped.len() <= MAX_WRAPPED)
+            .ok_or_else(|| MethodError::invalid_parameter("wrapped"))?;
         let secret = self
             .providers
             .provider(&binding.provider)
@@ -268,7 +272,9 @@ impl Service {
         let Kek { provider, key_id } = request.parameters()?;
         check_lengths(&provider, Some(&key_id))?;
         let subject = json!({ "provider": provider, "keyId": key_id });
-        self.permit(request.peer, Privilege::ManageKeys, subject)?;
+        if !self.grants.allow(request.peer, Privilege::Recrypt) {
+            self.permit(request.peer, Privilege::ManageKeys, subject)?;
+        }
         let state = self
             .providers
             .provider(&provider)
@@ -370,6 +376,10 @@ impl Interface for Service {
 
     fn description(&self) -> &'static str {
         include_str!("org.sealblk.Agent.varlink")
+    }
+
+    fn knows(&self, peer: &Peer) -> bool {
+        self.grants.know(peer)
     }
 
     fn call(&self, method: &str, request: Request<'_>) -> Option<Answered> {

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::Host;
 use super::failure::Failure;
+use super::{Host, process};
 use crate::agent;
 
 const AFTER_HELP: &str = "\
@@ -43,6 +43,7 @@ pub(super) struct Agent {
 
 impl Agent {
     pub(super) fn run(self, host: &Host) -> Result<(), Failure> {
+        process::raise_descriptor_limit();
         let config = host.config()?;
         let settings = config.agent.unwrap_or_default();
         let agent = agent::Agent::new(agent::Settings {

@@ -257,6 +257,7 @@ fn volume_code(reason: &Reason) -> u8 {
         | Reason::Wrap(_)
         | Reason::Kek(_)
         | Reason::NoProvider
+        | Reason::KekState { .. }
         | Reason::ForeignToken { .. }
         | Reason::TokenOpensNothing { .. } => KEY,
         Reason::RekeyUnfinished(reason) | Reason::ReadBack(reason) => volume_code(reason),

@@ -10,14 +10,13 @@ use std::time::Duration;
 
 use clap::{ArgGroup, Args};
 use rustix::event::{EventfdFlags, eventfd};
-use rustix::process::{Resource, getrlimit, setrlimit};
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use super::failure::Failure;
 use super::secret::{SecretError, SecretSource};
 use super::size::{NotASize, Size};
-use super::{Host, output};
+use super::{Host, output, process};
 use crate::agent::Purpose;
 use crate::cipher::{KEY_LEN, KernelChoice, Sector, SectorCipher, SectorSize};
 use crate::control::socket::Bound;
@@ -147,7 +146,7 @@ impl Serve {
         {
             return Err(Failure::SameDescriptor { fd });
         }
-        raise_descriptor_limit();
+        process::raise_descriptor_limit();
         let access = if self.read_only {
             Access::ReadOnly
         } else {
@@ -426,14 +425,5 @@ fn parse_serial(text: &str) -> Result<String, String> {
         Ok(text.to_owned())
     } else {
         Err("a serial has 1 to 20 printable ASCII characters and no blanks".into())
-    }
-}
-
-/// A queue takes half a dozen descriptors, and the soft limit is often made for programs that use select(2).
-fn raise_descriptor_limit() {
-    let mut limit = getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    if let Err(error) = setrlimit(Resource::Nofile, limit) {
-        tracing::warn!(%error, "the limit on open files stays as it is; many queues may exhaust it");
     }
 }

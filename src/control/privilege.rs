@@ -70,16 +70,24 @@ impl Grants {
         Self(grants)
     }
 
+    /// Whether anything was granted to `peer`.
+    pub fn know(&self, peer: &Peer) -> bool {
+        has_all(peer) || self.0.iter().any(|grant| grant.to.is(peer))
+    }
+
     /// Whether `peer` may do what takes `privilege`.
     pub fn allow(&self, peer: &Peer, privilege: Privilege) -> bool {
-        let ours = rustix::process::geteuid().as_raw();
-        peer.user == 0
-            || peer.user == ours
+        has_all(peer)
             || self
                 .0
                 .iter()
                 .any(|grant| grant.to.is(peer) && grant.privileges.contains(&privilege))
     }
+}
+
+/// Root, and the user that this process runs as.
+fn has_all(peer: &Peer) -> bool {
+    peer.user == 0 || peer.user == rustix::process::geteuid().as_raw()
 }
 
 #[cfg(test)]

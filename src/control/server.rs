@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -18,10 +18,12 @@ use super::peer::Peer;
 use super::socket::{self, BindError, Bound};
 use super::varlink::{self, Interface};
 
-/// The most callers at a time; others wait to be accepted.
-const MAX_CALLERS: usize = 1024;
-/// The most callers of one user at a time, so that none keeps out the others; what is more is turned away.
-const MAX_CALLERS_OF_USER: usize = MAX_CALLERS / 2;
+/// The most callers at a time of one user to whom something was granted, and of all of them; what is more is turned away.
+const MAX_CALLERS_OF_USER: usize = 512;
+const MAX_CALLERS: usize = 2 * MAX_CALLERS_OF_USER;
+/// The most callers at a time of one user to whom nothing was, and of all of them: they have nothing to wait for.
+const MAX_STRANGERS_OF_USER: usize = 16;
+const MAX_STRANGERS: usize = 64;
 /// How long a caller may be silent, or leave an answer unread.
 const CALLER_TIMEOUT: Duration = Duration::from_secs(30);
 /// A caller's thread calls into a provider's client, and into little else.
@@ -76,7 +78,6 @@ pub fn run(
         if !called {
             continue;
         }
-        callers.wait_for_place();
         match listener.accept() {
             Ok((stream, _)) => answer(stream, service, &callers),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -90,8 +91,8 @@ pub fn run(
 
 fn answer(stream: UnixStream, service: &Arc<dyn Interface>, callers: &Arc<Callers>) {
     let Ok(peer) = Peer::of(&stream) else { return };
-    let Some(place) = Callers::place_for(callers, peer.user) else {
-        tracing::debug!(user = peer.user, "a caller is turned away: its user has too many");
+    let Some(place) = Callers::place_for(callers, peer.user, service.knows(&peer)) else {
+        tracing::debug!(user = peer.user, "a caller is turned away: there are too many");
         return;
     };
     let service = Arc::clone(service);
@@ -109,54 +110,49 @@ fn answer(stream: UnixStream, service: &Arc<dyn Interface>, callers: &Arc<Caller
     }
 }
 
-/// Those who are being answered: how many of each user.
+/// Those who are being answered: how many of each user, and whether anything was granted to it.
 #[derive(Debug, Default)]
-struct Callers {
-    of_users: Mutex<HashMap<u32, usize>>,
-    left: Condvar,
-}
+struct Callers(Mutex<HashMap<(u32, bool), usize>>);
 
 /// A caller's place among them.
 struct Place {
     callers: Arc<Callers>,
-    user: u32,
+    kind: (u32, bool),
 }
 
 impl Callers {
-    /// Waits until there is a place for somebody.
-    fn wait_for_place(&self) {
-        let full = |of_users: &mut HashMap<u32, usize>| of_users.values().sum::<usize>() >= MAX_CALLERS;
-        let waited = self.left.wait_while(self.lock(), full);
-        drop(waited.unwrap_or_else(PoisonError::into_inner));
-    }
-
     /// A place for one more caller of `user`, if there is one.
-    fn place_for(callers: &Arc<Self>, user: u32) -> Option<Place> {
-        let mut of_users = callers.lock();
-        let of_user = of_users.entry(user).or_default();
-        if *of_user >= MAX_CALLERS_OF_USER {
+    fn place_for(callers: &Arc<Self>, user: u32, known: bool) -> Option<Place> {
+        let (of_user, of_all) = match known {
+            true => (MAX_CALLERS_OF_USER, MAX_CALLERS),
+            false => (MAX_STRANGERS_OF_USER, MAX_STRANGERS),
+        };
+        let mut counts = callers.lock();
+        let alike = counts.iter().filter(|((_, other), _)| *other == known);
+        let all: usize = alike.map(|(_, count)| count).sum();
+        let count = counts.entry((user, known)).or_default();
+        if *count >= of_user || all >= of_all {
             return None;
         }
-        *of_user += 1;
+        *count += 1;
         Some(Place {
             callers: Arc::clone(callers),
-            user,
+            kind: (user, known),
         })
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<u32, usize>> {
-        self.of_users.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, HashMap<(u32, bool), usize>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        if let Entry::Occupied(mut of_user) = self.callers.lock().entry(self.user) {
-            *of_user.get_mut() -= 1;
-            if *of_user.get() == 0 {
-                of_user.remove();
+        if let Entry::Occupied(mut count) = self.callers.lock().entry(self.kind) {
+            *count.get_mut() -= 1;
+            if *count.get() == 0 {
+                count.remove();
             }
         }
-        self.callers.left.notify_one();
     }
 }

@@ -121,6 +121,9 @@ pub trait Interface: Send + Sync {
     /// It in varlink's interface definition language.
     fn description(&self) -> &'static str;
 
+    /// Whether anything was granted to `peer`. Others may ask too, but must not keep these out.
+    fn knows(&self, peer: &Peer) -> bool;
+
     /// Answers a call of `method`, or says that there is no such method by [`None`].
     ///
     /// # Errors
@@ -283,6 +286,10 @@ mod tests {
 
         fn description(&self) -> &'static str {
             "interface org.example.Echo\n"
+        }
+
+        fn knows(&self, _: &Peer) -> bool {
+            true
         }
 
         fn call(&self, method: &str, mut request: Request<'_>) -> Option<Result<Answer, MethodError>> {

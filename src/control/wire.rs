@@ -9,8 +9,9 @@ use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use rustix::fs::FileType;
 use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
@@ -22,17 +23,19 @@ use serde::de::DeserializeOwned;
 
 use crate::keys::arena::{ArenaError, SecretBytes};
 
-/// The longest message.
-const MAX_MESSAGE: usize = 1 << 20;
+/// The longest message: no call or answer comes near it, and what a caller sends is held several times over while it is
+/// looked at.
+const MAX_MESSAGE: usize = 64 << 10;
 /// The most descriptors beside one message.
 const MAX_DESCRIPTORS: usize = 4;
 /// The longest secret: it fits into a pipe that nobody reads yet, whatever the limits on pipes are.
-const MAX_SECRET: usize = 4096;
+pub const MAX_SECRET: usize = 4096;
 
 /// One end of a connection.
 #[derive(Debug)]
 pub struct Connection {
     stream: UnixStream,
+    timeout: Duration,
     /// What was received behind the last message.
     ahead: Vec<u8>,
     descriptors: Vec<OwnedFd>,
@@ -78,6 +81,7 @@ impl Connection {
         stream.set_write_timeout(Some(timeout))?;
         Ok(Self {
             stream,
+            timeout,
             ahead: Vec::new(),
             descriptors: Vec::new(),
         })
@@ -124,6 +128,7 @@ impl Connection {
     /// [`WireError`]; the connection is of no use then.
     pub fn receive<T: DeserializeOwned>(&mut self) -> Result<Option<Message<T>>, WireError> {
         let mut searched = 0;
+        let mut begun = None;
         loop {
             if let Some(end) = self.ahead[searched..].iter().position(|&byte| byte == 0) {
                 let message: Vec<u8> = self.ahead.drain(..=searched + end).collect();
@@ -134,6 +139,10 @@ impl Connection {
             searched = self.ahead.len();
             if searched > MAX_MESSAGE {
                 return Err(WireError::TooLong);
+            }
+            // Byte by byte a message could take for ever.
+            if searched > 0 && begun.get_or_insert_with(Instant::now).elapsed() > self.timeout {
+                return Err(io::Error::from(io::ErrorKind::TimedOut).into());
             }
             if self.receive_some()? == 0 {
                 return match self.ahead.is_empty() {
@@ -190,6 +199,9 @@ pub enum ReceiveError {
     /// It is not there, or does not come.
     #[error("the descriptor of a secret cannot be read")]
     Io(#[from] io::Error),
+    /// It is no pipe: whoever sends something else could have it read for ever.
+    #[error("a secret was to come through a pipe, and something else did")]
+    NoPipe,
     /// There is none: it was taken already.
     #[error("a secret was to come, and nothing did")]
     Empty,
@@ -206,7 +218,11 @@ pub enum ReceiveError {
 /// # Errors
 /// [`ReceiveError`].
 pub fn take(descriptor: &OwnedFd) -> Result<SecretBytes, ReceiveError> {
-    // A hostile sender could keep the other end, or send something else than a pipe.
+    let stat = rustix::fs::fstat(descriptor).map_err(io::Error::from)?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::Fifo {
+        return Err(ReceiveError::NoPipe);
+    }
+    // A hostile sender could keep the other end.
     rustix::io::ioctl_fionbio(descriptor, true).map_err(io::Error::from)?;
     let mut secret = SecretBytes::zeroed(MAX_SECRET)?;
     let mut len = 0;
@@ -333,6 +349,6 @@ mod tests {
         drop(kept);
         assert!(matches!(take(&end), Err(ReceiveError::Empty)));
         let zeros = std::fs::File::open("/dev/zero").unwrap().into();
-        assert!(matches!(take(&zeros), Err(ReceiveError::TooLong)));
+        assert!(matches!(take(&zeros), Err(ReceiveError::NoPipe)));
     }
 }

@@ -11,6 +11,9 @@ use std::time::{Duration, Instant};
 use super::wrap::Kek;
 use super::{KeyError, KeyId};
 
+/// The most KEKs of a provider that are kept at a time: one for each VM of a large host.
+const MAX_SLOTS: usize = 4096;
+
 /// The KEKs of one provider.
 #[derive(Debug)]
 pub(super) struct KekCache {
@@ -49,7 +52,15 @@ impl KekCache {
             return fetch().map(Arc::new);
         }
         let came = Instant::now();
-        let slot = Arc::clone(lock(&self.slots).entry(key_id.clone()).or_default());
+        let slot = {
+            let mut slots = lock(&self.slots);
+            // Whoever asks for keys that nothing is wrapped under must not fill the memory for keys.
+            if slots.len() >= MAX_SLOTS && !slots.contains_key(key_id) {
+                drop(slots);
+                return fetch().map(Arc::new);
+            }
+            Arc::clone(slots.entry(key_id.clone()).or_default())
+        };
         let mut held = lock(&slot.0);
         if let Some((kek, until)) = &held.kek
             && *until > Instant::now()

@@ -161,6 +161,7 @@ impl Interface {
 
     fn permit(&self, peer: &Peer, privilege: Privilege) -> Result<(), MethodError> {
         if self.grants.allow(peer, privilege) {
+            tracing::info!(user = peer.user, process = peer.process, %privilege, "a caller uses its privilege");
             return Ok(());
         }
         tracing::warn!(user = peer.user, process = peer.process, %privilege, "a caller is refused");
@@ -176,6 +177,10 @@ impl varlink::Interface for Interface {
 
     fn description(&self) -> &'static str {
         include_str!("org.sealblk.Disk.varlink")
+    }
+
+    fn knows(&self, peer: &Peer) -> bool {
+        self.grants.know(peer)
     }
 
     fn call(&self, method: &str, request: Request<'_>) -> Option<Answered> {

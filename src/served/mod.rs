@@ -212,6 +212,8 @@ impl Served {
 
     /// Takes the key away. When this returns, nothing of it is in this process.
     pub fn lock(&self) {
+        // The guest's key goes at once, also while a rekey waits for a server; whoever unlocks just now is waited for.
+        self.disk.lock();
         let _turn = guard(&self.turn);
         self.set(Some(Lock::Operator));
         self.disk.lock();

@@ -13,7 +13,7 @@ use super::keyslot::KeyslotError;
 use super::refusal::Refusal;
 use crate::cipher::CipherError;
 use crate::keys::arena::ArenaError;
-use crate::keys::{KeyError, KeyId};
+use crate::keys::{KeyError, KeyId, KeyState};
 
 /// An operation on a volume that failed: on which file or device, and why.
 #[derive(Debug)]
@@ -162,6 +162,8 @@ pub enum Reason {
     RekeyUnfinished(#[source] Box<Reason>),
     #[error("read back from storage, the new keyslot does not open: {0}")]
     ReadBack(#[source] Box<Reason>),
+    #[error("the provider has its key as {state:?}, not as Active")]
+    KekState { state: KeyState },
     #[error("the {copy} copy of the header is damaged: {damage}")]
     DamagedCopy { copy: &'static str, damage: Damage },
     #[error("it is no backup that can be used: {what}; take another copy of it")]

@@ -20,7 +20,7 @@ use super::locked::{Locked, Volume};
 use super::metadata::{Id, Metadata};
 use super::token::SealblkToken;
 use super::ways_in::{add_token, bound_keyslot, free_keyslot, place, random_fill};
-use crate::keys::{Binding, KeyId, Providers};
+use crate::keys::{Binding, KeyId, KeyState, Providers};
 
 /// What a rekey has come to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -224,6 +224,14 @@ impl Locked<'_> {
         }
         self.header = header;
         let (keyslot, sealblk) = ours(&self.header.metadata, token).ok_or(Reason::ChangedMeanwhile)?;
+        // An agent may still have the KEK in memory: that the provider has it, only the provider can tell.
+        let state = providers
+            .provider(&sealblk.provider)
+            .and_then(|provider| provider.state(&sealblk.key_id))
+            .map_err(Reason::Kek)?;
+        if state != KeyState::Active {
+            return Err(Reason::ReadBack(Box::new(Reason::KekState { state })));
+        }
         let opened = self
             .unlock_token(token, keyslot, &sealblk, providers, &mut Budget::default())
             .map_err(|reason| Reason::ReadBack(Box::new(reason)))?;
