@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::Purpose;
+use super::registered::Registrant;
 use super::service::{
     CreateKek, INTERFACE, Kek, KeyFailure, MAX_KEY_ID, MAX_WRAPPED, NamedProvider, Unwrap, WireBinding, Wrap,
 };
@@ -81,6 +82,18 @@ impl Client {
         }
         let (listed, _) = self.ask::<Listed>("", "ListProviders", json!({}), &[])?;
         Ok(listed.providers)
+    }
+
+    /// The volumes that are being served on this host, by the time since when they are.
+    ///
+    /// # Errors
+    /// As for [`Client::list`].
+    pub fn disks(&self) -> Result<Vec<Registrant>, KeyError> {
+        #[derive(Deserialize)]
+        struct Listed {
+            disks: Vec<Registrant>,
+        }
+        Ok(self.ask::<Listed>("", "ListDisks", json!({}), &[])?.0.disks)
     }
 
     fn ask<T: DeserializeOwned>(

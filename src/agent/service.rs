@@ -13,13 +13,17 @@ use uuid::Uuid;
 
 use super::Purpose;
 use super::audit::AuditLog;
+use super::registered::Registered;
+use crate::control::events::{Event, Events};
 use crate::control::peer::Peer;
 use crate::control::privilege::{Grants, Privilege};
 use crate::control::varlink::{Answer, Interface, MethodError, Request};
 use crate::control::wire;
+use crate::keys::arena::SecretBytes;
 use crate::keys::{Binding, KeyError, KeyId, KeyReason, Providers, SharedProviders};
 
-pub(super) const INTERFACE: &str = "org.sealblk.Agent";
+/// The interface's name.
+pub const INTERFACE: &str = "org.sealblk.Agent";
 
 /// The longest name of a provider, and the longest key ID, that anybody has: those of servers that hold a wrapped key have
 /// some hundred bytes. What is longer must not fill the log.
@@ -37,6 +41,8 @@ pub(super) struct Service {
     providers: SharedProviders,
     grants: Grants,
     audit: AuditLog,
+    events: Events,
+    registered: Registered,
     refusals: Mutex<HashMap<u32, Refusals>>,
 }
 
@@ -128,6 +134,14 @@ pub(super) struct Kek {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct PushKek {
+    pub(super) provider: String,
+    pub(super) key_id: KeyId,
+    pub(super) kek: usize,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct NamedProvider {
     pub(super) provider: String,
 }
@@ -170,12 +184,50 @@ impl Service {
             providers,
             grants,
             audit,
+            events: Events::default(),
+            registered: Registered::default(),
             refusals: Mutex::default(),
         }
     }
 
-    pub(super) fn providers(&self) -> &SharedProviders {
-        &self.providers
+    /// Lets go of KEKs whose time has come, and of those whose last volume is not served any more.
+    pub(super) fn tick(&self) {
+        self.providers.drop_expired();
+        for (volume, last) in self.registered.take_ended() {
+            if last {
+                self.providers.forget(&volume.provider, &volume.key_id);
+            }
+            let mut fields = serde_json::to_value(&volume).expect("texts and numbers are JSON");
+            fields = with(fields, "keyDropped", last);
+            // There is nobody to tell that the log cannot be written.
+            let _ = self.audit(Event::DiskUnregistered, fields);
+        }
+    }
+
+    fn list_disks(&self, request: &Request<'_>) -> Answered {
+        self.permit(request.peer, Privilege::ReadKeyServersInfo, json!({}))?;
+        Ok(Answer::of(json!({ "disks": self.registered.list() })))
+    }
+
+    fn watch(&self, request: &Request<'_>) -> Answered {
+        self.permit(request.peer, Privilege::ReadKeyServersInfo, json!({}))?;
+        request.watch(INTERFACE, &self.events)
+    }
+
+    fn push_kek(&self, mut request: Request<'_>) -> Answered {
+        let PushKek {
+            provider,
+            key_id,
+            kek,
+        } = request.parameters()?;
+        check_lengths(&provider, Some(&key_id))?;
+        let subject = json!({ "provider": provider, "keyId": key_id });
+        self.permit(request.peer, Privilege::ManageKeys, subject.clone())?;
+        let kek = secret_of(&request, kek, "kek")?;
+        let pushed = self.providers.push(&provider, &key_id, kek);
+        self.judged(request.peer, &subject, pushed)?;
+        self.audited(Event::KeyPushed, request.peer, subject)?;
+        Ok(Answer::default())
     }
 
     fn list_providers(&self, request: &Request<'_>) -> Answered {
@@ -213,7 +265,7 @@ impl Service {
             .provider(&provider)
             .and_then(|provider| provider.create_kek());
         let key_id = self.judged(request.peer, &subject, made)?;
-        self.audited("KeyCreated", request.peer, with(subject, "keyId", &key_id))?;
+        self.audited(Event::KeyCreated, request.peer, with(subject, "keyId", &key_id))?;
         Ok(Answer::of(json!({ "keyId": key_id })))
     }
 
@@ -226,17 +278,13 @@ impl Service {
         check_lengths(&binding.provider, Some(&binding.key_id))?;
         let subject = about(&binding, purpose);
         self.permit_for(&request, purpose, &[Purpose::Create, Purpose::Recrypt], &subject)?;
-        let secret = request
-            .descriptors
-            .get(secret)
-            .and_then(|descriptor| wire::take(descriptor).ok())
-            .ok_or_else(|| MethodError::invalid_parameter("secret"))?;
+        let secret = secret_of(&request, secret, "secret")?;
         let wrapped = self
             .providers
             .provider(&binding.provider)
             .and_then(|provider| provider.wrap(&binding.binding(), &secret));
         let wrapped = self.judged(request.peer, &subject, wrapped)?;
-        self.audited("KeyBound", request.peer, subject)?;
+        self.audited(Event::KeyBound, request.peer, subject)?;
         Ok(Answer::of(json!({ "wrapped": BASE64_STANDARD.encode(wrapped) })))
     }
 
@@ -264,7 +312,16 @@ impl Service {
             let error = KeyError::new(&binding.provider, "the agent", KeyReason::Host).because(error);
             failure(&error)
         })?;
-        self.audited("KeyReleased", request.peer, subject)?;
+        self.audited(Event::KeyReleased, request.peer, subject)?;
+        if purpose == Purpose::Attach {
+            let WireBinding {
+                volume,
+                provider,
+                key_id,
+                ..
+            } = &binding;
+            self.registered.add(request.peer, *volume, provider, key_id);
+        }
         Ok(Answer::of(json!({ "secret": 0 })).with(pipe))
     }
 
@@ -273,13 +330,14 @@ impl Service {
         check_lengths(&provider, Some(&key_id))?;
         let subject = json!({ "provider": provider, "keyId": key_id });
         if !self.grants.allow(request.peer, Privilege::Recrypt) {
-            self.permit(request.peer, Privilege::ManageKeys, subject)?;
+            self.permit(request.peer, Privilege::ManageKeys, subject.clone())?;
         }
         let state = self
             .providers
             .provider(&provider)
             .and_then(|provider| provider.state(&key_id));
-        let state = state.map_err(|error| failure(&error))?;
+        let state = self.judged(request.peer, &subject, state)?;
+        self.audited(Event::KeyLookedUp, request.peer, with(subject, "state", state))?;
         Ok(Answer::of(json!({ "state": state })))
     }
 
@@ -293,6 +351,7 @@ impl Service {
             .provider(&provider)
             .and_then(|provider| provider.check());
         self.judged(request.peer, &subject, checked)?;
+        self.audited(Event::ProviderChecked, request.peer, subject)?;
         Ok(Answer::default())
     }
 
@@ -327,7 +386,7 @@ impl Service {
             if suppressed > 0 {
                 fields = with(fields, "suppressed", suppressed);
             }
-            self.audited("KeyRefused", peer, fields)?;
+            self.audited(Event::KeyRefused, peer, fields)?;
         }
         let told = json!({ "privilege": privilege, "user": peer.user });
         Err(MethodError::new(INTERFACE, "NotPermitted", told))
@@ -343,18 +402,31 @@ impl Service {
         let mut fields = with(subject.clone(), "reason", told.reason);
         fields = with(fields, "hop", &told.hop);
         fields = with(fields, "causes", &told.causes);
-        self.audited("KeyFailed", peer, fields)?;
+        let event = match told.reason {
+            KeyReason::Missing => Event::KeyMissing,
+            KeyReason::Unreachable => Event::KeyServerUnreachable,
+            KeyReason::Host => Event::KeyRefusedByHost,
+            _ => Event::KeyFailed,
+        };
+        self.audited(event, peer, fields)?;
         Err(failure(&error))
     }
 
-    fn audited(&self, event: &str, peer: &Peer, subject: Value) -> Result<(), MethodError> {
+    fn audited(&self, event: Event, peer: &Peer, subject: Value) -> Result<(), MethodError> {
         let mut fields = Map::new();
         fields.insert("user".into(), peer.user.into());
         fields.insert("process".into(), peer.process.into());
         if let Value::Object(subject) = subject {
             fields.extend(subject);
         }
-        self.audit.record(event, Value::Object(fields)).map_err(|error| {
+        self.audit(event, Value::Object(fields))
+    }
+
+    /// Writes down what happened, then tells it.
+    pub(super) fn audit(&self, event: Event, fields: Value) -> Result<(), MethodError> {
+        let told = self.audit.record(event, &fields);
+        self.events.tell(event, &fields);
+        told.map_err(|error| {
             let cause = error
                 .source()
                 .map(|cause| format!(": {cause}"))
@@ -391,6 +463,9 @@ impl Interface for Service {
             "Unwrap" => self.unwrap(request),
             "GetKekState" => self.kek_state(request),
             "CheckProvider" => self.check_provider(request),
+            "ListDisks" => self.list_disks(&request),
+            "Watch" => self.watch(&request),
+            "PushKek" => self.push_kek(request),
             _ => return None,
         })
     }
@@ -398,6 +473,14 @@ impl Interface for Service {
 
 fn failure(error: &KeyError) -> MethodError {
     MethodError::new(INTERFACE, "KeyFailure", KeyFailure::of(error))
+}
+
+/// The secret that came beside a call.
+fn secret_of(request: &Request<'_>, index: usize, parameter: &str) -> Result<SecretBytes, MethodError> {
+    let descriptor = request.descriptors.get(index);
+    descriptor
+        .and_then(|descriptor| wire::take(descriptor).ok())
+        .ok_or_else(|| MethodError::invalid_parameter(parameter))
 }
 
 fn check_lengths(provider: &str, key_id: Option<&KeyId>) -> Result<(), MethodError> {

@@ -8,8 +8,10 @@ mod agent;
 mod audit;
 mod config;
 mod create;
+mod events;
 pub mod failure;
 mod info;
+mod list;
 mod made;
 pub mod output;
 mod process;
@@ -100,6 +102,8 @@ enum Verb {
     Provider(provider::Provider),
     Serve(serve::Serve),
     Status(served::Status),
+    Events(events::Events),
+    List(list::List),
     Lock(served::Lock),
     Unlock(served::Unlock),
     Agent(agent::Agent),
@@ -223,6 +227,8 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Provider(verb) => verb.run(&host),
         Verb::Serve(verb) => verb.run(&host),
         Verb::Status(verb) => verb.run(),
+        Verb::Events(verb) => verb.run(&host),
+        Verb::List(verb) => verb.run(&host),
         Verb::Lock(verb) => verb.run(),
         Verb::Unlock(verb) => verb.run(),
         Verb::Agent(verb) => verb.run(&host),

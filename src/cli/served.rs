@@ -17,7 +17,7 @@ use crate::control::wire::Connection;
 use crate::served::{self, LockedBy, State};
 
 /// How long an answer may take: a lock waits for storage, a rekey for key servers.
-const TIMEOUT: Duration = Duration::from_secs(300);
+pub(super) const TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Show how a served disk is: whether it has its key, and if not, why
 #[derive(Debug, Args)]
@@ -125,23 +125,32 @@ pub(super) fn ask<T: DeserializeOwned>(
     };
     match answer() {
         Ok((answer, _)) => Ok(answer),
-        Err(CallError::Method(error)) => Err(refused(socket, &error)),
-        Err(source) => Err(Failure::Control {
+        Err(error) => Err(failure(socket, error)),
+    }
+}
+
+/// Why a call on a control socket came to nothing.
+pub(super) fn failure(socket: &Path, error: CallError) -> Failure {
+    match error {
+        CallError::Method(error) => refused(socket, &error),
+        source => Failure::Control {
             socket: socket.to_owned(),
             source,
-        }),
+        },
     }
 }
 
 fn refused(socket: &Path, error: &MethodError) -> Failure {
     let field = |name: &str| error.parameters.get(name).and_then(Value::as_str);
-    let message = match error.name.strip_prefix(served::INTERFACE) {
-        Some(".Failed") => field("message").map(str::to_owned),
-        Some(".NotPermitted") => field("privilege").map(|privilege| {
-            format!(
-                "you lack the privilege {privilege}; grant it in the configuration that `sealblk serve` has"
-            )
+    let message = match error.name.rsplit('.').next() {
+        Some("Failed") => field("message").map(str::to_owned),
+        Some("NotPermitted") => field("privilege").map(|privilege| {
+            format!("you lack the privilege {privilege}; grant it in the configuration of who listens there")
         }),
+        Some("TooManyWatchers") => Some("as many watch already as may; end one".to_owned()),
+        Some("EventsLost") => {
+            Some("events came faster than they were read, and were lost; ask anew".to_owned())
+        }
         _ => None,
     };
     Failure::Refused {

@@ -17,9 +17,9 @@ pub enum Privilege {
     Access,
     /// Bind a new volume to a KEK.
     EncryptNew,
-    /// Make KEKs, and ask for their states.
+    /// Ask for the states of KEKs, and push them to the agent.
     ManageKeys,
-    /// See the key providers, and whether they work.
+    /// See the key providers, and whether they work; which volumes are served, and what happens to keys and disks.
     ReadKeyServersInfo,
     /// Give a volume another KEK.
     Recrypt,

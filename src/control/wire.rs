@@ -153,6 +153,27 @@ impl Connection {
         }
     }
 
+    /// Whether the other side has left. What it sends meanwhile stays to be received.
+    ///
+    /// # Errors
+    /// If the socket fails.
+    pub fn has_ended(&self) -> io::Result<bool> {
+        let peek = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        match rustix::net::recv(&self.stream, &mut [0_u8; 1], peek) {
+            Ok((_, 0)) => Ok(true),
+            Ok(_) | Err(Errno::AGAIN | Errno::INTR) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Waits for messages without a limit from now on.
+    ///
+    /// # Errors
+    /// If the kernel takes no timeouts.
+    pub fn wait_for_ever(&mut self) -> io::Result<()> {
+        self.stream.set_read_timeout(None)
+    }
+
     fn receive_some(&mut self) -> Result<usize, WireError> {
         let mut bytes = [0; 8192];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];

@@ -5,11 +5,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::{Lock, OpenError, Served, ServedError};
 use crate::cipher::Sector;
+use crate::control::events::Event;
 use crate::control::peer::Peer;
 use crate::control::privilege::{Grants, Privilege};
 use crate::control::varlink::{self, Answer, MethodError, Request};
@@ -75,7 +76,7 @@ pub enum LockedBy {
 }
 
 impl LockStatus {
-    fn of(lock: &Lock) -> Self {
+    pub(super) fn of(lock: &Lock) -> Self {
         let (by, error) = match lock {
             Lock::Operator => (LockedBy::Operator, None),
             Lock::NoKey(error) => (LockedBy::NoKey, Some(error)),
@@ -143,10 +144,12 @@ impl Interface {
     fn rekey(&self, mut request: Request<'_>) -> Answered {
         let Rekey { provider } = request.parameters()?;
         self.permit(request.peer, Privilege::Recrypt)?;
-        let rekeyed = self
-            .served
-            .rekey(provider.as_deref())
-            .map_err(|error| failed(&error))?;
+        let rekeyed = self.served.rekey(provider.as_deref()).map_err(|error| {
+            let failed = failed(&error);
+            self.served
+                .tell(Event::RekeyFailed, Value::Object(failed.parameters.clone()));
+            failed
+        })?;
         let replaced = rekeyed.replaced.into_iter();
         let replaced: Vec<_> = replaced
             .map(|(provider, key_id)| json!({ "provider": provider, "keyId": key_id }))
@@ -159,12 +162,18 @@ impl Interface {
         })))
     }
 
+    fn watch(&self, request: &Request<'_>) -> Answered {
+        self.permit(request.peer, Privilege::ReadKeyServersInfo)?;
+        request.watch(INTERFACE, &self.served.events)
+    }
+
     fn permit(&self, peer: &Peer, privilege: Privilege) -> Result<(), MethodError> {
+        let used = json!({ "user": peer.user, "process": peer.process, "privilege": privilege });
         if self.grants.allow(peer, privilege) {
-            tracing::info!(user = peer.user, process = peer.process, %privilege, "a caller uses its privilege");
+            self.served.tell(Event::PrivilegeUsed, used);
             return Ok(());
         }
-        tracing::warn!(user = peer.user, process = peer.process, %privilege, "a caller is refused");
+        self.served.tell(Event::PrivilegeRefused, used);
         let told = json!({ "privilege": privilege, "user": peer.user });
         Err(MethodError::new(INTERFACE, "NotPermitted", told))
     }
@@ -189,6 +198,7 @@ impl varlink::Interface for Interface {
             "Lock" => self.lock(request.peer),
             "Unlock" => self.unlock(request.peer),
             "Rekey" => self.rekey(request),
+            "Watch" => self.watch(&request),
             _ => return None,
         })
     }
