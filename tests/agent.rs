@@ -132,6 +132,7 @@ fn a_privilege_allows_its_calls_and_no_others() {
         on(Purpose::Access),
         on(Purpose::Check),
     );
+    let create_client = agent.client(Purpose::Create);
     let calls: Vec<(&str, &[&str], Call<'_>)> = vec![
         ("Unwrap to attach", &["RegisterVM"], unwrap(Purpose::Attach)),
         ("Unwrap to access", &["Access"], unwrap(Purpose::Access)),
@@ -156,9 +157,24 @@ fn a_privilege_allows_its_calls_and_no_others() {
             Box::new(|| list.list().map(drop)),
         ),
         (
-            "GetDefaultProvider",
-            &["EncryptNew", "Recrypt", "ReadKeyServersInfo"],
+            "ListDisks",
+            &["ReadKeyServersInfo"],
+            Box::new(|| list.disks().map(drop)),
+        ),
+        (
+            "GetDefaultProvider to check",
+            &["ReadKeyServersInfo"],
             Box::new(|| list.default_name().map(drop)),
+        ),
+        (
+            "GetDefaultProvider to create",
+            &["EncryptNew"],
+            Box::new(|| create_client.default_name().map(drop)),
+        ),
+        (
+            "PushKek",
+            &["ManageKeys"],
+            Box::new(|| list.push("native", &key_id, &secret)),
         ),
     ];
     let mut refusals = 0;

@@ -16,7 +16,8 @@ use serde_json::{Value, json};
 use super::Purpose;
 use super::registered::Registrant;
 use super::service::{
-    CreateKek, INTERFACE, Kek, KeyFailure, MAX_KEY_ID, MAX_WRAPPED, NamedProvider, Unwrap, WireBinding, Wrap,
+    CreateKek, DefaultProvider, INTERFACE, Kek, KeyFailure, MAX_KEY_ID, MAX_WRAPPED, NamedProvider, PushKek,
+    Unwrap, WireBinding, Wrap,
 };
 use crate::control::varlink::{CallError, MethodError, call};
 use crate::control::wire::{self, Connection, WireError};
@@ -94,6 +95,24 @@ impl Client {
             disks: Vec<Registrant>,
         }
         Ok(self.ask::<Listed>("", "ListDisks", json!({}), &[])?.0.disks)
+    }
+
+    /// Gives the agent a KEK, which somebody has fetched for this host.
+    ///
+    /// # Errors
+    /// As for [`Client::list`], and if it is no KEK of a provider there.
+    pub fn push(&self, provider: &str, key_id: &KeyId, kek: &SecretBytes) -> Result<(), KeyError> {
+        #[derive(Deserialize)]
+        struct Pushed {}
+        let pipe = wire::pass(kek)
+            .map_err(|error| self.fail(provider, KeyReason::Host).of(key_id).because(error))?;
+        let parameters = PushKek {
+            provider: provider.to_owned(),
+            key_id: key_id.clone(),
+            kek: 0,
+        };
+        self.ask::<Pushed>(provider, "PushKek", parameters, &[pipe.as_fd()])?;
+        Ok(())
     }
 
     fn ask<T: DeserializeOwned>(
@@ -179,7 +198,8 @@ impl Providers for Client {
         struct Default {
             name: Option<String>,
         }
-        let (default, _) = self.ask::<Default>("", "GetDefaultProvider", json!({}), &[])?;
+        let purpose = self.purpose;
+        let (default, _) = self.ask::<Default>("", "GetDefaultProvider", DefaultProvider { purpose }, &[])?;
         Ok(default.name)
     }
 }

@@ -107,6 +107,11 @@ impl WireBinding {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
+pub(super) struct DefaultProvider {
+    pub(super) purpose: Purpose,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct CreateKek {
     pub(super) provider: String,
     pub(super) purpose: Purpose,
@@ -239,18 +244,10 @@ impl Service {
         Ok(Answer::of(json!({ "providers": entries })))
     }
 
-    fn default_provider(&self, request: &Request<'_>) -> Answered {
-        let any = [
-            Privilege::EncryptNew,
-            Privilege::Recrypt,
-            Privilege::ReadKeyServersInfo,
-        ];
-        if !any
-            .iter()
-            .any(|&privilege| self.grants.allow(request.peer, privilege))
-        {
-            self.permit(request.peer, Privilege::ReadKeyServersInfo, json!({}))?;
-        }
+    fn default_provider(&self, mut request: Request<'_>) -> Answered {
+        let DefaultProvider { purpose } = request.parameters()?;
+        let purposes = [Purpose::Create, Purpose::Recrypt, Purpose::Check];
+        self.permit_for(&request, purpose, &purposes, &json!({ "purpose": purpose }))?;
         let name = self.providers.default_name().map_err(|error| failure(&error))?;
         Ok(Answer::of(json!({ "name": name })))
     }
@@ -457,7 +454,7 @@ impl Interface for Service {
     fn call(&self, method: &str, request: Request<'_>) -> Option<Answered> {
         Some(match method {
             "ListProviders" => self.list_providers(&request),
-            "GetDefaultProvider" => self.default_provider(&request),
+            "GetDefaultProvider" => self.default_provider(request),
             "CreateKek" => self.create_kek(request),
             "Wrap" => self.wrap(request),
             "Unwrap" => self.unwrap(request),

@@ -79,6 +79,31 @@ impl Event {
         Self::PrivilegeRefused,
     ];
 
+    /// The event in words.
+    fn what(self) -> &'static str {
+        match self {
+            Self::AgentStarted => "the agent answers",
+            Self::KeyCreated => "a key was made",
+            Self::KeyBound => "a volume was bound to a key",
+            Self::KeyReleased => "a volume's key was released",
+            Self::KeyPushed => "a key was pushed",
+            Self::KeyLookedUp => "a key was looked up",
+            Self::ProviderChecked => "a provider works",
+            Self::KeyRefused => "a caller was refused a key",
+            Self::KeyMissing => "a provider has no such key",
+            Self::KeyServerUnreachable => "a provider does not answer",
+            Self::KeyRefusedByHost => "this host cannot hold a key",
+            Self::KeyFailed => "a key is not to be had",
+            Self::DiskUnregistered => "a volume is not served any more",
+            Self::DiskLocked => "the disk is locked, and the guest's requests wait",
+            Self::DiskUnlocked => "the disk is unlocked",
+            Self::DiskRekeyed => "the volume has another key",
+            Self::RekeyFailed => "the volume keeps its key, since it got no other",
+            Self::PrivilegeUsed => "a caller was let through",
+            Self::PrivilegeRefused => "a caller was refused",
+        }
+    }
+
     /// Whether somebody may have to do something about it.
     fn is_warning(self, fields: &Value) -> bool {
         match self {
@@ -192,8 +217,9 @@ fn log(event: Event, fields: &Value) {
                 hop = text("hop"),
                 user = number("user"),
                 process = number("process"),
-                "{}",
-                text("message").unwrap_or_default()
+                "{}{}",
+                event.what(),
+                text("message").map(|more| format!(": {more}")).unwrap_or_default()
             )
         };
     }
