@@ -2,7 +2,6 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -124,8 +123,7 @@ impl Client {
     ) -> Result<(T, Vec<OwnedFd>), KeyError> {
         let method = format!("{INTERFACE}.{method}");
         let ask = || {
-            let stream = UnixStream::connect(&self.socket)?;
-            let mut connection = Connection::new(stream, TIMEOUT)?;
+            let mut connection = Connection::to(&self.socket, TIMEOUT)?;
             call(&mut connection, &method, &parameters, descriptors)
         };
         let mut patience = TURNED_AWAY;

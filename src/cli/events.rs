@@ -1,6 +1,5 @@
 //! `sealblk events`: what happens to keys and disks, as it happens.
 
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -49,7 +48,7 @@ enum Ended {
 
 fn print(socket: &Path, interface: &str) -> Result<Ended, Failure> {
     let connect = || -> Result<Connection, CallError> {
-        let mut connection = Connection::new(UnixStream::connect(socket)?, served::TIMEOUT)?;
+        let mut connection = Connection::to(socket, served::TIMEOUT)?;
         call_for_more(&mut connection, &format!("{interface}.Watch"), json!({}))?;
         connection.wait_for_ever()?;
         Ok(connection)

@@ -1,6 +1,5 @@
 //! `sealblk status`, `lock` and `unlock`: a disk that is being served, by its control socket.
 
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -94,6 +93,7 @@ fn text(status: &served::Status) -> String {
     );
     match status.state {
         State::Open => row("state", "open".to_owned()),
+        State::Locking => row("state", "locking: waits for what is in flight".to_owned()),
         State::Locked => row("state", "locked: the guest's requests wait".to_owned()),
     }
     if let Some(lock) = &status.lock {
@@ -118,8 +118,7 @@ pub(super) fn ask<T: DeserializeOwned>(
     parameters: impl Serialize,
 ) -> Result<T, Failure> {
     let answer = || {
-        let stream = UnixStream::connect(socket)?;
-        let mut connection = Connection::new(stream, TIMEOUT)?;
+        let mut connection = Connection::to(socket, TIMEOUT)?;
         let method = format!("{}.{method}", served::INTERFACE);
         call(&mut connection, &method, parameters, &[])
     };

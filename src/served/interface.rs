@@ -43,7 +43,9 @@ pub struct Status {
 pub enum State {
     /// The guest reads and writes.
     Open,
-    /// The guest's requests wait.
+    /// What is in flight is being finished; all else waits already.
+    Locking,
+    /// The guest's requests wait, and nothing of the key is in the process.
     Locked,
 }
 
@@ -120,6 +122,7 @@ impl Interface {
             disk: served.opener.disk.path().to_owned(),
             volume: served.uuid,
             state: match lock {
+                None if served.disk.is_locked() => State::Locking,
                 None => State::Open,
                 Some(_) => State::Locked,
             },
