@@ -9,8 +9,10 @@
 //! control  sockets on which processes of ours are asked, and who may
 //! served   a volume that is being served: its key comes, goes and is changed
 //! device   what the guest sees: virtio-blk over vhost-user
+//! known    the volumes that this host has bound or opened: hints, each looked up in the volume itself
 //! volume   LUKS2 on storage, and the segment table that maps sectors to it
 //! cipher, storage, keys
+//! moment   points in time, as they are written
 //! ```
 
 pub mod agent;
@@ -19,6 +21,8 @@ pub mod cli;
 pub mod control;
 pub mod device;
 pub mod keys;
+pub mod known;
+pub mod moment;
 pub mod served;
 pub mod storage;
 pub mod volume;

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,16 +14,17 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::Purpose;
-use super::registered::Registrant;
+use super::manage::{InUse, ListVolumes, NotBackedUp, RemoveProvider, RevokeKek, ScanVolumes, Volumes};
 use super::service::{
-    CreateKek, DefaultProvider, INTERFACE, Kek, KeyFailure, MAX_KEY_ID, MAX_WRAPPED, NamedProvider, PushKek,
-    Unwrap, WireBinding, Wrap,
+    CreateKek, INTERFACE, Kek, KeyFailure, MAX_KEY_ID, MAX_WRAPPED, NamedProvider, Unwrap, WireBinding, Wrap,
 };
 use crate::control::varlink::{CallError, MethodError, call};
 use crate::control::wire::{self, Connection, WireError};
 use crate::keys::arena::SecretBytes;
 use crate::keys::registry::Entry;
-use crate::keys::{Binding, KeyError, KeyId, KeyProvider, KeyReason, KeyState, Providers};
+use crate::keys::{Binding, KeyError, KeyId, KeyProvider, KeyReason, KeyState, Providers, Reach, Revocation};
+use crate::known::survey::{Scanned, Sighting};
+use crate::known::{GuardError, Removal, Uses};
 
 /// How long the agent may take: it may have to wait for several servers, one after the other.
 const TIMEOUT: Duration = Duration::from_secs(120);
@@ -36,6 +38,8 @@ const RETRY: Duration = Duration::from_millis(50);
 pub struct Client {
     socket: PathBuf,
     purpose: Purpose,
+    /// Where the volume is that the keys are for.
+    path: Option<String>,
 }
 
 /// One of the agent's providers.
@@ -62,12 +66,28 @@ enum Refusal {
     Other(MethodError),
 }
 
+/// What came of a call: the agent refused it, or there was no answer.
+enum Failed {
+    Method(MethodError),
+    Key(KeyError),
+}
+
 impl Client {
     /// The agent that listens at `socket`, asked for keys for `purpose`.
     pub fn new(socket: &Path, purpose: Purpose) -> Self {
         Self {
             socket: socket.to_owned(),
             purpose,
+            path: None,
+        }
+    }
+
+    /// The same, for the volume whose header is in `path`.
+    pub fn at(self, path: &Path) -> Self {
+        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        Self {
+            path: Some(path.to_string_lossy().into_owned()),
+            ..self
         }
     }
 
@@ -84,34 +104,136 @@ impl Client {
         Ok(listed.providers)
     }
 
-    /// The volumes that are being served on this host, by the time since when they are.
+    /// The volumes that are known, of one provider or one KEK, and whether there may be others.
     ///
     /// # Errors
-    /// As for [`Client::list`].
-    pub fn disks(&self) -> Result<Vec<Registrant>, KeyError> {
-        #[derive(Deserialize)]
-        struct Listed {
-            disks: Vec<Registrant>,
+    /// [`KeyError`].
+    pub fn volumes(
+        &self,
+        provider: Option<&str>,
+        key_id: Option<&KeyId>,
+    ) -> Result<(Vec<Sighting>, bool), KeyError> {
+        let (mut all, mut from) = (Vec::new(), 0);
+        loop {
+            let parameters = ListVolumes {
+                provider: provider.map(str::to_owned),
+                key_id: key_id.cloned(),
+                from,
+            };
+            let (page, _) = self.ask::<Volumes>("", "ListVolumes", parameters, &[])?;
+            all.extend(page.volumes);
+            match page.next {
+                Some(next) if next > from => from = next,
+                _ => return Ok((all, page.full)),
+            }
         }
-        Ok(self.ask::<Listed>("", "ListDisks", json!({}), &[])?.0.disks)
     }
 
-    /// Gives the agent a KEK, which somebody has fetched for this host.
+    /// Has the agent look at the volumes in `paths`, which are absolute, and at all that it knows.
     ///
     /// # Errors
-    /// As for [`Client::list`], and if it is no KEK of a provider there.
-    pub fn push(&self, provider: &str, key_id: &KeyId, kek: &SecretBytes) -> Result<(), KeyError> {
+    /// [`KeyError`].
+    pub fn scan(&self, paths: &[PathBuf], missing: bool) -> Result<Scanned, KeyError> {
+        let mut all = Scanned::default();
+        let texts: Vec<String> = paths
+            .iter()
+            .map(|path| path.to_string_lossy().into_owned())
+            .collect();
+        // Paths and what is told of them have to go into one message.
+        let mut pieces: Vec<&[String]> = texts.chunks(8).collect();
+        if pieces.is_empty() {
+            pieces.push(&[]);
+        }
+        for piece in pieces {
+            let parameters = ScanVolumes {
+                paths: piece.to_vec(),
+                missing,
+            };
+            let (scanned, _) = self.ask::<Scanned>("", "ScanVolumes", parameters, &[])?;
+            all.found.extend(scanned.found);
+            all.passed_over.extend(scanned.passed_over);
+            all.dropped += scanned.dropped;
+        }
+        Ok(all)
+    }
+
+    /// Takes a KEK out of use.
+    ///
+    /// # Errors
+    /// [`GuardError`]; the KEK can be used as before then.
+    pub fn revoke(
+        &self,
+        provider: &str,
+        key_id: &KeyId,
+        revocation: Revocation,
+        removal: &Removal<'_>,
+    ) -> Result<Option<Reach>, GuardError> {
         #[derive(Deserialize)]
-        struct Pushed {}
-        let pipe = wire::pass(kek)
-            .map_err(|error| self.fail(provider, KeyReason::Host).of(key_id).because(error))?;
-        let parameters = PushKek {
+        struct Revoked {
+            #[serde(default)]
+            reach: Option<Reach>,
+        }
+        let parameters = RevokeKek {
             provider: provider.to_owned(),
             key_id: key_id.clone(),
-            kek: 0,
+            revocation,
+            force: removal.force,
+            dry_run: removal.dry_run,
         };
-        self.ask::<Pushed>(provider, "PushKek", parameters, &[pipe.as_fd()])?;
-        Ok(())
+        Ok(self.manage::<Revoked>(provider, "RevokeKek", parameters)?.reach)
+    }
+
+    /// Removes a provider.
+    ///
+    /// # Errors
+    /// [`GuardError`].
+    pub fn remove_provider(&self, name: &str, removal: &Removal<'_>) -> Result<(), GuardError> {
+        #[derive(Deserialize)]
+        struct Removed {}
+        let parameters = RemoveProvider {
+            provider: name.to_owned(),
+            new_default: removal.new_default.map(str::to_owned),
+            force: removal.force,
+            dry_run: removal.dry_run,
+        };
+        self.manage::<Removed>(name, "RemoveProvider", parameters)
+            .map(drop)
+    }
+
+    /// Asks for what the agent may refuse for the sake of volumes.
+    fn manage<T: DeserializeOwned>(
+        &self,
+        provider: &str,
+        method: &str,
+        parameters: impl Serialize,
+    ) -> Result<T, GuardError> {
+        let error = match self.call(provider, method, parameters, &[]) {
+            Ok((answer, _)) => return Ok(answer),
+            Err(Failed::Method(error)) => error,
+            Err(Failed::Key(error)) => return Err(error.into()),
+        };
+        let told = Value::Object(error.parameters.clone());
+        match error.name.strip_prefix(INTERFACE) {
+            Some(".InUse") => {
+                if let Ok(InUse {
+                    what,
+                    volumes,
+                    count,
+                    full,
+                }) = serde_json::from_value(told)
+                {
+                    let uses = Uses { volumes, count, full };
+                    return Err(GuardError::InUse { what, uses });
+                }
+            }
+            Some(".NotBackedUp") => {
+                if let Ok(NotBackedUp { provider }) = serde_json::from_value(told) {
+                    return Err(GuardError::NotBackedUp(provider));
+                }
+            }
+            _ => {}
+        }
+        Err(self.refused(provider, error).into())
     }
 
     fn ask<T: DeserializeOwned>(
@@ -121,21 +243,38 @@ impl Client {
         parameters: impl Serialize,
         descriptors: &[BorrowedFd<'_>],
     ) -> Result<(T, Vec<OwnedFd>), KeyError> {
+        self.call(provider, method, parameters, descriptors)
+            .map_err(|error| match error {
+                Failed::Method(error) => self.refused(provider, error),
+                Failed::Key(error) => error,
+            })
+    }
+
+    fn call<T: DeserializeOwned>(
+        &self,
+        provider: &str,
+        method: &str,
+        parameters: impl Serialize,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(T, Vec<OwnedFd>), Failed> {
         let method = format!("{INTERFACE}.{method}");
         let ask = || {
-            let mut connection = Connection::to(&self.socket, TIMEOUT)?;
+            let stream = UnixStream::connect(&self.socket)?;
+            let mut connection = Connection::new(stream, TIMEOUT)?;
             call(&mut connection, &method, &parameters, descriptors)
         };
         let mut patience = TURNED_AWAY;
         loop {
             let error = match ask() {
                 Ok(answer) => return Ok(answer),
-                Err(CallError::Method(error)) => return Err(self.refused(provider, error)),
+                Err(CallError::Method(error)) => return Err(Failed::Method(error)),
                 Err(error) => error,
             };
             // An agent that has too many callers of this user hangs up.
             if !has_hung_up(&error) || patience.is_zero() {
-                return Err(self.fail(provider, KeyReason::NoAgent).because(error));
+                return Err(Failed::Key(
+                    self.fail(provider, KeyReason::NoAgent).because(error),
+                ));
             }
             std::thread::sleep(RETRY);
             patience = patience.saturating_sub(RETRY);
@@ -196,8 +335,7 @@ impl Providers for Client {
         struct Default {
             name: Option<String>,
         }
-        let purpose = self.purpose;
-        let (default, _) = self.ask::<Default>("", "GetDefaultProvider", DefaultProvider { purpose }, &[])?;
+        let (default, _) = self.ask::<Default>("", "GetDefaultProvider", json!({}), &[])?;
         Ok(default.name)
     }
 }
@@ -264,6 +402,7 @@ impl KeyProvider for AgentProvider {
             binding: self.on_the_wire(binding)?,
             purpose: self.client.purpose,
             secret: 0,
+            path: self.client.path.clone(),
         };
         let (answer, _) = self.ask::<Wrapped>("Wrap", parameters, &[pipe.as_fd()])?;
         BASE64_STANDARD
@@ -284,6 +423,7 @@ impl KeyProvider for AgentProvider {
             binding: self.on_the_wire(binding)?,
             purpose: self.client.purpose,
             wrapped: BASE64_STANDARD.encode(wrapped),
+            path: self.client.path.clone(),
         };
         let (answer, descriptors) = self.ask::<Unwrapped>("Unwrap", parameters, &[])?;
         let garbled = || self.fail(binding.key_id, KeyReason::Garbled);
@@ -306,6 +446,16 @@ impl KeyProvider for AgentProvider {
             key_id: key_id.clone(),
         };
         Ok(self.ask::<State>("GetKekState", parameters, &[])?.0.state)
+    }
+
+    /// The agent looks for volumes that need the KEK first.
+    fn revoke(&self, key_id: &KeyId, revocation: Revocation) -> Result<Reach, KeyError> {
+        let removal = Removal::default();
+        match self.client.revoke(&self.name, key_id, revocation, &removal) {
+            Ok(reach) => Ok(reach.unwrap_or(Reach::Host)),
+            Err(GuardError::Key(error)) => Err(error),
+            Err(error) => Err(self.fail(key_id, KeyReason::Refused).because(error)),
+        }
     }
 
     fn check(&self) -> Result<(), KeyError> {

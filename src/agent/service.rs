@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::error::Error;
+use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -13,22 +14,21 @@ use uuid::Uuid;
 
 use super::Purpose;
 use super::audit::AuditLog;
-use super::registered::Registered;
-use crate::control::events::{Event, Events};
 use crate::control::peer::Peer;
 use crate::control::privilege::{Grants, Privilege};
 use crate::control::varlink::{Answer, Interface, MethodError, Request};
 use crate::control::wire;
-use crate::keys::arena::SecretBytes;
 use crate::keys::{Binding, KeyError, KeyId, KeyReason, Providers, SharedProviders};
+use crate::known::{Event, Index};
 
-/// The interface's name.
-pub const INTERFACE: &str = "org.sealblk.Agent";
+pub(super) const INTERFACE: &str = "org.sealblk.Agent";
 
 /// The longest name of a provider, and the longest key ID, that anybody has: those of servers that hold a wrapped key have
 /// some hundred bytes. What is longer must not fill the log.
 const MAX_NAME: usize = 64;
 pub(super) const MAX_KEY_ID: usize = 8192;
+/// The longest path of a volume (`PATH_MAX`).
+const MAX_PATH: usize = 4096;
 /// The longest wrapped secret. Memory for keys is scarce, and is taken before anything is authenticated.
 pub(super) const MAX_WRAPPED: usize = wire::MAX_SECRET + 256;
 /// How many refusals of a user are logged at once, and how often one more: whoever may do nothing could fill the log too.
@@ -39,10 +39,9 @@ const REFUSAL_INTERVAL: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(super) struct Service {
     providers: SharedProviders,
-    grants: Grants,
+    pub(super) grants: Grants,
     audit: AuditLog,
-    events: Events,
-    registered: Registered,
+    pub(super) index: Index,
     refusals: Mutex<HashMap<u32, Refusals>>,
 }
 
@@ -107,11 +106,6 @@ impl WireBinding {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct DefaultProvider {
-    pub(super) purpose: Purpose,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct CreateKek {
     pub(super) provider: String,
     pub(super) purpose: Purpose,
@@ -122,6 +116,8 @@ pub(super) struct Wrap {
     pub(super) binding: WireBinding,
     pub(super) purpose: Purpose,
     pub(super) secret: usize,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) path: Option<String>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -129,6 +125,8 @@ pub(super) struct Unwrap {
     pub(super) binding: WireBinding,
     pub(super) purpose: Purpose,
     pub(super) wrapped: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) path: Option<String>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -136,14 +134,6 @@ pub(super) struct Unwrap {
 pub(super) struct Kek {
     pub(super) provider: String,
     pub(super) key_id: KeyId,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct PushKek {
-    pub(super) provider: String,
-    pub(super) key_id: KeyId,
-    pub(super) kek: usize,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -181,58 +171,21 @@ impl KeyFailure {
     }
 }
 
-type Answered = Result<Answer, MethodError>;
+pub(super) type Answered = Result<Answer, MethodError>;
 
 impl Service {
     pub(super) fn new(providers: SharedProviders, grants: Grants, audit: AuditLog) -> Self {
         Self {
+            index: Index::of(providers.dir()),
             providers,
             grants,
             audit,
-            events: Events::default(),
-            registered: Registered::default(),
             refusals: Mutex::default(),
         }
     }
 
-    /// Lets go of KEKs whose time has come, and of those whose last volume is not served any more.
-    pub(super) fn tick(&self) {
-        self.providers.drop_expired();
-        for (volume, last) in self.registered.take_ended() {
-            if last {
-                self.providers.forget(&volume.provider, &volume.key_id);
-            }
-            let mut fields = serde_json::to_value(&volume).expect("texts and numbers are JSON");
-            fields = with(fields, "keyDropped", last);
-            // There is nobody to tell that the log cannot be written.
-            let _ = self.audit(Event::DiskUnregistered, fields);
-        }
-    }
-
-    fn list_disks(&self, request: &Request<'_>) -> Answered {
-        self.permit(request.peer, Privilege::ReadKeyServersInfo, json!({}))?;
-        Ok(Answer::of(json!({ "disks": self.registered.list() })))
-    }
-
-    fn watch(&self, request: &Request<'_>) -> Answered {
-        self.permit(request.peer, Privilege::ReadKeyServersInfo, json!({}))?;
-        request.watch(INTERFACE, &self.events)
-    }
-
-    fn push_kek(&self, mut request: Request<'_>) -> Answered {
-        let PushKek {
-            provider,
-            key_id,
-            kek,
-        } = request.parameters()?;
-        check_lengths(&provider, Some(&key_id))?;
-        let subject = json!({ "provider": provider, "keyId": key_id });
-        self.permit(request.peer, Privilege::ManageKeys, subject.clone())?;
-        let kek = secret_of(&request, kek, "kek")?;
-        let pushed = self.providers.push(&provider, &key_id, kek);
-        self.judged(request.peer, &subject, pushed)?;
-        self.audited(Event::KeyPushed, request.peer, subject)?;
-        Ok(Answer::default())
+    pub(super) fn providers(&self) -> &SharedProviders {
+        &self.providers
     }
 
     fn list_providers(&self, request: &Request<'_>) -> Answered {
@@ -244,10 +197,18 @@ impl Service {
         Ok(Answer::of(json!({ "providers": entries })))
     }
 
-    fn default_provider(&self, mut request: Request<'_>) -> Answered {
-        let DefaultProvider { purpose } = request.parameters()?;
-        let purposes = [Purpose::Create, Purpose::Recrypt, Purpose::Check];
-        self.permit_for(&request, purpose, &purposes, &json!({ "purpose": purpose }))?;
+    fn default_provider(&self, request: &Request<'_>) -> Answered {
+        let any = [
+            Privilege::EncryptNew,
+            Privilege::Recrypt,
+            Privilege::ReadKeyServersInfo,
+        ];
+        if !any
+            .iter()
+            .any(|&privilege| self.grants.allow(request.peer, privilege))
+        {
+            self.permit(request.peer, Privilege::ReadKeyServersInfo, json!({}))?;
+        }
         let name = self.providers.default_name().map_err(|error| failure(&error))?;
         Ok(Answer::of(json!({ "name": name })))
     }
@@ -262,7 +223,7 @@ impl Service {
             .provider(&provider)
             .and_then(|provider| provider.create_kek());
         let key_id = self.judged(request.peer, &subject, made)?;
-        self.audited(Event::KeyCreated, request.peer, with(subject, "keyId", &key_id))?;
+        self.audited("KeyCreated", request.peer, with(subject, "keyId", &key_id))?;
         Ok(Answer::of(json!({ "keyId": key_id })))
     }
 
@@ -271,17 +232,23 @@ impl Service {
             binding,
             purpose,
             secret,
+            path,
         } = request.parameters()?;
         check_lengths(&binding.provider, Some(&binding.key_id))?;
         let subject = about(&binding, purpose);
         self.permit_for(&request, purpose, &[Purpose::Create, Purpose::Recrypt], &subject)?;
-        let secret = secret_of(&request, secret, "secret")?;
+        let secret = request
+            .descriptors
+            .get(secret)
+            .and_then(|descriptor| wire::take(descriptor).ok())
+            .ok_or_else(|| MethodError::invalid_parameter("secret"))?;
         let wrapped = self
             .providers
             .provider(&binding.provider)
             .and_then(|provider| provider.wrap(&binding.binding(), &secret));
         let wrapped = self.judged(request.peer, &subject, wrapped)?;
-        self.audited(Event::KeyBound, request.peer, subject)?;
+        self.audited("KeyBound", request.peer, subject)?;
+        self.note(&binding, path, Event::Bound);
         Ok(Answer::of(json!({ "wrapped": BASE64_STANDARD.encode(wrapped) })))
     }
 
@@ -290,6 +257,7 @@ impl Service {
             binding,
             purpose,
             wrapped,
+            path,
         } = request.parameters()?;
         check_lengths(&binding.provider, Some(&binding.key_id))?;
         let subject = about(&binding, purpose);
@@ -309,16 +277,8 @@ impl Service {
             let error = KeyError::new(&binding.provider, "the agent", KeyReason::Host).because(error);
             failure(&error)
         })?;
-        self.audited(Event::KeyReleased, request.peer, subject)?;
-        if purpose == Purpose::Attach {
-            let WireBinding {
-                volume,
-                provider,
-                key_id,
-                ..
-            } = &binding;
-            self.registered.add(request.peer, *volume, provider, key_id);
-        }
+        self.audited("KeyReleased", request.peer, subject)?;
+        self.note(&binding, path, Event::Opened);
         Ok(Answer::of(json!({ "secret": 0 })).with(pipe))
     }
 
@@ -327,14 +287,13 @@ impl Service {
         check_lengths(&provider, Some(&key_id))?;
         let subject = json!({ "provider": provider, "keyId": key_id });
         if !self.grants.allow(request.peer, Privilege::Recrypt) {
-            self.permit(request.peer, Privilege::ManageKeys, subject.clone())?;
+            self.permit(request.peer, Privilege::ManageKeys, subject)?;
         }
         let state = self
             .providers
             .provider(&provider)
             .and_then(|provider| provider.state(&key_id));
-        let state = self.judged(request.peer, &subject, state)?;
-        self.audited(Event::KeyLookedUp, request.peer, with(subject, "state", state))?;
+        let state = state.map_err(|error| failure(&error))?;
         Ok(Answer::of(json!({ "state": state })))
     }
 
@@ -348,8 +307,15 @@ impl Service {
             .provider(&provider)
             .and_then(|provider| provider.check());
         self.judged(request.peer, &subject, checked)?;
-        self.audited(Event::ProviderChecked, request.peer, subject)?;
         Ok(Answer::default())
+    }
+
+    /// The volume's place is what the caller says: whoever opens volumes could say anything, so it is no more than a hint.
+    fn note(&self, binding: &WireBinding, path: Option<String>, event: Event) {
+        let usable = |path: &String| path.len() <= MAX_PATH && path.starts_with('/');
+        if let Some(path) = path.filter(usable) {
+            self.index.note(&binding.binding(), Path::new(&path), event);
+        }
     }
 
     /// Lets through who may do this for `purpose`, if that is one of `purposes`.
@@ -370,7 +336,12 @@ impl Service {
         self.permit(request.peer, purpose.privilege(), subject.clone())
     }
 
-    fn permit(&self, peer: &Peer, privilege: Privilege, subject: Value) -> Result<(), MethodError> {
+    pub(super) fn permit(
+        &self,
+        peer: &Peer,
+        privilege: Privilege,
+        subject: Value,
+    ) -> Result<(), MethodError> {
         if self.grants.allow(peer, privilege) {
             return Ok(());
         }
@@ -383,14 +354,19 @@ impl Service {
             if suppressed > 0 {
                 fields = with(fields, "suppressed", suppressed);
             }
-            self.audited(Event::KeyRefused, peer, fields)?;
+            self.audited("KeyRefused", peer, fields)?;
         }
         let told = json!({ "privilege": privilege, "user": peer.user });
         Err(MethodError::new(INTERFACE, "NotPermitted", told))
     }
 
     /// What a provider brought; a failure is told to the log as well.
-    fn judged<T>(&self, peer: &Peer, subject: &Value, result: Result<T, KeyError>) -> Result<T, MethodError> {
+    pub(super) fn judged<T>(
+        &self,
+        peer: &Peer,
+        subject: &Value,
+        result: Result<T, KeyError>,
+    ) -> Result<T, MethodError> {
         let error = match result {
             Ok(brought) => return Ok(brought),
             Err(error) => error,
@@ -399,31 +375,18 @@ impl Service {
         let mut fields = with(subject.clone(), "reason", told.reason);
         fields = with(fields, "hop", &told.hop);
         fields = with(fields, "causes", &told.causes);
-        let event = match told.reason {
-            KeyReason::Missing => Event::KeyMissing,
-            KeyReason::Unreachable => Event::KeyServerUnreachable,
-            KeyReason::Host => Event::KeyRefusedByHost,
-            _ => Event::KeyFailed,
-        };
-        self.audited(event, peer, fields)?;
+        self.audited("KeyFailed", peer, fields)?;
         Err(failure(&error))
     }
 
-    fn audited(&self, event: Event, peer: &Peer, subject: Value) -> Result<(), MethodError> {
+    pub(super) fn audited(&self, event: &str, peer: &Peer, subject: Value) -> Result<(), MethodError> {
         let mut fields = Map::new();
         fields.insert("user".into(), peer.user.into());
         fields.insert("process".into(), peer.process.into());
         if let Value::Object(subject) = subject {
             fields.extend(subject);
         }
-        self.audit(event, Value::Object(fields))
-    }
-
-    /// Writes down what happened, then tells it.
-    pub(super) fn audit(&self, event: Event, fields: Value) -> Result<(), MethodError> {
-        let told = self.audit.record(event, &fields);
-        self.events.tell(event, &fields);
-        told.map_err(|error| {
+        self.audit.record(event, Value::Object(fields)).map_err(|error| {
             let cause = error
                 .source()
                 .map(|cause| format!(": {cause}"))
@@ -454,33 +417,26 @@ impl Interface for Service {
     fn call(&self, method: &str, request: Request<'_>) -> Option<Answered> {
         Some(match method {
             "ListProviders" => self.list_providers(&request),
-            "GetDefaultProvider" => self.default_provider(request),
+            "GetDefaultProvider" => self.default_provider(&request),
             "CreateKek" => self.create_kek(request),
             "Wrap" => self.wrap(request),
             "Unwrap" => self.unwrap(request),
             "GetKekState" => self.kek_state(request),
             "CheckProvider" => self.check_provider(request),
-            "ListDisks" => self.list_disks(&request),
-            "Watch" => self.watch(&request),
-            "PushKek" => self.push_kek(request),
+            "ListVolumes" => self.list_volumes(request),
+            "ScanVolumes" => self.scan_volumes(request),
+            "RevokeKek" => self.revoke_kek(request),
+            "RemoveProvider" => self.remove_provider(request),
             _ => return None,
         })
     }
 }
 
-fn failure(error: &KeyError) -> MethodError {
+pub(super) fn failure(error: &KeyError) -> MethodError {
     MethodError::new(INTERFACE, "KeyFailure", KeyFailure::of(error))
 }
 
-/// The secret that came beside a call.
-fn secret_of(request: &Request<'_>, index: usize, parameter: &str) -> Result<SecretBytes, MethodError> {
-    let descriptor = request.descriptors.get(index);
-    descriptor
-        .and_then(|descriptor| wire::take(descriptor).ok())
-        .ok_or_else(|| MethodError::invalid_parameter(parameter))
-}
-
-fn check_lengths(provider: &str, key_id: Option<&KeyId>) -> Result<(), MethodError> {
+pub(super) fn check_lengths(provider: &str, key_id: Option<&KeyId>) -> Result<(), MethodError> {
     if provider.len() > MAX_NAME {
         return Err(MethodError::invalid_parameter("provider"));
     }
@@ -496,7 +452,7 @@ fn about(binding: &WireBinding, purpose: Purpose) -> Value {
     with(fields, "purpose", purpose)
 }
 
-fn with(mut fields: Value, name: &str, value: impl Serialize) -> Value {
+pub(super) fn with(mut fields: Value, name: &str, value: impl Serialize) -> Value {
     fields[name] = serde_json::to_value(value).expect("texts and lists are JSON");
     fields
 }

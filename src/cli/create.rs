@@ -76,7 +76,7 @@ impl Create {
             "4096" => SectorSize::B4096,
             _ => SectorSize::B512,
         };
-        let mut keys = host.keys(Purpose::Create)?;
+        let mut keys = host.keys_of(self.header.as_ref().unwrap_or(&self.disk), Purpose::Create)?;
         let named = self
             .provider
             .as_deref()
@@ -177,7 +177,7 @@ impl Create {
 /// The provider of volumes for which none is named. A host without one gets a native one, if the volume has a recovery key
 /// too: it is not lost with a primary key that nobody has backed up.
 fn default_provider(keys: &mut Keys, recovery_key: bool) -> Result<Arc<dyn KeyProvider>, Failure> {
-    if let Keys::Own(registry) = keys
+    if let Keys::Own(registry, _) = keys
         && recovery_key
         && registry.default_name()?.is_none()
     {

@@ -11,6 +11,7 @@ use crate::control::varlink::CallError;
 use crate::device::ServeError;
 use crate::keys::KeyError;
 use crate::keys::registry::RegistryError;
+use crate::known::GuardError;
 use crate::served::OpenError;
 use crate::storage::StorageError;
 use crate::volume::{HeaderError, KdfError, KeyslotError, Reason, VolumeError};
@@ -152,6 +153,15 @@ pub enum Failure {
     /// What stands for the disk that is not there.
     #[error("/dev/null cannot be opened")]
     Null(#[source] io::Error),
+    /// Somebody confirms another thing than what is about to be lost.
+    #[error("what is to go has to be confirmed by its name: --confirm {wanted}")]
+    Confirm {
+        /// What is to go.
+        wanted: String,
+    },
+    /// A key or provider that is needed.
+    #[error(transparent)]
+    Guard(#[from] GuardError),
     /// The configuration.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -161,8 +171,8 @@ pub enum Failure {
     /// The audit log.
     #[error(transparent)]
     Audit(#[from] AuditError),
-    /// Nobody answers.
-    #[error("{}: no answer on this control socket", socket.display())]
+    /// A served disk does not answer.
+    #[error("{}: no served disk answers on this control socket", socket.display())]
     Control {
         /// The socket.
         socket: PathBuf,
@@ -223,21 +233,34 @@ impl Failure {
                 AuditError::Broken { .. } | AuditError::HeadNotFound { .. } => VOLUME,
             },
             Self::Config(_) => USAGE,
+            Self::Confirm { .. } => USAGE,
+            Self::Guard(error) => match error {
+                GuardError::InUse { .. } | GuardError::NotBackedUp(_) => IN_USE,
+                GuardError::Index { .. } | GuardError::Key(_) => KEY,
+                GuardError::Registry(error) => registry_code(error),
+            },
             Self::Control { .. } | Self::Host(_) => HOST,
             Self::Refused { .. } => KEY,
             Self::Socket(error) => socket_code(error),
             Self::Open(OpenError::Volume(VolumeError { reason, .. })) => volume_code(reason),
             Self::Open(OpenError::Passphrase(_)) => KEY,
             Self::Open(OpenError::Replaced { .. } | OpenError::Reshaped) => VOLUME,
-            Self::Registry(
-                RegistryError::Name(_)
-                | RegistryError::Exists { .. }
-                | RegistryError::Settings(_)
-                | RegistryError::NotNative(_),
-            ) => USAGE,
+            Self::Registry(error) => registry_code(error),
             Self::Secret(SecretError::Arena(_)) => HOST,
-            Self::Key(_) | Self::NoProvider | Self::Registry(_) | Self::Secret(_) => KEY,
+            Self::Key(_) | Self::NoProvider | Self::Secret(_) => KEY,
         }
+    }
+}
+
+fn registry_code(error: &RegistryError) -> u8 {
+    match error {
+        RegistryError::Name(_)
+        | RegistryError::Exists { .. }
+        | RegistryError::IsDefault { .. }
+        | RegistryError::Settings(_)
+        | RegistryError::NotNative(_) => USAGE,
+        RegistryError::NotWiped { .. } => STORAGE,
+        _ => KEY,
     }
 }
 

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::failure::Failure;
-use super::output;
+use super::key::age_text;
+use super::output::{self, printable};
 use super::size::Size;
 use crate::storage::{Access, Backing};
 use crate::volume::{CopiesInfo, Info as VolumeInfo, KdfInfo, KeyslotInfo, Purpose, SegmentInfo, TokenInfo};
@@ -31,15 +32,11 @@ impl Info {
             None => VolumeInfo::read(&disk, None)?,
         };
         if self.json {
-            output::print(&json(&info))
+            output::print_json(&info)
         } else {
             output::print(&text(&self.disk.display().to_string(), &info))
         }
     }
-}
-
-fn json(info: &VolumeInfo) -> String {
-    serde_json::to_string_pretty(info).expect("numbers, texts and lists are JSON") + "\n"
 }
 
 fn text(disk: &str, info: &VolumeInfo) -> String {
@@ -165,35 +162,13 @@ fn token_text(token: &TokenInfo) -> String {
                 true => "",
                 false => "; the rekey that added it is unfinished: run `sealblk rekey` again",
             };
+            let age = age_text(token.bound);
             format!(
-                "{opens} by provider {}, key {}{rekey}",
+                "{opens} by provider {}, key {}, age {age}{rekey}",
                 printable(provider),
                 printable(key_id)
             )
         }
         _ => format!("{opens}, of type {}", printable(&token.kind)),
-    }
-}
-
-/// Text of a header, which may be anybody's: nothing of it reaches a terminal as a control character.
-fn printable(text: &str) -> String {
-    text.chars()
-        .flat_map(|c| {
-            if c.is_control() {
-                c.escape_default().collect()
-            } else {
-                vec![c]
-            }
-        })
-        .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn hostile_text_is_shown_harmlessly() {
-        assert_eq!(printable("vm\x1b[2J\nü"), "vm\\u{1b}[2J\\nü");
     }
 }

@@ -8,10 +8,9 @@ mod agent;
 mod audit;
 mod config;
 mod create;
-mod events;
 pub mod failure;
 mod info;
-mod list;
+mod key;
 mod made;
 pub mod output;
 mod process;
@@ -26,7 +25,7 @@ mod size;
 mod volume_args;
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -36,6 +35,7 @@ use crate::agent::{Client, Purpose};
 use crate::cipher;
 use crate::keys::registry::{self, Entry, Registry, RegistryError};
 use crate::keys::{KeyError, KeyProvider, Providers, harden};
+use crate::known::{Index, Noting};
 use config::{Config, ConfigError};
 use failure::Failure;
 
@@ -56,7 +56,7 @@ Exit codes:
   3  the disk holds no volume, or one that is damaged or not supported; the
      audit log was changed
   4  the key is not to be had: provider, passphrase or recovery key
-  5  the disk or the socket is in use, or the disk holds data
+  5  the disk, socket, key or provider is in use, or something would be lost
   6  storage: cannot be opened, read or written, or is full
 
 Environment:
@@ -100,10 +100,9 @@ enum Verb {
     Recovery(recovery::Recovery),
     Rekey(rekey::Rekey),
     Provider(provider::Provider),
+    Key(key::Key),
     Serve(serve::Serve),
     Status(served::Status),
-    Events(events::Events),
-    List(list::List),
     Lock(served::Lock),
     Unlock(served::Unlock),
     Agent(agent::Agent),
@@ -120,8 +119,8 @@ pub struct Host {
 /// Where a verb gets keys.
 #[derive(Debug)]
 enum Keys {
-    /// The state directory's providers, in this process.
-    Own(Registry),
+    /// The state directory's providers, in this process, and where the volume is that they are for.
+    Own(Registry, Option<PathBuf>),
     /// The host's agent.
     Agent(Client),
 }
@@ -156,7 +155,15 @@ impl Host {
     fn keys(&self, purpose: Purpose) -> Result<Keys, Failure> {
         Ok(match (&self.state_dir, self.config()?.agent) {
             (None, Some(agent)) => Keys::Agent(Client::new(&agent.socket, purpose)),
-            _ => Keys::Own(self.registry()?),
+            _ => Keys::Own(self.registry()?, None),
+        })
+    }
+
+    /// The same, for the volume whose header is in `path`: it is noted which key opens it.
+    fn keys_of(&self, path: &Path, purpose: Purpose) -> Result<Keys, Failure> {
+        Ok(match self.keys(purpose)? {
+            Keys::Own(registry, _) => Keys::Own(registry, Some(path.to_owned())),
+            Keys::Agent(client) => Keys::Agent(client.at(path)),
         })
     }
 }
@@ -164,14 +171,17 @@ impl Host {
 impl Providers for Keys {
     fn provider(&self, name: &str) -> Result<Arc<dyn KeyProvider>, KeyError> {
         match self {
-            Self::Own(registry) => registry.provider(name),
+            Self::Own(registry, None) => registry.provider(name),
+            Self::Own(registry, Some(path)) => {
+                Noting::new(registry, Index::of(registry.dir()), path).provider(name)
+            }
             Self::Agent(client) => client.provider(name),
         }
     }
 
     fn default_name(&self) -> Result<Option<String>, KeyError> {
         match self {
-            Self::Own(registry) => registry.default_name(),
+            Self::Own(registry, _) => registry.default_name(),
             Self::Agent(client) => client.default_name(),
         }
     }
@@ -181,7 +191,7 @@ impl Keys {
     /// All providers, by name.
     fn list(&self) -> Result<Vec<Entry>, KeyError> {
         match self {
-            Self::Own(registry) => Ok(registry.list()),
+            Self::Own(registry, _) => Ok(registry.list()),
             Self::Agent(client) => client.list(),
         }
     }
@@ -225,10 +235,9 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Recovery(verb) => verb.run(&host),
         Verb::Rekey(verb) => verb.run(&host),
         Verb::Provider(verb) => verb.run(&host),
+        Verb::Key(verb) => verb.run(&host),
         Verb::Serve(verb) => verb.run(&host),
         Verb::Status(verb) => verb.run(),
-        Verb::Events(verb) => verb.run(&host),
-        Verb::List(verb) => verb.run(&host),
         Verb::Lock(verb) => verb.run(),
         Verb::Unlock(verb) => verb.run(),
         Verb::Agent(verb) => verb.run(&host),

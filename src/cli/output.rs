@@ -3,13 +3,12 @@
 use std::error::Error;
 use std::io::{self, Write};
 
-use tracing_journald::{Priority, PriorityMappings};
+use serde::Serialize;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
-use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::util::SubscriberInitExt;
 
 use super::failure::Failure;
+use crate::keys::harmless;
 
 /// Prints a verb's whole answer. A reader that closed the pipe has seen enough: that is no failure.
 ///
@@ -23,17 +22,18 @@ pub fn print(text: &str) -> Result<(), Failure> {
     }
 }
 
-/// Prints a line of many, at once. Tells whether anybody reads them.
+/// Prints a verb's whole answer as JSON.
 ///
 /// # Errors
 /// As for [`print`].
-pub fn line(text: &str) -> Result<bool, Failure> {
-    let mut stdout = io::stdout().lock();
-    match writeln!(stdout, "{text}").and_then(|()| stdout.flush()) {
-        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(false),
-        Err(e) => Err(Failure::Output(e)),
-        Ok(()) => Ok(true),
-    }
+pub fn print_json(answer: &impl Serialize) -> Result<(), Failure> {
+    let text = serde_json::to_string_pretty(answer).expect("numbers, texts and lists are JSON");
+    print(&(text + "\n"))
+}
+
+/// Text that may be anybody's, as that of a header: nothing of it reaches a terminal as a control character.
+pub fn printable(text: &str) -> String {
+    harmless(text, usize::MAX)
 }
 
 /// Tells the user something beside the answer. If standard error is closed, nobody is told.
@@ -55,32 +55,11 @@ pub(super) fn log_events(level: &str) {
             EnvFilter::new(level)
         }
     };
-    let registry = tracing_subscriber::registry().with(filter);
-    match journal() {
-        Some(journal) => registry.with(journal).init(),
-        None => {
-            let lines = tracing_subscriber::fmt::layer().with_writer(io::stderr);
-            registry.with(lines.with_target(false)).init();
-        }
-    }
-}
-
-/// The journal, if standard error goes there (systemd.exec, "JOURNAL_STREAM"): it keeps the fields of records apart.
-fn journal() -> Option<tracing_journald::Layer> {
-    let stream = std::env::var("JOURNAL_STREAM").ok()?;
-    let (device, inode) = stream.split_once(':')?;
-    let stderr = rustix::fs::fstat(io::stderr()).ok()?;
-    if (device.parse(), inode.parse()) != (Ok(stderr.st_dev), Ok(stderr.st_ino)) {
-        return None;
-    }
-    let layer = tracing_journald::layer().ok()?;
-    // The levels of syslog that have the same names: its own choice takes what is merely told for a notice.
-    let priorities = PriorityMappings {
-        info: Priority::Informational,
-        ..PriorityMappings::new()
-    };
-    let prefix = Some("SEALBLK".to_owned());
-    Some(layer.with_field_prefix(prefix).with_priority_mappings(priorities))
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_target(false)
+        .init();
 }
 
 /// Whether each part of a filter has a level: a slip of the pen would be a target's name, and silence all others.
@@ -168,6 +147,11 @@ mod tests {
         for filter in ["", "verbose", "warning", "info,", "sealblk", "sealblk=loud"] {
             assert!(!names_levels(filter), "{filter}");
         }
+    }
+
+    #[test]
+    fn hostile_text_is_shown_harmlessly() {
+        assert_eq!(printable("vm\x1b[2J\nü"), "vm\\u{1b}[2J\\nü");
     }
 
     #[test]

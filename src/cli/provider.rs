@@ -6,6 +6,7 @@ use clap::{ArgGroup, Args, Subcommand};
 use sha2::{Digest, Sha256};
 
 use super::failure::Failure;
+use super::key::Insistence;
 use super::made::Made;
 use super::secret::{SecretError, SecretSource};
 use super::{Host, Keys, output};
@@ -16,6 +17,7 @@ use crate::keys::private;
 use crate::keys::registry::{Backup, Registry, Source};
 use crate::keys::transit::{self, Login};
 use crate::keys::{PRIMARY_LEN, Providers};
+use crate::known::{Removal, remove_provider};
 use crate::storage::{Access, Backing};
 use crate::volume::{Argon2Cost, vault};
 
@@ -45,6 +47,17 @@ Example:
   sealblk provider restore native.backup --passphrase-file pass
 
 This host then opens the disks of the host that the backup was taken on.";
+
+const REMOVE_HELP: &str = "\
+Examples:
+  sealblk provider remove kms --dry-run
+  sealblk provider remove native --new-default kms
+  sealblk provider remove lab --force --confirm lab
+
+A provider is not removed while a disk is known to be bound to it: rekey the disks
+first. A native one is not removed before a backup of its primary key was taken
+(`sealblk provider backup`). Disks that this host has never used are not known;
+`sealblk key scan` looks at them. Keys at servers stay as they are.";
 
 const KMIP_HELP: &str = "\
 Examples:
@@ -88,6 +101,8 @@ enum Verb {
     Restore(Restore),
     /// See whether keys can be had of a provider, by a real unwrap
     Check(Check),
+    /// Remove a key provider from this host, unless a disk needs it
+    Remove(Remove),
     /// List the key providers of this host, and whether each one's keys can be used
     List,
 }
@@ -145,6 +160,18 @@ struct Restore {
     /// Let new volumes take it when none is named; the first provider is the default anyway
     #[arg(long)]
     default: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = REMOVE_HELP)]
+struct Remove {
+    /// The provider
+    name: String,
+    /// What new volumes take then, if this one is the default
+    #[arg(long, value_name = "NAME")]
+    new_default: Option<String>,
+    #[command(flatten)]
+    insistence: Insistence,
 }
 
 #[derive(Debug, Args)]
@@ -237,6 +264,7 @@ impl Provider {
             Verb::Add(add) => add.run(host),
             Verb::Backup(backup) => backup.run(host),
             Verb::Restore(restore) => restore.run(host),
+            Verb::Remove(remove) => remove.run(host),
             Verb::Check(check) => Ok(host.keys(Purpose::Check)?.provider(&check.name)?.check()?),
             Verb::List => output::print(&list(&host.keys(Purpose::Check)?)?),
         }
@@ -434,6 +462,25 @@ impl Restore {
         };
         registry.import(&name, &primary, self.default)?;
         output::print(&format!("key provider {name:?} was restored\n"))
+    }
+}
+
+impl Remove {
+    fn run(self, host: &Host) -> Result<(), Failure> {
+        let name = &self.name;
+        let removal = Removal {
+            new_default: self.new_default.as_deref(),
+            force: self.insistence.insists(name)?,
+            dry_run: self.insistence.dry_run,
+        };
+        match host.keys(Purpose::Check)? {
+            Keys::Agent(client) => client.remove_provider(name, &removal)?,
+            Keys::Own(mut registry, _) => remove_provider(&mut registry, name, &removal)?,
+        }
+        output::print(&match removal.dry_run {
+            true => format!("key provider {name:?}: no volume is known to need it; it can be removed\n"),
+            false => format!("key provider {name:?} was removed\n"),
+        })
     }
 }
 

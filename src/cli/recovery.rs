@@ -97,7 +97,9 @@ impl Add {
     fn run(self, host: &Host) -> Result<(), Failure> {
         let files = self.volume.open(Access::ReadWrite)?;
         let mut locked = files.locked()?;
-        let volume = self.unlock.open(&locked, || host.keys(Purpose::Access))?;
+        let volume = self.unlock.open(&locked, || {
+            host.keys_of(self.volume.header_path(), Purpose::Access)
+        })?;
         let key = RecoveryKey::read_or_make(&self.recovery_key)?;
         if key.made.is_none()
             && let Ok(volume) = locked.unlock_with_passphrase(&key.passphrase)
@@ -139,7 +141,9 @@ impl Remove {
             Some(key) => Some(key.read_passphrase()?),
             None => None,
         };
-        let other = self.unlock.open(&locked, || host.keys(Purpose::Access))?;
+        let other = self.unlock.open(&locked, || {
+            host.keys_of(self.volume.header_path(), Purpose::Access)
+        })?;
         let mut keyslot = match (&key, self.which.keyslot) {
             (Some(key), _) => locked.unlock_with_passphrase(key)?.keyslot(),
             (None, Some(keyslot)) => keyslot,

@@ -53,7 +53,7 @@ impl Rekey {
         };
         let files = volume.open(Access::ReadWrite)?;
         let mut locked = files.locked()?;
-        let keys = || host.keys(Purpose::Recrypt);
+        let keys = || host.keys_of(volume.header_path(), Purpose::Recrypt);
         let unlocked = self.unlock.open(&locked, keys)?;
         let rekeyed = locked.rekey_to(&unlocked, &keys()?, self.provider.as_deref())?;
         tell(&volume.disk, &rekeyed)

@@ -196,7 +196,7 @@ impl Serve {
         match opened {
             Ok(locked) => {
                 let volume = self.volume(&disk, &locked)?;
-                let by = self.unlocked_by(host)?;
+                let by = self.unlocked_by(host, header.as_ref().unwrap_or(&disk).path())?;
                 Ok(volume.of(Key::Volume {
                     uuid: locked.uuid(),
                     opener: Opener {
@@ -231,7 +231,8 @@ impl Serve {
         })
     }
 
-    fn unlocked_by(&self, host: &Host) -> Result<By, Failure> {
+    /// What unlocks the volume whose header is in `path`.
+    fn unlocked_by(&self, host: &Host, path: &Path) -> Result<By, Failure> {
         Ok(match (&self.passphrase_file, &self.key_file) {
             (Some(source), _) => {
                 let source = source.clone();
@@ -242,8 +243,8 @@ impl Serve {
                 By::Passphrase(Box::new(move || Ok(source.read()?)))
             }
             (None, None) => By::Providers {
-                attach: Box::new(host.keys(Purpose::Attach)?),
-                recrypt: Box::new(host.keys(Purpose::Recrypt)?),
+                attach: Box::new(host.keys_of(path, Purpose::Attach)?),
+                recrypt: Box::new(host.keys_of(path, Purpose::Recrypt)?),
             },
         })
     }

@@ -1,6 +1,6 @@
 //! The arguments of verbs that change the header of a volume at rest: which volume, and how to open it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 
@@ -20,6 +20,11 @@ pub(super) struct VolumeArgs {
 }
 
 impl VolumeArgs {
+    /// What holds the header.
+    pub(super) fn header_path(&self) -> &Path {
+        self.header.as_ref().unwrap_or(&self.disk)
+    }
+
     /// Opens the header for `access`. If it is detached, nobody writes to the payload here.
     pub(super) fn open(&self, access: Access) -> Result<Files, Failure> {
         let Some(header) = &self.header else {

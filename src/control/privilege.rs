@@ -17,9 +17,11 @@ pub enum Privilege {
     Access,
     /// Bind a new volume to a KEK.
     EncryptNew,
-    /// Ask for the states of KEKs, and push them to the agent.
+    /// Remove key providers.
+    ManageKeyServers,
+    /// Ask for KEKs' states and for the volumes that they open, and take them out of use.
     ManageKeys,
-    /// See the key providers, and whether they work; which volumes are served, and what happens to keys and disks.
+    /// See the key providers, whether they work, and which volumes they open.
     ReadKeyServersInfo,
     /// Give a volume another KEK.
     Recrypt,

@@ -13,6 +13,7 @@
 //! kmip       key servers by the standard protocol, over mutual TLS
 //! transit    keys that an OpenBao or Vault server wraps
 //! tls        a server's certificates, and this host's
+//! revoked    KEKs that this host does not use any more
 //! wrap       AES-256-GCM under a KEK that is on this host
 //! arena      the memory of every secret        harden   the process around it
 //! ```
@@ -25,6 +26,7 @@ pub mod kmip;
 mod native;
 pub(crate) mod private;
 pub mod registry;
+mod revoked;
 mod settings;
 mod shared;
 mod source;
@@ -99,6 +101,26 @@ pub enum KeyState {
     Missing,
 }
 
+/// How much of a KEK is taken away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Revocation {
+    /// It is used no more.
+    Deactivate,
+    /// And nobody will ever have it again.
+    Destroy,
+}
+
+/// Who knows of a revocation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reach {
+    /// This host: others that have the provider can use the KEK.
+    Host,
+    /// The provider's server, and so all hosts.
+    Server,
+}
+
 /// A source of KEKs.
 ///
 /// Implementations may block (a key server over a network) and are called from any thread. They keep nothing about
@@ -132,6 +154,13 @@ pub trait KeyProvider: Send + Sync + fmt::Debug {
     /// [`KeyError`], if the provider cannot tell. That a KEK is missing is not an error here.
     fn state(&self, key_id: &KeyId) -> Result<KeyState, KeyError>;
 
+    /// Takes a KEK out of use: from then on its state is not [`KeyState::Active`], and it neither wraps nor unwraps on this
+    /// host. Volumes that it alone opens are lost. What was done already is no error.
+    ///
+    /// # Errors
+    /// [`KeyError`]; on this host nothing has changed then.
+    fn revoke(&self, key_id: &KeyId, revocation: Revocation) -> Result<Reach, KeyError>;
+
     /// Proves that the provider works, by making a KEK, wrapping under it, and unwrapping.
     ///
     /// # Errors
@@ -152,6 +181,16 @@ pub trait Providers {
     /// # Errors
     /// [`KeyError`], if that cannot be told.
     fn default_name(&self) -> Result<Option<String>, KeyError>;
+}
+
+impl<P: Providers> Providers for &P {
+    fn provider(&self, name: &str) -> Result<Arc<dyn KeyProvider>, KeyError> {
+        (**self).provider(name)
+    }
+
+    fn default_name(&self) -> Result<Option<String>, KeyError> {
+        (**self).default_name()
+    }
 }
 
 #[cfg(test)]

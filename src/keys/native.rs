@@ -231,6 +231,7 @@ fn hex(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::keys::revoked::Revoked;
     use crate::keys::source::HostProvider;
     use crate::keys::{Binding, KeyProvider};
     use std::fs;
@@ -246,7 +247,8 @@ mod tests {
     #[test]
     fn reopened_provider_unwraps_what_it_wrapped_before() {
         let dir = tempfile::tempdir().unwrap();
-        let before = HostProvider::new(Box::new(native(&dir, "primary.key")), Duration::ZERO);
+        let revoked = || Revoked::of(dir.path(), "native");
+        let before = HostProvider::new(Box::new(native(&dir, "primary.key")), Duration::ZERO, revoked());
         let key_id = before.create_kek().unwrap();
         let binding = Binding {
             volume: Uuid::new_v4(),
@@ -257,7 +259,7 @@ mod tests {
         let secret = SecretBytes::random(32).unwrap();
         let wrapped = before.wrap(&binding, &secret).unwrap();
         let after = Native::open("native", &dir.path().join("primary.key"), Backup::Waived).unwrap();
-        let after = HostProvider::new(Box::new(after), Duration::ZERO);
+        let after = HostProvider::new(Box::new(after), Duration::ZERO, revoked());
         assert!(after.unwrap(&binding, &wrapped).unwrap().ct_eq(&secret));
     }
 

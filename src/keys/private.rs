@@ -93,6 +93,19 @@ pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     write_beside(path, content, |new| rustix::fs::rename(new, path))
 }
 
+/// Writes over the file `path` and removes it. What its file system or a flash translation layer keeps of earlier blocks
+/// is beyond reach.
+pub(crate) fn wipe(path: &Path) -> io::Result<()> {
+    if fs::symlink_metadata(path)?.is_file() {
+        let mut file = OpenOptions::new().write(true).open(path)?;
+        let mut noise = vec![0; file.metadata()?.len() as usize];
+        getrandom::fill(&mut noise).map_err(io::Error::other)?;
+        file.write_all(&noise)?;
+        file.sync_all()?;
+    }
+    fs::remove_file(path)
+}
+
 fn write_beside(
     path: &Path,
     content: &[u8],

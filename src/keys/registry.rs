@@ -6,6 +6,7 @@
 //! providers.toml                   what the operator may read and edit
 //! providers/NAME/                  mode 0700: what the provider NAME needs
 //! providers/NAME/primary.key       of a native provider
+//! providers/.removed.*/            of providers that were removed: what a crash has kept from being wiped
 //! ```
 //!
 //! The settings are replaced atomically and under a lock on the directory. A provider's own files exist before the
@@ -20,16 +21,21 @@ use std::time::Duration;
 use super::arena::{ArenaError, SecretBytes};
 use super::native::Native;
 use super::private::{self, Exposed, Forbid};
+use super::revoked::Revoked;
 use super::settings::{Settings, primary_key};
 use super::source::HostProvider;
 use super::{KeyError, KeyProvider, KeyReason, Providers};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 pub use super::settings::{Backup, Source};
 
 const NAME_RULE: &str =
     "up to 64 lower-case letters, digits, '-' and '_' are allowed, a letter or digit first";
+
+/// What the directory of a removed provider is called, before its name.
+const REMOVED: &str = ".removed.";
 
 /// The providers of one state directory, as they were when it was opened.
 #[derive(Debug)]
@@ -112,6 +118,26 @@ pub enum RegistryError {
         name: String,
         /// The state directory.
         dir: PathBuf,
+    },
+    /// New volumes would have no provider, though there are some.
+    #[error(
+        "{name:?} is the default provider; name the one that takes its place, with --new-default: {others}"
+    )]
+    IsDefault {
+        /// The name.
+        name: String,
+        /// The names there are beside it.
+        others: String,
+    },
+    /// The provider is gone, its files are not.
+    #[error("{name:?} was removed, but its files in {} cannot be wiped; wipe them by other means", dir.display())]
+    NotWiped {
+        /// The name.
+        name: String,
+        /// Where the files are.
+        dir: PathBuf,
+        /// Why.
+        source: io::Error,
     },
     /// Settings that a provider cannot be added with.
     #[error(transparent)]
@@ -209,6 +235,89 @@ impl Registry {
         }
     }
 
+    /// Whether a native provider was backed up; other providers' keys are their servers'.
+    pub fn backup(&self, name: &str) -> Option<Backup> {
+        match self.settings.provider.get(name) {
+            Some(Source::Native { backup }) => Some(*backup),
+            _ => None,
+        }
+    }
+
+    /// Looks whether [`Registry::remove`] would be possible.
+    ///
+    /// # Errors
+    /// As for [`Registry::remove`].
+    pub fn check_removal(&self, name: &str, new_default: Option<&str>) -> Result<(), RegistryError> {
+        self.without(Settings::read(&self.dir)?, name, new_default)
+            .map(drop)
+    }
+
+    /// Removes a provider: first from the settings, and then its files, which are written over. If it is the default one,
+    /// `new_default` becomes that; without other providers there is none.
+    ///
+    /// # Errors
+    /// [`RegistryError::NotWiped`] once the provider is no more; before that the settings are as they were.
+    pub fn remove(&mut self, name: &str, new_default: Option<&str>) -> Result<(), RegistryError> {
+        let _lock = self.lock()?;
+        let settings = self.without(Settings::read(&self.dir)?, name, new_default)?;
+        settings.write(&self.dir)?;
+        self.settings = settings;
+        // By a name that no provider has: should the wiping be interrupted, nobody takes the files up again.
+        let dir = self.dir_of(name);
+        let removed = dir.with_file_name(format!("{REMOVED}{name}.{}", Uuid::new_v4().simple()));
+        let moved = fs::rename(&dir, &removed).and_then(|()| private::sync_dir_of(&removed));
+        match moved {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            moved => moved.and_then(|()| self.wipe_removed()),
+        }
+        .map_err(|source| RegistryError::NotWiped {
+            name: name.to_owned(),
+            dir: self.dir.join("providers"),
+            source,
+        })
+    }
+
+    /// `settings` without a provider.
+    fn without(
+        &self,
+        mut settings: Settings,
+        name: &str,
+        new_default: Option<&str>,
+    ) -> Result<Settings, RegistryError> {
+        if settings.provider.remove(name).is_none() {
+            return Err(self.unknown(name).into());
+        }
+        match new_default {
+            Some(new) if settings.provider.contains_key(new) => settings.default = Some(new.to_owned()),
+            Some(new) => return Err(self.unknown(new).into()),
+            None if settings.default.as_deref() != Some(name) => {}
+            None if settings.provider.is_empty() => settings.default = None,
+            None => {
+                let others: Vec<_> = settings.provider.keys().map(String::as_str).collect();
+                return Err(RegistryError::IsDefault {
+                    name: name.to_owned(),
+                    others: others.join(", "),
+                });
+            }
+        }
+        Ok(settings)
+    }
+
+    /// Wipes the files of providers that were removed, now or before a crash.
+    fn wipe_removed(&self) -> io::Result<()> {
+        let providers = self.dir.join("providers");
+        for entry in fs::read_dir(&providers)? {
+            let entry = entry?;
+            if entry.file_name().to_string_lossy().starts_with(REMOVED) {
+                for file in fs::read_dir(entry.path())? {
+                    private::wipe(&file?.path())?;
+                }
+                fs::remove_dir(entry.path())?;
+            }
+        }
+        File::open(providers)?.sync_all()
+    }
+
     /// Takes note of the backup of a native provider.
     ///
     /// # Errors
@@ -264,6 +373,8 @@ impl Registry {
             check_private(dir, Forbid::All)?;
         }
         prepare(&source, &dir)?;
+        self.wipe_removed()
+            .map_err(io("wipe what is left of removed providers in", &self.dir))?;
 
         settings.provider.insert(name.to_owned(), source);
         if default || settings.default.is_none() {
@@ -279,7 +390,11 @@ impl Registry {
         match self.settings.provider.get(name) {
             Some(source) => {
                 let source = source.open(name, &self.dir_of(name))?;
-                Ok(HostProvider::new(source, time_to_live))
+                Ok(HostProvider::new(
+                    source,
+                    time_to_live,
+                    Revoked::of(&self.dir, name),
+                ))
             }
             None => Err(self.unknown(name)),
         }
@@ -331,7 +446,7 @@ pub(super) fn check_name(name: &str) -> Result<(), RegistryError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::keys::settings;
+    use crate::keys::{Binding, KeyId, KeyState, Reach, Revocation, settings};
     use std::os::unix::fs::PermissionsExt;
 
     const NATIVE: Source = Source::Native {
@@ -428,6 +543,86 @@ mod tests {
             .add("native", NATIVE, false)
             .unwrap();
         assert_eq!(fs::read(dir.join("providers/native/primary.key")).unwrap(), key);
+    }
+
+    #[test]
+    fn removed_provider_leaves_no_file_and_the_default_moves_when_told() {
+        let (_parent, dir) = fresh();
+        let mut registry = Registry::open(&dir).unwrap();
+        for name in ["one", "two"] {
+            registry.add(name, NATIVE, false).unwrap();
+        }
+        for new_default in [None, Some("one"), Some("three")] {
+            assert!(registry.check_removal("one", new_default).is_err());
+            assert!(registry.remove("one", new_default).is_err());
+        }
+        assert_eq!(Registry::open(&dir).unwrap().list().len(), 2);
+        registry.check_removal("one", Some("two")).unwrap();
+        registry.remove("one", Some("two")).unwrap();
+        registry.remove("two", None).unwrap();
+        assert!(matches!(registry.remove("two", None), Err(RegistryError::Key(_))));
+        let registry = Registry::open(&dir).unwrap();
+        assert_eq!(
+            (registry.list(), registry.default_name().unwrap()),
+            (vec![], None)
+        );
+        assert_eq!(fs::read_dir(dir.join("providers")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn files_of_a_removal_that_a_crash_interrupted_are_wiped_and_never_taken_up() {
+        let (_parent, dir) = fresh();
+        let mut registry = Registry::open(&dir).unwrap();
+        registry.add("native", NATIVE, false).unwrap();
+        let key = fs::read(dir.join("providers/native/primary.key")).unwrap();
+        fs::remove_file(dir.join(settings::FILE)).unwrap();
+        fs::rename(
+            dir.join("providers/native"),
+            dir.join("providers/.removed.native.1"),
+        )
+        .unwrap();
+        registry.add("native", NATIVE, false).unwrap();
+        assert_ne!(fs::read(dir.join("providers/native/primary.key")).unwrap(), key);
+        assert_eq!(fs::read_dir(dir.join("providers")).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn revoked_key_is_not_used_and_stays_so_when_the_provider_comes_back() {
+        let (_parent, dir) = fresh();
+        let mut registry = Registry::open(&dir).unwrap();
+        registry.add("native", NATIVE, false).unwrap();
+        let primary = registry.export("native").unwrap();
+        let provider = registry.provider("native").unwrap();
+        let (revoked, other) = (provider.create_kek().unwrap(), provider.create_kek().unwrap());
+        assert_eq!(
+            provider.revoke(&revoked, Revocation::Deactivate).unwrap(),
+            Reach::Host
+        );
+        let failed = provider.revoke(&other, Revocation::Destroy).unwrap_err();
+        assert_eq!(failed.reason, KeyReason::Failed);
+        let missing = provider
+            .revoke(&KeyId("x".into()), Revocation::Deactivate)
+            .unwrap_err();
+        assert_eq!(missing.reason, KeyReason::Missing);
+
+        registry.remove("native", None).unwrap();
+        registry.import("native", &primary, false).unwrap();
+        let provider = registry.provider("native").unwrap();
+        let secret = SecretBytes::random(32).unwrap();
+        for (key_id, state) in [(&revoked, KeyState::Deactivated), (&other, KeyState::Active)] {
+            assert_eq!(provider.state(key_id).unwrap(), state);
+            let binding = Binding {
+                volume: Uuid::nil(),
+                provider: "native",
+                key_id,
+                keyslot: 0,
+            };
+            let wrapped = provider.wrap(&binding, &secret);
+            match state {
+                KeyState::Active => drop(wrapped.unwrap()),
+                _ => assert_eq!(wrapped.unwrap_err().reason, KeyReason::NotActive),
+            }
+        }
     }
 
     #[test]

@@ -6,10 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use super::arena::SecretBytes;
 use super::registry::{Entry, Registry, RegistryError};
 use super::source::HostProvider;
-use super::{KeyError, KeyId, KeyProvider, KeyReason, Providers, settings};
+use super::{KeyError, KeyProvider, KeyReason, Providers, settings};
 
 /// The providers of one state directory, as they are at each moment: other processes add to them.
 #[derive(Debug)]
@@ -26,6 +25,18 @@ struct Open {
     providers: HashMap<String, Arc<HostProvider>>,
 }
 
+impl Open {
+    /// Begins anew if the settings were changed.
+    fn follow(&mut self, settings: Option<FileIdentity>) {
+        if self.settings != settings {
+            *self = Self {
+                settings,
+                ..Self::default()
+            };
+        }
+    }
+}
+
 /// Tells a file from the one that has replaced it: inode, and change in seconds and nanoseconds.
 type FileIdentity = (u64, i64, i64);
 
@@ -39,6 +50,11 @@ impl SharedProviders {
         }
     }
 
+    /// The state directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// All providers, by name.
     ///
     /// # Errors
@@ -47,20 +63,10 @@ impl SharedProviders {
         Ok(Registry::open(&self.dir)?.list())
     }
 
-    /// Keeps a KEK that somebody else has fetched.
-    ///
-    /// # Errors
-    /// [`KeyError`], if there is no such provider, or no KEK can be kept.
-    pub fn push(&self, provider: &str, key_id: &KeyId, key: SecretBytes) -> Result<(), KeyError> {
-        self.open_provider(provider)?.push(key_id, key)
-    }
-
-    /// Drops a KEK before its time.
-    pub fn forget(&self, provider: &str, key_id: &KeyId) {
-        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(provider) = open.providers.get(provider) {
-            provider.keks().forget(key_id);
-        }
+    /// Lets go of what the settings do not have any more.
+    pub fn refresh(&self) {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.follow(self.settings());
     }
 
     /// Drops the KEKs whose time has come.
@@ -76,24 +82,6 @@ impl SharedProviders {
         Some((metadata.ino(), metadata.ctime(), metadata.ctime_nsec()))
     }
 
-    fn open_provider(&self, name: &str) -> Result<Arc<HostProvider>, KeyError> {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let settings = self.settings();
-        if open.settings != settings {
-            *open = Open {
-                settings,
-                ..Open::default()
-            };
-        }
-        if let Some(provider) = open.providers.get(name) {
-            return Ok(Arc::clone(provider));
-        }
-        let provider = self.registry(name)?.open_provider(name, self.time_to_live)?;
-        let provider = Arc::new(provider);
-        open.providers.insert(name.to_owned(), Arc::clone(&provider));
-        Ok(provider)
-    }
-
     fn registry(&self, name: &str) -> Result<Registry, KeyError> {
         Registry::open(&self.dir)
             .map_err(|error| KeyError::new(name, self.dir.display(), KeyReason::Invalid).because(error))
@@ -102,7 +90,15 @@ impl SharedProviders {
 
 impl Providers for SharedProviders {
     fn provider(&self, name: &str) -> Result<Arc<dyn KeyProvider>, KeyError> {
-        Ok(self.open_provider(name)?)
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.follow(self.settings());
+        if let Some(provider) = open.providers.get(name) {
+            return Ok(Arc::clone(provider) as _);
+        }
+        let provider = self.registry(name)?.open_provider(name, self.time_to_live)?;
+        let provider = Arc::new(provider);
+        open.providers.insert(name.to_owned(), Arc::clone(&provider));
+        Ok(provider)
     }
 
     fn default_name(&self) -> Result<Option<String>, KeyError> {

@@ -11,9 +11,10 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use super::arena::SecretBytes;
-use super::cache::{Full, KekCache, Origin};
+use super::cache::KekCache;
+use super::revoked::Revoked;
 use super::wrap::{self, Kek, UnwrapError};
-use super::{Binding, KeyError, KeyId, KeyProvider, KeyReason, KeyState};
+use super::{Binding, KeyError, KeyId, KeyProvider, KeyReason, KeyState, Reach, Revocation};
 
 /// Where KEKs come from: a file of this host, or a server.
 ///
@@ -45,6 +46,19 @@ pub(super) trait KekSource: Send + Sync + fmt::Debug {
     /// [`KeyError`], if the source cannot tell. That a KEK is missing is not an error here.
     fn state(&self, key_id: &KeyId) -> Result<KeyState, KeyError>;
 
+    /// Has the source's server take a KEK out of use, if it has a record of it. The caller sees to this host.
+    ///
+    /// # Errors
+    /// [`KeyError`]: [`KeyReason::Failed`] if the source cannot destroy a single KEK, and is to.
+    fn revoke(&self, key_id: &KeyId, revocation: Revocation) -> Result<Reach, KeyError> {
+        match revocation {
+            Revocation::Deactivate => Ok(Reach::Host),
+            Revocation::Destroy => Err(KeyError::new(self.name(), self.location(), KeyReason::Failed)
+                .of(key_id)
+                .because(Indestructible)),
+        }
+    }
+
     /// A KEK that no volume is bound to, to prove with that keys can be had. Where a KEK leaves a trace on a server it is
     /// the same one every time.
     ///
@@ -60,6 +74,7 @@ pub(super) trait KekSource: Send + Sync + fmt::Debug {
 pub(super) struct HostProvider {
     source: Box<dyn KekSource>,
     keks: KekCache,
+    revoked: Revoked,
 }
 
 /// A source that gives another key than it gave before.
@@ -67,12 +82,20 @@ pub(super) struct HostProvider {
 #[error("what was wrapped a moment ago unwraps to something else")]
 struct Fickle;
 
+/// A KEK that comes back whenever it is asked for.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "its keys are made anew from one secret, so none of them can be destroyed alone; revoke it without that"
+)]
+struct Indestructible;
+
 impl HostProvider {
     /// A provider that keeps a KEK for `time_to_live` after it was fetched.
-    pub(super) fn new(source: Box<dyn KekSource>, time_to_live: Duration) -> Self {
+    pub(super) fn new(source: Box<dyn KekSource>, time_to_live: Duration, revoked: Revoked) -> Self {
         Self {
             source,
             keks: KekCache::new(time_to_live),
+            revoked,
         }
     }
 
@@ -81,17 +104,20 @@ impl HostProvider {
         &self.keks
     }
 
-    fn kek(&self, key_id: &KeyId, origins: &[Origin]) -> Result<(Arc<Kek>, Origin), KeyError> {
-        self.keks.get(key_id, origins, || self.source.fetch(key_id))
+    fn kek(&self, key_id: &KeyId) -> Result<Arc<Kek>, KeyError> {
+        // Before the cache: another process may have revoked it.
+        if let Some(revoked) = self.revoked.find(key_id).map_err(|e| self.host(key_id, e))? {
+            return Err(self.fail(key_id, KeyReason::NotActive).because(revoked));
+        }
+        self.keks.get(key_id, || self.source.fetch(key_id))
     }
 
-    /// Takes a KEK that somebody else has fetched, so that volumes open while this host cannot reach its source.
-    pub(super) fn push(&self, key_id: &KeyId, key: SecretBytes) -> Result<(), KeyError> {
-        let fail = |reason| self.fail(key_id, reason);
-        let kek = Kek::new(key).map_err(|e| fail(KeyReason::Garbled).because(e))?;
-        self.keks
-            .push(key_id, kek)
-            .map_err(|e: Full| fail(KeyReason::Host).because(e))
+    /// The record of what was revoked cannot be read or written.
+    fn host(&self, key_id: &KeyId, error: std::io::Error) -> KeyError {
+        let at = self.revoked.location().display();
+        KeyError::new(self.source.name(), at, KeyReason::Invalid)
+            .of(key_id)
+            .because(error)
     }
 
     fn fail(&self, key_id: &KeyId, reason: KeyReason) -> KeyError {
@@ -109,26 +135,34 @@ impl KeyProvider for HostProvider {
     }
 
     fn wrap(&self, binding: &Binding<'_>, secret: &SecretBytes) -> Result<Vec<u8>, KeyError> {
-        let (kek, _) = self.kek(binding.key_id, &[Origin::Fetched])?;
+        let kek = self.kek(binding.key_id)?;
         wrap::wrap(&kek, binding, secret).map_err(|e| self.fail(binding.key_id, KeyReason::Host).because(e))
     }
 
     fn unwrap(&self, binding: &Binding<'_>, wrapped: &[u8]) -> Result<SecretBytes, KeyError> {
-        let (mut kek, origin) = self.kek(binding.key_id, &[Origin::Fetched, Origin::Pushed])?;
-        let mut unwrapped = wrap::unwrap(&kek, binding, wrapped);
-        if unwrapped.is_err() && origin == Origin::Pushed {
-            // It may have been the wrong one.
-            (kek, _) = self.kek(binding.key_id, &[Origin::Fetched])?;
-            unwrapped = wrap::unwrap(&kek, binding, wrapped);
-        }
-        unwrapped.map_err(|e| match e {
+        let kek = self.kek(binding.key_id)?;
+        wrap::unwrap(&kek, binding, wrapped).map_err(|e| match e {
             UnwrapError::Arena(e) => self.fail(binding.key_id, KeyReason::Host).because(e),
             e => self.fail(binding.key_id, KeyReason::Unauthentic).because(e),
         })
     }
 
     fn state(&self, key_id: &KeyId) -> Result<KeyState, KeyError> {
-        self.source.state(key_id)
+        let revoked = self.revoked.find(key_id).map_err(|e| self.host(key_id, e))?;
+        match (revoked, self.source.state(key_id)) {
+            (Some(_), Ok(KeyState::Active | KeyState::PreActive) | Err(_)) => Ok(KeyState::Deactivated),
+            (_, state) => state,
+        }
+    }
+
+    fn revoke(&self, key_id: &KeyId, revocation: Revocation) -> Result<Reach, KeyError> {
+        if self.source.state(key_id)? == KeyState::Missing {
+            return Err(self.fail(key_id, KeyReason::Missing));
+        }
+        let reach = self.source.revoke(key_id, revocation)?;
+        self.revoked.add(key_id).map_err(|e| self.host(key_id, e))?;
+        self.keks.forget(key_id);
+        Ok(reach)
     }
 
     fn check(&self) -> Result<(), KeyError> {

@@ -5,12 +5,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::json;
 use uuid::Uuid;
 
 use super::{Lock, OpenError, Served, ServedError};
 use crate::cipher::Sector;
-use crate::control::events::Event;
 use crate::control::peer::Peer;
 use crate::control::privilege::{Grants, Privilege};
 use crate::control::varlink::{self, Answer, MethodError, Request};
@@ -43,9 +42,7 @@ pub struct Status {
 pub enum State {
     /// The guest reads and writes.
     Open,
-    /// What is in flight is being finished; all else waits already.
-    Locking,
-    /// The guest's requests wait, and nothing of the key is in the process.
+    /// The guest's requests wait.
     Locked,
 }
 
@@ -78,7 +75,7 @@ pub enum LockedBy {
 }
 
 impl LockStatus {
-    pub(super) fn of(lock: &Lock) -> Self {
+    fn of(lock: &Lock) -> Self {
         let (by, error) = match lock {
             Lock::Operator => (LockedBy::Operator, None),
             Lock::NoKey(error) => (LockedBy::NoKey, Some(error)),
@@ -122,7 +119,6 @@ impl Interface {
             disk: served.opener.disk.path().to_owned(),
             volume: served.uuid,
             state: match lock {
-                None if served.disk.is_locked() => State::Locking,
                 None => State::Open,
                 Some(_) => State::Locked,
             },
@@ -147,12 +143,10 @@ impl Interface {
     fn rekey(&self, mut request: Request<'_>) -> Answered {
         let Rekey { provider } = request.parameters()?;
         self.permit(request.peer, Privilege::Recrypt)?;
-        let rekeyed = self.served.rekey(provider.as_deref()).map_err(|error| {
-            let failed = failed(&error);
-            self.served
-                .tell(Event::RekeyFailed, Value::Object(failed.parameters.clone()));
-            failed
-        })?;
+        let rekeyed = self
+            .served
+            .rekey(provider.as_deref())
+            .map_err(|error| failed(&error))?;
         let replaced = rekeyed.replaced.into_iter();
         let replaced: Vec<_> = replaced
             .map(|(provider, key_id)| json!({ "provider": provider, "keyId": key_id }))
@@ -165,18 +159,12 @@ impl Interface {
         })))
     }
 
-    fn watch(&self, request: &Request<'_>) -> Answered {
-        self.permit(request.peer, Privilege::ReadKeyServersInfo)?;
-        request.watch(INTERFACE, &self.served.events)
-    }
-
     fn permit(&self, peer: &Peer, privilege: Privilege) -> Result<(), MethodError> {
-        let used = json!({ "user": peer.user, "process": peer.process, "privilege": privilege });
         if self.grants.allow(peer, privilege) {
-            self.served.tell(Event::PrivilegeUsed, used);
+            tracing::info!(user = peer.user, process = peer.process, %privilege, "a caller uses its privilege");
             return Ok(());
         }
-        self.served.tell(Event::PrivilegeRefused, used);
+        tracing::warn!(user = peer.user, process = peer.process, %privilege, "a caller is refused");
         let told = json!({ "privilege": privilege, "user": peer.user });
         Err(MethodError::new(INTERFACE, "NotPermitted", told))
     }
@@ -201,7 +189,6 @@ impl varlink::Interface for Interface {
             "Lock" => self.lock(request.peer),
             "Unlock" => self.unlock(request.peer),
             "Rekey" => self.rekey(request),
-            "Watch" => self.watch(&request),
             _ => return None,
         })
     }

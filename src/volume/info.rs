@@ -10,6 +10,7 @@ use super::lock::LockMode;
 use super::locked::{keyslots_of_segments, layout};
 use super::metadata::{Id, Kdf, Keyslot, Metadata, Segment, SegmentSize, Token};
 use super::token::{self, SealblkToken};
+use crate::moment::Moment;
 use crate::storage::Backing;
 
 /// What an operator asks of a volume. Its JSON form is stable: fields are added, and none is renamed or removed.
@@ -154,6 +155,10 @@ pub struct TokenInfo {
     pub provider: Option<String>,
     /// Of a sealblk token: the KEK.
     pub key_id: Option<String>,
+    /// Of a sealblk token: when the keyslot was bound to the KEK, if that is known.
+    pub bound: Option<Moment>,
+    /// How long ago that was, in seconds.
+    pub age: Option<u64>,
     /// Of a sealblk token that a rekey under way has added: the tokens that it replaces.
     pub replaces: Vec<u32>,
     /// Of a sealblk token that cannot be read: why.
@@ -317,6 +322,8 @@ impl TokenInfo {
         };
         let replaces = sealblk.as_ref().map_or(&[][..], |sealblk| &sealblk.replaces);
         let replaces = replaces.iter().map(|token| token.0).collect();
+        let bound = sealblk.as_ref().and_then(|sealblk| sealblk.bound);
+        let age = bound.map(|bound| bound.age().as_secs());
         let (provider, key_id) = sealblk
             .map(|sealblk| (sealblk.provider, sealblk.key_id.0))
             .unzip();
@@ -326,6 +333,8 @@ impl TokenInfo {
             keyslots: token.keyslots.iter().map(|keyslot| keyslot.0).collect(),
             provider,
             key_id,
+            bound,
+            age,
             replaces,
             broken,
         }

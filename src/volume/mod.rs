@@ -18,6 +18,7 @@
 //! ```text
 //! create, locked, ways_in, info   what is done with a volume
 //! rekey                           a new KEK in the place of the old one
+//! bindings                        the KEKs that open it
 //! vault                           a key in a header without a disk
 //! plain                           a disk that is none
 //! layout, refusal                 metadata -> segments that can be served, or why not
@@ -32,6 +33,7 @@
 
 mod af;
 mod binary;
+mod bindings;
 mod copies;
 mod create;
 mod error;
@@ -56,6 +58,7 @@ mod token;
 pub mod vault;
 mod ways_in;
 
+pub use bindings::{Bindings, BoundTo};
 pub use copies::{Damage, HeaderError, HeaderState};
 pub use create::{CreateOptions, create};
 pub use error::{Reason, VolumeError};

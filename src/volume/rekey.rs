@@ -243,7 +243,7 @@ impl Locked<'_> {
 }
 
 /// The sealblk tokens that can be read, with their keyslots.
-fn sealblk_tokens(metadata: &Metadata) -> Vec<(Id, Id, SealblkToken)> {
+pub(super) fn sealblk_tokens(metadata: &Metadata) -> Vec<(Id, Id, SealblkToken)> {
     let ids = metadata.tokens.keys();
     ids.filter_map(|&id| ours(metadata, id).map(|(keyslot, token)| (id, keyslot, token)))
         .collect()

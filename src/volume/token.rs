@@ -1,8 +1,12 @@
 //! The token `sealblk`: a keyslot's slot secret, wrapped under a provider's KEK.
 //!
 //! ```json
-//! {"type": "sealblk", "keyslots": ["0"], "provider": "native", "key_id": "…", "wrapped_slot_secret": "<base64>"}
+//! {"type": "sealblk", "keyslots": ["0"], "provider": "native", "key_id": "…", "wrapped_slot_secret": "<base64>",
+//!  "bound": "2026-11-23T10:44:14Z"}
 //! ```
+//!
+//! `bound` tells when the keyslot was bound to the KEK, by the clock of the host that did it. It is not authenticated, and
+//! tokens of earlier versions have none.
 //!
 //! While a rekey is under way, the new token has the numbers of the tokens that it replaces too: `"replaces": ["0"]`.
 //!
@@ -16,12 +20,13 @@
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
 use super::metadata::{Base64, Id, Other, Token};
 use crate::keys::KeyId;
 use crate::keys::arena::{ArenaError, SecretBytes};
+use crate::moment::Moment;
 
 /// What a token of type [`TYPE`] holds beside its keyslots.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -31,6 +36,8 @@ pub(super) struct SealblkToken {
     pub(super) wrapped_slot_secret: Base64,
     #[serde(default)]
     pub(super) replaces: Vec<Id>,
+    #[serde(default, deserialize_with = "known_moment")]
+    pub(super) bound: Option<Moment>,
 }
 
 impl SealblkToken {
@@ -56,6 +63,9 @@ impl SealblkToken {
             "wrapped_slot_secret".to_owned(),
             field(BASE64_STANDARD.encode(&self.wrapped_slot_secret.0)),
         );
+        if let Some(bound) = self.bound {
+            other.insert("bound".to_owned(), field(bound.to_string()));
+        }
         if !self.replaces.is_empty() {
             let replaces = self.replaces.into_iter().map(|id| field(id.0.to_string()));
             other.insert("replaces".to_owned(), replaces.collect());
@@ -66,6 +76,12 @@ impl SealblkToken {
             other,
         }
     }
+}
+
+/// A date that cannot be read is none: the token opens its keyslot as well.
+fn known_moment<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Moment>, D::Error> {
+    let value = Value::deserialize(deserializer)?;
+    Ok(value.as_str().and_then(|text| text.parse().ok()))
 }
 
 /// The passphrase that `slot_secret` is to its keyslot.
@@ -89,6 +105,7 @@ mod tests {
             key_id: KeyId("k1".to_owned()),
             wrapped_slot_secret: Base64(vec![1, 2, 3]),
             replaces: Vec::new(),
+            bound: None,
         }
     }
 
@@ -112,6 +129,21 @@ mod tests {
         assert_eq!(SealblkToken::of(&stored), Some(Ok(replacing)));
         let text = serde_json::to_string(&stored).unwrap();
         assert_eq!(text, format!(r#"{{{common},{ours},"replaces":["0","2"]}}"#));
+    }
+
+    #[test]
+    fn a_token_tells_when_it_was_bound_and_opens_if_that_makes_no_sense() {
+        let dated = SealblkToken {
+            bound: Some("2026-11-23T10:44:14Z".parse().unwrap()),
+            ..token()
+        };
+        let mut stored = dated.clone().into_token(Id(3));
+        assert_eq!(stored.other["bound"], "2026-11-23T10:44:14Z");
+        assert_eq!(SealblkToken::of(&stored), Some(Ok(dated)));
+        for bound in [Value::from("once upon a time"), Value::from(7), Value::Null] {
+            stored.other.insert("bound".to_owned(), bound);
+            assert_eq!(SealblkToken::of(&stored), Some(Ok(token())));
+        }
     }
 
     #[test]

@@ -20,6 +20,7 @@ use super::refusal;
 use super::token::{self, SLOT_SECRET_LEN, SealblkToken};
 use crate::keys::arena::SecretBytes;
 use crate::keys::{Binding, KeyProvider, KeyReason, Providers};
+use crate::moment::Moment;
 
 impl Locked<'_> {
     /// Unlocks by the sealblk tokens, one after the other, with the providers that they name. That which a rekey under way
@@ -272,6 +273,7 @@ pub(super) fn bound_keyslot(
         key_id: binding.key_id.clone(),
         wrapped_slot_secret: Base64(wrapped),
         replaces: Vec::new(),
+        bound: Some(Moment::now()),
     };
     Ok((sealed, token))
 }

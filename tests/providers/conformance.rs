@@ -3,7 +3,7 @@
 use std::thread;
 
 use sealblk::keys::arena::SecretBytes;
-use sealblk::keys::{Binding, KeyError, KeyId, KeyProvider, KeyReason, KeyState};
+use sealblk::keys::{Binding, KeyError, KeyId, KeyProvider, KeyReason, KeyState, Revocation};
 use uuid::Uuid;
 
 /// Panics at the first promise of [`KeyProvider`] that `provider` does not keep.
@@ -15,6 +15,7 @@ pub(crate) fn run(provider: &dyn KeyProvider) {
     every_part_of_the_binding_counts(provider);
     altered_bytes_do_not_unwrap(provider);
     unknown_keys_are_missing(provider);
+    revoked_keys_are_used_no_more(provider);
     threads_share_it(provider);
 }
 
@@ -137,6 +138,26 @@ fn unknown_keys_are_missing(provider: &dyn KeyProvider) {
             .unwrap_err();
         assert_told(provider, &key_id, &error, &[KeyReason::Missing]);
     }
+}
+
+fn revoked_keys_are_used_no_more(provider: &dyn KeyProvider) {
+    let (revoked, other) = (provider.create_kek().unwrap(), provider.create_kek().unwrap());
+    let secret = SecretBytes::random(32).unwrap();
+    let wrapped = provider.wrap(&binding(provider, &revoked), &secret).unwrap();
+    provider.revoke(&revoked, Revocation::Deactivate).unwrap();
+    // Once more is no error.
+    provider.revoke(&revoked, Revocation::Deactivate).unwrap();
+    assert_eq!(provider.state(&revoked).unwrap(), KeyState::Deactivated);
+    let binding_of = |key_id| binding(provider, key_id);
+    for error in [
+        provider.unwrap(&binding_of(&revoked), &wrapped).unwrap_err(),
+        provider.wrap(&binding_of(&revoked), &secret).unwrap_err(),
+    ] {
+        assert_told(provider, &revoked, &error, &[KeyReason::NotActive]);
+    }
+    provider.wrap(&binding_of(&other), &secret).unwrap();
+    let missing = provider.revoke(&KeyId("no such key".into()), Revocation::Deactivate);
+    assert_eq!(missing.unwrap_err().reason, KeyReason::Missing);
 }
 
 fn threads_share_it(provider: &dyn KeyProvider) {

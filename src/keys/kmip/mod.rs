@@ -36,7 +36,7 @@ use super::arena::SecretBytes;
 use super::source::KekSource;
 use super::tls::{Identity, TlsFiles};
 use super::wrap::{KEK_LEN, Kek};
-use super::{KeyError, KeyId, KeyReason, KeyState};
+use super::{KeyError, KeyId, KeyReason, KeyState, Reach, Revocation};
 use address::Address;
 use message::{Mark, NONCE_LEN, Request, TAG_LEN, Version, identifies};
 use session::{Session, Trouble, share};
@@ -289,6 +289,26 @@ impl KekSource for Kmip {
                 self.with_server(Some(key_id), |session| key_state(session, identifier.key()))
             }
         }
+    }
+
+    /// A key that is not active any more is not revoked again, which servers refuse.
+    fn revoke(&self, key_id: &KeyId, revocation: Revocation) -> Result<Reach, KeyError> {
+        let Some(identifier) = self.recognise(key_id) else {
+            return Err(KeyError::new(&self.name, self.location(), KeyReason::Missing)
+                .of(key_id)
+                .because(Foreign));
+        };
+        let key = identifier.key();
+        self.with_server(Some(key_id), |session| {
+            let state = key_state(session, key)?;
+            if state == KeyState::Active {
+                session.ask(&Request::Revoke(key), |_| Ok(()))?;
+            }
+            if revocation == Revocation::Destroy && state != KeyState::Destroyed {
+                session.ask(&Request::Destroy(key), |_| Ok(()))?;
+            }
+            Ok(Reach::Server)
+        })
     }
 
     fn probe_kek(&self) -> Result<KeyId, KeyError> {

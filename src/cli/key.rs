@@ -1,0 +1,406 @@
+//! `sealblk key`: the keys that volumes are bound to, which volumes those are, and the taking of keys out of use.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use clap::{ArgGroup, Args, Subcommand};
+use serde::Serialize;
+
+use super::failure::Failure;
+use super::{Host, Keys, output};
+use crate::agent::Purpose;
+use crate::keys::{KeyError, KeyId, KeyReason, KeyState, Providers, Reach, Revocation};
+use crate::known::survey::{Scanned, Sighting, survey};
+use crate::known::{GuardError, Index, Known, Removal, revoke};
+use crate::moment::Moment;
+
+const AFTER_HELP: &str = "\
+Examples:
+  sealblk key list
+  sealblk key where-used --provider kms
+  sealblk key scan /srv/vms /dev/vg0/vm9
+  sealblk key revoke 9f3999d66378f496.4b5aea7b-9f6e-4a53-8d5b-3f0f5d2a3c11 --provider native --dry-run
+
+This host notes which volumes it binds to keys and opens, and where they are. A
+volume needs no such note: volumes that came from elsewhere are noted when they
+are first used, or by `key scan`. Each note is checked against the volume itself;
+one whose volume cannot be found counts as true.";
+
+/// See which keys open which disks, and take keys out of use
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub(super) struct Key {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// List the keys that known volumes are bound to, their states and ages
+    List(List),
+    /// List the volumes that a key or a provider opens
+    WhereUsed(WhereUsed),
+    /// Look at volumes, and note what they are bound to; drop notes that do not hold any more
+    Scan(Scan),
+    /// Take a key out of use on this host, and at its server if that keeps a record of it
+    Revoke(Revoke),
+}
+
+#[derive(Debug, Args)]
+struct List {
+    /// Keys of this provider alone
+    #[arg(long, value_name = "NAME")]
+    provider: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(group = ArgGroup::new("what").required(true).multiple(true).args(["key_id", "provider"]))]
+struct WhereUsed {
+    /// The key, as `sealblk info` shows it
+    key_id: Option<String>,
+    /// The provider
+    #[arg(long, value_name = "NAME")]
+    provider: Option<String>,
+    /// Print JSON, as the interface org.sealblk.Agent has it
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+struct Scan {
+    /// Volumes, or directories that hold volumes; what is known already is looked at in any case
+    paths: Vec<PathBuf>,
+    /// Drop also notes of places where nothing is any more; think of disks that are not attached just now
+    #[arg(long)]
+    forget_missing: bool,
+}
+
+#[derive(Debug, Args)]
+struct Revoke {
+    /// The key, as `sealblk info` and `sealblk key list` show it
+    key_id: String,
+    /// Its provider
+    #[arg(long, value_name = "NAME")]
+    provider: String,
+    /// Have the key server destroy it too: nobody can bring it back
+    #[arg(long)]
+    destroy: bool,
+    #[command(flatten)]
+    insistence: Insistence,
+}
+
+/// What goes with the taking away of something that may be needed.
+#[derive(Clone, Debug, Args)]
+pub(super) struct Insistence {
+    /// See whether it would be refused, and do nothing
+    #[arg(long)]
+    pub(super) dry_run: bool,
+    /// Do it though volumes are lost by it; needs --confirm
+    #[arg(long, requires = "confirm")]
+    pub(super) force: bool,
+    /// The very name or key that is taken away, once more
+    #[arg(long, value_name = "NAME", requires = "force")]
+    pub(super) confirm: Option<String>,
+}
+
+impl Insistence {
+    /// Whether somebody insists that `subject` is taken away.
+    ///
+    /// # Errors
+    /// [`Failure::Confirm`], if something else was confirmed.
+    pub(super) fn insists(&self, subject: &str) -> Result<bool, Failure> {
+        match &self.confirm {
+            Some(confirmed) if confirmed != subject => Err(Failure::Confirm {
+                wanted: subject.to_owned(),
+            }),
+            _ => Ok(self.force),
+        }
+    }
+}
+
+impl Key {
+    pub(super) fn run(self, host: &Host) -> Result<(), Failure> {
+        match self.verb {
+            Verb::List(list) => list.run(host),
+            Verb::WhereUsed(where_used) => where_used.run(host),
+            Verb::Scan(scan) => scan.run(host),
+            Verb::Revoke(revoke) => revoke.run(host),
+        }
+    }
+}
+
+impl Keys {
+    /// The known volumes of a provider or key, with what they say themselves.
+    pub(super) fn volumes(
+        &self,
+        provider: Option<&str>,
+        key_id: Option<&KeyId>,
+    ) -> Result<Vec<Sighting>, Failure> {
+        let (volumes, full) = match self {
+            Keys::Agent(client) => client.volumes(provider, key_id)?,
+            Keys::Own(registry, _) => {
+                let index = Index::of(registry.dir());
+                let listing = index.list().map_err(|source| unreadable(&index, source))?;
+                let matches = |known: &Known| {
+                    provider.is_none_or(|provider| known.provider == provider)
+                        && key_id.is_none_or(|key_id| known.key_id == *key_id)
+                };
+                (survey(listing.known.into_iter().filter(matches)), listing.full)
+            }
+        };
+        if full {
+            output::note("the list of known volumes is full: there may be others; see `sealblk key scan`");
+        }
+        Ok(volumes)
+    }
+
+    fn scan(&self, paths: &[PathBuf], missing: bool) -> Result<Scanned, Failure> {
+        match self {
+            Keys::Agent(client) => Ok(client.scan(paths, missing)?),
+            Keys::Own(registry, _) => {
+                let index = Index::of(registry.dir());
+                let scanned = index.scan(paths.iter().map(PathBuf::as_path), missing);
+                Ok(scanned.map_err(|source| unreadable(&index, source))?)
+            }
+        }
+    }
+
+    /// Takes a KEK out of use, unless volumes need it.
+    pub(super) fn revoke(
+        &self,
+        provider: &str,
+        key_id: &KeyId,
+        revocation: Revocation,
+        removal: &Removal<'_>,
+    ) -> Result<Option<Reach>, Failure> {
+        Ok(match self {
+            Keys::Agent(client) => client.revoke(provider, key_id, revocation, removal)?,
+            Keys::Own(registry, _) => {
+                let index = Index::of(registry.dir());
+                revoke(&*self.provider(provider)?, &index, key_id, revocation, removal)?
+            }
+        })
+    }
+}
+
+fn unreadable(index: &Index, source: io::Error) -> GuardError {
+    GuardError::Index {
+        path: index.dir().to_owned(),
+        source,
+    }
+}
+
+/// A key, and the volumes that need it.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Row {
+    provider: String,
+    key_id: KeyId,
+    /// Null if the provider cannot tell.
+    state: Option<KeyState>,
+    /// Then: why.
+    unknown: Option<KeyReason>,
+    /// How many volumes it opens, as far as is known.
+    volumes: usize,
+    /// When the first of them was bound to it, if that is known.
+    bound: Option<Moment>,
+    /// How long ago that was, in seconds.
+    age: Option<u64>,
+}
+
+impl List {
+    fn run(self, host: &Host) -> Result<(), Failure> {
+        let keys = host.keys(Purpose::Check)?;
+        let mut by_key: BTreeMap<(String, String), Vec<Sighting>> = BTreeMap::new();
+        for sighting in keys.volumes(self.provider.as_deref(), None)? {
+            let Known { provider, key_id, .. } = &sighting.known;
+            let key = (provider.clone(), key_id.0.clone());
+            by_key.entry(key).or_default().push(sighting);
+        }
+        let mut states = States::default();
+        let rows = by_key.into_iter().map(|((provider, key_id), sightings)| {
+            let key_id = KeyId(key_id);
+            let used: Vec<_> = sightings.iter().filter(|sighting| sighting.in_use()).collect();
+            let bound = used.iter().filter_map(|sighting| sighting.known.bound).min();
+            let state = states.ask(&keys, &provider, &key_id);
+            Row {
+                unknown: state.as_ref().err().map(|error| error.reason),
+                state: state.ok(),
+                volumes: used.len(),
+                bound,
+                age: bound.map(|bound| bound.age().as_secs()),
+                provider,
+                key_id,
+            }
+        });
+        let rows: Vec<_> = rows.collect();
+        if self.json {
+            return output::print_json(&rows);
+        }
+        if rows.is_empty() {
+            return output::print("no volume is known; `sealblk key scan` looks at some\n");
+        }
+        let mut table = vec![["PROVIDER", "KEY", "STATE", "VOLUMES", "AGE"].map(str::to_owned)];
+        for row in rows {
+            let state = match (row.state, row.unknown) {
+                (Some(state), _) => state_text(state).to_owned(),
+                (None, Some(reason)) => format!("unknown: {}", reason.what()),
+                (None, None) => "unknown".to_owned(),
+            };
+            let (key, volumes) = (row.key_id.to_string(), row.volumes.to_string());
+            table.push([row.provider, key, state, volumes, age_text(row.bound)]);
+        }
+        output::print(&output::table(&table))
+    }
+}
+
+/// What providers say of keys. One that cannot be asked is not asked for each of its keys.
+#[derive(Default)]
+struct States(HashMap<String, KeyError>);
+
+impl States {
+    fn ask(&mut self, keys: &Keys, provider: &str, key_id: &KeyId) -> Result<KeyState, KeyError> {
+        if let Some(error) = self.0.get(provider) {
+            return Err(error.clone());
+        }
+        keys.provider(provider)
+            .and_then(|provider| provider.state(key_id))
+            .inspect_err(|error| {
+                output::complain(error);
+                self.0.insert(provider.to_owned(), error.clone());
+            })
+    }
+}
+
+fn state_text(state: KeyState) -> &'static str {
+    match state {
+        KeyState::PreActive => "pre-active",
+        KeyState::Active => "active",
+        KeyState::Deactivated => "deactivated",
+        KeyState::Compromised => "compromised",
+        KeyState::Destroyed => "destroyed",
+        KeyState::Missing => "missing",
+    }
+}
+
+/// The age of what was bound then, for people.
+pub(super) fn age_text(bound: Option<Moment>) -> String {
+    const DAY: u64 = 86_400;
+    match bound.map(|bound| bound.age().as_secs()) {
+        None => "unknown".to_owned(),
+        Some(age) if age < DAY => "less than a day".to_owned(),
+        Some(age) if age < 2 * DAY => "1 day".to_owned(),
+        Some(age) => format!("{} days", age / DAY),
+    }
+}
+
+impl WhereUsed {
+    fn run(self, host: &Host) -> Result<(), Failure> {
+        let key_id = self.key_id.map(KeyId);
+        let keys = host.keys(Purpose::Check)?;
+        let sightings = keys.volumes(self.provider.as_deref(), key_id.as_ref())?;
+        if self.json {
+            return output::print_json(&sightings);
+        }
+        if sightings.is_empty() {
+            return output::print("no volume is known to be bound to it\n");
+        }
+        let mut table = vec![["DISK", "VOLUME", "IS IT", "LAST OPENED", "KEY"].map(str::to_owned)];
+        for sighting in sightings {
+            let standing = match &sighting.why {
+                Some(why) => format!("{}: {}", sighting.standing, output::printable(why)),
+                None => sighting.standing.replace('_', " "),
+            };
+            let known = sighting.known;
+            let opened = known
+                .opened
+                .map_or("never".to_owned(), |opened| opened.to_string());
+            table.push([
+                output::printable(&known.path),
+                known.volume.to_string(),
+                standing,
+                opened,
+                format!("{} of {}", known.key_id, output::printable(&known.provider)),
+            ]);
+        }
+        output::print(&output::table(&table))
+    }
+}
+
+impl Scan {
+    fn run(self, host: &Host) -> Result<(), Failure> {
+        let mut paths = Vec::new();
+        for path in &self.paths {
+            let absolute = absolute(path)?;
+            match fs::metadata(&absolute).is_ok_and(|metadata| metadata.is_dir()) {
+                true => {
+                    let entries = fs::read_dir(&absolute).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+                    let entries = entries.map_err(|source| Failure::Look {
+                        path: path.clone(),
+                        source,
+                    })?;
+                    let files = entries
+                        .iter()
+                        .map(fs::DirEntry::path)
+                        .filter(|path| !path.is_dir());
+                    paths.extend(files);
+                }
+                false => paths.push(absolute),
+            }
+        }
+        let scanned = host.keys(Purpose::Check)?.scan(&paths, self.forget_missing)?;
+        for passed in &scanned.passed_over {
+            let (path, why) = (output::printable(&passed.path), output::printable(&passed.why));
+            output::note(&format!("{path}: passed over: {why}"));
+        }
+        let bound = scanned.found.iter().filter(|seen| seen.keys > 0).count();
+        output::print(&format!(
+            "{} volumes seen, {bound} of them bound to a key; {} notes dropped\n",
+            scanned.found.len(),
+            scanned.dropped
+        ))
+    }
+}
+
+fn absolute(path: &Path) -> Result<PathBuf, Failure> {
+    std::path::absolute(path).map_err(|source| Failure::Look {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+impl Revoke {
+    fn run(self, host: &Host) -> Result<(), Failure> {
+        let removal = Removal {
+            force: self.insistence.insists(&self.key_id)?,
+            dry_run: self.insistence.dry_run,
+            new_default: None,
+        };
+        let revocation = match self.destroy {
+            true => Revocation::Destroy,
+            false => Revocation::Deactivate,
+        };
+        let key_id = KeyId(self.key_id);
+        let keys = host.keys(Purpose::Check)?;
+        let reach = keys.revoke(&self.provider, &key_id, revocation, &removal)?;
+        let key = format!("key {key_id} of provider {:?}", self.provider);
+        output::print(&match reach {
+            None => format!("{key}: no volume is known to need it; it can be revoked\n"),
+            Some(reach) => format!("{key}: {}\n", revoked_text(reach, revocation)),
+        })
+    }
+}
+
+/// What has become of a key.
+pub(super) fn revoked_text(reach: Reach, revocation: Revocation) -> &'static str {
+    match (reach, revocation) {
+        (Reach::Host, _) => "revoked on this host; other hosts that have the provider can still use it",
+        (Reach::Server, Revocation::Deactivate) => "revoked, here and at its server",
+        (Reach::Server, Revocation::Destroy) => "destroyed at its server, and revoked here",
+    }
+}

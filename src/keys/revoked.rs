@@ -1,0 +1,118 @@
+//! KEKs that this host does not use any more, whatever their source would give out.
+//!
+//! ```text
+//! revoked/HASH.json    in the state directory; the SHA-256 of provider and key ID
+//! ```
+//!
+//! A native provider derives its KEKs and a transit provider has its server unwrap them: neither has a record of a single
+//! KEK in which a state could stand. So it stands here, for all kinds alike. The files outlive their provider, so that one
+//! that is restored from a backup does not bring back what was revoked.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::KeyId;
+use super::private;
+use crate::moment::Moment;
+
+/// The revoked KEKs of one provider.
+#[derive(Debug)]
+pub(super) struct Revoked {
+    dir: PathBuf,
+    provider: String,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Record {
+    provider: String,
+    key_id: KeyId,
+    revoked: Moment,
+}
+
+/// A KEK that is not used any more.
+#[derive(Debug, thiserror::Error)]
+#[error("the key was revoked on this host{}", .0.map(|since| format!(" at {since}")).unwrap_or_default())]
+pub(super) struct RevokedHere(Option<Moment>);
+
+impl Revoked {
+    /// Those of `provider`, in the state directory `state_dir`.
+    pub(super) fn of(state_dir: &Path, provider: &str) -> Self {
+        Self {
+            dir: state_dir.join("revoked"),
+            provider: provider.to_owned(),
+        }
+    }
+
+    /// Where it is written down.
+    pub(super) fn location(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Whether `key_id` is among them. A record that cannot be understood counts.
+    ///
+    /// # Errors
+    /// If that cannot be told.
+    pub(super) fn find(&self, key_id: &KeyId) -> io::Result<Option<RevokedHere>> {
+        match fs::read(self.file(key_id)) {
+            Ok(record) => {
+                let record: Option<Record> = serde_json::from_slice(&record).ok();
+                Ok(Some(RevokedHere(record.map(|record| record.revoked))))
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Adds `key_id`. It is on stable storage when this returns.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub(super) fn add(&self, key_id: &KeyId) -> io::Result<()> {
+        private::ensure_dir(&self.dir)?;
+        let record = Record {
+            provider: self.provider.clone(),
+            key_id: key_id.clone(),
+            revoked: Moment::now(),
+        };
+        let text = serde_json::to_vec(&record).expect("texts are JSON");
+        match private::create(&self.file(key_id), &text) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            result => result,
+        }
+    }
+
+    fn file(&self, key_id: &KeyId) -> PathBuf {
+        let hash = Sha256::new()
+            .chain_update((self.provider.len() as u64).to_be_bytes())
+            .chain_update(&self.provider)
+            .chain_update(&key_id.0)
+            .finalize();
+        let name: String = hash.iter().map(|byte| format!("{byte:02x}")).collect();
+        self.dir.join(name + ".json")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_revoked_for_its_provider_alone_and_for_good() {
+        let dir = tempfile::tempdir().unwrap();
+        let (one, two) = (Revoked::of(dir.path(), "one"), Revoked::of(dir.path(), "two"));
+        let (key, other) = (KeyId("k".into()), KeyId("../k".into()));
+        assert!(one.find(&key).unwrap().is_none());
+        one.add(&key).unwrap();
+        let first = one.find(&key).unwrap().unwrap().to_string();
+        one.add(&key).unwrap();
+        assert_eq!(one.find(&key).unwrap().unwrap().to_string(), first);
+        assert!(two.find(&key).unwrap().is_none() && one.find(&other).unwrap().is_none());
+        fs::write(one.file(&key), "").unwrap();
+        assert!(one.find(&key).unwrap().is_some(), "what is damaged counts");
+    }
+}

@@ -1,0 +1,196 @@
+//! Keys and providers are taken away only when no volume needs them, as far as this host knows; or when somebody insists.
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::survey::{Sighting, survey};
+use super::{Index, Known};
+use crate::keys::registry::{Backup, Registry, RegistryError};
+use crate::keys::{KeyError, KeyId, KeyProvider, Reach, Revocation, harmless};
+
+/// How many volumes a refusal lists.
+const LISTED: usize = 10;
+
+/// The volumes that a key or a provider opens.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Uses {
+    /// The first of them.
+    pub volumes: Vec<Disk>,
+    /// How many there are.
+    pub count: usize,
+    /// Whether there may be others, since the list has no room.
+    pub full: bool,
+}
+
+/// Why a key or a provider is not taken away.
+#[derive(Debug, thiserror::Error)]
+pub enum GuardError {
+    /// Volumes would be lost.
+    #[error(
+        "{what} is in use{} rekey the disks to another key first; `sealblk key where-used` lists all",
+        Disks(uses)
+    )]
+    InUse {
+        /// The key or the provider.
+        what: String,
+        /// The volumes.
+        uses: Uses,
+    },
+    /// A primary key would be lost of which nobody has another.
+    #[error(
+        "there is no backup of the primary key of {0:?}: with it every volume is lost that this host does not know of; \
+         take one with `sealblk provider backup`"
+    )]
+    NotBackedUp(String),
+    /// The list of volumes cannot be read.
+    #[error("what volumes there are cannot be told: {}", path.display())]
+    Index {
+        /// The list.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The provider's settings or files.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// The provider.
+    #[error(transparent)]
+    Key(#[from] KeyError),
+}
+
+/// A volume that keeps a key from being taken away.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Disk {
+    /// The UUID in its header.
+    pub volume: Uuid,
+    /// Where it was last seen, for people.
+    pub path: String,
+    /// See [`Sighting::standing`].
+    pub standing: String,
+    /// See [`Sighting::why`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
+}
+
+impl From<Sighting> for Disk {
+    fn from(sighting: Sighting) -> Self {
+        Self {
+            volume: sighting.known.volume,
+            path: harmless(&sighting.known.path, 1024),
+            standing: sighting.standing,
+            why: sighting.why.map(|why| harmless(&why, 200)),
+        }
+    }
+}
+
+struct Disks<'u>(&'u Uses);
+
+impl fmt::Display for Disks<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Uses { volumes, count, full } = self.0;
+        if *full {
+            f.write_str(", as far as anybody can tell: the list of volumes has no room for more")?;
+        }
+        for disk in volumes {
+            write!(f, "\n  {}  volume {}, {}", disk.path, disk.volume, disk.standing)?;
+            if let Some(why) = &disk.why {
+                write!(f, ": {why}")?;
+            }
+        }
+        match count - volumes.len() {
+            0 => {}
+            more => write!(f, "\n  and {more} more")?,
+        }
+        match volumes.is_empty() {
+            true => Ok(()),
+            false => f.write_str("\n "),
+        }
+    }
+}
+
+impl Uses {
+    /// The volumes that have to be taken for bound to what `matches`.
+    ///
+    /// # Errors
+    /// If the list cannot be read.
+    pub fn of(index: &Index, matches: impl Fn(&Known) -> bool) -> Result<Self, GuardError> {
+        let listing = index.list().map_err(|source| GuardError::Index {
+            path: index.dir.clone(),
+            source,
+        })?;
+        let notes = listing.known.into_iter().filter(matches);
+        let volumes: Vec<_> = survey(notes).into_iter().filter(Sighting::in_use).collect();
+        let count = volumes.len();
+        Ok(Self {
+            volumes: volumes.into_iter().take(LISTED).map(Disk::from).collect(),
+            count,
+            full: listing.full,
+        })
+    }
+
+    fn refuse(self, what: String) -> Result<(), GuardError> {
+        match self.count == 0 && !self.full {
+            true => Ok(()),
+            false => Err(GuardError::InUse { what, uses: self }),
+        }
+    }
+}
+
+/// What is to be taken away, and how.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Removal<'a> {
+    /// The default provider from then on, if the one that goes is that now.
+    pub new_default: Option<&'a str>,
+    /// Though volumes are bound to it, or there is no backup.
+    pub force: bool,
+    /// Only see whether it is possible.
+    pub dry_run: bool,
+}
+
+/// Removes a provider of `registry`.
+///
+/// # Errors
+/// [`GuardError`]; the provider is still there then, unless only its files could not be wiped.
+pub fn remove_provider(registry: &mut Registry, name: &str, removal: &Removal<'_>) -> Result<(), GuardError> {
+    registry.check_removal(name, removal.new_default)?;
+    let index = Index::of(registry.dir());
+    if !removal.force {
+        let is_its = |known: &Known| known.provider == name;
+        Uses::of(&index, is_its)?.refuse(format!("key provider {name:?}"))?;
+        if matches!(registry.backup(name), Some(Backup::None | Backup::Waived)) {
+            return Err(GuardError::NotBackedUp(name.to_owned()));
+        }
+    }
+    match removal.dry_run {
+        true => Ok(()),
+        false => Ok(registry.remove(name, removal.new_default)?),
+    }
+}
+
+/// Takes a KEK of `provider` out of use. In a dry run nothing is reached.
+///
+/// # Errors
+/// [`GuardError`]; the KEK can be used as before then.
+pub fn revoke(
+    provider: &dyn KeyProvider,
+    index: &Index,
+    key_id: &KeyId,
+    revocation: Revocation,
+    removal: &Removal<'_>,
+) -> Result<Option<Reach>, GuardError> {
+    if !removal.force {
+        let is_it = |known: &Known| known.provider == provider.name() && known.key_id == *key_id;
+        Uses::of(index, is_it)?.refuse(format!("key {key_id} of provider {:?}", provider.name()))?;
+    }
+    match removal.dry_run {
+        true => {
+            provider.state(key_id)?;
+            Ok(None)
+        }
+        false => Ok(Some(provider.revoke(key_id, revocation)?)),
+    }
+}

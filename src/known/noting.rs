@@ -1,0 +1,83 @@
+//! Key providers that take note of what a volume is bound to, and when it was opened, for a process that has them itself.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::{Event, Index};
+use crate::keys::arena::SecretBytes;
+use crate::keys::{Binding, KeyError, KeyId, KeyProvider, KeyState, Providers, Reach, Revocation};
+
+/// Providers as one volume uses them.
+#[derive(Debug)]
+pub struct Noting<P> {
+    providers: P,
+    index: Index,
+    path: PathBuf,
+}
+
+#[derive(Debug)]
+struct NotingProvider {
+    provider: Arc<dyn KeyProvider>,
+    index: Index,
+    path: PathBuf,
+}
+
+impl<P> Noting<P> {
+    /// `providers`, for the volume whose header is in `path`.
+    pub fn new(providers: P, index: Index, path: &Path) -> Self {
+        Self {
+            providers,
+            index,
+            path: path.to_owned(),
+        }
+    }
+}
+
+impl<P: Providers> Providers for Noting<P> {
+    fn provider(&self, name: &str) -> Result<Arc<dyn KeyProvider>, KeyError> {
+        Ok(Arc::new(NotingProvider {
+            provider: self.providers.provider(name)?,
+            index: self.index.clone(),
+            path: self.path.clone(),
+        }))
+    }
+
+    fn default_name(&self) -> Result<Option<String>, KeyError> {
+        self.providers.default_name()
+    }
+}
+
+impl KeyProvider for NotingProvider {
+    fn name(&self) -> &str {
+        self.provider.name()
+    }
+
+    fn create_kek(&self) -> Result<KeyId, KeyError> {
+        self.provider.create_kek()
+    }
+
+    fn wrap(&self, binding: &Binding<'_>, secret: &SecretBytes) -> Result<Vec<u8>, KeyError> {
+        let wrapped = self.provider.wrap(binding, secret)?;
+        // Before anything is stored: a note too many does less harm than one that is missing.
+        self.index.note(binding, &self.path, Event::Bound);
+        Ok(wrapped)
+    }
+
+    fn unwrap(&self, binding: &Binding<'_>, wrapped: &[u8]) -> Result<SecretBytes, KeyError> {
+        let secret = self.provider.unwrap(binding, wrapped)?;
+        self.index.note(binding, &self.path, Event::Opened);
+        Ok(secret)
+    }
+
+    fn state(&self, key_id: &KeyId) -> Result<KeyState, KeyError> {
+        self.provider.state(key_id)
+    }
+
+    fn check(&self) -> Result<(), KeyError> {
+        self.provider.check()
+    }
+
+    fn revoke(&self, key_id: &KeyId, revocation: Revocation) -> Result<Reach, KeyError> {
+        self.provider.revoke(key_id, revocation)
+    }
+}

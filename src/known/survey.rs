@@ -1,0 +1,221 @@
+//! Whether what is known of volumes is still so: each volume's own header tells.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{Mode, OFlags};
+use serde::{Deserialize, Serialize};
+
+use super::{Event, Index, Known};
+use crate::keys::Binding;
+use crate::storage::{Access, Backing};
+use crate::volume::Bindings;
+
+/// How long a look at all volumes may take. Those that it has not come to are unknown.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// What a volume's header says about a note.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// The note is right.
+    Bound,
+    /// The volume is there, and not bound to the key.
+    NotBound,
+    /// Nothing is at its place.
+    Missing,
+    /// It cannot be told: what is there cannot be read, or is another volume, or none.
+    Unknown(String),
+}
+
+/// A note, and what the volume says about it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Sighting {
+    /// The note.
+    #[serde(flatten)]
+    pub known: Known,
+    /// Whether it holds: `bound`, `not_bound`, `missing` or `unknown`.
+    pub standing: String,
+    /// If that is unknown: why, for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
+}
+
+impl Sighting {
+    fn new(known: Known, standing: Standing) -> Self {
+        let (standing, why) = match standing {
+            Standing::Bound => (BOUND, None),
+            Standing::NotBound => (NOT_BOUND, None),
+            Standing::Missing => (MISSING, None),
+            Standing::Unknown(why) => (UNKNOWN, Some(why)),
+        };
+        Self {
+            known,
+            standing: standing.to_owned(),
+            why,
+        }
+    }
+
+    /// Whether the volume has to be taken for bound to the key: also where nobody can tell, since it may be on a disk that
+    /// is not there just now.
+    pub fn in_use(&self) -> bool {
+        self.standing != NOT_BOUND
+    }
+}
+
+const BOUND: &str = "bound";
+const NOT_BOUND: &str = "not_bound";
+const MISSING: &str = "missing";
+const UNKNOWN: &str = "unknown";
+
+/// What each of `notes` is worth. A place is looked at once.
+pub fn survey(notes: impl IntoIterator<Item = Known>) -> Vec<Sighting> {
+    let began = Instant::now();
+    let mut seen: HashMap<String, Found> = HashMap::new();
+    let judge = |known: Known| {
+        if !seen.contains_key(&known.path) {
+            let found = match began.elapsed() < PATIENCE {
+                true => find(Path::new(&known.path)),
+                false => Found::Nothing("there was no time to look at it".to_owned()),
+            };
+            seen.insert(known.path.clone(), found);
+        }
+        let standing = seen[&known.path].judge(&known);
+        Sighting::new(known, standing)
+    };
+    notes.into_iter().map(judge).collect()
+}
+
+/// What one note is worth.
+pub(super) fn look(known: &Known) -> Standing {
+    find(Path::new(&known.path)).judge(known)
+}
+
+/// What a look at volumes has brought.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Scanned {
+    /// The volumes that were found.
+    pub found: Vec<Seen>,
+    /// What is no volume that can be read.
+    pub passed_over: Vec<PassedOver>,
+    /// How many notes did not hold any more, and were dropped.
+    pub dropped: usize,
+}
+
+/// A volume.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Seen {
+    /// Where it is.
+    pub path: String,
+    /// How many KEKs it is bound to.
+    pub keys: usize,
+}
+
+/// What is no volume.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct PassedOver {
+    /// Where it is.
+    pub path: String,
+    /// Why it cannot be read as one.
+    pub why: String,
+}
+
+impl Index {
+    /// Looks at all volumes that are known and at those in `paths`, notes what they are bound to, and drops what does not
+    /// hold; with `missing`, also notes of places where nothing is.
+    ///
+    /// # Errors
+    /// If the list cannot be read or written.
+    pub fn scan<'p>(&self, paths: impl Iterator<Item = &'p Path>, missing: bool) -> io::Result<Scanned> {
+        let mut scanned = Scanned::default();
+        for path in paths {
+            let told = path.display().to_string();
+            match find(path) {
+                Found::Volume(bindings) => {
+                    for to in &bindings.to {
+                        let binding = Binding {
+                            volume: bindings.uuid,
+                            provider: &to.provider,
+                            key_id: &to.key_id,
+                            keyslot: to.keyslot,
+                        };
+                        self.note(&binding, path, Event::Found(to.since));
+                    }
+                    let keys = bindings.to.len();
+                    scanned.found.push(Seen { path: told, keys });
+                }
+                Found::Missing => scanned.passed_over.push(PassedOver {
+                    path: told,
+                    why: "nothing is there".to_owned(),
+                }),
+                Found::Nothing(why) => scanned.passed_over.push(PassedOver { path: told, why }),
+            }
+        }
+        for sighting in survey(self.list()?.known) {
+            if !sighting.in_use() || missing && sighting.standing == MISSING {
+                self.forget(&sighting.known)?;
+                scanned.dropped += 1;
+            }
+        }
+        Ok(scanned)
+    }
+}
+
+/// What is at a place.
+enum Found {
+    Volume(Bindings),
+    Missing,
+    Nothing(String),
+}
+
+impl Found {
+    fn judge(&self, known: &Known) -> Standing {
+        match self {
+            Found::Volume(bindings) if bindings.uuid != known.volume => {
+                Standing::Unknown(format!("another volume is there, {}", bindings.uuid))
+            }
+            Found::Volume(bindings) => {
+                let to_it = bindings
+                    .to
+                    .iter()
+                    .any(|to| (&to.provider, &to.key_id) == (&known.provider, &known.key_id));
+                match to_it {
+                    true => Standing::Bound,
+                    false => Standing::NotBound,
+                }
+            }
+            Found::Missing => Standing::Missing,
+            Found::Nothing(why) => Standing::Unknown(why.clone()),
+        }
+    }
+}
+
+/// Reads the header at `path`, which others may have named: what is neither a file nor a block device is not opened, since
+/// with some devices that alone does something.
+fn find(path: &Path) -> Found {
+    let there = match rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()) {
+        Ok(there) => File::from(there),
+        Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => return Found::Missing,
+        Err(error) => return Found::Nothing(io::Error::from(error).to_string()),
+    };
+    let looked = || -> Result<Bindings, String> {
+        use std::os::unix::fs::FileTypeExt;
+        let kind = there.metadata().map_err(|error| error.to_string())?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err("it is neither a file nor a block device".to_owned());
+        }
+        // The very thing that was looked at, whatever its path names by now.
+        let same = format!("/proc/self/fd/{}", there.as_raw_fd());
+        let backing = Backing::open(Path::new(&same), Access::Inspect).map_err(|error| {
+            let cause = std::error::Error::source(&error).map(ToString::to_string);
+            cause.unwrap_or_else(|| error.to_string())
+        })?;
+        Bindings::read(&backing).map_err(|error| error.to_string())
+    };
+    looked().map_or_else(Found::Nothing, Found::Volume)
+}

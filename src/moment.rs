@@ -1,0 +1,102 @@
+//! A point in time, to the second, as RFC 3339 writes it in UTC: what headers, lists and receipts hold.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+/// A second, from 1970 on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Moment(u64);
+
+/// The last second that RFC 3339 can write.
+const LAST: u64 = 253_402_300_799;
+
+/// A text that is no point in time.
+#[derive(Debug, thiserror::Error)]
+#[error("a point in time looks like 2026-11-23T10:44:14Z")]
+pub struct NoMoment;
+
+impl Moment {
+    /// The present, as this host's clock has it.
+    pub fn now() -> Self {
+        Self::of(SystemTime::now())
+    }
+
+    /// The second that `time` is in; times that RFC 3339 cannot write become the nearest that it can.
+    pub fn of(time: SystemTime) -> Self {
+        let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self(since.as_secs().min(LAST))
+    }
+
+    /// The second with this number, counted from 1970.
+    pub fn from_unix(seconds: u64) -> Self {
+        Self(seconds.min(LAST))
+    }
+
+    /// How long ago it was; no time at all, if it is yet to come.
+    pub fn age(self) -> Duration {
+        Duration::from_secs(Self::now().0.saturating_sub(self.0))
+    }
+
+    /// How long it is until then; no time at all, if it has passed.
+    pub fn ahead(self) -> Duration {
+        Duration::from_secs(self.0.saturating_sub(Self::now().0))
+    }
+}
+
+impl fmt::Display for Moment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs(self.0)).fmt(f)
+    }
+}
+
+impl FromStr for Moment {
+    type Err = NoMoment;
+
+    fn from_str(text: &str) -> Result<Self, NoMoment> {
+        humantime::parse_rfc3339(text).map(Self::of).map_err(|_| NoMoment)
+    }
+}
+
+impl Serialize for Moment {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Moment {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?
+            .parse()
+            .map_err(de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_moment_is_what_it_was_written_as() {
+        for text in [
+            "1970-01-01T00:00:00Z",
+            "2026-11-23T10:44:14Z",
+            "9999-12-31T23:59:59Z",
+        ] {
+            assert_eq!(text.parse::<Moment>().unwrap().to_string(), text);
+        }
+        assert_eq!(Moment::from_unix(u64::MAX).to_string(), "9999-12-31T23:59:59Z");
+        for text in ["", "yesterday", "2026-11-23", "2026-13-01T00:00:00Z"] {
+            assert!(text.parse::<Moment>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_yet_to_come_has_no_age_and_what_has_passed_is_not_ahead() {
+        let (past, future) = (Moment::from_unix(0), Moment::from_unix(u64::MAX));
+        assert!(past.age() > Duration::from_secs(1 << 30) && past.ahead().is_zero());
+        assert!(future.ahead() > Duration::from_secs(1 << 30) && future.age().is_zero());
+    }
+}

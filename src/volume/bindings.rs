@@ -1,0 +1,55 @@
+//! What a volume is bound to, for whoever keeps a list of volumes: read without a key.
+
+use uuid::Uuid;
+
+use super::copies::{self, HeaderError};
+use super::header_io::HeaderIo;
+use super::rekey::sealblk_tokens;
+use crate::keys::KeyId;
+use crate::moment::Moment;
+
+/// A volume and the KEKs that open it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bindings {
+    /// UUID in the header.
+    pub uuid: Uuid,
+    /// One for each sealblk token that can be read.
+    pub to: Vec<BoundTo>,
+}
+
+/// A KEK that opens a keyslot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BoundTo {
+    /// Its provider's name.
+    pub provider: String,
+    /// The KEK.
+    pub key_id: KeyId,
+    /// The keyslot.
+    pub keyslot: u32,
+    /// When the keyslot was bound to it, if the token tells.
+    pub since: Option<Moment>,
+}
+
+impl Bindings {
+    /// Reads the header, whoever has it open. No lock is waited for: while one copy is written, the other is whole, and
+    /// whoever looks at many volumes must not hang on one whose lock somebody keeps.
+    ///
+    /// # Errors
+    /// Where there is no LUKS2 header, or both its copies are damaged.
+    pub fn read(io: &dyn HeaderIo) -> Result<Self, HeaderError> {
+        let found = copies::read(io)?;
+        let header = found.header();
+        let to = sealblk_tokens(&header.metadata).into_iter();
+        Ok(Self {
+            uuid: header.binary.uuid,
+            to: to
+                .map(|(_, keyslot, token)| BoundTo {
+                    provider: token.provider,
+                    key_id: token.key_id,
+                    keyslot: keyslot.0,
+                    since: token.bound,
+                })
+                .collect(),
+        })
+    }
+}

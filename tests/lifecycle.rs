@@ -1,0 +1,417 @@
+//! The end of a key's life: which disks a key opens, and what is not taken away while a disk needs it.
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::secrets::as_user;
+use common::serve::SEALBLK;
+use serde_json::Value;
+use tempfile::TempDir;
+
+const USAGE: i32 = 2;
+const KEY: i32 = 4;
+const IN_USE: i32 = 5;
+/// A user whom no host has, and who is granted nothing unless a test does.
+const SOMEBODY: u32 = 4_000_001;
+
+/// A host with a native provider, in a directory of its own.
+struct Host {
+    dir: TempDir,
+    /// What each verb is given: where keys come from.
+    keys: Vec<String>,
+    agent: Option<Child>,
+}
+
+impl Host {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        let host = Host {
+            dir,
+            keys: vec!["--state-dir".into(), "state".into()],
+            agent: None,
+        };
+        fs::write(host.path("pass"), "a passphrase of some length").unwrap();
+        host.does(&["provider", "add", "native", "--no-backup"]);
+        host
+    }
+
+    /// The same, with an agent in front of the state directory.
+    fn with_agent(grants: &str) -> Self {
+        let mut host = Host::new();
+        let socket = host.path("agent.sock");
+        fs::write(
+            host.path("config.toml"),
+            format!("[agent]\nsocket = {socket:?}\n{grants}"),
+        )
+        .unwrap();
+        let agent = host
+            .command(&["--config", "config.toml", "agent"])
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        host.agent = Some(agent);
+        let started = Instant::now();
+        while UnixStream::connect(&socket).is_err() {
+            assert!(started.elapsed() < common::DEADLINE, "the agent does not answer");
+            thread::sleep(Duration::from_millis(10));
+        }
+        host.keys = vec!["--config".into(), "config.toml".into()];
+        host
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(SEALBLK);
+        command.current_dir(self.dir.path()).args(&self.keys).args(args);
+        command
+    }
+
+    fn backup(&self, name: &str) {
+        let to = format!("{name}.backup");
+        self.does(&[
+            "provider",
+            "backup",
+            name,
+            "--to",
+            &to,
+            "--passphrase-file",
+            "pass",
+        ]);
+    }
+
+    fn create(&self, disk: &str, more: &[&str]) {
+        self.does(&[&["create", disk, "--size", "1M"], more].concat());
+    }
+
+    #[track_caller]
+    fn does(&self, args: &[&str]) -> String {
+        let output = self.command(args).output().unwrap();
+        assert!(output.status.success(), "{args:?}: {}", said(&output));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    #[track_caller]
+    fn fails(&self, args: &[&str], code: i32) -> String {
+        let output = self.command(args).output().unwrap();
+        assert_eq!(output.status.code(), Some(code), "{args:?}: {}", said(&output));
+        said(&output)
+    }
+
+    #[track_caller]
+    fn json(&self, args: &[&str]) -> Vec<Value> {
+        let answer: Value = serde_json::from_str(&self.does(args)).unwrap();
+        answer.as_array().unwrap().clone()
+    }
+
+    /// The key that a disk is bound to, as its header tells.
+    fn key_of(&self, disk: &str) -> String {
+        let info: Value = serde_json::from_str(&self.does(&["info", "--json", disk])).unwrap();
+        info["tokens"][0]["key_id"].as_str().unwrap().to_owned()
+    }
+
+    /// Whether this host opens a disk with its keys. To remove a keyslot that is not there, it has to be opened first.
+    fn opens(&self, disk: &str) -> Result<(), String> {
+        let args = ["recovery", "remove", disk, "--keyslot", "31"];
+        let output = self.command(&args).output().unwrap();
+        match output.status.code() {
+            Some(USAGE) if said(&output).contains("there is no keyslot 31") => Ok(()),
+            _ => Err(said(&output)),
+        }
+    }
+
+    fn audit(&self, event: &str) -> Vec<Value> {
+        let log = fs::read_to_string(self.path("state/audit.log")).unwrap();
+        let records = log
+            .lines()
+            .map(|line| serde_json::from_str::<Value>(line).unwrap());
+        records.filter(|record| record["event"] == event).collect()
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        if let Some(agent) = &mut self.agent {
+            let _ = agent.kill();
+            let _ = agent.wait();
+        }
+    }
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn texts<'v>(rows: &'v [Value], field: &str) -> Vec<&'v str> {
+    rows.iter().map(|row| row[field].as_str().unwrap()).collect()
+}
+
+/// What an index is for, the same with an agent and without.
+fn keys_and_providers_in_use_are_kept(host: &Host) {
+    for name in ["one", "two"] {
+        host.create(name, &[]);
+    }
+    let key = host.key_of("one");
+    let used = host.json(&["key", "where-used", &key, "--json"]);
+    assert_eq!(texts(&used, "path"), [host.path("one").to_str().unwrap()]);
+    assert_eq!(texts(&used, "standing"), ["bound"]);
+    let listed = host.json(&["key", "list", "--json"]);
+    assert_eq!(texts(&listed, "state"), ["active", "active"]);
+    assert!(
+        listed
+            .iter()
+            .all(|row| row["volumes"] == 1 && row["age"].as_u64().unwrap() < 3600)
+    );
+    assert_eq!(
+        host.json(&["key", "list", "--provider", "other", "--json"]).len(),
+        0
+    );
+
+    // The list of disks comes with each refusal.
+    for dry_run in [&["--dry-run"][..], &[]] {
+        let refused = host.fails(&[&["provider", "remove", "native"], dry_run].concat(), IN_USE);
+        for name in ["one", "two"] {
+            assert!(refused.contains(host.path(name).to_str().unwrap()), "{refused}");
+        }
+        let revoke = ["key", "revoke", &key, "--provider", "native"];
+        let refused = host.fails(&[&revoke[..], dry_run].concat(), IN_USE);
+        assert!(refused.contains(host.path("one").to_str().unwrap()), "{refused}");
+        assert!(!refused.contains(host.path("two").to_str().unwrap()), "{refused}");
+    }
+    host.opens("one").unwrap();
+
+    // A disk that is not to be found is not known to be free.
+    fs::rename(host.path("one"), host.path("moved")).unwrap();
+    let refused = host.fails(&["key", "revoke", &key, "--provider", "native"], IN_USE);
+    assert!(refused.contains("missing"), "{refused}");
+    host.opens("moved").unwrap();
+    let used = host.json(&["key", "where-used", &key, "--json"]);
+    assert_eq!(texts(&used, "path"), [host.path("moved").to_str().unwrap()]);
+
+    // A key that no disk needs any more can be taken out of use, and one that does can be by force alone.
+    host.does(&["rekey", "moved"]);
+    let used = host.json(&["key", "where-used", &key, "--json"]);
+    assert_eq!(texts(&used, "standing"), ["not_bound"]);
+    host.does(&["key", "revoke", &key, "--provider", "native", "--dry-run"]);
+    host.does(&["key", "revoke", &key, "--provider", "native"]);
+    host.opens("moved").unwrap();
+    let needed = host.key_of("two");
+    let revoke = [
+        "key",
+        "revoke",
+        &needed,
+        "--provider",
+        "native",
+        "--force",
+        "--confirm",
+    ];
+    host.fails(&[&revoke[..], &["another"]].concat(), USAGE);
+    host.opens("two").unwrap();
+    host.does(&[&revoke[..], &[&needed]].concat());
+    assert!(host.opens("two").unwrap_err().contains("not active"));
+    let listed = host.json(&["key", "list", "--json"]);
+    let states: Vec<_> = listed
+        .iter()
+        .map(|row| (row["keyId"] == *needed, &row["state"]))
+        .collect();
+    assert!(states.contains(&(true, &"deactivated".into())), "{listed:?}");
+    let why = host.fails(
+        &[
+            "key",
+            "revoke",
+            &host.key_of("moved"),
+            "--provider",
+            "native",
+            "--destroy",
+            "--force",
+            "--confirm",
+            &host.key_of("moved"),
+        ],
+        KEY,
+    );
+    assert!(why.contains("none of them can be destroyed alone"), "{why}");
+    host.opens("moved").unwrap();
+}
+
+#[test]
+fn keys_and_providers_that_disks_need_are_not_taken_away() {
+    keys_and_providers_in_use_are_kept(&Host::new());
+}
+
+#[test]
+fn the_agent_keeps_what_disks_need_and_tells_the_log() {
+    let host = Host::with_agent("");
+    keys_and_providers_in_use_are_kept(&host);
+    let revoked = host.audit("KeyRevoked");
+    assert_eq!(revoked.len(), 3);
+    assert_eq!(revoked[1]["keyId"], host.key_of("two").as_str());
+    assert_eq!(revoked[1]["force"], true);
+    host.does(&["provider", "remove", "native", "--force", "--confirm", "native"]);
+    assert_eq!(host.audit("ProviderRemoved")[0]["provider"], "native");
+    assert!(host.opens("moved").unwrap_err().contains("no such key provider"));
+}
+
+#[test]
+fn managing_takes_its_privileges() {
+    let host = Host::with_agent(&format!(
+        "[[grant]]\nuser = {SOMEBODY}\nprivileges = [\"ReadKeyServersInfo\"]\n[[grant]]\nuser = {}\nprivileges = \
+         [\"ManageKeys\"]\n[[grant]]\nuser = {}\nprivileges = [\"ManageKeyServers\"]\n",
+        SOMEBODY + 1,
+        SOMEBODY + 2,
+    ));
+    fs::set_permissions(host.path("config.toml"), fs::Permissions::from_mode(0o644)).unwrap();
+    host.create("disk", &[]);
+    let key = host.key_of("disk");
+    let verbs: [(&[&str], [bool; 3]); 4] = [
+        (&["key", "where-used", &key], [true, true, false]),
+        (&["key", "scan"], [false, true, false]),
+        (
+            &["key", "revoke", &key, "--provider", "native", "--dry-run"],
+            [false, true, false],
+        ),
+        (
+            &["provider", "remove", "native", "--dry-run"],
+            [false, false, true],
+        ),
+    ];
+    for (verb, allowed) in verbs {
+        for (user, allowed) in (SOMEBODY..).zip(allowed) {
+            let output = as_user(user, || host.command(verb).output().unwrap());
+            let code = output.status.code().unwrap();
+            let refused = said(&output).contains("lacks the privilege");
+            // Who may do it is told that the disk is in the way.
+            assert_eq!(!refused, allowed, "{verb:?} of {user}: {code}, {}", said(&output));
+            assert_eq!(
+                refused,
+                code == KEY,
+                "{verb:?} of {user}: {code}, {}",
+                said(&output)
+            );
+        }
+    }
+}
+
+#[test]
+fn a_lost_list_comes_back_by_use_and_by_a_look() {
+    let host = Host::new();
+    for name in ["one", "two"] {
+        host.create(name, &[]);
+    }
+    fs::remove_dir_all(host.path("state/volumes")).unwrap();
+    // Nothing was lost but the hint.
+    host.opens("one").unwrap();
+    let known = |host: &Host| host.json(&["key", "where-used", "--provider", "native", "--json"]);
+    assert_eq!(texts(&known(&host), "path"), [host.path("one").to_str().unwrap()]);
+    fs::create_dir(host.path("vms")).unwrap();
+    fs::rename(host.path("two"), host.path("vms/two")).unwrap();
+    fs::write(host.path("vms/notes.txt"), "no volume").unwrap();
+    let told = host.does(&["key", "scan", "vms"]);
+    assert!(told.starts_with("1 volumes seen, 1 of them bound"), "{told}");
+    let all = known(&host);
+    assert_eq!(all.len(), 2);
+    let scanned = all
+        .iter()
+        .find(|row| row["path"] == host.path("vms/two").to_str().unwrap())
+        .unwrap();
+    assert!(
+        scanned["bound"].is_string() && scanned["opened"].is_null(),
+        "{scanned}"
+    );
+    // What is found not to be so is dropped, and what is not found only on demand.
+    host.does(&["rekey", "one"]);
+    fs::remove_file(host.path("vms/two")).unwrap();
+    assert!(host.does(&["key", "scan"]).contains("1 notes dropped"));
+    assert_eq!(known(&host).len(), 2);
+    assert!(
+        host.does(&["key", "scan", "--forget-missing"])
+            .contains("1 notes dropped")
+    );
+    assert_eq!(texts(&known(&host), "path"), [host.path("one").to_str().unwrap()]);
+}
+
+#[test]
+fn a_header_of_another_host_is_no_note_of_this_one_but_its_place_is_not_forgotten() {
+    let host = Host::new();
+    host.create("disk", &[]);
+    let key = host.key_of("disk");
+    // Another volume takes the place of the one that was noted.
+    host.create("other", &[]);
+    fs::rename(host.path("other"), host.path("disk")).unwrap();
+    let used = host.json(&["key", "where-used", &key, "--json"]);
+    assert_eq!(texts(&used, "standing"), ["unknown"]);
+    assert!(used[0]["why"].as_str().unwrap().contains("another volume"));
+    host.fails(&["key", "revoke", &key, "--provider", "native"], IN_USE);
+}
+
+#[test]
+fn a_provider_goes_with_its_files_and_comes_back_from_its_backup() {
+    let host = Host::new();
+    host.backup("native");
+    host.does(&["provider", "add", "native", "--name", "second", "--no-backup"]);
+    // Not without a backup, not without a successor.
+    let refused = host.fails(&["provider", "remove", "second"], IN_USE);
+    assert!(refused.contains("provider backup"), "{refused}");
+    host.fails(&["provider", "remove", "second", "--force"], USAGE);
+    host.fails(
+        &["provider", "remove", "second", "--force", "--confirm", "native"],
+        USAGE,
+    );
+    let refused = host.fails(&["provider", "remove", "native"], USAGE);
+    assert!(
+        refused.contains("--new-default") && refused.contains("second"),
+        "{refused}"
+    );
+    host.fails(&["provider", "remove", "third"], KEY);
+
+    host.create("disk", &[]);
+    let key = fs::read(host.path("state/providers/native/primary.key")).unwrap();
+    host.does(&["rekey", "disk", "--provider", "second"]);
+    host.does(&[
+        "provider",
+        "remove",
+        "native",
+        "--new-default",
+        "second",
+        "--dry-run",
+    ]);
+    assert_eq!(
+        fs::read(host.path("state/providers/native/primary.key")).unwrap(),
+        key
+    );
+    host.does(&["provider", "remove", "native", "--new-default", "second"]);
+    assert!(!host.path("state/providers/native").exists());
+    assert!(!host.does(&["provider", "list"]).contains("native.backup"));
+    host.create("new", &[]);
+    host.does(&[
+        "provider",
+        "restore",
+        "native.backup",
+        "--passphrase-file",
+        "pass",
+    ]);
+    assert_eq!(
+        fs::read(host.path("state/providers/native/primary.key")).unwrap(),
+        key
+    );
+    host.does(&[
+        "provider",
+        "remove",
+        "second",
+        "--new-default",
+        "native",
+        "--force",
+        "--confirm",
+        "second",
+    ]);
+    assert!(host.opens("disk").unwrap_err().contains("no such key provider"));
+}
