@@ -3,7 +3,8 @@
 mod common;
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::io::Write;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
@@ -12,12 +13,17 @@ use std::time::{Duration, Instant};
 
 use common::secrets::as_user;
 use common::serve::SEALBLK;
-use serde_json::Value;
+use common::storage::LoopDevice;
+use common::volume::run;
+use sealblk::storage::{Access, Backing};
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 const USAGE: i32 = 2;
+const VOLUME: i32 = 3;
 const KEY: i32 = 4;
 const IN_USE: i32 = 5;
+const STORAGE: i32 = 6;
 /// A user whom no host has, and who is granted nothing unless a test does.
 const SOMEBODY: u32 = 4_000_001;
 
@@ -340,6 +346,16 @@ fn a_lost_list_comes_back_by_use_and_by_a_look() {
 }
 
 #[test]
+fn a_disk_that_could_not_be_made_is_on_no_list() {
+    let host = Host::new();
+    host.create("made", &[]);
+    let args = ["create", "vm", "--size", "16777215T"];
+    host.fails(&args, STORAGE);
+    let all = host.json(&["key", "where-used", "--provider", "native", "--json"]);
+    assert_eq!(texts(&all, "path"), [host.path("made").to_str().unwrap()]);
+}
+
+#[test]
 fn a_header_of_another_host_is_no_note_of_this_one_but_its_place_is_not_forgotten() {
     let host = Host::new();
     host.create("disk", &[]);
@@ -414,4 +430,153 @@ fn a_provider_goes_with_its_files_and_comes_back_from_its_backup() {
         "second",
     ]);
     assert!(host.opens("disk").unwrap_err().contains("no such key provider"));
+}
+
+/// The SHA-256 of bytes, by another program.
+fn sha256(bytes: &[u8]) -> String {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(bytes).unwrap();
+    let sum = run(Command::new("sha256sum").arg(file.path())).stdout;
+    String::from_utf8(sum).unwrap()[..64].to_owned()
+}
+
+fn uuid_of(host: &Host, args: &[&str]) -> String {
+    let info: Value = serde_json::from_str(&host.does(&[&["info", "--json"], args].concat())).unwrap();
+    info["uuid"].as_str().unwrap().to_owned()
+}
+
+/// Where the header ends of a volume that sealblk made, and where its copies end.
+const HEADER: usize = 16 << 20;
+const COPIES: usize = 32 << 10;
+
+#[test]
+fn an_erased_disk_opens_with_nothing_and_the_receipt_says_what_it_was() {
+    let host = Host::new();
+    host.create("disk", &["--recovery-key", "key"]);
+    let key = host.key_of("disk");
+    let uuid = uuid_of(&host, &["disk"]);
+    let before = fs::read(host.path("disk")).unwrap();
+
+    // Not by accident, and not while it is in use.
+    for args in [&["erase", "disk"][..], &["erase", "disk", "--confirm", &key]] {
+        assert!(host.fails(args, USAGE).contains(&uuid));
+    }
+    let claim = Backing::open(&host.path("disk"), Access::ReadOnly).unwrap();
+    host.fails(&["erase", "disk", "--confirm", &uuid], IN_USE);
+    drop(claim);
+    fs::write(host.path("taken"), "").unwrap();
+    host.fails(
+        &["erase", "disk", "--confirm", &uuid, "--receipt", "taken"],
+        STORAGE,
+    );
+    assert!(fs::read(host.path("disk")).unwrap() == before, "it was touched");
+
+    host.does(&["erase", "disk", "--confirm", &uuid, "--receipt", "receipt"]);
+    let receipt: Value = serde_json::from_slice(&fs::read(host.path("receipt")).unwrap()).unwrap();
+    assert_eq!(receipt["receipt"], "sealblk-erase-1");
+    assert_eq!(receipt["volume"], uuid.as_str());
+    assert_eq!(receipt["path"], host.path("disk").to_str().unwrap());
+    assert_eq!(
+        receipt["device"]["inode"],
+        fs::metadata(host.path("disk")).unwrap().ino()
+    );
+    assert_eq!(receipt["header_sha256"], sha256(&before[..COPIES]).as_str());
+    assert_eq!(
+        receipt["keyslots_sha256"],
+        sha256(&before[COPIES..HEADER]).as_str()
+    );
+    assert_eq!(receipt["before"]["keyslots"].as_array().unwrap().len(), 2);
+    assert_eq!(receipt["before"]["tokens"][0]["key_id"], key.as_str());
+    assert_eq!(receipt["erased"]["length"], HEADER);
+    assert_eq!(receipt["keys"], json!([]), "the key was left alone");
+
+    // Nothing of it is left, not even for who has an old copy of the header; the data are as they were.
+    let after = fs::read(host.path("disk")).unwrap();
+    assert_eq!(after.len(), before.len());
+    assert!(after[HEADER..] == before[HEADER..]);
+    let mut sectors = (0..HEADER).step_by(512).map(|at| at..at + 512);
+    // The header's copies are padded with zeros, and so is what was discarded.
+    let left = sectors.find(|at| after[at.clone()] == before[at.clone()] && before[at.clone()] != [0; 512]);
+    assert_eq!(left, None, "this is there still");
+    host.fails(&["info", "disk"], VOLUME);
+    host.fails(&["erase", "disk", "--confirm", &uuid], VOLUME);
+    fs::write(
+        host.path("forged"),
+        [&before[..COPIES], &after[COPIES..]].concat(),
+    )
+    .unwrap();
+    assert!(host.opens("forged").is_err());
+    let opened = Command::new("cryptsetup")
+        .args(["open", "--test-passphrase", "--key-file"])
+        .args([host.path("key"), host.path("forged")])
+        .output()
+        .unwrap();
+    assert_eq!(
+        opened.status.code(),
+        Some(2),
+        "no key available: {}",
+        said(&opened)
+    );
+    fs::remove_file(host.path("forged")).unwrap();
+
+    // It is on no list any more, and in the log.
+    host.does(&["key", "scan", "--forget-missing"]);
+    assert!(host.json(&["key", "where-used", &key, "--json"]).is_empty());
+    let logged = host.audit("VolumeErased");
+    assert_eq!(logged.len(), 1);
+    assert_eq!(logged[0]["volume"], uuid.as_str());
+    assert_eq!(logged[0]["headerSha256"], receipt["header_sha256"]);
+    host.does(&["audit", "verify"]);
+}
+
+#[test]
+fn the_key_goes_with_its_last_disk() {
+    let host = Host::with_agent("");
+    // Two disks of one key, as a copy of a disk is.
+    host.create("disk", &[]);
+    let key = host.key_of("disk");
+    fs::copy(host.path("disk"), host.path("copy")).unwrap();
+    host.opens("copy").unwrap();
+    let uuid = uuid_of(&host, &["disk"]);
+    let erase = |disk: &str| -> Value {
+        let told = host.does(&["erase", disk, "--confirm", &uuid, "--revoke-key"]);
+        serde_json::from_str(&told).unwrap()
+    };
+    let receipt = erase("disk");
+    assert_eq!(receipt["keys"][0]["revoked"], Value::Null);
+    let why = receipt["keys"][0]["why"].as_str().unwrap();
+    assert!(why.contains(host.path("copy").to_str().unwrap()), "{why}");
+    host.opens("copy").unwrap();
+    let receipt = erase("copy");
+    assert_eq!(receipt["keys"][0]["key_id"], key.as_str());
+    assert_eq!(receipt["keys"][0]["revoked"], "host");
+    assert_eq!(host.audit("VolumeErased").len(), 2);
+    assert_eq!(host.audit("KeyRevoked").len(), 1);
+}
+
+#[test]
+fn a_detached_header_and_a_device_are_erased() {
+    let host = Host::new();
+    host.create("data", &["--header", "header"]);
+    let payload = fs::read(host.path("data")).unwrap();
+    let uuid = uuid_of(&host, &["data", "--header", "header"]);
+    host.does(&["erase", "data", "--header", "header", "--confirm", &uuid]);
+    assert!(fs::read(host.path("data")).unwrap() == payload);
+    host.fails(&["info", "header"], VOLUME);
+
+    let file = host.path("backing");
+    fs::File::create(&file).unwrap().set_len(64 << 20).unwrap();
+    let Some(device) = LoopDevice::over(&file, 512) else {
+        return;
+    };
+    let disk = device.path().to_str().unwrap();
+    host.does(&["create", disk]);
+    let uuid = uuid_of(&host, &[disk]);
+    let receipt: Value = serde_json::from_str(&host.does(&["erase", disk, "--confirm", &uuid])).unwrap();
+    assert_eq!(receipt["device"]["kind"], "block_device");
+    assert_eq!(receipt["erased"]["read_back"], "direct");
+    // Loop devices pass discards on to their files, which read as zeros then.
+    assert_eq!(receipt["erased"]["discarded"], true);
+    host.fails(&["info", disk], VOLUME);
+    host.does(&["create", disk]);
 }

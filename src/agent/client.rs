@@ -14,7 +14,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::Purpose;
-use super::manage::{InUse, ListVolumes, NotBackedUp, RemoveProvider, RevokeKek, ScanVolumes, Volumes};
+use super::manage::{
+    ErasedVolume, InUse, ListVolumes, NotBackedUp, RemoveProvider, RevokeKek, ScanVolumes, Volumes,
+};
 use super::service::{
     CreateKek, INTERFACE, Kek, KeyFailure, MAX_KEY_ID, MAX_WRAPPED, NamedProvider, Unwrap, WireBinding, Wrap,
 };
@@ -198,6 +200,16 @@ impl Client {
         };
         self.manage::<Removed>(name, "RemoveProvider", parameters)
             .map(drop)
+    }
+
+    /// Has the agent write down that a volume is no more.
+    ///
+    /// # Errors
+    /// [`KeyError`].
+    pub fn report_erased(&self, erased: &ErasedVolume) -> Result<(), KeyError> {
+        #[derive(Deserialize)]
+        struct Reported {}
+        self.ask::<Reported>("", "ReportErased", erased, &[]).map(drop)
     }
 
     /// Asks for what the agent may refuse for the sake of volumes.

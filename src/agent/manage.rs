@@ -4,8 +4,11 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use uuid::Uuid;
 
-use super::service::{Answered, INTERFACE, Service, check_lengths, failure, with};
+use super::audit::{AuditError, AuditLog};
+use super::audit_log;
+use super::service::{Answered, INTERFACE, MAX_PATH, Service, check_lengths, failure, with};
 use crate::control::privilege::Privilege;
 use crate::control::varlink::{Answer, MethodError, Request};
 use crate::keys::registry::{Registry, RegistryError};
@@ -73,6 +76,33 @@ pub(super) struct InUse {
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct NotBackedUp {
     pub(super) provider: String,
+}
+
+/// A volume that is no more, and what its receipt says of it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ErasedVolume {
+    /// Its UUID.
+    pub volume: Uuid,
+    /// What held its header, from / on.
+    pub path: String,
+    /// SHA-256 of its header, as it was.
+    pub header_sha256: String,
+    /// SHA-256 of what it was written over with.
+    pub written_sha256: String,
+}
+
+/// Writes to the audit log of a state directory that a volume is no more, where there is no agent.
+///
+/// # Errors
+/// [`AuditError`], above all if an agent has the log.
+pub fn record_erased(state_dir: &Path, erased: &ErasedVolume) -> Result<(), AuditError> {
+    let user = rustix::process::geteuid().as_raw();
+    let subject = serde_json::to_value(erased).expect("texts are JSON");
+    AuditLog::open(&audit_log(state_dir))?.record(
+        "VolumeErased",
+        with(with(subject, "user", user), "process", std::process::id()),
+    )
 }
 
 impl Service {
@@ -189,6 +219,33 @@ impl Service {
             .map_err(|error| self.guarded(error))?;
             self.providers().refresh();
         }
+        Ok(Answer::of(json!({})))
+    }
+
+    /// Takes the caller's word for it: that somebody says so, stands in the log with who it was.
+    pub(super) fn report_erased(&self, mut request: Request<'_>) -> Answered {
+        let erased: ErasedVolume = request.parameters()?;
+        let lengths = [
+            erased.path.len(),
+            erased.header_sha256.len(),
+            erased.written_sha256.len(),
+        ];
+        if lengths.iter().any(|len| *len > MAX_PATH) {
+            return Err(MethodError::invalid_parameter("path"));
+        }
+        let any = [Privilege::EncryptNew, Privilege::Access, Privilege::ManageKeys];
+        if !any
+            .iter()
+            .any(|&privilege| self.grants.allow(request.peer, privilege))
+        {
+            self.permit(request.peer, Privilege::EncryptNew, json!({}))?;
+        }
+        self.audited(
+            "VolumeErased",
+            request.peer,
+            serde_json::to_value(&erased).expect("texts are JSON"),
+        )?;
+        self.index.erased(erased.volume, Path::new(&erased.path));
         Ok(Answer::of(json!({})))
     }
 

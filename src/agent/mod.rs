@@ -33,6 +33,7 @@ use crate::keys::SharedProviders;
 use audit::AuditLog;
 pub use audit::{AuditError, Verified, verify};
 pub use client::Client;
+pub use manage::{ErasedVolume, record_erased};
 use service::Service;
 
 /// Where its socket is, if nobody says otherwise.

@@ -28,7 +28,7 @@ pub(super) const INTERFACE: &str = "org.sealblk.Agent";
 const MAX_NAME: usize = 64;
 pub(super) const MAX_KEY_ID: usize = 8192;
 /// The longest path of a volume (`PATH_MAX`).
-const MAX_PATH: usize = 4096;
+pub(super) const MAX_PATH: usize = 4096;
 /// The longest wrapped secret. Memory for keys is scarce, and is taken before anything is authenticated.
 pub(super) const MAX_WRAPPED: usize = wire::MAX_SECRET + 256;
 /// How many refusals of a user are logged at once, and how often one more: whoever may do nothing could fill the log too.
@@ -426,6 +426,7 @@ impl Interface for Service {
             "ListVolumes" => self.list_volumes(request),
             "ScanVolumes" => self.scan_volumes(request),
             "RevokeKek" => self.revoke_kek(request),
+            "ReportErased" => self.report_erased(request),
             "RemoveProvider" => self.remove_provider(request),
             _ => return None,
         })

@@ -302,6 +302,8 @@ fn volume_code(reason: &Reason) -> u8 {
         | Reason::ForgetCached(_)
         | Reason::ReadArea(_)
         | Reason::DamagedCopy { .. }
+        | Reason::Erase(_)
+        | Reason::NotErased
         | Reason::Entry { .. } => STORAGE,
         Reason::Keyslot { source, .. } if lacks_memory(source) => HOST,
         Reason::Cipher(CipherError::EqualHalves | CipherError::KeyLength(_)) => VOLUME,

@@ -8,6 +8,7 @@ mod agent;
 mod audit;
 mod config;
 mod create;
+mod erase;
 pub mod failure;
 mod info;
 mod key;
@@ -101,6 +102,7 @@ enum Verb {
     Rekey(rekey::Rekey),
     Provider(provider::Provider),
     Key(key::Key),
+    Erase(erase::Erase),
     Serve(serve::Serve),
     Status(served::Status),
     Lock(served::Lock),
@@ -236,6 +238,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Rekey(verb) => verb.run(&host),
         Verb::Provider(verb) => verb.run(&host),
         Verb::Key(verb) => verb.run(&host),
+        Verb::Erase(verb) => verb.run(&host),
         Verb::Serve(verb) => verb.run(&host),
         Verb::Status(verb) => verb.run(),
         Verb::Lock(verb) => verb.run(),

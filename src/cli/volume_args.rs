@@ -49,11 +49,17 @@ pub(super) struct Files {
 }
 
 impl Files {
+    /// What holds the header, and the payload if that is elsewhere.
+    pub(super) fn parts(&self) -> (&Backing, Option<&Backing>) {
+        match &self.header {
+            Some(header) => (header, Some(&self.disk)),
+            None => (&self.disk, None),
+        }
+    }
+
     pub(super) fn locked(&self) -> Result<Locked<'_>, Failure> {
-        Ok(match &self.header {
-            Some(header) => Locked::open(header, Some(&self.disk))?,
-            None => Locked::open(&self.disk, None)?,
-        })
+        let (header, payload) = self.parts();
+        Ok(Locked::open(header, payload)?)
     }
 }
 

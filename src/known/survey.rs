@@ -4,16 +4,18 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use super::{Event, Index, Known};
-use crate::keys::Binding;
+use crate::keys::{Binding, KeyId};
 use crate::storage::{Access, Backing};
-use crate::volume::Bindings;
+use crate::volume::{Bindings, HeaderError};
 
 /// How long a look at all volumes may take. Those that it has not come to are unknown.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -126,6 +128,32 @@ pub struct PassedOver {
 }
 
 impl Index {
+    /// Drops what is noted of a volume that was erased, at the place where it was: unless it is there still, or that cannot
+    /// be told.
+    pub fn erased(&self, volume: Uuid, path: &Path) {
+        let path = path.to_string_lossy();
+        let is_it = |known: &Known| known.volume == volume && known.path == path;
+        let gone = matches!(find(Path::new(&*path)), Found::NoVolume);
+        let listing = self.list().unwrap_or_default();
+        for known in listing.known.iter().filter(|known| gone && is_it(known)) {
+            if let Err(error) = self.forget(known) {
+                tracing::warn!(%error, "{path} is erased, and stays on the list of volumes");
+            }
+        }
+    }
+
+    /// Drops what is noted of a KEK that was made for a volume, which was not made.
+    pub fn unmade(&self, key_id: &KeyId) {
+        let listing = self.list().unwrap_or_default();
+        for known in listing.known.iter().filter(|known| known.key_id == *key_id) {
+            if look(known) != Standing::Bound
+                && let Err(error) = self.forget(known)
+            {
+                tracing::warn!(%error, "{} was not made, and stays on the list of volumes", known.path);
+            }
+        }
+    }
+
     /// Looks at all volumes that are known and at those in `paths`, notes what they are bound to, and drops what does not
     /// hold; with `missing`, also notes of places where nothing is.
     ///
@@ -153,6 +181,10 @@ impl Index {
                     path: told,
                     why: "nothing is there".to_owned(),
                 }),
+                Found::NoVolume => scanned.passed_over.push(PassedOver {
+                    path: told,
+                    why: NO_VOLUME.to_owned(),
+                }),
                 Found::Nothing(why) => scanned.passed_over.push(PassedOver { path: told, why }),
             }
         }
@@ -166,10 +198,14 @@ impl Index {
     }
 }
 
+const NO_VOLUME: &str = "no LUKS2 volume is there";
+
 /// What is at a place.
 enum Found {
     Volume(Bindings),
     Missing,
+    /// What is there is no volume, and was not damaged into that.
+    NoVolume,
     Nothing(String),
 }
 
@@ -190,6 +226,7 @@ impl Found {
                 }
             }
             Found::Missing => Standing::Missing,
+            Found::NoVolume => Standing::Unknown(NO_VOLUME.to_owned()),
             Found::Nothing(why) => Standing::Unknown(why.clone()),
         }
     }
@@ -203,8 +240,7 @@ fn find(path: &Path) -> Found {
         Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => return Found::Missing,
         Err(error) => return Found::Nothing(io::Error::from(error).to_string()),
     };
-    let looked = || -> Result<Bindings, String> {
-        use std::os::unix::fs::FileTypeExt;
+    let looked = || -> Result<Found, String> {
         let kind = there.metadata().map_err(|error| error.to_string())?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err("it is neither a file nor a block device".to_owned());
@@ -215,7 +251,11 @@ fn find(path: &Path) -> Found {
             let cause = std::error::Error::source(&error).map(ToString::to_string);
             cause.unwrap_or_else(|| error.to_string())
         })?;
-        Bindings::read(&backing).map_err(|error| error.to_string())
+        match Bindings::read(&backing) {
+            Ok(bindings) => Ok(Found::Volume(bindings)),
+            Err(HeaderError::NotLuks { .. }) => Ok(Found::NoVolume),
+            Err(error) => Err(error.to_string()),
+        }
     };
-    looked().map_or_else(Found::Nothing, Found::Volume)
+    looked().unwrap_or_else(Found::Nothing)
 }

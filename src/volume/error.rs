@@ -123,6 +123,16 @@ pub enum Reason {
     )]
     TokenOpensNothing { token: u32, keyslot: u32 },
 
+    #[error(
+        "its erasure has begun, so it opens no more, and cannot be finished; mend the storage, and run `sealblk erase` again"
+    )]
+    Erase(#[source] io::Error),
+    #[error(
+        "what was written over the header is not what is read back: the storage keeps something else, and the volume is \
+         not erased"
+    )]
+    NotErased,
+
     #[error("the header was replaced meanwhile (it was volume {expected}, and is {found}); try again")]
     Replaced { expected: Uuid, found: Uuid },
     #[error("its metadata were changed meanwhile by another program; try again")]

@@ -2,16 +2,22 @@
 //! everything that was not synced.
 
 use std::fmt::Debug;
+use std::fs::File;
 use std::io;
 use std::num::NonZeroU64;
 use std::ops::Range;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use rustix::fs::{Advice, fadvise};
+use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate};
+use rustix::io::Errno;
 
 use super::lock::{LockMode, MetadataLock};
 use crate::storage::{Backing, Kind};
+
+/// What direct I/O is aligned to, wherever it is to be had.
+pub const BLOCK: u64 = 4096;
 
 /// The device or file that holds a header. Transfers are whole, or errors.
 ///
@@ -44,6 +50,18 @@ pub trait HeaderIo: Debug {
 
     /// Has the next read of a range, which was synced, come from the medium and not from a cache.
     fn forget_cached(&self, range: Range<u64>) -> io::Result<()>;
+
+    /// The same file or device without a cache of this host between, where that is to be had: for transfers of whole
+    /// blocks of [`BLOCK`] bytes, from memory that begins at a multiple of that.
+    fn uncached(&self) -> io::Result<Option<File>> {
+        Ok(None)
+    }
+
+    /// Tells storage that it need not keep a range. Gives whether it took that.
+    fn discard(&self, range: Range<u64>) -> io::Result<bool> {
+        let _ = range;
+        Ok(false)
+    }
 
     /// Waits for the lock that every writer of metadata honours.
     fn lock(&self, mode: LockMode) -> io::Result<MetadataLock<'_>>;
@@ -86,6 +104,23 @@ impl HeaderIo for Backing {
     fn forget_cached(&self, range: Range<u64>) -> io::Result<()> {
         let len = NonZeroU64::new(range.end - range.start);
         Ok(fadvise(self.file(), range.start, len, Advice::DontNeed)?)
+    }
+
+    fn uncached(&self) -> io::Result<Option<File>> {
+        let file = self.data_file(BLOCK as u32).map_err(io::Error::other)?;
+        match file.is_direct() {
+            true => Ok(Some(file.as_fd().try_clone_to_owned()?.into())),
+            false => Ok(None),
+        }
+    }
+
+    fn discard(&self, range: Range<u64>) -> io::Result<bool> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match fallocate(self.file(), flags, range.start, range.end - range.start) {
+            Ok(()) => self.file().sync_all().map(|()| true),
+            Err(Errno::OPNOTSUPP | Errno::NODEV | Errno::INVAL | Errno::NOSYS) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
     }
 
     fn lock(&self, mode: LockMode) -> io::Result<MetadataLock<'_>> {

@@ -19,6 +19,7 @@
 //! create, locked, ways_in, info   what is done with a volume
 //! rekey                           a new KEK in the place of the old one
 //! bindings                        the KEKs that open it
+//! erase                           its end
 //! vault                           a key in a header without a disk
 //! plain                           a disk that is none
 //! layout, refusal                 metadata -> segments that can be served, or why not
@@ -36,6 +37,7 @@ mod binary;
 mod bindings;
 mod copies;
 mod create;
+mod erase;
 mod error;
 mod hash;
 mod header_io;
@@ -61,8 +63,9 @@ mod ways_in;
 pub use bindings::{Bindings, BoundTo};
 pub use copies::{Damage, HeaderError, HeaderState};
 pub use create::{CreateOptions, create};
+pub use erase::{Erased, erase};
 pub use error::{Reason, VolumeError};
-pub use header_io::HeaderIo;
+pub use header_io::{BLOCK, HeaderIo};
 pub use info::{CopiesInfo, Info, KdfInfo, KeyslotInfo, Purpose, SegmentInfo, TokenInfo};
 pub use kdf::{Argon2Cost, KdfError};
 pub use keyslot::KeyslotError;

@@ -5,6 +5,7 @@
 //! nothing beside it. A `linear` segment, which whoever has the storage could enter, would store in the clear what
 //! the guest takes for encrypted.
 
+use super::erase::MARK;
 use super::keyslot::{ENCRYPTION, KEY_LEN};
 use super::metadata::{CryptSegment, Digest, Id, Keyslot, Metadata, Pbkdf2Digest, Segment};
 
@@ -23,6 +24,8 @@ pub(super) fn check(metadata: &Metadata) -> Result<Served<'_>, Refusal> {
         // "offline-reencrypt", "online-reencrypt", "online-reencrypt-v2" …
         return Err(if name.contains("-reencrypt") {
             Refusal::MidReencryption
+        } else if name == MARK {
+            Refusal::MidErasure
         } else {
             Refusal::Requirement { name: name.clone() }
         });
@@ -113,6 +116,8 @@ pub enum Refusal {
          `cryptsetup reencrypt --resume-only`"
     )]
     MidReencryption,
+    #[error("its erasure was begun: nothing opens it any more; finish that with `sealblk erase`")]
+    MidErasure,
     #[error("it requires {name:?} of whoever opens it, which this version of sealblk does not know")]
     Requirement { name: String },
     #[error("segment {segment} is encrypted with {encryption}; sealblk serves {ENCRYPTION} alone")]

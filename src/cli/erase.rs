@@ -1,0 +1,330 @@
+//! `sealblk erase`: the end of a disk, with a receipt. The receipt's form is documented in docs/erase.md.
+
+use std::fs;
+use std::io::{self, BufRead, IsTerminal, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use rustix::fs::{major, minor};
+use serde::Serialize;
+use uuid::Uuid;
+
+use super::failure::Failure;
+use super::key::revoked_text;
+use super::made::Made;
+use super::size::Size;
+use super::volume_args::VolumeArgs;
+use super::{Host, Keys, output};
+use crate::agent::{ErasedVolume, Purpose, record_erased};
+use crate::keys::private;
+use crate::keys::{KeyId, Reach, Revocation};
+use crate::known::{Index, Removal};
+use crate::moment::Moment;
+use crate::storage::{Access, Backing, Kind};
+use crate::volume::{Erased, Info, erase};
+
+const AFTER_HELP: &str = "\
+Examples:
+  sealblk erase vm7.luks
+  sealblk erase /dev/vg0/vm8 --confirm 3b5b5f0e-2f5d-4c53-9d2a-5a3c1f0f7d11 --receipt vm8.receipt
+  sealblk erase vm9.data --header vm9.luks --revoke-key
+
+Destroys both copies of the header and all keyslots, so that no key opens the disk
+any more, and the data are noise. They are written over, read back from storage,
+and given back to the device where it takes that. The disk must not be in use.
+
+What no tool can promise: copies and backups of the header open with the keys of
+their time; flash, file systems and snapshots may keep blocks that were written
+over; a process that has the disk open still has its key. Where that matters,
+revoke the key too (--revoke-key), and destroy the backups.";
+
+/// Destroy a disk for good, by destroying what opens it
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub(super) struct Erase {
+    #[command(flatten)]
+    volume: VolumeArgs,
+    /// The volume's UUID, as `sealblk info` shows it; without it, it is asked for on the terminal
+    #[arg(long, value_name = "UUID")]
+    confirm: Option<String>,
+    /// Write the receipt to this file, which is made, and not to standard output
+    #[arg(long, value_name = "FILE")]
+    receipt: Option<PathBuf>,
+    /// Take the keys out of use that opened it, each if no other volume is known to need it
+    #[arg(long)]
+    revoke_key: bool,
+}
+
+/// What was done, by whom, and how it was seen to be done.
+#[derive(Serialize)]
+struct Receipt<'a> {
+    receipt: &'static str,
+    volume: Uuid,
+    path: String,
+    device: Device,
+    started: Moment,
+    finished: Moment,
+    by: By,
+    before: &'a Info,
+    header_sha256: &'a str,
+    keyslots_sha256: &'a str,
+    erased: Done<'a>,
+    keys: Vec<Revoked>,
+    not_covered: [&'static str; 3],
+}
+
+/// Where it lay.
+#[derive(Serialize)]
+struct Device {
+    kind: &'static str,
+    /// Of a block device: its number; of a file: its file system's, and its inode.
+    number: String,
+    inode: Option<u64>,
+}
+
+#[derive(Serialize)]
+struct By {
+    user: u32,
+    name: Option<String>,
+    host: Option<String>,
+    program: &'static str,
+}
+
+#[derive(Serialize)]
+struct Done<'a> {
+    offset: u64,
+    length: u64,
+    written_sha256: &'a str,
+    /// `direct`: from storage itself, past this host's cache; `cached`: after this host's cache was told to forget it.
+    read_back: &'static str,
+    discarded: bool,
+}
+
+/// What became of a key that opened it.
+#[derive(Serialize)]
+struct Revoked {
+    provider: String,
+    key_id: KeyId,
+    /// Null if it was left as it is.
+    revoked: Option<Reach>,
+    /// Then: why.
+    why: Option<String>,
+}
+
+/// The form of the receipt.
+const FORM: &str = "sealblk-erase-1";
+const NOT_COVERED: [&str; 3] = [
+    "copies and backups of the header: they open with the keys of their time",
+    "blocks that flash, a file system or a snapshot keeps of what was written over",
+    "the volume key in the memory of a process that has the disk open elsewhere",
+];
+
+impl Erase {
+    pub(super) fn run(self, host: &Host) -> Result<(), Failure> {
+        let files = self.volume.open(Access::ReadWrite)?;
+        let (header, payload) = files.parts();
+        let before = Info::read(header, payload)?;
+        self.confirm(&before)?;
+        // It is made first: nothing is erased for which there could be no receipt.
+        let mut made = Made::default();
+        if let Some(path) = &self.receipt {
+            private::create(path, &[]).map_err(|source| Failure::Make {
+                path: path.clone(),
+                source,
+            })?;
+            made.extend([path.clone()]);
+        }
+        let started = Moment::now();
+        let erased = erase(header, before.uuid)?;
+        made.keep();
+        let finished = Moment::now();
+
+        let path = std::path::absolute(header.path()).unwrap_or_else(|_| header.path().to_owned());
+        let receipt = |keys| Receipt {
+            receipt: FORM,
+            volume: before.uuid,
+            path: path.display().to_string(),
+            device: Device::of(header),
+            started,
+            finished,
+            by: By::this_process(),
+            header_sha256: &erased.header_sha256,
+            keyslots_sha256: &erased.keyslots_sha256,
+            erased: Done::of(&erased),
+            keys,
+            not_covered: NOT_COVERED,
+            before: &before,
+        };
+        // The log has it before anything else can fail.
+        let logged = host.keys(Purpose::Access).and_then(|keys| {
+            keys.report_erased(&report(&before, &path, &erased))?;
+            Ok(keys)
+        });
+        let revoked = match (&logged, self.revoke_key) {
+            (Ok(keys), true) => revoke_keys(keys, &before),
+            _ => Vec::new(),
+        };
+        let text = serde_json::to_string_pretty(&receipt(revoked))
+            .expect("numbers, texts and lists are JSON")
+            + "\n";
+        match &self.receipt {
+            Some(path) => {
+                private::replace(path, text.as_bytes()).map_err(|source| Failure::Make {
+                    path: path.clone(),
+                    source,
+                })?;
+                output::print(&format!(
+                    "{}: volume {} was erased; the receipt is in {}\n",
+                    self.volume.disk.display(),
+                    before.uuid,
+                    path.display()
+                ))?;
+            }
+            None => output::print(&text)?,
+        }
+        for text in NOT_COVERED {
+            output::note(&format!("not covered: {text}"));
+        }
+        logged.map(drop)
+    }
+
+    /// Makes sure that this volume is meant.
+    fn confirm(&self, before: &Info) -> Result<(), Failure> {
+        let wanted = before.uuid.to_string();
+        let confirmed = match &self.confirm {
+            Some(confirmed) => confirmed.clone(),
+            None if io::stdin().is_terminal() => {
+                let disk = self.volume.disk.display();
+                let _ = write!(
+                    io::stderr(),
+                    "This destroys {disk}: volume {wanted}, {} for good. Type its UUID: ",
+                    before
+                        .capacity
+                        .map_or("a disk".to_owned(), |bytes| Size(bytes).to_string())
+                );
+                let mut line = String::new();
+                let _ = io::stdin().lock().read_line(&mut line);
+                line.trim().to_owned()
+            }
+            None => String::new(),
+        };
+        match confirmed.eq_ignore_ascii_case(&wanted) {
+            true => Ok(()),
+            false => Err(Failure::Confirm { wanted }),
+        }
+    }
+}
+
+/// What the audit log is told.
+fn report(before: &Info, path: &Path, erased: &Erased) -> ErasedVolume {
+    ErasedVolume {
+        volume: before.uuid,
+        path: path.to_string_lossy().into_owned(),
+        header_sha256: erased.header_sha256.clone(),
+        written_sha256: erased.written_sha256.clone(),
+    }
+}
+
+impl Keys {
+    /// Has it written down that a volume is no more.
+    fn report_erased(&self, erased: &ErasedVolume) -> Result<(), Failure> {
+        match self {
+            Keys::Agent(client) => Ok(client.report_erased(erased)?),
+            Keys::Own(registry, _) => {
+                Index::of(registry.dir()).erased(erased.volume, Path::new(&erased.path));
+                // Without a state directory there is no log either.
+                match registry.dir().is_dir() {
+                    true => Ok(record_erased(registry.dir(), erased)?),
+                    false => Ok(()),
+                }
+            }
+        }
+    }
+}
+
+/// Takes the keys out of use that opened the volume and no other one.
+fn revoke_keys(keys: &Keys, before: &Info) -> Vec<Revoked> {
+    let named = before.tokens.iter().filter_map(|token| {
+        let key_id = KeyId(token.key_id.clone()?);
+        Some((token.provider.clone()?, key_id))
+    });
+    let revoke = |(provider, key_id): (String, KeyId)| {
+        let revocation = Revocation::Deactivate;
+        let result = keys.revoke(&provider, &key_id, revocation, &Removal::default());
+        let (revoked, why) = match result {
+            Ok(reach) => {
+                let reach = reach.unwrap_or(Reach::Host);
+                output::note(&format!(
+                    "key {key_id} of provider {provider:?}: {}",
+                    revoked_text(reach, revocation)
+                ));
+                (Some(reach), None)
+            }
+            Err(failure) => {
+                output::complain(&failure);
+                (None, Some(failure.to_string()))
+            }
+        };
+        Revoked {
+            provider,
+            key_id,
+            revoked,
+            why,
+        }
+    };
+    named.map(revoke).collect()
+}
+
+impl Device {
+    fn of(header: &Backing) -> Self {
+        let metadata = header.file().metadata().ok();
+        let number = |device| format!("{}:{}", major(device), minor(device));
+        match header.kind() {
+            Kind::BlockDevice => Self {
+                kind: "block_device",
+                number: metadata
+                    .map(|metadata| number(metadata.rdev()))
+                    .unwrap_or_default(),
+                inode: None,
+            },
+            Kind::File => Self {
+                kind: "file",
+                number: metadata
+                    .as_ref()
+                    .map(|metadata| number(metadata.dev()))
+                    .unwrap_or_default(),
+                inode: metadata.map(|metadata| metadata.ino()),
+            },
+        }
+    }
+}
+
+impl By {
+    fn this_process() -> Self {
+        let user = rustix::process::getuid().as_raw();
+        let name = uzers::get_user_by_uid(user).map(|user| user.name().to_string_lossy().into_owned());
+        let host = fs::read_to_string("/proc/sys/kernel/hostname").ok();
+        Self {
+            user,
+            name,
+            host: host.map(|host| host.trim().to_owned()),
+            program: concat!("sealblk ", env!("CARGO_PKG_VERSION")),
+        }
+    }
+}
+
+impl<'a> Done<'a> {
+    fn of(erased: &'a Erased) -> Self {
+        Self {
+            offset: 0,
+            length: erased.len,
+            written_sha256: &erased.written_sha256,
+            read_back: match erased.direct {
+                true => "direct",
+                false => "cached",
+            },
+            discarded: erased.discarded,
+        }
+    }
+}

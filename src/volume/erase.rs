@@ -1,0 +1,224 @@
+//! Crypto-erase: a volume's header and keyslots are destroyed, and with them all that could ever give its volume key.
+//!
+//! ```text
+//! mark       the header requires `sealblk-erase` of whoever opens it: nothing opens the volume any more, and all say why
+//! keyslots   the whole area is written over, and read back
+//! header     both copies are written over, and read back
+//! discard    the device is told that it need not keep the blocks
+//! ```
+//!
+//! A crash leaves a volume that opens, one that says that its erasure was begun (and whose erasure can be begun anew), or
+//! none. At no step a header promises a way in that is destroyed, and none is taken for erased that is not.
+//!
+//! What is beyond reach: copies and backups of the header, blocks that flash or a file system keeps of what was written over,
+//! and a key in the memory of a process that still has the volume open.
+
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+
+use sha2::{Digest, Sha256};
+use uuid::Uuid;
+
+use super::copies::{self, Found, HeaderError};
+use super::error::{Reason, VolumeError};
+use super::header_io::{BLOCK, HeaderIo};
+use super::lock::{LockMode, MetadataLock};
+use super::metadata::{Other, Requirements};
+
+/// What the header of a volume requires that is being erased.
+pub(super) const MARK: &str = "sealblk-erase";
+
+/// What was erased, and how it was seen to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Erased {
+    /// Length of what was written over, from the start of the header.
+    pub len: u64,
+    /// SHA-256 of both copies of the header, as they were.
+    pub header_sha256: String,
+    /// SHA-256 of the keyslots area, as it was.
+    pub keyslots_sha256: String,
+    /// SHA-256 of what was written over it all, and read back.
+    pub written_sha256: String,
+    /// Whether it was written and read back without a cache of this host between.
+    pub direct: bool,
+    /// Whether the device or file system took the discard.
+    pub discarded: bool,
+}
+
+/// Erases the volume whose header is in `io`, if its UUID is `expected`.
+///
+/// # Errors
+/// [`VolumeError`]. Once the header is marked the volume opens no more; then the erasure is to be begun anew.
+pub fn erase(io: &dyn HeaderIo, expected: Uuid) -> Result<Erased, VolumeError> {
+    Erasure::begin(io, expected)
+        .and_then(Erasure::finish)
+        .map_err(|reason| reason.at(io.path()))
+}
+
+/// A volume that is marked, and locked.
+struct Erasure<'io> {
+    surface: Surface<'io>,
+    header: Range<u64>,
+    keyslots: Range<u64>,
+    header_sha256: String,
+    keyslots_sha256: String,
+    _lock: MetadataLock<'io>,
+}
+
+impl<'io> Erasure<'io> {
+    fn begin(io: &'io dyn HeaderIo, expected: Uuid) -> Result<Self, Reason> {
+        if io.read_only() {
+            return Err(Reason::ReadOnly);
+        }
+        let lock = io.lock(LockMode::Write).map_err(Reason::Lock)?;
+        let found = copies::read(io)?;
+        let uuid = found.header().binary.uuid;
+        if uuid != expected {
+            return Err(Reason::Replaced {
+                expected,
+                found: uuid,
+            });
+        }
+        let (copies_end, end) = (2 * found.header().binary.header_size, found.header().end());
+        let surface = Surface::new(io, end)?;
+        let (header, keyslots) = (0..copies_end, copies_end..end);
+        let (header_sha256, keyslots_sha256) = (surface.hash(&header)?, surface.hash(&keyslots)?);
+        let mut marked = match found {
+            Found::Sound(header) => header,
+            Found::NeedsRecovery(recoverable) => recoverable.recover(io)?,
+        };
+        if !marked.metadata.config.mandatory().iter().any(|name| name == MARK) {
+            let requirements = marked.metadata.config.requirements.get_or_insert(Requirements {
+                mandatory: None,
+                other: Other::new(),
+            });
+            let mandatory = requirements.mandatory.get_or_insert_default();
+            mandatory.push(MARK.to_owned());
+            marked.commit(io)?;
+        }
+        Ok(Self {
+            surface,
+            header,
+            keyslots,
+            header_sha256,
+            keyslots_sha256,
+            _lock: lock,
+        })
+    }
+
+    fn finish(self) -> Result<Erased, Reason> {
+        let mut written = Sha256::new();
+        // The header goes last: as long as it is there, it says what is going on.
+        for range in [&self.keyslots, &self.header] {
+            self.surface.write_over(range, &mut written)?;
+        }
+        let io = self.surface.io;
+        let end = self.keyslots.end;
+        let discarded = io.discard(0..end).map_err(Reason::Erase)?;
+        io.forget_cached(0..end).map_err(Reason::ForgetCached)?;
+        match copies::read(io) {
+            Err(HeaderError::NotLuks { .. }) => {}
+            Err(error @ HeaderError::Read(_)) => return Err(error.into()),
+            _ => return Err(Reason::NotErased),
+        }
+        Ok(Erased {
+            len: end,
+            header_sha256: self.header_sha256,
+            keyslots_sha256: self.keyslots_sha256,
+            written_sha256: hex(written),
+            direct: self.surface.direct.is_some(),
+            discarded,
+        })
+    }
+}
+
+/// What lies under the header, as near to the medium as it can be had.
+struct Surface<'io> {
+    io: &'io dyn HeaderIo,
+    direct: Option<File>,
+}
+
+impl<'io> Surface<'io> {
+    fn new(io: &'io dyn HeaderIo, end: u64) -> Result<Self, Reason> {
+        let direct = match end.is_multiple_of(BLOCK) {
+            true => io.uncached().map_err(Reason::Erase)?,
+            false => None,
+        };
+        Ok(Self { io, direct })
+    }
+
+    /// Writes noise over `range`, adds it to `written`, and reads it back.
+    fn write_over(&self, range: &Range<u64>, written: &mut Sha256) -> Result<(), Reason> {
+        let mut expected = Sha256::new();
+        let mut piece = Piece::new();
+        for part in parts(range) {
+            let bytes = piece.of(&part);
+            getrandom::fill(bytes).map_err(Reason::Random)?;
+            match &self.direct {
+                Some(file) => file.write_all_at(bytes, part.start),
+                None => self.io.write_at(bytes, part.start),
+            }
+            .map_err(Reason::Erase)?;
+            expected.update(&bytes);
+            written.update(&bytes);
+        }
+        self.io.sync().map_err(Reason::Erase)?;
+        match self.hash(range)? == hex(expected) {
+            true => Ok(()),
+            false => Err(Reason::NotErased),
+        }
+    }
+
+    /// The SHA-256 of a range, as it stands on storage.
+    fn hash(&self, range: &Range<u64>) -> Result<String, Reason> {
+        let mut hash = Sha256::new();
+        let mut piece = Piece::new();
+        self.io
+            .forget_cached(range.clone())
+            .map_err(Reason::ForgetCached)?;
+        for part in parts(range) {
+            let bytes = piece.of(&part);
+            match &self.direct {
+                Some(file) => file.read_exact_at(bytes, part.start),
+                None => self.io.read_at(bytes, part.start),
+            }
+            .map_err(Reason::ReadArea)?;
+            hash.update(&bytes);
+        }
+        Ok(hex(hash))
+    }
+}
+
+fn parts(range: &Range<u64>) -> impl Iterator<Item = Range<u64>> {
+    let end = range.end;
+    range
+        .clone()
+        .step_by(PIECE as usize)
+        .map(move |start| start..end.min(start + PIECE))
+}
+
+fn hex(hash: Sha256) -> String {
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// A buffer that begins where direct I/O wants it.
+struct Piece {
+    bytes: Vec<u8>,
+    start: usize,
+}
+
+impl Piece {
+    fn new() -> Self {
+        let bytes = vec![0; (PIECE + BLOCK) as usize];
+        let start = bytes.as_ptr().align_offset(BLOCK as usize);
+        Self { bytes, start }
+    }
+
+    /// As much of it as `part` takes.
+    fn of(&mut self, part: &Range<u64>) -> &mut [u8] {
+        &mut self.bytes[self.start..][..(part.end - part.start) as usize]
+    }
+}
+
+const PIECE: u64 = 1 << 20;
