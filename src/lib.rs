@@ -11,7 +11,7 @@
 //! device   what the guest sees: virtio-blk over vhost-user
 //! known    the volumes that this host has bound or opened: hints, each looked up in the volume itself
 //! volume   LUKS2 on storage, and the segment table that maps sectors to it
-//! cipher, storage, keys
+//! cipher, storage, keys, tpm
 //! moment   points in time, as they are written
 //! ```
 
@@ -25,4 +25,5 @@ pub mod known;
 pub mod moment;
 pub mod served;
 pub mod storage;
+pub mod tpm;
 pub mod volume;

@@ -18,6 +18,7 @@ pub mod queue;
 pub mod secrets;
 pub mod serve;
 pub mod storage;
+pub mod swtpm;
 pub mod volume;
 
 use std::time::Duration;

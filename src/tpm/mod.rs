@@ -1,0 +1,124 @@
+//! The host's TPM 2.0: proofs of what the host is and has booted, and secrets that only this host, booted so, gets back.
+//!
+//! ```text
+//! device    where a TPM is, and bytes to it and from it
+//! command   one command and its answer: handles, sessions, parameters (TPM 2.0 Library, part 1, 18)
+//! session   authorisation sessions that encrypt a secret on its way through the TPM's bus
+//! pcr       which registers, and what they hold
+//! attest    keys that only this TPM has, what they sign of its registers, and how to read that
+//! seal      a secret under this TPM's storage key, bound to registers
+//! ```
+//!
+//! Structures that a TPM or a stranger has made are read by the crate tpm2-protocol, which is pure Rust: no C library is in
+//! a process that has keys. Names are those of the TPM 2.0 Library specification, revision 1.59.
+
+pub mod attest;
+mod command;
+mod device;
+pub mod pcr;
+pub mod seal;
+mod session;
+
+use std::fmt;
+use std::io;
+
+use tpm2_protocol::data::TpmRc;
+
+pub use device::{DEFAULT_DEVICE, Device};
+
+use device::Stream;
+
+/// A TPM that answers.
+#[derive(Debug)]
+pub struct Tpm {
+    device: Device,
+    stream: Stream,
+}
+
+/// What a TPM does not do for us.
+#[derive(Debug, thiserror::Error)]
+#[error("the TPM at {device}: {what}")]
+pub struct TpmError {
+    /// Which one.
+    pub device: String,
+    /// Why.
+    #[source]
+    pub what: TpmFailure,
+}
+
+/// Why not.
+#[derive(Debug, thiserror::Error)]
+pub enum TpmFailure {
+    /// There is none, or it does not answer.
+    #[error("it does not answer; name another with --tpm, or see that this user may use it")]
+    Io(#[from] io::Error),
+    /// Its answer is none.
+    #[error("its answer to {command} makes no sense: {what}")]
+    Garbled {
+        /// The command.
+        command: &'static str,
+        /// What is wrong with it.
+        what: &'static str,
+    },
+    /// It says no.
+    #[error("{command} is refused: {code}")]
+    Refused {
+        /// The command.
+        command: &'static str,
+        /// Its response code.
+        code: Code,
+    },
+    /// It is not the TPM that it was, or its registers are not what they were.
+    #[error("{0}")]
+    Changed(&'static str),
+    /// This host has no memory or no random numbers.
+    #[error("this host cannot hold the secret")]
+    Host(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// A response code (TPM_RC).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Code(pub u32);
+
+impl Code {
+    /// The same, whichever handle, session or parameter it is about.
+    fn is(self, error: u32) -> bool {
+        match error & 0x80 {
+            0 => self.0 == error,
+            _ => self.0 & 0xbf == error,
+        }
+    }
+}
+
+impl fmt::Display for Code {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match TpmRc::try_from(self.0) {
+            Ok(name) => write!(f, "{name} ({:#x})", self.0),
+            Err(_) => write!(f, "response code {:#x}", self.0),
+        }
+    }
+}
+
+impl Tpm {
+    /// Opens a TPM.
+    ///
+    /// # Errors
+    /// If there is none that answers.
+    pub fn open(device: &Device) -> Result<Self, TpmError> {
+        let stream = Stream::open(device).map_err(|e| TpmError {
+            device: device.to_string(),
+            what: e.into(),
+        })?;
+        Ok(Self {
+            device: device.clone(),
+            stream,
+        })
+    }
+
+    fn failed(&self, what: impl Into<TpmFailure>) -> TpmError {
+        TpmError {
+            device: self.device.to_string(),
+            what: what.into(),
+        }
+    }
+}

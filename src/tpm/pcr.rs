@@ -1,0 +1,162 @@
+//! Platform configuration registers: what was booted, measured into 24 registers of the SHA-256 bank.
+
+use std::fmt;
+use std::str::FromStr;
+
+use sha2::{Digest, Sha256};
+use tpm2_protocol::data::TpmCc;
+
+use super::command::{Command, Marshal};
+use super::{Tpm, TpmError, TpmFailure};
+
+/// How many registers there are.
+pub const COUNT: u8 = 24;
+/// TPM_ALG_SHA256.
+const SHA256: u16 = 0x000b;
+
+/// What a register holds.
+pub type Value = [u8; 32];
+
+/// Some of the registers, as in `0,2,4,7`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Selection(u32);
+
+/// A text that names no registers.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:?} names no registers; write some of 0 to 23 with commas between them, as in 0,4,7")]
+pub struct SelectionError(String);
+
+impl Selection {
+    /// All of them.
+    pub const ALL: Self = Self((1 << COUNT) - 1);
+
+    /// Their numbers, in order.
+    pub fn registers(self) -> impl Iterator<Item = u8> {
+        (0..COUNT).filter(move |register| self.0 & (1 << register) != 0)
+    }
+
+    /// Whether this register is one of them.
+    pub fn contains(self, register: u8) -> bool {
+        self.registers().any(|other| other == register)
+    }
+
+    /// Registers by the bits of a TPMS_PCR_SELECT, if there are such.
+    pub(super) fn from_bits(select: &[u8]) -> Option<Self> {
+        let mut bits = [0; 4];
+        bits.get_mut(..select.len())?.copy_from_slice(select);
+        let selection = Self(u32::from_le_bytes(bits));
+        (selection.0 & !Self::ALL.0 == 0).then_some(selection)
+    }
+
+    /// TPML_PCR_SELECTION of these registers of the SHA-256 bank.
+    pub(super) fn marshal(self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        bytes.u32(1);
+        bytes.u16(SHA256);
+        bytes.push(3);
+        bytes.extend_from_slice(&self.0.to_le_bytes()[..3]);
+        bytes
+    }
+
+    /// The digest that stands for `values` of these registers, one for each.
+    pub fn digest(self, values: &[Value; COUNT as usize]) -> [u8; 32] {
+        let mut hash = Sha256::new();
+        for register in self.registers() {
+            hash.update(values[usize::from(register)]);
+        }
+        hash.finalize().into()
+    }
+}
+
+impl FromStr for Selection {
+    type Err = SelectionError;
+
+    fn from_str(text: &str) -> Result<Self, SelectionError> {
+        let mut registers = 0;
+        for part in text.split(',') {
+            match part.trim().parse::<u8>() {
+                Ok(register) if register < COUNT => registers |= 1 << register,
+                _ => return Err(SelectionError(text.to_owned())),
+            }
+        }
+        Ok(Self(registers))
+    }
+}
+
+impl TryFrom<String> for Selection {
+    type Error = SelectionError;
+
+    fn try_from(text: String) -> Result<Self, SelectionError> {
+        text.parse()
+    }
+}
+
+impl From<Selection> for String {
+    fn from(selection: Selection) -> Self {
+        selection.to_string()
+    }
+}
+
+impl fmt::Display for Selection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (n, register) in self.registers().enumerate() {
+            let comma = if n == 0 { "" } else { "," };
+            write!(f, "{comma}{register}")?;
+        }
+        Ok(())
+    }
+}
+
+impl Tpm {
+    /// What all registers of the SHA-256 bank hold.
+    ///
+    /// # Errors
+    /// If the TPM has no such bank, or does not answer.
+    pub fn read_pcrs(&mut self) -> Result<[Value; COUNT as usize], TpmError> {
+        const NAME: &str = "TPM2_PCR_Read";
+        let mut values = [Value::default(); COUNT as usize];
+        let mut wanted = Selection::ALL;
+        // A TPM answers with a few at a time.
+        while wanted.0 != 0 {
+            let command = Command::new(TpmCc::PcrRead, NAME).parameters(wanted.marshal());
+            let mut answer = self.run(command)?;
+            let read = answer.read(|reader| {
+                reader.u32()?;
+                let (banks, bank, [3]) = (reader.u32()?, reader.u16()?, reader.take(1)?) else {
+                    return None;
+                };
+                let read = Selection(Selection::from_bits(reader.take(3)?)?.0 & wanted.0);
+                if (banks, bank) != (1, SHA256)
+                    || usize::try_from(reader.u32()?).ok()? != read.registers().count()
+                {
+                    return None;
+                }
+                for register in read.registers() {
+                    values[usize::from(register)] = reader.sized()?.try_into().ok()?;
+                }
+                Some(read)
+            });
+            let read = read.map_err(|e| self.failed(e))?;
+            if read.0 == 0 {
+                return Err(self.failed(TpmFailure::Changed("it has no registers of SHA-256")));
+            }
+            wanted.0 &= !read.0;
+        }
+        Ok(values)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn selections_are_written_as_operators_write_them() {
+        let selection: Selection = "7, 0,4,7".parse().unwrap();
+        assert_eq!(selection.to_string(), "0,4,7");
+        assert_eq!(selection.marshal(), [0, 0, 0, 1, 0, 0x0b, 3, 0x91, 0, 0]);
+        for wrong in ["", "24", "a", "1,,2", "-1", "0-7"] {
+            wrong.parse::<Selection>().unwrap_err();
+        }
+    }
+}

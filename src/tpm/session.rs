@@ -1,0 +1,207 @@
+//! Authorisation sessions that encrypt a secret on its way through the TPM's bus (TPM 2.0 Library, part 1, 19 and 21).
+//!
+//! The session's key comes from a salt that only the TPM's storage key can read; every command and answer of it carries an
+//! HMAC, and its first parameter, the secret, is encrypted by AES-128-CFB. So who listens on the bus between processor and TPM
+//! learns nothing, and who alters what passes is found out.
+
+use aes::cipher::KeyIvInit;
+use hmac::{Hmac, KeyInit, Mac};
+use ring::agreement::{ECDH_P256, EphemeralPrivateKey, UnparsedPublicKey, agree_ephemeral};
+use ring::rand::SystemRandom;
+use sha2::{Digest, Sha256};
+use subtle::ConstantTimeEq;
+use tpm2_protocol::data::TpmCc;
+use zeroize::Zeroizing;
+
+use super::command::{Command, Marshal, Reader};
+use super::seal::StorageKey;
+use super::{Tpm, TpmError, TpmFailure};
+use crate::keys::arena::on_wiped_stack;
+
+/// TPMA_SESSION: it goes on after the command; the first parameter of the command, and of the answer, is encrypted.
+pub(super) const CONTINUE: u8 = 0x01;
+pub(super) const DECRYPT: u8 = 0x20;
+pub(super) const ENCRYPT: u8 = 0x40;
+
+/// TPM_SE.
+#[derive(Clone, Copy)]
+pub(super) enum Kind {
+    Hmac = 0,
+    Policy = 1,
+}
+
+/// TPM_RH_NULL: bound to nothing.
+const NULL: u32 = 0x4000_0007;
+const NONCE: usize = 32;
+
+/// A session of ours in the TPM.
+pub(super) struct Session {
+    pub(super) handle: u32,
+    key: Zeroizing<[u8; 32]>,
+    nonce_caller: [u8; NONCE],
+    nonce_tpm: Vec<u8>,
+    encrypts_answer: bool,
+}
+
+impl Session {
+    pub(super) fn nonce_caller(&self) -> &[u8] {
+        &self.nonce_caller
+    }
+
+    /// Makes a session whose key is known to the TPM of `parent` alone.
+    pub(super) fn start(tpm: &mut Tpm, kind: Kind, parent: &StorageKey) -> Result<Self, TpmError> {
+        let host = |tpm: &Tpm| {
+            let error = std::io::Error::other("the random number generator fails");
+            tpm.failed(TpmFailure::Host(error.into()))
+        };
+        let mut nonce_caller = [0; NONCE];
+        getrandom::fill(&mut nonce_caller).map_err(|_| host(tpm))?;
+        let private =
+            EphemeralPrivateKey::generate(&ECDH_P256, &SystemRandom::new()).map_err(|_| host(tpm))?;
+        let public = private.compute_public_key().map_err(|_| host(tpm))?;
+        // An uncompressed point: 4, x, y.
+        let (our_x, our_y) = public.as_ref()[1..].split_at(32);
+        let peer = [&[4][..], &parent.x, &parent.y].concat();
+        let salt = agree_ephemeral(private, &UnparsedPublicKey::new(&ECDH_P256, peer), |z| {
+            on_wiped_stack(|| kdfe(z, "SECRET", our_x, &parent.x))
+        });
+        let salt =
+            salt.map_err(|_| tpm.failed(TpmFailure::Changed("its storage key is no point of P-256")))?;
+
+        let mut parameters = Vec::new();
+        parameters.sized(&nonce_caller);
+        let mut point = Vec::new();
+        point.sized(our_x);
+        point.sized(our_y);
+        parameters.sized(&point);
+        parameters.push(kind as u8);
+        // AES, 128 bits, CFB; SHA-256.
+        [0x0006, 0x0080, 0x0043, 0x000b]
+            .into_iter()
+            .for_each(|value| parameters.u16(value));
+        let command = Command::new(TpmCc::StartAuthSession, "TPM2_StartAuthSession")
+            .handle(parent.handle)
+            .handle(NULL)
+            .parameters(parameters)
+            .answers_handle();
+        let mut answer = tpm.run(command)?;
+        let nonce_tpm = answer.sized().map_err(|e| tpm.failed(e))?;
+        let key = on_wiped_stack(|| kdfa(&salt[..], "ATH", &nonce_tpm, &nonce_caller));
+        Ok(Self {
+            handle: answer.handle(),
+            key,
+            nonce_caller,
+            nonce_tpm,
+            encrypts_answer: false,
+        })
+    }
+
+    /// Begins a command: a fresh nonce, and, with [`DECRYPT`], its first parameter encrypted.
+    pub(super) fn begin(&mut self, attributes: u8, parameters: &mut [u8]) -> Result<(), TpmFailure> {
+        getrandom::fill(&mut self.nonce_caller).map_err(|e| TpmFailure::Host(e.into()))?;
+        self.encrypts_answer = attributes & ENCRYPT != 0;
+        if attributes & DECRYPT != 0 {
+            let first = first_parameter(parameters).expect("it has one");
+            self.cipher(&self.nonce_caller, &self.nonce_tpm, first, Direction::Encrypt);
+        }
+        Ok(())
+    }
+
+    /// The HMAC of a command.
+    pub(super) fn authorise(&self, code: u32, names: &[u8], parameters: &[u8], attributes: u8) -> [u8; 32] {
+        let digest = Sha256::new()
+            .chain_update(code.to_be_bytes())
+            .chain_update(names)
+            .chain_update(parameters)
+            .finalize();
+        self.hmac(&digest, &self.nonce_caller, &self.nonce_tpm, attributes)
+    }
+
+    /// Takes an answer: its HMAC is checked, and its first parameter decrypted, if that was asked for.
+    pub(super) fn end(
+        &mut self,
+        code: u32,
+        parameters: &mut [u8],
+        nonce: &[u8],
+        attributes: u8,
+        hmac: &[u8],
+    ) -> Option<()> {
+        let digest = Sha256::new()
+            .chain_update(0_u32.to_be_bytes())
+            .chain_update(code.to_be_bytes())
+            .chain_update(&*parameters)
+            .finalize();
+        nonce.clone_into(&mut self.nonce_tpm);
+        let expected = self.hmac(&digest, &self.nonce_tpm, &self.nonce_caller, attributes);
+        if !bool::from(expected[..].ct_eq(hmac)) {
+            return None;
+        }
+        if self.encrypts_answer {
+            let first = first_parameter(parameters)?;
+            self.cipher(&self.nonce_tpm, &self.nonce_caller, first, Direction::Decrypt);
+        }
+        Some(())
+    }
+
+    fn hmac(&self, digest: &[u8], newer: &[u8], older: &[u8], attributes: u8) -> [u8; 32] {
+        on_wiped_stack(|| {
+            let mut hmac = Hmac::<Sha256>::new_from_slice(&self.key[..]).expect("any length will do");
+            for part in [digest, newer, older, &[attributes]] {
+                hmac.update(part);
+            }
+            hmac.finalize().into_bytes().into()
+        })
+    }
+
+    fn cipher(&self, newer: &[u8], older: &[u8], bytes: &mut [u8], direction: Direction) {
+        on_wiped_stack(|| {
+            let secret = kdfa(&self.key[..], "CFB", newer, older);
+            let (key, iv) = secret.split_at(16);
+            match direction {
+                Direction::Encrypt => cfb_mode::Encryptor::<aes::Aes128>::new_from_slices(key, iv)
+                    .expect("both are as long as they have to be")
+                    .encrypt(bytes),
+                Direction::Decrypt => cfb_mode::Decryptor::<aes::Aes128>::new_from_slices(key, iv)
+                    .expect("both are as long as they have to be")
+                    .decrypt(bytes),
+            }
+        });
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Direction {
+    Encrypt,
+    Decrypt,
+}
+
+/// The bytes of the first parameter, which is a TPM2B.
+fn first_parameter(parameters: &mut [u8]) -> Option<&mut [u8]> {
+    let len = Reader(parameters).u16()?;
+    parameters[2..].get_mut(..len.into())
+}
+
+/// KDFa of 256 bits (part 1, 11.4.10.2): one block of HMAC-SHA256.
+fn kdfa(key: &[u8], label: &str, u: &[u8], v: &[u8]) -> Zeroizing<[u8; 32]> {
+    let mut hmac = Hmac::<Sha256>::new_from_slice(key).expect("any length will do");
+    for part in [
+        &1_u32.to_be_bytes(),
+        label.as_bytes(),
+        &[0],
+        u,
+        v,
+        &256_u32.to_be_bytes(),
+    ] {
+        hmac.update(part);
+    }
+    Zeroizing::new(hmac.finalize().into_bytes().into())
+}
+
+/// KDFe of 256 bits (part 1, 11.4.10.3): one block of SHA-256.
+fn kdfe(z: &[u8], label: &str, u: &[u8], v: &[u8]) -> Zeroizing<[u8; 32]> {
+    let mut hash = Sha256::new();
+    for part in [&1_u32.to_be_bytes(), z, label.as_bytes(), &[0], u, v] {
+        hash.update(part);
+    }
+    Zeroizing::new(hash.finalize().into())
+}

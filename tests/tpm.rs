@@ -1,0 +1,276 @@
+//! A real TPM (swtpm), and what we make of it, judged by tpm2-tools.
+
+mod common;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixListener;
+use std::thread;
+use std::time::Duration;
+
+use common::Random;
+use common::swtpm::Swtpm;
+use sealblk::keys::arena::SecretBytes;
+use sealblk::tpm::attest::{Attested, RsaPublic, is_of_another_tpm, name};
+use sealblk::tpm::{Device, Tpm, TpmError, TpmFailure};
+
+fn open(tpm: &Swtpm) -> Tpm {
+    Tpm::open(&Device::from(tpm.device())).unwrap()
+}
+
+fn changed(error: &TpmError) -> &'static str {
+    match error.what {
+        TpmFailure::Changed(what) => what,
+        ref other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_sealed_secret_comes_back_until_a_register_changes() {
+    let mut swtpm = Swtpm::new();
+    let secret = SecretBytes::random(32).unwrap();
+    let sealed = open(&swtpm).seal(&secret, "0,7".parse().unwrap()).unwrap();
+    assert!(open(&swtpm).unseal(&sealed).unwrap().ct_eq(&secret));
+    // Of the secret, nothing is in what is kept.
+    let text = serde_json::to_string(&sealed).unwrap();
+    assert_eq!(
+        serde_json::from_str::<sealblk::tpm::seal::Sealed>(&text).unwrap(),
+        sealed
+    );
+
+    // Nothing is left in the TPM that would fill it.
+    for _ in 0..20 {
+        assert!(open(&swtpm).unseal(&sealed).unwrap().ct_eq(&secret));
+    }
+    swtpm.extend(4);
+    assert!(open(&swtpm).unseal(&sealed).unwrap().ct_eq(&secret));
+    swtpm.extend(7);
+    let error = open(&swtpm).unseal(&sealed).unwrap_err();
+    assert!(changed(&error).contains("registers"), "{error}");
+    // A host that boots as it did has the registers of then.
+    swtpm.stop();
+    swtpm.start();
+    assert!(open(&swtpm).unseal(&sealed).unwrap().ct_eq(&secret));
+
+    let error = open(&Swtpm::new()).unseal(&sealed).unwrap_err();
+    assert!(changed(&error).contains("another TPM"), "{error}");
+    swtpm.tool("clear", &[]);
+    let error = open(&swtpm).unseal(&sealed).unwrap_err();
+    assert!(changed(&error).contains("cleared"), "{error}");
+}
+
+#[test]
+fn a_sealed_secret_that_was_altered_does_not_come_back() {
+    let swtpm = Swtpm::new();
+    let secret = SecretBytes::random(32).unwrap();
+    let sealed = open(&swtpm).seal(&secret, "7".parse().unwrap()).unwrap();
+    let text = serde_json::to_string(&sealed).unwrap();
+    let mut random = Random::new(1);
+    for _ in 0..40 {
+        let mut bytes = text.clone().into_bytes();
+        let at = (random.next() % bytes.len() as u64) as usize;
+        bytes[at] = match bytes[at] {
+            b'A' => b'B',
+            byte if byte.is_ascii_alphanumeric() => b'A',
+            byte => byte ^ 1,
+        };
+        let Ok(altered) = serde_json::from_slice::<sealblk::tpm::seal::Sealed>(&bytes) else {
+            continue;
+        };
+        assert!(
+            open(&swtpm).unseal(&altered).is_err(),
+            "{}",
+            String::from_utf8_lossy(&bytes)
+        );
+    }
+    assert!(open(&swtpm).unseal(&sealed).unwrap().ct_eq(&secret));
+}
+
+#[test]
+fn quotes_hold_for_tpm2_checkquote_and_registers_are_those_of_tpm2_pcrread() {
+    let swtpm = Swtpm::new();
+    swtpm.extend(4);
+    let key = open(&swtpm).create_attestation_key().unwrap();
+    let quote = open(&swtpm)
+        .quote(&key, b"once", "0,4,7".parse().unwrap())
+        .unwrap();
+    assert_eq!(quote.pcrs[0], [0; 32]);
+    assert_ne!(quote.pcrs[4], [0; 32]);
+    let attested = Attested::parse(&quote.message).unwrap();
+    assert_eq!(attested.qualifying, b"once");
+    assert_eq!(attested.digest, attested.pcrs.digest(&quote.pcrs));
+
+    // TPM2B_PUBLIC, which tpm2_print makes a PEM of; the values of the registers one after the other.
+    let public = [&(key.public.len() as u16).to_be_bytes()[..], &key.public].concat();
+    fs::write(swtpm.path("ak.pub"), public).unwrap();
+    fs::write(swtpm.path("message"), &quote.message).unwrap();
+    fs::write(swtpm.path("signature"), &quote.signature).unwrap();
+    swtpm.tool("print", &["--type", "TPM2B_PUBLIC", "--format", "pem", "ak.pub"]);
+    let mut print = std::process::Command::new("tpm2_print");
+    let pem = common::volume::run(print.current_dir(swtpm.path("")).args([
+        "-t",
+        "TPM2B_PUBLIC",
+        "-f",
+        "pem",
+        "ak.pub",
+    ]));
+    fs::write(swtpm.path("ak.pem"), pem.stdout).unwrap();
+    swtpm.tool("pcrread", &["sha256:0,4,7", "--output", "pcrs"]);
+    let read = fs::read(swtpm.path("pcrs")).unwrap();
+    assert_eq!(read, [0, 4, 7].map(|register| quote.pcrs[register]).concat());
+    let check = [
+        "--public",
+        "ak.pem",
+        "--message",
+        "message",
+        "--signature",
+        "signature",
+    ];
+    let check = [
+        &check[..],
+        &[
+            "--pcr",
+            "pcrs",
+            "--pcr-list",
+            "sha256:0,4,7",
+            "--hash-algorithm",
+            "sha256",
+        ],
+    ]
+    .concat();
+    swtpm.tool(
+        "checkquote",
+        &[&check[..], &["--qualification", &hex(b"once")]].concat(),
+    );
+
+    // The same key, loaded by another TPM, is refused.
+    let error = open(&Swtpm::new())
+        .quote(&key, b"once", "0".parse().unwrap())
+        .unwrap_err();
+    assert!(is_of_another_tpm(&error), "{error}");
+}
+
+#[test]
+fn credentials_of_tpm2_makecredential_are_activated_and_those_for_others_are_not() {
+    let swtpm = Swtpm::new();
+    let ek = open(&swtpm).endorsement_key().unwrap();
+    let key = open(&swtpm).create_attestation_key().unwrap();
+    RsaPublic::endorsement(&ek.public).unwrap();
+    RsaPublic::attestation(&key.public).unwrap();
+    RsaPublic::attestation(&ek.public).unwrap_err();
+    RsaPublic::endorsement(&key.public).unwrap_err();
+
+    // The maker's certificate holds, and is for the same key.
+    fs::write(swtpm.path("ek.der"), ek.certificate.as_ref().unwrap()).unwrap();
+    swtpm.tool(
+        "createek",
+        &[
+            "--key-algorithm",
+            "rsa",
+            "--ek-context",
+            "ek.ctx",
+            "--public",
+            "ek.pub",
+        ],
+    );
+    let theirs = fs::read(swtpm.path("ek.pub")).unwrap();
+    assert_eq!(theirs[2..], ek.public);
+    let mut x509 = std::process::Command::new("openssl");
+    x509.current_dir(swtpm.path(""));
+    common::volume::run(x509.args(["x509", "-inform", "DER", "-in", "ek.der", "-noout"]));
+
+    fs::write(swtpm.path("secret"), b"released").unwrap();
+    let make = |name: &[u8]| {
+        let args = [
+            "--tcti",
+            "none",
+            "--encryption-key",
+            "ek.pub",
+            "--secret",
+            "secret",
+        ];
+        let name = hex(name);
+        let args = [&args[..], &["--name", &name, "--credential-blob", "credential"]].concat();
+        swtpm.tool("makecredential", &args);
+        // A magic number and a version, then TPM2B_ID_OBJECT and TPM2B_ENCRYPTED_SECRET.
+        let bytes = fs::read(swtpm.path("credential")).unwrap();
+        let sized = |at: usize| {
+            let len = usize::from(u16::from_be_bytes([bytes[at], bytes[at + 1]]));
+            bytes[at + 2..at + 2 + len].to_vec()
+        };
+        let credential = sized(8);
+        let secret = sized(8 + 2 + credential.len());
+        (credential, secret)
+    };
+    let (credential, secret) = make(&name(&key.public));
+    let activated = open(&swtpm).activate(&key, &credential, &secret).unwrap();
+    assert_eq!(&activated[..], b"released");
+
+    let other = open(&swtpm).create_attestation_key().unwrap();
+    open(&swtpm).activate(&other, &credential, &secret).unwrap_err();
+    let elsewhere = Swtpm::new();
+    let theirs = open(&elsewhere).create_attestation_key().unwrap();
+    open(&elsewhere)
+        .activate(&theirs, &credential, &secret)
+        .unwrap_err();
+}
+
+/// What answers is no TPM, or one that somebody stands in front of.
+#[test]
+fn answers_that_are_hostile_are_errors() {
+    let swtpm = Swtpm::new();
+    let sealed = open(&swtpm)
+        .seal(&SecretBytes::random(32).unwrap(), "7".parse().unwrap())
+        .unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("between");
+    let listener = UnixListener::bind(&path).unwrap();
+    let mut random = Random::new(2);
+    let runs = 60;
+    // A relay that spoils one byte of one answer.
+    let behind = swtpm.path("tpm.sock");
+    let relay = thread::spawn(move || {
+        for _ in 0..runs {
+            let (mut before, _) = listener.accept().unwrap();
+            // Whoever waits for more of a spoilt answer is told that there is none.
+            before.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+            let mut behind = std::os::unix::net::UnixStream::connect(&behind).unwrap();
+            let spoil = random.next() % 14;
+            let mut answers = 0;
+            let mut buffer = vec![0; 8192];
+            while let Ok(read @ 1..) = before.read(&mut buffer) {
+                behind.write_all(&buffer[..read]).unwrap();
+                let read = behind.read(&mut buffer).unwrap();
+                if answers == spoil {
+                    let at = random.next() as usize % read;
+                    buffer[at] ^= 1 << (random.next() % 8);
+                }
+                answers += 1;
+                if before.write_all(&buffer[..read]).is_err() {
+                    break;
+                }
+            }
+            // What was spoilt may not have been flushed.
+            for handle in [0x8000_0000_u32, 0x0200_0000, 0x0300_0000]
+                .into_iter()
+                .flat_map(|first| first..first + 3)
+            {
+                let flush = [&[0x80, 1, 0, 0, 0, 14, 0, 0, 1, 0x65][..], &handle.to_be_bytes()].concat();
+                behind.write_all(&flush).unwrap();
+                assert_eq!(behind.read(&mut buffer).unwrap(), 10);
+            }
+        }
+    });
+    let device = Device::from(format!("swtpm:path={}", path.display()));
+    let mut failed = 0;
+    for _ in 0..runs {
+        let mut tpm = Tpm::open(&device).unwrap();
+        failed += u32::from(tpm.unseal(&sealed).is_err());
+    }
+    relay.join().unwrap();
+    assert!(failed > 10, "{failed} of {runs}");
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
