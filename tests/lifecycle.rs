@@ -580,3 +580,135 @@ fn a_detached_header_and_a_device_are_erased() {
     host.fails(&["info", disk], VOLUME);
     host.does(&["create", disk]);
 }
+
+/// Has the header of a disk tell another date at which it was bound, or none.
+fn bound_at(host: &Host, disk: &str, date: Option<&str>) {
+    let cryptsetup = |args: &[&str]| {
+        let mut command = Command::new("cryptsetup");
+        run(command
+            .current_dir(host.dir.path())
+            .arg("token")
+            .args(args)
+            .arg(disk))
+        .stdout
+    };
+    let exported = cryptsetup(&["export", "--token-id", "0"]);
+    let mut token: Value = serde_json::from_slice(&exported).unwrap();
+    let fields = token.as_object_mut().unwrap();
+    match date {
+        Some(date) => fields.insert("bound".to_owned(), date.into()),
+        None => fields.remove("bound"),
+    };
+    fs::write(host.path("token.json"), token.to_string()).unwrap();
+    cryptsetup(&["remove", "--token-id", "0"]);
+    cryptsetup(&["import", "--token-id", "0", "--json-file", "token.json"]);
+}
+
+#[test]
+fn keys_that_are_too_old_are_told_and_changed_by_policy() {
+    let mut host = Host::new();
+    for args in [&["key", "due"][..], &["rekey", "--if-due", "young"]] {
+        assert!(host.fails(args, USAGE).contains("max-key-age"));
+    }
+    fs::write(host.path("config.toml"), "[policy]\nmax-key-age = \"90d\"\n").unwrap();
+    host.keys.extend(["--config", "config.toml"].map(str::to_owned));
+    for name in ["young", "old", "dateless"] {
+        host.create(name, &[]);
+    }
+    bound_at(&host, "old", Some("2020-02-29T12:00:00Z"));
+    bound_at(&host, "dateless", None);
+    let info: Value = serde_json::from_str(&host.does(&["info", "--json", "old"])).unwrap();
+    assert_eq!(info["tokens"][0]["bound"], "2020-02-29T12:00:00Z");
+    assert!(info["tokens"][0]["age"].as_u64().unwrap() > 5 * 365 * 86_400);
+    assert!(host.does(&["info", "young"]).contains("age less than a day"));
+    assert!(host.does(&["info", "dateless"]).contains("age unknown"));
+
+    let due = host.json(&["key", "due", "--json"]);
+    let mut paths = texts(&due, "path");
+    paths.sort_unstable();
+    assert_eq!(
+        paths,
+        [
+            host.path("dateless").to_str().unwrap(),
+            host.path("old").to_str().unwrap()
+        ]
+    );
+    let ages: Vec<_> = due
+        .iter()
+        .map(|row| (row["path"].as_str().unwrap(), row["age"].is_u64()))
+        .collect();
+    assert!(
+        ages.iter().all(|(path, known)| *known == path.ends_with("old")),
+        "{ages:?}"
+    );
+    assert_eq!(
+        host.json(&["key", "due", "--max-age", "20000d", "--json"]).len(),
+        1
+    );
+
+    // As a timer does it: those that are due, and no others; one that is in use keeps no other from its turn.
+    let keys = |host: &Host| ["young", "old", "dateless"].map(|disk| host.key_of(disk));
+    let before = keys(&host);
+    let claim = Backing::open(&host.path("old"), Access::ReadOnly).unwrap();
+    host.fails(&["rekey", "--if-due", "old", "young", "dateless"], IN_USE);
+    drop(claim);
+    host.does(&["rekey", "--if-due", "old", "young", "dateless"]);
+    let after = keys(&host);
+    let changed = [0, 1, 2].map(|at| before[at] != after[at]);
+    assert_eq!(changed, [false, true, true]);
+    let told = host.does(&["rekey", "--if-due", "old", "young", "dateless"]);
+    assert_eq!(told.matches("not older").count(), 3, "{told}");
+    assert_eq!(keys(&host), after);
+    assert!(host.json(&["key", "due", "--json"]).is_empty());
+    host.fails(&["rekey", "old", "young"], USAGE);
+    for disk in ["old", "dateless"] {
+        host.opens(disk).unwrap();
+    }
+}
+
+#[test]
+fn a_disk_that_is_served_is_rekeyed_when_it_is_due() {
+    let host = Host::new();
+    host.create("disk", &[]);
+    bound_at(&host, "disk", Some("2020-02-29T12:00:00Z"));
+    let mut served = host
+        .command(&[
+            "serve",
+            "--blk-file",
+            "disk",
+            "--socket-path",
+            "sock",
+            "--control-socket",
+            "control",
+        ])
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let started = Instant::now();
+    while UnixStream::connect(host.path("control")).is_err() {
+        assert!(started.elapsed() < common::DEADLINE, "the disk does not answer");
+        thread::sleep(Duration::from_millis(10));
+    }
+    let before = host.key_of("disk");
+    let rekey = |age| {
+        host.does(&[
+            "rekey",
+            "--control-socket",
+            "control",
+            "--if-due",
+            "--max-age",
+            age,
+        ])
+    };
+    assert!(rekey("20000d").contains("not older"));
+    assert_eq!(host.key_of("disk"), before);
+    assert!(rekey("90d").contains("rekeyed"));
+    let after = host.key_of("disk");
+    assert_ne!(after, before);
+    assert!(rekey("90d").contains("not older"));
+    assert_eq!(host.key_of("disk"), after);
+    let _ = served.kill();
+    let _ = served.wait();
+    let used = host.json(&["key", "where-used", &after, "--json"]);
+    assert_eq!(texts(&used, "standing"), ["bound"]);
+}

@@ -1,9 +1,12 @@
-//! The configuration file: where the host's key agent is, and who may ask it for what.
+//! The configuration file: where the host's key agent is, who may ask it for what, and how old a key may get.
 //!
 //! ```toml
 //! [agent]
 //! socket = "/run/sealblk/agent.sock"
 //! kek-time-to-live = 600
+//!
+//! [policy]
+//! max-key-age = "90d"
 //!
 //! [[grant]]
 //! group = "kvm"
@@ -16,7 +19,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer, de};
 
 use crate::agent;
 use crate::control::privilege::{Grant, Grantee, Grants, Privilege};
@@ -32,6 +35,8 @@ pub(super) struct Config {
     pub(super) agent: Option<Agent>,
     /// Who may ask it for what.
     pub(super) grants: Grants,
+    /// How long a volume may be bound to a key.
+    pub(super) max_key_age: Option<Duration>,
 }
 
 /// The host's key agent.
@@ -103,6 +108,7 @@ pub enum ConfigError {
 #[serde(deny_unknown_fields)]
 struct Written {
     agent: Option<WrittenAgent>,
+    policy: Option<WrittenPolicy>,
     #[serde(default)]
     grant: Vec<WrittenGrant>,
 }
@@ -112,6 +118,25 @@ struct Written {
 struct WrittenAgent {
     socket: Option<PathBuf>,
     kek_time_to_live: Option<u32>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct WrittenPolicy {
+    #[serde(default, deserialize_with = "age")]
+    max_key_age: Option<Duration>,
+}
+
+/// A length of time, as in `90d`.
+fn age<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    parse_age(&text).map(Some).map_err(de::Error::custom)
+}
+
+/// How old a key may get.
+pub(super) fn parse_age(text: &str) -> Result<Duration, String> {
+    let age = humantime::parse_duration(text).ok().filter(|age| !age.is_zero());
+    age.ok_or_else(|| "an age is a length of time, as in '90d' or '12h'".to_owned())
 }
 
 #[derive(Debug, Deserialize)]
@@ -155,6 +180,7 @@ impl Config {
         Ok(Self {
             agent: written.agent.map(WrittenAgent::check),
             grants: Grants::new(grants.collect::<Result<_, _>>()?),
+            max_key_age: written.policy.and_then(|policy| policy.max_key_age),
         })
     }
 }
@@ -226,6 +252,9 @@ mod tests {
     fn everything_has_a_default_but_a_file_that_was_named() {
         let config = read("").unwrap();
         assert!(config.agent.is_none() && config.grants == Grants::default());
+        assert!(config.max_key_age.is_none());
+        let policy = read("[policy]\nmax-key-age = \"90d\"").unwrap();
+        assert_eq!(policy.max_key_age, Some(Duration::from_secs(90 * 86_400)));
         let config = read("[agent]").unwrap();
         assert_eq!(config.agent.unwrap().socket, Path::new(agent::DEFAULT_SOCKET));
         let nowhere = Path::new("/nonexistent/config.toml");
@@ -261,6 +290,9 @@ mod tests {
         for (text, expected) in [
             ("agent = 1", "cannot be understood"),
             ("[agent]\nsokcet = \"/run/a\"", "cannot be understood"),
+            ("[policy]\nmax-key-age = 90", "cannot be understood"),
+            ("[policy]\nmax-key-age = \"0d\"", "cannot be understood"),
+            ("[policy]\nmax-key-age = \"soon\"", "cannot be understood"),
             (
                 "[[grant]]\nuser = \"root\"\nprivileges = [\"Everything\"]",
                 "cannot be understood",

@@ -159,6 +159,17 @@ pub enum Failure {
         /// What is to go.
         wanted: String,
     },
+    /// A served disk whose key is young enough.
+    #[error("the key is not older than it may be")]
+    NotDue,
+    /// Several disks, where one is meant.
+    #[error("several disks are taken with --if-due alone, and without --header: rekey them one by one")]
+    OneDisk,
+    /// Nobody says how old a key may get.
+    #[error(
+        "how old may a key get? say it with --max-age, or as max-key-age under [policy] in the configuration"
+    )]
+    NoPolicy,
     /// A key or provider that is needed.
     #[error(transparent)]
     Guard(#[from] GuardError),
@@ -233,7 +244,7 @@ impl Failure {
                 AuditError::Broken { .. } | AuditError::HeadNotFound { .. } => VOLUME,
             },
             Self::Config(_) => USAGE,
-            Self::Confirm { .. } => USAGE,
+            Self::Confirm { .. } | Self::NoPolicy | Self::OneDisk | Self::NotDue => USAGE,
             Self::Guard(error) => match error {
                 GuardError::InUse { .. } | GuardError::NotBackedUp(_) => IN_USE,
                 GuardError::Index { .. } | GuardError::Key(_) => KEY,

@@ -4,10 +4,13 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::{ArgGroup, Args, Subcommand};
 use serde::Serialize;
+use uuid::Uuid;
 
+use super::config::parse_age;
 use super::failure::Failure;
 use super::{Host, Keys, output};
 use crate::agent::Purpose;
@@ -42,6 +45,8 @@ enum Verb {
     List(List),
     /// List the volumes that a key or a provider opens
     WhereUsed(WhereUsed),
+    /// List the volumes whose keys are older than they may be
+    Due(Due),
     /// Look at volumes, and note what they are bound to; drop notes that do not hold any more
     Scan(Scan),
     /// Take a key out of use on this host, and at its server if that keeps a record of it
@@ -67,6 +72,16 @@ struct WhereUsed {
     #[arg(long, value_name = "NAME")]
     provider: Option<String>,
     /// Print JSON, as the interface org.sealblk.Agent has it
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+struct Due {
+    /// How old a key may get, as in 90d [default: the configuration's max-key-age]
+    #[arg(long, value_name = "AGE", value_parser = parse_age)]
+    max_age: Option<Duration>,
+    /// Print JSON
     #[arg(long)]
     json: bool,
 }
@@ -128,6 +143,7 @@ impl Key {
         match self.verb {
             Verb::List(list) => list.run(host),
             Verb::WhereUsed(where_used) => where_used.run(host),
+            Verb::Due(due) => due.run(host),
             Verb::Scan(scan) => scan.run(host),
             Verb::Revoke(revoke) => revoke.run(host),
         }
@@ -329,6 +345,66 @@ impl WhereUsed {
             ]);
         }
         output::print(&output::table(&table))
+    }
+}
+
+/// A volume whose key is to be changed.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct DueVolume {
+    volume: Uuid,
+    path: String,
+    provider: String,
+    key_id: KeyId,
+    standing: String,
+    /// Null if nobody knows since when.
+    bound: Option<Moment>,
+    age: Option<u64>,
+}
+
+impl Due {
+    fn run(self, host: &Host) -> Result<(), Failure> {
+        let max_age = max_key_age(host, self.max_age)?;
+        let volumes = host.keys(Purpose::Check)?.volumes(None, None)?.into_iter();
+        let is_due = |sighting: &Sighting| {
+            sighting.in_use() && sighting.known.bound.is_none_or(|bound| bound.age() > max_age)
+        };
+        let due: Vec<_> = volumes
+            .filter(is_due)
+            .map(|Sighting { known, standing, .. }| DueVolume {
+                volume: known.volume,
+                path: known.path,
+                provider: known.provider,
+                key_id: known.key_id,
+                standing,
+                bound: known.bound,
+                age: known.bound.map(|bound| bound.age().as_secs()),
+            })
+            .collect();
+        if self.json {
+            return output::print_json(&due);
+        }
+        if due.is_empty() {
+            return output::print("no key of a known volume is older than it may be\n");
+        }
+        let mut table = vec![["DISK", "VOLUME", "AGE", "KEY"].map(str::to_owned)];
+        for volume in due {
+            table.push([
+                output::printable(&volume.path),
+                volume.volume.to_string(),
+                age_text(volume.bound),
+                format!("{} of {}", volume.key_id, output::printable(&volume.provider)),
+            ]);
+        }
+        output::print(&output::table(&table))
+    }
+}
+
+/// How old a key may get: as it is given, else as the configuration has it.
+pub(super) fn max_key_age(host: &Host, given: Option<Duration>) -> Result<Duration, Failure> {
+    match given {
+        Some(age) => Ok(age),
+        None => host.config()?.max_key_age.ok_or(Failure::NoPolicy),
     }
 }
 

@@ -1,12 +1,15 @@
 //! `sealblk rekey`: a new KEK for a volume, which keeps its volume key.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::{ArgGroup, Args};
 use serde::Deserialize;
 use serde_json::json;
 
+use super::config::parse_age;
 use super::failure::Failure;
+use super::key::max_key_age;
 use super::volume_args::{Unlock, VolumeArgs};
 use super::{Host, output, served};
 use crate::agent::Purpose;
@@ -20,6 +23,7 @@ Examples:
   sealblk rekey vm7.luks --provider kms
   sealblk rekey vm7.luks --unlock-key vm7.key
   sealblk rekey --control-socket /run/vm7.control
+  sealblk rekey --if-due /srv/vms/*.luks      # from a timer
 
 The new key is added and seen to open the volume before the old one is removed;
 interrupted, the volume opens with one of them, and the next rekey goes on.
@@ -32,25 +36,63 @@ before still open with the old key.";
 /// Give a volume a new key of its provider, or of another one; its data stay as they are
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
-#[command(group = ArgGroup::new("target").required(true).args(["disk", "control_socket"]))]
+#[command(group = ArgGroup::new("target").required(true).args(["disks", "control_socket"]))]
 pub(super) struct Rekey {
-    #[command(flatten)]
-    volume: Option<VolumeArgs>,
+    /// The disk's file or device; with --if-due, there may be several
+    #[arg(value_name = "DISK")]
+    disks: Vec<PathBuf>,
+    /// The file that holds the header, if it is detached
+    #[arg(long, value_name = "FILE", requires = "disks")]
+    header: Option<PathBuf>,
     /// The control socket of `sealblk serve`, for a disk that is being served: the guest does not notice
     #[arg(long, value_name = "SOCK", conflicts_with_all = ["header", "unlock_key"])]
     control_socket: Option<PathBuf>,
     /// Key provider of the new key [default: that of the old one; without one, the host's]
     #[arg(long, value_name = "NAME")]
     provider: Option<String>,
+    /// Do nothing unless the key is older than it may be, or its age is unknown
+    #[arg(long)]
+    if_due: bool,
+    /// How old a key may get, as in 90d [default: the configuration's max-key-age]
+    #[arg(long, value_name = "AGE", requires = "if_due", value_parser = parse_age)]
+    max_age: Option<Duration>,
     #[command(flatten)]
     unlock: Unlock,
 }
 
 impl Rekey {
     pub(super) fn run(self, host: &Host) -> Result<(), Failure> {
-        let Some(volume) = &self.volume else {
-            return self.served();
+        let max_age = match self.if_due {
+            true => Some(max_key_age(host, self.max_age)?),
+            false => None,
         };
+        if let Some(socket) = &self.control_socket {
+            return self.served(socket, max_age);
+        }
+        if self.disks.len() > 1 && (max_age.is_none() || self.header.is_some()) {
+            return Err(Failure::OneDisk);
+        }
+        // One disk that fails keeps no other from its turn.
+        let mut failed: Option<Failure> = None;
+        for disk in &self.disks {
+            let volume = VolumeArgs::new(disk.clone(), self.header.clone());
+            if let Err(failure) = self.at_rest(host, &volume, max_age)
+                && let Some(earlier) = failed.replace(failure)
+            {
+                output::complain(&earlier);
+            }
+        }
+        failed.map_or(Ok(()), Err)
+    }
+
+    fn at_rest(&self, host: &Host, volume: &VolumeArgs, max_age: Option<Duration>) -> Result<(), Failure> {
+        if let Some(max_age) = max_age {
+            // Whoever has the disk in use need not be disturbed for that.
+            let files = volume.open(Access::Inspect)?;
+            if !files.locked()?.bindings().are_older_than(max_age) {
+                return tell_not_due(&volume.disk);
+            }
+        }
         let files = volume.open(Access::ReadWrite)?;
         let mut locked = files.locked()?;
         let keys = || host.keys_of(volume.header_path(), Purpose::Recrypt);
@@ -60,7 +102,7 @@ impl Rekey {
     }
 
     /// Asks the process that serves the disk.
-    fn served(&self) -> Result<(), Failure> {
+    fn served(&self, socket: &Path, max_age: Option<Duration>) -> Result<(), Failure> {
         #[derive(Deserialize)]
         #[serde(rename_all = "camelCase")]
         struct Answer {
@@ -75,11 +117,12 @@ impl Rekey {
             provider: String,
             key_id: KeyId,
         }
-        let socket = self
-            .control_socket
-            .as_deref()
-            .expect("clap asks for a disk or its socket");
-        let answer: Answer = served::ask(socket, "Rekey", json!({ "provider": self.provider }))?;
+        let age = max_age.map(|age| age.as_secs());
+        let parameters = json!({ "provider": self.provider, "ifOlderThan": age });
+        let answer: Answer = match served::ask(socket, "Rekey", parameters) {
+            Err(Failure::NotDue) => return tell_not_due(socket),
+            answer => answer?,
+        };
         let replaced = answer.replaced.into_iter();
         let rekeyed = Rekeyed {
             provider: answer.provider,
@@ -89,6 +132,13 @@ impl Rekey {
         };
         tell(socket, &rekeyed)
     }
+}
+
+fn tell_not_due(disk: &Path) -> Result<(), Failure> {
+    output::print(&format!(
+        "{}: its key is not older than it may be\n",
+        disk.display()
+    ))
 }
 
 fn tell(disk: &Path, rekeyed: &Rekeyed) -> Result<(), Failure> {

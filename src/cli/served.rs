@@ -132,6 +132,9 @@ pub(super) fn ask<T: DeserializeOwned>(
 }
 
 fn refused(socket: &Path, error: &MethodError) -> Failure {
+    if error.name.strip_prefix(served::INTERFACE) == Some(".NotDue") {
+        return Failure::NotDue;
+    }
     let field = |name: &str| error.parameters.get(name).and_then(Value::as_str);
     let message = match error.name.strip_prefix(served::INTERFACE) {
         Some(".Failed") => field("message").map(str::to_owned),

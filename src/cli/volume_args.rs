@@ -20,6 +20,10 @@ pub(super) struct VolumeArgs {
 }
 
 impl VolumeArgs {
+    pub(super) fn new(disk: PathBuf, header: Option<PathBuf>) -> Self {
+        Self { disk, header }
+    }
+
     /// What holds the header.
     pub(super) fn header_path(&self) -> &Path {
         self.header.as_ref().unwrap_or(&self.disk)

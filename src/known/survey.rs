@@ -15,7 +15,7 @@ use uuid::Uuid;
 use super::{Event, Index, Known};
 use crate::keys::{Binding, KeyId};
 use crate::storage::{Access, Backing};
-use crate::volume::{Bindings, HeaderError};
+use crate::volume::{Bindings, BoundTo, HeaderError};
 
 /// How long a look at all volumes may take. Those that it has not come to are unknown.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -74,11 +74,11 @@ const NOT_BOUND: &str = "not_bound";
 const MISSING: &str = "missing";
 const UNKNOWN: &str = "unknown";
 
-/// What each of `notes` is worth. A place is looked at once.
+/// What each of `notes` is worth. A place is looked at once. Since when a volume is bound to its key, its own header tells.
 pub fn survey(notes: impl IntoIterator<Item = Known>) -> Vec<Sighting> {
     let began = Instant::now();
     let mut seen: HashMap<String, Found> = HashMap::new();
-    let judge = |known: Known| {
+    let judge = |mut known: Known| {
         if !seen.contains_key(&known.path) {
             let found = match began.elapsed() < PATIENCE {
                 true => find(Path::new(&known.path)),
@@ -86,7 +86,12 @@ pub fn survey(notes: impl IntoIterator<Item = Known>) -> Vec<Sighting> {
             };
             seen.insert(known.path.clone(), found);
         }
-        let standing = seen[&known.path].judge(&known);
+        let found = &seen[&known.path];
+        let standing = found.judge(&known);
+        if let (Found::Volume(bindings), Standing::Bound) = (found, &standing) {
+            let to_it = |to: &&BoundTo| (&to.provider, &to.key_id) == (&known.provider, &known.key_id);
+            known.bound = bindings.to.iter().find(to_it).and_then(|to| to.since);
+        }
         Sighting::new(known, standing)
     };
     notes.into_iter().map(judge).collect()

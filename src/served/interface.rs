@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -100,8 +101,10 @@ pub struct Interface {
 }
 
 #[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
 struct Rekey {
     provider: Option<String>,
+    if_older_than: Option<u64>,
 }
 
 type Answered = Result<Answer, MethodError>;
@@ -141,12 +144,16 @@ impl Interface {
     }
 
     fn rekey(&self, mut request: Request<'_>) -> Answered {
-        let Rekey { provider } = request.parameters()?;
+        let Rekey {
+            provider,
+            if_older_than,
+        } = request.parameters()?;
         self.permit(request.peer, Privilege::Recrypt)?;
         let rekeyed = self
             .served
-            .rekey(provider.as_deref())
-            .map_err(|error| failed(&error))?;
+            .rekey(provider.as_deref(), if_older_than.map(Duration::from_secs))
+            .map_err(|error| failed(&error))?
+            .ok_or_else(|| MethodError::new(INTERFACE, "NotDue", json!({})))?;
         let replaced = rekeyed.replaced.into_iter();
         let replaced: Vec<_> = replaced
             .map(|(provider, key_id)| json!({ "provider": provider, "keyId": key_id }))

@@ -233,11 +233,16 @@ impl Served {
         look(guard(&self.lock).as_ref())
     }
 
-    /// Gives the volume a new KEK of `provider`, or of the one that it has; the guest does not notice.
+    /// Gives the volume a new KEK of `provider`, or of the one that it has, unless that is not older than it may be; the guest
+    /// does not notice.
     ///
     /// # Errors
     /// [`ServedError`].
-    pub fn rekey(&self, provider: Option<&str>) -> Result<Rekeyed, ServedError> {
+    pub fn rekey(
+        &self,
+        provider: Option<&str>,
+        if_older_than: Option<Duration>,
+    ) -> Result<Option<Rekeyed>, ServedError> {
         let By::Providers { recrypt, .. } = &self.opener.by else {
             return Err(ServedError::NoProviders);
         };
@@ -246,12 +251,15 @@ impl Served {
             return Err(ServedError::IsLocked);
         }
         let mut locked = self.read_header()?;
+        if if_older_than.is_some_and(|age| !locked.bindings().are_older_than(age)) {
+            return Ok(None);
+        }
         let volume = self.opener.unlock(&locked)?;
         let rekeyed = locked
             .rekey_to(&volume, &**recrypt, provider)
             .map_err(OpenError::from)?;
         tracing::info!(volume = %self.uuid, provider = rekeyed.provider, key = %rekeyed.key_id, "rekeyed");
-        Ok(rekeyed)
+        Ok(Some(rekeyed))
     }
 
     fn open(&self, _turn: &MutexGuard<'_, ()>) -> Result<(), OpenError> {

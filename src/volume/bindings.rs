@@ -1,8 +1,10 @@
 //! What a volume is bound to, for whoever keeps a list of volumes: read without a key.
 
+use std::time::Duration;
+
 use uuid::Uuid;
 
-use super::copies::{self, HeaderError};
+use super::copies::{self, Header, HeaderError};
 use super::header_io::HeaderIo;
 use super::rekey::sealblk_tokens;
 use crate::keys::KeyId;
@@ -31,16 +33,28 @@ pub struct BoundTo {
 }
 
 impl Bindings {
+    /// Whether it is bound to a key for longer than `age`. One of which nobody knows since when counts: it cannot be shown to be
+    /// younger. So does a rekey that was interrupted.
+    pub fn are_older_than(&self, age: Duration) -> bool {
+        self.to.len() > 1
+            || self
+                .to
+                .iter()
+                .any(|to| to.since.is_none_or(|since| since.age() > age))
+    }
+
     /// Reads the header, whoever has it open. No lock is waited for: while one copy is written, the other is whole, and
     /// whoever looks at many volumes must not hang on one whose lock somebody keeps.
     ///
     /// # Errors
     /// Where there is no LUKS2 header, or both its copies are damaged.
     pub fn read(io: &dyn HeaderIo) -> Result<Self, HeaderError> {
-        let found = copies::read(io)?;
-        let header = found.header();
+        Ok(Self::of(copies::read(io)?.header()))
+    }
+
+    pub(super) fn of(header: &Header) -> Self {
         let to = sealblk_tokens(&header.metadata).into_iter();
-        Ok(Self {
+        Self {
             uuid: header.binary.uuid,
             to: to
                 .map(|(_, keyslot, token)| BoundTo {
@@ -50,6 +64,6 @@ impl Bindings {
                     since: token.bound,
                 })
                 .collect(),
-        })
+        }
     }
 }

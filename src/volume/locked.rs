@@ -7,6 +7,7 @@ use std::sync::Arc;
 use tracing::warn;
 use uuid::Uuid;
 
+use super::bindings::Bindings;
 use super::copies::{self, Found, Header, HeaderError, HeaderState};
 use super::error::{Reason, VolumeError};
 use super::header_io::HeaderIo;
@@ -61,6 +62,11 @@ impl<'header> Locked<'header> {
     /// The UUID in its header.
     pub fn uuid(&self) -> Uuid {
         self.header.binary.uuid
+    }
+
+    /// The KEKs that open it.
+    pub fn bindings(&self) -> Bindings {
+        Bindings::of(&self.header)
     }
 
     /// Whether both copies of the header are sound, as of when they were read or written last.
