@@ -46,19 +46,11 @@ impl Server {
     pub(crate) fn start_with(host: &'static str, certificate: &str, versions: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let port = free_port(host);
-        fs::create_dir(dir.path().join("policies")).unwrap();
-        let certificates = certificates::directory().display();
-        let configuration = format!(
-            "[server]\nhostname={host}\nport={port}\ncertificate_path={certificates}/{certificate}.pem\n\
-             key_path={certificates}/{certificate}.key\nca_path={certificates}/ca.pem\nauth_suite=TLS1.2\n\
-             policy_path={0}/policies\nenable_tls_client_auth=True\ndatabase_path={0}/database\n",
-            dir.path().display()
-        );
-        fs::write(dir.path().join("configuration"), configuration).unwrap();
         let child = Command::new(python())
             .arg(script("kmip_server.py"))
-            .args([dir.path().join("configuration"), dir.path().join("log")])
-            .arg(host)
+            .args([dir.path(), &dir.path().join("database")])
+            .arg(certificates::directory().join(certificate))
+            .args([host, &port.to_string()])
             .args(versions)
             .env("TMPDIR", dir.path())
             // It has processes of its own, which end with it.
