@@ -6,6 +6,7 @@ REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 BUILD=${SEALBLK_BUILD:-$REPO/build}               # everything that is built for guests, git-ignored
 SEALBLK=${SEALBLK:-$REPO/target/release/sealblk}  # the binary under test
 GUEST_MEMORY=${GUEST_MEMORY:-512M}
+BOOT_PARTITION=160 # MiB for kernel and initramfs on a disk that the small guest boots from
 
 say() { printf '%s\n' "$*"; }
 die() {
@@ -194,6 +195,21 @@ job_initrd() {
     rm -rf "$root"
 }
 
+# bootable_disk JOB IMAGE: makes IMAGE a disk from which the small guest boots by itself and runs the job; the first
+# BOOT_PARTITION + 1 MiB of the disk that it is written to are taken.
+bootable_disk() {
+    local job=$1 image=$2 files
+    job_initrd "$job"
+    files=$(mktemp -d)
+    cp "$BUILD/guest/vmlinuz" "$files/"
+    gzip -1 <"$job.initrd" >"$files/initrd" # the firmware reads more slowly than the kernel unpacks
+    rm "$job.initrd"
+    cp "$BUILD/guest/grub" "$image"
+    truncate -s "$((1 + BOOT_PARTITION))M" "$image"
+    mke2fs -q -t ext4 -d "$files" -E offset=$((1 << 20)) "$image" "${BOOT_PARTITION}M"
+    rm -rf "$files"
+}
+
 job_failed() {
     printf '%s\n' "--- the last that guest '${1##*/}' printed ($1.log)" >&2
     tail -n 40 "$1.log" | tr -d '\r' >&2
@@ -283,4 +299,10 @@ kill_guest() {
 # read_disk SOCKET FILE: what a guest would read from the disk served at SOCKET, in the clear.
 read_disk() {
     "$REPO/qemu/qemu10" qemu-img convert --image-opts -O raw "driver=virtio-blk-vhost-user,path=$1,cache.direct=on" "$2"
+}
+
+# write_disk SOCKET FILE: writes FILE, as a guest would, to the begin of the disk served at SOCKET.
+write_disk() {
+    "$REPO/qemu/qemu10" qemu-img convert -n -S 0 -f raw --target-image-opts "$2" \
+        "driver=virtio-blk-vhost-user,path=$1,cache.direct=on"
 }
