@@ -14,6 +14,7 @@ mod info;
 mod key;
 mod made;
 pub mod output;
+mod primary_key;
 mod process;
 mod provider;
 mod recovery;

@@ -3,23 +3,16 @@
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, Subcommand};
-use sha2::{Digest, Sha256};
 
 use super::failure::Failure;
 use super::key::Insistence;
-use super::made::Made;
-use super::secret::{SecretError, SecretSource};
-use super::{Host, Keys, output};
+use super::{Host, Keys, output, primary_key};
 use crate::agent::Purpose;
-use crate::keys::arena::{SecretBytes, on_wiped_stack};
+use crate::keys::Providers;
 use crate::keys::kmip::{self, Wrap};
-use crate::keys::private;
 use crate::keys::registry::{Backup, Registry, Source};
 use crate::keys::transit::{self, Login};
-use crate::keys::{PRIMARY_LEN, Providers};
 use crate::known::{Removal, remove_provider};
-use crate::storage::{Access, Backing};
-use crate::volume::{Argon2Cost, vault};
 
 const NATIVE_HELP: &str = "\
 Examples:
@@ -30,23 +23,6 @@ A native provider is one primary key in a file of the state directory. All keys
 that it gives to volumes are derived from it: whoever has the file can open the
 volumes, and without it they open with a recovery key alone. It is for no new
 volumes before there is a backup (`sealblk provider backup`), or --no-backup.";
-
-const BACKUP_HELP: &str = "\
-Examples:
-  sealblk provider backup native --to native.backup --passphrase-file pass
-  sealblk provider backup native --waive
-
-The backup is a LUKS2 header under argon2id that holds the primary key. It is read
-back and opened with the passphrase before it counts. One is enough for good:
-later keys are derived from the same primary key. cryptsetup opens it, too:
-  cryptsetup luksDump --dump-volume-key --volume-key-file out native.backup
-gives 64 bytes, of which the first 32 are the primary key.";
-
-const RESTORE_HELP: &str = "\
-Example:
-  sealblk provider restore native.backup --passphrase-file pass
-
-This host then opens the disks of the host that the backup was taken on.";
 
 const REMOVE_HELP: &str = "\
 Examples:
@@ -96,9 +72,11 @@ enum Verb {
     #[command(subcommand)]
     Add(Box<Add>),
     /// Write a native provider's primary key to a file under a passphrase, and see that it can be restored
-    Backup(BackupArgs),
+    Backup(primary_key::Backup),
     /// Add a native provider with the primary key of a backup
-    Restore(Restore),
+    Restore(primary_key::Restore),
+    /// Seal a native provider's primary key to this host's TPM
+    Seal(primary_key::Seal),
     /// See whether keys can be had of a provider, by a real unwrap
     Check(Check),
     /// Remove a key provider from this host, unless a disk needs it
@@ -127,39 +105,6 @@ struct NativeArgs {
     no_backup: bool,
     #[command(flatten)]
     common: Common,
-}
-
-#[derive(Debug, Args)]
-#[command(after_help = BACKUP_HELP)]
-#[command(group = ArgGroup::new("how").required(true).args(["to", "waive"]))]
-struct BackupArgs {
-    /// The provider
-    name: String,
-    /// The file, which is made
-    #[arg(long, value_name = "FILE", requires = "passphrase_file")]
-    to: Option<PathBuf>,
-    /// The passphrase that the backup shall open with
-    #[arg(long, value_name = "FILE|-|fd:N|cred:NAME", requires = "to")]
-    passphrase_file: Option<SecretSource>,
-    /// Do without: new volumes get keys of the provider, and are lost if its file is
-    #[arg(long)]
-    waive: bool,
-}
-
-#[derive(Debug, Args)]
-#[command(after_help = RESTORE_HELP)]
-struct Restore {
-    /// The backup
-    file: PathBuf,
-    /// The passphrase that it opens with
-    #[arg(long, value_name = "FILE|-|fd:N|cred:NAME")]
-    passphrase_file: SecretSource,
-    /// What to call the provider [default: as where the backup was taken, which volumes know it by]
-    #[arg(long, value_name = "NAME")]
-    name: Option<String>,
-    /// Let new volumes take it when none is named; the first provider is the default anyway
-    #[arg(long)]
-    default: bool,
 }
 
 #[derive(Debug, Args)]
@@ -264,6 +209,7 @@ impl Provider {
             Verb::Add(add) => add.run(host),
             Verb::Backup(backup) => backup.run(host),
             Verb::Restore(restore) => restore.run(host),
+            Verb::Seal(seal) => seal.run(host),
             Verb::Remove(remove) => remove.run(host),
             Verb::Check(check) => Ok(host.keys(Purpose::Check)?.provider(&check.name)?.check()?),
             Verb::List => output::print(&list(&host.keys(Purpose::Check)?)?),
@@ -388,83 +334,6 @@ pub(super) fn add_native(
     Ok(())
 }
 
-impl BackupArgs {
-    fn run(self, host: &Host) -> Result<(), Failure> {
-        let mut registry = host.registry()?;
-        let (Some(path), Some(source)) = (&self.to, &self.passphrase_file) else {
-            return Ok(registry.set_backup(&self.name, Backup::Waived)?);
-        };
-        let primary = registry.export(&self.name)?;
-        let passphrase = source.read_passphrase()?;
-        if passphrase.len() < MIN_PASSPHRASE {
-            return Err(Failure::ShortPassphrase {
-                location: source.to_string(),
-                least: MIN_PASSPHRASE,
-            });
-        }
-        let mut made = Made::default();
-        private::create(path, &[]).map_err(|source| Failure::Make {
-            path: path.clone(),
-            source,
-        })?;
-        made.extend([path.clone()]);
-        let file = Backing::open(path, Access::ReadWrite)?;
-        let key = with_check(&primary)?;
-        let about = [("provider", self.name.as_str())];
-        vault::seal(
-            &file,
-            &key,
-            &passphrase,
-            Argon2Cost::for_this_host(),
-            BACKUP,
-            &about,
-        )?;
-        // It counts once it was restored.
-        let unsealed = vault::unseal(&file, &passphrase, BACKUP)?;
-        if !unsealed.key.ct_eq(&key) {
-            return Err(Failure::Backup {
-                path: path.clone(),
-                what: "read back from storage, the backup holds another key; check the storage",
-            });
-        }
-        made.keep();
-        registry.set_backup(&self.name, Backup::Taken)?;
-        output::print(&format!(
-            "{}: the primary key of {:?}, read back and opened; keep it and its passphrase apart, and from the disks\n",
-            path.display(),
-            self.name
-        ))
-    }
-}
-
-impl Restore {
-    fn run(self, host: &Host) -> Result<(), Failure> {
-        let mut registry = host.registry()?;
-        let file = Backing::open(&self.file, Access::Inspect)?;
-        let unsealed = vault::unseal(&file, &self.passphrase_file.read_passphrase()?, BACKUP)?;
-        let broken = |what| Failure::Backup {
-            path: self.file.clone(),
-            what,
-        };
-        let mut primary = SecretBytes::zeroed(PRIMARY_LEN).map_err(SecretError::from)?;
-        primary.copy_from_slice(&unsealed.key[..PRIMARY_LEN]);
-        if !with_check(&primary)?.ct_eq(&unsealed.key) {
-            return Err(broken("it holds no primary key; was it made by sealblk?"));
-        }
-        let known = unsealed.about.into_iter().find(|(name, _)| name == "provider");
-        let name = match (self.name, known) {
-            (Some(name), _) | (None, Some((_, name))) => name,
-            (None, None) => {
-                return Err(broken(
-                    "it does not tell the provider's name; give one with --name",
-                ));
-            }
-        };
-        registry.import(&name, &primary, self.default)?;
-        output::print(&format!("key provider {name:?} was restored\n"))
-    }
-}
-
 impl Remove {
     fn run(self, host: &Host) -> Result<(), Failure> {
         let name = &self.name;
@@ -483,25 +352,6 @@ impl Remove {
         })
     }
 }
-
-/// What a backup of a primary key holds: the key, and the SHA-256 of it, so that it is known for what it is.
-fn with_check(primary: &SecretBytes) -> Result<SecretBytes, Failure> {
-    let mut key = SecretBytes::zeroed(2 * PRIMARY_LEN).map_err(SecretError::from)?;
-    let (first, check) = key.split_at_mut(PRIMARY_LEN);
-    first.copy_from_slice(primary);
-    on_wiped_stack(|| {
-        let digest = Sha256::new()
-            .chain_update(b"sealblk primary key backup\0")
-            .chain_update(&primary[..]);
-        check.copy_from_slice(&digest.finalize());
-    });
-    Ok(key)
-}
-
-/// The type of a backup's token.
-const BACKUP: &str = "sealblk-primary-key";
-/// The shortest passphrase, in bytes. argon2id makes each guess dear, and not the first thousands of them.
-const MIN_PASSPHRASE: usize = 8;
 
 fn list(keys: &Keys) -> Result<String, Failure> {
     let entries = keys.list()?;

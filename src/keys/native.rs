@@ -13,6 +13,8 @@
 //!     16      32   primary key, random
 //!     48       8   its identity, derived from it; tells a damaged file
 //! ```
+//!
+//! Or the primary key is sealed to the host's TPM, and the file is JSON: [`SealedKey`].
 
 use std::error::Error;
 use std::fmt;
@@ -21,6 +23,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use hkdf::Hkdf;
+use serde::{Deserialize, Serialize};
 use sha2::Sha256;
 use uuid::Uuid;
 
@@ -30,12 +33,29 @@ use super::settings::Backup;
 use super::source::KekSource;
 use super::wrap::{KEK_LEN, Kek};
 use super::{KeyError, KeyId, KeyReason, KeyState};
+use crate::tpm::pcr::Selection;
+use crate::tpm::seal::Sealed;
+use crate::tpm::{Device, Tpm, TpmError, TpmFailure};
 
 const MAGIC: &[u8; 16] = b"sealblk-native\0\x01";
 /// The length of a primary key, in bytes.
 pub const PRIMARY_LEN: usize = 32;
 const IDENTITY_LEN: usize = 8;
 const FILE_LEN: usize = MAGIC.len() + PRIMARY_LEN + IDENTITY_LEN;
+
+/// The longest file: a sealed key is some 800 bytes.
+const MAX_FILE: u64 = 16 << 10;
+
+/// A primary key's file, if the key is sealed to the host's TPM.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct SealedKey {
+    /// The TPM.
+    tpm: Device,
+    /// Of the key, in hexadecimal: it tells this key's backup from another's.
+    identity: String,
+    sealed: Sealed,
+}
 
 /// A native provider, its primary key in memory.
 pub(super) struct Native {
@@ -53,6 +73,8 @@ enum FileError {
     Magic,
     #[error("it is damaged: the key in it is not the one that was written")]
     Damaged,
+    #[error("the backup is of the primary key {0}, and this provider's is {1}")]
+    OtherKey(String, String),
 }
 
 /// Why a key ID is not one of this provider's.
@@ -105,18 +127,25 @@ impl Native {
         })?;
         let metadata = file.metadata().map_err(|e| invalid(e.into()))?;
         private::check(path, &metadata, Forbid::All).map_err(|e| invalid(e.into()))?;
-        if metadata.len() != FILE_LEN as u64 {
-            return Err(invalid(FileError::Magic.into()));
-        }
-        let mut content = SecretBytes::zeroed(FILE_LEN).map_err(|e| fail(KeyReason::Host, e.into()))?;
+        let len = usize::try_from(metadata.len().min(MAX_FILE)).expect("it is small");
+        let mut content = SecretBytes::zeroed(len).map_err(|e| fail(KeyReason::Host, e.into()))?;
         file.read_exact(&mut content).map_err(|e| invalid(e.into()))?;
-        if content[..16] != *MAGIC {
-            return Err(invalid(FileError::Magic.into()));
-        }
-        let mut primary = SecretBytes::zeroed(PRIMARY_LEN).map_err(|e| fail(KeyReason::Host, e.into()))?;
-        primary.copy_from_slice(&content[16..48]);
+        let (primary, written) = match content.strip_prefix(MAGIC) {
+            Some(content) if len == FILE_LEN => {
+                let (key, written) = content.split_at(PRIMARY_LEN);
+                let mut primary =
+                    SecretBytes::zeroed(PRIMARY_LEN).map_err(|e| fail(KeyReason::Host, e.into()))?;
+                primary.copy_from_slice(key);
+                (primary, hex(written))
+            }
+            Some(_) => return Err(invalid(FileError::Magic.into())),
+            None => {
+                let sealed = SealedKey::parse(&content).ok_or_else(|| invalid(FileError::Magic.into()))?;
+                (sealed.unseal(name)?, sealed.identity)
+            }
+        };
         let identity = identity(&primary);
-        if content[48..] != identity {
+        if written != hex(&identity) {
             return Err(invalid(FileError::Damaged.into()));
         }
         Ok(Self {
@@ -126,6 +155,46 @@ impl Native {
             primary,
             identity: hex(&identity),
         })
+    }
+
+    /// Seals `primary`, which is that of the provider at `path`, to a TPM and its registers. The file is replaced once the TPM
+    /// has given the key back, and what it was is written over.
+    ///
+    /// # Errors
+    /// [`KeyError`]; the file is as it was then.
+    pub(super) fn seal(
+        name: &str,
+        path: &Path,
+        primary: &SecretBytes,
+        tpm: &Device,
+        pcrs: Selection,
+    ) -> Result<(), KeyError> {
+        let fail = |reason, source: Box<dyn Error + Send + Sync>| {
+            KeyError::new(name, path.display(), reason).because(source)
+        };
+        let identity = hex(&identity(primary));
+        let host = |e: io::Error| fail(KeyReason::Host, e.into());
+        let there = read_identity(path).map_err(host)?;
+        if let Some(there) = there.filter(|there| *there != identity) {
+            return Err(fail(
+                KeyReason::Invalid,
+                FileError::OtherKey(identity, there).into(),
+            ));
+        }
+        let sealed = Tpm::open(tpm)
+            .and_then(|mut opened| opened.seal(primary, pcrs))
+            .map_err(|e| tpm_failed(name, tpm, e))?;
+        let key = SealedKey {
+            tpm: tpm.clone(),
+            identity,
+            sealed,
+        };
+        if !key.unseal(name)?.ct_eq(primary) {
+            return Err(KeyError::new(name, tpm, KeyReason::Garbled)
+                .because("it gives back another key than it was given"));
+        }
+        let text = serde_json::to_string_pretty(&key).expect("texts are JSON") + "\n";
+        private::replace_wiping(path, text.as_bytes()).map_err(host)
     }
 
     /// The primary key, to be backed up.
@@ -197,6 +266,39 @@ impl fmt::Debug for Native {
             .field("identity", &self.identity)
             .finish_non_exhaustive()
     }
+}
+
+impl SealedKey {
+    fn parse(content: &[u8]) -> Option<Self> {
+        serde_json::from_slice(content).ok()
+    }
+
+    fn unseal(&self, name: &str) -> Result<SecretBytes, KeyError> {
+        let unsealed = Tpm::open(&self.tpm).and_then(|mut tpm| tpm.unseal(&self.sealed));
+        unsealed.map_err(|e| tpm_failed(name, &self.tpm, e))
+    }
+}
+
+/// What a TPM does not do for a provider.
+fn tpm_failed(name: &str, tpm: &Device, error: TpmError) -> KeyError {
+    let reason = match error.what {
+        TpmFailure::Changed(_) => KeyReason::Attestation,
+        TpmFailure::Io(_) => KeyReason::Unreachable,
+        TpmFailure::Garbled { .. } => KeyReason::Garbled,
+        TpmFailure::Refused { .. } => KeyReason::Failed,
+        TpmFailure::Host(_) => KeyReason::Host,
+    };
+    KeyError::new(name, tpm, reason).because(error)
+}
+
+/// The identity of the key in a file, as far as that can be told without the key.
+fn read_identity(path: &Path) -> io::Result<Option<String>> {
+    let mut content = SecretBytes::zeroed(MAX_FILE as usize).map_err(io::Error::other)?;
+    let len = File::open(path)?.read(&mut content)?;
+    Ok(match content[..len].strip_prefix(MAGIC) {
+        Some(key) => key.get(PRIMARY_LEN..).map(hex),
+        None => SealedKey::parse(&content[..len]).map(|sealed| sealed.identity),
+    })
 }
 
 /// A public name for a primary key, which reveals nothing of it.

@@ -93,17 +93,27 @@ pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     write_beside(path, content, |new| rustix::fs::rename(new, path))
 }
 
+/// As [`replace`]; what was there is written over.
+pub(crate) fn replace_wiping(path: &Path, content: &[u8]) -> io::Result<()> {
+    let mut old = OpenOptions::new().write(true).open(path)?;
+    replace(path, content)?;
+    write_over(&mut old)
+}
+
 /// Writes over the file `path` and removes it. What its file system or a flash translation layer keeps of earlier blocks
 /// is beyond reach.
 pub(crate) fn wipe(path: &Path) -> io::Result<()> {
     if fs::symlink_metadata(path)?.is_file() {
-        let mut file = OpenOptions::new().write(true).open(path)?;
-        let mut noise = vec![0; file.metadata()?.len() as usize];
-        getrandom::fill(&mut noise).map_err(io::Error::other)?;
-        file.write_all(&noise)?;
-        file.sync_all()?;
+        write_over(&mut OpenOptions::new().write(true).open(path)?)?;
     }
     fs::remove_file(path)
+}
+
+fn write_over(file: &mut File) -> io::Result<()> {
+    let mut noise = vec![0; file.metadata()?.len() as usize];
+    getrandom::fill(&mut noise).map_err(io::Error::other)?;
+    file.write_all(&noise)?;
+    file.sync_all()
 }
 
 fn write_beside(

@@ -25,6 +25,8 @@ use super::revoked::Revoked;
 use super::settings::{Settings, primary_key};
 use super::source::HostProvider;
 use super::{KeyError, KeyProvider, KeyReason, Providers};
+use crate::tpm::Device;
+use crate::tpm::pcr::Selection;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -233,6 +235,34 @@ impl Registry {
             Some(_) => Err(RegistryError::NotNative(name.to_owned())),
             None => Err(self.unknown(name).into()),
         }
+    }
+
+    /// Seals the primary key of a native provider to a TPM, bound to what `pcrs` hold now. The key is the provider's own, or
+    /// `primary`, that of its backup, where the TPM does not give it back any more.
+    ///
+    /// # Errors
+    /// [`RegistryError`], above all [`KeyReason::NotBackedUp`]: a TPM that breaks takes the key with it.
+    pub fn seal(
+        &self,
+        name: &str,
+        primary: Option<&SecretBytes>,
+        tpm: &Device,
+        pcrs: Selection,
+    ) -> Result<(), RegistryError> {
+        let _lock = self.lock()?;
+        let path = primary_key(&self.dir_of(name));
+        if self.backup(name) == Some(Backup::None) {
+            return Err(KeyError::new(name, path.display(), KeyReason::NotBackedUp).into());
+        }
+        let own;
+        let primary = match primary {
+            Some(primary) if self.backup(name).is_some() => primary,
+            _ => {
+                own = self.export(name)?;
+                &own
+            }
+        };
+        Ok(Native::seal(name, &path, primary, tpm, pcrs)?)
     }
 
     /// Whether a native provider was backed up; other providers' keys are their servers'.

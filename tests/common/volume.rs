@@ -47,6 +47,11 @@ impl Volume {
         Volume { dir, path, open }
     }
 
+    /// A volume that is there, with what `sealblk serve` needs to open it; `dir` goes when this does.
+    pub fn at(dir: TempDir, path: PathBuf, open: Vec<String>) -> Self {
+        Volume { dir, path, open }
+    }
+
     /// A volume of `cryptsetup luksFormat`, opened by a passphrase.
     pub fn cryptsetup(size: u64, sector_size: u32) -> Self {
         let dir = tempfile::tempdir().unwrap();
