@@ -4,121 +4,25 @@ mod common;
 
 use std::fs;
 use std::io::{Read, Write};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use common::agent::Agent;
 use common::secrets::as_user;
-use common::serve::SEALBLK;
+use common::serve::{SEALBLK, Server};
 use common::volume::run;
-use sealblk::agent::{Client, Purpose};
+use sealblk::agent::Purpose;
 use sealblk::keys::arena::SecretBytes;
-use sealblk::keys::{Binding, KeyError, KeyId, KeyProvider, KeyReason, Providers};
+use sealblk::keys::{Binding, KeyError, KeyId, KeyReason, Providers};
 use serde_json::Value;
-use tempfile::TempDir;
 use uuid::Uuid;
 
 /// A user whom no host has, and who is granted nothing unless a test does.
 const SOMEBODY: u32 = 4_000_001;
 /// A group, and a user of the same number.
 const GROUP: u32 = 4_100_000;
-
-/// An agent with a native provider, ended with this.
-struct Agent {
-    dir: TempDir,
-    child: Child,
-}
-
-impl Agent {
-    fn new(grants: &str) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        let path = |name: &str| dir.path().join(name);
-        let state = path("state").display().to_string();
-        run(Command::new(SEALBLK).args(["--state-dir", &state, "provider", "add", "native", "--no-backup"]));
-        let socket = path("agent.sock").display().to_string();
-        fs::write(
-            path("config.toml"),
-            format!("[agent]\nsocket = {socket:?}\n{grants}"),
-        )
-        .unwrap();
-        let child = start(&dir);
-        Self { dir, child }
-    }
-
-    fn restart(&mut self) {
-        self.stop();
-        self.child = start(&self.dir);
-    }
-
-    fn stop(&mut self) {
-        let pid = rustix::process::Pid::from_child(&self.child);
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
-        assert!(self.child.wait().unwrap().success());
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    /// A verb that knows the agent, and has no state directory of its own.
-    fn verb(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(SEALBLK);
-        command.current_dir(self.dir.path());
-        command.args(["--config", "config.toml"]).args(args);
-        command
-    }
-
-    fn client(&self, purpose: Purpose) -> Client {
-        Client::new(&self.path("agent.sock"), purpose)
-    }
-
-    fn provider(&self, purpose: Purpose) -> std::sync::Arc<dyn KeyProvider> {
-        self.client(purpose).provider("native").unwrap()
-    }
-
-    /// The records of the audit log.
-    fn audit(&self) -> Vec<Value> {
-        let log = fs::read_to_string(self.path("state/audit.log")).unwrap();
-        log.lines()
-            .map(|line| serde_json::from_str(line).unwrap())
-            .collect()
-    }
-
-    fn memory_kib(&self) -> u64 {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
-        let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
-        line.split_whitespace().nth(1).unwrap().parse().unwrap()
-    }
-}
-
-fn start(dir: &TempDir) -> Child {
-    let child = Command::new(SEALBLK)
-        .current_dir(dir.path())
-        .args(["--state-dir", "state", "--config", "config.toml", "agent"])
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    let started = Instant::now();
-    while UnixStream::connect(dir.path().join("agent.sock")).is_err() {
-        assert!(
-            started.elapsed() < Duration::from_secs(30),
-            "the agent does not answer"
-        );
-        thread::sleep(Duration::from_millis(10));
-    }
-    child
-}
-
-impl Drop for Agent {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
 
 fn binding(key_id: &KeyId) -> Binding<'_> {
     Binding {
@@ -155,15 +59,20 @@ fn disks_are_made_opened_and_rekeyed_without_the_state_directory() {
         "KeyReleased",
         "KeyCreated",
         "KeyBound",
+        "KeyLookedUp",
         "KeyReleased",
         "AgentStarted",
         "KeyReleased",
         "KeyCreated",
         "KeyBound",
+        "KeyLookedUp",
         "KeyReleased",
+        // provider list
+        "ProviderChecked",
     ];
     assert_eq!(events, expected);
-    let last = agent.audit().pop().unwrap();
+    let released = |record: &Value| record["event"] == "KeyReleased";
+    let last = agent.audit().into_iter().rfind(released).unwrap();
     assert_eq!(
         (&last["purpose"], &last["user"], &last["keyslot"]),
         (&"recrypt".into(), &0.into(), &0.into())
@@ -177,7 +86,7 @@ fn disks_are_made_opened_and_rekeyed_without_the_state_directory() {
         said.contains("agent does not answer") && said.contains("agent.sock"),
         "{said}"
     );
-    agent.child = start(&agent.dir);
+    agent.start();
 }
 
 /// Every privilege against every call that takes one, by a real user who has that privilege and no other.
@@ -223,6 +132,7 @@ fn a_privilege_allows_its_calls_and_no_others() {
         on(Purpose::Access),
         on(Purpose::Check),
     );
+    let create_client = agent.client(Purpose::Create);
     let calls: Vec<(&str, &[&str], Call<'_>)> = vec![
         ("Unwrap to attach", &["RegisterVM"], unwrap(Purpose::Attach)),
         ("Unwrap to access", &["Access"], unwrap(Purpose::Access)),
@@ -247,9 +157,24 @@ fn a_privilege_allows_its_calls_and_no_others() {
             Box::new(|| list.list().map(drop)),
         ),
         (
-            "GetDefaultProvider",
-            &["EncryptNew", "Recrypt", "ReadKeyServersInfo"],
+            "ListDisks",
+            &["ReadKeyServersInfo"],
+            Box::new(|| list.disks().map(drop)),
+        ),
+        (
+            "GetDefaultProvider to check",
+            &["ReadKeyServersInfo"],
             Box::new(|| list.default_name().map(drop)),
+        ),
+        (
+            "GetDefaultProvider to create",
+            &["EncryptNew"],
+            Box::new(|| create_client.default_name().map(drop)),
+        ),
+        (
+            "PushKek",
+            &["ManageKeys"],
+            Box::new(|| list.push("native", &key_id, &secret)),
         ),
     ];
     let mut refusals = 0;
@@ -319,7 +244,7 @@ fn the_audit_log_tells_what_was_changed_and_an_agent_does_not_go_on_with_it() {
     let verify = |args: &[&str]| {
         let mut command = Command::new(SEALBLK);
         command
-            .current_dir(agent.dir.path())
+            .current_dir(agent.path(""))
             .args(["--state-dir", "state", "audit", "verify"])
             .args(args);
         command.output().unwrap()
@@ -346,14 +271,14 @@ fn the_audit_log_tells_what_was_changed_and_an_agent_does_not_go_on_with_it() {
     agent.stop();
     fs::write(&log, whole.replacen("KeyCreated", "KeyRemoved", 1)).unwrap();
     let refused = Command::new(SEALBLK)
-        .current_dir(agent.dir.path())
+        .current_dir(agent.path(""))
         .args(["--state-dir", "state", "--config", "config.toml", "agent"])
         .output()
         .unwrap();
     assert_eq!(refused.status.code(), Some(3));
     assert!(String::from_utf8(refused.stderr).unwrap().contains("line 3"));
     fs::write(&log, whole).unwrap();
-    agent.child = start(&agent.dir);
+    agent.start();
 }
 
 /// Nothing is given out that cannot be logged.
@@ -428,6 +353,42 @@ fn callers_that_send_nonsense_or_nothing_keep_nobody_out() {
     assert_eq!(last.read(&mut [0]).unwrap_or(0), 0, "it is turned away");
     let listed = run(&mut agent.verb(&["provider", "list"])).stdout;
     assert!(String::from_utf8(listed).unwrap().contains("usable"));
+}
+
+/// The kernel tells when a process has ended, whatever ended it.
+#[test]
+fn served_volumes_are_known_until_their_processes_end() {
+    let agent = Agent::new("");
+    let [one, two] = [(); 2].map(|()| Server::of(agent.volume(), &[]));
+    let listed =
+        || -> Value { serde_json::from_slice(&run(&mut agent.verb(&["list", "--json"])).stdout).unwrap() };
+    let disks = listed()["disks"].as_array().unwrap().clone();
+    let processes: Vec<_> = disks
+        .iter()
+        .map(|disk| disk["process"].as_u64().unwrap())
+        .collect();
+    assert_eq!(processes.len(), 2, "{disks:?}");
+    for server in [&one, &two] {
+        assert!(processes.contains(&u64::from(server.process.pid())));
+    }
+    one.process.signal(rustix::process::Signal::KILL);
+    drop(two);
+    let started = Instant::now();
+    while listed() != serde_json::json!({ "disks": [] }) {
+        assert!(started.elapsed() < common::DEADLINE, "{}", listed());
+        thread::sleep(Duration::from_millis(50));
+    }
+    let ended: Vec<_> = agent
+        .audit()
+        .into_iter()
+        .filter(|record| record["event"] == "DiskUnregistered")
+        .collect();
+    assert!(
+        ended.len() == 2 && ended.iter().all(|record| record["keyDropped"] == true),
+        "{ended:?}"
+    );
+    let text = String::from_utf8(run(&mut agent.verb(&["list"])).stdout).unwrap();
+    assert!(text.starts_with("volume") && text.lines().count() == 1, "{text}");
 }
 
 /// As after a reboot of a host. `ATTACHES` asks for more than the few that there is time for.

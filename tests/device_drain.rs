@@ -10,13 +10,15 @@ use common::frontend::{
     GET_VRING_BASE, NEED_REPLY, RESET_DEVICE, SET_CONFIG, SET_FEATURES, SET_MEM_TABLE, SET_VRING_ENABLE,
     config, mem_table, vring_state,
 };
-use common::pattern;
-use common::serve::Server;
+use common::serve::{SEALBLK, Server};
 use common::storage::{Filesystem, LoopDevice};
-use common::volume::{MIB, Volume};
+use common::volume::{MIB, Volume, run};
+use common::{DEADLINE, pattern};
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::time::Duration;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
 
 const WRITES: u64 = 4;
 const LEN: usize = 64 * 1024;
@@ -42,7 +44,8 @@ impl Bench {
             return None;
         };
         let volume = Volume::created_at(dir, filesystem.path.join("disk"), &["--size", "8M"]);
-        let server = Some(Server::with(&volume, &[]));
+        let control = volume.beside("control").display().to_string();
+        let server = Some(Server::with(&volume, &["--control-socket", &control]));
         Some(Bench {
             server,
             filesystem,
@@ -113,6 +116,41 @@ fn answers_after_the_writes(name: &str, send: fn(&Driver), answer: fn(&Driver)) 
     for i in 0..WRITES {
         assert!(driver.read(i * (LEN / SECTOR) as u64, LEN) == bytes);
     }
+}
+
+/// The key is still in use; who asks is not told that it is gone.
+#[test]
+fn a_lock_waits_for_storage_and_the_disk_says_so() {
+    let Some(bench) = Bench::new() else { return };
+    let mut driver = bench.connect();
+    let control = bench.volume.beside("control");
+    let verb = |name: &str| {
+        let mut verb = Command::new(SEALBLK);
+        verb.args([name, "--control-socket"]).arg(&control);
+        verb
+    };
+    let state = || {
+        let status = run(verb("status").arg("--json")).stdout;
+        serde_json::from_slice::<serde_json::Value>(&status).unwrap()["state"].clone()
+    };
+    let frozen = bench.filesystem.freeze();
+    let writes = offer_writes(&mut driver, &pattern(1, LEN));
+    let mut lock = verb("lock").spawn().unwrap();
+    let begun = Instant::now();
+    while state() != "locking" {
+        assert!(begun.elapsed() < DEADLINE, "it is {}", state());
+        thread::sleep(Duration::from_millis(10));
+    }
+    thread::sleep(A_WHILE);
+    assert!(lock.try_wait().unwrap().is_none(), "the lock did not wait");
+    drop(frozen);
+    assert!(lock.wait().unwrap().success());
+    assert_eq!(state(), "locked");
+    driver.queue().wait_used_many(writes.len());
+    assert_written(&driver, &writes);
+    run(&mut verb("unlock"));
+    assert_eq!(state(), "open");
+    bench.server().still_serves_both(driver);
 }
 
 #[test]

@@ -17,6 +17,10 @@ use rustix::fs::{FlockOperation, flock};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
+use crate::control::events::Event;
+
+/// The record behind a line that a crash has left by half.
+const RECOVERED: &str = "LogRecovered";
 /// What stands for the line before the first.
 const NO_LINE: [u8; 32] = [0; 32];
 /// The longest line: what comes from callers is bounded by the length of a message.
@@ -123,17 +127,17 @@ impl AuditLog {
             // A crash in the middle of a line. It stays as it is, and the next record says so; its end and that record are
             // one write, and where that fails, they are written at the next start.
             let end = if chain.torn { &b"\n"[..] } else { b"" };
-            log.append(end, "LogRecovered", json!({}))?;
+            log.append(end, RECOVERED, &json!({}))?;
         }
         Ok(log)
     }
 
     /// Adds a record. It is on stable storage when this returns.
-    pub(super) fn record(&self, event: &str, fields: Value) -> Result<(), AuditError> {
-        self.append(b"", event, fields)
+    pub(super) fn record(&self, event: Event, fields: &Value) -> Result<(), AuditError> {
+        self.append(b"", &event.to_string(), fields)
     }
 
-    fn append(&self, before: &[u8], event: &str, fields: Value) -> Result<(), AuditError> {
+    fn append(&self, before: &[u8], event: &str, fields: &Value) -> Result<(), AuditError> {
         let mut end = self.end.lock().unwrap_or_else(PoisonError::into_inner);
         let failed = |source| AuditError::Io {
             action: "written",
@@ -151,7 +155,7 @@ impl AuditLog {
         record.insert("time".into(), time.into());
         record.insert("event".into(), event.into());
         if let Value::Object(fields) = fields {
-            record.extend(fields);
+            record.extend(fields.clone());
         }
         record.insert("prev".into(), hex(&end.last).into());
         let record = Value::Object(record).to_string();
@@ -257,7 +261,7 @@ impl Chain {
                     if record.get("seq") != Some(&chain.lines.into()) {
                         return Err(broken("has not its number"));
                     }
-                    if chain.crashed && record.get("event") != Some(&"LogRecovered".into()) {
+                    if chain.crashed && record.get("event") != Some(&RECOVERED.into()) {
                         return Err(broken("follows one that is no record"));
                     }
                 }
@@ -285,7 +289,7 @@ mod tests {
         let path = dir.path().join("audit.log");
         let log = AuditLog::open(&path).unwrap();
         for n in 0..records {
-            log.record("KeyReleased", json!({"n": n, "text": "a \"quoted\" text"}))
+            log.record(Event::KeyReleased, &json!({"n": n, "text": "a \"quoted\" text"}))
                 .unwrap();
         }
         path

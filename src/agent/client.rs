@@ -2,7 +2,6 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,8 +16,10 @@ use super::Purpose;
 use super::manage::{
     ErasedVolume, InUse, ListVolumes, NotBackedUp, RemoveProvider, RevokeKek, ScanVolumes, Volumes,
 };
+use super::registered::Registrant;
 use super::service::{
-    CreateKek, INTERFACE, Kek, KeyFailure, MAX_KEY_ID, MAX_WRAPPED, NamedProvider, Unwrap, WireBinding, Wrap,
+    CreateKek, DefaultProvider, INTERFACE, Kek, KeyFailure, MAX_KEY_ID, MAX_WRAPPED, NamedProvider, PushKek,
+    Unwrap, WireBinding, Wrap,
 };
 use crate::control::varlink::{CallError, MethodError, call};
 use crate::control::wire::{self, Connection, WireError};
@@ -104,6 +105,36 @@ impl Client {
         }
         let (listed, _) = self.ask::<Listed>("", "ListProviders", json!({}), &[])?;
         Ok(listed.providers)
+    }
+
+    /// The volumes that are being served on this host, by the time since when they are.
+    ///
+    /// # Errors
+    /// As for [`Client::list`].
+    pub fn disks(&self) -> Result<Vec<Registrant>, KeyError> {
+        #[derive(Deserialize)]
+        struct Listed {
+            disks: Vec<Registrant>,
+        }
+        Ok(self.ask::<Listed>("", "ListDisks", json!({}), &[])?.0.disks)
+    }
+
+    /// Gives the agent a KEK, which somebody has fetched for this host.
+    ///
+    /// # Errors
+    /// As for [`Client::list`], and if it is no KEK of a provider there.
+    pub fn push(&self, provider: &str, key_id: &KeyId, kek: &SecretBytes) -> Result<(), KeyError> {
+        #[derive(Deserialize)]
+        struct Pushed {}
+        let pipe = wire::pass(kek)
+            .map_err(|error| self.fail(provider, KeyReason::Host).of(key_id).because(error))?;
+        let parameters = PushKek {
+            provider: provider.to_owned(),
+            key_id: key_id.clone(),
+            kek: 0,
+        };
+        self.ask::<Pushed>(provider, "PushKek", parameters, &[pipe.as_fd()])?;
+        Ok(())
     }
 
     /// The volumes that are known, of one provider or one KEK, and whether there may be others.
@@ -271,8 +302,7 @@ impl Client {
     ) -> Result<(T, Vec<OwnedFd>), Failed> {
         let method = format!("{INTERFACE}.{method}");
         let ask = || {
-            let stream = UnixStream::connect(&self.socket)?;
-            let mut connection = Connection::new(stream, TIMEOUT)?;
+            let mut connection = Connection::to(&self.socket, TIMEOUT)?;
             call(&mut connection, &method, &parameters, descriptors)
         };
         let mut patience = TURNED_AWAY;
@@ -347,7 +377,8 @@ impl Providers for Client {
         struct Default {
             name: Option<String>,
         }
-        let (default, _) = self.ask::<Default>("", "GetDefaultProvider", json!({}), &[])?;
+        let purpose = self.purpose;
+        let (default, _) = self.ask::<Default>("", "GetDefaultProvider", DefaultProvider { purpose }, &[])?;
         Ok(default.name)
     }
 }

@@ -9,6 +9,7 @@ use uuid::Uuid;
 use super::audit::{AuditError, AuditLog};
 use super::audit_log;
 use super::service::{Answered, INTERFACE, MAX_PATH, Service, check_lengths, failure, with};
+use crate::control::events::Event;
 use crate::control::privilege::Privilege;
 use crate::control::varlink::{Answer, MethodError, Request};
 use crate::keys::registry::{Registry, RegistryError};
@@ -100,8 +101,8 @@ pub fn record_erased(state_dir: &Path, erased: &ErasedVolume) -> Result<(), Audi
     let user = rustix::process::geteuid().as_raw();
     let subject = serde_json::to_value(erased).expect("texts are JSON");
     AuditLog::open(&audit_log(state_dir))?.record(
-        "VolumeErased",
-        with(with(subject, "user", user), "process", std::process::id()),
+        Event::VolumeErased,
+        &with(with(subject, "user", user), "process", std::process::id()),
     )
 }
 
@@ -166,7 +167,7 @@ impl Service {
         });
         self.permit(request.peer, Privilege::ManageKeys, subject.clone())?;
         let provider = self
-            .providers()
+            .providers
             .provider(&provider)
             .map_err(|error| failure(&error))?;
         let take_away = |removal| revoke(&*provider, &self.index, &key_id, revocation, &removal);
@@ -179,7 +180,7 @@ impl Service {
         if dry_run {
             return Ok(Answer::of(json!({})));
         }
-        self.audited("KeyRevoked", request.peer, subject.clone())?;
+        self.audited(Event::KeyRevoked, request.peer, subject.clone())?;
         // What was seen just now need not be seen again.
         let reach = match take_away(Removal {
             force: true,
@@ -202,7 +203,7 @@ impl Service {
         let subject = json!({ "provider": provider, "force": force });
         self.permit(request.peer, Privilege::ManageKeyServers, subject.clone())?;
         let mut registry =
-            Registry::open(self.providers().dir()).map_err(|error| self.guarded(error.into()))?;
+            Registry::open(self.providers.dir()).map_err(|error| self.guarded(error.into()))?;
         let mut take_away = |removal| remove_provider(&mut registry, &provider, &removal);
         let removal = Removal {
             new_default: new_default.as_deref(),
@@ -211,13 +212,13 @@ impl Service {
         };
         take_away(removal).map_err(|error| self.guarded(error))?;
         if !dry_run {
-            self.audited("ProviderRemoved", request.peer, subject)?;
+            self.audited(Event::ProviderRemoved, request.peer, subject)?;
             take_away(Removal {
                 dry_run: false,
                 ..removal
             })
             .map_err(|error| self.guarded(error))?;
-            self.providers().refresh();
+            self.providers.refresh();
         }
         Ok(Answer::of(json!({})))
     }
@@ -241,7 +242,7 @@ impl Service {
             self.permit(request.peer, Privilege::EncryptNew, json!({}))?;
         }
         self.audited(
-            "VolumeErased",
+            Event::VolumeErased,
             request.peer,
             serde_json::to_value(&erased).expect("texts are JSON"),
         )?;
@@ -267,7 +268,7 @@ impl Service {
             }
             GuardError::Key(error) | GuardError::Registry(RegistryError::Key(error)) => failure(&error),
             GuardError::Registry(error) => {
-                let location = self.providers().dir().display();
+                let location = self.providers.dir().display();
                 failure(&KeyError::new("", location, KeyReason::Invalid).because(error))
             }
             GuardError::Index { source, .. } => unreadable(&source),

@@ -1,10 +1,11 @@
 //! The host's key agent: the one process that talks to key providers and holds KEKs, for all `sealblk serve` of a host.
 //!
 //! ```text
-//! service   what it answers on its socket, to whom, and what of it stands in the audit log
-//! manage    the part of it for who manages keys and providers
-//! audit     that log: a chain that shows tampering
-//! client    the other side: the agent's providers, as a volume sees providers
+//! service     what it answers on its socket, to whom, and what of it stands in the audit log
+//! manage      the part of it for who manages keys and providers
+//! audit       that log: a chain that shows tampering
+//! registered  which volumes are being served, under which KEKs
+//! client      the other side: the agent's providers, as a volume sees providers
 //! ```
 //!
 //! A disk's process has neither a KEK nor a provider's credentials: it gets the slot secret of one keyslot, through a
@@ -13,6 +14,7 @@
 mod audit;
 mod client;
 mod manage;
+mod registered;
 mod service;
 
 use std::io;
@@ -24,6 +26,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::control::events::Event;
 use crate::control::privilege::{Grants, Privilege};
 use crate::control::server;
 use crate::control::socket::{BindError, Bound, termination};
@@ -34,6 +37,8 @@ use audit::AuditLog;
 pub use audit::{AuditError, Verified, verify};
 pub use client::Client;
 pub use manage::{ErasedVolume, record_erased};
+pub use registered::Registrant;
+pub use service::INTERFACE;
 use service::Service;
 
 /// Where its socket is, if nobody says otherwise.
@@ -41,7 +46,7 @@ pub const DEFAULT_SOCKET: &str = "/run/sealblk/agent.sock";
 /// How long a KEK is kept after it was fetched, if nobody says otherwise: a reboot's storm of attaches is over by then.
 pub const DEFAULT_TIME_TO_LIVE: Duration = Duration::from_secs(600);
 
-/// How often KEKs are looked at for their time.
+/// How often KEKs are looked at for their time, and processes for their end.
 const TICK: Duration = Duration::from_secs(1);
 
 /// What a key is asked for. The interface describes which calls and privileges go with it.
@@ -122,8 +127,8 @@ impl Agent {
         }
         let (listener, bound) = server::bind(&settings.socket)?;
         audit.record(
-            "AgentStarted",
-            serde_json::json!({ "process": std::process::id() }),
+            Event::AgentStarted,
+            &serde_json::json!({ "process": std::process::id() }),
         )?;
         Ok(Self {
             listener,
@@ -139,8 +144,8 @@ impl Agent {
     /// If it cannot wait for callers.
     pub fn run(self) -> io::Result<()> {
         let service: Arc<dyn Interface> = Arc::<Service>::clone(&self.service);
-        let expire = || self.service.providers().drop_expired();
-        server::run(&self.listener, &self.ending, &service, Some((TICK, &expire)))
+        let tick = || self.service.tick();
+        server::run(&self.listener, &self.ending, &service, Some((TICK, &tick)))
     }
 }
 

@@ -14,14 +14,18 @@ use uuid::Uuid;
 
 use super::Purpose;
 use super::audit::AuditLog;
+use super::registered::Registered;
+use crate::control::events::{Event, Events};
 use crate::control::peer::Peer;
 use crate::control::privilege::{Grants, Privilege};
 use crate::control::varlink::{Answer, Interface, MethodError, Request};
 use crate::control::wire;
+use crate::keys::arena::SecretBytes;
 use crate::keys::{Binding, KeyError, KeyId, KeyReason, Providers, SharedProviders};
-use crate::known::{Event, Index};
+use crate::known::{Index, Occasion};
 
-pub(super) const INTERFACE: &str = "org.sealblk.Agent";
+/// The interface's name.
+pub const INTERFACE: &str = "org.sealblk.Agent";
 
 /// The longest name of a provider, and the longest key ID, that anybody has: those of servers that hold a wrapped key have
 /// some hundred bytes. What is longer must not fill the log.
@@ -38,9 +42,11 @@ const REFUSAL_INTERVAL: Duration = Duration::from_secs(1);
 /// The agent's side of its socket.
 #[derive(Debug)]
 pub(super) struct Service {
-    providers: SharedProviders,
+    pub(super) providers: SharedProviders,
     pub(super) grants: Grants,
     audit: AuditLog,
+    events: Events,
+    registered: Registered,
     pub(super) index: Index,
     refusals: Mutex<HashMap<u32, Refusals>>,
 }
@@ -106,6 +112,11 @@ impl WireBinding {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
+pub(super) struct DefaultProvider {
+    pub(super) purpose: Purpose,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct CreateKek {
     pub(super) provider: String,
     pub(super) purpose: Purpose,
@@ -134,6 +145,14 @@ pub(super) struct Unwrap {
 pub(super) struct Kek {
     pub(super) provider: String,
     pub(super) key_id: KeyId,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct PushKek {
+    pub(super) provider: String,
+    pub(super) key_id: KeyId,
+    pub(super) kek: usize,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -180,12 +199,50 @@ impl Service {
             providers,
             grants,
             audit,
+            events: Events::default(),
+            registered: Registered::default(),
             refusals: Mutex::default(),
         }
     }
 
-    pub(super) fn providers(&self) -> &SharedProviders {
-        &self.providers
+    /// Lets go of KEKs whose time has come, and of those whose last volume is not served any more.
+    pub(super) fn tick(&self) {
+        self.providers.drop_expired();
+        for (volume, last) in self.registered.take_ended() {
+            if last {
+                self.providers.forget(&volume.provider, &volume.key_id);
+            }
+            let mut fields = serde_json::to_value(&volume).expect("texts and numbers are JSON");
+            fields = with(fields, "keyDropped", last);
+            // There is nobody to tell that the log cannot be written.
+            let _ = self.audit(Event::DiskUnregistered, fields);
+        }
+    }
+
+    fn list_disks(&self, request: &Request<'_>) -> Answered {
+        self.permit(request.peer, Privilege::ReadKeyServersInfo, json!({}))?;
+        Ok(Answer::of(json!({ "disks": self.registered.list() })))
+    }
+
+    fn watch(&self, request: &Request<'_>) -> Answered {
+        self.permit(request.peer, Privilege::ReadKeyServersInfo, json!({}))?;
+        request.watch(INTERFACE, &self.events)
+    }
+
+    fn push_kek(&self, mut request: Request<'_>) -> Answered {
+        let PushKek {
+            provider,
+            key_id,
+            kek,
+        } = request.parameters()?;
+        check_lengths(&provider, Some(&key_id))?;
+        let subject = json!({ "provider": provider, "keyId": key_id });
+        self.permit(request.peer, Privilege::ManageKeys, subject.clone())?;
+        let kek = secret_of(&request, kek, "kek")?;
+        let pushed = self.providers.push(&provider, &key_id, kek);
+        self.judged(request.peer, &subject, pushed)?;
+        self.audited(Event::KeyPushed, request.peer, subject)?;
+        Ok(Answer::default())
     }
 
     fn list_providers(&self, request: &Request<'_>) -> Answered {
@@ -197,18 +254,10 @@ impl Service {
         Ok(Answer::of(json!({ "providers": entries })))
     }
 
-    fn default_provider(&self, request: &Request<'_>) -> Answered {
-        let any = [
-            Privilege::EncryptNew,
-            Privilege::Recrypt,
-            Privilege::ReadKeyServersInfo,
-        ];
-        if !any
-            .iter()
-            .any(|&privilege| self.grants.allow(request.peer, privilege))
-        {
-            self.permit(request.peer, Privilege::ReadKeyServersInfo, json!({}))?;
-        }
+    fn default_provider(&self, mut request: Request<'_>) -> Answered {
+        let DefaultProvider { purpose } = request.parameters()?;
+        let purposes = [Purpose::Create, Purpose::Recrypt, Purpose::Check];
+        self.permit_for(&request, purpose, &purposes, &json!({ "purpose": purpose }))?;
         let name = self.providers.default_name().map_err(|error| failure(&error))?;
         Ok(Answer::of(json!({ "name": name })))
     }
@@ -223,7 +272,7 @@ impl Service {
             .provider(&provider)
             .and_then(|provider| provider.create_kek());
         let key_id = self.judged(request.peer, &subject, made)?;
-        self.audited("KeyCreated", request.peer, with(subject, "keyId", &key_id))?;
+        self.audited(Event::KeyCreated, request.peer, with(subject, "keyId", &key_id))?;
         Ok(Answer::of(json!({ "keyId": key_id })))
     }
 
@@ -237,18 +286,14 @@ impl Service {
         check_lengths(&binding.provider, Some(&binding.key_id))?;
         let subject = about(&binding, purpose);
         self.permit_for(&request, purpose, &[Purpose::Create, Purpose::Recrypt], &subject)?;
-        let secret = request
-            .descriptors
-            .get(secret)
-            .and_then(|descriptor| wire::take(descriptor).ok())
-            .ok_or_else(|| MethodError::invalid_parameter("secret"))?;
+        let secret = secret_of(&request, secret, "secret")?;
         let wrapped = self
             .providers
             .provider(&binding.provider)
             .and_then(|provider| provider.wrap(&binding.binding(), &secret));
         let wrapped = self.judged(request.peer, &subject, wrapped)?;
-        self.audited("KeyBound", request.peer, subject)?;
-        self.note(&binding, path, Event::Bound);
+        self.audited(Event::KeyBound, request.peer, subject)?;
+        self.note(&binding, path, Occasion::Bound);
         Ok(Answer::of(json!({ "wrapped": BASE64_STANDARD.encode(wrapped) })))
     }
 
@@ -277,8 +322,17 @@ impl Service {
             let error = KeyError::new(&binding.provider, "the agent", KeyReason::Host).because(error);
             failure(&error)
         })?;
-        self.audited("KeyReleased", request.peer, subject)?;
-        self.note(&binding, path, Event::Opened);
+        self.audited(Event::KeyReleased, request.peer, subject)?;
+        self.note(&binding, path, Occasion::Opened);
+        if purpose == Purpose::Attach {
+            let WireBinding {
+                volume,
+                provider,
+                key_id,
+                ..
+            } = &binding;
+            self.registered.add(request.peer, *volume, provider, key_id);
+        }
         Ok(Answer::of(json!({ "secret": 0 })).with(pipe))
     }
 
@@ -287,13 +341,14 @@ impl Service {
         check_lengths(&provider, Some(&key_id))?;
         let subject = json!({ "provider": provider, "keyId": key_id });
         if !self.grants.allow(request.peer, Privilege::Recrypt) {
-            self.permit(request.peer, Privilege::ManageKeys, subject)?;
+            self.permit(request.peer, Privilege::ManageKeys, subject.clone())?;
         }
         let state = self
             .providers
             .provider(&provider)
             .and_then(|provider| provider.state(&key_id));
-        let state = state.map_err(|error| failure(&error))?;
+        let state = self.judged(request.peer, &subject, state)?;
+        self.audited(Event::KeyLookedUp, request.peer, with(subject, "state", state))?;
         Ok(Answer::of(json!({ "state": state })))
     }
 
@@ -307,14 +362,15 @@ impl Service {
             .provider(&provider)
             .and_then(|provider| provider.check());
         self.judged(request.peer, &subject, checked)?;
+        self.audited(Event::ProviderChecked, request.peer, subject)?;
         Ok(Answer::default())
     }
 
     /// The volume's place is what the caller says: whoever opens volumes could say anything, so it is no more than a hint.
-    fn note(&self, binding: &WireBinding, path: Option<String>, event: Event) {
+    fn note(&self, binding: &WireBinding, path: Option<String>, occasion: Occasion) {
         let usable = |path: &String| path.len() <= MAX_PATH && path.starts_with('/');
         if let Some(path) = path.filter(usable) {
-            self.index.note(&binding.binding(), Path::new(&path), event);
+            self.index.note(&binding.binding(), Path::new(&path), occasion);
         }
     }
 
@@ -354,7 +410,7 @@ impl Service {
             if suppressed > 0 {
                 fields = with(fields, "suppressed", suppressed);
             }
-            self.audited("KeyRefused", peer, fields)?;
+            self.audited(Event::KeyRefused, peer, fields)?;
         }
         let told = json!({ "privilege": privilege, "user": peer.user });
         Err(MethodError::new(INTERFACE, "NotPermitted", told))
@@ -375,18 +431,31 @@ impl Service {
         let mut fields = with(subject.clone(), "reason", told.reason);
         fields = with(fields, "hop", &told.hop);
         fields = with(fields, "causes", &told.causes);
-        self.audited("KeyFailed", peer, fields)?;
+        let event = match told.reason {
+            KeyReason::Missing => Event::KeyMissing,
+            KeyReason::Unreachable => Event::KeyServerUnreachable,
+            KeyReason::Host => Event::KeyRefusedByHost,
+            _ => Event::KeyFailed,
+        };
+        self.audited(event, peer, fields)?;
         Err(failure(&error))
     }
 
-    pub(super) fn audited(&self, event: &str, peer: &Peer, subject: Value) -> Result<(), MethodError> {
+    pub(super) fn audited(&self, event: Event, peer: &Peer, subject: Value) -> Result<(), MethodError> {
         let mut fields = Map::new();
         fields.insert("user".into(), peer.user.into());
         fields.insert("process".into(), peer.process.into());
         if let Value::Object(subject) = subject {
             fields.extend(subject);
         }
-        self.audit.record(event, Value::Object(fields)).map_err(|error| {
+        self.audit(event, Value::Object(fields))
+    }
+
+    /// Writes down what happened, then tells it.
+    pub(super) fn audit(&self, event: Event, fields: Value) -> Result<(), MethodError> {
+        let told = self.audit.record(event, &fields);
+        self.events.tell(event, &fields);
+        told.map_err(|error| {
             let cause = error
                 .source()
                 .map(|cause| format!(": {cause}"))
@@ -417,12 +486,15 @@ impl Interface for Service {
     fn call(&self, method: &str, request: Request<'_>) -> Option<Answered> {
         Some(match method {
             "ListProviders" => self.list_providers(&request),
-            "GetDefaultProvider" => self.default_provider(&request),
+            "GetDefaultProvider" => self.default_provider(request),
             "CreateKek" => self.create_kek(request),
             "Wrap" => self.wrap(request),
             "Unwrap" => self.unwrap(request),
             "GetKekState" => self.kek_state(request),
             "CheckProvider" => self.check_provider(request),
+            "ListDisks" => self.list_disks(&request),
+            "Watch" => self.watch(&request),
+            "PushKek" => self.push_kek(request),
             "ListVolumes" => self.list_volumes(request),
             "ScanVolumes" => self.scan_volumes(request),
             "RevokeKek" => self.revoke_kek(request),
@@ -435,6 +507,14 @@ impl Interface for Service {
 
 pub(super) fn failure(error: &KeyError) -> MethodError {
     MethodError::new(INTERFACE, "KeyFailure", KeyFailure::of(error))
+}
+
+/// The secret that came beside a call.
+fn secret_of(request: &Request<'_>, index: usize, parameter: &str) -> Result<SecretBytes, MethodError> {
+    let descriptor = request.descriptors.get(index);
+    descriptor
+        .and_then(|descriptor| wire::take(descriptor).ok())
+        .ok_or_else(|| MethodError::invalid_parameter(parameter))
 }
 
 pub(super) fn check_lengths(provider: &str, key_id: Option<&KeyId>) -> Result<(), MethodError> {

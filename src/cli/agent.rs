@@ -25,8 +25,9 @@ the user and groups that they run as:
   Access              open a volume for something else: `recovery`
   EncryptNew          make a disk
   Recrypt             give a volume another key: `rekey`
-  ReadKeyServersInfo  see the providers: `provider list`
-  ManageKeys          ask for a key's state
+  ReadKeyServersInfo  see providers, served volumes and events: `provider list`,
+                      `list`, `events`
+  ManageKeys          ask for a key's state, and push a key
 
 Root, and the user that the agent runs as, have them all; nobody else has any
 that is not granted. What was asked for, refused and given stands in audit.log in

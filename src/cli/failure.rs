@@ -182,8 +182,8 @@ pub enum Failure {
     /// The audit log.
     #[error(transparent)]
     Audit(#[from] AuditError),
-    /// A served disk does not answer.
-    #[error("{}: no served disk answers on this control socket", socket.display())]
+    /// Nobody answers.
+    #[error("{}: no answer on this control socket", socket.display())]
     Control {
         /// The socket.
         socket: PathBuf,

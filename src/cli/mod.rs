@@ -9,9 +9,11 @@ mod audit;
 mod config;
 mod create;
 mod erase;
+mod events;
 pub mod failure;
 mod info;
 mod key;
+mod list;
 mod made;
 pub mod output;
 mod primary_key;
@@ -106,6 +108,8 @@ enum Verb {
     Erase(erase::Erase),
     Serve(serve::Serve),
     Status(served::Status),
+    Events(events::Events),
+    List(list::List),
     Lock(served::Lock),
     Unlock(served::Unlock),
     Agent(agent::Agent),
@@ -242,6 +246,8 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Erase(verb) => verb.run(&host),
         Verb::Serve(verb) => verb.run(&host),
         Verb::Status(verb) => verb.run(),
+        Verb::Events(verb) => verb.run(&host),
+        Verb::List(verb) => verb.run(&host),
         Verb::Lock(verb) => verb.run(),
         Verb::Unlock(verb) => verb.run(),
         Verb::Agent(verb) => verb.run(&host),

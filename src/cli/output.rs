@@ -4,8 +4,11 @@ use std::error::Error;
 use std::io::{self, Write};
 
 use serde::Serialize;
+use tracing_journald::{Priority, PriorityMappings};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use super::failure::Failure;
 use crate::keys::harmless;
@@ -19,6 +22,19 @@ pub fn print(text: &str) -> Result<(), Failure> {
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
         Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(Failure::Output(e)),
         _ => Ok(()),
+    }
+}
+
+/// Prints a line of many, at once. Tells whether anybody reads them.
+///
+/// # Errors
+/// As for [`print`].
+pub fn line(text: &str) -> Result<bool, Failure> {
+    let mut stdout = io::stdout().lock();
+    match writeln!(stdout, "{text}").and_then(|()| stdout.flush()) {
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        Err(e) => Err(Failure::Output(e)),
+        Ok(()) => Ok(true),
     }
 }
 
@@ -55,11 +71,32 @@ pub(super) fn log_events(level: &str) {
             EnvFilter::new(level)
         }
     };
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .with_target(false)
-        .init();
+    let registry = tracing_subscriber::registry().with(filter);
+    match journal() {
+        Some(journal) => registry.with(journal).init(),
+        None => {
+            let lines = tracing_subscriber::fmt::layer().with_writer(io::stderr);
+            registry.with(lines.with_target(false)).init();
+        }
+    }
+}
+
+/// The journal, if standard error goes there (systemd.exec, "JOURNAL_STREAM"): it keeps the fields of records apart.
+fn journal() -> Option<tracing_journald::Layer> {
+    let stream = std::env::var("JOURNAL_STREAM").ok()?;
+    let (device, inode) = stream.split_once(':')?;
+    let stderr = rustix::fs::fstat(io::stderr()).ok()?;
+    if (device.parse(), inode.parse()) != (Ok(stderr.st_dev), Ok(stderr.st_ino)) {
+        return None;
+    }
+    let layer = tracing_journald::layer().ok()?;
+    // The levels of syslog that have the same names: its own choice takes what is merely told for a notice.
+    let priorities = PriorityMappings {
+        info: Priority::Informational,
+        ..PriorityMappings::new()
+    };
+    let prefix = Some("SEALBLK".to_owned());
+    Some(layer.with_field_prefix(prefix).with_priority_mappings(priorities))
 }
 
 /// Whether each part of a filter has a level: a slip of the pen would be a target's name, and silence all others.

@@ -1,6 +1,5 @@
 //! `sealblk status`, `lock` and `unlock`: a disk that is being served, by its control socket.
 
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -17,7 +16,7 @@ use crate::control::wire::Connection;
 use crate::served::{self, LockedBy, State};
 
 /// How long an answer may take: a lock waits for storage, a rekey for key servers.
-const TIMEOUT: Duration = Duration::from_secs(300);
+pub(super) const TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Show how a served disk is: whether it has its key, and if not, why
 #[derive(Debug, Args)]
@@ -92,6 +91,7 @@ fn text(status: &served::Status) -> String {
     );
     match status.state {
         State::Open => row("state", "open".to_owned()),
+        State::Locking => row("state", "locking: waits for what is in flight".to_owned()),
         State::Locked => row("state", "locked: the guest's requests wait".to_owned()),
     }
     if let Some(lock) = &status.lock {
@@ -116,18 +116,24 @@ pub(super) fn ask<T: DeserializeOwned>(
     parameters: impl Serialize,
 ) -> Result<T, Failure> {
     let answer = || {
-        let stream = UnixStream::connect(socket)?;
-        let mut connection = Connection::new(stream, TIMEOUT)?;
+        let mut connection = Connection::to(socket, TIMEOUT)?;
         let method = format!("{}.{method}", served::INTERFACE);
         call(&mut connection, &method, parameters, &[])
     };
     match answer() {
         Ok((answer, _)) => Ok(answer),
-        Err(CallError::Method(error)) => Err(refused(socket, &error)),
-        Err(source) => Err(Failure::Control {
+        Err(error) => Err(failure(socket, error)),
+    }
+}
+
+/// Why a call on a control socket came to nothing.
+pub(super) fn failure(socket: &Path, error: CallError) -> Failure {
+    match error {
+        CallError::Method(error) => refused(socket, &error),
+        source => Failure::Control {
             socket: socket.to_owned(),
             source,
-        }),
+        },
     }
 }
 
@@ -136,13 +142,15 @@ fn refused(socket: &Path, error: &MethodError) -> Failure {
         return Failure::NotDue;
     }
     let field = |name: &str| error.parameters.get(name).and_then(Value::as_str);
-    let message = match error.name.strip_prefix(served::INTERFACE) {
-        Some(".Failed") => field("message").map(str::to_owned),
-        Some(".NotPermitted") => field("privilege").map(|privilege| {
-            format!(
-                "you lack the privilege {privilege}; grant it in the configuration that `sealblk serve` has"
-            )
+    let message = match error.name.rsplit('.').next() {
+        Some("Failed") => field("message").map(str::to_owned),
+        Some("NotPermitted") => field("privilege").map(|privilege| {
+            format!("you lack the privilege {privilege}; grant it in the configuration of who listens there")
         }),
+        Some("TooManyWatchers") => Some("as many watch already as may; end one".to_owned()),
+        Some("EventsLost") => {
+            Some("events came faster than they were read, and were lost; ask anew".to_owned())
+        }
         _ => None,
     };
     Failure::Refused {

@@ -6,11 +6,13 @@
 //! ```text
 //! wire       messages, and descriptors beside them: a secret goes through a pipe, never through JSON
 //! varlink    calls, replies and errors; what every service answers
+//! events     what happens, told to the log and to whoever watches
 //! server     callers, each with a thread, within bounds
 //! socket     where a process listens, and the signals that end it
 //! peer       who is at the other end, as the kernel knows it; privilege: what they may do
 //! ```
 
+pub mod events;
 pub mod peer;
 pub mod privilege;
 pub mod server;

@@ -19,9 +19,10 @@ pub enum Privilege {
     EncryptNew,
     /// Remove key providers.
     ManageKeyServers,
-    /// Ask for KEKs' states and for the volumes that they open, and take them out of use.
+    /// Ask for KEKs' states and for the volumes that they open, take them out of use, and push them to the agent.
     ManageKeys,
-    /// See the key providers, whether they work, and which volumes they open.
+    /// See the key providers, whether they work, and which volumes they open; which volumes are served, and what happens to
+    /// keys and disks.
     ReadKeyServersInfo,
     /// Give a volume another KEK.
     Recrypt,

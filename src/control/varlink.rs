@@ -1,7 +1,7 @@
 //! Calls, replies and errors of varlink (varlink, "Wire Protocol"), and a service that answers them.
 //!
-//! A connection carries one call at a time; its reply comes before the next is read. A call's errors have names of the
-//! interface; the connection goes on after them.
+//! A connection carries one call at a time; its replies come before the next is read. A call's errors have names of the
+//! interface; the connection goes on after them. Who calls with `more` may get a stream: a reply for each event.
 
 use std::fmt;
 use std::io;
@@ -13,6 +13,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use super::events::{Events, Next, Watch};
 use super::peer::Peer;
 use super::wire::{Connection, WireError};
 
@@ -28,6 +29,9 @@ struct Call {
     /// The caller wants no reply.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     oneway: bool,
+    /// The caller takes more than one reply.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    more: bool,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -36,6 +40,9 @@ struct Reply {
     parameters: Map<String, Value>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     error: Option<String>,
+    /// Another reply follows.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    continues: bool,
 }
 
 /// An error that a method answers with: its full name, and what it tells.
@@ -73,6 +80,7 @@ impl fmt::Display for MethodError {
 pub struct Answer {
     parameters: Map<String, Value>,
     descriptors: Vec<OwnedFd>,
+    watch: Option<Watch>,
 }
 
 impl Answer {
@@ -80,7 +88,15 @@ impl Answer {
     pub fn of(parameters: impl Serialize) -> Self {
         Self {
             parameters: object(parameters),
-            descriptors: Vec::new(),
+            ..Self::default()
+        }
+    }
+
+    /// A stream: a reply without an event at once, so that the caller knows that it misses none, then one for each.
+    pub fn stream(watch: Watch) -> Self {
+        Self {
+            watch: Some(watch),
+            ..Self::default()
         }
     }
 
@@ -99,6 +115,7 @@ pub struct Request<'c> {
     pub descriptors: Vec<OwnedFd>,
     /// Who calls.
     pub peer: &'c Peer,
+    more: bool,
 }
 
 impl Request<'_> {
@@ -110,6 +127,19 @@ impl Request<'_> {
         let parameters = Value::Object(std::mem::take(&mut self.parameters));
         // What serde says of it names the parameter.
         serde_json::from_value(parameters).map_err(|error| MethodError::invalid_parameter(&error.to_string()))
+    }
+
+    /// The stream of `events`, for who asked for more than one reply.
+    ///
+    /// # Errors
+    /// `org.varlink.service.ExpectedMore`, and `TooManyWatchers` of `interface`.
+    pub fn watch(&self, interface: &str, events: &Events) -> Result<Answer, MethodError> {
+        if !self.more {
+            return Err(MethodError::new(SERVICE, "ExpectedMore", json!({})));
+        }
+        let watch = events.watch();
+        let watch = watch.ok_or_else(|| MethodError::new(interface, "TooManyWatchers", json!({})))?;
+        Ok(Answer::stream(watch))
     }
 }
 
@@ -148,20 +178,73 @@ pub fn serve(
             parameters: call.parameters,
             descriptors: message.descriptors,
             peer,
+            more: call.more,
         };
         let answer = answer(&call.method, request, interface);
         if call.oneway {
             continue;
         }
         let (parameters, error, descriptors) = match answer {
+            Ok(Answer {
+                watch: Some(watch), ..
+            }) => {
+                if tell(&mut connection, &watch, interface)? == Stream::Left {
+                    return Ok(());
+                }
+                continue;
+            }
             Ok(answer) => (answer.parameters, None, answer.descriptors),
             Err(refusal) => (refusal.parameters, Some(refusal.name), Vec::new()),
         };
-        let reply = Reply { parameters, error };
+        let reply = Reply {
+            parameters,
+            error,
+            continues: false,
+        };
         let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
         connection.send(&reply, &descriptors)?;
     }
     Ok(())
+}
+
+/// How a stream ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stream {
+    /// The caller has left.
+    Left,
+    /// The caller was told so.
+    Ended,
+}
+
+/// How often a caller that hears nothing is looked after.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Sends events until the caller leaves, or cannot follow.
+fn tell(connection: &mut Connection, watch: &Watch, interface: &dyn Interface) -> Result<Stream, WireError> {
+    let event = |event: Option<&Value>| Reply {
+        parameters: event
+            .map(|event| object(json!({ "event": event })))
+            .unwrap_or_default(),
+        error: None,
+        continues: true,
+    };
+    connection.send(&event(None), &[])?;
+    loop {
+        match watch.next(LOOK) {
+            Next::Event(told) => connection.send(&event(Some(&told)), &[])?,
+            Next::Quiet if connection.has_ended()? => return Ok(Stream::Left),
+            Next::Quiet => {}
+            Next::Behind => {
+                let lost = Reply {
+                    parameters: Map::new(),
+                    error: Some(format!("{}.EventsLost", interface.name())),
+                    continues: false,
+                };
+                connection.send(&lost, &[])?;
+                return Ok(Stream::Ended);
+            }
+        }
+    }
 }
 
 fn answer(
@@ -248,8 +331,35 @@ pub fn call<T: DeserializeOwned>(
         method: method.to_owned(),
         parameters: object(parameters),
         oneway: false,
+        more: false,
     };
     connection.send(&call, descriptors)?;
+    reply(connection)
+}
+
+/// Calls a method that answers with a stream. The replies are taken with [`reply`]; the connection is for nothing else.
+///
+/// # Errors
+/// [`CallError`].
+pub fn call_for_more(
+    connection: &mut Connection,
+    method: &str,
+    parameters: impl Serialize,
+) -> Result<(), CallError> {
+    let call = Call {
+        method: method.to_owned(),
+        parameters: object(parameters),
+        oneway: false,
+        more: true,
+    };
+    Ok(connection.send(&call, &[])?)
+}
+
+/// Waits for the next reply.
+///
+/// # Errors
+/// As for [`call`].
+pub fn reply<T: DeserializeOwned>(connection: &mut Connection) -> Result<(T, Vec<OwnedFd>), CallError> {
     let reply = connection.receive::<Reply>()?.ok_or(CallError::NoAnswer)?;
     let Reply {
         parameters, error, ..

@@ -9,13 +9,16 @@ use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::fs::FileType;
 use rustix::io::Errno;
+use rustix::net::sockopt::{self, Timeout};
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, recvmsg, sendmsg,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, recvmsg, sendmsg,
+    socket_with,
 };
 use rustix::pipe::{PipeFlags, pipe_with};
 use serde::Serialize;
@@ -87,6 +90,25 @@ impl Connection {
         })
     }
 
+    /// Connects to the socket at `path`. Who listens there may have too much to do to take one more within `timeout`.
+    ///
+    /// # Errors
+    /// If nobody listens, or takes the connection in time.
+    pub fn to(path: &Path, timeout: Duration) -> io::Result<Self> {
+        let socket = socket_with(
+            AddressFamily::UNIX,
+            SocketType::STREAM,
+            SocketFlags::CLOEXEC,
+            None,
+        )?;
+        sockopt::set_socket_timeout(&socket, Timeout::Send, Some(timeout))?;
+        connect(&socket, &SocketAddrUnix::new(path)?).map_err(|error| match error {
+            Errno::AGAIN => io::ErrorKind::TimedOut.into(),
+            error => io::Error::from(error),
+        })?;
+        Self::new(socket.into(), timeout)
+    }
+
     /// Sends a message.
     ///
     /// # Errors
@@ -151,6 +173,27 @@ impl Connection {
                 };
             }
         }
+    }
+
+    /// Whether the other side has left. What it sends meanwhile stays to be received.
+    ///
+    /// # Errors
+    /// If the socket fails.
+    pub fn has_ended(&self) -> io::Result<bool> {
+        let peek = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        match rustix::net::recv(&self.stream, &mut [0_u8; 1], peek) {
+            Ok((_, 0)) => Ok(true),
+            Ok(_) | Err(Errno::AGAIN | Errno::INTR) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Waits for messages without a limit from now on.
+    ///
+    /// # Errors
+    /// If the kernel takes no timeouts.
+    pub fn wait_for_ever(&mut self) -> io::Result<()> {
+        self.stream.set_read_timeout(None)
     }
 
     fn receive_some(&mut self) -> Result<usize, WireError> {
@@ -287,6 +330,30 @@ mod tests {
             assert!(matches!(two.receive::<Value>(), Err(WireError::TooLong)));
             drop(two);
         });
+    }
+
+    #[test]
+    fn who_takes_no_connection_is_not_waited_for_for_ever() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let listener = socket_with(
+            AddressFamily::UNIX,
+            SocketType::STREAM,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .unwrap();
+        rustix::net::bind(&listener, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        assert!(
+            Connection::to(&path, Duration::from_millis(50)).is_err(),
+            "nobody listens"
+        );
+        rustix::net::listen(&listener, 0).unwrap();
+        let short = Duration::from_millis(50);
+        let first = Connection::to(&path, short).unwrap();
+        let error = Connection::to(&path, short).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        drop(first);
     }
 
     #[test]

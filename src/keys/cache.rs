@@ -27,10 +27,25 @@ struct Slot(Mutex<Held>);
 
 #[derive(Debug, Default)]
 struct Held {
-    /// With the time when it goes.
-    kek: Option<(Arc<Kek>, Instant)>,
+    kek: Option<Kept>,
     /// Why the last fetch brought none, with the time when it ended.
     failure: Option<(KeyError, Instant)>,
+}
+
+#[derive(Debug)]
+struct Kept {
+    kek: Arc<Kek>,
+    until: Instant,
+    origin: Origin,
+}
+
+/// Where a KEK that is kept came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Origin {
+    /// Its source: nothing that is wrapped under it is lost.
+    Fetched,
+    /// Somebody who may push KEKs. It opens what it opens; a secret that is wrapped under a wrong one is lost.
+    Pushed,
 }
 
 impl KekCache {
@@ -42,14 +57,16 @@ impl KekCache {
         }
     }
 
-    /// The KEK of `key_id`, which `fetch` brings if it is not here.
+    /// The KEK of `key_id` out of one of `origins`, which `fetch` brings if it is not here.
     pub(super) fn get(
         &self,
         key_id: &KeyId,
+        origins: &[Origin],
         fetch: impl FnOnce() -> Result<Kek, KeyError>,
-    ) -> Result<Arc<Kek>, KeyError> {
+    ) -> Result<(Arc<Kek>, Origin), KeyError> {
+        let brought = |kek| (kek, Origin::Fetched);
         if self.time_to_live.is_zero() {
-            return fetch().map(Arc::new);
+            return fetch().map(Arc::new).map(brought);
         }
         let came = Instant::now();
         let slot = {
@@ -57,15 +74,16 @@ impl KekCache {
             // Whoever asks for keys that nothing is wrapped under must not fill the memory for keys.
             if slots.len() >= MAX_SLOTS && !slots.contains_key(key_id) {
                 drop(slots);
-                return fetch().map(Arc::new);
+                return fetch().map(Arc::new).map(brought);
             }
             Arc::clone(slots.entry(key_id.clone()).or_default())
         };
         let mut held = lock(&slot.0);
-        if let Some((kek, until)) = &held.kek
-            && *until > Instant::now()
+        if let Some(kept) = &held.kek
+            && kept.until > Instant::now()
+            && origins.contains(&kept.origin)
         {
-            return Ok(Arc::clone(kek));
+            return Ok((Arc::clone(&kept.kek), kept.origin));
         }
         match &held.failure {
             Some((failure, ended)) if *ended >= came => return Err(failure.clone()),
@@ -76,8 +94,12 @@ impl KekCache {
         match fetched {
             Ok(kek) => {
                 let kek = Arc::new(kek);
-                held.kek = Some((Arc::clone(&kek), now + self.time_to_live));
-                Ok(kek)
+                held.kek = Some(Kept {
+                    kek: Arc::clone(&kek),
+                    until: now + self.time_to_live,
+                    origin: Origin::Fetched,
+                });
+                Ok(brought(kek))
             }
             Err(failure) => {
                 held.failure = Some((failure.clone(), now));
@@ -86,7 +108,28 @@ impl KekCache {
         }
     }
 
-    /// Drops a KEK. Who has found it, or fetches it just now, uses it once more.
+    /// Keeps a KEK that its source was not asked for, unless it is here already. Without a time to live there is nothing to keep it for.
+    pub(super) fn push(&self, key_id: &KeyId, kek: Kek) -> Result<(), Full> {
+        let slot = {
+            let mut slots = lock(&self.slots);
+            if self.time_to_live.is_zero() || slots.len() >= MAX_SLOTS && !slots.contains_key(key_id) {
+                return Err(Full);
+            }
+            Arc::clone(slots.entry(key_id.clone()).or_default())
+        };
+        let mut held = lock(&slot.0);
+        let now = Instant::now();
+        if !matches!(&held.kek, Some(kept) if kept.origin == Origin::Fetched && kept.until > now) {
+            held.kek = Some(Kept {
+                kek: Arc::new(kek),
+                until: now + self.time_to_live,
+                origin: Origin::Pushed,
+            });
+        }
+        Ok(())
+    }
+
+    /// Drops a KEK before its time; whoever uses it just now goes on.
     pub(super) fn forget(&self, key_id: &KeyId) {
         lock(&self.slots).remove(key_id);
     }
@@ -97,12 +140,17 @@ impl KekCache {
         lock(&self.slots).retain(|_, slot| match slot.0.try_lock() {
             // Somebody who has found it waits for what is in it.
             Ok(_) if Arc::strong_count(slot) > 1 => true,
-            Ok(held) => held.kek.as_ref().is_some_and(|(_, until)| *until > now),
+            Ok(held) => held.kek.as_ref().is_some_and(|kept| kept.until > now),
             // It is being fetched.
             Err(_) => true,
         });
     }
 }
+
+/// As many KEKs are kept as may be.
+#[derive(Debug, thiserror::Error)]
+#[error("no more keys are kept: {MAX_SLOTS} are here already, or time_to_live is 0")]
+pub(super) struct Full;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -126,13 +174,18 @@ mod tests {
         KeyId(name.into())
     }
 
+    fn get(cache: &KekCache, name: &str) -> Arc<Kek> {
+        let (kek, _) = cache.get(&id(name), &[Origin::Fetched], || Ok(kek())).unwrap();
+        kek
+    }
+
     /// As many threads as ask for one KEK, whose fetch takes long enough for all to come.
     fn storm(cache: &KekCache, result: impl Fn() -> Result<Kek, KeyError> + Sync) -> (u32, u32) {
         let (fetched, failed) = (AtomicU32::new(0), AtomicU32::new(0));
         thread::scope(|scope| {
             for _ in 0..16 {
                 scope.spawn(|| {
-                    let got = cache.get(&id("one"), || {
+                    let got = cache.get(&id("one"), &[Origin::Fetched], || {
                         fetched.fetch_add(1, Ordering::Relaxed);
                         thread::sleep(Duration::from_millis(500));
                         result()
@@ -149,8 +202,11 @@ mod tests {
         let cache = KekCache::new(LONG);
         assert_eq!(storm(&cache, || Ok(kek())), (1, 0));
         assert_eq!(storm(&cache, || panic!("it is here")), (0, 0));
-        cache.get(&id("two"), || Ok(kek())).unwrap();
+        get(&cache, "two");
         assert_eq!(lock(&cache.slots).len(), 2);
+        cache.forget(&id("one"));
+        assert_eq!(lock(&cache.slots).len(), 1);
+        assert_eq!(storm(&cache, || Ok(kek())), (1, 0));
     }
 
     #[test]
@@ -164,9 +220,9 @@ mod tests {
     #[test]
     fn keks_go_when_their_time_has_come() {
         let cache = KekCache::new(Duration::from_millis(50));
-        let first = cache.get(&id("one"), || Ok(kek())).unwrap();
+        let first = get(&cache, "one");
         thread::sleep(Duration::from_millis(60));
-        let second = cache.get(&id("one"), || Ok(kek())).unwrap();
+        let second = get(&cache, "one");
         assert!(!Arc::ptr_eq(&first, &second));
         cache.drop_expired();
         assert_eq!(Arc::strong_count(&second), 2, "it is not its time yet");
@@ -177,9 +233,23 @@ mod tests {
     }
 
     #[test]
+    fn a_pushed_kek_is_given_to_who_takes_one_and_a_fetched_one_replaces_it() {
+        let cache = KekCache::new(LONG);
+        cache.push(&id("one"), kek()).unwrap();
+        let either = [Origin::Fetched, Origin::Pushed];
+        let unneeded = || panic!("it is here");
+        let (pushed, origin) = cache.get(&id("one"), &either, unneeded).unwrap();
+        assert_eq!(origin, Origin::Pushed);
+        assert!(!Arc::ptr_eq(&pushed, &get(&cache, "one")));
+        let (_, origin) = cache.get(&id("one"), &either, unneeded).unwrap();
+        assert_eq!(origin, Origin::Fetched);
+    }
+
+    #[test]
     fn nothing_is_kept_for_no_time() {
         let cache = KekCache::new(Duration::ZERO);
-        cache.get(&id("one"), || Ok(kek())).unwrap();
+        get(&cache, "one");
+        assert!(cache.push(&id("one"), kek()).is_err());
         assert!(lock(&cache.slots).is_empty());
     }
 }

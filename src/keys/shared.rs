@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use super::arena::SecretBytes;
 use super::registry::{Entry, Registry, RegistryError};
 use super::source::HostProvider;
-use super::{KeyError, KeyProvider, KeyReason, Providers, settings};
+use super::{KeyError, KeyId, KeyProvider, KeyReason, Providers, settings};
 
 /// The providers of one state directory, as they are at each moment: other processes add to them.
 #[derive(Debug)]
@@ -63,6 +64,22 @@ impl SharedProviders {
         Ok(Registry::open(&self.dir)?.list())
     }
 
+    /// Keeps a KEK that somebody else has fetched.
+    ///
+    /// # Errors
+    /// [`KeyError`], if there is no such provider, or no KEK can be kept.
+    pub fn push(&self, provider: &str, key_id: &KeyId, key: SecretBytes) -> Result<(), KeyError> {
+        self.open_provider(provider)?.push(key_id, key)
+    }
+
+    /// Drops a KEK before its time.
+    pub fn forget(&self, provider: &str, key_id: &KeyId) {
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(provider) = open.providers.get(provider) {
+            provider.keks().forget(key_id);
+        }
+    }
+
     /// Lets go of what the settings do not have any more.
     pub fn refresh(&self) {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
@@ -82,6 +99,18 @@ impl SharedProviders {
         Some((metadata.ino(), metadata.ctime(), metadata.ctime_nsec()))
     }
 
+    fn open_provider(&self, name: &str) -> Result<Arc<HostProvider>, KeyError> {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.follow(self.settings());
+        if let Some(provider) = open.providers.get(name) {
+            return Ok(Arc::clone(provider));
+        }
+        let provider = self.registry(name)?.open_provider(name, self.time_to_live)?;
+        let provider = Arc::new(provider);
+        open.providers.insert(name.to_owned(), Arc::clone(&provider));
+        Ok(provider)
+    }
+
     fn registry(&self, name: &str) -> Result<Registry, KeyError> {
         Registry::open(&self.dir)
             .map_err(|error| KeyError::new(name, self.dir.display(), KeyReason::Invalid).because(error))
@@ -90,15 +119,7 @@ impl SharedProviders {
 
 impl Providers for SharedProviders {
     fn provider(&self, name: &str) -> Result<Arc<dyn KeyProvider>, KeyError> {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.follow(self.settings());
-        if let Some(provider) = open.providers.get(name) {
-            return Ok(Arc::clone(provider) as _);
-        }
-        let provider = self.registry(name)?.open_provider(name, self.time_to_live)?;
-        let provider = Arc::new(provider);
-        open.providers.insert(name.to_owned(), Arc::clone(&provider));
-        Ok(provider)
+        Ok(self.open_provider(name)?)
     }
 
     fn default_name(&self) -> Result<Option<String>, KeyError> {

@@ -11,7 +11,7 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use super::arena::SecretBytes;
-use super::cache::KekCache;
+use super::cache::{Full, KekCache, Origin};
 use super::revoked::Revoked;
 use super::wrap::{self, Kek, UnwrapError};
 use super::{Binding, KeyError, KeyId, KeyProvider, KeyReason, KeyState, Reach, Revocation};
@@ -104,12 +104,21 @@ impl HostProvider {
         &self.keks
     }
 
-    fn kek(&self, key_id: &KeyId) -> Result<Arc<Kek>, KeyError> {
+    fn kek(&self, key_id: &KeyId, origins: &[Origin]) -> Result<(Arc<Kek>, Origin), KeyError> {
         // Before the cache: another process may have revoked it.
         if let Some(revoked) = self.revoked.find(key_id).map_err(|e| self.host(key_id, e))? {
             return Err(self.fail(key_id, KeyReason::NotActive).because(revoked));
         }
-        self.keks.get(key_id, || self.source.fetch(key_id))
+        self.keks.get(key_id, origins, || self.source.fetch(key_id))
+    }
+
+    /// Takes a KEK that somebody else has fetched, so that volumes open while this host cannot reach its source.
+    pub(super) fn push(&self, key_id: &KeyId, key: SecretBytes) -> Result<(), KeyError> {
+        let fail = |reason| self.fail(key_id, reason);
+        let kek = Kek::new(key).map_err(|e| fail(KeyReason::Garbled).because(e))?;
+        self.keks
+            .push(key_id, kek)
+            .map_err(|e: Full| fail(KeyReason::Host).because(e))
     }
 
     /// The record of what was revoked cannot be read or written.
@@ -135,13 +144,19 @@ impl KeyProvider for HostProvider {
     }
 
     fn wrap(&self, binding: &Binding<'_>, secret: &SecretBytes) -> Result<Vec<u8>, KeyError> {
-        let kek = self.kek(binding.key_id)?;
+        let (kek, _) = self.kek(binding.key_id, &[Origin::Fetched])?;
         wrap::wrap(&kek, binding, secret).map_err(|e| self.fail(binding.key_id, KeyReason::Host).because(e))
     }
 
     fn unwrap(&self, binding: &Binding<'_>, wrapped: &[u8]) -> Result<SecretBytes, KeyError> {
-        let kek = self.kek(binding.key_id)?;
-        wrap::unwrap(&kek, binding, wrapped).map_err(|e| match e {
+        let (mut kek, origin) = self.kek(binding.key_id, &[Origin::Fetched, Origin::Pushed])?;
+        let mut unwrapped = wrap::unwrap(&kek, binding, wrapped);
+        if unwrapped.is_err() && origin == Origin::Pushed {
+            // It may have been the wrong one.
+            (kek, _) = self.kek(binding.key_id, &[Origin::Fetched])?;
+            unwrapped = wrap::unwrap(&kek, binding, wrapped);
+        }
+        unwrapped.map_err(|e| match e {
             UnwrapError::Arena(e) => self.fail(binding.key_id, KeyReason::Host).because(e),
             e => self.fail(binding.key_id, KeyReason::Unauthentic).because(e),
         })

@@ -69,7 +69,7 @@ pub struct Known {
 
 /// What has happened to a volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Event {
+pub enum Occasion {
     /// It is about to be bound to a key.
     Bound,
     /// It was opened with a key.
@@ -108,7 +108,7 @@ impl Index {
 
     /// Takes note of what has happened to the volume whose header is in `path`. If that fails, it is told in the log: no
     /// volume stays closed for it.
-    pub fn note(&self, binding: &Binding<'_>, path: &Path, event: Event) {
+    pub fn note(&self, binding: &Binding<'_>, path: &Path, occasion: Occasion) {
         let now = Moment::now();
         let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         let known = Known {
@@ -117,12 +117,12 @@ impl Index {
             provider: binding.provider.to_owned(),
             key_id: binding.key_id.clone(),
             keyslot: binding.keyslot,
-            bound: match event {
-                Event::Bound => Some(now),
-                Event::Opened => None,
-                Event::Found(bound) => bound,
+            bound: match occasion {
+                Occasion::Bound => Some(now),
+                Occasion::Opened => None,
+                Occasion::Found(bound) => bound,
             },
-            opened: (event == Event::Opened).then_some(now),
+            opened: (occasion == Occasion::Opened).then_some(now),
         };
         match self.write(known) {
             Ok(true) => {}
@@ -306,9 +306,9 @@ mod tests {
         let (_dir, index) = index();
         assert!(index.list().unwrap().known.is_empty());
         let key_id = KeyId("k".into());
-        index.note(&binding(1, &key_id), Path::new("/a"), Event::Bound);
-        index.note(&binding(1, &key_id), Path::new("/a"), Event::Opened);
-        index.note(&binding(2, &key_id), Path::new("/b"), Event::Opened);
+        index.note(&binding(1, &key_id), Path::new("/a"), Occasion::Bound);
+        index.note(&binding(1, &key_id), Path::new("/a"), Occasion::Opened);
+        index.note(&binding(2, &key_id), Path::new("/b"), Occasion::Opened);
         let listed = index.list().unwrap();
         assert!(!listed.full);
         let [one, two] = &listed.known[..] else {
@@ -328,7 +328,7 @@ mod tests {
         let key_id = KeyId("k".into());
         // Nothing is at any of these paths.
         for path in ["/nowhere/a", "/nowhere/b"] {
-            index.note(&binding(1, &key_id), Path::new(path), Event::Opened);
+            index.note(&binding(1, &key_id), Path::new(path), Occasion::Opened);
         }
         let paths = |index: &Index| -> Vec<String> {
             index
@@ -345,7 +345,7 @@ mod tests {
         for number in 0..2 * PLACES {
             let path = there.path().join(number.to_string());
             fs::write(&path, "").unwrap();
-            index.note(&binding(1, &key_id), &path, Event::Opened);
+            index.note(&binding(1, &key_id), &path, Occasion::Opened);
         }
         assert_eq!(paths(&index).len(), PLACES);
     }
@@ -354,7 +354,7 @@ mod tests {
     fn files_of_others_and_half_written_ones_do_no_harm() {
         let (_dir, index) = index();
         let key_id = KeyId("k".into());
-        index.note(&binding(1, &key_id), Path::new("/a"), Event::Opened);
+        index.note(&binding(1, &key_id), Path::new("/a"), Occasion::Opened);
         let file = index.file(&index.list().unwrap().known[0]);
         let whole = fs::read(&file).unwrap();
         for cut in 0..whole.len() {
@@ -363,7 +363,7 @@ mod tests {
         }
         fs::create_dir(index.dir.join("directory.json")).unwrap();
         fs::write(index.dir.join("x.json.1.new"), "").unwrap();
-        index.note(&binding(1, &key_id), Path::new("/a"), Event::Opened);
+        index.note(&binding(1, &key_id), Path::new("/a"), Occasion::Opened);
         assert_eq!(index.list().unwrap().known.len(), 1);
     }
 
@@ -376,9 +376,9 @@ mod tests {
                 scope.spawn(move || {
                     for number in 0..20 {
                         let key_id = KeyId(format!("k{number}"));
-                        index.note(&binding(number, &key_id), Path::new("/a"), Event::Bound);
+                        index.note(&binding(number, &key_id), Path::new("/a"), Occasion::Bound);
                         let own = KeyId(format!("k{thread}.{number}"));
-                        index.note(&binding(100 + thread, &own), Path::new("/b"), Event::Opened);
+                        index.note(&binding(100 + thread, &own), Path::new("/b"), Occasion::Opened);
                     }
                 });
             }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::{Event, Index};
+use super::{Index, Occasion};
 use crate::keys::arena::SecretBytes;
 use crate::keys::{Binding, KeyError, KeyId, KeyProvider, KeyState, Providers, Reach, Revocation};
 
@@ -59,13 +59,13 @@ impl KeyProvider for NotingProvider {
     fn wrap(&self, binding: &Binding<'_>, secret: &SecretBytes) -> Result<Vec<u8>, KeyError> {
         let wrapped = self.provider.wrap(binding, secret)?;
         // Before anything is stored: a note too many does less harm than one that is missing.
-        self.index.note(binding, &self.path, Event::Bound);
+        self.index.note(binding, &self.path, Occasion::Bound);
         Ok(wrapped)
     }
 
     fn unwrap(&self, binding: &Binding<'_>, wrapped: &[u8]) -> Result<SecretBytes, KeyError> {
         let secret = self.provider.unwrap(binding, wrapped)?;
-        self.index.note(binding, &self.path, Event::Opened);
+        self.index.note(binding, &self.path, Occasion::Opened);
         Ok(secret)
     }
 

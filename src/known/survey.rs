@@ -12,7 +12,7 @@ use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{Event, Index, Known};
+use super::{Index, Known, Occasion};
 use crate::keys::{Binding, KeyId};
 use crate::storage::{Access, Backing};
 use crate::volume::{Bindings, BoundTo, HeaderError};
@@ -177,7 +177,7 @@ impl Index {
                             key_id: &to.key_id,
                             keyslot: to.keyslot,
                         };
-                        self.note(&binding, path, Event::Found(to.since));
+                        self.note(&binding, path, Occasion::Found(to.since));
                     }
                     let keys = bindings.to.len();
                     scanned.found.push(Seen { path: told, keys });

@@ -6,11 +6,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::{Lock, OpenError, Served, ServedError};
 use crate::cipher::Sector;
+use crate::control::events::Event;
 use crate::control::peer::Peer;
 use crate::control::privilege::{Grants, Privilege};
 use crate::control::varlink::{self, Answer, MethodError, Request};
@@ -43,7 +44,9 @@ pub struct Status {
 pub enum State {
     /// The guest reads and writes.
     Open,
-    /// The guest's requests wait.
+    /// What is in flight is being finished; all else waits already.
+    Locking,
+    /// The guest's requests wait, and nothing of the key is in the process.
     Locked,
 }
 
@@ -76,7 +79,7 @@ pub enum LockedBy {
 }
 
 impl LockStatus {
-    fn of(lock: &Lock) -> Self {
+    pub(super) fn of(lock: &Lock) -> Self {
         let (by, error) = match lock {
             Lock::Operator => (LockedBy::Operator, None),
             Lock::NoKey(error) => (LockedBy::NoKey, Some(error)),
@@ -122,6 +125,7 @@ impl Interface {
             disk: served.opener.disk.path().to_owned(),
             volume: served.uuid,
             state: match lock {
+                None if served.disk.is_locked() => State::Locking,
                 None => State::Open,
                 Some(_) => State::Locked,
             },
@@ -149,11 +153,14 @@ impl Interface {
             if_older_than,
         } = request.parameters()?;
         self.permit(request.peer, Privilege::Recrypt)?;
-        let rekeyed = self
-            .served
-            .rekey(provider.as_deref(), if_older_than.map(Duration::from_secs))
-            .map_err(|error| failed(&error))?
-            .ok_or_else(|| MethodError::new(INTERFACE, "NotDue", json!({})))?;
+        let older = if_older_than.map(Duration::from_secs);
+        let rekeyed = self.served.rekey(provider.as_deref(), older).map_err(|error| {
+            let failed = failed(&error);
+            self.served
+                .tell(Event::RekeyFailed, Value::Object(failed.parameters.clone()));
+            failed
+        })?;
+        let rekeyed = rekeyed.ok_or_else(|| MethodError::new(INTERFACE, "NotDue", json!({})))?;
         let replaced = rekeyed.replaced.into_iter();
         let replaced: Vec<_> = replaced
             .map(|(provider, key_id)| json!({ "provider": provider, "keyId": key_id }))
@@ -166,12 +173,18 @@ impl Interface {
         })))
     }
 
+    fn watch(&self, request: &Request<'_>) -> Answered {
+        self.permit(request.peer, Privilege::ReadKeyServersInfo)?;
+        request.watch(INTERFACE, &self.served.events)
+    }
+
     fn permit(&self, peer: &Peer, privilege: Privilege) -> Result<(), MethodError> {
+        let used = json!({ "user": peer.user, "process": peer.process, "privilege": privilege });
         if self.grants.allow(peer, privilege) {
-            tracing::info!(user = peer.user, process = peer.process, %privilege, "a caller uses its privilege");
+            self.served.tell(Event::PrivilegeUsed, used);
             return Ok(());
         }
-        tracing::warn!(user = peer.user, process = peer.process, %privilege, "a caller is refused");
+        self.served.tell(Event::PrivilegeRefused, used);
         let told = json!({ "privilege": privilege, "user": peer.user });
         Err(MethodError::new(INTERFACE, "NotPermitted", told))
     }
@@ -196,6 +209,7 @@ impl varlink::Interface for Interface {
             "Lock" => self.lock(request.peer),
             "Unlock" => self.unlock(request.peer),
             "Rekey" => self.rekey(request),
+            "Watch" => self.watch(&request),
             _ => return None,
         })
     }

@@ -16,9 +16,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::cipher::KernelChoice;
+use crate::control::events::{Event, Events};
 use crate::device::Disk;
 use crate::keys::arena::SecretBytes;
 use crate::keys::{KeyError, KeyReason, Providers};
@@ -162,6 +164,7 @@ pub struct Served {
     lock: Mutex<Option<Lock>>,
     /// Signalled when `lock` was changed.
     changed: Condvar,
+    events: Events,
 }
 
 /// Why a disk is locked.
@@ -201,6 +204,7 @@ impl Served {
             turn: Mutex::new(()),
             lock: Mutex::new(None),
             changed: Condvar::new(),
+            events: Events::default(),
         };
         match served.open(&guard(&served.turn)) {
             Ok(()) => {}
@@ -217,7 +221,7 @@ impl Served {
         let _turn = guard(&self.turn);
         self.set(Some(Lock::Operator));
         self.disk.lock();
-        tracing::info!(volume = %self.uuid, "locked");
+        self.tell(Event::DiskLocked, json!({ "by": LockedBy::Operator }));
     }
 
     /// Fetches the key, and has the disk served again.
@@ -258,7 +262,9 @@ impl Served {
         let rekeyed = locked
             .rekey_to(&volume, &**recrypt, provider)
             .map_err(OpenError::from)?;
-        tracing::info!(volume = %self.uuid, provider = rekeyed.provider, key = %rekeyed.key_id, "rekeyed");
+        let bound =
+            json!({ "provider": rekeyed.provider, "keyId": rekeyed.key_id, "keyslot": rekeyed.keyslot });
+        self.tell(Event::DiskRekeyed, bound);
         Ok(Some(rekeyed))
     }
 
@@ -270,7 +276,7 @@ impl Served {
         let volume = self.opener.unlock(&locked)?;
         self.disk.unlock(volume.table());
         self.set(None);
-        tracing::info!(volume = %self.uuid, keyslot = volume.keyslot(), "unlocked");
+        self.tell(Event::DiskUnlocked, json!({ "keyslot": volume.keyslot() }));
         Ok(())
     }
 
@@ -326,10 +332,18 @@ impl Served {
     fn tell_locked(&self, error: OpenError) {
         let mut lock = guard(&self.lock);
         let told = matches!(&*lock, Some(Lock::NoKey(before)) if before.to_string() == error.to_string());
+        let no_key = Lock::NoKey(error);
         if !told {
-            tracing::warn!(volume = %self.uuid, "the disk is locked, and the guest's requests wait: {error}");
+            let status = serde_json::to_value(LockStatus::of(&no_key)).expect("texts are JSON");
+            self.tell(Event::DiskLocked, status);
         }
-        *lock = Some(Lock::NoKey(error));
+        *lock = Some(no_key);
+    }
+
+    /// Tells of an event of this disk.
+    fn tell(&self, event: Event, mut fields: Value) {
+        fields["volume"] = self.uuid.to_string().into();
+        self.events.tell(event, &fields);
     }
 
     fn set(&self, lock: Option<Lock>) {

@@ -14,7 +14,7 @@ pub const PASSPHRASE: &str = "correct horse battery staple";
 /// A volume in a directory of its own, which goes when this does.
 #[derive(Debug)]
 pub struct Volume {
-    dir: TempDir,
+    pub(super) dir: TempDir,
     pub path: PathBuf,
     /// What `sealblk serve` needs to open it.
     pub open: Vec<String>,

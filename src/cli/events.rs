@@ -1,0 +1,71 @@
+//! `sealblk events`: what happens to keys and disks, as it happens.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::failure::Failure;
+use super::{Host, output, served};
+use crate::control::varlink::{CallError, call_for_more, reply};
+use crate::control::wire::Connection;
+use crate::{agent, served as disk};
+
+/// Print what happens to keys and disks, a JSON object a line, until it is interrupted
+#[derive(Debug, Args)]
+pub(super) struct Events {
+    /// The control socket of a served disk [default: the key agent's]
+    #[arg(long, value_name = "SOCK")]
+    control_socket: Option<PathBuf>,
+}
+
+#[derive(Deserialize)]
+struct Told {
+    event: Option<Value>,
+}
+
+impl Events {
+    pub(super) fn run(self, host: &Host) -> Result<(), Failure> {
+        let (socket, interface) = match self.control_socket {
+            Some(socket) => (socket, disk::INTERFACE),
+            None => (host.config()?.agent.unwrap_or_default().socket, agent::INTERFACE),
+        };
+        match print(&socket, interface)? {
+            Ended::Reader => Ok(()),
+            Ended::Teller(error) => Err(served::failure(&socket, error)),
+        }
+    }
+}
+
+/// How a stream came to its end.
+enum Ended {
+    /// Nobody reads what is printed.
+    Reader,
+    /// Nothing more comes.
+    Teller(CallError),
+}
+
+fn print(socket: &Path, interface: &str) -> Result<Ended, Failure> {
+    let connect = || -> Result<Connection, CallError> {
+        let mut connection = Connection::to(socket, served::TIMEOUT)?;
+        call_for_more(&mut connection, &format!("{interface}.Watch"), json!({}))?;
+        connection.wait_for_ever()?;
+        Ok(connection)
+    };
+    let mut connection = match connect() {
+        Ok(connection) => connection,
+        Err(error) => return Ok(Ended::Teller(error)),
+    };
+    loop {
+        match reply::<Told>(&mut connection) {
+            Ok((Told { event: Some(event) }, _)) => {
+                if !output::line(&event.to_string())? {
+                    return Ok(Ended::Reader);
+                }
+            }
+            Ok((Told { event: None }, _)) => {}
+            Err(error) => return Ok(Ended::Teller(error)),
+        }
+    }
+}

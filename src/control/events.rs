@@ -1,0 +1,289 @@
+//! What happens to keys and disks, told as it happens: to the log, which is the journal's for a service, and to whoever
+//! watches by a control socket.
+//!
+//! An event is a JSON object: its `time` (RFC 3339), its name as `event`, and what it is about. Its name and fields mean the
+//! same in the audit log, in the log and in the stream.
+
+use std::fmt;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use serde_json::{Map, Value};
+
+/// Everything that is told of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The agent began to answer.
+    AgentStarted,
+    /// A provider made a KEK.
+    KeyCreated,
+    /// A slot secret was wrapped under a KEK.
+    KeyBound,
+    /// A slot secret was unwrapped and given out.
+    KeyReleased,
+    /// The agent was given a KEK that it had not fetched.
+    KeyPushed,
+    /// Somebody asked for a KEK's state.
+    KeyLookedUp,
+    /// A provider was proved to work.
+    ProviderChecked,
+    /// A KEK is about to be taken out of use.
+    KeyRevoked,
+    /// A provider is about to be removed.
+    ProviderRemoved,
+    /// Somebody has erased a volume.
+    VolumeErased,
+    /// A caller of the agent lacks the privilege.
+    KeyRefused,
+    /// The provider has no such KEK.
+    KeyMissing,
+    /// The provider does not answer.
+    KeyServerUnreachable,
+    /// This host cannot hold the key.
+    KeyRefusedByHost,
+    /// The provider cannot do it for another reason.
+    KeyFailed,
+    /// The process that served a volume has ended.
+    DiskUnregistered,
+    /// A served disk's key was taken away, or is not to be had.
+    DiskLocked,
+    /// A served disk has its key.
+    DiskUnlocked,
+    /// A served disk's volume was bound to another KEK.
+    DiskRekeyed,
+    /// It was not.
+    RekeyFailed,
+    /// A caller of a served disk has used its privilege.
+    PrivilegeUsed,
+    /// A caller of a served disk lacks the privilege.
+    PrivilegeRefused,
+}
+
+impl Event {
+    /// All of them.
+    #[cfg(test)]
+    pub(crate) const ALL: [Self; 22] = [
+        Self::AgentStarted,
+        Self::KeyCreated,
+        Self::KeyBound,
+        Self::KeyReleased,
+        Self::KeyPushed,
+        Self::KeyLookedUp,
+        Self::ProviderChecked,
+        Self::KeyRevoked,
+        Self::ProviderRemoved,
+        Self::VolumeErased,
+        Self::KeyRefused,
+        Self::KeyMissing,
+        Self::KeyServerUnreachable,
+        Self::KeyRefusedByHost,
+        Self::KeyFailed,
+        Self::DiskUnregistered,
+        Self::DiskLocked,
+        Self::DiskUnlocked,
+        Self::DiskRekeyed,
+        Self::RekeyFailed,
+        Self::PrivilegeUsed,
+        Self::PrivilegeRefused,
+    ];
+
+    /// The event in words.
+    fn what(self) -> &'static str {
+        match self {
+            Self::AgentStarted => "the agent answers",
+            Self::KeyCreated => "a key was made",
+            Self::KeyBound => "a volume was bound to a key",
+            Self::KeyReleased => "a volume's key was released",
+            Self::KeyPushed => "a key was pushed",
+            Self::KeyLookedUp => "a key was looked up",
+            Self::ProviderChecked => "a provider works",
+            Self::KeyRevoked => "a key is taken out of use",
+            Self::ProviderRemoved => "a provider is removed",
+            Self::VolumeErased => "a volume was erased",
+            Self::KeyRefused => "a caller was refused a key",
+            Self::KeyMissing => "a provider has no such key",
+            Self::KeyServerUnreachable => "a provider does not answer",
+            Self::KeyRefusedByHost => "this host cannot hold a key",
+            Self::KeyFailed => "a key is not to be had",
+            Self::DiskUnregistered => "a volume is not served any more",
+            Self::DiskLocked => "the disk is locked, and the guest's requests wait",
+            Self::DiskUnlocked => "the disk is unlocked",
+            Self::DiskRekeyed => "the volume has another key",
+            Self::RekeyFailed => "the volume keeps its key, since it got no other",
+            Self::PrivilegeUsed => "a caller was let through",
+            Self::PrivilegeRefused => "a caller was refused",
+        }
+    }
+
+    /// Whether somebody may have to do something about it.
+    fn is_warning(self, fields: &Value) -> bool {
+        match self {
+            Self::KeyRefused
+            | Self::KeyMissing
+            | Self::KeyServerUnreachable
+            | Self::KeyRefusedByHost
+            | Self::KeyFailed
+            | Self::RekeyFailed
+            | Self::PrivilegeRefused => true,
+            Self::DiskLocked => fields["by"] == "no_key",
+            _ => false,
+        }
+    }
+}
+
+impl fmt::Display for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self, f)
+    }
+}
+
+/// The most that watch at a time, and the most events that one may be behind.
+const MAX_WATCHERS: usize = 64;
+const MAX_BEHIND: usize = 1024;
+
+/// Where a process tells its events.
+#[derive(Debug, Default)]
+pub struct Events(Mutex<Vec<SyncSender<Arc<Value>>>>);
+
+/// The events from now on.
+#[derive(Debug)]
+pub struct Watch(Receiver<Arc<Value>>);
+
+/// What a watcher gets next.
+#[derive(Debug)]
+pub enum Next {
+    /// This has happened.
+    Event(Arc<Value>),
+    /// Nothing has, for as long as was waited.
+    Quiet,
+    /// The watcher was too slow, and misses what happens now.
+    Behind,
+}
+
+impl Events {
+    /// Tells of an event, with its `fields`, which are a JSON object.
+    pub fn tell(&self, event: Event, fields: &Value) {
+        log(event, fields);
+        let mut watchers = self.lock();
+        if watchers.is_empty() {
+            return;
+        }
+        let mut told = Map::new();
+        let time = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
+        told.insert("time".into(), time.into());
+        told.insert("event".into(), event.to_string().into());
+        if let Value::Object(fields) = fields {
+            told.extend(fields.clone());
+        }
+        let told = Arc::new(Value::Object(told));
+        watchers.retain(|watcher| match watcher.try_send(Arc::clone(&told)) {
+            Ok(()) => true,
+            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => false,
+        });
+    }
+
+    /// Hears all events from now on, unless too many do.
+    pub fn watch(&self) -> Option<Watch> {
+        let mut watchers = self.lock();
+        if watchers.len() >= MAX_WATCHERS {
+            return None;
+        }
+        let (sender, receiver) = sync_channel(MAX_BEHIND);
+        watchers.push(sender);
+        Some(Watch(receiver))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<SyncSender<Arc<Value>>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Watch {
+    /// Waits for the next event.
+    pub fn next(&self, timeout: Duration) -> Next {
+        match self.0.recv_timeout(timeout) {
+            Ok(event) => Next::Event(event),
+            Err(RecvTimeoutError::Timeout) => Next::Quiet,
+            Err(RecvTimeoutError::Disconnected) => Next::Behind,
+        }
+    }
+}
+
+/// A record of the log has its fields apart, so that the journal can be searched by them.
+fn log(event: Event, fields: &Value) {
+    let text = |name: &str| fields.get(name).and_then(Value::as_str);
+    let number = |name: &str| fields.get(name).and_then(Value::as_u64);
+    macro_rules! log {
+        ($level:expr) => {
+            tracing::event!(
+                $level,
+                event = %event,
+                volume = text("volume"),
+                provider = text("provider"),
+                key_id = text("keyId"),
+                purpose = text("purpose"),
+                privilege = text("privilege"),
+                by = text("by"),
+                reason = text("reason"),
+                hop = text("hop"),
+                user = number("user"),
+                process = number("process"),
+                "{}{}",
+                event.what(),
+                text("message").map(|more| format!(": {more}")).unwrap_or_default()
+            )
+        };
+    }
+    match event.is_warning(fields) {
+        true => log!(tracing::Level::WARN),
+        false => log!(tracing::Level::INFO),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn who_watches_hears_everything_and_who_does_not_listen_is_let_go() {
+        let events = Events::default();
+        events.tell(Event::KeyCreated, &json!({}));
+        let [quick, slow] = [(); 2].map(|()| events.watch().unwrap());
+        for n in 0..=MAX_BEHIND {
+            events.tell(Event::KeyReleased, &json!({ "n": n }));
+            let Next::Event(told) = quick.next(Duration::ZERO) else {
+                panic!("{n}");
+            };
+            assert_eq!((&told["event"], &told["n"]), (&json!("KeyReleased"), &json!(n)));
+        }
+        assert!(matches!(quick.next(Duration::ZERO), Next::Quiet));
+        for n in 0..MAX_BEHIND {
+            assert!(matches!(slow.next(Duration::ZERO), Next::Event(told) if told["n"] == n));
+        }
+        assert!(matches!(slow.next(Duration::ZERO), Next::Behind));
+        assert_eq!(events.lock().len(), 1);
+        drop(quick);
+        events.tell(Event::KeyCreated, &json!({}));
+        assert!(events.lock().is_empty());
+    }
+
+    #[test]
+    fn no_more_watch_than_may() {
+        let events = Events::default();
+        let watches: Vec<_> = (0..MAX_WATCHERS).map(|_| events.watch().unwrap()).collect();
+        assert!(events.watch().is_none());
+        drop(watches);
+        events.tell(Event::KeyCreated, &json!({}));
+        assert!(events.watch().is_some());
+    }
+
+    #[test]
+    fn every_event_stands_in_the_documentation() {
+        let page = include_str!("../../docs/events.md");
+        for event in Event::ALL {
+            assert!(page.contains(&format!("| `{event}` |")), "{event}");
+        }
+    }
+}

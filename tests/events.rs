@@ -1,0 +1,201 @@
+//! What operators and their programs hear of keys and disks: streams on the control sockets, and the journal.
+
+mod common;
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::thread;
+
+use common::DEADLINE;
+use common::agent::Agent;
+use common::serve::{SEALBLK, Server};
+use common::volume::{Volume, run};
+use serde_json::Value;
+
+/// `sealblk events`, ended with this.
+struct Watcher {
+    child: Child,
+    events: Receiver<Value>,
+}
+
+impl Watcher {
+    fn of(command: &mut Command) -> Self {
+        let mut child = command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (sender, events) = channel();
+        let lines = BufReader::<ChildStdout>::new(child.stdout.take().unwrap()).lines();
+        thread::spawn(move || {
+            for line in lines {
+                let _ = sender.send(serde_json::from_str(&line.unwrap()).unwrap());
+            }
+        });
+        Self { child, events }
+    }
+
+    /// Waits for the event of this name; others may come before it.
+    fn hears(&self, name: &str) -> Value {
+        let mut before = Vec::new();
+        loop {
+            match self.events.recv_timeout(DEADLINE) {
+                Ok(event) if event["event"] == name => return event,
+                Ok(event) => before.push(event),
+                Err(error) => panic!("no {name} ({error}), but {before:?}"),
+            }
+        }
+    }
+
+    /// How it ended by itself: its exit code, and what it complained of.
+    fn ended(mut self) -> (Option<i32>, String) {
+        let status = self.child.wait().unwrap();
+        let complaint = std::io::read_to_string(self.child.stderr.take().unwrap()).unwrap();
+        (status.code(), complaint)
+    }
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Until the watcher is there, nothing is told to it.
+fn until(watcher: &Watcher, name: &str, cause: impl Fn()) {
+    for _ in 0..100 {
+        cause();
+        if let Ok(event) = watcher.events.recv_timeout(DEADLINE / 100) {
+            assert_eq!(event["event"], name);
+            return;
+        }
+    }
+    panic!("the watcher hears nothing");
+}
+
+#[test]
+fn what_the_agent_does_is_told_to_who_watches() {
+    let mut agent = Agent::new("");
+    let watcher = Watcher::of(&mut agent.verb(&["events"]));
+    until(&watcher, "ProviderChecked", || {
+        run(&mut agent.verb(&["provider", "check", "native"]));
+    });
+    let volume = agent.volume();
+    let bound = watcher.hears("KeyBound");
+    assert_eq!(bound["purpose"], "create");
+    assert!(bound["time"].as_str().unwrap().ends_with('Z'), "{bound}");
+    let server = Server::of(volume, &[]);
+    let released = watcher.hears("KeyReleased");
+    assert_eq!(
+        (&released["purpose"], &released["volume"]),
+        (&"attach".into(), &bound["volume"])
+    );
+    drop(server);
+    assert_eq!(watcher.hears("DiskUnregistered")["keyDropped"], true);
+
+    // As the audit log has it, but for what chains it.
+    let logged = agent
+        .audit()
+        .into_iter()
+        .find(|record| record["event"] == "KeyBound")
+        .unwrap();
+    for field in ["volume", "provider", "keyId", "keyslot", "user", "process"] {
+        assert_eq!(logged[field], bound[field], "{field}");
+    }
+
+    agent.stop();
+    let (code, complaint) = watcher.ended();
+    assert_eq!(code, Some(1), "{complaint}");
+    assert!(complaint.contains("agent.sock"), "{complaint}");
+}
+
+#[test]
+fn what_happens_to_a_served_disk_is_told_to_who_watches_and_may() {
+    let volume = Volume::new();
+    let control = volume.beside("control");
+    let server = Server::of(volume, &["--control-socket", control.to_str().unwrap()]);
+    let verb = |verb: &str| {
+        let mut command = Command::new(SEALBLK);
+        command.args([verb, "--control-socket"]).arg(&control);
+        command
+    };
+    let watcher = Watcher::of(&mut verb("events"));
+    until(&watcher, "PrivilegeUsed", || {
+        run(&mut verb("unlock"));
+    });
+    run(&mut verb("lock"));
+    assert_eq!(watcher.hears("DiskLocked")["by"], "operator");
+    run(&mut verb("unlock"));
+    let unlocked = watcher.hears("DiskUnlocked");
+    assert_eq!(unlocked["keyslot"], 0);
+    run(&mut verb("rekey"));
+    let rekeyed = watcher.hears("DiskRekeyed");
+    assert_eq!(
+        (&rekeyed["keyslot"], &rekeyed["volume"]),
+        (&1.into(), &unlocked["volume"])
+    );
+
+    let away = server.volume().beside("away");
+    let primary = server.volume().beside("state/providers/native/primary.key");
+    fs::rename(&primary, &away).unwrap();
+    assert!(!verb("rekey").output().unwrap().status.success());
+    assert_eq!(watcher.hears("RekeyFailed")["reason"], "missing");
+    fs::rename(&away, &primary).unwrap();
+    server.still_serves();
+}
+
+/// A real journald, whose files and sockets are in a file system of its own.
+#[test]
+fn in_the_journal_events_keep_their_fields() {
+    const SCRIPT: &str = r#"
+        set -eu
+        mount -t tmpfs none /run
+        mkdir -p /run/systemd/journal /run/log/journal
+        /lib/systemd/systemd-journald &
+        journald=$!
+        for _ in $(seq 100); do [ -S /run/systemd/journal/socket ] && break; sleep 0.1; done
+        : >"$DIR/stderr"
+        export JOURNAL_STREAM=$(stat -c %d:%i "$DIR/stderr")
+        cd "$DIR"
+        "$SEALBLK" --state-dir state provider add native --no-backup >&2
+        "$SEALBLK" --state-dir state --config config.toml agent 2>>"$DIR/stderr" &
+        agent=$!
+        for _ in $(seq 100); do [ -S agent.sock ] && break; sleep 0.1; done
+        "$SEALBLK" --config config.toml create disk --size 1M >&2
+        kill $agent
+        wait $agent
+        sleep 1
+        kill $journald
+        wait $journald || true
+        journalctl --directory /run/log/journal --output json SEALBLK_EVENT=KeyBound
+    "#;
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: only root can give journald a file system of its own");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(
+        dir.path().join("config.toml"),
+        "[agent]\nsocket = \"agent.sock\"\n",
+    )
+    .unwrap();
+    let mut script = Command::new("unshare");
+    script.args(["--mount", "bash", "-c", SCRIPT]);
+    let journal = run(script.env("DIR", dir.path()).env("SEALBLK", Path::new(SEALBLK))).stdout;
+    let records: Vec<Value> = String::from_utf8(journal)
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(records.len(), 1, "{records:?}");
+    assert_eq!(
+        (&records[0]["SEALBLK_PROVIDER"], &records[0]["SEALBLK_PURPOSE"]),
+        (&"native".into(), &"create".into())
+    );
+    assert_eq!(records[0]["PRIORITY"], "6");
+    assert_eq!(fs::read_to_string(dir.path().join("stderr")).unwrap(), "");
+}
