@@ -4,6 +4,7 @@
 //! service     what it answers on its socket, to whom, and what of it stands in the audit log
 //! manage      the part of it for who manages keys and providers
 //! audit       that log: a chain that shows tampering
+//! certificates  when those that are about to expire are told of
 //! registered  which volumes are being served, under which KEKs
 //! client      the other side: the agent's providers, as a volume sees providers
 //! ```
@@ -12,6 +13,7 @@
 //! pipe. KEKs are kept for a while after their last fetch, in memory only.
 
 mod audit;
+mod certificates;
 mod client;
 mod manage;
 mod registered;

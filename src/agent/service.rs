@@ -14,6 +14,7 @@ use uuid::Uuid;
 
 use super::Purpose;
 use super::audit::AuditLog;
+use super::certificates::Certificates;
 use super::registered::Registered;
 use crate::control::events::{Event, Events};
 use crate::control::peer::Peer;
@@ -47,6 +48,7 @@ pub(super) struct Service {
     audit: AuditLog,
     events: Events,
     registered: Registered,
+    certificates: Certificates,
     pub(super) index: Index,
     refusals: Mutex<HashMap<u32, Refusals>>,
 }
@@ -201,6 +203,7 @@ impl Service {
             audit,
             events: Events::default(),
             registered: Registered::default(),
+            certificates: Certificates::default(),
             refusals: Mutex::default(),
         }
     }
@@ -208,6 +211,17 @@ impl Service {
     /// Lets go of KEKs whose time has come, and of those whose last volume is not served any more.
     pub(super) fn tick(&self) {
         self.providers.drop_expired();
+        let expiring = self
+            .certificates
+            .due(|| self.providers.list().unwrap_or_default());
+        for (provider, expiring) in expiring {
+            let days = expiring.days();
+            let fields = serde_json::to_value(&expiring).expect("texts are JSON");
+            let _ = self.audit(
+                Event::CertificateExpiring,
+                with(with(fields, "provider", provider), "days", days),
+            );
+        }
         for (volume, last) in self.registered.take_ended() {
             if last {
                 self.providers.forget(&volume.provider, &volume.key_id);

@@ -10,7 +10,7 @@ use super::{Host, Keys, output, primary_key};
 use crate::agent::Purpose;
 use crate::keys::Providers;
 use crate::keys::kmip::{self, Wrap};
-use crate::keys::registry::{Backup, Registry, Source};
+use crate::keys::registry::{Backup, Entry, Registry, Source};
 use crate::keys::transit::{self, Login};
 use crate::known::{Removal, remove_provider};
 
@@ -211,7 +211,13 @@ impl Provider {
             Verb::Restore(restore) => restore.run(host),
             Verb::Seal(seal) => seal.run(host),
             Verb::Remove(remove) => remove.run(host),
-            Verb::Check(check) => Ok(host.keys(Purpose::Check)?.provider(&check.name)?.check()?),
+            Verb::Check(check) => {
+                let keys = host.keys(Purpose::Check)?;
+                for entry in keys.list()?.iter().filter(|entry| entry.name == check.name) {
+                    tell_expiring(entry);
+                }
+                Ok(keys.provider(&check.name)?.check()?)
+            }
             Verb::List => output::print(&list(&host.keys(Purpose::Check)?)?),
         }
     }
@@ -353,6 +359,12 @@ impl Remove {
     }
 }
 
+fn tell_expiring(entry: &Entry) {
+    for expiring in &entry.expiring {
+        output::note(&format!("key provider {:?}: {expiring}", entry.name));
+    }
+}
+
 fn list(keys: &Keys) -> Result<String, Failure> {
     let entries = keys.list()?;
     if entries.is_empty() {
@@ -366,6 +378,7 @@ fn list(keys: &Keys) -> Result<String, Failure> {
         "LOCATION".into(),
     ]];
     for entry in entries {
+        tell_expiring(&entry);
         let usable = match keys.provider(&entry.name).and_then(|provider| provider.check()) {
             Ok(()) => "usable".to_owned(),
             Err(e) => {

@@ -34,6 +34,8 @@ pub enum Event {
     ProviderRemoved,
     /// Somebody has erased a volume.
     VolumeErased,
+    /// A certificate with which this host and a provider's servers know each other is to be renewed.
+    CertificateExpiring,
     /// A caller of the agent lacks the privilege.
     KeyRefused,
     /// The provider has no such KEK.
@@ -63,7 +65,7 @@ pub enum Event {
 impl Event {
     /// All of them.
     #[cfg(test)]
-    pub(crate) const ALL: [Self; 22] = [
+    pub(crate) const ALL: [Self; 23] = [
         Self::AgentStarted,
         Self::KeyCreated,
         Self::KeyBound,
@@ -74,6 +76,7 @@ impl Event {
         Self::KeyRevoked,
         Self::ProviderRemoved,
         Self::VolumeErased,
+        Self::CertificateExpiring,
         Self::KeyRefused,
         Self::KeyMissing,
         Self::KeyServerUnreachable,
@@ -101,6 +104,7 @@ impl Event {
             Self::KeyRevoked => "a key is taken out of use",
             Self::ProviderRemoved => "a provider is removed",
             Self::VolumeErased => "a volume was erased",
+            Self::CertificateExpiring => "a certificate is about to expire",
             Self::KeyRefused => "a caller was refused a key",
             Self::KeyMissing => "a provider has no such key",
             Self::KeyServerUnreachable => "a provider does not answer",
@@ -119,7 +123,8 @@ impl Event {
     /// Whether somebody may have to do something about it.
     fn is_warning(self, fields: &Value) -> bool {
         match self {
-            Self::KeyRefused
+            Self::CertificateExpiring
+            | Self::KeyRefused
             | Self::KeyMissing
             | Self::KeyServerUnreachable
             | Self::KeyRefusedByHost

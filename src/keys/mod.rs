@@ -13,6 +13,7 @@
 //! kmip       key servers by the standard protocol, over mutual TLS
 //! transit    keys that an OpenBao or Vault server wraps
 //! tls        a server's certificates, and this host's
+//! expiry     which of those are about to expire
 //! revoked    KEKs that this host does not use any more
 //! wrap       AES-256-GCM under a KEK that is on this host
 //! arena      the memory of every secret        harden   the process around it
@@ -21,6 +22,7 @@
 pub mod arena;
 mod cache;
 mod error;
+mod expiry;
 pub mod harden;
 pub mod kmip;
 mod native;
@@ -43,6 +45,7 @@ use uuid::Uuid;
 use arena::SecretBytes;
 
 pub use error::{KeyError, KeyReason};
+pub use expiry::{Expiring, Step, Whose};
 pub use native::PRIMARY_LEN;
 pub use shared::SharedProviders;
 

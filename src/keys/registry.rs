@@ -24,7 +24,7 @@ use super::private::{self, Exposed, Forbid};
 use super::revoked::Revoked;
 use super::settings::{Settings, primary_key};
 use super::source::HostProvider;
-use super::{KeyError, KeyProvider, KeyReason, Providers};
+use super::{Expiring, KeyError, KeyProvider, KeyReason, Providers};
 use crate::tpm::Device;
 use crate::tpm::pcr::Selection;
 use rustix::fs::{FlockOperation, flock};
@@ -57,6 +57,9 @@ pub struct Entry {
     pub default: bool,
     /// Where its keys come from: a path, or a server's address.
     pub location: String,
+    /// The certificates of its connections that are to be renewed before long, the most urgent first.
+    #[serde(default)]
+    pub expiring: Vec<Expiring>,
 }
 
 /// Why the providers of this host are not known, or cannot be changed.
@@ -195,6 +198,7 @@ impl Registry {
             kind: source.kind().to_owned(),
             default: self.settings.default.as_ref() == Some(name),
             location: source.location(&self.dir_of(name)),
+            expiring: source.expiring(),
         };
         self.settings.provider.iter().map(entry).collect()
     }

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::KeyError;
+use super::expiry::{self, Expiring};
 use super::kmip::{self, Kmip};
 use super::native::Native;
 use super::private::{self, Forbid};
@@ -82,6 +83,15 @@ impl Source {
             Source::Native { .. } => primary_key(dir).display().to_string(),
             Source::Kmip(settings) => settings.servers.join(", "),
             Source::Transit(settings) => settings.location(),
+        }
+    }
+
+    /// The certificates that are to be renewed before long.
+    pub(super) fn expiring(&self) -> Vec<Expiring> {
+        match self {
+            Source::Native { .. } => Vec::new(),
+            Source::Kmip(settings) => expiry::expiring(&settings.tls_files()),
+            Source::Transit(settings) => expiry::expiring(&settings.tls_files()),
         }
     }
 

@@ -52,7 +52,7 @@ pub(super) struct TlsFileError {
 }
 
 #[derive(Debug, thiserror::Error)]
-enum Unusable {
+pub(super) enum Unusable {
     #[error("it cannot be read")]
     Io(#[from] io::Error),
     #[error(transparent)]
@@ -139,7 +139,7 @@ fn at<T>(path: &Path, result: Result<T, Unusable>) -> Result<T, TlsFileError> {
     })
 }
 
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Unusable> {
+pub(super) fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Unusable> {
     let mut pem = Vec::new();
     let read = File::open(path)?
         .take(CERTIFICATES_LIMIT + 1)

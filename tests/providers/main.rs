@@ -3,6 +3,7 @@
 mod agent;
 mod certificates;
 mod conformance;
+mod expiry;
 mod kmip;
 mod kmip_mock;
 mod mock;

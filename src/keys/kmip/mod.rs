@@ -381,6 +381,17 @@ fn decrypt(session: &mut Session, key: &str, wrapped: &[u8; WRAPPED_LEN]) -> Res
 }
 
 impl Settings {
+    /// The files that connections are made with.
+    pub(super) fn tls_files(&self) -> TlsFiles {
+        TlsFiles {
+            ca: self.ca.clone(),
+            identity: Some(Identity {
+                certificate: self.certificate.clone(),
+                key: self.key.clone(),
+            }),
+        }
+    }
+
     /// The provider that has them, if they are of the right form.
     fn usable(&self, name: &str) -> Result<Kmip, SettingsError> {
         let servers: Vec<Address> = self
@@ -407,13 +418,7 @@ impl Settings {
         Ok(Kmip {
             name: name.to_owned(),
             servers,
-            tls: TlsFiles {
-                ca: self.ca.clone(),
-                identity: Some(Identity {
-                    certificate: self.certificate.clone(),
-                    key: self.key.clone(),
-                }),
-            },
+            tls: self.tls_files(),
             wrap: self.wrap,
             timeout: Duration::from_secs(self.timeout),
             preferred: AtomicUsize::new(0),

@@ -168,6 +168,21 @@ impl Settings {
         }
     }
 
+    /// The files that connections are made with.
+    pub(super) fn tls_files(&self) -> TlsFiles {
+        let identity = match &self.login {
+            Login::Cert { certificate, key, .. } => Some(Identity {
+                certificate: certificate.clone(),
+                key: key.clone(),
+            }),
+            Login::Approle { .. } | Login::Token { .. } => None,
+        };
+        TlsFiles {
+            ca: self.ca.clone(),
+            identity,
+        }
+    }
+
     /// Where it is: the servers' addresses.
     pub(super) fn location(&self) -> String {
         self.addresses.join(", ")
@@ -208,20 +223,10 @@ impl Transit {
         settings
             .check()
             .map_err(|e| KeyError::new(name, settings.location(), KeyReason::Invalid).because(e))?;
-        let identity = match &settings.login {
-            Login::Cert { certificate, key, .. } => Some(Identity {
-                certificate: certificate.clone(),
-                key: key.clone(),
-            }),
-            Login::Approle { .. } | Login::Token { .. } => None,
-        };
         Ok(Self {
             name: name.to_owned(),
             settings: settings.clone(),
-            files: TlsFiles {
-                ca: settings.ca.clone(),
-                identity,
-            },
+            files: settings.tls_files(),
             token: Mutex::default(),
         })
     }
