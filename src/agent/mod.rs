@@ -33,7 +33,7 @@ use crate::control::privilege::{Grants, Privilege};
 use crate::control::server;
 use crate::control::socket::{BindError, Bound, termination};
 use crate::control::varlink::Interface;
-use crate::keys::SharedProviders;
+use crate::keys::{SealedCache, SealedCacheSettings, SharedProviders};
 
 use audit::AuditLog;
 pub use audit::{AuditError, Verified, verify};
@@ -88,6 +88,8 @@ pub struct Settings {
     pub socket: PathBuf,
     /// How long a KEK is kept after it was fetched.
     pub time_to_live: Duration,
+    /// What it keeps for a reboot while a provider's servers are away.
+    pub sealed_cache: Option<SealedCacheSettings>,
     /// Who may do what.
     pub grants: Grants,
 }
@@ -122,7 +124,17 @@ impl Agent {
     /// [`AgentError`].
     pub fn new(settings: Settings) -> Result<Self, AgentError> {
         let audit = AuditLog::open(&audit_log(&settings.state_dir))?;
-        let providers = SharedProviders::new(&settings.state_dir, settings.time_to_live);
+        let mut providers = SharedProviders::new(&settings.state_dir, settings.time_to_live);
+        let sealed = settings.sealed_cache.as_ref();
+        match sealed
+            .map(|sealed| SealedCache::open(&settings.state_dir, sealed))
+            .transpose()
+        {
+            Ok(Some(sealed)) => providers = providers.with_sealed_cache(sealed),
+            Ok(None) => {}
+            // Without it, disks open as long as their providers answer.
+            Err(error) => tracing::error!("{error}"),
+        }
         let ending = termination()?;
         if let Some(dir) = settings.socket.parent() {
             std::fs::create_dir_all(dir)?;

@@ -15,6 +15,7 @@ use uuid::Uuid;
 
 use crate::control::peer::Peer;
 use crate::keys::KeyId;
+use crate::moment::Moment;
 
 /// The most volumes that are watched: each takes a descriptor. The KEKs of others go when their time has come.
 const MAX_VOLUMES: usize = 8192;
@@ -46,6 +47,9 @@ pub struct Registrant {
     pub process: i32,
     /// Since when, as RFC 3339 has it.
     pub since: String,
+    /// Until when its KEK was good, if it came from what is kept for a reboot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub grace: Option<Moment>,
 }
 
 impl Registrant {
@@ -56,7 +60,13 @@ impl Registrant {
 
 impl Registered {
     /// Takes note that `peer` serves `volume`. A process that has ended by now is none to wait for.
-    pub(super) fn add(&self, peer: &Peer, volume: Uuid, provider: &str, key_id: &KeyId) {
+    pub(super) fn add(
+        &self,
+        peer: &Peer,
+        volume: Uuid,
+        (provider, key_id): (&str, &KeyId),
+        grace: Option<Moment>,
+    ) {
         // Should the number be another process' by now, the KEK is kept until its time has come.
         let Some(ending) =
             Pid::from_raw(peer.process).and_then(|process| pidfd_open(process, PidfdFlags::empty()).ok())
@@ -74,6 +84,7 @@ impl Registered {
             key_id: key_id.clone(),
             user: peer.user,
             process: peer.process,
+            grace,
             since: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
         };
         registered.insert(place, Registration { volume, ending });
@@ -155,10 +166,10 @@ mod tests {
         let [(first, one), (second, two)] = [process(), process()];
         let [shared, own] = ["shared", "own"].map(|id| KeyId(id.into()));
         let volumes = [(); 3].map(|()| Uuid::new_v4());
-        registered.add(&one, volumes[0], "kms", &shared);
-        registered.add(&two, volumes[1], "kms", &shared);
-        registered.add(&two, volumes[2], "kms", &own);
-        registered.add(&two, volumes[2], "kms", &own);
+        registered.add(&one, volumes[0], ("kms", &shared), None);
+        registered.add(&two, volumes[1], ("kms", &shared), None);
+        registered.add(&two, volumes[2], ("kms", &own), None);
+        registered.add(&two, volumes[2], ("kms", &own), None);
         assert_eq!(registered.list().len(), 3);
         assert_eq!(registered.take_ended(), []);
         end(first);
@@ -176,7 +187,7 @@ mod tests {
         assert_eq!(registered.list(), []);
 
         // A process that has ended already cannot be waited for.
-        registered.add(&one, volumes[0], "kms", &shared);
+        registered.add(&one, volumes[0], ("kms", &shared), None);
         assert_eq!(registered.list(), []);
     }
 }

@@ -24,6 +24,7 @@ use crate::control::wire;
 use crate::keys::arena::SecretBytes;
 use crate::keys::{Binding, KeyError, KeyId, KeyReason, Providers, SharedProviders};
 use crate::known::{Index, Occasion};
+use crate::moment::Moment;
 
 /// The interface's name.
 pub const INTERFACE: &str = "org.sealblk.Agent";
@@ -336,6 +337,14 @@ impl Service {
             let error = KeyError::new(&binding.provider, "the agent", KeyReason::Host).because(error);
             failure(&error)
         })?;
+        let grace = self
+            .providers
+            .grace(&binding.provider, &binding.key_id)
+            .map(Moment::of);
+        let subject = match grace {
+            Some(grace) => with(subject, "grace", grace),
+            None => subject,
+        };
         self.audited(Event::KeyReleased, request.peer, subject)?;
         self.note(&binding, path, Occasion::Opened);
         if purpose == Purpose::Attach {
@@ -345,7 +354,8 @@ impl Service {
                 key_id,
                 ..
             } = &binding;
-            self.registered.add(request.peer, *volume, provider, key_id);
+            self.registered
+                .add(request.peer, *volume, (provider, key_id), grace);
         }
         Ok(Answer::of(json!({ "secret": 0 })).with(pipe))
     }

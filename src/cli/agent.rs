@@ -51,6 +51,7 @@ impl Agent {
             state_dir: host.state_dir()?,
             socket: self.socket_path.unwrap_or(settings.socket),
             time_to_live: settings.time_to_live,
+            sealed_cache: settings.sealed_cache,
             grants: config.grants,
         })?;
         tracing::info!("the agent answers");

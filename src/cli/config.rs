@@ -23,10 +23,16 @@ use serde::{Deserialize, Deserializer, de};
 
 use crate::agent;
 use crate::control::privilege::{Grant, Grantee, Grants, Privilege};
+use crate::keys::SealedCacheSettings;
 use crate::keys::private::{self, Exposed, Forbid};
+use crate::tpm::Device;
+use crate::tpm::pcr::Selection;
 
 /// Where the configuration is, if nobody says otherwise; it need not be there.
 const DEFAULT_PATH: &str = "/etc/sealblk/config.toml";
+
+/// How long what is kept for a reboot is good, if nobody says otherwise.
+const DEFAULT_GRACE: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// What runs: users and groups are those of the host.
 #[derive(Debug, Default)]
@@ -46,6 +52,8 @@ pub(super) struct Agent {
     pub(super) socket: PathBuf,
     /// How long it keeps a KEK.
     pub(super) time_to_live: Duration,
+    /// What it keeps for a reboot.
+    pub(super) sealed_cache: Option<SealedCacheSettings>,
 }
 
 impl Default for Agent {
@@ -53,6 +61,7 @@ impl Default for Agent {
         Self {
             socket: agent::DEFAULT_SOCKET.into(),
             time_to_live: agent::DEFAULT_TIME_TO_LIVE,
+            sealed_cache: None,
         }
     }
 }
@@ -118,6 +127,17 @@ struct Written {
 struct WrittenAgent {
     socket: Option<PathBuf>,
     kek_time_to_live: Option<u32>,
+    sealed_cache: Option<WrittenSealedCache>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WrittenSealedCache {
+    #[serde(default, deserialize_with = "age")]
+    grace: Option<Duration>,
+    #[serde(default)]
+    tpm: Device,
+    pcrs: Option<Selection>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -201,6 +221,11 @@ impl WrittenAgent {
                 Some(seconds) => Duration::from_secs(seconds.into()),
                 None => default.time_to_live,
             },
+            sealed_cache: self.sealed_cache.map(|sealed| SealedCacheSettings {
+                grace: sealed.grace.unwrap_or(DEFAULT_GRACE),
+                tpm: sealed.tpm,
+                pcrs: sealed.pcrs.unwrap_or_default(),
+            }),
         }
     }
 }

@@ -23,7 +23,16 @@ impl List {
             let text = serde_json::to_string_pretty(&json!({ "disks": disks })).expect("texts are JSON");
             return output::print(&(text + "\n"));
         }
-        let head = ["volume", "provider", "key", "user", "process", "since"].map(str::to_owned);
+        let head = [
+            "volume",
+            "provider",
+            "key",
+            "user",
+            "process",
+            "since",
+            "grace until",
+        ]
+        .map(str::to_owned);
         let rows = disks.into_iter().map(|disk| {
             [
                 disk.volume.to_string(),
@@ -32,6 +41,7 @@ impl List {
                 disk.user.to_string(),
                 disk.process.to_string(),
                 disk.since,
+                disk.grace.map(|grace| grace.to_string()).unwrap_or_default(),
             ]
         });
         let rows: Vec<_> = [head].into_iter().chain(rows).collect();

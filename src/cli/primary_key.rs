@@ -88,7 +88,7 @@ pub(super) struct Seal {
     #[arg(long, value_name = "DEVICE", default_value = DEFAULT_DEVICE)]
     tpm: Device,
     /// The registers that the key is bound to, of the bank of SHA-256
-    #[arg(long, value_name = "N[,N...]", default_value = "7")]
+    #[arg(long, value_name = "N[,N...]", default_value_t)]
     tpm_pcrs: Selection,
     /// The backup, where the TPM does not give the key back any more
     #[arg(long, value_name = "FILE", requires = "passphrase_file")]

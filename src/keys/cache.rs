@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use super::wrap::Kek;
 use super::{KeyError, KeyId};
@@ -46,6 +46,23 @@ pub(super) enum Origin {
     Fetched,
     /// Somebody who may push KEKs. It opens what it opens; a secret that is wrapped under a wrong one is lost.
     Pushed,
+    /// What was fetched before, and is good until then, since its source does not answer.
+    Sealed(SystemTime),
+}
+
+/// Which KEKs will do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wanted {
+    /// One that its source gives out.
+    Fetched,
+    /// Any, to open with.
+    Any,
+}
+
+impl Wanted {
+    fn is(self, origin: Origin) -> bool {
+        self == Self::Any || origin == Origin::Fetched
+    }
 }
 
 impl KekCache {
@@ -57,16 +74,16 @@ impl KekCache {
         }
     }
 
-    /// The KEK of `key_id` out of one of `origins`, which `fetch` brings if it is not here.
+    /// The KEK of `key_id` as it is wanted, which `fetch` brings if it is not here.
     pub(super) fn get(
         &self,
         key_id: &KeyId,
-        origins: &[Origin],
-        fetch: impl FnOnce() -> Result<Kek, KeyError>,
+        wanted: Wanted,
+        fetch: impl FnOnce() -> Result<(Kek, Origin), KeyError>,
     ) -> Result<(Arc<Kek>, Origin), KeyError> {
-        let brought = |kek| (kek, Origin::Fetched);
+        let shared = |(kek, origin)| (Arc::new(kek), origin);
         if self.time_to_live.is_zero() {
-            return fetch().map(Arc::new).map(brought);
+            return fetch().map(shared);
         }
         let came = Instant::now();
         let slot = {
@@ -74,14 +91,14 @@ impl KekCache {
             // Whoever asks for keys that nothing is wrapped under must not fill the memory for keys.
             if slots.len() >= MAX_SLOTS && !slots.contains_key(key_id) {
                 drop(slots);
-                return fetch().map(Arc::new).map(brought);
+                return fetch().map(shared);
             }
             Arc::clone(slots.entry(key_id.clone()).or_default())
         };
         let mut held = lock(&slot.0);
         if let Some(kept) = &held.kek
             && kept.until > Instant::now()
-            && origins.contains(&kept.origin)
+            && wanted.is(kept.origin)
         {
             return Ok((Arc::clone(&kept.kek), kept.origin));
         }
@@ -92,14 +109,14 @@ impl KekCache {
         let fetched = fetch();
         let now = Instant::now();
         match fetched {
-            Ok(kek) => {
+            Ok((kek, origin)) => {
                 let kek = Arc::new(kek);
                 held.kek = Some(Kept {
                     kek: Arc::clone(&kek),
                     until: now + self.time_to_live,
-                    origin: Origin::Fetched,
+                    origin,
                 });
-                Ok(brought(kek))
+                Ok((kek, origin))
             }
             Err(failure) => {
                 held.failure = Some((failure.clone(), now));
@@ -127,6 +144,16 @@ impl KekCache {
             });
         }
         Ok(())
+    }
+
+    /// Until when a KEK that is here is good, if its source was away.
+    pub(super) fn grace(&self, key_id: &KeyId) -> Option<SystemTime> {
+        let slot = Arc::clone(lock(&self.slots).get(key_id)?);
+        let held = lock(&slot.0);
+        match held.kek.as_ref()?.origin {
+            Origin::Sealed(until) => Some(until),
+            _ => None,
+        }
     }
 
     /// Drops a KEK before its time; whoever uses it just now goes on.
@@ -175,7 +202,9 @@ mod tests {
     }
 
     fn get(cache: &KekCache, name: &str) -> Arc<Kek> {
-        let (kek, _) = cache.get(&id(name), &[Origin::Fetched], || Ok(kek())).unwrap();
+        let (kek, _) = cache
+            .get(&id(name), Wanted::Fetched, || Ok((kek(), Origin::Fetched)))
+            .unwrap();
         kek
     }
 
@@ -185,10 +214,10 @@ mod tests {
         thread::scope(|scope| {
             for _ in 0..16 {
                 scope.spawn(|| {
-                    let got = cache.get(&id("one"), &[Origin::Fetched], || {
+                    let got = cache.get(&id("one"), Wanted::Fetched, || {
                         fetched.fetch_add(1, Ordering::Relaxed);
                         thread::sleep(Duration::from_millis(500));
-                        result()
+                        result().map(|kek| (kek, Origin::Fetched))
                     });
                     failed.fetch_add(u32::from(got.is_err()), Ordering::Relaxed);
                 });
@@ -236,12 +265,11 @@ mod tests {
     fn a_pushed_kek_is_given_to_who_takes_one_and_a_fetched_one_replaces_it() {
         let cache = KekCache::new(LONG);
         cache.push(&id("one"), kek()).unwrap();
-        let either = [Origin::Fetched, Origin::Pushed];
         let unneeded = || panic!("it is here");
-        let (pushed, origin) = cache.get(&id("one"), &either, unneeded).unwrap();
+        let (pushed, origin) = cache.get(&id("one"), Wanted::Any, unneeded).unwrap();
         assert_eq!(origin, Origin::Pushed);
         assert!(!Arc::ptr_eq(&pushed, &get(&cache, "one")));
-        let (_, origin) = cache.get(&id("one"), &either, unneeded).unwrap();
+        let (_, origin) = cache.get(&id("one"), Wanted::Any, unneeded).unwrap();
         assert_eq!(origin, Origin::Fetched);
     }
 

@@ -14,7 +14,7 @@
 //! transit    keys that an OpenBao or Vault server wraps
 //! tls        a server's certificates, and this host's
 //! expiry     which of those are about to expire
-//! revoked    KEKs that this host does not use any more
+//! revoked    KEKs that this host does not use any more; sealed_cache: those that it keeps for a reboot
 //! wrap       AES-256-GCM under a KEK that is on this host
 //! arena      the memory of every secret        harden   the process around it
 //! ```
@@ -29,6 +29,7 @@ mod native;
 pub(crate) mod private;
 pub mod registry;
 mod revoked;
+mod sealed_cache;
 mod settings;
 mod shared;
 mod source;
@@ -40,6 +41,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use arena::SecretBytes;
@@ -47,12 +49,23 @@ use arena::SecretBytes;
 pub use error::{KeyError, KeyReason};
 pub use expiry::{Expiring, Step, Whose};
 pub use native::PRIMARY_LEN;
+pub use sealed_cache::{SealedCache, SealedCacheError, SealedCacheSettings};
 pub use shared::SharedProviders;
 
 /// The name that a provider knows a KEK by. Its form is the provider's own affair.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct KeyId(pub String);
+
+/// The name of a file for what is kept about a KEK: the SHA-256 of provider and key ID, since a key ID may hold anything.
+fn file_name(provider: &str, key_id: &KeyId) -> String {
+    let hash = Sha256::new()
+        .chain_update((provider.len() as u64).to_be_bytes())
+        .chain_update(provider)
+        .chain_update(&key_id.0)
+        .finalize();
+    hash.iter().map(|byte| format!("{byte:02x}")).collect()
+}
 
 impl fmt::Display for KeyId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -13,10 +13,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
-use super::KeyId;
-use super::private;
+use super::{KeyId, file_name, private};
 use crate::moment::Moment;
 
 /// The revoked KEKs of one provider.
@@ -87,13 +85,7 @@ impl Revoked {
     }
 
     fn file(&self, key_id: &KeyId) -> PathBuf {
-        let hash = Sha256::new()
-            .chain_update((self.provider.len() as u64).to_be_bytes())
-            .chain_update(&self.provider)
-            .chain_update(&key_id.0)
-            .finalize();
-        let name: String = hash.iter().map(|byte| format!("{byte:02x}")).collect();
-        self.dir.join(name + ".json")
+        self.dir.join(file_name(&self.provider, key_id) + ".json")
     }
 }
 

@@ -4,10 +4,11 @@ use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use super::arena::SecretBytes;
 use super::registry::{Entry, Registry, RegistryError};
+use super::sealed_cache::SealedCache;
 use super::source::HostProvider;
 use super::{KeyError, KeyId, KeyProvider, KeyReason, Providers, settings};
 
@@ -16,6 +17,7 @@ use super::{KeyError, KeyId, KeyProvider, KeyReason, Providers, settings};
 pub struct SharedProviders {
     dir: PathBuf,
     time_to_live: Duration,
+    sealed: Option<Arc<SealedCache>>,
     open: Mutex<Open>,
 }
 
@@ -47,8 +49,21 @@ impl SharedProviders {
         Self {
             dir: dir.to_owned(),
             time_to_live,
+            sealed: None,
             open: Mutex::default(),
         }
+    }
+
+    /// The same, with what is kept for a reboot while a provider's servers are away.
+    pub fn with_sealed_cache(mut self, sealed: SealedCache) -> Self {
+        self.sealed = Some(Arc::new(sealed));
+        self
+    }
+
+    /// Until when the KEK that is here opens volumes, if its servers are away.
+    pub fn grace(&self, provider: &str, key_id: &KeyId) -> Option<SystemTime> {
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.providers.get(provider)?.keks().grace(key_id)
     }
 
     /// The state directory.
@@ -106,7 +121,7 @@ impl SharedProviders {
             return Ok(Arc::clone(provider));
         }
         let provider = self.registry(name)?.open_provider(name, self.time_to_live)?;
-        let provider = Arc::new(provider);
+        let provider = Arc::new(provider.with_sealed_cache(self.sealed.clone()));
         open.providers.insert(name.to_owned(), Arc::clone(&provider));
         Ok(provider)
     }

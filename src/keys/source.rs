@@ -11,8 +11,9 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use super::arena::SecretBytes;
-use super::cache::{Full, KekCache, Origin};
+use super::cache::{Full, KekCache, Origin, Wanted};
 use super::revoked::Revoked;
+use super::sealed_cache::SealedCache;
 use super::wrap::{self, Kek, UnwrapError};
 use super::{Binding, KeyError, KeyId, KeyProvider, KeyReason, KeyState, Reach, Revocation};
 
@@ -75,6 +76,8 @@ pub(super) struct HostProvider {
     source: Box<dyn KekSource>,
     keks: KekCache,
     revoked: Revoked,
+    /// What is kept for a reboot while the source is away.
+    sealed: Option<Arc<SealedCache>>,
 }
 
 /// A source that gives another key than it gave before.
@@ -96,7 +99,14 @@ impl HostProvider {
             source,
             keks: KekCache::new(time_to_live),
             revoked,
+            sealed: None,
         }
+    }
+
+    /// The same, with what is kept for a reboot.
+    pub(super) fn with_sealed_cache(mut self, sealed: Option<Arc<SealedCache>>) -> Self {
+        self.sealed = sealed;
+        self
     }
 
     /// The KEKs that it keeps.
@@ -104,12 +114,40 @@ impl HostProvider {
         &self.keks
     }
 
-    fn kek(&self, key_id: &KeyId, origins: &[Origin]) -> Result<(Arc<Kek>, Origin), KeyError> {
+    fn kek(&self, key_id: &KeyId, wanted: Wanted) -> Result<(Arc<Kek>, Origin), KeyError> {
         // Before the cache: another process may have revoked it.
         if let Some(revoked) = self.revoked.find(key_id).map_err(|e| self.host(key_id, e))? {
             return Err(self.fail(key_id, KeyReason::NotActive).because(revoked));
         }
-        self.keks.get(key_id, origins, || self.source.fetch(key_id))
+        self.keks.get(key_id, wanted, || self.fetch(key_id, wanted))
+    }
+
+    fn fetch(&self, key_id: &KeyId, wanted: Wanted) -> Result<(Kek, Origin), KeyError> {
+        let fetched = self.source.fetch(key_id).map(|kek| (kek, Origin::Fetched));
+        let Some(sealed) = &self.sealed else {
+            return fetched;
+        };
+        let name = self.source.name();
+        match fetched {
+            Ok((kek, origin)) => {
+                sealed.keep(name, key_id, &kek);
+                Ok((kek, origin))
+            }
+            Err(error) => match error.reason {
+                // Whoever can keep the server from answering well can keep it from answering at all.
+                KeyReason::Unreachable | KeyReason::Failed | KeyReason::Garbled | KeyReason::Untrusted
+                    if wanted == Wanted::Any =>
+                {
+                    let kept = sealed.find(name, key_id);
+                    kept.map(|(kek, until)| (kek, Origin::Sealed(until))).ok_or(error)
+                }
+                KeyReason::Missing | KeyReason::NotActive | KeyReason::Refused => {
+                    sealed.forget(name, key_id);
+                    Err(error)
+                }
+                _ => Err(error),
+            },
+        }
     }
 
     /// Takes a KEK that somebody else has fetched, so that volumes open while this host cannot reach its source.
@@ -144,16 +182,16 @@ impl KeyProvider for HostProvider {
     }
 
     fn wrap(&self, binding: &Binding<'_>, secret: &SecretBytes) -> Result<Vec<u8>, KeyError> {
-        let (kek, _) = self.kek(binding.key_id, &[Origin::Fetched])?;
+        let (kek, _) = self.kek(binding.key_id, Wanted::Fetched)?;
         wrap::wrap(&kek, binding, secret).map_err(|e| self.fail(binding.key_id, KeyReason::Host).because(e))
     }
 
     fn unwrap(&self, binding: &Binding<'_>, wrapped: &[u8]) -> Result<SecretBytes, KeyError> {
-        let (mut kek, origin) = self.kek(binding.key_id, &[Origin::Fetched, Origin::Pushed])?;
+        let (mut kek, origin) = self.kek(binding.key_id, Wanted::Any)?;
         let mut unwrapped = wrap::unwrap(&kek, binding, wrapped);
         if unwrapped.is_err() && origin == Origin::Pushed {
             // It may have been the wrong one.
-            (kek, _) = self.kek(binding.key_id, &[Origin::Fetched])?;
+            (kek, _) = self.kek(binding.key_id, Wanted::Fetched)?;
             unwrapped = wrap::unwrap(&kek, binding, wrapped);
         }
         unwrapped.map_err(|e| match e {
@@ -177,6 +215,9 @@ impl KeyProvider for HostProvider {
         let reach = self.source.revoke(key_id, revocation)?;
         self.revoked.add(key_id).map_err(|e| self.host(key_id, e))?;
         self.keks.forget(key_id);
+        if let Some(sealed) = &self.sealed {
+            sealed.forget(self.source.name(), key_id);
+        }
         Ok(reach)
     }
 

@@ -40,6 +40,11 @@ impl Kek {
             len => Err(KekLength(len)),
         }
     }
+
+    /// The key itself, to be kept elsewhere.
+    pub(super) fn key(&self) -> &SecretBytes {
+        &self.0
+    }
 }
 
 const VERSION: u8 = 1;

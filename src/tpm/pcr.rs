@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tpm2_protocol::data::TpmCc;
 
@@ -18,8 +19,16 @@ const SHA256: u16 = 0x000b;
 pub type Value = [u8; 32];
 
 /// Some of the registers, as in `0,2,4,7`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Selection(u32);
+
+/// What tells who has signed what was booted, and lasts through updates of it: register 7.
+impl Default for Selection {
+    fn default() -> Self {
+        Self(1 << 7)
+    }
+}
 
 /// A text that names no registers.
 #[derive(Debug, thiserror::Error)]

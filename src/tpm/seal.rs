@@ -32,7 +32,6 @@ pub(super) struct StorageKey {
 #[serde(deny_unknown_fields)]
 pub struct Sealed {
     /// The registers that it is bound to.
-    #[serde(with = "registers")]
     pub pcrs: Selection,
     /// The Name of the storage key, which tells one TPM from another.
     #[serde(with = "text")]
@@ -273,21 +272,5 @@ pub(super) mod text {
     pub(in crate::tpm) fn deserialize<'d, D: Deserializer<'d>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
         let text = String::deserialize(deserializer)?;
         BASE64_STANDARD.decode(text).map_err(D::Error::custom)
-    }
-}
-
-/// A selection as its text.
-mod registers {
-    use super::Selection;
-    use serde::{Deserialize, Deserializer, Serializer, de::Error};
-
-    pub(super) fn serialize<S: Serializer>(pcrs: &Selection, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(&pcrs.to_string())
-    }
-
-    pub(super) fn deserialize<'d, D: Deserializer<'d>>(deserializer: D) -> Result<Selection, D::Error> {
-        String::deserialize(deserializer)?
-            .parse()
-            .map_err(D::Error::custom)
     }
 }

@@ -2,6 +2,8 @@
 
 mod agent;
 mod certificates;
+#[path = "../common/mod.rs"]
+mod common;
 mod conformance;
 mod expiry;
 mod kmip;
@@ -11,5 +13,6 @@ mod native;
 mod openbao;
 mod ports;
 mod pykmip;
+mod sealed_cache;
 mod transit;
 mod transit_hostile;
