@@ -1,12 +1,9 @@
 //! A served disk and its key: taken away and brought back under load, missing at the start, changed while a driver is at
 //! work. The driver's requests wait meanwhile; none fails, and none is lost.
 
-#![allow(unsafe_code)] // A filter on system calls and a thread of another user have no safe wrappers.
-
 mod common;
 
 use std::fs;
-use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::thread;
@@ -15,9 +12,10 @@ use std::time::{Duration, Instant};
 use common::driver::{Data, Driver, S_OK, T_IN, T_OUT};
 use common::pattern;
 use common::process::Process;
-use common::secrets::{finds, readable_memory};
+use common::secrets::{Core, Search, core, readable_memory, slot_secret, without_secret_memory};
 use common::serve::{SEALBLK, Server, serve, serve_fails};
 use common::volume::{MIB, Volume, run};
+use sealblk::keys::registry::Registry;
 use serde_json::Value;
 
 /// Long enough for a request to be answered, if it were to be.
@@ -106,15 +104,18 @@ fn front_ends_come_and_go_while_the_disk_is_locked() {
 }
 
 /// The process is searched without the memory that hides keys from those who look, so that what is found before the lock
-/// shows that the search finds.
+/// shows that the search finds: by the process's memory, and by a core dump.
 #[test]
-fn a_locked_disk_has_no_key_in_memory() {
+fn a_disk_locked_under_load_has_no_key_in_memory_nor_in_a_core_dump() {
     if !rustix::process::geteuid().is_root() {
         eprintln!("skipped: it takes root to look");
         return;
     }
     let volume = Volume::new();
-    let key = volume_key(&volume);
+    let registry = Registry::open(&volume.beside("state")).unwrap();
+    let search = Search::default()
+        .xts_key("volume key", &volume_key(&volume))
+        .key("slot secret", &slot_secret(&volume.path, &registry));
     let control = volume.beside("control");
     let socket = volume.beside("vhost.sock");
     let mut command = serve(&volume, &socket, &["--control-socket", control.to_str().unwrap()]);
@@ -127,34 +128,57 @@ fn a_locked_disk_has_no_key_in_memory() {
     }
     let mut driver = Driver::connect(&socket);
     driver.still_serves();
-    let halves = || key.chunks_exact(16);
-    let memory = readable_memory(process.pid());
-    assert!(
-        halves().all(|part| finds(&memory, part)),
-        "the search finds the key of an open disk"
+    for memory in [
+        readable_memory(process.pid()),
+        core(process.pid(), Core::Everything),
+    ] {
+        let found = search.found(&memory);
+        let data = (0..28).map(|n| format!("volume key, round key {n} for data"));
+        let tweak = (0..15).map(|n| format!("volume key, round key {n} for tweak"));
+        for round_key in data.chain(tweak) {
+            assert!(
+                found.contains(round_key.as_str()),
+                "{round_key} is there, and not found"
+            );
+        }
+    }
+    search.assert_absent(
+        &core(process.pid(), Core::AsTheKernel),
+        "a core dump of an open disk",
     );
 
     let verb = |name: &str| {
         let mut command = Command::new(SEALBLK);
         run(command.args([name, "--control-socket"]).arg(&control));
     };
-    for _ in 0..3 {
-        for n in 0..32 {
-            driver.submit(0, T_IN, 8 * n, Data::In(4096));
-        }
+    for round in 0..3 {
+        let contents: Vec<_> = (0..40).map(|n| pattern(100 * round + n, 4096)).collect();
+        let mark = driver.memory.mark();
+        let write =
+            |driver: &mut Driver, n: usize| driver.submit(0, T_OUT, 8 * n as u64, Data::Out(&contents[n]));
+        let mut pending: Vec<_> = (0..28).map(|n| write(&mut driver, n)).collect();
         verb("lock");
-        let memory = readable_memory(process.pid());
-        for (n, part) in halves().enumerate() {
+        pending.extend((28..40).map(|n| write(&mut driver, n)));
+        search.assert_absent(&readable_memory(process.pid()), "memory");
+        search.assert_absent(&core(process.pid(), Core::Everything), "a core dump");
+        let mut used = Vec::new();
+        while let Some(done) = driver.queue().poll_used() {
+            used.push(done);
+        }
+        assert!(used.len() <= 28, "a locked disk answered");
+        verb("unlock");
+        used.extend(driver.queue().wait_used_many(40 - used.len()));
+        for pending in &pending {
+            let used = used.iter().find(|used| used.head == pending.head).unwrap();
+            assert_eq!(driver.outcome(pending, *used).status, S_OK);
+        }
+        driver.memory.free_to(mark);
+        for (n, content) in contents.iter().enumerate() {
             assert!(
-                !finds(&memory, part),
-                "bytes {} to {} of the volume key",
-                16 * n,
-                16 * n + 16
+                driver.read(8 * n as u64, 4096) == *content,
+                "round {round}, request {n}"
             );
         }
-        verb("unlock");
-        driver.queue().wait_used_many(32);
-        driver.still_serves();
     }
 }
 
@@ -404,44 +428,4 @@ fn volume_key(volume: &Volume) -> Vec<u8> {
     .arg(&key);
     run(dump.arg("--key-file").arg(&recovery).arg(&volume.path));
     fs::read(&key).unwrap()
-}
-
-/// Has the program run as on a kernel without memfd_secret(2).
-fn without_secret_memory(command: &mut Command) {
-    const ALLOW: u32 = 0x7fff_0000;
-    const ENOSYS: u32 = 0x0005_0000 | libc::ENOSYS as u32;
-    let step = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter {
-        code: code as u16,
-        jt,
-        jf,
-        k,
-    };
-    let filter = [
-        // The number of the call is the first of what is looked at.
-        step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
-        step(
-            libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K,
-            0,
-            1,
-            libc::SYS_memfd_secret as u32,
-        ),
-        step(libc::BPF_RET | libc::BPF_K, 0, 0, ENOSYS),
-        step(libc::BPF_RET | libc::BPF_K, 0, 0, ALLOW),
-    ];
-    let install = move || {
-        let program = libc::sock_fprog {
-            len: filter.len() as u16,
-            filter: filter.as_ptr().cast_mut(),
-        };
-        // SAFETY: a number for a switch.
-        let done = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
-        // SAFETY: the program lives as long as the call, which copies it.
-        let filtered = unsafe { libc::prctl(libc::PR_SET_SECCOMP, 2, &raw const program) };
-        match done | filtered {
-            0 => Ok(()),
-            _ => Err(std::io::Error::last_os_error()),
-        }
-    };
-    // SAFETY: what runs between fork and exec makes two system calls and allocates nothing.
-    unsafe { command.pre_exec(install) };
 }

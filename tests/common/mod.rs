@@ -10,6 +10,7 @@
 // Each test program compiles this module and uses its own part of it.
 #![allow(dead_code, unreachable_pub)]
 
+pub mod aes;
 pub mod agent;
 pub mod driver;
 pub mod frontend;
