@@ -16,12 +16,15 @@ use common::DEADLINE;
 use common::agent::Agent;
 use common::serve::{SEALBLK, Server};
 use common::volume::{Volume, run};
+use sealblk::keys::Providers;
+use sealblk::keys::registry::{Backup, Registry, Source};
 
 /// Users whom no host has: one for each privilege, in this order, and one who has none.
 const FIRST_USER: u32 = 4_200_000;
-const PRIVILEGES: [&str; 6] = [
+const PRIVILEGES: [&str; 7] = [
     "Access",
     "EncryptNew",
+    "ManageKeyServers",
     "ManageKeys",
     "ReadKeyServersInfo",
     "Recrypt",
@@ -32,9 +35,11 @@ const PRIVILEGES: [&str; 6] = [
 enum Takes {
     Nothing,
     Privilege(&'static str),
+    /// Any of these; who has none is told of the last.
+    Any(&'static [&'static str]),
 }
 
-use Takes::{Nothing, Privilege};
+use Takes::{Any, Nothing, Privilege};
 
 #[test]
 fn a_verb_takes_its_privilege_and_no_other_will_do() {
@@ -46,11 +51,12 @@ fn a_verb_takes_its_privilege_and_no_other_will_do() {
         .map(|(privilege, user)| format!("[[grant]]\nuser = {user}\nprivileges = [{privilege:?}]\n"))
         .collect();
     let host = Host::new(&grants);
+    let spare_key = host.spare_key();
     let served = host.serve();
     let control = served.control.to_str().unwrap();
 
     // With the file of the user's own volume for DISK.
-    let verbs: [(&[&str], Takes); 14] = [
+    let verbs: [(&[&str], Takes); 18] = [
         (&["create", "--size", "1M", "new"], Privilege("EncryptNew")),
         (
             &[
@@ -71,6 +77,19 @@ fn a_verb_takes_its_privilege_and_no_other_will_do() {
         (&["info", "DISK"], Nothing),
         (&["provider", "list"], Privilege("ReadKeyServersInfo")),
         (&["provider", "check", "native"], Privilege("ReadKeyServersInfo")),
+        (
+            &["provider", "remove", "spare", "--dry-run"],
+            Privilege("ManageKeyServers"),
+        ),
+        (
+            &["key", "where-used", "--provider", "native"],
+            Any(&["ManageKeys", "ReadKeyServersInfo"]),
+        ),
+        (&["key", "scan", "DISK"], Privilege("ManageKeys")),
+        (
+            &["key", "revoke", &spare_key, "--provider", "spare", "--dry-run"],
+            Privilege("ManageKeys"),
+        ),
         (&["list"], Privilege("ReadKeyServersInfo")),
         (&["events"], Privilege("ReadKeyServersInfo")),
         (&["status", "--control-socket", control], Nothing),
@@ -91,6 +110,13 @@ fn a_verb_takes_its_privilege_and_no_other_will_do() {
                 Privilege(privilege) if granted != Some(privilege) => {
                     assert_eq!(ran.status.code(), Some(4), "{what}");
                     assert!(said.contains("lack") && said.contains(privilege), "{what}");
+                }
+                Any(privileges) if !granted.is_some_and(|granted| privileges.contains(&granted)) => {
+                    assert_eq!(ran.status.code(), Some(4), "{what}");
+                    assert!(
+                        said.contains("lack") && said.contains(privileges.last().unwrap()),
+                        "{what}"
+                    );
                 }
                 _ => assert!(ran.status.success(), "{what}"),
             }
@@ -119,6 +145,15 @@ impl Host {
         let binary = agent.path("sealblk");
         fs::copy(SEALBLK, &binary).unwrap();
         Self { agent, binary }
+    }
+
+    /// A KEK of a provider that no disk needs, and that was backed up.
+    fn spare_key(&self) -> String {
+        let state = self.agent.path("state");
+        let mut registry = Registry::open(&state).unwrap();
+        let backup = Backup::Taken;
+        registry.add("spare", Source::Native { backup }, false).unwrap();
+        registry.provider("spare").unwrap().create_kek().unwrap().0
     }
 
     fn serve(&self) -> Served {

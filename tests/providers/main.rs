@@ -8,6 +8,7 @@ mod conformance;
 mod expiry;
 mod kmip;
 mod kmip_mock;
+mod lifecycle;
 mod mock;
 mod native;
 mod openbao;

@@ -1,0 +1,131 @@
+//! The end of a key's life at its server: kept while a disk needs it, and out of use for every host after.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use sealblk::keys::{KeyId, KeyState};
+use serde_json::Value;
+
+use crate::kmip::open;
+use crate::pykmip::{Server, settings};
+
+const SEALBLK: &str = env!("CARGO_BIN_EXE_sealblk");
+const IN_USE: i32 = 5;
+
+fn sealblk(dir: &Path, args: &[&str]) -> Output {
+    let mut command = Command::new(SEALBLK);
+    command.current_dir(dir).args(["--state-dir", "state"]).args(args);
+    command.output().unwrap()
+}
+
+#[track_caller]
+fn does(dir: &Path, args: &[&str]) -> String {
+    let output = sealblk(dir, args);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{args:?}: {stderr}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[track_caller]
+fn is_refused_for(disk: &str, dir: &Path, args: &[&str]) {
+    let output = sealblk(dir, args);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(IN_USE), "{args:?}: {stderr}");
+    assert!(
+        stderr.contains(dir.join(disk).to_str().unwrap()),
+        "{args:?}: {stderr}"
+    );
+}
+
+fn key_of(dir: &Path, disk: &str) -> String {
+    let info: Value = serde_json::from_str(&does(dir, &["info", "--json", disk])).unwrap();
+    info["tokens"][0]["key_id"].as_str().unwrap().to_owned()
+}
+
+fn state_of(dir: &Path, key: &str) -> String {
+    let rows: Value = serde_json::from_str(&does(dir, &["key", "list", "--json"])).unwrap();
+    let row = rows
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|row| row["keyId"] == key)
+        .unwrap();
+    row["state"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn a_key_of_a_kmip_server_ends_there_when_no_disk_needs_it() {
+    let server = Server::start();
+    let settings = settings(&[server.address()]);
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let file = |path: &Path| path.to_str().unwrap().to_owned();
+    does(dir, &["provider", "add", "native", "--no-backup"]);
+    let (ca, certificate, key_file) = (
+        file(&settings.ca),
+        file(&settings.certificate),
+        file(&settings.key),
+    );
+    let add = [
+        "provider",
+        "add",
+        "kmip",
+        "--name",
+        "kms",
+        "--server",
+        &settings.servers[0],
+        "--default",
+    ];
+    let files = ["--ca", &ca, "--certificate", &certificate, "--key", &key_file];
+    does(dir, &[&add[..], &files].concat());
+    does(dir, &["create", "vm", "--size", "1M"]);
+    let key = key_of(dir, "vm");
+    assert_eq!(state_of(dir, &key), "active");
+
+    let revoke = ["key", "revoke", &key, "--provider", "kms"];
+    is_refused_for("vm", dir, &revoke);
+    is_refused_for("vm", dir, &[&revoke[..], &["--destroy"]].concat());
+    is_refused_for(
+        "vm",
+        dir,
+        &["provider", "remove", "kms", "--new-default", "native"],
+    );
+    assert!(
+        server
+            .operator(&["attributes", &key])
+            .contains("State=State.ACTIVE")
+    );
+
+    does(dir, &["rekey", "vm", "--provider", "native"]);
+    does(dir, &[&revoke[..], &["--dry-run"]].concat());
+    assert!(
+        server
+            .operator(&["attributes", &key])
+            .contains("State=State.ACTIVE")
+    );
+    assert!(does(dir, &revoke).contains("revoked, here and at its server"));
+    assert!(
+        server
+            .operator(&["attributes", &key])
+            .contains("State=State.DEACTIVATED")
+    );
+    // Once more is no error, and another host, which was told nothing, does not use it either.
+    does(dir, &revoke);
+    let elsewhere = open(&settings);
+    assert_eq!(
+        elsewhere.state(&KeyId(key.clone())).unwrap(),
+        KeyState::Deactivated
+    );
+    assert!(does(dir, &[&revoke[..], &["--destroy"]].concat()).contains("destroyed at its server"));
+    let state = elsewhere.state(&KeyId(key.clone())).unwrap();
+    assert!(
+        matches!(state, KeyState::Destroyed | KeyState::Missing),
+        "{state:?}"
+    );
+    assert_ne!(state_of(dir, &key), "active");
+
+    does(dir, &["provider", "remove", "kms", "--new-default", "native"]);
+    assert!(!dir.join("state/providers/kms").exists());
+    does(dir, &["create", "new", "--size", "1M"]);
+    assert_ne!(key_of(dir, "new"), key);
+}
