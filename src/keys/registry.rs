@@ -6,11 +6,11 @@
 //! providers.toml                   what the operator may read and edit
 //! providers/NAME/                  mode 0700: what the provider NAME needs
 //! providers/NAME/primary.key       of a native provider
-//! providers/.removed.*/            of providers that were removed: what a crash has kept from being wiped
 //! ```
 //!
 //! The settings are replaced atomically and under a lock on the directory. A provider's own files exist before the
-//! settings name it; those left behind by a crash in between are taken up when the provider is added again.
+//! settings name it; those left behind by a crash in between are taken up when the provider is added again. When a provider
+//! is removed, the settings keep its name as one to be wiped until its files are.
 
 use std::fs::{self, File};
 use std::io;
@@ -29,15 +29,11 @@ use crate::tpm::Device;
 use crate::tpm::pcr::Selection;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
-use uuid::Uuid;
 
 pub use super::settings::{Backup, Source};
 
 const NAME_RULE: &str =
     "up to 64 lower-case letters, digits, '-' and '_' are allowed, a letter or digit first";
-
-/// What the directory of a removed provider is called, before its name.
-const REMOVED: &str = ".removed.";
 
 /// The providers of one state directory, as they were when it was opened.
 #[derive(Debug)]
@@ -293,22 +289,27 @@ impl Registry {
     /// [`RegistryError::NotWiped`] once the provider is no more; before that the settings are as they were.
     pub fn remove(&mut self, name: &str, new_default: Option<&str>) -> Result<(), RegistryError> {
         let _lock = self.lock()?;
-        let settings = self.without(Settings::read(&self.dir)?, name, new_default)?;
+        let mut settings = self.without(Settings::read(&self.dir)?, name, new_default)?;
+        // Until the files are wiped the settings say that they are to be: whoever changes them next goes on with it.
+        settings.removing.push(name.to_owned());
         settings.write(&self.dir)?;
+        let wiped = self.finish_removals(&mut settings);
         self.settings = settings;
-        // By a name that no provider has: should the wiping be interrupted, nobody takes the files up again.
-        let dir = self.dir_of(name);
-        let removed = dir.with_file_name(format!("{REMOVED}{name}.{}", Uuid::new_v4().simple()));
-        let moved = fs::rename(&dir, &removed).and_then(|()| private::sync_dir_of(&removed));
-        match moved {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            moved => moved.and_then(|()| self.wipe_removed()),
+        wiped
+    }
+
+    /// Wipes the files of providers that were removed, now or before a crash.
+    fn finish_removals(&self, settings: &mut Settings) -> Result<(), RegistryError> {
+        for name in settings.removing.clone() {
+            wipe_dir(&self.dir_of(&name)).map_err(|source| RegistryError::NotWiped {
+                name: name.clone(),
+                dir: self.dir_of(&name),
+                source,
+            })?;
+            settings.removing.retain(|other| *other != name);
+            settings.write(&self.dir)?;
         }
-        .map_err(|source| RegistryError::NotWiped {
-            name: name.to_owned(),
-            dir: self.dir.join("providers"),
-            source,
-        })
+        Ok(())
     }
 
     /// `settings` without a provider.
@@ -335,21 +336,6 @@ impl Registry {
             }
         }
         Ok(settings)
-    }
-
-    /// Wipes the files of providers that were removed, now or before a crash.
-    fn wipe_removed(&self) -> io::Result<()> {
-        let providers = self.dir.join("providers");
-        for entry in fs::read_dir(&providers)? {
-            let entry = entry?;
-            if entry.file_name().to_string_lossy().starts_with(REMOVED) {
-                for file in fs::read_dir(entry.path())? {
-                    private::wipe(&file?.path())?;
-                }
-                fs::remove_dir(entry.path())?;
-            }
-        }
-        File::open(providers)?.sync_all()
     }
 
     /// Takes note of the backup of a native provider.
@@ -394,6 +380,7 @@ impl Registry {
         private::ensure_dir(&self.dir).map_err(io("make the state directory", &self.dir))?;
         let _lock = self.lock()?;
         let mut settings = Settings::read(&self.dir)?;
+        self.finish_removals(&mut settings)?;
         if settings.provider.contains_key(name) {
             return Err(RegistryError::Exists {
                 name: name.to_owned(),
@@ -407,9 +394,6 @@ impl Registry {
             check_private(dir, Forbid::All)?;
         }
         prepare(&source, &dir)?;
-        self.wipe_removed()
-            .map_err(io("wipe what is left of removed providers in", &self.dir))?;
-
         settings.provider.insert(name.to_owned(), source);
         if default || settings.default.is_none() {
             settings.default = Some(name.to_owned());
@@ -454,6 +438,19 @@ impl Providers for Registry {
     }
 }
 
+/// Wipes a provider's directory, if it is there.
+fn wipe_dir(dir: &Path) -> io::Result<()> {
+    let files = match fs::read_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        files => files?,
+    };
+    for file in files {
+        private::wipe(&file?.path())?;
+    }
+    fs::remove_dir(dir)?;
+    private::sync_dir_of(dir)
+}
+
 pub(super) fn check_private(path: &Path, forbid: Forbid) -> Result<(), RegistryError> {
     let metadata = fs::metadata(path).map_err(|source| RegistryError::Io {
         action: "look at",
@@ -482,6 +479,7 @@ mod tests {
     use super::*;
     use crate::keys::{Binding, KeyId, KeyState, Reach, Revocation, settings};
     use std::os::unix::fs::PermissionsExt;
+    use uuid::Uuid;
 
     const NATIVE: Source = Source::Native {
         backup: Backup::Waived,
@@ -609,15 +607,12 @@ mod tests {
         let mut registry = Registry::open(&dir).unwrap();
         registry.add("native", NATIVE, false).unwrap();
         let key = fs::read(dir.join("providers/native/primary.key")).unwrap();
-        fs::remove_file(dir.join(settings::FILE)).unwrap();
-        fs::rename(
-            dir.join("providers/native"),
-            dir.join("providers/.removed.native.1"),
-        )
-        .unwrap();
+        private::replace(&dir.join(settings::FILE), b"removing = [\"native\"]").unwrap();
+        assert_eq!(Registry::open(&dir).unwrap().list(), []);
         registry.add("native", NATIVE, false).unwrap();
         assert_ne!(fs::read(dir.join("providers/native/primary.key")).unwrap(), key);
-        assert_eq!(fs::read_dir(dir.join("providers")).unwrap().count(), 1);
+        let text = fs::read_to_string(dir.join(settings::FILE)).unwrap();
+        assert!(!text.contains("removing"), "{text}");
     }
 
     #[test]

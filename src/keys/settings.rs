@@ -33,6 +33,9 @@ pub(super) struct Settings {
     /// The provider that new volumes take when none is named.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) default: Option<String>,
+    /// The providers that were removed, and whose files are to be wiped still.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) removing: Vec<String>,
     /// By name.
     #[serde(default)]
     pub(super) provider: BTreeMap<String, Source>,
@@ -159,7 +162,12 @@ impl Settings {
 
     fn check(&self, path: &Path) -> Result<(), RegistryError> {
         let path = || path.to_owned();
-        if let Some(name) = self.provider.keys().find(|name| check_name(name).is_err()) {
+        if let Some(name) = self
+            .provider
+            .keys()
+            .chain(&self.removing)
+            .find(|name| check_name(name).is_err())
+        {
             return Err(RegistryError::SettingsName {
                 path: path(),
                 name: name.clone(),

@@ -10,7 +10,7 @@ use uuid::Uuid;
 use super::survey::{Sighting, survey};
 use super::{Index, Known};
 use crate::keys::registry::{Backup, Registry, RegistryError};
-use crate::keys::{KeyError, KeyId, KeyProvider, Reach, Revocation, harmless};
+use crate::keys::{KeyError, KeyId, KeyProvider, KeyReason, KeyState, Reach, Revocation, harmless};
 
 /// How many volumes a refusal lists.
 const LISTED: usize = 10;
@@ -187,10 +187,13 @@ pub fn revoke(
         Uses::of(index, is_it)?.refuse(format!("key {key_id} of provider {:?}", provider.name()))?;
     }
     match removal.dry_run {
-        true => {
-            provider.state(key_id)?;
-            Ok(None)
-        }
+        true => match provider.state(key_id)? {
+            KeyState::Missing => {
+                let name = provider.name();
+                Err(KeyError::new(name, name, KeyReason::Missing).of(key_id).into())
+            }
+            _ => Ok(None),
+        },
         false => Ok(Some(provider.revoke(key_id, revocation)?)),
     }
 }
