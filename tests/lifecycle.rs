@@ -530,6 +530,56 @@ fn an_erased_disk_opens_with_nothing_and_the_receipt_says_what_it_was() {
 }
 
 #[test]
+fn an_erasure_that_is_killed_leaves_no_doubt() {
+    let host = Host::new();
+    let mut random = common::Random::new(7);
+    let (mut killed, mut begun) = (0, 0);
+    // How long it takes here when nobody interferes.
+    host.create("whole", &[]);
+    let uuid = uuid_of(&host, &["whole"]);
+    let whole = Instant::now();
+    host.does(&["erase", "whole", "--confirm", &uuid]);
+    let whole = whole.elapsed().as_micros() as u64;
+    for round in 0..12 {
+        let disk = format!("disk{round}");
+        host.create(&disk, &[]);
+        let uuid = uuid_of(&host, &[&disk]);
+        let erase = ["erase", &disk, "--confirm", &uuid];
+        let mut child = host
+            .command(&erase)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        thread::sleep(Duration::from_micros(random.below(whole)));
+        child.kill().unwrap();
+        killed += u32::from(!child.wait().unwrap().success());
+        let info = host.command(&["info", "--json", &disk]).output().unwrap();
+        match info.status.code() {
+            // The header is gone, and the keyslots went before it.
+            Some(VOLUME) => {}
+            Some(0) => {
+                let info: Value = serde_json::from_slice(&info.stdout).unwrap();
+                match info["servable"].as_bool().unwrap() {
+                    true => host.opens(&disk).unwrap(),
+                    false => {
+                        begun += 1;
+                        let why = info["refusal"].as_str().unwrap();
+                        assert!(why.contains("erasure was begun"), "{why}");
+                        assert!(host.opens(&disk).unwrap_err().contains("sealblk erase"));
+                    }
+                }
+                host.does(&erase);
+                host.fails(&["info", &disk], VOLUME);
+            }
+            code => panic!("{code:?}: {}", said(&info)),
+        }
+    }
+    eprintln!("{killed} of 12 were killed, {begun} of them once it was marked");
+    assert!(killed > 0);
+}
+
+#[test]
 fn the_key_goes_with_its_last_disk() {
     let host = Host::with_agent("");
     // Two disks of one key, as a copy of a disk is.

@@ -269,7 +269,11 @@ impl List {
                 (None, None) => "unknown".to_owned(),
             };
             let (key, volumes) = (row.key_id.to_string(), row.volumes.to_string());
-            table.push([row.provider, key, state, volumes, age_text(row.bound)]);
+            let age = match row.volumes {
+                0 => "-".to_owned(),
+                _ => age_text(row.bound),
+            };
+            table.push([output::printable(&row.provider), key, state, volumes, age]);
         }
         output::print(&output::table(&table))
     }
