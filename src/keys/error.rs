@@ -151,7 +151,9 @@ impl KeyReason {
             Self::Attestation => "compare this host's measured state with the provider's reference values",
             Self::Refused => "grant this host access at the provider",
             Self::Missing => "restore the key at the provider, or open the volume with a recovery key",
-            Self::NotActive => "activate the key at the provider",
+            Self::NotActive => {
+                "activate the key at the provider; one that was revoked stays so: open the volume with a recovery key"
+            }
             Self::Unauthentic => "restore the volume's header from a backup, or open it with a recovery key",
             Self::Host => "remove the cause, then try again",
         }
