@@ -12,6 +12,7 @@ use uuid::Uuid;
 
 use super::config::parse_age;
 use super::failure::Failure;
+use super::secret::SecretSource;
 use super::{Host, Keys, output};
 use crate::agent::Purpose;
 use crate::keys::{KeyError, KeyId, KeyReason, KeyState, Providers, Reach, Revocation};
@@ -30,6 +31,15 @@ This host notes which volumes it binds to keys and opens, and where they are. A
 volume needs no such note: volumes that came from elsewhere are noted when they
 are first used, or by `key scan`. Each note is checked against the volume itself;
 one whose volume cannot be found counts as true.";
+
+const PUSH_HELP: &str = "\
+Example:
+  fetch-from-the-kms 4711 | sealblk key push 4711 --provider kms --key-file -
+
+For a host that does not reach its key server: whoever manages it fetches the key
+and pushes it. The agent keeps it as long as one that it has fetched itself, in
+memory; volumes open with it, and none is bound to it. A wrong key opens nothing
+and does no harm. It takes the privilege ManageKeys.";
 
 /// See which keys open which disks, and take keys out of use
 #[derive(Debug, Args)]
@@ -51,6 +61,9 @@ enum Verb {
     Scan(Scan),
     /// Take a key out of use on this host, and at its server if that keeps a record of it
     Revoke(Revoke),
+    /// Give this host's agent a key that was fetched elsewhere, for a while
+    #[command(after_help = PUSH_HELP)]
+    Push(Push),
 }
 
 #[derive(Debug, Args)]
@@ -109,6 +122,18 @@ struct Revoke {
     insistence: Insistence,
 }
 
+#[derive(Debug, Args)]
+struct Push {
+    /// The key, as `sealblk info` and `sealblk key list` show it
+    key_id: String,
+    /// Its provider, which the agent knows by this name
+    #[arg(long, value_name = "NAME")]
+    provider: String,
+    /// The key itself: 32 bytes
+    #[arg(long, value_name = "FILE|-|fd:N|cred:NAME")]
+    key_file: SecretSource,
+}
+
 /// What goes with the taking away of something that may be needed.
 #[derive(Clone, Debug, Args)]
 pub(super) struct Insistence {
@@ -146,6 +171,7 @@ impl Key {
             Verb::Due(due) => due.run(host),
             Verb::Scan(scan) => scan.run(host),
             Verb::Revoke(revoke) => revoke.run(host),
+            Verb::Push(push) => push.run(host),
         }
     }
 }
@@ -452,6 +478,21 @@ fn absolute(path: &Path) -> Result<PathBuf, Failure> {
         path: path.to_owned(),
         source,
     })
+}
+
+impl Push {
+    fn run(self, host: &Host) -> Result<(), Failure> {
+        let key_id = KeyId(self.key_id);
+        let Keys::Agent(client) = host.keys(Purpose::Check)? else {
+            let error = KeyError::new(&self.provider, "the configuration", KeyReason::NoAgent);
+            return Err(error.of(&key_id).into());
+        };
+        client.push(&self.provider, &key_id, &self.key_file.read()?)?;
+        output::print(&format!(
+            "key {key_id} of provider {:?} was pushed\n",
+            self.provider
+        ))
+    }
 }
 
 impl Revoke {

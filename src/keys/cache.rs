@@ -104,8 +104,11 @@ impl KekCache {
         }
         match &held.failure {
             Some((failure, ended)) if *ended >= came => return Err(failure.clone()),
-            _ => *held = Held::default(),
+            _ => held.failure = None,
         }
+        // One that will not do here may do for who comes next, should none be to be had.
+        let now = Instant::now();
+        held.kek.take_if(|kept| kept.until <= now);
         let fetched = fetch();
         let now = Instant::now();
         match fetched {

@@ -1,6 +1,7 @@
 //! Key providers, each with its real server, as a registry opens them: all pass one suite, and say why when they cannot.
 
 mod agent;
+mod away;
 mod certificates;
 #[path = "../common/mod.rs"]
 mod common;
@@ -14,6 +15,5 @@ mod native;
 mod openbao;
 mod ports;
 mod pykmip;
-mod sealed_cache;
 mod transit;
 mod transit_hostile;

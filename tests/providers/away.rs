@@ -1,4 +1,5 @@
-//! KEKs that the agent keeps for a reboot: with OpenBao, a way to it that is cut, and a TPM.
+//! While a key server is away: KEKs that the agent keeps for a reboot, and KEKs that are pushed to it. With OpenBao, a way to it
+//! that is cut, and a TPM.
 
 use std::fs;
 use std::io;
@@ -8,6 +9,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
 use sealblk::agent::Purpose;
 use sealblk::keys::arena::SecretBytes;
 use sealblk::keys::registry::{Registry, Source};
@@ -19,9 +22,6 @@ use crate::common::agent::Agent;
 use crate::common::swtpm::Swtpm;
 use crate::openbao::{Server, settings};
 use crate::ports::free_port;
-
-/// What a way that is cut looks like: who listens there hangs up.
-const CUT: KeyReason = KeyReason::Garbled;
 
 /// The way to a server, which can be cut.
 struct Way {
@@ -120,10 +120,22 @@ impl Host {
         Ok(self.agent.audit().pop().unwrap())
     }
 
+    /// A way that is cut: who listens there hangs up.
+    #[track_caller]
+    fn is_cut_off(&self) {
+        assert_cut(&self.attaches().unwrap_err());
+    }
+
     #[track_caller]
     fn cannot_attach(&self, reason: KeyReason) {
         assert_eq!(self.attaches().unwrap_err().reason, reason);
     }
+}
+
+#[track_caller]
+fn assert_cut(error: &KeyError) {
+    let away = matches!(error.reason, KeyReason::Unreachable | KeyReason::Garbled);
+    assert!(away, "{error:?}");
 }
 
 fn binding(key_id: &KeyId) -> Binding<'_> {
@@ -150,13 +162,13 @@ fn after_a_reboot_without_the_server_disks_open_on_this_host_alone() {
     // Nothing new is bound to what only this host knows to be good.
     let create = host.provider(Purpose::Create);
     let refused = create.wrap(&binding(&host.key_id), &host.secret).unwrap_err();
-    assert_eq!(refused.reason, CUT);
-    assert_eq!(create.create_kek().unwrap_err().reason, CUT);
+    assert_cut(&refused);
+    assert_cut(&create.create_kek().unwrap_err());
 
     // The state directory on a host that has booted something else.
     host.tpm.extend(7);
     host.reboots();
-    host.cannot_attach(CUT);
+    host.is_cut_off();
     // What was there is gone; the server is back, and what it gives is kept again.
     host.way.cut(false);
     assert_eq!(host.attaches().unwrap().get("grace"), None);
@@ -167,7 +179,7 @@ fn after_a_reboot_without_the_server_disks_open_on_this_host_alone() {
     // Without its TPM the agent goes on, and asks servers alone.
     host.tpm.stop();
     host.reboots();
-    host.cannot_attach(CUT);
+    host.is_cut_off();
     host.way.cut(false);
     host.attaches().unwrap();
 }
@@ -184,7 +196,7 @@ fn a_key_that_its_server_has_taken_out_of_use_is_not_kept() {
     host.server.post(config, json!({ "min_decryption_version": 1 }));
     host.way.cut(true);
     host.reboots();
-    host.cannot_attach(CUT);
+    host.is_cut_off();
 
     // And one that was revoked on this host.
     host.way.cut(false);
@@ -208,6 +220,50 @@ fn a_key_that_its_server_has_taken_out_of_use_is_not_kept() {
 }
 
 #[test]
+fn a_key_that_was_fetched_elsewhere_and_pushed_opens_volumes_and_binds_none() {
+    let mut host = Host::new("1h");
+    let ciphertext = host.key_id.0.strip_prefix("sealblk:").unwrap();
+    let decrypted = host
+        .server
+        .post("transit/decrypt/sealblk", json!({ "ciphertext": ciphertext }));
+    let kek = BASE64_STANDARD
+        .decode(decrypted["data"]["plaintext"].as_str().unwrap())
+        .unwrap();
+    fs::remove_dir_all(host.agent.path("state/sealed-keks")).unwrap();
+    host.way.cut(true);
+    host.reboots();
+    host.is_cut_off();
+    let push = |file: &str| {
+        let push = [
+            "key",
+            "push",
+            &host.key_id.0,
+            "--provider",
+            "bao",
+            "--key-file",
+            file,
+        ];
+        host.agent.verb(&push).output().unwrap()
+    };
+    // A wrong key does no harm, and one that is none is refused.
+    fs::write(host.agent.path("wrong"), [7; 32]).unwrap();
+    assert!(push("wrong").status.success());
+    host.is_cut_off();
+    fs::write(host.agent.path("short"), [7; 31]).unwrap();
+    assert_eq!(push("short").status.code(), Some(4));
+    fs::write(host.agent.path("kek"), kek).unwrap();
+    assert!(push("kek").status.success());
+    assert_eq!(host.agent.audit().pop().unwrap()["event"], "KeyPushed");
+    host.attaches().unwrap();
+    let create = host.provider(Purpose::Create);
+    let refused = create.wrap(&binding(&host.key_id), &host.secret).unwrap_err();
+    assert_cut(&refused);
+    host.attaches().unwrap();
+    host.reboots();
+    host.is_cut_off();
+}
+
+#[test]
 fn grace_comes_to_an_end() {
     let mut host = Host::new("3s");
     host.attaches().unwrap();
@@ -216,5 +272,5 @@ fn grace_comes_to_an_end() {
     host.attaches().unwrap();
     thread::sleep(Duration::from_secs(3));
     host.reboots();
-    host.cannot_attach(CUT);
+    host.is_cut_off();
 }
