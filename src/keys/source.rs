@@ -60,6 +60,10 @@ pub(super) trait KekSource: Send + Sync + fmt::Debug {
         }
     }
 
+    /// Takes note that a secret was wrapped for `binding`, if it has a place for that where its operator looks. That it
+    /// cannot is no reason for the binding to fail.
+    fn used(&self, _binding: &Binding<'_>) {}
+
     /// A KEK that no volume is bound to, to prove with that keys can be had. Where a KEK leaves a trace on a server it is
     /// the same one every time.
     ///
@@ -150,6 +154,11 @@ impl HostProvider {
         }
     }
 
+    fn wrap_unnoted(&self, binding: &Binding<'_>, secret: &SecretBytes) -> Result<Vec<u8>, KeyError> {
+        let (kek, _) = self.kek(binding.key_id, Wanted::Fetched)?;
+        wrap::wrap(&kek, binding, secret).map_err(|e| self.fail(binding.key_id, KeyReason::Host).because(e))
+    }
+
     /// Takes a KEK that somebody else has fetched, so that volumes open while this host cannot reach its source.
     pub(super) fn push(&self, key_id: &KeyId, key: SecretBytes) -> Result<(), KeyError> {
         let fail = |reason| self.fail(key_id, reason);
@@ -182,8 +191,9 @@ impl KeyProvider for HostProvider {
     }
 
     fn wrap(&self, binding: &Binding<'_>, secret: &SecretBytes) -> Result<Vec<u8>, KeyError> {
-        let (kek, _) = self.kek(binding.key_id, Wanted::Fetched)?;
-        wrap::wrap(&kek, binding, secret).map_err(|e| self.fail(binding.key_id, KeyReason::Host).because(e))
+        let wrapped = self.wrap_unnoted(binding, secret)?;
+        self.source.used(binding);
+        Ok(wrapped)
     }
 
     fn unwrap(&self, binding: &Binding<'_>, wrapped: &[u8]) -> Result<SecretBytes, KeyError> {
@@ -230,7 +240,7 @@ impl KeyProvider for HostProvider {
             keyslot: 0,
         };
         let secret = SecretBytes::random(32).map_err(|e| self.fail(&key_id, KeyReason::Host).because(e))?;
-        let back = self.unwrap(&binding, &self.wrap(&binding, &secret)?)?;
+        let back = self.unwrap(&binding, &self.wrap_unnoted(&binding, &secret)?)?;
         if back.ct_eq(&secret) {
             Ok(())
         } else {

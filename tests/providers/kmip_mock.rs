@@ -6,18 +6,20 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use sealblk::keys::kmip::message::tag;
+use sealblk::keys::kmip::message::{Request, Use, VERSIONS, Version, tag};
 use sealblk::keys::kmip::ttlv::{Item, Tag, Value};
 use sealblk::keys::kmip::{Settings, Wrap};
 use sealblk::keys::{KeyId, KeyReason};
 
 use crate::kmip::{assert_fails, causes, open, wrap};
 use crate::mock::{Mock, Stream};
-use crate::pykmip::{Server, settings};
+use crate::pykmip::{Server, encoded, settings};
 
 const CREATE: u32 = 0x01;
+const LOCATE: u32 = 0x08;
 const GET: u32 = 0x0a;
 const GET_ATTRIBUTES: u32 = 0x0b;
+const ADD_ATTRIBUTE: u32 = 0x0d;
 const ACTIVATE: u32 = 0x12;
 const REVOKE: u32 = 0x13;
 const DESTROY: u32 = 0x14;
@@ -158,6 +160,142 @@ fn key_has_attributes_of_our_own_where_they_are_accepted() {
     }
 }
 
+/// A server with one key that lets `note` take what it is used for.
+fn with_key_noting(
+    protocol: (i32, i32),
+    note: impl Fn(&[Item<'_>]) -> Outcome + Send + 'static,
+) -> (Honest, Settings) {
+    let server = Honest::start(protocol, move |operation, payload| match operation {
+        GET_ATTRIBUTES if protocol < (2, 0) => Ok(state(2)),
+        GET_ATTRIBUTES => Ok(state_item(2)),
+        GET => Ok(symmetric_key(1)),
+        LOCATE => Ok(vec![text(tag::UNIQUE_IDENTIFIER, "key-1")]),
+        ADD_ATTRIBUTE => note(payload),
+        _ => Err((OPERATION_NOT_SUPPORTED, "")),
+    });
+    let settings = settings(&[server.mock.address()]);
+    (server, settings)
+}
+
+#[test]
+fn key_tells_what_it_is_used_for() {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+    let volume = "00000000-0000-0000-0000-000000000007";
+    for (protocol, named) in [
+        (
+            (1, 4),
+            &[&["x-Component"][..], &["x-Name"], &["x-Identifier"]] as &[&[&str]],
+        ),
+        (
+            (2, 1),
+            &[&["x", "Component"][..], &["x", "Name"], &["x", "Identifier"]],
+        ),
+    ] {
+        let noted = Arc::new(Mutex::new(Vec::new()));
+        let seen = noted.clone();
+        let (server, settings) = with_key_noting(protocol, move |payload| {
+            collect_texts(payload, &mut seen.lock().unwrap());
+            Ok(vec![text(tag::UNIQUE_IDENTIFIER, "key-1")])
+        });
+        let provider = open(&settings);
+        // A check uses a key for nothing.
+        provider.check().unwrap();
+        assert!(!server.operations().contains(&ADD_ATTRIBUTE));
+
+        wrap(&*provider, &KeyId("key-1".into())).unwrap();
+        let contents = ["sealblk", host.trim(), volume];
+        let expected: Vec<_> = named
+            .iter()
+            .zip(contents)
+            .flat_map(|(name, content)| [&["key-1"], *name, &[content]].concat())
+            .collect();
+        assert_eq!(*noted.lock().unwrap(), expected);
+    }
+}
+
+#[test]
+fn key_tells_its_volume_alone_where_own_attributes_are_refused_and_binds_where_all_are() {
+    let noted = Arc::new(Mutex::new(Vec::new()));
+    let seen = noted.clone();
+    let (server, settings) = with_key_noting((1, 4), move |payload| {
+        let mut texts = Vec::new();
+        collect_texts(payload, &mut texts);
+        let custom = texts[1].starts_with("x-");
+        seen.lock().unwrap().extend(texts);
+        match custom {
+            true => Err((0x0c, "")),
+            false => Ok(vec![text(tag::UNIQUE_IDENTIFIER, "key-1")]),
+        }
+    });
+    wrap(&*open(&settings), &KeyId("key-1".into())).unwrap();
+    let volume = "00000000-0000-0000-0000-000000000007";
+    assert_eq!(
+        noted.lock().unwrap()[3..],
+        ["key-1", "Application Specific Information", "sealblk", volume]
+    );
+    let asked = server.operations();
+    assert_eq!(asked[asked.len() - 2..], [ADD_ATTRIBUTE, ADD_ATTRIBUTE]);
+
+    let (server, settings) = with_key_noting((1, 4), |_| Err((OPERATION_NOT_SUPPORTED, "")));
+    wrap(&*open(&settings), &KeyId("key-1".into())).unwrap();
+    let asked = server.operations();
+    assert_eq!(
+        asked.iter().filter(|&&asked| asked == ADD_ATTRIBUTE).count(),
+        2,
+        "{asked:?}"
+    );
+}
+
+#[test]
+fn binding_does_not_wait_long_for_a_server_that_takes_no_note() {
+    let (_server, settings) = with_key_noting((1, 4), |_| {
+        thread::sleep(Duration::from_secs(60));
+        Err((OPERATION_NOT_SUPPORTED, ""))
+    });
+    let provider = open(&settings);
+    let started = Instant::now();
+    wrap(&*provider, &KeyId("key-1".into())).unwrap();
+    let took = started.elapsed();
+    assert!(
+        took >= Duration::from_secs(2) && took < Duration::from_secs(6),
+        "{took:?}"
+    );
+}
+
+/// Another's encoder where there is one; PyKMIP has no attributes of vendors in KMIP 2, so there it is the specification,
+/// written out: KMIP 2.1, Add Attribute and Vendor Attribute.
+#[test]
+fn attributes_are_written_as_others_write_them() {
+    let (key, volume) = ("key-1", "a-volume");
+    let identifier = Use::Custom {
+        name: "x-Identifier",
+        content: volume,
+    };
+    let payload = |attribute, version| {
+        let message = Request::AddAttribute { key, attribute }.encode(version).unwrap();
+        let message = Item::decode(&message).unwrap();
+        let payload = child(child(&message, tag::BATCH_ITEM), tag::REQUEST_PAYLOAD);
+        payload.encode().unwrap().to_vec()
+    };
+    let v2_0 = VERSIONS[1];
+    assert_eq!(
+        payload(identifier, Version::V1_4),
+        bytes(&encoded("1.4", key, volume))
+    );
+    assert_eq!(
+        payload(Use::Application(volume), v2_0),
+        bytes(&encoded("2.0", key, volume))
+    );
+    let vendors = "420079 01 00000058
+          420094 07 00000005 6b65792d31 000000
+          42013d 01 00000040
+            420008 01 00000038
+              42009d 07 00000001 78 00000000000000
+              42000a 07 0000000a 4964656e746966696572 000000000000
+              42000b 07 00000008 612d766f6c756d65";
+    assert_eq!(payload(identifier, v2_0), bytes(vendors));
+}
+
 #[test]
 fn key_that_cannot_be_made_ready_is_not_left_behind() {
     let refusing = |refused| {
@@ -225,15 +363,6 @@ fn refusals_are_told_by_what_to_do_about_them() {
 
 #[test]
 fn answers_that_are_none_to_what_was_asked_are_garbled() {
-    let symmetric_key = |format| {
-        let material = Item::structure(
-            tag::KEY_VALUE,
-            [Item::new(tag::KEY_MATERIAL, Value::ByteString(&[7; 32]))],
-        );
-        let format = Item::new(tag::KEY_FORMAT_TYPE, Value::Enumeration(format));
-        let block = Item::structure(tag::KEY_BLOCK, [format, material]);
-        vec![Item::structure(tag::SYMMETRIC_KEY, [block])]
-    };
     let with_answers = |state: Vec<Item<'static>>, key: Vec<Item<'static>>| {
         let server = Honest::start((1, 4), move |operation, _| match operation {
             GET_ATTRIBUTES => Ok(state.clone()),
@@ -257,6 +386,23 @@ fn answers_that_are_none_to_what_was_asked_are_garbled() {
 
 fn text(tag: Tag, text: &'static str) -> Item<'static> {
     Item::new(tag, Value::TextString(text))
+}
+
+/// A key of AES-256 in this format.
+fn symmetric_key(format: u32) -> Vec<Item<'static>> {
+    let material = Item::structure(
+        tag::KEY_VALUE,
+        [Item::new(tag::KEY_MATERIAL, Value::ByteString(&[7; 32]))],
+    );
+    let format = Item::new(tag::KEY_FORMAT_TYPE, Value::Enumeration(format));
+    let block = Item::structure(tag::KEY_BLOCK, [format, material]);
+    vec![Item::structure(tag::SYMMETRIC_KEY, [block])]
+}
+
+/// The attribute State as KMIP 2.x has it.
+fn state_item(state: u32) -> Vec<Item<'static>> {
+    let state = Item::new(tag::STATE, Value::Enumeration(state));
+    vec![Item::structure(tag::ATTRIBUTES, [state])]
 }
 
 /// The attribute State as KMIP 1.x has it.

@@ -124,6 +124,15 @@ impl Drop for Server {
     }
 }
 
+/// What PyKMIP's encoder makes of it, in hexadecimal.
+pub(crate) fn encoded(version: &str, key: &str, content: &str) -> String {
+    let mut command = Command::new(python());
+    command
+        .arg(script("kmip_encoder.py"))
+        .args([version, key, content]);
+    run(&mut command).trim().to_owned()
+}
+
 fn run(command: &mut Command) -> String {
     let done = command.output().unwrap();
     assert!(

@@ -72,6 +72,7 @@ pub mod tag {
     pub const SENSITIVE: Tag = Tag(0x42_0120);
     pub const ATTRIBUTES: Tag = Tag(0x42_0125);
     pub const ATTRIBUTE_REFERENCE: Tag = Tag(0x42_013b);
+    pub const NEW_ATTRIBUTE: Tag = Tag(0x42_013d);
 }
 
 /// Values of enumerations.
@@ -107,6 +108,8 @@ pub const VERSIONS: [Version; 6] = [
 ];
 
 const LONGEST_IDENTIFIER: usize = 1024;
+/// What keys' attributes call this side.
+pub const PRODUCT: &str = env!("CARGO_PKG_NAME");
 
 /// Whether a server may call a key so. The specification allows every text; those in the field are UUIDs and numbers, and
 /// not every server survives what is no ASCII.
@@ -123,6 +126,20 @@ pub enum Mark {
     Application,
     /// By its Name alone.
     Name,
+}
+
+/// What a key is used for, as one attribute of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Use<'a> {
+    /// An attribute of our own, as vSphere has them: x-Component, x-Name, x-Identifier.
+    Custom {
+        /// Its name.
+        name: &'a str,
+        /// What it says.
+        content: &'a str,
+    },
+    /// Application Specific Information.
+    Application(&'a str),
 }
 
 /// What is asked of a server. Keys are AES-256.
@@ -158,6 +175,11 @@ pub enum Request<'a> {
         additional: &'a [u8],
         data: &'a [u8],
         tag: &'a [u8],
+    },
+    /// For a key that something was bound to.
+    AddAttribute {
+        key: &'a str,
+        attribute: Use<'a>,
     },
     /// For a key that was made and is not going to be used.
     Revoke(&'a str),
@@ -196,6 +218,7 @@ impl Request<'_> {
             Request::Locate { .. } => 0x08,
             Request::Get(_) => 0x0a,
             Request::GetState(_) => 0x0b,
+            Request::AddAttribute { .. } => 0x0d,
             Request::Activate(_) => 0x12,
             Request::Revoke(_) => 0x13,
             Request::Destroy(_) => 0x14,
@@ -212,6 +235,7 @@ impl Request<'_> {
             Request::Locate { .. } => "Locate",
             Request::Get(_) => "Get",
             Request::GetState(_) => "Get Attributes",
+            Request::AddAttribute { .. } => "Add Attribute",
             Request::Activate(_) => "Activate",
             Request::Revoke(_) => "Revoke",
             Request::Destroy(_) => "Destroy",
@@ -304,6 +328,19 @@ impl Request<'_> {
                 };
                 vec![unique_identifier(key), wanted]
             }
+            Request::AddAttribute { key, attribute } => {
+                let mut attributes = Attributes::of(version);
+                match attribute {
+                    Use::Custom { name, content } => attributes.add_custom(name, content),
+                    Use::Application(data) => attributes.add_application(data),
+                }
+                let mut payload = vec![unique_identifier(key)];
+                match version.has_attribute_items() {
+                    true => payload.push(Item::structure(tag::NEW_ATTRIBUTE, attributes.items)),
+                    false => payload.extend(attributes.items),
+                }
+                payload
+            }
             Request::Activate(key) | Request::Destroy(key) => vec![unique_identifier(key)],
             Request::Revoke(key) => vec![
                 unique_identifier(key),
@@ -381,8 +418,20 @@ impl<'a> Attributes<'a> {
         self.items.push(Item::structure(tag::ATTRIBUTE, items));
     }
 
+    fn add_application(&mut self, data: &'a str) {
+        self.add(
+            "Application Specific Information",
+            Item::structure(
+                tag::APPLICATION_SPECIFIC_INFORMATION,
+                [
+                    text(tag::APPLICATION_NAMESPACE, PRODUCT),
+                    text(tag::APPLICATION_DATA, data),
+                ],
+            ),
+        );
+    }
+
     fn mark(&mut self, mark: Mark) {
-        const PRODUCT: &str = env!("CARGO_PKG_NAME");
         const VERSION: &str = env!("CARGO_PKG_VERSION");
         match mark {
             Mark::Vendor => {
@@ -390,16 +439,7 @@ impl<'a> Attributes<'a> {
                 self.add_custom("x-Product", PRODUCT);
                 self.add_custom("x-Product_Version", VERSION);
             }
-            Mark::Application => self.add(
-                "Application Specific Information",
-                Item::structure(
-                    tag::APPLICATION_SPECIFIC_INFORMATION,
-                    [
-                        text(tag::APPLICATION_NAMESPACE, PRODUCT),
-                        text(tag::APPLICATION_DATA, VERSION),
-                    ],
-                ),
-            ),
+            Mark::Application => self.add_application(VERSION),
             Mark::Name => (),
         }
     }

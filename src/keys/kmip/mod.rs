@@ -23,6 +23,7 @@ mod session;
 pub mod ttlv;
 
 use std::fmt;
+use std::fs;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -36,9 +37,9 @@ use super::arena::SecretBytes;
 use super::source::KekSource;
 use super::tls::{Identity, TlsFiles};
 use super::wrap::{KEK_LEN, Kek};
-use super::{KeyError, KeyId, KeyReason, KeyState, Reach, Revocation};
+use super::{Binding, KeyError, KeyId, KeyReason, KeyState, Reach, Revocation};
 use address::Address;
-use message::{Mark, NONCE_LEN, Request, TAG_LEN, Version, identifies};
+use message::{Mark, NONCE_LEN, PRODUCT, Request, TAG_LEN, Use, Version, identifies};
 use session::{Session, Trouble, share};
 
 /// What the operator says of it.
@@ -75,6 +76,8 @@ pub enum Wrap {
 /// The setting `timeout` when it is not given, in seconds.
 pub const DEFAULT_TIMEOUT: u64 = 10;
 const LONGEST_TIMEOUT: u64 = 600;
+/// The longest that a binding waits for the server to take note of it.
+const USE_TIMEOUT: Duration = Duration::from_secs(2);
 /// The Name of the key that `check` proves the provider with.
 const PROBE: &str = "sealblk-probe";
 /// What a KEK's ciphertext is authenticated with: it is no other message under the same key.
@@ -139,6 +142,15 @@ impl Kmip {
         key_id: Option<&KeyId>,
         work: impl Fn(&mut Session) -> Result<T, Trouble>,
     ) -> Result<T, KeyError> {
+        self.within(self.timeout, key_id, work)
+    }
+
+    fn within<T>(
+        &self,
+        timeout: Duration,
+        key_id: Option<&KeyId>,
+        work: impl Fn(&mut Session) -> Result<T, Trouble>,
+    ) -> Result<T, KeyError> {
         let about = |error: KeyError| match key_id {
             Some(key_id) => error.of(key_id),
             None => error,
@@ -147,7 +159,7 @@ impl Kmip {
             let hop = e.path.display().to_string();
             about(KeyError::new(&self.name, hop, e.reason()).because(e))
         })?;
-        let deadline = Instant::now() + self.timeout;
+        let deadline = Instant::now() + timeout;
         let count = self.servers.len();
         let first = self.preferred.load(Ordering::Relaxed);
         let mut failed = Vec::new();
@@ -280,6 +292,42 @@ impl KekSource for Kmip {
             };
             Kek::new(kek).map_err(|e| Trouble::NoKek(e.into()))
         })
+    }
+
+    /// Tells the server what its key is used for, by the three attributes that vSphere has for that, or in one that every
+    /// server may have where those are refused.
+    fn used(&self, binding: &Binding<'_>) {
+        let Some(identifier) = self.recognise(binding.key_id) else {
+            return;
+        };
+        let key = identifier.key();
+        let volume = binding.volume.to_string();
+        let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        let custom = [
+            ("x-Component", PRODUCT),
+            ("x-Name", host.trim()),
+            ("x-Identifier", &volume),
+        ]
+        .map(|(name, content)| Use::Custom { name, content });
+        let timeout = self.timeout.min(USE_TIMEOUT);
+        let told = self.within(timeout, Some(binding.key_id), |session| {
+            let mut add = |attribute| session.ask(&Request::AddAttribute { key, attribute }, |_| Ok(()));
+            match custom.into_iter().try_for_each(&mut add) {
+                Err(Trouble::Refused { .. }) => add(Use::Application(&volume)),
+                told => told,
+            }
+            .or_else(|trouble| match trouble {
+                // Another server of the same keys would refuse it too.
+                Trouble::Refused { .. } => Ok(()),
+                trouble => Err(trouble),
+            })
+        });
+        if let Err(error) = told {
+            tracing::debug!(
+                provider = self.name,
+                "a key's use is not told to its server: {error}"
+            );
+        }
     }
 
     fn state(&self, key_id: &KeyId) -> Result<KeyState, KeyError> {
