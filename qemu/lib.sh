@@ -139,6 +139,14 @@ stop_serving() {
     wait "$server"
 }
 
+# kill_server: ends the server as a crash would.
+kill_server() {
+    local server=$SERVER
+    SERVER=
+    kill -KILL "$server"
+    wait "$server" 2>/dev/null || true
+}
+
 process_is_gone() { ! kill -0 "$1" 2>/dev/null; }
 
 # wait_until SECONDS COMMAND...: polls COMMAND until it succeeds.
