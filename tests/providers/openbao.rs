@@ -54,9 +54,10 @@ listener "tcp" {{
   tls_disable = true
 }}
 api_addr = "https://127.0.0.1:{port}"
-cluster_addr = "https://127.0.0.1:{cluster}"
-"#,
-            cluster = free_port("127.0.0.1")
+# Else it takes the port after each of these, too.
+disable_clustering = true
+log_requests_level = "info"
+"#
         );
         fs::write(dir.path().join("server.hcl"), configuration).unwrap();
         let log = File::create(dir.path().join("log")).unwrap();
@@ -127,6 +128,12 @@ cluster_addr = "https://127.0.0.1:{cluster}"
     pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
+    }
+
+    /// How often the server has logged something.
+    pub(crate) fn logged(&self, text: &str) -> usize {
+        let log = fs::read_to_string(self.dir.path().join("log")).unwrap();
+        log.matches(text).count()
     }
 
     /// Lets the server's operator do something.

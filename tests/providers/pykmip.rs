@@ -91,6 +91,12 @@ impl Server {
         }
     }
 
+    /// How often the server has logged something.
+    pub(crate) fn logged(&self, text: &str) -> usize {
+        let log = fs::read_to_string(self.dir.path().join("log")).unwrap();
+        log.matches(text).count()
+    }
+
     /// Lets the server's operator do something, by PyKMIP's own client: see `kmip_operator.py`.
     pub(crate) fn operator(&self, verb: &[&str]) -> String {
         let mut command = Command::new(python());
