@@ -53,6 +53,7 @@ storage "raft" {
 cluster_addr = "https://127.0.0.1:$cluster"
 listener "tcp" {
   address = "127.0.0.1:$port"
+  cluster_address = "127.0.0.1:$cluster"
   tls_cert_file = "$CERTIFICATES/server.pem"
   tls_key_file = "$CERTIFICATES/server.key"
 }
