@@ -15,7 +15,6 @@ mod native;
 mod openbao;
 mod ports;
 mod pykmip;
-mod sealed_cache;
 mod storm;
 mod transit;
 mod transit_hostile;
