@@ -5,7 +5,7 @@
 //! server that does not answer is not waited for by one after the other.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::wrap::Kek;
@@ -14,11 +14,29 @@ use super::{KeyError, KeyId};
 /// The most KEKs of a provider that are kept at a time: one for each VM of a large host.
 const MAX_SLOTS: usize = 4096;
 
+/// The most KEKs of a provider that are fetched at a time; others wait for their turn. An answer of a server takes some 20 KiB
+/// of the memory for keys, which hundreds of them at once would use up.
+const MAX_FETCHES: usize = 64;
+
 /// The KEKs of one provider.
 #[derive(Debug)]
 pub(super) struct KekCache {
     time_to_live: Duration,
     slots: Mutex<HashMap<KeyId, Arc<Slot>>>,
+    /// How many are being fetched.
+    fetches: Mutex<usize>,
+    /// One of them has ended.
+    fetched: Condvar,
+}
+
+/// A fetch that is under way, until this goes.
+struct Turn<'c>(&'c KekCache);
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        *lock(&self.0.fetches) -= 1;
+        self.0.fetched.notify_one();
+    }
 }
 
 /// A KEK's place. Who holds its lock fetches.
@@ -71,7 +89,17 @@ impl KekCache {
         Self {
             time_to_live,
             slots: Mutex::default(),
+            fetches: Mutex::default(),
+            fetched: Condvar::new(),
         }
+    }
+
+    /// Waits until there may be one fetch more.
+    fn turn(&self) -> Turn<'_> {
+        let waits = |fetches: &mut usize| *fetches >= MAX_FETCHES;
+        let fetches = self.fetched.wait_while(lock(&self.fetches), waits);
+        *fetches.unwrap_or_else(PoisonError::into_inner) += 1;
+        Turn(self)
     }
 
     /// The KEK of `key_id` as it is wanted, which `fetch` brings if it is not here.
@@ -82,6 +110,10 @@ impl KekCache {
         fetch: impl FnOnce() -> Result<(Kek, Origin), KeyError>,
     ) -> Result<(Arc<Kek>, Origin), KeyError> {
         let shared = |(kek, origin)| (Arc::new(kek), origin);
+        let fetch = || {
+            let _turn = self.turn();
+            fetch()
+        };
         if self.time_to_live.is_zero() {
             return fetch().map(shared);
         }
@@ -195,6 +227,28 @@ mod tests {
     use std::thread;
 
     const LONG: Duration = Duration::from_secs(1000);
+
+    #[test]
+    fn no_more_than_so_many_are_fetched_at_a_time() {
+        let cache = KekCache::new(LONG);
+        let (now, most) = (AtomicU32::new(0), AtomicU32::new(0));
+        thread::scope(|scope| {
+            for n in 0..3 * MAX_FETCHES {
+                let (cache, now, most) = (&cache, &now, &most);
+                scope.spawn(move || {
+                    let fetch = || {
+                        most.fetch_max(now.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+                        thread::sleep(Duration::from_millis(20));
+                        now.fetch_sub(1, Ordering::SeqCst);
+                        Ok((kek(), Origin::Fetched))
+                    };
+                    cache.get(&KeyId(n.to_string()), Wanted::Any, fetch).unwrap();
+                });
+            }
+        });
+        let most = most.load(Ordering::SeqCst) as usize;
+        assert!((2..=MAX_FETCHES).contains(&most), "{most} at a time");
+    }
 
     fn kek() -> Kek {
         Kek::new(SecretBytes::random(32).unwrap()).unwrap()
