@@ -1,8 +1,9 @@
 """Makes the certificates of the tests in a directory: certificates.py DIRECTORY
 
 An authority, "ca", with a server's certificate for 127.0.0.1, ::1 and localhost and those of two hosts, "client" and "other";
-"expired-server" and "expired-client"; "lasting-ca" and "lasting-client", for a year; and a second authority, "stranger", with "stranger-server" and "stranger-client". Each
-is NAME.pem with NAME.key. ECDSA, since PyKMIP offers suites with forward secrecy for no other key.
+"expired-server" and "expired-client"; "future-server" and "future-client", which are not valid yet, as under a clock that is late;
+"lasting-ca" and "lasting-client", for a year; and a second authority, "stranger", with "stranger-server" and
+"stranger-client". Each is NAME.pem with NAME.key. ECDSA, since PyKMIP offers suites with forward secrecy for no other key.
 """
 
 import datetime
@@ -66,6 +67,8 @@ make("client", ca)
 make("other", ca)
 make("expired-server", ca, server=True, days=(-3, -2))
 make("expired-client", ca, days=(-3, -2))
+make("future-server", ca, server=True, days=(2, 3))
+make("future-client", ca, days=(2, 3))
 lasting = make("lasting-ca", days=(-1, 365))
 make("lasting-client", lasting, days=(-1, 365))
 stranger = make("stranger")

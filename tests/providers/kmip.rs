@@ -242,6 +242,7 @@ fn certificates_that_are_wrong_are_not_trusted() {
     let server = Server::start();
     let stranger = Server::start_with("127.0.0.1", "stranger-server", &[]);
     let expired = Server::start_with("127.0.0.1", "expired-server", &[]);
+    let future = Server::start_with("127.0.0.1", "future-server", &[]);
     let as_client = |name: &str| Settings {
         certificate: certificates::directory().join(format!("{name}.pem")),
         key: certificates::directory().join(format!("{name}.key")),
@@ -250,8 +251,10 @@ fn certificates_that_are_wrong_are_not_trusted() {
     for (settings, cause) in [
         (settings(&[stranger.address()]), "UnknownIssuer"),
         (settings(&[expired.address()]), "expired"),
+        (settings(&[future.address()]), "not valid yet"),
         (as_client("stranger-client"), "UnknownCA"),
         (as_client("expired-client"), "CertificateExpired"),
+        (as_client("future-client"), "BadCertificate"),
     ] {
         assert_fails(open(&settings).create_kek(), KeyReason::Untrusted, cause);
     }

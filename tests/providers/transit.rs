@@ -241,6 +241,7 @@ fn login_that_fails_is_refused() {
         ("other", KeyReason::Refused),
         ("stranger-client", KeyReason::Refused),
         ("expired-client", KeyReason::Untrusted),
+        ("future-client", KeyReason::Untrusted),
     ] {
         let dir = certificates::directory();
         let login = Login::Cert {
@@ -350,6 +351,7 @@ fn certificates_that_cannot_be_trusted_are_not() {
     assert_eq!(reason("server", "stranger.pem"), Err(KeyReason::Untrusted));
     assert_eq!(reason("stranger-server", "ca.pem"), Err(KeyReason::Untrusted));
     assert_eq!(reason("expired-server", "ca.pem"), Err(KeyReason::Untrusted));
+    assert_eq!(reason("future-server", "ca.pem"), Err(KeyReason::Untrusted));
     // A host's certificate is for nobody's server.
     assert_eq!(reason("client", "ca.pem"), Err(KeyReason::Untrusted));
 }
