@@ -6,6 +6,8 @@
 //! ```text
 //! cli      a file for each verb
 //! agent    the host's key agent, and its client
+//! broker   releases keys to hosts that are what they have to be; rcar: how it is asked
+//! audit    a log that shows tampering
 //! control  sockets on which processes of ours are asked, and who may
 //! served   a volume that is being served: its key comes, goes and is changed
 //! device   what the guest sees: virtio-blk over vhost-user
@@ -16,6 +18,8 @@
 //! ```
 
 pub mod agent;
+mod audit;
+pub mod broker;
 pub mod cipher;
 pub mod cli;
 pub mod control;
@@ -23,6 +27,7 @@ pub mod device;
 pub mod keys;
 pub mod known;
 pub mod moment;
+pub mod rcar;
 pub mod served;
 pub mod storage;
 pub mod tpm;

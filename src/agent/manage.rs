@@ -6,9 +6,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::audit::{AuditError, AuditLog};
 use super::audit_log;
 use super::service::{Answered, INTERFACE, MAX_PATH, Service, check_lengths, failure, with};
+use crate::audit::{AuditError, AuditLog};
 use crate::control::events::Event;
 use crate::control::privilege::Privilege;
 use crate::control::varlink::{Answer, MethodError, Request};

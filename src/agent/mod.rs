@@ -3,7 +3,6 @@
 //! ```text
 //! service     what it answers on its socket, to whom, and what of it stands in the audit log
 //! manage      the part of it for who manages keys and providers
-//! audit       that log: a chain that shows tampering
 //! certificates  when those that are about to expire are told of
 //! registered  which volumes are being served, under which KEKs
 //! client      the other side: the agent's providers, as a volume sees providers
@@ -12,7 +11,6 @@
 //! A disk's process has neither a KEK nor a provider's credentials: it gets the slot secret of one keyslot, through a
 //! pipe. KEKs are kept for a while after their last fetch, in memory only.
 
-mod audit;
 mod certificates;
 mod client;
 mod manage;
@@ -35,8 +33,8 @@ use crate::control::socket::{BindError, Bound, termination};
 use crate::control::varlink::Interface;
 use crate::keys::{SealedCache, SealedCacheSettings, SharedProviders};
 
-use audit::AuditLog;
-pub use audit::{AuditError, Verified, verify};
+use crate::audit::AuditLog;
+pub use crate::audit::{AuditError, Verified, verify};
 pub use client::Client;
 pub use manage::{ErasedVolume, record_erased};
 pub use registered::Registrant;

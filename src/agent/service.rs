@@ -13,9 +13,9 @@ use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
 use super::Purpose;
-use super::audit::AuditLog;
 use super::certificates::Certificates;
 use super::registered::Registered;
+use crate::audit::AuditLog;
 use crate::control::events::{Event, Events};
 use crate::control::peer::Peer;
 use crate::control::privilege::{Grants, Privilege};

@@ -5,6 +5,7 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use crate::agent::{AgentError, AuditError};
+use crate::broker::{BrokerError, StateError};
 use crate::cipher::{CipherError, SectorSize};
 use crate::control::socket::BindError;
 use crate::control::varlink::CallError;
@@ -179,6 +180,12 @@ pub enum Failure {
     /// There can be no key agent.
     #[error(transparent)]
     Agent(#[from] AgentError),
+    /// There can be no broker.
+    #[error(transparent)]
+    Broker(#[from] BrokerError),
+    /// What the broker keeps.
+    #[error(transparent)]
+    BrokerState(#[from] StateError),
     /// The audit log.
     #[error(transparent)]
     Audit(#[from] AuditError),
@@ -238,7 +245,20 @@ impl Failure {
             },
             Self::Agent(AgentError::Socket(error)) => socket_code(error),
             Self::Agent(AgentError::Setup(_)) => HOST,
-            Self::Agent(AgentError::Audit(error)) | Self::Audit(error) => match error {
+            Self::Broker(BrokerError::State(error)) | Self::BrokerState(error) => match error {
+                StateError::Io { .. } => STORAGE,
+                StateError::Unusable { .. } => KEY,
+                StateError::Arena(_) => HOST,
+                StateError::Exists { .. }
+                | StateError::Unknown { .. }
+                | StateError::Name(_)
+                | StateError::Register(_) => USAGE,
+            },
+            Self::Broker(BrokerError::Settings(_) | BrokerError::Tls(_)) => USAGE,
+            Self::Broker(BrokerError::Listen { .. }) => HOST,
+            Self::Agent(AgentError::Audit(error))
+            | Self::Broker(BrokerError::Audit(error))
+            | Self::Audit(error) => match error {
                 AuditError::InUse { .. } => IN_USE,
                 AuditError::Io { .. } => STORAGE,
                 AuditError::Broken { .. } | AuditError::HeadNotFound { .. } => VOLUME,
@@ -269,7 +289,8 @@ fn registry_code(error: &RegistryError) -> u8 {
         | RegistryError::Exists { .. }
         | RegistryError::IsDefault { .. }
         | RegistryError::Settings(_)
-        | RegistryError::NotNative(_) => USAGE,
+        | RegistryError::NotNative(_)
+        | RegistryError::NotTrusted(_) => USAGE,
         RegistryError::NotWiped { .. } => STORAGE,
         _ => KEY,
     }

@@ -6,6 +6,7 @@
 
 mod agent;
 mod audit;
+mod broker;
 mod config;
 mod create;
 mod erase;
@@ -114,6 +115,7 @@ enum Verb {
     Unlock(served::Unlock),
     Agent(agent::Agent),
     Audit(audit::Audit),
+    Broker(broker::Broker),
 }
 
 /// What verbs know of the host that they run on. Nothing is read before a verb asks.
@@ -227,11 +229,13 @@ fn run(cli: Cli) -> Result<(), Failure> {
     process::prepare().map_err(Failure::Process)?;
     harden::process().map_err(Failure::Process)?;
     cipher::self_test()?;
-    output::log_events(if matches!(cli.verb, Verb::Serve(_) | Verb::Agent(_)) {
-        "info"
-    } else {
-        "warn"
-    });
+    output::log_events(
+        if matches!(cli.verb, Verb::Serve(_) | Verb::Agent(_) | Verb::Broker(_)) {
+            "info"
+        } else {
+            "warn"
+        },
+    );
     let host = Host {
         state_dir: cli.state_dir,
         config: cli.config,
@@ -252,6 +256,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Unlock(verb) => verb.run(),
         Verb::Agent(verb) => verb.run(&host),
         Verb::Audit(verb) => verb.run(&host),
+        Verb::Broker(verb) => verb.run(&host),
     }
 }
 

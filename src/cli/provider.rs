@@ -2,17 +2,23 @@
 
 use std::path::PathBuf;
 
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
 use clap::{ArgGroup, Args, Subcommand};
 
 use super::failure::Failure;
 use super::key::Insistence;
+use super::secret::SecretSource;
 use super::{Host, Keys, output, primary_key};
 use crate::agent::Purpose;
 use crate::keys::Providers;
 use crate::keys::kmip::{self, Wrap};
 use crate::keys::registry::{Backup, Entry, Registry, Source};
 use crate::keys::transit::{self, Login};
+use crate::keys::trusted;
 use crate::known::{Removal, remove_provider};
+use crate::rcar::ResourcePath;
+use crate::tpm::{DEFAULT_DEVICE, Device};
 
 const NATIVE_HELP: &str = "\
 Examples:
@@ -59,6 +65,18 @@ The transit key stays on the server, and wraps the keys that volumes are bound t
 Files are read whenever a connection is made, so that what they hold can be renewed.
 No server is asked now: `sealblk provider list` tells whether keys can be used.";
 
+const TRUSTED_HELP: &str = "\
+Examples:
+  sealblk provider add trusted --address https://broker:8700 --ca /etc/sealblk/ca.pem \\
+      --resource sealblk/kek/1
+  sealblk provider enrol trusted --host node1 --token-file node1.token
+  sealblk provider attestation-key trusted > node1.pub
+
+The host's TPM makes an attestation key now. `sealblk broker` gets to know it by
+`sealblk provider enrol`; Trustee takes what `sealblk provider attestation-key`
+prints. From then on the broker releases the resource if the host has booted what
+it is to boot, and the resource wraps the keys that volumes are bound to.";
+
 /// Add and list sources of keys
 #[derive(Debug, Args)]
 pub(super) struct Provider {
@@ -79,6 +97,10 @@ enum Verb {
     Seal(primary_key::Seal),
     /// See whether keys can be had of a provider, by a real unwrap
     Check(Check),
+    /// Make this host's TPM known to the broker of a trusted provider
+    Enrol(Enrol),
+    /// Print the attestation key of a trusted provider, for a broker that has to be told it
+    AttestationKey(Check),
     /// Remove a key provider from this host, unless a disk needs it
     Remove(Remove),
     /// List the key providers of this host, and whether each one's keys can be used
@@ -96,6 +118,45 @@ enum Add {
     /// The Transit secrets engine of OpenBao or HashiCorp Vault
     #[command(after_help = TRANSIT_HELP)]
     Transit(TransitArgs),
+    /// A broker that releases a key to this host if its TPM proves what it has booted
+    #[command(after_help = TRUSTED_HELP)]
+    Trusted(TrustedArgs),
+}
+
+#[derive(Debug, Args)]
+struct TrustedArgs {
+    /// A broker; give it again for others that are asked, in this order, where one does not answer
+    #[arg(long, value_name = "https://HOST:PORT", required = true)]
+    address: Vec<String>,
+    /// PEM file with the authority's certificate that the brokers' certificates are to be checked against
+    #[arg(long, value_name = "FILE")]
+    ca: PathBuf,
+    /// The broker's key
+    #[arg(long, value_name = "REPOSITORY/TYPE/TAG")]
+    resource: ResourcePath,
+    /// The host's TPM
+    #[arg(long, value_name = "DEVICE", default_value = DEFAULT_DEVICE)]
+    tpm: String,
+    /// How long the broker's key is held for other disks; with 0 it is asked for at each use
+    #[arg(long, value_name = "SECONDS", default_value_t = trusted::HOLD)]
+    hold: u16,
+    /// How long a release may take
+    #[arg(long, value_name = "SECONDS", default_value_t = trusted::TIMEOUT)]
+    timeout: u16,
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, Args)]
+struct Enrol {
+    /// The provider
+    name: String,
+    /// The name that the broker's operator has given this host
+    #[arg(long, value_name = "NAME")]
+    host: String,
+    /// The token of `sealblk broker host enrol`; none is needed if the broker was told the TPM's endorsement key
+    #[arg(long, value_name = "SECRET")]
+    token_file: Option<SecretSource>,
 }
 
 #[derive(Debug, Args)]
@@ -210,6 +271,15 @@ impl Provider {
             Verb::Backup(backup) => backup.run(host),
             Verb::Restore(restore) => restore.run(host),
             Verb::Seal(seal) => seal.run(host),
+            Verb::Enrol(enrol) => enrol.run(host),
+            Verb::AttestationKey(of) => {
+                let key = BASE64_STANDARD.encode(host.registry()?.attestation_key(&of.name)?);
+                let lines: Vec<_> = key.as_bytes().chunks(64).map(String::from_utf8_lossy).collect();
+                output::print(&format!(
+                    "-----BEGIN PUBLIC KEY-----\n{}\n-----END PUBLIC KEY-----\n",
+                    lines.join("\n")
+                ))
+            }
             Verb::Remove(remove) => remove.run(host),
             Verb::Check(check) => {
                 let keys = host.keys(Purpose::Check)?;
@@ -244,7 +314,26 @@ impl Add {
                     Source::Transit(args.settings()?),
                 )
             }
+            Add::Trusted(args) => {
+                let settings = trusted::Settings {
+                    addresses: args.address,
+                    ca: absolute(args.ca)?,
+                    resource: args.resource,
+                    tpm: Device::from(args.tpm),
+                    hold: args.hold,
+                    timeout: args.timeout,
+                };
+                add_servers(&mut registry, &args.common, "trusted", Source::Trusted(settings))
+            }
         }
+    }
+}
+
+impl Enrol {
+    fn run(self, host: &Host) -> Result<(), Failure> {
+        let token = self.token_file.as_ref().map(SecretSource::read).transpose()?;
+        host.registry()?.enrol(&self.name, &self.host, token.as_ref())?;
+        output::print(&format!("the broker knows this host as {:?}\n", self.host))
     }
 }
 

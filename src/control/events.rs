@@ -60,12 +60,20 @@ pub enum Event {
     PrivilegeUsed,
     /// A caller of a served disk lacks the privilege.
     PrivilegeRefused,
+    /// A broker began to answer.
+    BrokerStarted,
+    /// A broker knows a host by its TPM.
+    HostEnrolled,
+    /// A broker does not believe a host, or does not know it.
+    HostRefused,
+    /// A broker has given a key to a host.
+    ResourceReleased,
 }
 
 impl Event {
     /// All of them.
     #[cfg(test)]
-    pub(crate) const ALL: [Self; 23] = [
+    pub(crate) const ALL: [Self; 27] = [
         Self::AgentStarted,
         Self::KeyCreated,
         Self::KeyBound,
@@ -89,6 +97,10 @@ impl Event {
         Self::RekeyFailed,
         Self::PrivilegeUsed,
         Self::PrivilegeRefused,
+        Self::BrokerStarted,
+        Self::HostEnrolled,
+        Self::HostRefused,
+        Self::ResourceReleased,
     ];
 
     /// The event in words.
@@ -117,6 +129,10 @@ impl Event {
             Self::RekeyFailed => "the volume keeps its key, since it got no other",
             Self::PrivilegeUsed => "a caller was let through",
             Self::PrivilegeRefused => "a caller was refused",
+            Self::BrokerStarted => "the broker answers",
+            Self::HostEnrolled => "a host is known by its TPM",
+            Self::HostRefused => "a host was refused",
+            Self::ResourceReleased => "a key was released to a host",
         }
     }
 
@@ -130,7 +146,8 @@ impl Event {
             | Self::KeyRefusedByHost
             | Self::KeyFailed
             | Self::RekeyFailed
-            | Self::PrivilegeRefused => true,
+            | Self::PrivilegeRefused
+            | Self::HostRefused => true,
             Self::DiskLocked => fields["by"] == "no_key",
             _ => false,
         }
@@ -225,6 +242,8 @@ fn log(event: Event, fields: &Value) {
                 $level,
                 event = %event,
                 volume = text("volume"),
+                host = text("host"),
+                peer = text("peer"),
                 provider = text("provider"),
                 key_id = text("keyId"),
                 purpose = text("purpose"),

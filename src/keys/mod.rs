@@ -12,6 +12,8 @@
 //! native     the one that needs nothing but a file: KEKs derived from a primary key
 //! kmip       key servers by the standard protocol, over mutual TLS
 //! transit    keys that an OpenBao or Vault server wraps
+//! trusted    a broker's resource, released against a proof of what this host has booted
+//! https      requests to servers that take JSON
 //! tls        a server's certificates, and this host's
 //! expiry     which of those are about to expire
 //! revoked    KEKs that this host does not use any more; sealed_cache: those that it keeps for a reboot
@@ -24,6 +26,7 @@ mod cache;
 mod error;
 mod expiry;
 pub mod harden;
+mod https;
 pub mod kmip;
 mod native;
 pub(crate) mod private;
@@ -33,9 +36,10 @@ mod sealed_cache;
 mod settings;
 mod shared;
 mod source;
-mod tls;
+pub(crate) mod tls;
 pub mod transit;
-mod wrap;
+pub mod trusted;
+pub(crate) mod wrap;
 
 use std::fmt;
 use std::sync::Arc;

@@ -6,6 +6,7 @@
 //! providers.toml                   what the operator may read and edit
 //! providers/NAME/                  mode 0700: what the provider NAME needs
 //! providers/NAME/primary.key       of a native provider
+//! providers/NAME/attestation.key   of a trusted one
 //! ```
 //!
 //! The settings are replaced atomically and under a lock on the directory. A provider's own files exist before the
@@ -24,6 +25,7 @@ use super::private::{self, Exposed, Forbid};
 use super::revoked::Revoked;
 use super::settings::{Settings, primary_key};
 use super::source::HostProvider;
+use super::trusted::Trusted;
 use super::{Expiring, KeyError, KeyProvider, KeyReason, Providers};
 use crate::tpm::Device;
 use crate::tpm::pcr::Selection;
@@ -146,6 +148,9 @@ pub enum RegistryError {
     /// Only a primary key can be backed up here.
     #[error("provider {0:?} is no native one: its keys are its server's, and are backed up there")]
     NotNative(String),
+    /// Only a host that proves what it has booted is enrolled.
+    #[error("provider {0:?} is no trusted one: its servers know this host by other means")]
+    NotTrusted(String),
     /// The provider's own files.
     #[error(transparent)]
     Key(#[from] KeyError),
@@ -270,6 +275,30 @@ impl Registry {
         match self.settings.provider.get(name) {
             Some(Source::Native { backup }) => Some(*backup),
             _ => None,
+        }
+    }
+
+    /// Makes this host's TPM known to the broker of a trusted provider, as `host`.
+    ///
+    /// # Errors
+    /// [`RegistryError`], if it is no trusted one, or the broker refuses.
+    pub fn enrol(&self, name: &str, host: &str, token: Option<&SecretBytes>) -> Result<(), RegistryError> {
+        Ok(self.trusted(name)?.enrol(host, token)?)
+    }
+
+    /// The attestation key of a trusted provider, for a broker that has to be told it: SubjectPublicKeyInfo in DER.
+    ///
+    /// # Errors
+    /// [`RegistryError`], if it is no trusted one.
+    pub fn attestation_key(&self, name: &str) -> Result<Vec<u8>, RegistryError> {
+        Ok(self.trusted(name)?.attestation_key().to_vec())
+    }
+
+    fn trusted(&self, name: &str) -> Result<Trusted, RegistryError> {
+        match self.settings.provider.get(name) {
+            Some(Source::Trusted(settings)) => Ok(Trusted::open(name, settings, &self.dir_of(name))?),
+            Some(_) => Err(RegistryError::NotTrusted(name.to_owned())),
+            None => Err(self.unknown(name).into()),
         }
     }
 

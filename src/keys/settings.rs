@@ -22,6 +22,7 @@ use super::private::{self, Forbid};
 use super::registry::{RegistryError, check_name, check_private};
 use super::source::KekSource;
 use super::transit::{self, Transit};
+use super::trusted::{self, Trusted};
 
 /// The settings' name in the state directory.
 pub(super) const FILE: &str = "providers.toml";
@@ -55,6 +56,8 @@ pub enum Source {
     Kmip(kmip::Settings),
     /// A key of a server's that wraps KEKs.
     Transit(transit::Settings),
+    /// A broker that releases a key to a host which proves what it has booted.
+    Trusted(trusted::Settings),
 }
 
 /// Whether a primary key was backed up. Until it was, it is for no new volumes, unless somebody has waived that.
@@ -77,6 +80,7 @@ impl Source {
             Source::Native { .. } => "native",
             Source::Kmip(_) => "kmip",
             Source::Transit(_) => "transit",
+            Source::Trusted(_) => "trusted",
         }
     }
 
@@ -86,6 +90,7 @@ impl Source {
             Source::Native { .. } => primary_key(dir).display().to_string(),
             Source::Kmip(settings) => settings.servers.join(", "),
             Source::Transit(settings) => settings.location(),
+            Source::Trusted(settings) => settings.location(),
         }
     }
 
@@ -95,6 +100,7 @@ impl Source {
             Source::Native { .. } => Vec::new(),
             Source::Kmip(settings) => expiry::expiring(&settings.tls_files()),
             Source::Transit(settings) => expiry::expiring(&settings.tls_files()),
+            Source::Trusted(settings) => expiry::expiring(&settings.tls_files()),
         }
     }
 
@@ -116,6 +122,9 @@ impl Source {
             }
             Source::Kmip(settings) => drop(Kmip::new(name, settings).map_err(RegistryError::Settings)?),
             Source::Transit(settings) => drop(Transit::new(name, settings).map_err(RegistryError::Settings)?),
+            Source::Trusted(settings) => {
+                Trusted::prepare(name, settings, dir).map_err(RegistryError::Settings)?;
+            }
         }
         Ok(())
     }
@@ -126,6 +135,7 @@ impl Source {
             Source::Native { backup } => Ok(Box::new(Native::open(name, &primary_key(dir), *backup)?)),
             Source::Kmip(settings) => Ok(Box::new(Kmip::new(name, settings)?)),
             Source::Transit(settings) => Ok(Box::new(Transit::new(name, settings)?)),
+            Source::Trusted(settings) => Ok(Box::new(Trusted::open(name, settings, dir)?)),
         }
     }
 }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use rustls::client::Resumption;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::{AlertDescription, ClientConfig, RootCertStore};
+use rustls::{AlertDescription, ClientConfig, RootCertStore, ServerConfig};
 
 use super::KeyReason;
 use super::arena::{ArenaError, SecretBytes};
@@ -33,19 +33,19 @@ pub(super) struct TlsFiles {
 
 /// Whom this host says it is.
 #[derive(Clone, Debug)]
-pub(super) struct Identity {
+pub(crate) struct Identity {
     /// This host's certificate, and those between it and an authority that the server believes.
-    pub(super) certificate: PathBuf,
+    pub(crate) certificate: PathBuf,
     /// The certificate's private key, readable by its owner alone.
-    pub(super) key: PathBuf,
+    pub(crate) key: PathBuf,
 }
 
 /// A file that cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[error("{} cannot be used", path.display())]
-pub(super) struct TlsFileError {
+pub(crate) struct TlsFileError {
     /// The file.
-    pub(super) path: PathBuf,
+    pub(crate) path: PathBuf,
     /// Why.
     #[source]
     cause: Unusable,
@@ -96,6 +96,28 @@ impl TlsFiles {
         config.resumption = Resumption::disabled();
         Ok(Arc::new(config))
     }
+}
+
+impl Identity {
+    /// Reads it for a server of ours, which asks its clients for no certificate.
+    ///
+    /// # Errors
+    /// [`TlsFileError`], with the file that is at fault.
+    pub(crate) fn load(&self) -> Result<Arc<ServerConfig>, TlsFileError> {
+        let chain = at(&self.certificate, certificates(&self.certificate))?;
+        let private_key = at(&self.key, private_key(&self.key))?;
+        let config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .expect("ring has cipher suites for every version of TLS that is built in")
+            .with_no_client_auth()
+            .with_single_cert(chain, private_key);
+        Ok(Arc::new(at(&self.key, config.map_err(Unusable::Tls))?))
+    }
+}
+
+/// The certificates in a PEM file.
+pub(crate) fn authorities(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsFileError> {
+    at(path, certificates(path))
 }
 
 impl TlsFileError {

@@ -18,23 +18,23 @@ use super::Binding;
 use super::arena::{ArenaError, SecretBox, SecretBytes, on_wiped_stack};
 
 /// The length of a KEK, in bytes.
-pub(super) const KEK_LEN: usize = 32;
+pub(crate) const KEK_LEN: usize = 32;
 
 /// A key encryption key: 32 bytes, for AES-256-GCM.
 #[derive(Debug)]
-pub(super) struct Kek(SecretBytes);
+pub(crate) struct Kek(SecretBytes);
 
 /// Key material that is none of AES-256.
 #[derive(Debug, thiserror::Error)]
 #[error("it has {} bits, and a KEK has {}", 8 * .0, 8 * KEK_LEN)]
-pub(super) struct KekLength(usize);
+pub(crate) struct KekLength(usize);
 
 impl Kek {
     /// Takes key material for a KEK.
     ///
     /// # Errors
     /// If it is not [`KEK_LEN`] bytes long.
-    pub(super) fn new(key: SecretBytes) -> Result<Self, KekLength> {
+    pub(crate) fn new(key: SecretBytes) -> Result<Self, KekLength> {
         match key.len() {
             KEK_LEN => Ok(Self(key)),
             len => Err(KekLength(len)),
@@ -42,7 +42,7 @@ impl Kek {
     }
 
     /// The key itself, to be kept elsewhere.
-    pub(super) fn key(&self) -> &SecretBytes {
+    pub(crate) fn key(&self) -> &SecretBytes {
         &self.0
     }
 }
@@ -55,7 +55,7 @@ const LABEL: &[u8] = b"sealblk wrapped slot secret\0";
 
 /// Why a wrapped secret does not unwrap.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum UnwrapError {
+pub(crate) enum UnwrapError {
     #[error("not a wrapped key of version {VERSION}")]
     Format,
     #[error("it does not authenticate")]
@@ -66,41 +66,68 @@ pub(super) enum UnwrapError {
 
 /// Wraps `secret` under `kek`.
 pub(super) fn wrap(kek: &Kek, binding: &Binding<'_>, secret: &SecretBytes) -> Result<Vec<u8>, ArenaError> {
-    let mut wrapped = vec![0; 1 + NONCE_LEN + secret.len()];
-    wrapped[0] = VERSION;
-    let (nonce, ciphertext) = wrapped[1..].split_at_mut(NONCE_LEN);
-    getrandom::fill(nonce).map_err(ArenaError::Random)?;
-    let buffers = InOutBuf::new(secret, ciphertext).expect("both are as long as the secret");
-    let (gcm, nonce) = (gcm(kek)?, nonce_of(nonce));
-    let tag = on_wiped_stack(|| gcm.encrypt_inout_detached(&nonce, &associated_data(binding), buffers))
-        .expect("a secret in memory is shorter than AES-GCM's limit of 64 GiB");
-    wrapped.extend_from_slice(&tag);
-    Ok(wrapped)
+    seal(kek, &associated_data(binding), secret)
 }
 
 /// Unwraps what [`wrap`] made with the same KEK and binding.
 pub(super) fn unwrap(kek: &Kek, binding: &Binding<'_>, wrapped: &[u8]) -> Result<SecretBytes, UnwrapError> {
+    open(kek, &associated_data(binding), wrapped)
+}
+
+/// Encrypts `secret` in the form above. `associated` begins with a label that no other use of a key has.
+pub(crate) fn seal(kek: &Kek, associated: &[u8], secret: &[u8]) -> Result<Vec<u8>, ArenaError> {
+    let (nonce, ciphertext, tag) = encrypt(kek, associated, secret)?;
+    Ok([&[VERSION][..], &nonce, &ciphertext, &tag].concat())
+}
+
+/// AES-256-GCM by itself: nonce, ciphertext and tag.
+pub(crate) fn encrypt(
+    kek: &Kek,
+    associated: &[u8],
+    secret: &[u8],
+) -> Result<([u8; NONCE_LEN], Vec<u8>, Tag), ArenaError> {
+    let mut nonce = [0; NONCE_LEN];
+    getrandom::fill(&mut nonce).map_err(ArenaError::Random)?;
+    let mut ciphertext = vec![0; secret.len()];
+    let buffers = InOutBuf::new(secret, &mut ciphertext).expect("both are as long as the secret");
+    let gcm = gcm(kek)?;
+    let tag = on_wiped_stack(|| gcm.encrypt_inout_detached(&nonce.into(), associated, buffers))
+        .expect("a secret in memory is shorter than AES-GCM's limit of 64 GiB");
+    Ok((nonce, ciphertext, tag))
+}
+
+/// Decrypts what [`seal`] made with the same KEK and associated data.
+pub(crate) fn open(kek: &Kek, associated: &[u8], wrapped: &[u8]) -> Result<SecretBytes, UnwrapError> {
     let (&version, rest) = wrapped.split_first().ok_or(UnwrapError::Format)?;
     if version != VERSION || rest.len() < NONCE_LEN + TAG_LEN {
         return Err(UnwrapError::Format);
     }
     let (nonce, rest) = rest.split_at(NONCE_LEN);
     let (ciphertext, tag) = rest.split_at(rest.len() - TAG_LEN);
-    let tag = Tag::try_from(tag).expect("it was split off at this length");
-    let mut secret = SecretBytes::zeroed(ciphertext.len())?;
-    let buffers = InOutBuf::new(ciphertext, &mut secret).expect("both are as long as the ciphertext");
-    let (gcm, nonce) = (gcm(kek)?, nonce_of(nonce));
-    on_wiped_stack(|| gcm.decrypt_inout_detached(&nonce, &associated_data(binding), buffers, &tag))
-        .map_err(|_| UnwrapError::Unauthentic)?;
-    Ok(secret)
+    decrypt(kek, nonce, associated, ciphertext, tag).ok_or(UnwrapError::Unauthentic)?
+}
+
+/// AES-256-GCM by itself. None, if it does not authenticate, or `nonce` or `tag` has not its length.
+pub(crate) fn decrypt(
+    kek: &Kek,
+    nonce: &[u8],
+    associated: &[u8],
+    ciphertext: &[u8],
+    tag: &[u8],
+) -> Option<Result<SecretBytes, UnwrapError>> {
+    let (nonce, tag) = (Nonce::try_from(nonce).ok()?, Tag::try_from(tag).ok()?);
+    let decrypt = || -> Result<Option<SecretBytes>, ArenaError> {
+        let mut secret = SecretBytes::zeroed(ciphertext.len())?;
+        let buffers = InOutBuf::new(ciphertext, &mut secret).expect("both are as long as the ciphertext");
+        let gcm = gcm(kek)?;
+        let opened = on_wiped_stack(|| gcm.decrypt_inout_detached(&nonce, associated, buffers, &tag));
+        Ok(opened.is_ok().then_some(secret))
+    };
+    decrypt().map_err(UnwrapError::from).transpose()
 }
 
 fn gcm(kek: &Kek) -> Result<SecretBox<Aes256Gcm>, ArenaError> {
     SecretBox::new(|| Aes256Gcm::new_from_slice(&kek.0).expect("a KEK has KEK_LEN bytes"))
-}
-
-fn nonce_of(bytes: &[u8]) -> Nonce<aes_gcm::aead::consts::U12> {
-    Nonce::try_from(bytes).expect("the caller cut NONCE_LEN bytes")
 }
 
 fn associated_data(binding: &Binding<'_>) -> Vec<u8> {

@@ -6,6 +6,8 @@
 //! session   authorisation sessions that encrypt a secret on its way through the TPM's bus
 //! pcr       which registers, and what they hold
 //! attest    keys that only this TPM has, what they sign of its registers, and how to read that
+//! credential  what a verifier encrypts to an endorsement key, for one attestation key
+//! spki      an RSA key as others than TPMs write it
 //! seal      a secret under this TPM's storage key, bound to registers
 //! ```
 //!
@@ -14,10 +16,12 @@
 
 pub mod attest;
 mod command;
+pub mod credential;
 mod device;
 pub mod pcr;
 pub mod seal;
 mod session;
+mod spki;
 
 use std::fmt;
 use std::io;

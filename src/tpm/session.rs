@@ -86,7 +86,7 @@ impl Session {
             .answers_handle();
         let mut answer = tpm.run(command)?;
         let nonce_tpm = answer.sized().map_err(|e| tpm.failed(e))?;
-        let key = on_wiped_stack(|| kdfa(&salt[..], "ATH", &nonce_tpm, &nonce_caller));
+        let key = on_wiped_stack(|| kdfa(&salt[..], "ATH", &nonce_tpm, &nonce_caller, 256));
         Ok(Self {
             handle: answer.handle(),
             key,
@@ -155,7 +155,7 @@ impl Session {
 
     fn cipher(&self, newer: &[u8], older: &[u8], bytes: &mut [u8], direction: Direction) {
         on_wiped_stack(|| {
-            let secret = kdfa(&self.key[..], "CFB", newer, older);
+            let secret = kdfa(&self.key[..], "CFB", newer, older, 256);
             let (key, iv) = secret.split_at(16);
             match direction {
                 Direction::Encrypt => cfb_mode::Encryptor::<aes::Aes128>::new_from_slices(key, iv)
@@ -181,8 +181,8 @@ fn first_parameter(parameters: &mut [u8]) -> Option<&mut [u8]> {
     parameters[2..].get_mut(..len.into())
 }
 
-/// KDFa of 256 bits (part 1, 11.4.10.2): one block of HMAC-SHA256.
-fn kdfa(key: &[u8], label: &str, u: &[u8], v: &[u8]) -> Zeroizing<[u8; 32]> {
+/// KDFa of up to 256 bits (part 1, 11.4.10.2): one block of HMAC-SHA256, of which fewer are the first ones.
+pub(super) fn kdfa(key: &[u8], label: &str, u: &[u8], v: &[u8], bits: u32) -> Zeroizing<[u8; 32]> {
     let mut hmac = Hmac::<Sha256>::new_from_slice(key).expect("any length will do");
     for part in [
         &1_u32.to_be_bytes(),
@@ -190,7 +190,7 @@ fn kdfa(key: &[u8], label: &str, u: &[u8], v: &[u8]) -> Zeroizing<[u8; 32]> {
         &[0],
         u,
         v,
-        &256_u32.to_be_bytes(),
+        &bits.to_be_bytes(),
     ] {
         hmac.update(part);
     }

@@ -2,6 +2,7 @@
 
 mod agent;
 mod away;
+mod broker;
 mod certificates;
 #[path = "../common/mod.rs"]
 mod common;
@@ -18,3 +19,4 @@ mod pykmip;
 mod storm;
 mod transit;
 mod transit_hostile;
+mod trusted;

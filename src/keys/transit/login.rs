@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::failure::{Failure, Nonsense, Refusal};
+use super::failure::{Nonsense, Refusal};
 use super::http::Server;
 use crate::keys::KeyReason;
 use crate::keys::arena::SecretBytes;
+use crate::keys::https::Failure;
 use crate::keys::private::{self, Exposed, Forbid};
 
 /// The longest secret ID or token.

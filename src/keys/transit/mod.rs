@@ -16,7 +16,6 @@
 //! Servers are tried in their order. Each has an even share of the time that is left; the next one is asked if one cannot be
 //! had or fails, and not if it refuses.
 
-mod connector;
 mod failure;
 mod http;
 mod key_id;
@@ -30,11 +29,12 @@ use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use serde::{Deserialize, Serialize};
 
-use self::failure::{Failure, Nonsense, Refusal};
+use self::failure::{Nonsense, Refusal};
 use self::http::Server;
 use self::key_id::WrappedKek;
 use self::login::Token;
 use super::arena::SecretBytes;
+use super::https::{self, Failure, LONGEST_TIMEOUT, is_address};
 use super::source::KekSource;
 use super::tls::{Identity, TlsFiles};
 use super::wrap::{KEK_LEN, Kek};
@@ -47,8 +47,6 @@ pub const MOUNT: &str = "transit";
 
 /// The default of [`Settings::timeout`], in seconds.
 pub const TIMEOUT: u16 = 10;
-/// Who asks the agent for a key gives up after 120 seconds, and should hear why there is none.
-const LONGEST_TIMEOUT: u16 = 100;
 
 /// What a transit provider has to be told.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -189,18 +187,6 @@ impl Settings {
     }
 }
 
-/// `https://HOST` or `https://HOST:PORT`.
-fn is_address(text: &str) -> bool {
-    let Some(authority) = text.strip_prefix("https://") else {
-        return false;
-    };
-    let Ok(parsed) = authority.parse::<ureq::http::uri::Authority>() else {
-        return false;
-    };
-    let has_port = authority.len() > parsed.host().len();
-    !parsed.host().is_empty() && !authority.contains('@') && (!has_port || parsed.port_u16().is_some())
-}
-
 /// Names with slashes between them, of letters that mean nothing in a URL.
 fn is_path(text: &str) -> bool {
     let is_name = |name: &str| {
@@ -236,29 +222,13 @@ impl Transit {
         &self,
         request: impl Fn(&Server<'_>, &SecretBytes) -> Result<T, Failure>,
     ) -> Result<T, KeyError> {
-        let ends = Instant::now() + Duration::from_secs(self.settings.timeout.into());
-        let mut left = self.settings.addresses.len() as u32;
-        for address in &self.settings.addresses {
-            let now = Instant::now();
-            let deadline = now + ends.saturating_duration_since(now) / left;
-            left -= 1;
-            match self.ask_one(address, deadline, &request) {
-                Ok(answer) => return Ok(answer),
-                Err(failure) if failure.is_of_this_server() && left > 0 => {
-                    tracing::warn!(
-                        provider = self.name,
-                        server = address,
-                        reason = failure.reason.what(),
-                        cause = %failure.cause,
-                        "asking the next key server"
-                    );
-                }
-                Err(failure) => {
-                    return Err(KeyError::new(&self.name, address, failure.reason).because(failure.cause));
-                }
-            }
-        }
-        unreachable!("the settings have an address, and the last one's failure is returned")
+        let timeout = Duration::from_secs(self.settings.timeout.into());
+        https::ask(
+            &self.name,
+            &self.settings.addresses,
+            timeout,
+            |address, deadline| self.ask_one(address, deadline, &request),
+        )
     }
 
     fn ask_one<T>(

@@ -26,9 +26,9 @@ const NO_LINE: [u8; 32] = [0; 32];
 /// The longest line: what comes from callers is bounded by the length of a message.
 const MAX_LINE: u64 = 4 << 20;
 
-/// The log of a running agent.
+/// The log of a running agent or broker.
 #[derive(Debug)]
-pub(super) struct AuditLog {
+pub(crate) struct AuditLog {
     path: PathBuf,
     end: Mutex<End>,
 }
@@ -56,8 +56,8 @@ pub enum AuditError {
         /// The answer.
         source: io::Error,
     },
-    /// Another agent writes it.
-    #[error("another agent writes the audit log {}; give each its own state directory", path.display())]
+    /// Another agent or broker writes it.
+    #[error("another process writes the audit log {}; give each its own state directory", path.display())]
     InUse {
         /// The log.
         path: PathBuf,
@@ -93,7 +93,7 @@ pub struct Verified {
 
 impl AuditLog {
     /// Goes on with the log at `path`, or begins it. Its chain is verified first.
-    pub(super) fn open(path: &Path) -> Result<Self, AuditError> {
+    pub(crate) fn open(path: &Path) -> Result<Self, AuditError> {
         let error = |action| {
             move |source| AuditError::Io {
                 action,
@@ -133,7 +133,7 @@ impl AuditLog {
     }
 
     /// Adds a record. It is on stable storage when this returns.
-    pub(super) fn record(&self, event: Event, fields: &Value) -> Result<(), AuditError> {
+    pub(crate) fn record(&self, event: Event, fields: &Value) -> Result<(), AuditError> {
         self.append(b"", &event.to_string(), fields)
     }
 
@@ -146,7 +146,7 @@ impl AuditLog {
         };
         if end.poisoned {
             return Err(failed(io::Error::other(
-                "an earlier record is there by half; restart the agent",
+                "an earlier record is there by half; start anew",
             )));
         }
         let mut record = Map::new();
@@ -189,7 +189,7 @@ pub fn verify(path: &Path, head: Option<&str>) -> Result<Verified, AuditError> {
         return Err(AuditError::Broken {
             path: path.to_owned(),
             line: chain.lines,
-            what: "is there by half: the agent crashed while it wrote it, or the log was cut",
+            what: "is there by half: its writer crashed while it wrote it, or the log was cut",
         });
     }
     match head {

@@ -1,0 +1,221 @@
+//! The broker: a small part for sites without a Key Broker Service. It knows hosts by their TPMs, and releases a key to a host
+//! that proves, for each release anew, that it has booted what it is to boot.
+//!
+//! ```text
+//! settings   the file that sets it up
+//! state      what it keeps: sealed resources, hosts, reference values
+//! http       one request of a connection, bounded in time and size
+//! session    nonces: single-use, short-lived, and not too many
+//! service    what is answered to whom (crate::rcar has the messages)
+//! evidence   whether a quote is what it has to be
+//! enrolment  whether a TPM is one, and which host's
+//! ```
+//!
+//! A connection has a thread and serves one request, so that nothing of a host's outlives it and the bound on threads is a
+//! bound on everything. It is blocking like all else here: an executor would be the largest part of it.
+
+mod enrolment;
+pub mod evidence;
+mod http;
+mod service;
+mod session;
+mod settings;
+pub mod state;
+
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustls::{ServerConnection, StreamOwned};
+use serde_json::json;
+
+use crate::audit::{AuditError, AuditLog};
+use crate::control::events::Event;
+use crate::control::socket::termination;
+use crate::keys::tls::TlsFileError;
+
+use http::Timed;
+use service::Service;
+pub use settings::{Settings, SettingsError};
+pub use state::{State, StateError};
+
+/// The most connections at a time; others are closed at once.
+const MAX_CONNECTIONS: usize = 128;
+/// How long a connection may take, all in all.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// A broker that listens.
+#[derive(Debug)]
+pub struct Broker {
+    listener: TcpListener,
+    ending: OwnedFd,
+    settings: Arc<Settings>,
+    service: Arc<Service>,
+    connections: Arc<AtomicUsize>,
+}
+
+/// Why there is no broker.
+#[derive(Debug, thiserror::Error)]
+pub enum BrokerError {
+    /// Its settings.
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
+    /// What it keeps.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// Its certificate, its key, or the certificates of TPMs' makers.
+    #[error("the broker cannot be set up")]
+    Tls(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// Its audit log.
+    #[error(transparent)]
+    Audit(#[from] AuditError),
+    /// Its address.
+    #[error("the broker cannot listen on {address}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// The answer.
+        source: io::Error,
+    },
+}
+
+impl From<TlsFileError> for BrokerError {
+    fn from(error: TlsFileError) -> Self {
+        Self::Tls(Box::new(error))
+    }
+}
+
+impl Broker {
+    /// Sets it up. From here on SIGINT and SIGTERM wait for [`Broker::run`].
+    ///
+    /// # Errors
+    /// [`BrokerError`].
+    pub fn new(settings: Settings) -> Result<Self, BrokerError> {
+        let failed = |source| BrokerError::Listen {
+            address: settings.listen,
+            source,
+        };
+        // They are read for each connection; wrong ones show here.
+        settings.identity().load()?;
+        let state = State::open(&settings.state_dir)?;
+        let audit = AuditLog::open(&audit_log(&settings.state_dir))?;
+        let ending = termination().map_err(failed)?;
+        let listener = TcpListener::bind(settings.listen).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        let address = listener.local_addr().map_err(failed)?;
+        audit.record(
+            Event::BrokerStarted,
+            &json!({ "address": address.to_string(), "process": std::process::id() }),
+        )?;
+        let service = Service::new(&settings, state, audit)?;
+        Ok(Self {
+            listener,
+            ending,
+            settings: Arc::new(settings),
+            service: Arc::new(service),
+            connections: Arc::default(),
+        })
+    }
+
+    /// Answers until SIGINT or SIGTERM.
+    ///
+    /// # Errors
+    /// If it cannot wait for hosts.
+    pub fn run(self) -> io::Result<()> {
+        loop {
+            let mut fds = [
+                PollFd::new(&self.ending, PollFlags::IN),
+                PollFd::new(&self.listener, PollFlags::IN),
+            ];
+            match poll(&mut fds, None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+            if !fds[0].revents().is_empty() {
+                return Ok(());
+            }
+            match self.listener.accept() {
+                Ok((socket, peer)) => self.answer(socket, peer),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => {
+                    tracing::warn!(%error, "a host cannot be accepted");
+                    std::thread::sleep(Duration::from_millis(100));
+                }
+            }
+        }
+    }
+
+    fn answer(&self, socket: TcpStream, peer: SocketAddr) {
+        let held = Held::take(&self.connections);
+        if held.count > MAX_CONNECTIONS {
+            return;
+        }
+        let (settings, service) = (Arc::clone(&self.settings), Arc::clone(&self.service));
+        let work = move || {
+            let _held = held;
+            if let Err(error) = serve(socket, peer, &settings, &service) {
+                tracing::debug!(%peer, %error, "a connection has ended early");
+            }
+        };
+        let started = std::thread::Builder::new()
+            .name("connection".to_owned())
+            .spawn(work);
+        if let Err(error) = started {
+            tracing::warn!(%error, "a host cannot be answered");
+        }
+    }
+}
+
+/// One of the connections that may be.
+struct Held {
+    connections: Arc<AtomicUsize>,
+    count: usize,
+}
+
+impl Held {
+    fn take(connections: &Arc<AtomicUsize>) -> Self {
+        Self {
+            connections: Arc::clone(connections),
+            count: connections.fetch_add(1, Ordering::Relaxed) + 1,
+        }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.connections.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn serve(socket: TcpStream, peer: SocketAddr, settings: &Settings, service: &Service) -> io::Result<()> {
+    socket.set_nonblocking(false)?;
+    let config = settings.identity().load().map_err(|error| {
+        tracing::error!(path = %error.path.display(), "the broker's certificate or key cannot be used any more");
+        io::Error::other(error)
+    })?;
+    let connection = ServerConnection::new(config).map_err(io::Error::other)?;
+    let socket = Timed::new(socket, Instant::now() + DEADLINE);
+    let mut stream = StreamOwned::new(connection, socket);
+    let answer = match http::read(&mut stream) {
+        Ok(request) => service.answer(peer, &request),
+        Err(http::ReadError::Io(error)) => return Err(error),
+        Err(http::ReadError::Status(status)) => http::Answer::empty(status),
+    };
+    answer.write(&mut stream)?;
+    stream.conn.send_close_notify();
+    while stream.conn.wants_write() {
+        stream.conn.write_tls(&mut stream.sock)?;
+    }
+    Ok(())
+}
+
+/// Where the audit log of a state directory is.
+pub fn audit_log(state_dir: &Path) -> std::path::PathBuf {
+    state_dir.join("audit.log")
+}

@@ -1,0 +1,364 @@
+//! What a broker answers, to whom. What it releases and whom it refuses goes to the audit log first.
+
+use std::net::SocketAddr;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use subtle::ConstantTimeEq;
+use zeroize::Zeroizing;
+
+use super::enrolment::{Makers, Unknown};
+use super::evidence::{self, Distrust};
+use super::http::{Answer, Request};
+use super::session::{self, Full, Session, Sessions};
+use super::state::{Kept, State, StateError};
+use super::{BrokerError, Settings};
+use crate::audit::{AuditError, AuditLog};
+use crate::control::events::{Event, Events};
+use crate::rcar::enrolment::{ACTIVATE, Activate, Challenge as Credential, ENROL, Enrol};
+use crate::rcar::{self, ATTEST, AUTH, Attestation, COOKIE, Challenge, ErrorInformation, RESOURCE, jwe};
+use crate::tpm::attest::{self, RsaPublic};
+use crate::tpm::credential;
+
+/// Strangers must not fill the audit log: of what is refused, one is told in this time, with the number of the others.
+const REFUSALS_EVERY: Duration = Duration::from_secs(1);
+
+/// The service of a broker.
+#[derive(Debug)]
+pub(super) struct Service {
+    state: State,
+    makers: Makers,
+    sessions: Sessions,
+    audit: AuditLog,
+    events: Events,
+    refusals: Mutex<Refusals>,
+}
+
+#[derive(Debug, Default)]
+struct Refusals {
+    told: Option<Instant>,
+    suppressed: u64,
+}
+
+/// What is answered instead.
+#[derive(Debug, thiserror::Error)]
+enum Refusal {
+    #[error("there is nothing at this path")]
+    NoPath,
+    #[error("the request is not understood")]
+    Request,
+    #[error("this is a broker for TPMs: {0:?} is another kind of host")]
+    Tee(String),
+    #[error("the session is not known, was used, or is too old")]
+    Session,
+    #[error("the evidence is for another session's nonce")]
+    Nonce,
+    #[error("no host is enrolled with this attestation key")]
+    UnknownKey,
+    #[error(transparent)]
+    Distrust(#[from] Distrust),
+    #[error("this host may not have this resource")]
+    NotPermitted,
+    #[error("there is no such resource")]
+    NoResource,
+    #[error(transparent)]
+    Enrolment(#[from] Unknown),
+    #[error("the credential was not opened: the two keys are not in one TPM")]
+    Credential,
+    #[error("too many hosts are being answered")]
+    Full,
+    /// The broker's own trouble, which is told in its log alone.
+    #[error("the broker cannot do it; its log tells why")]
+    Broker(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+impl Refusal {
+    fn status(&self) -> u16 {
+        match self {
+            Self::NoPath | Self::NoResource => 404,
+            Self::Request | Self::Tee(_) => 400,
+            Self::Session | Self::Nonce | Self::Distrust(_) => 401,
+            Self::UnknownKey | Self::NotPermitted | Self::Enrolment(_) | Self::Credential => 403,
+            Self::Full => 503,
+            Self::Broker(_) => 500,
+        }
+    }
+
+    /// As KBS names kinds of errors: by a URL.
+    fn kind(&self) -> &'static str {
+        match self.status() {
+            401 => "https://github.com/confidential-containers/kbs/errors/AttestationFailed",
+            403 => "https://github.com/confidential-containers/kbs/errors/PolicyDeny",
+            404 => "https://github.com/confidential-containers/kbs/errors/NotFound",
+            _ => "https://github.com/confidential-containers/kbs/errors/RequestFailed",
+        }
+    }
+}
+
+impl From<StateError> for Refusal {
+    fn from(error: StateError) -> Self {
+        Self::Broker(error.into())
+    }
+}
+
+impl From<AuditError> for Refusal {
+    fn from(error: AuditError) -> Self {
+        Self::Broker(error.into())
+    }
+}
+
+impl From<Full> for Refusal {
+    fn from(_: Full) -> Self {
+        Self::Full
+    }
+}
+
+/// Who asks, as far as it is known.
+struct Caller {
+    peer: SocketAddr,
+    host: Option<String>,
+}
+
+impl Caller {
+    fn fields(&self, more: Value) -> Value {
+        let mut fields = Map::new();
+        if let Some(host) = &self.host {
+            fields.insert("host".into(), host.as_str().into());
+        }
+        fields.insert("peer".into(), self.peer.to_string().into());
+        if let Value::Object(more) = more {
+            fields.extend(more);
+        }
+        Value::Object(fields)
+    }
+}
+
+impl Service {
+    pub(super) fn new(settings: &Settings, state: State, audit: AuditLog) -> Result<Self, BrokerError> {
+        state.read()?;
+        Ok(Self {
+            state,
+            makers: Makers::read(settings.endorsement_authorities.as_deref())?,
+            sessions: Sessions::new(settings.session_lifetime()),
+            audit,
+            events: Events::default(),
+            refusals: Mutex::default(),
+        })
+    }
+
+    /// Answers a request.
+    pub(super) fn answer(&self, peer: SocketAddr, request: &Request) -> Answer {
+        let mut caller = Caller { peer, host: None };
+        let answer = match (request.method.as_str(), request.path.as_str()) {
+            ("POST", AUTH) => self.challenge(request),
+            ("POST", ATTEST) => self.attest(request, &mut caller),
+            ("POST", ENROL) => self.enrol(request, &mut caller),
+            ("POST", ACTIVATE) => self.activate(request, &mut caller),
+            ("GET", path) => match path.strip_prefix(RESOURCE) {
+                Some(path) => self.resource(request, path, &mut caller),
+                None => Err(Refusal::NoPath),
+            },
+            _ => Err(Refusal::NoPath),
+        };
+        answer.unwrap_or_else(|refusal| {
+            self.refused(&caller, &refusal);
+            let information = ErrorInformation {
+                error_type: refusal.kind().to_owned(),
+                detail: refusal.to_string(),
+            };
+            Answer::new(refusal.status(), &information)
+        })
+    }
+
+    fn challenge(&self, request: &Request) -> Result<Answer, Refusal> {
+        let request: rcar::Request = parse(request)?;
+        if request.tee != rcar::TEE {
+            return Err(Refusal::Tee(crate::keys::harmless(&request.tee, 32)));
+        }
+        let nonce = session::random().map_err(|e| Refusal::Broker(e.into()))?;
+        let challenged = Session::Challenged { nonce: nonce.clone() };
+        let id = self.sessions.begin(challenged)?;
+        let challenge = Challenge {
+            nonce,
+            extra_params: "".into(),
+        };
+        Ok(Answer::new(200, &challenge).with_cookie(COOKIE, &id))
+    }
+
+    fn attest(&self, request: &Request, caller: &mut Caller) -> Result<Answer, Refusal> {
+        let id = session_of(request).ok_or(Refusal::Session)?;
+        let Some(Session::Challenged { nonce }) = self.sessions.take(id) else {
+            return Err(Refusal::Session);
+        };
+        let Attestation {
+            runtime_data,
+            tee_evidence,
+            ..
+        } = parse(request)?;
+        if runtime_data.nonce != nonce {
+            return Err(Refusal::Nonce);
+        }
+        let evidence = tee_evidence.primary_evidence;
+        let kept = self.state.read()?;
+        let (name, key) = known(&kept, &evidence.spki().map_err(Distrust::from)?)?;
+        caller.host = Some(name.to_owned());
+        let reference = kept.references.get(&kept.hosts[name].reference);
+        let reference = reference.ok_or(Distrust::NoReference)?;
+        let report_data = runtime_data
+            .report_data(&Value::Null)
+            .expect("the default is a hash that there is");
+        evidence::check(&evidence, &report_data, &key, reference)?;
+        let attested = Session::Attested {
+            host: name.to_owned(),
+            key: runtime_data.tee_pubkey,
+        };
+        self.sessions.put(id.to_owned(), attested)?;
+        Ok(Answer::new(200, &rcar::Token { token: id.to_owned() }))
+    }
+
+    fn resource(&self, request: &Request, path: &str, caller: &mut Caller) -> Result<Answer, Refusal> {
+        // One attestation is for one release.
+        let attested = session_of(request).and_then(|id| self.sessions.take(id));
+        let Some(Session::Attested { host, key }) = attested else {
+            return Err(Refusal::Session);
+        };
+        caller.host = Some(host.clone());
+        let path = path
+            .trim_start_matches('/')
+            .parse()
+            .map_err(|_| Refusal::NoResource)?;
+        let kept = self.state.read()?;
+        // It may have been removed since.
+        let permitted = kept
+            .hosts
+            .get(&host)
+            .is_some_and(|host| host.resources.contains(&path));
+        if !permitted {
+            return Err(Refusal::NotPermitted);
+        }
+        let sealed = kept.resources.get(&path).ok_or(Refusal::NoResource)?;
+        let secret = self.state.unseal(&path, sealed)?;
+        let response = jwe::seal(&key, &secret).map_err(|e| match e {
+            jwe::JweError::Form(_) => Refusal::Request,
+            e => Refusal::Broker(e.into()),
+        })?;
+        self.record(Event::ResourceReleased, caller, json!({ "resource": path }))?;
+        Ok(Answer::new(200, &response))
+    }
+
+    fn enrol(&self, request: &Request, caller: &mut Caller) -> Result<Answer, Refusal> {
+        let request: Enrol<'_> = parse(request)?;
+        let kept = self.state.read()?;
+        let host = kept.hosts.get(&request.host);
+        let candidate = self.makers.check(&request, host)?;
+        caller.host = Some(request.host.clone());
+        let mut secret = Zeroizing::new([0; 32]);
+        getrandom::fill(&mut secret[..]).map_err(|e| Refusal::Broker(e.into()))?;
+        let name = attest::name(&candidate.attestation);
+        let credential = credential::make(&candidate.endorsement_key, &name, &secret)
+            .map_err(|e| Refusal::Broker(e.into()))?;
+        let session = self.sessions.begin(Session::Enrolling {
+            host: request.host,
+            endorsement: candidate.endorsement,
+            attestation: BASE64_STANDARD.encode(candidate.attestation),
+            secret,
+        })?;
+        let challenge = Credential {
+            session,
+            credential: BASE64_STANDARD.encode(credential.object),
+            secret: BASE64_STANDARD.encode(credential.secret),
+        };
+        Ok(Answer::new(200, &challenge))
+    }
+
+    fn activate(&self, request: &Request, caller: &mut Caller) -> Result<Answer, Refusal> {
+        let request: Activate<'_> = parse(request)?;
+        let Some(Session::Enrolling {
+            host: name,
+            endorsement,
+            attestation,
+            secret,
+        }) = self.sessions.take(&request.session)
+        else {
+            return Err(Refusal::Session);
+        };
+        caller.host = Some(name.clone());
+        let opened = BASE64_STANDARD
+            .decode(request.secret)
+            .map(Zeroizing::new)
+            .map_err(|_| Refusal::Request)?;
+        if !bool::from(opened[..].ct_eq(&secret[..])) {
+            return Err(Refusal::Credential);
+        }
+        self.record(Event::HostEnrolled, caller, json!({ "endorsement": endorsement }))?;
+        self.state.change(|kept| {
+            let host = kept.hosts.get_mut(&name).ok_or(Unknown::Host)?;
+            // Somebody may have enrolled with the same token meanwhile.
+            if host.attestation.is_some() && host.token.is_none() {
+                return Err(Refusal::from(Unknown::Token));
+            }
+            host.endorsement = Some(endorsement);
+            host.attestation = Some(attestation);
+            host.token = None;
+            Ok(())
+        })?;
+        Ok(Answer::new(200, &json!({})))
+    }
+
+    fn record(&self, event: Event, caller: &Caller, more: Value) -> Result<(), AuditError> {
+        let fields = caller.fields(more);
+        self.audit.record(event, &fields)?;
+        self.events.tell(event, &fields);
+        Ok(())
+    }
+
+    fn refused(&self, caller: &Caller, refusal: &Refusal) {
+        if let Refusal::Broker(cause) = refusal {
+            tracing::error!(peer = %caller.peer, %cause, "a host is not answered");
+        }
+        let suppressed = {
+            let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
+            if refusals.told.is_some_and(|told| told.elapsed() < REFUSALS_EVERY) {
+                refusals.suppressed += 1;
+                return;
+            }
+            refusals.told = Some(Instant::now());
+            std::mem::take(&mut refusals.suppressed)
+        };
+        let more = json!({ "message": refusal.to_string(), "suppressed": suppressed });
+        if let Err(error) = self.record(Event::HostRefused, caller, more) {
+            tracing::error!(%error, "what was refused is not in the audit log");
+        }
+    }
+}
+
+fn parse<'a, T: Deserialize<'a>>(request: &'a Request) -> Result<T, Refusal> {
+    serde_json::from_slice(&request.body).map_err(|_| Refusal::Request)
+}
+
+/// The session that a request is of: by its cookie, or by the token that stands for it.
+fn session_of(request: &Request) -> Option<&str> {
+    let cookies = request.cookie.as_deref().unwrap_or_default().split(';');
+    let mut named = cookies.filter_map(|cookie| cookie.trim().strip_prefix(COOKIE)?.strip_prefix('='));
+    named
+        .next()
+        .or_else(|| request.authorization.as_deref()?.strip_prefix("Bearer "))
+}
+
+/// The host whose attestation key it is, with that key's TPMT_PUBLIC.
+fn known<'a>(kept: &'a Kept, spki: &[u8]) -> Result<(&'a str, Vec<u8>), Refusal> {
+    let of = |text: &str| {
+        let public = BASE64_STANDARD.decode(text).ok()?;
+        let key = RsaPublic::attestation(&public).ok()?;
+        (key.spki() == spki).then_some(public)
+    };
+    let mut found = kept
+        .hosts
+        .iter()
+        .filter_map(|(name, host)| Some((name.as_str(), of(host.attestation.as_deref()?)?)));
+    found.next().ok_or(Refusal::UnknownKey)
+}

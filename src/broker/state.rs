@@ -1,0 +1,257 @@
+//! What a broker keeps: one file that is replaced atomically, so that the verbs that change it and the broker that serves
+//! need not know of each other.
+//!
+//! ```text
+//! master.key    32 bytes, under which resources are sealed (AES-256-GCM, bound to their paths)
+//! broker.json   resources, hosts, reference values
+//! audit.log     what was released and refused
+//! ```
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+
+use crate::keys::arena::{ArenaError, SecretBytes};
+use crate::keys::private::{self, Forbid};
+use crate::keys::wrap::{self, KEK_LEN, Kek};
+use crate::rcar::{ResourcePath, unhex};
+
+/// Sets sealed resources apart from all else that a key might ever authenticate.
+const LABEL: &[u8] = b"sealblk broker resource\0";
+
+/// A state directory.
+#[derive(Debug)]
+pub struct State {
+    dir: PathBuf,
+    master: Kek,
+}
+
+/// All that is kept, but secrets in clear.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Kept {
+    /// By path: sealed, in base64.
+    pub resources: BTreeMap<ResourcePath, String>,
+    /// By name.
+    pub hosts: BTreeMap<String, Host>,
+    /// By name.
+    pub references: BTreeMap<String, Reference>,
+}
+
+/// A host that may be, or is, known by its TPM.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Host {
+    /// Which reference values it has to have.
+    pub reference: String,
+    /// What it may get.
+    pub resources: Vec<ResourcePath>,
+    /// The SHA-256 of its endorsement key (SubjectPublicKeyInfo), if that was named, or is known since it was enrolled.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub endorsement: Option<String>,
+    /// Its attestation key: TPMT_PUBLIC, in base64. None before it was enrolled.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attestation: Option<String>,
+    /// What it enrols with, once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token: Option<Token>,
+}
+
+/// A token for one enrolment.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Token {
+    /// Its SHA-256.
+    pub sha256: String,
+    /// Until when it can be used, in seconds since 1970.
+    pub until: u64,
+}
+
+/// What registers have to hold: one of these values, for each that counts.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Reference(pub BTreeMap<u8, Vec<String>>);
+
+impl Reference {
+    /// The registers that count, each with the values that it may have.
+    pub fn registers(&self) -> impl Iterator<Item = (u8, impl Iterator<Item = [u8; 32]>)> {
+        self.0
+            .iter()
+            .map(|(register, values)| (*register, values.iter().filter_map(|value| unhex(value))))
+    }
+}
+
+/// Why the state cannot be used or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// The file system.
+    #[error("cannot {action} {}", path.display())]
+    Io {
+        /// "read", "write" …
+        action: &'static str,
+        /// The file or directory.
+        path: PathBuf,
+        /// The answer.
+        source: io::Error,
+    },
+    /// Somebody has edited it, or others could have.
+    #[error("{} cannot be used; restore it from a backup", path.display())]
+    Unusable {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// There is no memory for keys.
+    #[error("this host cannot hold the broker's keys")]
+    Arena(#[from] ArenaError),
+    /// Something of that name is there.
+    #[error("there is a {what} called {name:?} already")]
+    Exists {
+        /// "host" or "resource".
+        what: &'static str,
+        /// Its name.
+        name: String,
+    },
+    /// Nothing of that name is there.
+    #[error("there is no {what} called {name:?}")]
+    Unknown {
+        /// "host", "resource" or "set of reference values".
+        what: &'static str,
+        /// Its name.
+        name: String,
+    },
+    /// A name that cannot be one.
+    #[error("{0:?} cannot be a name: up to 64 letters, digits, '-', '_' and '.' are possible")]
+    Name(String),
+    /// A register with its value.
+    #[error(
+        "{0:?} is no register's value: REGISTER=DIGITS is wanted, with 64 hexadecimal digits, as in 7=65ca…"
+    )]
+    Register(String),
+}
+
+impl State {
+    /// Opens a state directory; one that is not there is made, with a new master key.
+    ///
+    /// # Errors
+    /// [`StateError`].
+    pub fn open(dir: &Path) -> Result<Self, StateError> {
+        let io = |action, path: &Path| {
+            let path = path.to_owned();
+            move |source| StateError::Io { action, path, source }
+        };
+        private::ensure_dir(dir).map_err(io("make", dir))?;
+        let path = dir.join("master.key");
+        if !path.try_exists().map_err(io("look for", &path))? {
+            let new = SecretBytes::random(KEK_LEN)?;
+            match private::create(&path, &new) {
+                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+                created => created.map_err(io("make", &path))?,
+            }
+        }
+        for (path, forbid) in [(dir, Forbid::Write), (&path, Forbid::All)] {
+            let metadata = fs::metadata(path).map_err(io("look at", path))?;
+            private::check(path, &metadata, forbid).map_err(|e| unusable(path, e))?;
+        }
+        let mut file = File::open(&path).map_err(io("open", &path))?;
+        let len = file.metadata().map_err(io("look at", &path))?.len();
+        let mut master = SecretBytes::zeroed(len.min(2 * KEK_LEN as u64) as usize)?;
+        io::Read::read_exact(&mut file, &mut master).map_err(io("read", &path))?;
+        let master = Kek::new(master).map_err(|e| unusable(&path, e))?;
+        Ok(Self {
+            dir: dir.to_owned(),
+            master,
+        })
+    }
+
+    /// What is kept now.
+    ///
+    /// # Errors
+    /// [`StateError`].
+    pub fn read(&self) -> Result<Kept, StateError> {
+        let path = self.file();
+        match fs::read(&path) {
+            Ok(json) => serde_json::from_slice(&json).map_err(|e| unusable(&path, e)),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Kept::default()),
+            Err(source) => Err(StateError::Io {
+                action: "read",
+                path,
+                source,
+            }),
+        }
+    }
+
+    /// Changes what is kept; nobody else does meanwhile.
+    ///
+    /// # Errors
+    /// [`StateError`], and those of `change`; nothing is changed then.
+    pub fn change<T, E: From<StateError>>(
+        &self,
+        change: impl FnOnce(&mut Kept) -> Result<T, E>,
+    ) -> Result<T, E> {
+        let io = |action, path: PathBuf| move |source| StateError::Io { action, path, source };
+        let lock = File::open(&self.dir).map_err(io("open", self.dir.clone()))?;
+        flock(&lock, FlockOperation::LockExclusive).map_err(|e| io("lock", self.dir.clone())(e.into()))?;
+        let mut kept = self.read()?;
+        let done = change(&mut kept)?;
+        let json = serde_json::to_vec_pretty(&kept).expect("texts are JSON");
+        private::replace(&self.file(), &json).map_err(io("write", self.file()))?;
+        Ok(done)
+    }
+
+    /// A new resource: a random key.
+    ///
+    /// # Errors
+    /// [`StateError`].
+    pub fn seal_new(&self, path: &ResourcePath) -> Result<String, StateError> {
+        let secret = SecretBytes::random(KEK_LEN)?;
+        let sealed = wrap::seal(&self.master, &associated(path), &secret)?;
+        Ok(BASE64_STANDARD.encode(sealed))
+    }
+
+    /// A resource in clear.
+    ///
+    /// # Errors
+    /// [`StateError`].
+    pub fn unseal(&self, path: &ResourcePath, sealed: &str) -> Result<SecretBytes, StateError> {
+        let sealed = BASE64_STANDARD
+            .decode(sealed)
+            .map_err(|e| unusable(&self.file(), e))?;
+        wrap::open(&self.master, &associated(path), &sealed).map_err(|e| unusable(&self.file(), e))
+    }
+
+    fn file(&self) -> PathBuf {
+        self.dir.join("broker.json")
+    }
+}
+
+/// A resource's path does not get longer than what is said of it here: the label, and the rest.
+fn associated(path: &ResourcePath) -> Vec<u8> {
+    [LABEL, path.as_ref().as_bytes()].concat()
+}
+
+fn unusable(path: &Path, source: impl std::error::Error + Send + Sync + 'static) -> StateError {
+    StateError::Unusable {
+        path: path.to_owned(),
+        source: Box::new(source),
+    }
+}
+
+/// Checks a host's name, or that of reference values.
+///
+/// # Errors
+/// [`StateError::Name`].
+pub fn check_name(name: &str) -> Result<(), StateError> {
+    let fits = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
+    match (1..=64).contains(&name.len()) && name.bytes().all(fits) {
+        true => Ok(()),
+        false => Err(StateError::Name(name.to_owned())),
+    }
+}

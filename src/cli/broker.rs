@@ -1,0 +1,316 @@
+//! `sealblk broker`: releases keys to hosts that prove, by their TPMs, what they have booted.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use base64::Engine;
+use base64::prelude::BASE64_URL_SAFE_NO_PAD;
+use clap::{Args, Subcommand};
+use sha2::{Digest, Sha256};
+
+use super::failure::Failure;
+use super::{Host, output};
+use crate::broker::state::{self, Kept, Reference, Token, check_name};
+use crate::broker::{Broker as Server, Settings, State, StateError};
+use crate::keys::arena::SecretBytes;
+use crate::keys::private;
+use crate::rcar::{ResourcePath, hex, unhex};
+
+/// Where the broker's settings are, if nobody says otherwise.
+const DEFAULT_SETTINGS: &str = "/etc/sealblk/broker.toml";
+/// How long a token for an enrolment can be used.
+const TOKEN_LIFETIME: Duration = Duration::from_secs(24 * 3600);
+
+const AFTER_HELP: &str = "\
+Examples:
+  sealblk --config broker.toml broker resource add sealblk/kek/1
+  sealblk --config broker.toml broker reference set node --pcr 7=DIGITS --pcr 11=DIGITS
+  sealblk --config broker.toml broker host enrol node1 --reference node \\
+      --resource sealblk/kek/1 --token-file node1.token
+  sealblk --config broker.toml broker serve
+
+--config names the broker's settings [default: /etc/sealblk/broker.toml]:
+  listen = \"[::]:8700\"
+  certificate = \"/etc/sealblk/broker.pem\"
+  key = \"/etc/sealblk/broker.key\"
+  state-dir = \"/var/lib/sealblk-broker\"
+  endorsement-authorities = \"/etc/sealblk/tpm-makers.pem\"
+
+Changes are in force at once, also in a broker that serves.";
+
+/// Release keys to hosts that prove by their TPMs what they have booted
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub(super) struct Broker {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Answer hosts, until SIGTERM
+    Serve,
+    /// The keys that are released
+    #[command(subcommand)]
+    Resource(Resource),
+    /// The hosts that are known
+    #[command(subcommand)]
+    Host(HostVerb),
+    /// What hosts have to have booted
+    #[command(subcommand)]
+    Reference(ReferenceVerb),
+}
+
+#[derive(Debug, Subcommand)]
+enum Resource {
+    /// Make a new key
+    Add {
+        /// Its path, REPOSITORY/TYPE/TAG
+        path: ResourcePath,
+    },
+    /// List the paths of the keys
+    List,
+    /// Destroy a key: what only it opens is lost
+    Remove {
+        /// Its path
+        path: ResourcePath,
+        /// The same path again
+        #[arg(long, value_name = "PATH")]
+        confirm: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum HostVerb {
+    /// Let a host make its TPM known, once; a host that is known is let anew
+    Enrol(Enrol),
+    /// List the hosts, and whether each is enrolled
+    List,
+    /// Forget a host: it gets no key any more
+    Remove {
+        /// Its name
+        name: String,
+    },
+}
+
+#[derive(Debug, Args)]
+struct Enrol {
+    /// The host's name, here
+    name: String,
+    /// Which reference values it has to have
+    #[arg(long, value_name = "NAME")]
+    reference: String,
+    /// What it may get; once for each
+    #[arg(long = "resource", value_name = "PATH", required = true)]
+    resources: Vec<ResourcePath>,
+    /// Where to write the token that it enrols with, within a day
+    #[arg(long, value_name = "FILE", required_unless_present = "endorsement_key")]
+    token_file: Option<PathBuf>,
+    /// The SHA-256 of its TPM's endorsement key, where it is known: no token and no certificate is needed then
+    #[arg(long, value_name = "DIGITS", value_parser = digest)]
+    endorsement_key: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+enum ReferenceVerb {
+    /// Set what registers have to hold
+    Set {
+        /// What to call them
+        name: String,
+        /// A register of the SHA-256 bank with a value that it may have; again for others, or for another value
+        #[arg(long = "pcr", value_name = "REGISTER=DIGITS", required = true)]
+        pcrs: Vec<String>,
+    },
+    /// Show what registers have to hold
+    Show,
+}
+
+fn digest(text: &str) -> Result<String, String> {
+    match unhex(text) {
+        Some(bytes) => Ok(hex(&bytes)),
+        None => Err("64 hexadecimal digits are wanted".to_owned()),
+    }
+}
+
+impl Broker {
+    pub(super) fn run(self, host: &Host) -> Result<(), Failure> {
+        let path = host.config.clone().unwrap_or_else(|| DEFAULT_SETTINGS.into());
+        let settings = Settings::read(&path).map_err(crate::broker::BrokerError::from)?;
+        if let Verb::Serve = self.verb {
+            return Server::new(settings)?.run().map_err(Failure::Host);
+        }
+        let state = State::open(&settings.state_dir)?;
+        match self.verb {
+            Verb::Serve => unreachable!("it was taken out above"),
+            Verb::Resource(verb) => verb.run(&state),
+            Verb::Host(HostVerb::Enrol(enrol)) => enrol.run(&state),
+            Verb::Host(HostVerb::List) => output::print(&hosts(&state.read()?)),
+            Verb::Host(HostVerb::Remove { name }) => {
+                Ok(state.change(|kept| match kept.hosts.remove(&name) {
+                    Some(_) => Ok(()),
+                    None => Err(unknown("host", &name)),
+                })?)
+            }
+            Verb::Reference(verb) => verb.run(&state),
+        }
+    }
+}
+
+fn unknown(what: &'static str, name: &str) -> StateError {
+    let name = name.to_owned();
+    StateError::Unknown { what, name }
+}
+
+impl Resource {
+    fn run(self, state: &State) -> Result<(), Failure> {
+        match self {
+            Self::Add { path } => Ok(state.change(|kept| {
+                if kept.resources.contains_key(&path) {
+                    let name = path.to_string();
+                    return Err(StateError::Exists {
+                        what: "resource",
+                        name,
+                    });
+                }
+                let sealed = state.seal_new(&path)?;
+                kept.resources.insert(path, sealed);
+                Ok(())
+            })?),
+            Self::List => {
+                let kept = state.read()?;
+                output::print(
+                    &kept
+                        .resources
+                        .keys()
+                        .map(|path| format!("{path}\n"))
+                        .collect::<String>(),
+                )
+            }
+            Self::Remove { path, confirm } if confirm != path.as_ref() => {
+                let wanted = path.to_string();
+                Err(Failure::Confirm { wanted })
+            }
+            Self::Remove { path, .. } => Ok(state.change(|kept| match kept.resources.remove(&path) {
+                Some(_) => Ok(()),
+                None => Err(unknown("resource", path.as_ref())),
+            })?),
+        }
+    }
+}
+
+impl Enrol {
+    fn run(self, state: &State) -> Result<(), Failure> {
+        check_name(&self.name)?;
+        let token = match &self.token_file {
+            Some(path) => Some(new_token(path)?),
+            None => None,
+        };
+        state.change(|kept| {
+            if !kept.references.contains_key(&self.reference) {
+                return Err(unknown("set of reference values", &self.reference));
+            }
+            if let Some(path) = self
+                .resources
+                .iter()
+                .find(|path| !kept.resources.contains_key(path))
+            {
+                return Err(unknown("resource", path.as_ref()));
+            }
+            let host = state::Host {
+                reference: self.reference,
+                resources: self.resources,
+                endorsement: self.endorsement_key,
+                attestation: None,
+                token,
+            };
+            kept.hosts.insert(self.name, host);
+            Ok(())
+        })?;
+        Ok(())
+    }
+}
+
+/// Writes a new token to a file, and gives what is kept of it.
+fn new_token(path: &std::path::Path) -> Result<Token, Failure> {
+    let random = SecretBytes::random(24).map_err(StateError::from)?;
+    let mut text = SecretBytes::zeroed(32).map_err(StateError::from)?;
+    BASE64_URL_SAFE_NO_PAD
+        .encode_slice(&*random, &mut text)
+        .expect("24 bytes are 32 characters");
+    private::create(path, &text).map_err(|source| Failure::Make {
+        path: path.to_owned(),
+        source,
+    })?;
+    let until = SystemTime::now() + TOKEN_LIFETIME;
+    Ok(Token {
+        sha256: hex(&Sha256::digest(&*text)),
+        until: until.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+    })
+}
+
+fn hosts(kept: &Kept) -> String {
+    let mut rows = vec![[
+        "NAME".to_owned(),
+        "ENROLLED".into(),
+        "REFERENCE".into(),
+        "RESOURCES".into(),
+        "ENDORSEMENT KEY".into(),
+    ]];
+    for (name, host) in &kept.hosts {
+        let enrolled = if host.attestation.is_some() { "yes" } else { "no" };
+        let resources: Vec<_> = host.resources.iter().map(AsRef::as_ref).collect();
+        rows.push([
+            name.clone(),
+            enrolled.to_owned(),
+            host.reference.clone(),
+            resources.join(", "),
+            host.endorsement.clone().unwrap_or_else(|| "-".to_owned()),
+        ]);
+    }
+    output::table(&rows)
+}
+
+impl ReferenceVerb {
+    fn run(self, state: &State) -> Result<(), Failure> {
+        match self {
+            Self::Set { name, pcrs } => {
+                check_name(&name)?;
+                let reference = reference(&pcrs)?;
+                Ok(state.change(|kept| {
+                    kept.references.insert(name, reference);
+                    Ok::<_, StateError>(())
+                })?)
+            }
+            Self::Show => {
+                let kept = state.read()?;
+                let mut text = String::new();
+                for (name, reference) in &kept.references {
+                    text += &format!("{name}\n");
+                    for (register, values) in &reference.0 {
+                        for value in values {
+                            text += &format!("  {register}={value}\n");
+                        }
+                    }
+                }
+                output::print(&text)
+            }
+        }
+    }
+}
+
+fn reference(pcrs: &[String]) -> Result<Reference, StateError> {
+    let mut registers = BTreeMap::<u8, Vec<String>>::new();
+    for text in pcrs {
+        let parsed = text.split_once('=').and_then(|(register, value)| {
+            let register = register
+                .parse()
+                .ok()
+                .filter(|register| *register < crate::tpm::pcr::COUNT)?;
+            Some((register, hex(&unhex(value)?)))
+        });
+        let (register, value) = parsed.ok_or_else(|| StateError::Register(text.clone()))?;
+        registers.entry(register).or_default().push(value);
+    }
+    Ok(Reference(registers))
+}

@@ -1,0 +1,470 @@
+//! The trusted provider, with swtpm and our broker. The messages of a host that is none of ours are those of kbs-types.
+
+use std::error::Error;
+use std::fs;
+use std::io::{Read, Write};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use kbs_types::{
+    Attestation, Challenge, CompositeEvidence, ErrorInformation, Response, RuntimeData, Tee, TeePubKey,
+};
+use sealblk::keys::arena::SecretBytes;
+use sealblk::keys::registry::RegistryError;
+use sealblk::keys::{Binding, KeyError, KeyId, KeyProvider, KeyReason};
+use sealblk::rcar::jwe::OneTimeKey;
+use sealblk::rcar::{self, Evidence};
+use sealblk::tpm::attest::{AttestationKey, RsaPublic};
+use sealblk::tpm::pcr::Selection;
+use sealblk::tpm::{Device, Tpm};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256, Sha384};
+use uuid::Uuid;
+
+use crate::broker::{Broker, Host, RESOURCE, nobody};
+use crate::common::serve::{SEALBLK, Server};
+use crate::common::swtpm::Swtpm;
+use crate::common::volume::{Volume, run};
+use crate::mock::{Mock, Stream};
+use crate::{certificates, conformance};
+
+fn binding(key_id: &KeyId) -> Binding<'_> {
+    Binding {
+        volume: Uuid::from_u128(1),
+        provider: "trusted",
+        key_id,
+        keyslot: 0,
+    }
+}
+
+fn unwrap(provider: &dyn KeyProvider, key_id: &KeyId, wrapped: &[u8]) -> Result<(), KeyError> {
+    provider.unwrap(&binding(key_id), wrapped).map(drop)
+}
+
+/// Why no key is to be had, with what lies under that.
+#[track_caller]
+fn refusal(host: &Host) -> (KeyReason, String) {
+    told(host.provider().check().unwrap_err())
+}
+
+fn told(error: KeyError) -> (KeyReason, String) {
+    let mut causes = String::new();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        causes += &format!("{error}; ");
+        cause = error.source();
+    }
+    (error.reason, causes)
+}
+
+#[track_caller]
+fn assert_refused(host: &Host, reason: KeyReason, words: &str) {
+    let (found, causes) = refusal(host);
+    assert!(found == reason && causes.contains(words), "{found:?}: {causes}");
+}
+
+#[track_caller]
+fn assert_not_enrolled(done: Result<(), RegistryError>, words: &str) {
+    let Err(RegistryError::Key(error)) = done else {
+        panic!("{done:?}");
+    };
+    let (reason, causes) = told(error);
+    assert!(
+        reason == KeyReason::Refused && causes.contains(words),
+        "{reason:?}: {causes}"
+    );
+}
+
+#[test]
+fn conforms() {
+    let tpm = Swtpm::new();
+    let broker = Broker::start(&tpm);
+    let host = Host::enrolled(&tpm, &broker);
+    conformance::run(&*host.provider());
+    assert_eq!(broker.audit("HostEnrolled").len(), 1);
+}
+
+#[test]
+fn a_storm_makes_one_attestation_and_without_hold_each_use_is_one() {
+    let tpm = Swtpm::new();
+    let broker = Broker::start(&tpm);
+    let host = Host::enrolled(&tpm, &broker);
+    let provider = host.provider();
+    thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| provider.create_kek().unwrap());
+        }
+    });
+    assert_eq!(broker.audit("ResourceReleased").len(), 1);
+    let fresh = host.other(|settings| settings.hold = 0).provider();
+    let made: Vec<_> = (0..3).map(|_| fresh.create_kek().unwrap()).collect();
+    assert_eq!(broker.audit("ResourceReleased").len(), 4);
+    assert_eq!(broker.audit("ResourceReleased")[3]["resource"], RESOURCE);
+    // What one made the other opens.
+    let secret = SecretBytes::random(32).unwrap();
+    let wrapped = fresh.wrap(&binding(&made[0]), &secret).unwrap();
+    unwrap(&*provider, &made[0], &wrapped).unwrap();
+}
+
+#[test]
+fn a_register_that_differs_is_named_until_it_is_expected() {
+    let tpm = Swtpm::new();
+    let broker = Broker::start(&tpm);
+    let host = Host::enrolled(&tpm, &broker);
+    host.provider().check().unwrap();
+    // One that does not count.
+    tpm.extend(16);
+    host.provider().check().unwrap();
+    tpm.extend(7);
+    assert_refused(&host, KeyReason::Attestation, "PCR 7 differs");
+    let told = broker.audit("HostRefused");
+    let message = told[0]["message"].as_str().unwrap();
+    assert!(
+        told[0]["host"] == "node1" && message.contains("PCR 7 differs"),
+        "{told:?}"
+    );
+    broker.expect_state_of(&tpm);
+    host.provider().check().unwrap();
+}
+
+#[test]
+fn another_attestation_key_is_refused_also_one_of_the_same_tpm() {
+    let tpm = Swtpm::new();
+    let broker = Broker::start(&tpm);
+    let host = Host::enrolled(&tpm, &broker);
+    let stranger = Host::stranger(&tpm, &broker);
+    assert_refused(
+        &stranger,
+        KeyReason::Refused,
+        "no host is enrolled with this attestation key",
+    );
+    // The key of another TPM does not even load.
+    let other = Swtpm::new();
+    let moved = host.other(|settings| settings.tpm = Device::from(other.device()));
+    assert_eq!(refusal(&moved).0, KeyReason::Attestation);
+    broker.does(&["host", "remove", "node1"]);
+    assert_refused(
+        &host,
+        KeyReason::Refused,
+        "no host is enrolled with this attestation key",
+    );
+}
+
+#[test]
+fn enrolment_takes_a_token_and_a_makers_tpm_or_a_named_one() {
+    let tpm = Swtpm::new();
+    let broker = Broker::start(&tpm);
+    let host = Host::stranger(&tpm, &broker);
+    let wrong = || SecretBytes::take(&mut [b'x'; 32]).unwrap();
+    assert_not_enrolled(host.enrol(Some(&wrong())), "no host of this name");
+    let token = broker.token("node1");
+    assert_not_enrolled(host.enrol(None), "the token is not this host's");
+    assert_not_enrolled(host.enrol(Some(&wrong())), "the token is not this host's");
+    host.enrol(Some(&token)).unwrap();
+    assert_not_enrolled(
+        host.enrol(Some(&token)),
+        "the token is not this host's, or was used",
+    );
+    host.provider().check().unwrap();
+
+    // One of a maker that the broker does not know, until its endorsement key is named.
+    let other = Swtpm::new();
+    let foreign = Host::stranger(&other, &broker);
+    let token = broker.token("node1");
+    assert_not_enrolled(foreign.enrol(Some(&token)), "not one of a maker that is known");
+    let public = Tpm::open(&Device::from(other.device()))
+        .unwrap()
+        .endorsement_key()
+        .unwrap()
+        .public;
+    let spki = RsaPublic::endorsement(&public).unwrap().spki();
+    let digest = rcar::hex(&Sha256::digest(&spki));
+    broker.does(&[
+        "host",
+        "enrol",
+        "node1",
+        "--reference",
+        "node",
+        "--resource",
+        RESOURCE,
+        "--endorsement-key",
+        &digest,
+    ]);
+    assert_not_enrolled(host.enrol(None), "not the one that was named");
+    foreign.enrol(None).unwrap();
+    foreign.provider().check().unwrap();
+    assert_not_enrolled(foreign.enrol(None), "the token is not this host's, or was used");
+}
+
+/// A host by kbs-types, with the attestation key of ours.
+struct Foreign<'a> {
+    broker: &'a Broker,
+    tpm: Tpm,
+    key: AttestationKey,
+}
+
+impl<'a> Foreign<'a> {
+    fn new(broker: &'a Broker, tpm: &Swtpm, host: &Host) -> Self {
+        let key = host.state.path().join("providers/trusted/attestation.key");
+        Self {
+            broker,
+            tpm: Tpm::open(&Device::from(tpm.device())).unwrap(),
+            key: serde_json::from_slice(&fs::read(key).unwrap()).unwrap(),
+        }
+    }
+
+    fn challenge(&self) -> (String, Challenge) {
+        let request = kbs_types::Request {
+            version: "0.4.0".to_owned(),
+            tee: Tee::Tpm,
+            extra_params: json!(""),
+        };
+        let body = serde_json::to_string(&request).unwrap();
+        let (status, cookie, body) = self.broker.request("POST /kbs/v0/auth", &body);
+        assert_eq!(status, 200);
+        (cookie.unwrap(), serde_json::from_value(body).unwrap())
+    }
+
+    fn attestation(&mut self, nonce: &str, key: &OneTimeKey) -> Attestation {
+        let tee_pubkey: TeePubKey =
+            serde_json::from_value(serde_json::to_value(key.public()).unwrap()).unwrap();
+        let runtime_data = RuntimeData {
+            nonce: nonce.to_owned(),
+            tee_pubkey,
+        };
+        // As Trustee canonicalises it: names in their order.
+        let value: Value = serde_json::to_value(&runtime_data).unwrap();
+        let of = |name: &str| value["tee-pubkey"][name].clone();
+        let ordered = json!({
+            "nonce": nonce,
+            "tee-pubkey": { "alg": of("alg"), "crv": of("crv"), "kty": of("kty"), "x": of("x"), "y": of("y") },
+        });
+        let mut report_data = [0; 64];
+        report_data[..48].copy_from_slice(&Sha384::digest(ordered.to_string()));
+        let quote = self.tpm.quote(&self.key, &report_data, Selection::ALL).unwrap();
+        let spki = RsaPublic::attestation(&self.key.public).unwrap().spki();
+        let evidence = Evidence::new(&quote, &report_data, &spki);
+        Attestation {
+            init_data: None,
+            runtime_data,
+            tee_evidence: CompositeEvidence {
+                primary_evidence: serde_json::to_value(evidence).unwrap(),
+                additional_evidence: String::new(),
+            },
+        }
+    }
+
+    fn attest(&self, cookie: &str, attestation: &Attestation) -> Result<(), String> {
+        let body = serde_json::to_string(attestation).unwrap();
+        let head = format!("POST /kbs/v0/attest\nCookie: {cookie}");
+        let (status, _, body) = self.broker.request(&head, &body);
+        match status {
+            200 => Ok(()),
+            401 => Err(serde_json::from_value::<ErrorInformation>(body).unwrap().detail),
+            status => panic!("{status}: {body}"),
+        }
+    }
+}
+
+#[test]
+fn hosts_by_kbs_types_are_served_and_replays_are_refused() {
+    let tpm = Swtpm::new();
+    let broker = Broker::start(&tpm);
+    let host = Host::enrolled(&tpm, &broker);
+    let mut foreign = Foreign::new(&broker, &tpm, &host);
+
+    let (cookie, challenge) = foreign.challenge();
+    let key = OneTimeKey::new().unwrap();
+    let attestation = foreign.attestation(&challenge.nonce, &key);
+    foreign.attest(&cookie, &attestation).unwrap();
+    let get = format!("GET /kbs/v0/resource/{RESOURCE}");
+    let (status, _, body) = broker.request(&format!("{get}\nCookie: {cookie}"), "");
+    assert_eq!(status, 200, "{body}");
+    let response: Response = serde_json::from_value(body.clone()).unwrap();
+    assert_eq!(
+        (response.protected.alg.as_str(), response.protected.enc.as_str()),
+        ("ECDH-ES+A256KW", "A256GCM")
+    );
+    let resource = key.open(&serde_json::from_value(body).unwrap()).unwrap();
+    assert_eq!(resource.len(), 32);
+    // One attestation is for one release.
+    assert_eq!(broker.request(&format!("{get}\nCookie: {cookie}"), "").0, 401);
+
+    // The same once more, in the same session and in a new one.
+    let again = foreign.attest(&cookie, &attestation).unwrap_err();
+    assert!(again.contains("the session is not known, was used"), "{again}");
+    let (cookie, _) = foreign.challenge();
+    let again = foreign.attest(&cookie, &attestation).unwrap_err();
+    assert!(again.contains("another session's nonce"), "{again}");
+    // The new nonce is lost by that. And the old quote under another one.
+    let again = foreign.attest(&cookie, &attestation).unwrap_err();
+    assert!(again.contains("was used"), "{again}");
+    let (cookie, challenge) = foreign.challenge();
+    let mut replayed = attestation.clone();
+    replayed.runtime_data.nonce = challenge.nonce;
+    let again = foreign.attest(&cookie, &replayed).unwrap_err();
+    assert!(again.contains("it is replayed"), "{again}");
+
+    // Altered in each part that counts.
+    let mut altered = |alter: &dyn Fn(&mut Value)| {
+        let (cookie, challenge) = foreign.challenge();
+        let mut attestation = foreign.attestation(&challenge.nonce, &OneTimeKey::new().unwrap());
+        alter(&mut attestation.tee_evidence.primary_evidence);
+        foreign.attest(&cookie, &attestation).unwrap_err()
+    };
+    let flip = |value: &mut Value| {
+        let text = value.as_str().unwrap();
+        let at = text.len() / 2;
+        let other = if &text[at..=at] == "A" { "B" } else { "A" };
+        *value = format!("{}{other}{}", &text[..at], &text[at + 1..]).into();
+    };
+    let told = altered(&|evidence| flip(&mut evidence["tpm_quote"]["message"]));
+    assert!(
+        told.contains("not signed by this host's attestation key"),
+        "{told}"
+    );
+    let told = altered(&|evidence| flip(&mut evidence["tpm_quote"]["signature"]));
+    assert!(
+        told.contains("not signed by this host's attestation key"),
+        "{told}"
+    );
+    let told = altered(&|evidence| evidence["tpm_quote"]["pcrs"][7] = "ab".repeat(32).into());
+    assert!(told.contains("not those that the TPM has signed"), "{told}");
+    let told = altered(&|evidence| drop(evidence["tpm_quote"]["pcrs"].as_array_mut().unwrap().pop()));
+    assert!(told.contains("24 registers"), "{told}");
+}
+
+#[test]
+fn a_nonce_expires() {
+    let tpm = Swtpm::new();
+    let broker = Broker::with(&tpm, "server", 1);
+    let host = Host::enrolled(&tpm, &broker);
+    let mut foreign = Foreign::new(&broker, &tpm, &host);
+    let (cookie, challenge) = foreign.challenge();
+    let attestation = foreign.attestation(&challenge.nonce, &OneTimeKey::new().unwrap());
+    thread::sleep(Duration::from_millis(1100));
+    let late = foreign.attest(&cookie, &attestation).unwrap_err();
+    assert!(late.contains("too old"), "{late}");
+}
+
+#[test]
+fn what_is_not_there_or_not_permitted_is_told_apart() {
+    let tpm = Swtpm::new();
+    let broker = Broker::start(&tpm);
+    let host = Host::enrolled(&tpm, &broker);
+    broker.does(&["resource", "add", "sealblk/kek/2"]);
+    let other = host.other(|settings| settings.resource = "sealblk/kek/2".parse().unwrap());
+    assert_refused(&other, KeyReason::Refused, "may not have this resource");
+    let key_id = host.provider().create_kek().unwrap();
+    broker.does(&["resource", "remove", RESOURCE, "--confirm", RESOURCE]);
+    assert_refused(&host, KeyReason::Missing, "no such resource");
+    // One of the same path is another key.
+    broker.does(&["resource", "add", RESOURCE]);
+    let wrapped = vec![1; 64];
+    let error = unwrap(&*host.provider(), &key_id, &wrapped).unwrap_err();
+    assert_eq!(error.reason, KeyReason::Unauthentic);
+}
+
+#[test]
+fn brokers_that_are_away_or_not_trusted() {
+    let tpm = Swtpm::new();
+    let mut broker = Broker::start(&tpm);
+    let host = Host::enrolled(&tpm, &broker);
+    let failover = host.other(|settings| settings.addresses.insert(0, nobody()));
+    failover.provider().check().unwrap();
+    let distrust = host.other(|settings| settings.ca = certificates::directory().join("stranger.pem"));
+    assert_eq!(refusal(&distrust).0, KeyReason::Untrusted);
+    let expired = Broker::with(&tpm, "expired-server", 60);
+    let old = host.other(|settings| settings.addresses = vec![expired.address()]);
+    assert_eq!(refusal(&old).0, KeyReason::Untrusted);
+    broker.stop();
+    assert_eq!(refusal(&host).0, KeyReason::Unreachable);
+    broker.run();
+    host.provider().check().unwrap();
+}
+
+#[test]
+fn hostile_answers_are_garbled() {
+    let tpm = Swtpm::new();
+    let cases: [(&'static str, KeyReason); 8] = [
+        ("", KeyReason::Garbled),
+        ("SSH-2.0-OpenSSH_9.2\r\n", KeyReason::Garbled),
+        (
+            "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{\"nonce\"",
+            KeyReason::Garbled,
+        ),
+        (
+            "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}",
+            KeyReason::Garbled,
+        ),
+        (
+            "HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n{\"nonce\":\"n\"}",
+            KeyReason::Garbled,
+        ),
+        (
+            "HTTP/1.1 200 OK\r\nSet-Cookie: a=b\r\nContent-Length: 62\r\n\r\n\
+             {\"nonce\":\"n\",\"extra-params\":{\"selected-hash-algorithm\":\"md5\"}}",
+            KeyReason::Garbled,
+        ),
+        (
+            "HTTP/1.1 200 OK\r\nSet-Cookie: a=b\r\nContent-Length: 13\r\n\r\n{\"nonce\":\"n\"}",
+            KeyReason::Garbled,
+        ),
+        (
+            "HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n",
+            KeyReason::Failed,
+        ),
+    ];
+    for (answer, reason) in cases {
+        let mock = Mock::start(move |stream: &mut Stream| {
+            let _ = stream.read(&mut [0; 16 << 10]);
+            let _ = stream.write_all(answer.as_bytes());
+        });
+        let host = Host::with(sealblk::keys::trusted::Settings {
+            addresses: vec![format!("https://{}", mock.address())],
+            ca: certificates::directory().join("ca.pem"),
+            resource: RESOURCE.parse().unwrap(),
+            tpm: Device::from(tpm.device()),
+            hold: 0,
+            timeout: 5,
+        });
+        let (found, causes) = refusal(&host);
+        assert_eq!(found, reason, "{answer:?}: {causes}");
+    }
+}
+
+#[test]
+fn a_disk_of_a_host_that_has_booted_something_else_is_locked_until_that_is_expected() {
+    let tpm = Swtpm::new();
+    let broker = Broker::start(&tpm);
+    let host = Host::enrolled(&tpm, &broker);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    let state = host.state.path().display().to_string();
+    run(std::process::Command::new(SEALBLK)
+        .args(["--state-dir", &state, "create", "--size", "64M"])
+        .arg(&path));
+    tpm.extend(11);
+    let volume = Volume::at(dir, path, vec!["--state-dir".into(), state]);
+    let control = volume.beside("control");
+    let server = Server::of(volume, &["--control-socket", control.to_str().unwrap()]);
+    let status = || -> Value {
+        let mut command = std::process::Command::new(SEALBLK);
+        let output = run(command
+            .args(["status", "--json", "--control-socket"])
+            .arg(&control));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let locked = status();
+    assert_eq!(locked["state"], "locked");
+    assert_eq!(locked["lock"]["reason"], "attestation");
+    assert_eq!(locked["lock"]["hop"], broker.address());
+    assert!(locked["lock"].to_string().contains("PCR 11 differs"), "{locked}");
+    broker.expect_state_of(&tpm);
+    let started = Instant::now();
+    while status()["state"] != "open" {
+        assert!(started.elapsed() < Duration::from_secs(60), "{}", status());
+        thread::sleep(Duration::from_millis(50));
+    }
+    drop(server);
+}
