@@ -22,6 +22,8 @@ use crate::keys::private::{self, Forbid};
 use crate::keys::wrap::{self, KEK_LEN, Kek};
 use crate::rcar::{ResourcePath, unhex};
 
+/// The file of everything but the master key.
+const KEPT: &str = "broker.json";
 /// Sets sealed resources apart from all else that a key might ever authenticate.
 const LABEL: &[u8] = b"sealblk broker resource\0";
 
@@ -43,6 +45,11 @@ pub struct Kept {
     /// By name.
     pub references: BTreeMap<String, Reference>,
 }
+
+/// What the master key sealed is there, and the key is not.
+#[derive(Debug, thiserror::Error)]
+#[error("it is gone, and the resources were sealed under it")]
+struct NoMaster;
 
 /// A host that may be, or is, known by its TPM.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -150,6 +157,11 @@ impl State {
         private::ensure_dir(dir).map_err(io("make", dir))?;
         let path = dir.join("master.key");
         if !path.try_exists().map_err(io("look for", &path))? {
+            // With a new key, what is sealed would be lost as soon as something is sealed beside it.
+            let kept = dir.join(KEPT);
+            if kept.try_exists().map_err(io("look for", &kept))? {
+                return Err(unusable(&path, NoMaster));
+            }
             let new = SecretBytes::random(KEK_LEN)?;
             match private::create(&path, &new) {
                 Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
@@ -228,7 +240,7 @@ impl State {
     }
 
     fn file(&self) -> PathBuf {
-        self.dir.join("broker.json")
+        self.dir.join(KEPT)
     }
 }
 
@@ -253,5 +265,32 @@ pub fn check_name(name: &str) -> Result<(), StateError> {
     match (1..=64).contains(&name.len()) && name.bytes().all(fits) {
         true => Ok(()),
         false => Err(StateError::Name(name.to_owned())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_master_key_that_is_gone_is_not_replaced_while_something_is_sealed_under_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        let state = State::open(dir).unwrap();
+        let path: ResourcePath = "a/b/c".parse().unwrap();
+        let sealed = state.seal_new(&path).unwrap();
+        state
+            .change(|kept| -> Result<_, StateError> {
+                Ok(kept.resources.insert(path.clone(), sealed.clone()))
+            })
+            .unwrap();
+        let (key, away) = (dir.join("master.key"), dir.join("away"));
+        fs::rename(&key, &away).unwrap();
+        assert!(matches!(State::open(dir), Err(StateError::Unusable { .. })));
+        assert!(!key.exists());
+        fs::rename(&away, &key).unwrap();
+        let state = State::open(dir).unwrap();
+        state.unseal(&path, &sealed).unwrap();
+        assert!(state.unseal(&"a/b/d".parse().unwrap(), &sealed).is_err());
     }
 }
