@@ -355,14 +355,16 @@ fn callers_that_send_nonsense_or_nothing_keep_nobody_out() {
     assert!(String::from_utf8(listed).unwrap().contains("usable"));
 }
 
-/// The kernel tells when a process has ended, whatever ended it.
+/// The kernel tells when a process has ended, whatever ended it. Guests outlive the agent, which knows of them when it is back.
 #[test]
 fn served_volumes_are_known_until_their_processes_end() {
-    let agent = Agent::new("");
+    let mut agent = Agent::new("");
     let [one, two] = [(); 2].map(|()| Server::of(agent.volume(), &[]));
-    let listed =
-        || -> Value { serde_json::from_slice(&run(&mut agent.verb(&["list", "--json"])).stdout).unwrap() };
-    let disks = listed()["disks"].as_array().unwrap().clone();
+    let before = list(&agent);
+    agent.restart();
+    let listed = || list(&agent);
+    assert_eq!(listed(), before);
+    let disks = before["disks"].as_array().unwrap().clone();
     let processes: Vec<_> = disks
         .iter()
         .map(|disk| disk["process"].as_u64().unwrap())
@@ -389,6 +391,27 @@ fn served_volumes_are_known_until_their_processes_end() {
     );
     let text = String::from_utf8(run(&mut agent.verb(&["list"])).stdout).unwrap();
     assert!(text.starts_with("volume") && text.lines().count() == 1, "{text}");
+}
+
+/// A volume that is rekeyed while it is served is listed under its new key, and the agent lets go of the old one.
+#[test]
+fn served_volume_that_is_rekeyed_is_listed_under_its_new_key() {
+    let agent = Agent::new("");
+    let volume = agent.volume();
+    let control = volume.beside("control").display().to_string();
+    let server = Server::of(volume, &["--control-socket", &control]);
+    let key = || list(&agent)["disks"][0]["keyId"].clone();
+    let before = key();
+    run(&mut agent.verb(&["rekey", "--control-socket", &control]));
+    let disk = server.volume().path.display().to_string();
+    let info: Value =
+        serde_json::from_slice(&run(&mut agent.verb(&["info", "--json", &disk])).stdout).unwrap();
+    assert_ne!(key(), before);
+    assert!(info.to_string().contains(&key().to_string()), "{info}");
+}
+
+fn list(agent: &Agent) -> Value {
+    serde_json::from_slice(&run(&mut agent.verb(&["list", "--json"])).stdout).unwrap()
 }
 
 /// As after a reboot of a host. `ATTACHES` asks for more than the few that there is time for.

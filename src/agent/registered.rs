@@ -2,11 +2,17 @@
 //!
 //! A process registers a volume by having its key released to serve it, and nothing has to be told when it ends: the kernel
 //! knows. With the last volume under a KEK, the KEK goes.
+//!
+//! Guests outlive the agent, so each registration is also a file, `served/UUID.PROCESS.json` in the state directory: an agent
+//! that is restarted knows what is being served, and what ended meanwhile. A process is told from a later one of the same
+//! number by when it was started.
 
 use std::collections::HashMap;
+use std::fs;
+use std::io;
 use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -15,14 +21,28 @@ use uuid::Uuid;
 
 use crate::control::peer::Peer;
 use crate::keys::KeyId;
+use crate::keys::private;
 use crate::moment::Moment;
 
 /// The most volumes that are watched: each takes a descriptor. The KEKs of others go when their time has come.
 const MAX_VOLUMES: usize = 8192;
 
 /// All of them.
+#[derive(Debug)]
+pub(super) struct Registered {
+    dir: PathBuf,
+    all: Mutex<All>,
+}
+
 #[derive(Debug, Default)]
-pub(super) struct Registered(Mutex<HashMap<(Uuid, i32), Registration>>);
+struct All {
+    served: HashMap<Place, Registration>,
+    /// Those that ended while no agent was there to see it.
+    ended: Vec<Registrant>,
+}
+
+/// A volume, and a process.
+type Place = (Uuid, i32);
 
 #[derive(Debug)]
 struct Registration {
@@ -45,39 +65,96 @@ pub struct Registrant {
     pub user: u32,
     /// See [`Registrant::user`].
     pub process: i32,
-    /// Since when, as RFC 3339 has it.
-    pub since: String,
+    /// Since when.
+    pub since: Moment,
     /// Until when its KEK was good, if it came from what is kept for a reboot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub grace: Option<Moment>,
+}
+
+/// What a registration's file holds.
+#[derive(Serialize, Deserialize)]
+struct Filed {
+    #[serde(flatten)]
+    volume: Registrant,
+    identity: Identity,
+}
+
+/// Which of all processes that ever have a number.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Identity {
+    /// The kernel's `boot_id`.
+    boot: Uuid,
+    /// In clock ticks after the boot (proc_pid_stat(5), `starttime`).
+    started: u64,
+}
+
+impl Identity {
+    fn of(process: i32) -> io::Result<Self> {
+        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+        let boot = boot.trim().parse().map_err(io::Error::other)?;
+        let stat = fs::read_to_string(format!("/proc/{process}/stat"))?;
+        // The name is in parentheses, and may hold some; the state, which is the third field, comes next.
+        let fields = stat.rsplit_once(')').map(|(_, fields)| fields.split_whitespace());
+        let started = fields
+            .and_then(|mut fields| fields.nth(22 - 3)?.parse().ok())
+            .ok_or(io::ErrorKind::InvalidData)?;
+        Ok(Self { boot, started })
+    }
 }
 
 impl Registrant {
     fn kek(&self) -> (&str, &KeyId) {
         (&self.provider, &self.key_id)
     }
+
+    fn place(&self) -> Place {
+        (self.volume, self.process)
+    }
+}
+
+impl All {
+    fn any_under(&self, kek: (&str, &KeyId)) -> bool {
+        self.served
+            .values()
+            .any(|registration| registration.volume.kek() == kek)
+    }
 }
 
 impl Registered {
-    /// Takes note that `peer` serves `volume`. A process that has ended by now is none to wait for.
+    /// What the state directory `state_dir` says is being served, of which all that has ended is told by
+    /// [`Registered::take_ended`]. If it cannot be read, it is told in the log.
+    pub(super) fn open(state_dir: &Path) -> Self {
+        let dir = state_dir.join("served");
+        let mut all = All::default();
+        let files = private::ensure_dir(&dir).and_then(|()| fs::read_dir(&dir));
+        match files {
+            Ok(files) => {
+                for path in files.flatten().map(|file| file.path()) {
+                    all.take_up(&path);
+                }
+            }
+            Err(error) => {
+                tracing::warn!(%error, "{}: what is being served is not known after a restart", dir.display());
+            }
+        }
+        Self {
+            dir,
+            all: Mutex::new(all),
+        }
+    }
+
+    /// Takes note that `peer` serves `volume`, and gives back the KEK that no volume is served under any more, if it was
+    /// served under another before. A process that has ended by now is none to wait for.
     pub(super) fn add(
         &self,
         peer: &Peer,
         volume: Uuid,
         (provider, key_id): (&str, &KeyId),
         grace: Option<Moment>,
-    ) {
+    ) -> Option<Registrant> {
         // Should the number be another process' by now, the KEK is kept until its time has come.
-        let Some(ending) =
-            Pid::from_raw(peer.process).and_then(|process| pidfd_open(process, PidfdFlags::empty()).ok())
-        else {
-            return;
-        };
-        let mut registered = self.lock();
-        let place = (volume, peer.process);
-        if registered.len() >= MAX_VOLUMES && !registered.contains_key(&place) {
-            return;
-        }
+        let ending = wait_for(peer.process)?;
         let volume = Registrant {
             volume,
             provider: provider.to_owned(),
@@ -85,17 +162,95 @@ impl Registered {
             user: peer.user,
             process: peer.process,
             grace,
-            since: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
+            since: Moment::now(),
         };
-        registered.insert(place, Registration { volume, ending });
+        let place = volume.place();
+        let mut all = self.lock();
+        if all.served.len() >= MAX_VOLUMES && !all.served.contains_key(&place) {
+            return None;
+        }
+        if let Err(error) = self.file(&volume) {
+            tracing::warn!(%error, "{}: this volume is forgotten when the agent is restarted", volume.volume);
+        }
+        let before = all.served.insert(place, Registration { volume, ending })?;
+        (!all.any_under(before.volume.kek())).then_some(before.volume)
     }
 
     /// Those whose process has ended since the last call, each with whether it was the last one under its KEK.
     pub(super) fn take_ended(&self) -> Vec<(Registrant, bool)> {
-        let mut registered = self.lock();
-        let mut fds: Vec<PollFd<'_>> = Vec::with_capacity(registered.len());
-        let mut places = Vec::with_capacity(registered.len());
-        for (place, registration) in registered.iter() {
+        let mut all = self.lock();
+        let mut gone = std::mem::take(&mut all.ended);
+        for place in all.ended_places() {
+            gone.extend(all.served.remove(&place).map(|registration| registration.volume));
+        }
+        for volume in &gone {
+            // One that stays is taken up by the next agent, and found to have ended.
+            let _ = fs::remove_file(self.path(volume.place()));
+        }
+        gone.into_iter()
+            .map(|volume| {
+                let last = !all.any_under(volume.kek());
+                (volume, last)
+            })
+            .collect()
+    }
+
+    /// All of them, by the time since when they are served.
+    pub(super) fn list(&self) -> Vec<Registrant> {
+        let all = self.lock();
+        let served = all.served.values();
+        let mut list: Vec<_> = served.map(|registration| registration.volume.clone()).collect();
+        list.sort_by_key(|volume| (volume.since, volume.volume));
+        list
+    }
+
+    /// Writes a registration down. The host's crash ends the process as well, so nothing has to be on the storage.
+    fn file(&self, volume: &Registrant) -> io::Result<()> {
+        let identity = Identity::of(volume.process)?;
+        let path = self.path(volume.place());
+        let new = path.with_extension("new");
+        let filed = Filed {
+            volume: volume.clone(),
+            identity,
+        };
+        fs::write(&new, serde_json::to_vec(&filed)?)?;
+        fs::rename(&new, &path)
+    }
+
+    fn path(&self, (volume, process): Place) -> PathBuf {
+        self.dir.join(format!("{volume}.{process}.json"))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, All> {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl All {
+    /// Takes up what an earlier agent has left in the file `path`.
+    fn take_up(&mut self, path: &Path) {
+        let filed = fs::read(path)
+            .ok()
+            .and_then(|content| serde_json::from_slice::<Filed>(&content).ok());
+        let Some(Filed { volume, identity }) = filed else {
+            // An agent was killed while it wrote this.
+            let _ = fs::remove_file(path);
+            return;
+        };
+        // Looked at while it can be waited for: its number is no other process' meanwhile.
+        let ending = wait_for(volume.process);
+        match ending.filter(|_| Identity::of(volume.process).is_ok_and(|now| now == identity)) {
+            Some(ending) => drop(
+                self.served
+                    .insert(volume.place(), Registration { volume, ending }),
+            ),
+            None => self.ended.push(volume),
+        }
+    }
+
+    fn ended_places(&self) -> Vec<Place> {
+        let (mut fds, mut places) = (Vec::new(), Vec::new());
+        for (place, registration) in &self.served {
             places.push(*place);
             fds.push(PollFd::new(&registration.ending, PollFlags::IN));
         }
@@ -107,33 +262,14 @@ impl Registered {
             return Vec::new();
         }
         let ended = fds.iter().map(|fd| !fd.revents().is_empty());
-        let ended: Vec<_> = places.iter().zip(ended).filter(|(_, ended)| *ended).collect();
-        let ended: Vec<_> = ended.into_iter().map(|(place, _)| *place).collect();
-        let gone: Vec<Registrant> = ended
-            .iter()
-            .filter_map(|place| registered.remove(place))
-            .map(|registration| registration.volume)
-            .collect();
-        let left = |of: &Registrant| registered.values().any(|other| other.volume.kek() == of.kek());
-        gone.iter()
-            .map(|volume| (volume.clone(), !left(volume)))
-            .collect()
+        let places = places.into_iter().zip(ended).filter(|(_, ended)| *ended);
+        places.map(|(place, _)| place).collect()
     }
+}
 
-    /// All of them, by the time since when they are served.
-    pub(super) fn list(&self) -> Vec<Registrant> {
-        let mut list: Vec<_> = self
-            .lock()
-            .values()
-            .map(|registration| registration.volume.clone())
-            .collect();
-        list.sort_by(|one, two| (&one.since, one.volume).cmp(&(&two.since, two.volume)));
-        list
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<(Uuid, i32), Registration>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+/// A descriptor that is readable when `process` has ended.
+fn wait_for(process: i32) -> Option<OwnedFd> {
+    pidfd_open(Pid::from_raw(process)?, PidfdFlags::empty()).ok()
 }
 
 #[cfg(test)]
@@ -162,7 +298,8 @@ mod tests {
 
     #[test]
     fn a_kek_is_let_go_with_the_last_process_that_serves_a_volume_under_it() {
-        let registered = Registered::default();
+        let dir = tempfile::tempdir().unwrap();
+        let registered = Registered::open(dir.path());
         let [(first, one), (second, two)] = [process(), process()];
         let [shared, own] = ["shared", "own"].map(|id| KeyId(id.into()));
         let volumes = [(); 3].map(|()| Uuid::new_v4());
@@ -189,5 +326,63 @@ mod tests {
         // A process that has ended already cannot be waited for.
         registered.add(&one, volumes[0], ("kms", &shared), None);
         assert_eq!(registered.list(), []);
+    }
+
+    #[test]
+    fn the_next_agent_knows_what_is_served_and_what_has_ended() {
+        let dir = tempfile::tempdir().unwrap();
+        let key = KeyId("key".into());
+        let [(lives, one), (ends, two), (other, three)] = [process(), process(), process()];
+        let volumes = [(); 3].map(|()| Uuid::new_v4());
+        let list = {
+            let registered = Registered::open(dir.path());
+            for (volume, peer) in volumes.iter().zip([&one, &two, &three]) {
+                registered.add(peer, *volume, ("kms", &key), Some(Moment::from_unix(7)));
+            }
+            registered.list()
+        };
+        end(ends);
+        // A later process has the third one's number.
+        let path = dir
+            .path()
+            .join(format!("served/{}.{}.json", volumes[2], three.process));
+        let mut filed: Filed = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        filed.identity.started -= 1;
+        fs::write(&path, serde_json::to_vec(&filed).unwrap()).unwrap();
+        fs::write(dir.path().join("served/torn.new"), "{").unwrap();
+
+        let registered = Registered::open(dir.path());
+        assert_eq!(registered.list().len(), 1);
+        assert!(list.contains(&registered.list()[0]) && registered.list()[0].volume == volumes[0]);
+        let mut ended = registered.take_ended();
+        ended.sort_by_key(|(volume, _)| volume.volume != volumes[1]);
+        let ended: Vec<_> = ended
+            .into_iter()
+            .map(|(volume, last)| (volume.volume, last))
+            .collect();
+        assert_eq!(ended, [(volumes[1], false), (volumes[2], false)]);
+        end(other);
+        end(lives);
+        assert!(matches!(&*registered.take_ended(), [(_, true)]));
+        assert_eq!(fs::read_dir(dir.path().join("served")).unwrap().count(), 0);
+        assert!(Registered::open(dir.path()).take_ended().is_empty());
+    }
+
+    #[test]
+    fn a_kek_that_no_volume_is_served_under_any_more_is_told_of() {
+        let dir = tempfile::tempdir().unwrap();
+        let registered = Registered::open(dir.path());
+        let (child, peer) = process();
+        let [first, second] = [(); 2].map(|()| Uuid::new_v4());
+        let [old, new] = ["old", "new"].map(|id| KeyId(id.into()));
+        let add = |volume, key| {
+            let before = registered.add(&peer, volume, ("kms", key), None);
+            before.map(|before| before.key_id)
+        };
+        assert_eq!((add(first, &old), add(second, &old)), (None, None));
+        assert_eq!((add(first, &new), add(first, &new)), (None, None));
+        assert_eq!(add(second, &new), Some(old.clone()));
+        assert_eq!(registered.list().len(), 2);
+        end(child);
     }
 }

@@ -199,11 +199,11 @@ impl Service {
     pub(super) fn new(providers: SharedProviders, grants: Grants, audit: AuditLog) -> Self {
         Self {
             index: Index::of(providers.dir()),
+            registered: Registered::open(providers.dir()),
             providers,
             grants,
             audit,
             events: Events::default(),
-            registered: Registered::default(),
             certificates: Certificates::default(),
             refusals: Mutex::default(),
         }
@@ -354,8 +354,12 @@ impl Service {
                 key_id,
                 ..
             } = &binding;
-            self.registered
+            let before = self
+                .registered
                 .add(request.peer, *volume, (provider, key_id), grace);
+            if let Some(before) = before {
+                self.providers.forget(&before.provider, &before.key_id);
+            }
         }
         Ok(Answer::of(json!({ "secret": 0 })).with(pipe))
     }

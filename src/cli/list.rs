@@ -40,7 +40,7 @@ impl List {
                 disk.key_id.to_string(),
                 disk.user.to_string(),
                 disk.process.to_string(),
-                disk.since,
+                disk.since.to_string(),
                 disk.grace.map(|grace| grace.to_string()).unwrap_or_default(),
             ]
         });

@@ -265,6 +265,10 @@ impl Served {
         let bound =
             json!({ "provider": rekeyed.provider, "keyId": rekeyed.key_id, "keyslot": rekeyed.keyslot });
         self.tell(Event::DiskRekeyed, bound);
+        // The agent knows a volume by the KEK that it was opened with last.
+        if let Err(error) = self.read_header().and_then(|locked| self.opener.unlock(&locked)) {
+            tracing::warn!(%error, "the agent goes on to list this disk under the key that it had");
+        }
         Ok(Some(rekeyed))
     }
 
