@@ -9,7 +9,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -55,6 +55,7 @@ pub fn run(
     tick: Option<(Duration, &dyn Fn())>,
 ) -> io::Result<()> {
     let callers = Arc::new(Callers::default());
+    let mut ticked = Instant::now();
     let timeout = tick.map(|(interval, _)| Timespec {
         tv_sec: interval.as_secs() as i64,
         tv_nsec: interval.subsec_nanos().into(),
@@ -72,8 +73,11 @@ pub fn run(
         if ended {
             return Ok(());
         }
-        if let Some((_, tick)) = tick {
+        if let Some((interval, tick)) = tick
+            && ticked.elapsed() >= interval
+        {
             tick();
+            ticked = Instant::now();
         }
         if !called {
             continue;

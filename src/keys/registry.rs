@@ -434,17 +434,18 @@ impl Registry {
 
     /// The provider of this name, which keeps a KEK for `time_to_live` after it was fetched.
     pub(super) fn open_provider(&self, name: &str, time_to_live: Duration) -> Result<HostProvider, KeyError> {
-        match self.settings.provider.get(name) {
-            Some(source) => {
-                let source = source.open(name, &self.dir_of(name))?;
-                Ok(HostProvider::new(
-                    source,
-                    time_to_live,
-                    Revoked::of(&self.dir, name),
-                ))
-            }
-            None => Err(self.unknown(name)),
-        }
+        let source = self.look_up(name)?.open(name, &self.dir_of(name))?;
+        Ok(HostProvider::new(
+            source,
+            time_to_live,
+            Revoked::of(&self.dir, name),
+        ))
+    }
+
+    /// The settings of a provider.
+    pub(super) fn look_up(&self, name: &str) -> Result<&Source, KeyError> {
+        let source = self.settings.provider.get(name);
+        source.ok_or_else(|| self.unknown(name))
     }
 
     fn unknown(&self, name: &str) -> KeyError {

@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
 use super::arena::SecretBytes;
 use super::registry::{Entry, Registry, RegistryError};
@@ -25,7 +25,41 @@ pub struct SharedProviders {
 struct Open {
     /// Which settings these are.
     settings: Option<FileIdentity>,
-    providers: HashMap<String, Arc<HostProvider>>,
+    providers: HashMap<String, Arc<Place>>,
+}
+
+/// A provider's place. Opening one may take its time, if a TPM has its key: who comes meanwhile waits for that one alone, and
+/// gets what comes of it, the failure too.
+#[derive(Debug, Default)]
+struct Place {
+    provider: OnceLock<Arc<HostProvider>>,
+    /// Held while it is being opened: why it was not the last time, and when that was known.
+    opening: Mutex<Option<(KeyError, Instant)>>,
+}
+
+impl Place {
+    fn open(
+        &self,
+        open: impl FnOnce() -> Result<HostProvider, KeyError>,
+    ) -> Result<Arc<HostProvider>, KeyError> {
+        let came = Instant::now();
+        if let Some(provider) = self.provider.get() {
+            return Ok(Arc::clone(provider));
+        }
+        let mut failed = lock(&self.opening);
+        match (self.provider.get(), &*failed) {
+            (Some(provider), _) => return Ok(Arc::clone(provider)),
+            (None, Some((failure, known))) if *known >= came => return Err(failure.clone()),
+            _ => {}
+        }
+        match open() {
+            Ok(provider) => Ok(Arc::clone(self.provider.get_or_init(|| Arc::new(provider)))),
+            Err(failure) => {
+                *failed = Some((failure.clone(), Instant::now()));
+                Err(failure)
+            }
+        }
+    }
 }
 
 impl Open {
@@ -37,6 +71,10 @@ impl Open {
                 ..Self::default()
             };
         }
+    }
+
+    fn opened(&self, provider: &str) -> Option<&Arc<HostProvider>> {
+        self.providers.get(provider)?.provider.get()
     }
 }
 
@@ -62,8 +100,8 @@ impl SharedProviders {
 
     /// Until when the KEK that is here opens volumes, if its servers are away.
     pub fn grace(&self, provider: &str, key_id: &KeyId) -> Option<SystemTime> {
-        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.providers.get(provider)?.keks().grace(key_id)
+        let open = lock(&self.open);
+        open.opened(provider)?.keks().grace(key_id)
     }
 
     /// The state directory.
@@ -89,24 +127,23 @@ impl SharedProviders {
 
     /// Drops a KEK before its time.
     pub fn forget(&self, provider: &str, key_id: &KeyId) {
-        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(provider) = open.providers.get(provider) {
+        let open = lock(&self.open);
+        if let Some(provider) = open.opened(provider) {
             provider.keks().forget(key_id);
         }
     }
 
     /// Lets go of what the settings do not have any more.
     pub fn refresh(&self) {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut open = lock(&self.open);
         open.follow(self.settings());
     }
 
     /// Drops the KEKs whose time has come.
     pub fn drop_expired(&self) {
-        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.providers
-            .values()
-            .for_each(|provider| provider.keks().drop_expired());
+        let open = lock(&self.open);
+        let opened = open.providers.values().filter_map(|place| place.provider.get());
+        opened.for_each(|provider| provider.keks().drop_expired());
     }
 
     fn settings(&self) -> Option<FileIdentity> {
@@ -115,15 +152,21 @@ impl SharedProviders {
     }
 
     fn open_provider(&self, name: &str) -> Result<Arc<HostProvider>, KeyError> {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        self.place(name)?.open(|| {
+            let provider = self.registry(name)?.open_provider(name, self.time_to_live)?;
+            Ok(provider.with_sealed_cache(self.sealed.clone()))
+        })
+    }
+
+    /// The place of a provider that the settings have.
+    fn place(&self, name: &str) -> Result<Arc<Place>, KeyError> {
+        let mut open = lock(&self.open);
         open.follow(self.settings());
-        if let Some(provider) = open.providers.get(name) {
-            return Ok(Arc::clone(provider));
+        if let Some(place) = open.providers.get(name) {
+            return Ok(Arc::clone(place));
         }
-        let provider = self.registry(name)?.open_provider(name, self.time_to_live)?;
-        let provider = Arc::new(provider.with_sealed_cache(self.sealed.clone()));
-        open.providers.insert(name.to_owned(), Arc::clone(&provider));
-        Ok(provider)
+        self.registry(name)?.look_up(name)?;
+        Ok(Arc::clone(open.providers.entry(name.to_owned()).or_default()))
     }
 
     fn registry(&self, name: &str) -> Result<Registry, KeyError> {
@@ -140,6 +183,10 @@ impl Providers for SharedProviders {
     fn default_name(&self) -> Result<Option<String>, KeyError> {
         self.registry("")?.default_name()
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -168,5 +215,53 @@ mod tests {
         shared.provider("two").unwrap().check().unwrap();
         assert_eq!(shared.default_name().unwrap().as_deref(), Some("two"));
         assert_eq!(shared.list().unwrap().len(), 2);
+    }
+
+    /// One TPM that does not answer must not keep the other providers, or the agent's own thread, from anything.
+    #[test]
+    fn a_provider_that_is_being_opened_keeps_nobody_else_waiting() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut registry = Registry::open(dir.path()).unwrap();
+        for name in ["slow", "quick"] {
+            registry.add(name, NATIVE, false).unwrap();
+        }
+        let shared = SharedProviders::new(dir.path(), Duration::from_secs(60));
+        let slow = shared.place("slow").unwrap();
+        let away = || KeyError::new("slow", "/dev/tpmrm0", KeyReason::Host);
+        let (begun, begins) = std::sync::mpsc::channel();
+        let (end, ends) = std::sync::mpsc::channel::<()>();
+        std::thread::scope(|scope| {
+            let slow = &slow;
+            let first = scope.spawn(move || {
+                slow.open(|| {
+                    begun.send(()).unwrap();
+                    ends.recv().unwrap();
+                    Err(away())
+                })
+            });
+            begins.recv().unwrap();
+            let (here, comes) = std::sync::mpsc::channel();
+            let second = scope.spawn(move || {
+                here.send(()).unwrap();
+                slow.open(|| panic!("it gets what the first one gets"))
+            });
+            shared.provider("quick").unwrap();
+            shared.drop_expired();
+            shared.forget("slow", &KeyId("key".into()));
+            assert_eq!(shared.grace("slow", &KeyId("key".into())), None);
+            comes.recv().unwrap();
+            // That it waits cannot be seen.
+            std::thread::sleep(Duration::from_millis(200));
+            end.send(()).unwrap();
+            for opened in [first, second] {
+                assert_eq!(opened.join().unwrap().unwrap_err().reason, KeyReason::Host);
+            }
+        });
+        shared.provider("slow").unwrap();
+        assert_eq!(
+            shared.provider("none").unwrap_err().reason,
+            KeyReason::UnknownProvider
+        );
+        assert_eq!(lock(&shared.open).providers.len(), 2);
     }
 }
