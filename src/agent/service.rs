@@ -1,10 +1,7 @@
 //! What the agent answers, to whom. Each use of a key, each refusal and each failure goes to the audit log first.
 
-use std::collections::HashMap;
 use std::error::Error;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
@@ -19,6 +16,7 @@ use crate::audit::AuditLog;
 use crate::control::events::{Event, Events};
 use crate::control::peer::Peer;
 use crate::control::privilege::{Grants, Privilege};
+use crate::control::refusals::Refusals;
 use crate::control::varlink::{Answer, Interface, MethodError, Request};
 use crate::control::wire;
 use crate::keys::arena::SecretBytes;
@@ -37,9 +35,6 @@ pub(super) const MAX_KEY_ID: usize = 8192;
 pub(super) const MAX_PATH: usize = 4096;
 /// The longest wrapped secret. Memory for keys is scarce, and is taken before anything is authenticated.
 pub(super) const MAX_WRAPPED: usize = wire::MAX_SECRET + 256;
-/// How many refusals of a user are logged at once, and how often one more: whoever may do nothing could fill the log too.
-const REFUSALS: u32 = 100;
-const REFUSAL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The agent's side of its socket.
 #[derive(Debug)]
@@ -51,46 +46,7 @@ pub(super) struct Service {
     registered: Registered,
     certificates: Certificates,
     pub(super) index: Index,
-    refusals: Mutex<HashMap<u32, Refusals>>,
-}
-
-/// What was logged of a user's refusals.
-#[derive(Debug)]
-struct Refusals {
-    /// How many more may be, as of when.
-    room: u32,
-    since: Instant,
-    suppressed: u64,
-}
-
-impl Refusals {
-    fn new() -> Self {
-        Self {
-            room: REFUSALS,
-            since: Instant::now(),
-            suppressed: 0,
-        }
-    }
-
-    /// The number of refusals that were not logged before this one, or none if this one is not to be either.
-    fn admit(&mut self) -> Option<u64> {
-        let passed = self.since.elapsed().as_secs() / REFUSAL_INTERVAL.as_secs();
-        if passed > 0 {
-            self.room = u32::try_from(passed)
-                .map_or(REFUSALS, |passed| REFUSALS.min(self.room.saturating_add(passed)));
-            self.since = Instant::now();
-        }
-        match self.room.checked_sub(1) {
-            Some(room) => {
-                self.room = room;
-                Some(std::mem::take(&mut self.suppressed))
-            }
-            None => {
-                self.suppressed += 1;
-                None
-            }
-        }
-    }
+    refusals: Refusals,
 }
 
 /// [`Binding`], as the interface has it.
@@ -205,7 +161,7 @@ impl Service {
             audit,
             events: Events::default(),
             certificates: Certificates::default(),
-            refusals: Mutex::default(),
+            refusals: Refusals::default(),
         }
     }
 
@@ -429,16 +385,9 @@ impl Service {
         if self.grants.allow(peer, privilege) {
             return Ok(());
         }
-        let admitted = {
-            let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
-            refusals.entry(peer.user).or_insert_with(Refusals::new).admit()
-        };
-        if let Some(suppressed) = admitted {
-            let mut fields = with(subject, "privilege", privilege);
-            if suppressed > 0 {
-                fields = with(fields, "suppressed", suppressed);
-            }
-            self.audited(Event::KeyRefused, peer, fields)?;
+        if let Some(suppressed) = self.refusals.admit(peer.user) {
+            let fields = with(subject, "privilege", privilege);
+            self.audited(Event::KeyRefused, peer, suppressed.told_in(fields))?;
         }
         let told = json!({ "privilege": privilege, "user": peer.user });
         Err(MethodError::new(INTERFACE, "NotPermitted", told))
@@ -569,24 +518,6 @@ pub(super) fn with(mut fields: Value, name: &str, value: impl Serialize) -> Valu
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn refusals_are_logged_until_they_are_too_many_and_counted_then() {
-        let mut refusals = Refusals::new();
-        for _ in 0..REFUSALS {
-            assert_eq!(refusals.admit(), Some(0));
-        }
-        assert_eq!((refusals.admit(), refusals.admit()), (None, None));
-        refusals.since -= 3 * REFUSAL_INTERVAL;
-        assert_eq!(refusals.admit(), Some(2));
-        assert_eq!(
-            (refusals.admit(), refusals.admit(), refusals.admit()),
-            (Some(0), Some(0), None)
-        );
-        refusals.since -= 10_000 * REFUSAL_INTERVAL;
-        assert_eq!(refusals.admit(), Some(1));
-        assert_eq!(refusals.room, REFUSALS - 1);
-    }
 
     #[test]
     fn every_reason_stands_in_the_interface() {

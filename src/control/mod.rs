@@ -10,11 +10,13 @@
 //! server     callers, each with a thread, within bounds
 //! socket     where a process listens, and the signals that end it
 //! peer       who is at the other end, as the kernel knows it; privilege: what they may do
+//! refusals   which refusals are told, since some may come without end
 //! ```
 
 pub mod events;
 pub mod peer;
 pub mod privilege;
+pub mod refusals;
 pub mod server;
 pub mod socket;
 pub mod varlink;

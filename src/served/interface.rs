@@ -14,6 +14,7 @@ use crate::cipher::Sector;
 use crate::control::events::Event;
 use crate::control::peer::Peer;
 use crate::control::privilege::{Grants, Privilege};
+use crate::control::refusals::Refusals;
 use crate::control::varlink::{self, Answer, MethodError, Request};
 use crate::keys::{KeyId, KeyReason};
 
@@ -101,6 +102,7 @@ impl LockStatus {
 pub struct Interface {
     served: Arc<Served>,
     grants: Grants,
+    refusals: Refusals,
 }
 
 #[derive(Deserialize)]
@@ -115,7 +117,11 @@ type Answered = Result<Answer, MethodError>;
 impl Interface {
     /// Answers for `served` to those who have `grants`.
     pub fn new(served: Arc<Served>, grants: Grants) -> Self {
-        Self { served, grants }
+        Self {
+            served,
+            grants,
+            refusals: Refusals::default(),
+        }
     }
 
     fn status(&self) -> Answered {
@@ -184,7 +190,10 @@ impl Interface {
             self.served.tell(Event::PrivilegeUsed, used);
             return Ok(());
         }
-        self.served.tell(Event::PrivilegeRefused, used);
+        if let Some(suppressed) = self.refusals.admit(peer.user) {
+            self.served
+                .tell(Event::PrivilegeRefused, suppressed.told_in(used));
+        }
         let told = json!({ "privilege": privilege, "user": peer.user });
         Err(MethodError::new(INTERFACE, "NotPermitted", told))
     }
