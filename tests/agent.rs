@@ -5,6 +5,7 @@ mod common;
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -133,6 +134,11 @@ fn a_privilege_allows_its_calls_and_no_others() {
         on(Purpose::Check),
     );
     let create_client = agent.client(Purpose::Create);
+    let created = create_client
+        .clone()
+        .at(Path::new("/nowhere"))
+        .provider("native")
+        .unwrap();
     let calls: Vec<(&str, &[&str], Call<'_>)> = vec![
         ("Unwrap to attach", &["RegisterVM"], unwrap(Purpose::Attach)),
         ("Unwrap to access", &["Access"], unwrap(Purpose::Access)),
@@ -170,6 +176,11 @@ fn a_privilege_allows_its_calls_and_no_others() {
             "GetDefaultProvider to create",
             &["EncryptNew"],
             Box::new(|| create_client.default_name().map(drop)),
+        ),
+        (
+            "SettleBinding to create",
+            &["EncryptNew"],
+            Box::new(|| created.settle(&binding(&key_id), true)),
         ),
         (
             "PushKek",

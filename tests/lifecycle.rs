@@ -347,12 +347,81 @@ fn a_lost_list_comes_back_by_use_and_by_a_look() {
 
 #[test]
 fn a_disk_that_could_not_be_made_is_on_no_list() {
-    let host = Host::new();
-    host.create("made", &[]);
-    let args = ["create", "vm", "--size", "16777215T"];
-    host.fails(&args, STORAGE);
-    let all = host.json(&["key", "where-used", "--provider", "native", "--json"]);
-    assert_eq!(texts(&all, "path"), [host.path("made").to_str().unwrap()]);
+    for host in [Host::new(), Host::with_agent("")] {
+        host.create("made", &[]);
+        let known = || host.json(&["key", "where-used", "--provider", "native", "--json"]);
+        let only_made = || assert_eq!(texts(&known(), "path"), [host.path("made").to_str().unwrap()]);
+        // Where there is no room, and where somebody else's disk is.
+        host.fails(&["create", "vm", "--size", "16777215T"], STORAGE);
+        only_made();
+        host.fails(&["create", "made", "--size", "1M"], IN_USE);
+        only_made();
+        assert_eq!(known()[0].get("unsettled"), None);
+        host.opens("made").unwrap();
+    }
+}
+
+#[test]
+fn a_disk_whose_making_was_killed_is_on_the_list_for_an_hour() {
+    for host in [Host::new(), Host::with_agent("")] {
+        host.create("made", &[]);
+        let notes = || {
+            let entries = fs::read_dir(host.path("state/volumes")).unwrap();
+            let paths = entries.map(|entry| entry.unwrap().path());
+            let notes = paths.filter(|path| path.extension().is_some_and(|extension| extension == "json"));
+            notes.collect::<Vec<_>>()
+        };
+        let age = |note: &PathBuf, unsettled: bool| {
+            let mut known: Value = serde_json::from_slice(&fs::read(note).unwrap()).unwrap();
+            known["bound"] = "2020-02-29T12:00:00Z".into();
+            known["unsettled"] = unsettled.into();
+            fs::write(note, known.to_string()).unwrap();
+        };
+        let whole = notes().pop().unwrap();
+        // Between the noting and the writing a recovery key takes its second.
+        let mut making = host
+            .command(&["create", "vm", "--size", "1M", "--recovery-key", "recovery"])
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let started = Instant::now();
+        while notes().len() == 1 {
+            assert!(started.elapsed() < common::DEADLINE, "nothing is noted");
+            thread::sleep(Duration::from_millis(1));
+        }
+        making.kill().unwrap();
+        making.wait().unwrap();
+
+        let known = || host.json(&["key", "where-used", "--provider", "native", "--json"]);
+        let killed = |rows: &[Value]| {
+            let row = rows
+                .iter()
+                .find(|row| row["path"] == host.path("vm").to_str().unwrap());
+            row.unwrap().clone()
+        };
+        let row = killed(&known());
+        assert_eq!(
+            (&row["unsettled"], &row["standing"]),
+            (&true.into(), &"unknown".into())
+        );
+        let key = row["keyId"].as_str().unwrap().to_owned();
+        let revoke = ["key", "revoke", &key, "--provider", "native", "--dry-run"];
+        host.fails(&revoke, IN_USE);
+
+        // An hour later. A volume that says so itself stays, whatever the note says.
+        let killed_note = notes().into_iter().find(|note| *note != whole).unwrap();
+        age(&killed_note, true);
+        age(&whole, true);
+        assert_eq!(killed(&known())["standing"], "not_bound");
+        host.does(&revoke);
+        assert!(host.does(&["key", "scan"]).contains("1 notes dropped"));
+        assert_eq!(texts(&known(), "standing"), ["bound"]);
+        // So does one that is known to have come about, wherever it may be now.
+        age(&whole, false);
+        fs::rename(host.path("made"), host.path("elsewhere")).unwrap();
+        assert!(host.does(&["key", "scan"]).contains("0 notes dropped"));
+        assert_eq!(texts(&known(), "standing"), ["missing"]);
+    }
 }
 
 #[test]

@@ -19,7 +19,7 @@ use super::manage::{
 use super::registered::Registrant;
 use super::service::{
     CreateKek, DefaultProvider, INTERFACE, Kek, KeyFailure, MAX_KEY_ID, MAX_WRAPPED, NamedProvider, PushKek,
-    Unwrap, WireBinding, Wrap,
+    SettleBinding, Unwrap, WireBinding, Wrap,
 };
 use crate::control::varlink::{CallError, MethodError, call};
 use crate::control::wire::{self, Connection, WireError};
@@ -451,6 +451,22 @@ impl KeyProvider for AgentProvider {
         BASE64_STANDARD
             .decode(answer.wrapped)
             .map_err(|error| self.fail(binding.key_id, KeyReason::Garbled).because(error))
+    }
+
+    fn settle(&self, binding: &Binding<'_>, stored: bool) -> Result<(), KeyError> {
+        #[derive(Deserialize)]
+        struct Settled {}
+        // Without a place the agent has noted nothing.
+        let Some(path) = self.client.path.clone() else {
+            return Ok(());
+        };
+        let parameters = SettleBinding {
+            binding: self.on_the_wire(binding)?,
+            purpose: self.client.purpose,
+            path,
+            stored,
+        };
+        self.ask::<Settled>("SettleBinding", parameters, &[]).map(drop)
     }
 
     fn unwrap(&self, binding: &Binding<'_>, wrapped: &[u8]) -> Result<SecretBytes, KeyError> {

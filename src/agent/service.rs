@@ -91,6 +91,14 @@ pub(super) struct Wrap {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
+pub(super) struct SettleBinding {
+    pub(super) binding: WireBinding,
+    pub(super) purpose: Purpose,
+    pub(super) path: String,
+    pub(super) stored: bool,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Unwrap {
     pub(super) binding: WireBinding,
     pub(super) purpose: Purpose,
@@ -264,8 +272,24 @@ impl Service {
             .and_then(|provider| provider.wrap(&binding.binding(), &secret));
         let wrapped = self.judged(request.peer, &subject, wrapped)?;
         self.audited(Event::KeyBound, request.peer, subject)?;
-        self.note(&binding, path, Occasion::Bound);
+        self.note(&binding, path, Occasion::Announced);
         Ok(Answer::of(json!({ "wrapped": BASE64_STANDARD.encode(wrapped) })))
+    }
+
+    fn settle_binding(&self, mut request: Request<'_>) -> Answered {
+        let SettleBinding {
+            binding,
+            purpose,
+            path,
+            stored,
+        } = request.parameters()?;
+        check_lengths(&binding.provider, Some(&binding.key_id))?;
+        let subject = about(&binding, purpose);
+        self.permit_for(&request, purpose, &[Purpose::Create, Purpose::Recrypt], &subject)?;
+        if is_usable(&path) {
+            self.index.settle(&binding.binding(), Path::new(&path), stored);
+        }
+        Ok(Answer::default())
     }
 
     fn unwrap(&self, mut request: Request<'_>) -> Answered {
@@ -352,8 +376,7 @@ impl Service {
 
     /// The volume's place is what the caller says: whoever opens volumes could say anything, so it is no more than a hint.
     fn note(&self, binding: &WireBinding, path: Option<String>, occasion: Occasion) {
-        let usable = |path: &String| path.len() <= MAX_PATH && path.starts_with('/');
-        if let Some(path) = path.filter(usable) {
+        if let Some(path) = path.filter(|path| is_usable(path)) {
             self.index.note(&binding.binding(), Path::new(&path), occasion);
         }
     }
@@ -466,6 +489,7 @@ impl Interface for Service {
             "GetDefaultProvider" => self.default_provider(request),
             "CreateKek" => self.create_kek(request),
             "Wrap" => self.wrap(request),
+            "SettleBinding" => self.settle_binding(request),
             "Unwrap" => self.unwrap(request),
             "GetKekState" => self.kek_state(request),
             "CheckProvider" => self.check_provider(request),
@@ -480,6 +504,11 @@ impl Interface for Service {
             _ => return None,
         })
     }
+}
+
+/// Whether a note may name this place.
+fn is_usable(path: &str) -> bool {
+    path.len() <= MAX_PATH && path.starts_with('/')
 }
 
 pub(super) fn failure(error: &KeyError) -> MethodError {

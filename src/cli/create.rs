@@ -21,7 +21,6 @@ use crate::agent::Purpose;
 use crate::cipher::SectorSize;
 use crate::keys::registry::Backup;
 use crate::keys::{KeyProvider, Providers};
-use crate::known::Index;
 use crate::storage::{Access, Backing, Kind};
 use crate::volume::{self, Argon2Cost, CreateOptions, Locked};
 
@@ -120,11 +119,7 @@ impl Create {
                 .map(|key| (&key.passphrase, Argon2Cost::for_this_host())),
             overwrite: self.force,
         };
-        volume::create(header_io, payload.map(|disk| disk as _), &options).inspect_err(|_| {
-            if let Keys::Own(registry, _) = &keys {
-                Index::of(registry.dir()).unmade(&key_id);
-            }
-        })?;
+        volume::create(header_io, payload.map(|disk| disk as _), &options)?;
         // Read back before anybody relies on it.
         let created = Locked::open(header_io, payload)?;
         made.keep();

@@ -161,6 +161,15 @@ pub trait KeyProvider: Send + Sync + fmt::Debug {
     /// [`KeyError`], above all [`KeyReason::Missing`] if there is no such KEK.
     fn wrap(&self, binding: &Binding<'_>, secret: &SecretBytes) -> Result<Vec<u8>, KeyError>;
 
+    /// Is told what became of what was wrapped for `binding`: it is in the volume's header, or will never be. Only who keeps
+    /// a list of volumes needs to know.
+    ///
+    /// # Errors
+    /// [`KeyError`], if it does not come to know; the binding is none the worse for it.
+    fn settle(&self, _binding: &Binding<'_>, _stored: bool) -> Result<(), KeyError> {
+        Ok(())
+    }
+
     /// Unwraps what [`KeyProvider::wrap`] made for the same `binding`. `wrapped` may be anything at all.
     ///
     /// # Errors

@@ -10,6 +10,10 @@
 //! volumes/UUID.HASH.json    the volume's UUID; 16 digits of the SHA-256 of path, provider and key ID
 //! ```
 //!
+//! A binding is noted before it is stored, so that no volume is ever unknown, and settled when it is, or could not be. Where
+//! nobody came to settle it within [`SETTLED_BY`], it counts only if the volume says so itself: that is what a killed
+//! `create` leaves.
+//!
 //! Each file is replaced as a whole, so that any number of processes write them at a time, and a crash leaves the old one
 //! or the new one. No file holds a secret. There are at most [`MOST`] of them, and at most [`PLACES`] for a volume and key.
 
@@ -38,6 +42,8 @@ pub use noting::Noting;
 pub const MOST: usize = 16384;
 /// The most places of one volume under one key: whoever may open a volume could name any number.
 const PLACES: usize = 8;
+/// How long after it was announced a binding may come about. Who is later notes it anew.
+const SETTLED_BY: Duration = Duration::from_secs(3600);
 /// How long a volume's being opened is news.
 const NEWS: Duration = Duration::from_secs(60);
 /// The longest file that is read: a key ID has up to 8 KiB, a path 4 KiB.
@@ -65,12 +71,24 @@ pub struct Known {
     /// When it was last opened with it on this host, if it ever was.
     #[serde(default)]
     pub opened: Option<Moment>,
+    /// Whether nobody has said yet that the binding, which was announced, came about.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unsettled: bool,
+}
+
+impl Known {
+    /// Whether it was announced so long ago that whoever did that must have failed or been killed.
+    fn was_given_up(&self) -> bool {
+        self.unsettled && self.bound.is_none_or(|announced| announced.age() > SETTLED_BY)
+    }
 }
 
 /// What has happened to a volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Occasion {
     /// It is about to be bound to a key.
+    Announced,
+    /// It is bound to a key.
     Bound,
     /// It was opened with a key.
     Opened,
@@ -110,20 +128,15 @@ impl Index {
     /// volume stays closed for it.
     pub fn note(&self, binding: &Binding<'_>, path: &Path, occasion: Occasion) {
         let now = Moment::now();
-        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        let known = Known {
-            volume: binding.volume,
-            path: path.to_string_lossy().into_owned(),
-            provider: binding.provider.to_owned(),
-            key_id: binding.key_id.clone(),
-            keyslot: binding.keyslot,
-            bound: match occasion {
-                Occasion::Bound => Some(now),
-                Occasion::Opened => None,
-                Occasion::Found(bound) => bound,
-            },
-            opened: (occasion == Occasion::Opened).then_some(now),
+        let mut known = note_of(binding, path);
+        known.bound = match occasion {
+            Occasion::Announced | Occasion::Bound => Some(now),
+            Occasion::Opened => None,
+            Occasion::Found(bound) => bound,
         };
+        known.opened = (occasion == Occasion::Opened).then_some(now);
+        known.unsettled = occasion == Occasion::Announced;
+        let path = Path::new(&known.path).to_owned();
         match self.write(known) {
             Ok(true) => {}
             Ok(false) => tracing::warn!(
@@ -140,6 +153,22 @@ impl Index {
         }
     }
 
+    /// Takes note of what became of a binding that was announced. One that came to nothing is noted no more, unless the volume
+    /// itself says otherwise: only what nobody has settled can be taken back.
+    pub fn settle(&self, binding: &Binding<'_>, path: &Path, stored: bool) {
+        if stored {
+            return self.note(binding, path, Occasion::Bound);
+        }
+        let known = note_of(binding, path);
+        let noted = read(&self.file(&known)).filter(|noted| noted.unsettled);
+        if noted.is_some()
+            && look(&known) != Standing::Bound
+            && let Err(error) = self.forget(&known)
+        {
+            tracing::warn!(%error, "{} was not bound, and stays on the list of volumes", known.path);
+        }
+    }
+
     /// Whether there was room for it.
     fn write(&self, mut known: Known) -> io::Result<bool> {
         private::ensure_dir(&self.dir)?;
@@ -149,7 +178,10 @@ impl Index {
                 let is_news = known.opened.is_none() || earlier.opened.is_none_or(|then| then.age() > NEWS);
                 known.bound = known.bound.or(earlier.bound);
                 known.opened = known.opened.or(earlier.opened);
-                if !is_news && earlier.keyslot == known.keyslot || earlier == known {
+                // What is known for sure is not made doubtful again by who could say anything.
+                known.unsettled &= earlier.unsettled;
+                let is_same = (earlier.keyslot, earlier.unsettled) == (known.keyslot, known.unsettled);
+                if !is_news && is_same || earlier == known {
                     return Ok(true);
                 }
             }
@@ -257,6 +289,21 @@ impl Index {
             }
         }
         Ok(files)
+    }
+}
+
+/// A note that says nothing yet but what is where.
+fn note_of(binding: &Binding<'_>, path: &Path) -> Known {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    Known {
+        volume: binding.volume,
+        path: path.to_string_lossy().into_owned(),
+        provider: binding.provider.to_owned(),
+        key_id: binding.key_id.clone(),
+        keyslot: binding.keyslot,
+        bound: None,
+        opened: None,
+        unsettled: false,
     }
 }
 

@@ -59,8 +59,13 @@ impl KeyProvider for NotingProvider {
     fn wrap(&self, binding: &Binding<'_>, secret: &SecretBytes) -> Result<Vec<u8>, KeyError> {
         let wrapped = self.provider.wrap(binding, secret)?;
         // Before anything is stored: a note too many does less harm than one that is missing.
-        self.index.note(binding, &self.path, Occasion::Bound);
+        self.index.note(binding, &self.path, Occasion::Announced);
         Ok(wrapped)
+    }
+
+    fn settle(&self, binding: &Binding<'_>, stored: bool) -> Result<(), KeyError> {
+        self.index.settle(binding, &self.path, stored);
+        self.provider.settle(binding, stored)
     }
 
     fn unwrap(&self, binding: &Binding<'_>, wrapped: &[u8]) -> Result<SecretBytes, KeyError> {

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::{Index, Known, Occasion};
-use crate::keys::{Binding, KeyId};
+use crate::keys::Binding;
 use crate::storage::{Access, Backing};
 use crate::volume::{Bindings, BoundTo, HeaderError};
 
@@ -147,18 +147,6 @@ impl Index {
         }
     }
 
-    /// Drops what is noted of a KEK that was made for a volume, which was not made.
-    pub fn unmade(&self, key_id: &KeyId) {
-        let listing = self.list().unwrap_or_default();
-        for known in listing.known.iter().filter(|known| known.key_id == *key_id) {
-            if look(known) != Standing::Bound
-                && let Err(error) = self.forget(known)
-            {
-                tracing::warn!(%error, "{} was not made, and stays on the list of volumes", known.path);
-            }
-        }
-    }
-
     /// Looks at all volumes that are known and at those in `paths`, notes what they are bound to, and drops what does not
     /// hold; with `missing`, also notes of places where nothing is.
     ///
@@ -217,6 +205,10 @@ enum Found {
 impl Found {
     fn judge(&self, known: &Known) -> Standing {
         match self {
+            Found::Missing | Found::NoVolume if known.was_given_up() => Standing::NotBound,
+            Found::Volume(bindings) if bindings.uuid != known.volume && known.was_given_up() => {
+                Standing::NotBound
+            }
             Found::Volume(bindings) if bindings.uuid != known.volume => {
                 Standing::Unknown(format!("another volume is there, {}", bindings.uuid))
             }

@@ -17,7 +17,9 @@ use super::kdf::Argon2Cost;
 use super::keyslot::{self, ENCRYPTION, KEY_LEN, Sealed};
 use super::lock::LockMode;
 use super::metadata::{Config, CryptSegment, Decimal, Id, Metadata, Other, Place, Segment, SegmentSize};
-use super::ways_in::{add_token, bound_keyslot, free_keyslot, place, random_fill, recovery_keyslot};
+use super::ways_in::{
+    Announced, add_token, bound_keyslot, free_keyslot, place, random_fill, recovery_keyslot,
+};
 use crate::cipher::SectorSize;
 use crate::keys::arena::{ArenaError, SecretBytes};
 use crate::keys::{Binding, KeyId, KeyProvider};
@@ -59,7 +61,7 @@ pub fn create(
 }
 
 /// A volume that has only to be written.
-struct Plan {
+struct Plan<'a> {
     header: Header,
     key: SecretBytes,
     keyslots: Vec<(Id, Sealed)>,
@@ -67,13 +69,14 @@ struct Plan {
     end: u64,
     /// Whether a volume may be destroyed, and files are emptied first.
     overwrite: bool,
+    announced: Option<Announced<'a>>,
 }
 
-impl Plan {
+impl<'a> Plan<'a> {
     fn new(
         io: &dyn HeaderIo,
         payload: Option<&dyn HeaderIo>,
-        options: &CreateOptions<'_>,
+        options: &CreateOptions<'a>,
     ) -> Result<Self, Reason> {
         if io.read_only() || payload.is_some_and(|payload| payload.read_only()) {
             return Err(Reason::ReadOnly);
@@ -117,6 +120,7 @@ impl Plan {
         )?;
 
         let mut keyslots = Vec::new();
+        let mut announced = None;
         let mut number = free_keyslot(&header.metadata)?;
         if let Some((provider, key_id)) = options.binding {
             let binding = Binding {
@@ -125,7 +129,8 @@ impl Plan {
                 key_id,
                 keyslot: number.0,
             };
-            let (sealed, token) = bound_keyslot(&key, provider, &binding)?;
+            let (sealed, token, binding) = bound_keyslot(&key, provider, &binding)?;
+            announced = Some(binding);
             add_token(&mut header.metadata, token.into_token(number))?;
             keyslots.push((number, sealed));
             number = Id(number.0 + 1);
@@ -139,6 +144,7 @@ impl Plan {
             keyslots,
             end,
             overwrite: options.overwrite,
+            announced,
         })
     }
 
@@ -176,7 +182,11 @@ impl Plan {
             }
             payload.sync().map_err(Reason::Prepare)?;
         }
-        self.header.commit(io)?;
+        let committed = self.header.commit(io);
+        match self.announced {
+            Some(announced) => announced.settle(committed)?,
+            None => committed?,
+        };
         Ok(self.header.binary.uuid)
     }
 }

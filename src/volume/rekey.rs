@@ -130,7 +130,7 @@ impl Locked<'_> {
             key_id: &key_id,
             keyslot: keyslot.0,
         };
-        let (sealed, mut token) = bound_keyslot(volume.key(), &*provider, &binding)?;
+        let (sealed, mut token, announced) = bound_keyslot(volume.key(), &*provider, &binding)?;
 
         let mut update = self.update()?;
         let metadata = &update.header.metadata;
@@ -141,7 +141,7 @@ impl Locked<'_> {
         token.replaces = tokens.into_iter().map(|(id, ..)| id).collect();
         place(&mut update.header, keyslot, volume.key(), sealed)?.store(update.io)?;
         let id = add_token(&mut update.header.metadata, token.into_token(keyslot))?;
-        update.commit(self)?;
+        announced.settle(update.commit(self))?;
         Ok(id)
     }
 

@@ -259,14 +259,46 @@ pub(super) fn recovery_keyslot(
     Sealed::new(key, cost.to_kdf()?, passphrase).map_err(Reason::Seal)
 }
 
+/// A binding that a provider has wrapped something for. The provider is told what becomes of it: nothing, unless a commit of
+/// the header was tried.
+#[derive(Debug)]
+pub(super) struct Announced<'p> {
+    provider: &'p dyn KeyProvider,
+    binding: Binding<'p>,
+    became: Option<bool>,
+}
+
+impl Announced<'_> {
+    /// Settles it by the commit of the header that has it. One that failed may be in force all the same.
+    pub(super) fn settle<T, E>(mut self, committed: Result<T, E>) -> Result<T, E> {
+        self.became = committed.is_ok().then_some(true);
+        committed
+    }
+}
+
+impl Drop for Announced<'_> {
+    fn drop(&mut self) {
+        if let Some(stored) = self.became
+            && let Err(error) = self.provider.settle(&self.binding, stored)
+        {
+            warn!(%error, volume = %self.binding.volume, stored, "the list of volumes does not know what became of a binding");
+        }
+    }
+}
+
 /// A keyslot that a new slot secret opens, and the token that has it wrapped under the KEK of `binding`.
-pub(super) fn bound_keyslot(
+pub(super) fn bound_keyslot<'p>(
     key: &SecretBytes,
-    provider: &dyn KeyProvider,
-    binding: &Binding<'_>,
-) -> Result<(Sealed, SealblkToken), Reason> {
+    provider: &'p dyn KeyProvider,
+    binding: &Binding<'p>,
+) -> Result<(Sealed, SealblkToken, Announced<'p>), Reason> {
     let secret = SecretBytes::random(SLOT_SECRET_LEN)?;
     let wrapped = provider.wrap(binding, &secret).map_err(Reason::Wrap)?;
+    let announced = Announced {
+        provider,
+        binding: *binding,
+        became: Some(false),
+    };
     let sealed = Sealed::new(key, kdf::cheap()?, &token::passphrase_of(&secret)?).map_err(Reason::Seal)?;
     let token = SealblkToken {
         provider: binding.provider.to_owned(),
@@ -275,7 +307,7 @@ pub(super) fn bound_keyslot(
         replaces: Vec::new(),
         bound: Some(Moment::now()),
     };
-    Ok((sealed, token))
+    Ok((sealed, token, announced))
 }
 
 pub(super) fn add_token(metadata: &mut Metadata, token: super::metadata::Token) -> Result<Id, Reason> {
