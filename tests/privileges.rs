@@ -17,6 +17,7 @@ use common::agent::Agent;
 use common::serve::{SEALBLK, Server};
 use common::volume::run;
 use sealblk::agent::Purpose;
+use serde_json::Value;
 
 /// Users whom no host has: one for each privilege, in this order, and one who has none.
 const FIRST_USER: u32 = 4_200_000;
@@ -33,21 +34,31 @@ const PRIVILEGES: [&str; 7] = [
 /// What a verb takes.
 enum Takes {
     Nothing,
-    Privilege(&'static str),
-    Either(&'static str, &'static str),
+    /// One of these; who has none is told of the last.
+    AnyOf(&'static [&'static str]),
+    /// To write in the state directory, or to read there, which is the kernel's to say.
+    StateDirectory,
 }
 
-use Takes::{Either, Nothing, Privilege};
+use Takes::{AnyOf, Nothing, StateDirectory};
+
+/// Keys of which there may be several kinds of use.
+const SEES_KEYS: Takes = AnyOf(&["ManageKeys", "ReadKeyServersInfo"]);
 
 impl Takes {
     fn allows(&self, granted: Option<&str>) -> bool {
         match self {
             Nothing => true,
-            Privilege(privilege) => granted == Some(privilege),
-            Either(one, other) => granted == Some(one) || granted == Some(other),
+            AnyOf(privileges) => granted.is_some_and(|granted| privileges.contains(&granted)),
+            StateDirectory => false,
         }
     }
 }
+
+/// Verbs of another host, whose keys they are; whoever can write its state directory may all of it.
+const OF_A_BROKER: &str = "broker";
+/// What others call.
+const SERVER: &str = "agent";
 
 #[test]
 fn a_verb_takes_its_privilege_and_no_other_will_do() {
@@ -61,12 +72,13 @@ fn a_verb_takes_its_privilege_and_no_other_will_do() {
     let host = Host::new(&grants);
     let served = host.serve();
     let control = served.control.to_str().unwrap();
+    let state = &host.agent.path("state").display().to_string();
 
     let key_id = &host.agent.provider(Purpose::Create).create_kek().unwrap().0;
 
     // With the file of the user's own volume for DISK.
-    let verbs: [(&[&str], Takes); 21] = [
-        (&["create", "--size", "1M", "new"], Privilege("EncryptNew")),
+    let verbs: [(&[&str], Takes); 33] = [
+        (&["create", "--size", "1M", "new"], AnyOf(&["EncryptNew"])),
         (
             &[
                 "serve",
@@ -76,33 +88,40 @@ fn a_verb_takes_its_privilege_and_no_other_will_do() {
                 "--blk-file",
                 "DISK",
             ],
-            Privilege("RegisterVM"),
+            AnyOf(&["RegisterVM"]),
         ),
-        (&["rekey", "DISK"], Privilege("Recrypt")),
+        (&["rekey", "DISK"], AnyOf(&["Recrypt"])),
         (
             &["recovery", "add", "DISK", "--recovery-key", "recovery"],
-            Privilege("Access"),
+            AnyOf(&["Access"]),
+        ),
+        (
+            &["recovery", "remove", "DISK", "--keyslot", "1"],
+            AnyOf(&["Access"]),
+        ),
+        (
+            &["recovery", "test", "DISK", "--recovery-key", "recovery-key"],
+            Nothing,
+        ),
+        // The disk is its owner's to destroy; what it takes is to have the log tell of it.
+        (
+            &["erase", "DISK", "--confirm", "UUID"],
+            AnyOf(&["Access", "ManageKeys", "EncryptNew"]),
         ),
         (&["info", "DISK"], Nothing),
-        (&["provider", "list"], Privilege("ReadKeyServersInfo")),
-        (&["provider", "check", "native"], Privilege("ReadKeyServersInfo")),
-        (&["key", "list"], Either("ManageKeys", "ReadKeyServersInfo")),
-        (
-            &["key", "where-used", "--provider", "native"],
-            Either("ManageKeys", "ReadKeyServersInfo"),
-        ),
-        (
-            &["key", "due", "--max-age", "90d"],
-            Either("ManageKeys", "ReadKeyServersInfo"),
-        ),
-        (&["key", "scan", "DISK"], Privilege("ManageKeys")),
+        (&["provider", "list"], AnyOf(&["ReadKeyServersInfo"])),
+        (&["provider", "check", "native"], AnyOf(&["ReadKeyServersInfo"])),
+        (&["key", "list"], SEES_KEYS),
+        (&["key", "where-used", "--provider", "native"], SEES_KEYS),
+        (&["key", "due", "--max-age", "90d"], SEES_KEYS),
+        (&["key", "scan", "DISK"], AnyOf(&["ManageKeys"])),
         (
             &["key", "revoke", key_id, "--provider", "native", "--dry-run"],
-            Privilege("ManageKeys"),
+            AnyOf(&["ManageKeys"]),
         ),
         (
             &["key", "push", key_id, "--provider", "native", "--key-file", "kek"],
-            Privilege("ManageKeys"),
+            AnyOf(&["ManageKeys"]),
         ),
         (
             &[
@@ -114,33 +133,60 @@ fn a_verb_takes_its_privilege_and_no_other_will_do() {
                 "--confirm",
                 "spare",
             ],
-            Privilege("ManageKeyServers"),
+            AnyOf(&["ManageKeyServers"]),
         ),
-        (&["list"], Privilege("ReadKeyServersInfo")),
-        (&["events"], Privilege("ReadKeyServersInfo")),
+        (&["list"], AnyOf(&["ReadKeyServersInfo"])),
+        (&["events"], AnyOf(&["ReadKeyServersInfo"])),
         (&["status", "--control-socket", control], Nothing),
-        (&["lock", "--control-socket", control], Privilege("RegisterVM")),
-        (&["unlock", "--control-socket", control], Privilege("RegisterVM")),
-        (&["rekey", "--control-socket", control], Privilege("Recrypt")),
+        (&["lock", "--control-socket", control], AnyOf(&["RegisterVM"])),
+        (&["unlock", "--control-socket", control], AnyOf(&["RegisterVM"])),
+        (&["rekey", "--control-socket", control], AnyOf(&["Recrypt"])),
         (
             &["events", "--control-socket", control],
-            Privilege("ReadKeyServersInfo"),
+            AnyOf(&["ReadKeyServersInfo"]),
         ),
+        (&["provider", "add", "native", "--name", "own"], StateDirectory),
+        (&["provider", "backup", "native", "--waive"], StateDirectory),
+        (
+            &["provider", "restore", "backup", "--passphrase-file", "kek"],
+            StateDirectory,
+        ),
+        (&["provider", "seal", "native"], StateDirectory),
+        (&["provider", "enrol", "native", "--host", "here"], StateDirectory),
+        (&["provider", "attestation-key", "native"], StateDirectory),
+        (&["audit", "verify"], StateDirectory),
+        // With the state directory named, nobody is asked.
+        (&["key", "list", "--state-dir", "STATE"], StateDirectory),
+        (&["rekey", "DISK", "--state-dir", "STATE"], StateDirectory),
     ];
+    let run: Vec<&[&str]> = verbs.iter().map(|(args, _)| *args).collect();
+    let missing: Vec<_> = all_verbs()
+        .into_iter()
+        .filter(|verb| {
+            !run.iter()
+                .any(|args| args.iter().zip(verb.iter()).all(|(arg, name)| arg == name))
+        })
+        .filter(|verb| ![OF_A_BROKER, SERVER].contains(&&*verb[0]))
+        .collect();
+    assert!(missing.is_empty(), "no word on who may {missing:?}");
     for (args, takes) in &verbs {
-        for (user, granted) in (FIRST_USER..).zip(PRIVILEGES.map(Some).into_iter().chain([None])) {
+        let users = (FIRST_USER..).zip(PRIVILEGES.map(Some).into_iter().chain([None]));
+        // What takes nothing is for who has nothing to try: a privilege more does not take any away.
+        for (user, granted) in users.filter(|(_, granted)| granted.is_none() || !matches!(takes, Nothing)) {
             let ran = host.run(user, args);
             let said = String::from_utf8_lossy(&ran.stderr).into_owned();
             let what = format!("{args:?} by who has {granted:?}: {}: {said}", ran.status);
             if takes.allows(granted) {
                 assert!(ran.status.success(), "{what}");
-            } else {
-                let (Privilege(wanted) | Either(_, wanted)) = takes else {
-                    unreachable!("nothing is refused to nobody")
-                };
-                assert_eq!(ran.status.code(), Some(4), "{what}");
-                assert!(said.contains("lack") && said.contains(wanted), "{what}");
+                continue;
             }
+            let (code, words) = match takes {
+                AnyOf(privileges) => (Some(4), ["lack", privileges.last().unwrap()]),
+                StateDirectory => (ran.status.code(), ["ermission denied", state]),
+                Nothing => unreachable!("nothing is refused to nobody"),
+            };
+            assert!(!ran.status.success() && ran.status.code() == code, "{what}");
+            assert!(words.iter().all(|word| said.contains(word)), "{what}");
         }
         // Whatever it was, it did not hurt.
         host.root(&["unlock", "--control-socket", control]);
@@ -148,10 +194,46 @@ fn a_verb_takes_its_privilege_and_no_other_will_do() {
     served.server.still_serves();
 }
 
+/// Whether a verb asks no agent, even where there is one.
+fn of_the_state_directory(args: &[&str]) -> bool {
+    match args[0] {
+        "audit" => true,
+        "provider" => !["list", "check", "remove"].contains(&args[1]),
+        _ => false,
+    }
+}
+
+/// All verbs that the command line has, by its own account.
+fn all_verbs() -> Vec<Vec<String>> {
+    let mut all = Vec::new();
+    let mut left = vec![Vec::new()];
+    while let Some(verb) = left.pop() {
+        let help = run(Command::new(SEALBLK).args(&verb).arg("--help")).stdout;
+        let help = String::from_utf8(help).unwrap();
+        let listed = help.split_once("\nCommands:\n").map(|(_, rest)| rest);
+        let Some(listed) = listed.filter(|_| verb.len() < 2) else {
+            all.push(verb);
+            continue;
+        };
+        for line in listed.lines().take_while(|line| line.starts_with("  ")) {
+            // Lines that go on are set further in.
+            if let Some(name) = line[2..].split(' ').next().filter(|name| !name.is_empty())
+                && name != "help"
+            {
+                left.push([&verb[..], &[name.to_owned()]].concat());
+            }
+        }
+    }
+    assert!(all.len() > 30, "{all:?}");
+    all
+}
+
 /// A host with an agent and a binary that all users can run.
 struct Host {
     agent: Agent,
     binary: PathBuf,
+    disk: PathBuf,
+    recovery_key: PathBuf,
 }
 
 /// A disk that root serves.
@@ -175,7 +257,15 @@ impl Host {
         ]));
         let binary = agent.path("sealblk");
         fs::copy(SEALBLK, &binary).unwrap();
-        Self { agent, binary }
+        let [disk, recovery_key] = ["disk", "recovery-key"].map(|name| agent.path(name));
+        let mut create = agent.verb(&["create", "--size", "1M"]);
+        run(create.arg(&disk).arg("--recovery-key").arg(&recovery_key));
+        Self {
+            agent,
+            binary,
+            disk,
+            recovery_key,
+        }
     }
 
     fn serve(&self) -> Served {
@@ -194,20 +284,33 @@ impl Host {
     /// has begun.
     fn run(&self, user: u32, args: &[&str]) -> Output {
         let dir = tempfile::tempdir().unwrap();
-        let disk = dir.path().join("disk");
         chown(dir.path(), Some(user), Some(user)).unwrap();
+        let mut uuid = String::new();
         if args.contains(&"DISK") {
-            self.root(&["create", "--size", "1M", disk.to_str().unwrap()]);
-            chown(&disk, Some(user), Some(user)).unwrap();
+            // Each of these is its user's own; that they have a UUID in common shows to nobody.
+            for (file, copy) in [(&self.disk, "disk"), (&self.recovery_key, "recovery-key")] {
+                let copy = dir.path().join(copy);
+                fs::copy(file, &copy).unwrap();
+                chown(&copy, Some(user), Some(user)).unwrap();
+            }
+            let info = run(&mut self.agent.verb(&["info", "--json", self.disk.to_str().unwrap()]));
+            let info: Value = serde_json::from_slice(&info.stdout).unwrap();
+            uuid = info["uuid"].as_str().unwrap().to_owned();
         }
         fs::write(dir.path().join("kek"), [7; 32]).unwrap();
         let config = self.agent.path("config.toml");
         let mut command = Command::new(&self.binary);
         command.current_dir(dir.path()).arg("--config").arg(config);
+        let state = self.agent.path("state").display().to_string();
         command.args(args.iter().map(|arg| match *arg {
             "DISK" => "disk",
+            "UUID" => &uuid,
+            "STATE" => &state,
             arg => arg,
         }));
+        if of_the_state_directory(args) {
+            command.env("SEALBLK_STATE_DIR", &state);
+        }
         command
             .uid(user)
             .gid(user)

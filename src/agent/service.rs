@@ -348,9 +348,8 @@ impl Service {
         let Kek { provider, key_id } = request.parameters()?;
         check_lengths(&provider, Some(&key_id))?;
         let subject = json!({ "provider": provider, "keyId": key_id });
-        if !self.grants.allow(request.peer, Privilege::Recrypt) {
-            self.permit(request.peer, Privilege::ManageKeys, subject.clone())?;
-        }
+        let either = [Privilege::Recrypt, Privilege::ManageKeys];
+        self.permit_any(request.peer, &either, subject.clone())?;
         let state = self
             .providers
             .provider(&provider)
@@ -405,9 +404,21 @@ impl Service {
         privilege: Privilege,
         subject: Value,
     ) -> Result<(), MethodError> {
-        if self.grants.allow(peer, privilege) {
+        self.permit_any(peer, &[privilege], subject)
+    }
+
+    /// Lets through who has one of the privileges; others are told of the last.
+    pub(super) fn permit_any(
+        &self,
+        peer: &Peer,
+        privileges: &[Privilege],
+        subject: Value,
+    ) -> Result<(), MethodError> {
+        let allowed = |privilege: &Privilege| self.grants.allow(peer, *privilege);
+        if privileges.iter().any(allowed) {
             return Ok(());
         }
+        let privilege = privileges.last();
         if let Some(suppressed) = self.refusals.admit(peer.user) {
             let fields = with(subject, "privilege", privilege);
             self.audited(Event::KeyRefused, peer, suppressed.told_in(fields))?;
