@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use common::secrets::as_user;
 use common::serve::SEALBLK;
-use common::storage::LoopDevice;
+use common::storage::{LoopDevice, SilentFilesystem};
 use common::volume::run;
 use sealblk::storage::{Access, Backing};
 use serde_json::{Value, json};
@@ -343,6 +343,65 @@ fn a_lost_list_comes_back_by_use_and_by_a_look() {
             .contains("1 notes dropped")
     );
     assert_eq!(texts(&known(&host), "path"), [host.path("one").to_str().unwrap()]);
+}
+
+#[test]
+fn a_file_system_that_does_not_answer_keeps_its_disks_keys_and_nobody_waiting() {
+    let host = Host::with_agent("");
+    let agent = host.agent.as_ref().unwrap().id();
+    fs::create_dir_all(host.path("far/away")).unwrap();
+    for disk in ["far/one", "far/away/two", "near"] {
+        host.create(disk, &[]);
+    }
+    let Some(silent) = SilentFilesystem::over(host.path("far")) else {
+        eprintln!("skipped: only root can mount");
+        return;
+    };
+    let known = || host.json(&["key", "where-used", "--provider", "native", "--json"]);
+    let near = host.path("near");
+    let check = |rows: &[Value], far: &str| {
+        for row in rows {
+            let is_near = row["path"] == near.to_str().unwrap();
+            assert_eq!(row["standing"], if is_near { "bound" } else { far }, "{row}");
+        }
+        assert_eq!(rows.len(), 3);
+    };
+    let rows = known();
+    check(&rows, "unknown");
+    let why = rows.iter().find_map(|row| row["why"].as_str()).unwrap();
+    assert_eq!(why, format!("{} does not answer", host.path("far").display()));
+
+    // One thread waits for all of them, and holds nothing that the agent's successor needs. Nobody else waits from now on.
+    let lacks_log = |task: &PathBuf| {
+        let held = fs::read_dir(task.join("fd")).into_iter().flatten();
+        let mut links = held.filter_map(|link| fs::read_link(link.ok()?.path()).ok());
+        !links.any(|link| link.ends_with("audit.log"))
+    };
+    let left = || {
+        let tasks = fs::read_dir(format!("/proc/{agent}/task")).unwrap();
+        tasks.map(|task| task.unwrap().path()).filter(lacks_log).count()
+    };
+    let asked = Instant::now();
+    while left() != 1 {
+        assert!(asked.elapsed() < common::DEADLINE, "{} threads", left());
+        thread::sleep(Duration::from_millis(10));
+    }
+    let asked = Instant::now();
+    check(&known(), "unknown");
+    let refused = host.fails(&["provider", "remove", "native"], IN_USE);
+    for disk in ["far/one", "far/away/two"] {
+        assert!(refused.contains(host.path(disk).to_str().unwrap()), "{refused}");
+    }
+    assert!(refused.contains("does not answer"), "{refused}");
+    host.does(&["key", "scan", "--forget-missing"]);
+    host.does(&["rekey", "near"]);
+    host.create("another", &[]);
+    assert!(asked.elapsed() < Duration::from_secs(10), "{:?}", asked.elapsed());
+
+    drop(silent);
+    host.does(&["erase", "another", "--confirm", &uuid_of(&host, &["another"])]);
+    host.does(&["key", "scan"]);
+    check(&known(), "bound");
 }
 
 #[test]

@@ -18,6 +18,7 @@
 //! or the new one. No file holds a secret. There are at most [`MOST`] of them, and at most [`PLACES`] for a volume and key.
 
 mod guard;
+mod lookout;
 mod noting;
 pub mod survey;
 

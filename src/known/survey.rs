@@ -12,6 +12,7 @@ use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::lookout::Lookout;
 use super::{Index, Known, Occasion};
 use crate::keys::Binding;
 use crate::storage::{Access, Backing};
@@ -77,11 +78,12 @@ const UNKNOWN: &str = "unknown";
 /// What each of `notes` is worth. A place is looked at once. Since when a volume is bound to its key, its own header tells.
 pub fn survey(notes: impl IntoIterator<Item = Known>) -> Vec<Sighting> {
     let began = Instant::now();
+    let mut lookout = Lookout::default();
     let mut seen: HashMap<String, Found> = HashMap::new();
     let judge = |mut known: Known| {
         if !seen.contains_key(&known.path) {
             let found = match began.elapsed() < PATIENCE {
-                true => find(Path::new(&known.path)),
+                true => Found::by(&mut lookout, Path::new(&known.path)),
                 false => Found::Nothing("there was no time to look at it".to_owned()),
             };
             seen.insert(known.path.clone(), found);
@@ -99,7 +101,7 @@ pub fn survey(notes: impl IntoIterator<Item = Known>) -> Vec<Sighting> {
 
 /// What one note is worth.
 pub(super) fn look(known: &Known) -> Standing {
-    find(Path::new(&known.path)).judge(known)
+    Found::by(&mut Lookout::default(), Path::new(&known.path)).judge(known)
 }
 
 /// What a look at volumes has brought.
@@ -138,7 +140,10 @@ impl Index {
     pub fn erased(&self, volume: Uuid, path: &Path) {
         let path = path.to_string_lossy();
         let is_it = |known: &Known| known.volume == volume && known.path == path;
-        let gone = matches!(find(Path::new(&*path)), Found::NoVolume);
+        let gone = matches!(
+            Found::by(&mut Lookout::default(), Path::new(&*path)),
+            Found::NoVolume
+        );
         let listing = self.list().unwrap_or_default();
         for known in listing.known.iter().filter(|known| gone && is_it(known)) {
             if let Err(error) = self.forget(known) {
@@ -154,9 +159,10 @@ impl Index {
     /// If the list cannot be read or written.
     pub fn scan<'p>(&self, paths: impl Iterator<Item = &'p Path>, missing: bool) -> io::Result<Scanned> {
         let mut scanned = Scanned::default();
+        let mut lookout = Lookout::default();
         for path in paths {
             let told = path.display().to_string();
-            match find(path) {
+            match Found::by(&mut lookout, path) {
                 Found::Volume(bindings) => {
                     for to in &bindings.to {
                         let binding = Binding {
@@ -203,6 +209,11 @@ enum Found {
 }
 
 impl Found {
+    fn by(lookout: &mut Lookout, path: &Path) -> Self {
+        let found = lookout.at(path, find);
+        found.unwrap_or_else(|silence| Self::Nothing(silence.to_string()))
+    }
+
     fn judge(&self, known: &Known) -> Standing {
         match self {
             Found::Missing | Found::NoVolume if known.was_given_up() => Standing::NotBound,
@@ -230,7 +241,7 @@ impl Found {
 }
 
 /// Reads the header at `path`, which others may have named: what is neither a file nor a block device is not opened, since
-/// with some devices that alone does something.
+/// with some devices that alone does something. It may never come back; it is a [`Lookout`]'s to run.
 fn find(path: &Path) -> Found {
     let there = match rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()) {
         Ok(there) => File::from(there),
@@ -243,7 +254,7 @@ fn find(path: &Path) -> Found {
             return Err("it is neither a file nor a block device".to_owned());
         }
         // The very thing that was looked at, whatever its path names by now.
-        let same = format!("/proc/self/fd/{}", there.as_raw_fd());
+        let same = format!("/proc/thread-self/fd/{}", there.as_raw_fd());
         let backing = Backing::open(Path::new(&same), Access::Inspect).map_err(|error| {
             let cause = std::error::Error::source(&error).map(ToString::to_string);
             cause.unwrap_or_else(|| error.to_string())

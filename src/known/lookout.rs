@@ -1,0 +1,291 @@
+//! A look at places that may never answer: a file system whose server is away, a device that has lost its paths. What waits for
+//! one of these may not even be killed, so each look is a thread's, which can be left behind.
+//!
+//! There are at most [`MOST`] such threads in a process. A place that was silent is not asked again as long as the thread that
+//! asked it waits, and neither is what else lies on a file system that is silent itself.
+//!
+//! Such a thread has a table of descriptors of its own, with nothing in it. Where a process cannot end because of it, the
+//! process' sockets and locks, the audit log's above all, are free nevertheless for the one that comes after.
+
+#![allow(unsafe_code)] // close_range has no safe wrapper.
+
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::fs;
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+use std::thread;
+use std::time::Duration;
+
+use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+use tracing::subscriber::{NoSubscriber, with_default};
+
+/// How long a place may take: longer than a disk that has to spin up, on most days.
+const LIMIT: Duration = Duration::from_secs(5);
+/// The most threads that look, or wait in vain.
+const MOST: usize = 8;
+
+/// Why nothing is known of a place.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Silence {
+    #[error("it does not answer")]
+    Place,
+    #[error("{} does not answer", .0.display())]
+    FileSystem(PathBuf),
+    #[error("too many other places do not answer")]
+    Busy,
+}
+
+/// Somebody who looks at one place after the other.
+#[derive(Debug, Default)]
+pub(super) struct Lookout {
+    looker: Option<Looker>,
+    /// Where something is mounted; read once.
+    mounts: Option<Vec<PathBuf>>,
+    /// Which of them answer.
+    answers: HashMap<PathBuf, bool>,
+    /// There was no thread to be had: it is not waited for again.
+    busy: bool,
+}
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// A thread that looks until this is dropped.
+#[derive(Debug)]
+struct Looker(Sender<Job>);
+
+/// What all of a process' lookouts share.
+#[derive(Debug)]
+struct Shared {
+    lookers: usize,
+    /// What did not answer, each with what its thread lets go of when it comes back.
+    silent: Vec<(PathBuf, Weak<()>)>,
+}
+
+static SHARED: Mutex<Shared> = Mutex::new(Shared {
+    lookers: 0,
+    silent: Vec::new(),
+});
+static FREED: Condvar = Condvar::new();
+
+impl Lookout {
+    /// What `look` sees at `place`.
+    pub(super) fn at<T: Send + 'static>(
+        &mut self,
+        place: &Path,
+        look: impl FnOnce(&Path) -> T + Send + 'static,
+    ) -> Result<T, Silence> {
+        if let Some(mount) = self.mount_of(place)
+            && !self.answers(&mount)?
+        {
+            return Err(Silence::FileSystem(mount));
+        }
+        self.ask(place, look)
+    }
+
+    /// Whether a file system answers at all. Where the path of a place leads over links to another one, that one is not asked,
+    /// and the place keeps silent for itself.
+    fn answers(&mut self, mount: &Path) -> Result<bool, Silence> {
+        if let Some(answers) = self.answers.get(mount) {
+            return Ok(*answers);
+        }
+        // What a cache of this host knows is no answer.
+        let ask = |mount: &Path| statx(CWD, mount, AtFlags::STATX_FORCE_SYNC, StatxFlags::TYPE).is_ok();
+        let answers = match self.ask(mount, ask) {
+            Ok(_) => true,
+            Err(Silence::Busy) => return Err(Silence::Busy),
+            Err(_) => false,
+        };
+        self.answers.insert(mount.to_owned(), answers);
+        Ok(answers)
+    }
+
+    fn ask<T: Send + 'static>(
+        &mut self,
+        place: &Path,
+        look: impl FnOnce(&Path) -> T + Send + 'static,
+    ) -> Result<T, Silence> {
+        if is_silent(place) {
+            return Err(Silence::Place);
+        }
+        let waits = Arc::new(());
+        let still_waits = Arc::downgrade(&waits);
+        let (reply, answer) = mpsc::sync_channel(1);
+        let looked_at = place.to_owned();
+        let job = move || {
+            let _waits = waits;
+            // Nobody may care any more.
+            let _ = reply.send(look(&looked_at));
+        };
+        if !self.looker()?.give(Box::new(job)) {
+            return Err(Silence::Busy);
+        }
+        answer.recv_timeout(LIMIT).map_err(|_| {
+            self.looker = None;
+            shared(|shared| shared.silent.push((place.to_owned(), still_waits)));
+            Silence::Place
+        })
+    }
+
+    fn looker(&mut self) -> Result<&Looker, Silence> {
+        if self.looker.is_none() && !self.busy {
+            self.looker = Looker::new();
+            self.busy = self.looker.is_none();
+        }
+        self.looker.as_ref().ok_or(Silence::Busy)
+    }
+
+    /// What is mounted where `place` lies, by its name: nothing is looked up for that.
+    fn mount_of(&mut self, place: &Path) -> Option<PathBuf> {
+        let mounts = self.mounts.get_or_insert_with(mounts);
+        let above = mounts.iter().filter(|mount| place.starts_with(mount));
+        above.max_by_key(|mount| mount.as_os_str().len()).cloned()
+    }
+}
+
+impl Looker {
+    /// Nothing, if there are as many as there may be, and stay so.
+    fn new() -> Option<Self> {
+        let seat = Seat::take()?;
+        let (jobs, given) = mpsc::channel::<Job>();
+        let work = move || {
+            let _seat = seat;
+            let_go_of_descriptors();
+            // A log's descriptor is not here either.
+            with_default(NoSubscriber::new(), || given.into_iter().for_each(|job| job()));
+        };
+        let spawned = thread::Builder::new().name("look".to_owned()).spawn(work);
+        spawned.ok().map(|_| Self(jobs))
+    }
+
+    fn give(&self, job: Job) -> bool {
+        self.0.send(job).is_ok()
+    }
+}
+
+/// One of [`MOST`].
+struct Seat;
+
+impl Seat {
+    fn take() -> Option<Self> {
+        let shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut shared, _) = FREED
+            .wait_timeout_while(shared, LIMIT, |shared| shared.lookers >= MOST)
+            .unwrap_or_else(PoisonError::into_inner);
+        let free = shared.lookers < MOST;
+        shared.lookers += usize::from(free);
+        free.then_some(Self)
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        shared(|shared| shared.lookers -= 1);
+        FREED.notify_one();
+    }
+}
+
+fn shared<T>(with: impl FnOnce(&mut Shared) -> T) -> T {
+    with(&mut SHARED.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// Whether a thread still waits for this place.
+fn is_silent(place: &Path) -> bool {
+    shared(|shared| {
+        shared.silent.retain(|(_, waits)| waits.strong_count() > 0);
+        shared.silent.iter().any(|(silent, _)| silent == place)
+    })
+}
+
+/// Gives the calling thread a table of descriptors of its own, with none but the standard ones in it.
+fn let_go_of_descriptors() {
+    // A kernel that cannot do it leaves the table as it is, which harms no look.
+    // SAFETY: CLOSE_RANGE_UNSHARE gives this thread a copy of the table, and what is closed is in the copy alone. Descriptors
+    // that other threads own stay open in theirs, and this one, which has just begun, owns none.
+    unsafe { libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_UNSHARE as libc::c_int) };
+}
+
+/// Where something is mounted: the fifth field of each line of mountinfo (proc(5)).
+fn mounts() -> Vec<PathBuf> {
+    let table = fs::read("/proc/self/mountinfo").unwrap_or_default();
+    let lines = table.split(|byte| *byte == b'\n');
+    let points = lines.filter_map(|line| line.split(|byte| *byte == b' ').nth(4));
+    points.map(|point| PathBuf::from(unescaped(point))).collect()
+}
+
+/// A path as mountinfo writes it: space, tab, newline and backslash are \ooo there.
+fn unescaped(text: &[u8]) -> OsString {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((&byte, after)) = rest.split_first() {
+        let escape = after
+            .get(..3)
+            .filter(|_| byte == b'\\')
+            .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+        bytes.push(escape.unwrap_or(byte));
+        rest = if escape.is_some() { &after[3..] } else { after };
+    }
+    OsString::from_vec(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::{FileType, Mode, mknodat};
+    use std::fs::{File, OpenOptions};
+    use std::os::unix::ffi::OsStrExt;
+    use std::time::Instant;
+
+    #[test]
+    fn a_silent_place_is_asked_once_and_keeps_no_other_from_its_turn() {
+        let dir = tempfile::tempdir().unwrap();
+        let pipe = dir.path().join("pipe");
+        // To open a pipe that nobody writes to takes for ever.
+        mknodat(CWD, &pipe, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+        let open = |path: &Path| File::open(path).is_ok();
+        let mut lookout = Lookout::default();
+        assert!(matches!(lookout.at(&pipe, open), Err(Silence::Place)));
+        let asked = Instant::now();
+        assert!(matches!(lookout.at(&pipe, open), Err(Silence::Place)));
+        assert!(matches!(Lookout::default().at(&pipe, open), Err(Silence::Place)));
+        assert!(lookout.at(dir.path(), open).unwrap());
+        assert!(asked.elapsed() < LIMIT);
+
+        // Now it answers, and so does a second one, once the thread that had waited for the first is told.
+        let _both = OpenOptions::new().read(true).write(true).open(&pipe).unwrap();
+        while is_silent(&pipe) {
+            assert!(asked.elapsed() < 4 * LIMIT);
+            thread::sleep(Duration::from_millis(5));
+        }
+        assert!(lookout.at(&pipe, open).unwrap());
+    }
+
+    #[test]
+    fn who_looks_holds_nothing_of_the_process() {
+        let _held = File::open("/proc/self/status").unwrap();
+        let held = |_: &Path| {
+            let entries = fs::read_dir("/proc/thread-self/fd").unwrap();
+            let numbers = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+            numbers.filter_map(|number| number.parse::<u32>().ok()).max()
+        };
+        // That of the directory is the first after the standard ones.
+        let most = Lookout::default().at(Path::new("/"), held).unwrap();
+        assert!(most <= Some(3), "{most:?}");
+    }
+
+    #[test]
+    fn mounts_are_found_by_name() {
+        assert!(mounts().contains(&PathBuf::from("/")));
+        assert_eq!(unescaped(br"/srv/vm\040s\134").as_bytes(), br"/srv/vm s\");
+        assert_eq!(unescaped(br"/a\9\04").as_bytes(), br"/a\9\04");
+        let mut lookout = Lookout {
+            mounts: Some(["/", "/srv", "/srv/vms"].map(PathBuf::from).to_vec()),
+            ..Lookout::default()
+        };
+        for (place, mount) in [("/srv/vms/a", "/srv/vms"), ("/srv/vmsa", "/srv"), ("/a", "/")] {
+            assert_eq!(lookout.mount_of(Path::new(place)), Some(mount.into()), "{place}");
+        }
+    }
+}
