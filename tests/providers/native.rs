@@ -1,12 +1,14 @@
 //! The native provider: a file, and no server.
 
-use sealblk::keys::Providers;
 use sealblk::keys::registry::{Backup, Registry, Source};
+use sealblk::keys::{KeyReason, Providers};
+use sealblk::tpm::Device;
+use tempfile::TempDir;
 
+use crate::common::swtpm::Swtpm;
 use crate::conformance;
 
-#[test]
-fn conforms() {
+fn host() -> (TempDir, Registry) {
     let dir = tempfile::tempdir().unwrap();
     let mut registry = Registry::open(dir.path()).unwrap();
     registry
@@ -18,5 +20,28 @@ fn conforms() {
             true,
         )
         .unwrap();
+    (dir, registry)
+}
+
+#[test]
+fn conforms() {
+    let (_dir, registry) = host();
     conformance::run(&*registry.provider("native").unwrap());
+}
+
+#[test]
+fn conforms_with_its_primary_key_sealed_to_a_tpm() {
+    let (_dir, registry) = host();
+    let tpm = Swtpm::new();
+    let device = Device::from(tpm.device());
+    registry
+        .seal("native", None, &device, "7".parse().unwrap())
+        .unwrap();
+    conformance::run(&*registry.provider("native").unwrap());
+    tpm.extend(7);
+    let refused = registry.provider("native").unwrap_err();
+    assert_eq!(
+        (refused.reason, refused.hop),
+        (KeyReason::Attestation, tpm.device())
+    );
 }

@@ -6,6 +6,8 @@ use std::io::{Read, Write};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
 use kbs_types::{
     Attestation, Challenge, CompositeEvidence, ErrorInformation, Response, RuntimeData, Tee, TeePubKey,
 };
@@ -13,8 +15,8 @@ use sealblk::keys::arena::SecretBytes;
 use sealblk::keys::registry::RegistryError;
 use sealblk::keys::{Binding, KeyError, KeyId, KeyProvider, KeyReason};
 use sealblk::rcar::jwe::OneTimeKey;
-use sealblk::rcar::{self, Evidence};
-use sealblk::tpm::attest::{AttestationKey, RsaPublic};
+use sealblk::rcar::{self, Evidence, hex};
+use sealblk::tpm::attest::{AttestationKey, Quote, RsaPublic};
 use sealblk::tpm::pcr::Selection;
 use sealblk::tpm::{Device, Tpm};
 use serde_json::{Value, json};
@@ -141,7 +143,11 @@ fn another_attestation_key_is_refused_also_one_of_the_same_tpm() {
     // The key of another TPM does not even load.
     let other = Swtpm::new();
     let moved = host.other(|settings| settings.tpm = Device::from(other.device()));
-    assert_eq!(refusal(&moved).0, KeyReason::Attestation);
+    let error = moved.provider().check().unwrap_err();
+    assert_eq!(
+        (error.reason, error.hop),
+        (KeyReason::Attestation, other.device())
+    );
     broker.does(&["host", "remove", "node1"]);
     assert_refused(
         &host,
@@ -196,20 +202,97 @@ fn enrolment_takes_a_token_and_a_makers_tpm_or_a_named_one() {
     assert_not_enrolled(foreign.enrol(None), "the token is not this host's, or was used");
 }
 
-/// A host by kbs-types, with the attestation key of ours.
+/// A host by kbs-types.
 struct Foreign<'a> {
     broker: &'a Broker,
-    tpm: Tpm,
-    key: AttestationKey,
+    /// The attestation key's SubjectPublicKeyInfo.
+    spki: Vec<u8>,
+    quote: Quotes<'a>,
 }
 
+/// Has a TPM vouch for report data.
+type Quotes<'a> = Box<dyn FnMut(&[u8]) -> Quote + 'a>;
+
 impl<'a> Foreign<'a> {
+    /// One with the attestation key of ours.
     fn new(broker: &'a Broker, tpm: &Swtpm, host: &Host) -> Self {
         let key = host.state.path().join("providers/trusted/attestation.key");
+        let key: AttestationKey = serde_json::from_slice(&fs::read(key).unwrap()).unwrap();
+        let mut tpm = Tpm::open(&Device::from(tpm.device())).unwrap();
         Self {
             broker,
-            tpm: Tpm::open(&Device::from(tpm.device())).unwrap(),
-            key: serde_json::from_slice(&fs::read(key).unwrap()).unwrap(),
+            spki: RsaPublic::attestation(&key.public).unwrap().spki(),
+            quote: Box::new(move |data| tpm.quote(&key, data, Selection::ALL).unwrap()),
+        }
+    }
+
+    /// One that has nothing of ours: its keys, its certificate and its quotes are what tpm2-tools make of the TPM. It is
+    /// enrolled as `node1`.
+    fn by_tpm2_tools(broker: &'a Broker, tpm: &'a Swtpm) -> Self {
+        let file = |name: &str| fs::read(tpm.path(name)).unwrap();
+        let base64 = |bytes: &[u8]| BASE64_STANDARD.encode(bytes);
+        tpm.tool("createek", &["-c", "ek.ctx", "-G", "rsa", "-u", "ek.pub"]);
+        let ak = ["-C", "ek.ctx", "-c", "ak.ctx", "-u", "ak.pub"];
+        tpm.tool(
+            "createak",
+            &[&ak[..], &["-G", "rsa", "-g", "sha256", "-s", "rsassa"]].concat(),
+        );
+        tpm.tool("readpublic", &["-c", "ak.ctx", "-f", "der", "-o", "ak.der"]);
+        tpm.tool("nvread", &["0x1c00002", "-o", "ek.der"]);
+        let token = broker.token("node1");
+        let enrol = json!({
+            "host": "node1",
+            "token": std::str::from_utf8(&token).unwrap().trim_end(),
+            // They write TPM2B_PUBLIC.
+            "endorsement-key": base64(&file("ek.pub")[2..]),
+            "endorsement-certificate": base64(&file("ek.der")),
+            "attestation-key": base64(&file("ak.pub")[2..]),
+        });
+        let (status, _, challenge) = broker.request("POST /sealblk/v0/enrol", &enrol.to_string());
+        assert_eq!(status, 200, "{challenge}");
+        let part = |name: &str| {
+            let bytes = BASE64_STANDARD.decode(challenge[name].as_str().unwrap()).unwrap();
+            [&(bytes.len() as u16).to_be_bytes()[..], &bytes].concat()
+        };
+        // Their magic number and version, then TPM2B_ID_OBJECT and TPM2B_ENCRYPTED_SECRET.
+        let credential = [
+            &0xbadc_c0de_u32.to_be_bytes()[..],
+            &1_u32.to_be_bytes(),
+            &part("credential"),
+            &part("secret"),
+        ];
+        fs::write(tpm.path("credential"), credential.concat()).unwrap();
+        tpm.tool("startauthsession", &["--policy-session", "-S", "session"]);
+        tpm.tool("policysecret", &["-S", "session", "-c", "e"]);
+        let activate = ["-c", "ak.ctx", "-C", "ek.ctx", "-P", "session:session"];
+        tpm.tool(
+            "activatecredential",
+            &[&activate[..], &["-i", "credential", "-o", "opened"]].concat(),
+        );
+        tpm.tool("flushcontext", &["session"]);
+        let opened = json!({ "session": challenge["session"], "secret": base64(&file("opened")) });
+        let (status, _, told) = broker.request("POST /sealblk/v0/activate", &opened.to_string());
+        assert_eq!(status, 200, "{told}");
+        let quote = move |data: &[u8]| {
+            let all: Vec<_> = (0..24).map(|register: u8| register.to_string()).collect();
+            let args = ["-c", "ak.ctx", "-g", "sha256", "-f", "plain", "-F", "values"];
+            let wanted = ["-l", &format!("sha256:{}", all.join(",")), "-q", &hex(data)];
+            let made = ["-m", "message", "-s", "signature", "-o", "registers"];
+            tpm.tool("quote", &[&args[..], &wanted, &made].concat());
+            let file = |name: &str| fs::read(tpm.path(name)).unwrap();
+            let registers = file("registers");
+            let (registers, rest) = registers.as_chunks();
+            assert!(rest.is_empty());
+            Quote {
+                message: file("message"),
+                signature: file("signature"),
+                pcrs: registers.try_into().unwrap(),
+            }
+        };
+        Self {
+            broker,
+            spki: file("ak.der"),
+            quote: Box::new(quote),
         }
     }
 
@@ -241,9 +324,8 @@ impl<'a> Foreign<'a> {
         });
         let mut report_data = [0; 64];
         report_data[..48].copy_from_slice(&Sha384::digest(ordered.to_string()));
-        let quote = self.tpm.quote(&self.key, &report_data, Selection::ALL).unwrap();
-        let spki = RsaPublic::attestation(&self.key.public).unwrap().spki();
-        let evidence = Evidence::new(&quote, &report_data, &spki);
+        let quote = (self.quote)(&report_data);
+        let evidence = Evidence::new(&quote, &report_data, &self.spki);
         Attestation {
             init_data: None,
             runtime_data,
@@ -334,6 +416,29 @@ fn hosts_by_kbs_types_are_served_and_replays_are_refused() {
     assert!(told.contains("24 registers"), "{told}");
 }
 
+/// What the broker asks of a TPM, and what it believes, are the standard's, and not only our own TPM commands'.
+#[test]
+fn a_host_with_keys_and_quotes_of_tpm2_tools_is_enrolled_and_served() {
+    let tpm = Swtpm::new();
+    let broker = Broker::start(&tpm);
+    let mut foreign = Foreign::by_tpm2_tools(&broker, &tpm);
+    let (cookie, challenge) = foreign.challenge();
+    let key = OneTimeKey::new().unwrap();
+    let attestation = foreign.attestation(&challenge.nonce, &key);
+    foreign.attest(&cookie, &attestation).unwrap();
+    let get = format!("GET /kbs/v0/resource/{RESOURCE}\nCookie: {cookie}");
+    let (status, _, body) = broker.request(&get, "");
+    assert_eq!(status, 200, "{body}");
+    let resource = key.open(&serde_json::from_value(body).unwrap()).unwrap();
+    assert_eq!(resource.len(), 32);
+
+    tpm.extend(11);
+    let (cookie, challenge) = foreign.challenge();
+    let attestation = foreign.attestation(&challenge.nonce, &OneTimeKey::new().unwrap());
+    let told = foreign.attest(&cookie, &attestation).unwrap_err();
+    assert!(told.contains("PCR 11 differs"), "{told}");
+}
+
 #[test]
 fn a_nonce_expires() {
     let tpm = Swtpm::new();
@@ -380,6 +485,19 @@ fn brokers_that_are_away_or_not_trusted() {
     broker.stop();
     assert_eq!(refusal(&host).0, KeyReason::Unreachable);
     broker.run();
+    host.provider().check().unwrap();
+}
+
+/// An operator who reads the broker's name would look at the wrong machine.
+#[test]
+fn a_tpm_that_does_not_answer_is_where_it_fails() {
+    let mut tpm = Swtpm::new();
+    let broker = Broker::start(&tpm);
+    let host = Host::enrolled(&tpm, &broker);
+    tpm.stop();
+    let error = host.provider().check().unwrap_err();
+    assert_eq!((error.reason, error.hop), (KeyReason::Host, tpm.device()));
+    tpm.start();
     host.provider().check().unwrap();
 }
 

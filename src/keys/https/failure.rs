@@ -14,6 +14,8 @@ use crate::keys::tls::{self, TlsFileError};
 pub(in crate::keys) struct Failure {
     pub(in crate::keys) reason: KeyReason,
     pub(in crate::keys) cause: Box<dyn Error + Send + Sync>,
+    /// Where it failed, if not at the server.
+    pub(in crate::keys) hop: Option<String>,
 }
 
 /// An answer that makes no sense. The place alone is told: what is there may be a secret.
@@ -28,7 +30,17 @@ pub(in crate::keys) enum Nonsense {
 impl Failure {
     pub(in crate::keys) fn new(reason: KeyReason, cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         let cause = cause.into();
-        Self { reason, cause }
+        Self {
+            reason,
+            cause,
+            hop: None,
+        }
+    }
+
+    /// The same, which has nothing to do with the server.
+    pub(in crate::keys) fn at(self, hop: impl ToString) -> Self {
+        let hop = Some(hop.to_string());
+        Self { hop, ..self }
     }
 
     /// Whether another server may do better.

@@ -190,7 +190,8 @@ pub(super) fn ask<T>(
                 );
             }
             Err(failure) => {
-                return Err(KeyError::new(provider, address, failure.reason).because(failure.cause));
+                let hop = failure.hop.as_ref().unwrap_or(address);
+                return Err(KeyError::new(provider, hop, failure.reason).because(failure.cause));
             }
         }
     }

@@ -79,18 +79,17 @@ impl From<JweError> for Failure {
     }
 }
 
-impl From<TpmError> for Failure {
-    fn from(cause: TpmError) -> Self {
+impl Trusted {
+    /// What the host's own TPM did not do.
+    fn tpm_failure(&self, cause: TpmError) -> Failure {
         let reason = match &cause.what {
             _ if is_of_another_tpm(&cause) => KeyReason::Attestation,
             TpmFailure::Changed(_) => KeyReason::Attestation,
             _ => KeyReason::Host,
         };
-        Self::new(reason, cause)
+        Failure::new(reason, cause).at(&self.settings.tpm)
     }
-}
 
-impl Trusted {
     /// Has the resource released by one broker.
     pub(super) fn release(&self, server: &Server<'_>) -> Result<Kek, Failure> {
         let request = Request {
@@ -128,7 +127,9 @@ impl Trusted {
             .report_data(&challenge.extra_params)
             .ok_or(Nonsense::Hash)?;
         // All registers: which of them count is the broker's affair.
-        let quote = Tpm::open(&self.settings.tpm)?.quote(&self.key, &report_data, Selection::ALL)?;
+        let quote = Tpm::open(&self.settings.tpm)
+            .and_then(|mut tpm| tpm.quote(&self.key, &report_data, Selection::ALL))
+            .map_err(|e| self.tpm_failure(e))?;
         Ok(Attestation {
             init_data: None,
             runtime_data,
@@ -146,8 +147,9 @@ impl Trusted {
         host: &str,
         token: Option<&SecretBytes>,
     ) -> Result<(), Failure> {
-        let mut tpm = Tpm::open(&self.settings.tpm)?;
-        let endorsement = tpm.endorsement_key()?;
+        let tpm = Tpm::open(&self.settings.tpm);
+        let mut tpm = tpm.map_err(|e| self.tpm_failure(e))?;
+        let endorsement = tpm.endorsement_key().map_err(|e| self.tpm_failure(e))?;
         let token = token.map(|token| std::str::from_utf8(token)).transpose();
         let request = Enrol {
             host: host.to_owned(),
@@ -163,7 +165,9 @@ impl Trusted {
         let challenge: Credential = body.parse()?;
         let decode = |text: &str| BASE64_STANDARD.decode(text).map_err(|_| Nonsense::Credential);
         let (credential, secret) = (decode(&challenge.credential)?, decode(&challenge.secret)?);
-        let opened = tpm.activate(&self.key, &credential, &secret)?;
+        let opened = tpm
+            .activate(&self.key, &credential, &secret)
+            .map_err(|e| self.tpm_failure(e))?;
         let mut text = SecretBytes::zeroed(opened.len().div_ceil(3) * 4)?;
         BASE64_STANDARD
             .encode_slice(&*opened, &mut text)
