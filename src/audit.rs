@@ -178,13 +178,28 @@ impl AuditLog {
 /// # Errors
 /// [`AuditError`], with the first line that is not what was written.
 pub fn verify(path: &Path, head: Option<&str>) -> Result<Verified, AuditError> {
+    verify_each(path, head, |_| {})
+}
+
+/// The same, for who wants to see the records. What they say is worth something only if this does not fail.
+///
+/// # Errors
+/// As for [`verify`].
+pub fn verify_each(
+    path: &Path,
+    head: Option<&str>,
+    mut see: impl FnMut(&Map<String, Value>),
+) -> Result<Verified, AuditError> {
     let file = File::open(path).map_err(|source| AuditError::Io {
         action: "opened",
         path: path.to_owned(),
         source,
     })?;
     let mut found = head.is_none();
-    let chain = Chain::walk(&file, path, |hash| found |= head == Some(&hex(hash)))?;
+    let chain = Chain::walk(&file, path, |hash, record| {
+        found |= head == Some(&hex(hash));
+        record.into_iter().for_each(&mut see);
+    })?;
     if chain.torn || chain.crashed {
         return Err(AuditError::Broken {
             path: path.to_owned(),
@@ -216,10 +231,14 @@ struct Chain {
 
 impl Chain {
     fn read(file: &File, path: &Path) -> Result<Self, AuditError> {
-        Self::walk(file, path, |_| {})
+        Self::walk(file, path, |_, _| {})
     }
 
-    fn walk(mut file: &File, path: &Path, mut seen: impl FnMut(&[u8; 32])) -> Result<Self, AuditError> {
+    fn walk(
+        mut file: &File,
+        path: &Path,
+        mut seen: impl FnMut(&[u8; 32], Option<&Map<String, Value>>),
+    ) -> Result<Self, AuditError> {
         let io_error = |source| AuditError::Io {
             action: "read",
             path: path.to_owned(),
@@ -270,7 +289,7 @@ impl Chain {
             }
             chain.crashed = record.is_none();
             chain.last = Sha256::digest(&line).into();
-            seen(&chain.last);
+            seen(&chain.last, record.as_ref());
         }
         Ok(chain)
     }

@@ -658,6 +658,86 @@ fn an_erased_disk_opens_with_nothing_and_the_receipt_says_what_it_was() {
 }
 
 #[test]
+fn a_receipt_is_confirmed_by_the_log_and_a_forged_one_is_not() {
+    for host in [Host::new(), Host::with_agent("")] {
+        let log = host.path("state/audit.log");
+        let verify = |receipt: &str| {
+            let args = ["audit", "verify", log.to_str().unwrap(), "--receipt", receipt];
+            host.command(&args).output().unwrap()
+        };
+        for disk in ["disk", "other"] {
+            host.create(disk, &[]);
+            let uuid = uuid_of(&host, &[disk]);
+            let receipt = format!("{disk}.receipt");
+            host.does(&["erase", disk, "--confirm", &uuid, "--receipt", &receipt]);
+            let confirmed = verify(&receipt);
+            assert!(confirmed.status.success(), "{}", said(&confirmed));
+            let told = String::from_utf8(confirmed.stdout).unwrap();
+            assert!(
+                told.contains(&format!("{receipt}: as it was issued, by user 0")),
+                "{told}"
+            );
+        }
+        for event in ["ErasureBegun", "VolumeErased", "ReceiptIssued"] {
+            assert_eq!(host.audit(event).len(), 2, "{event}");
+        }
+        let receipt = fs::read(host.path("disk.receipt")).unwrap();
+        let forge = |bytes: &[u8]| {
+            fs::write(host.path("forged"), bytes).unwrap();
+            let refused = verify("forged");
+            assert_eq!(refused.status.code(), Some(VOLUME), "{}", said(&refused));
+            said(&refused)
+        };
+        // What the log does not repeat cannot be changed either.
+        let text = String::from_utf8(receipt.clone()).unwrap();
+        let by = format!("\"program\": \"sealblk {}\"", env!("CARGO_PKG_VERSION"));
+        assert!(text.contains(&by));
+        let told = forge(text.replace(&by, "\"program\": \"sealblk 9\"").as_bytes());
+        assert!(told.contains("to the last byte"), "{told}");
+        let told = forge(
+            text.replace(text.split('"').nth(7).unwrap(), "another")
+                .as_bytes(),
+        );
+        assert!(told.contains("nor of an erasure"), "{told}");
+        assert!(forge(b"no receipt").contains("nor of an erasure"));
+        let mut flipped = receipt;
+        for at in [0, flipped.len() / 2, flipped.len() - 1] {
+            flipped[at] ^= 1;
+            forge(&flipped);
+            flipped[at] ^= 1;
+        }
+    }
+}
+
+#[test]
+fn nothing_is_erased_that_no_log_tells_of() {
+    let mut host = Host::with_agent("");
+    fs::set_permissions(host.path("config.toml"), fs::Permissions::from_mode(0o644)).unwrap();
+    host.create("disk", &[]);
+    let uuid = uuid_of(&host, &["disk"]);
+    fs::set_permissions(host.path("disk"), fs::Permissions::from_mode(0o666)).unwrap();
+    let erase = ["erase", "disk", "--confirm", &uuid, "--receipt", "receipt"];
+    let refused = as_user(SOMEBODY, || host.command(&erase[..4]).output().unwrap());
+    assert_eq!(refused.status.code(), Some(KEY), "{}", said(&refused));
+    assert!(
+        said(&refused).contains("lacks the privilege"),
+        "{}",
+        said(&refused)
+    );
+    host.opens("disk").unwrap();
+    let mut agent = host.agent.take().unwrap();
+    agent.kill().unwrap();
+    agent.wait().unwrap();
+    host.fails(&erase, KEY);
+    assert!(!host.path("receipt").exists());
+    // Who insists names the state directory, and its log tells of it.
+    host.keys = vec!["--state-dir".into(), "state".into()];
+    host.opens("disk").unwrap();
+    host.does(&erase);
+    assert_eq!(host.audit("ReceiptIssued").len(), 1);
+}
+
+#[test]
 fn an_erasure_that_is_killed_leaves_no_doubt() {
     let host = Host::new();
     let mut random = common::Random::new(7);

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use super::Purpose;
 use super::manage::{
-    ErasedVolume, InUse, ListVolumes, NotBackedUp, RemoveProvider, RevokeKek, ScanVolumes, Volumes,
+    Erasure, InUse, ListVolumes, NotBackedUp, RemoveProvider, RevokeKek, ScanVolumes, Volumes,
 };
 use super::registered::Registrant;
 use super::service::{
@@ -233,14 +233,14 @@ impl Client {
             .map(drop)
     }
 
-    /// Has the agent write down that a volume is no more.
+    /// Has the agent write down how far the erasure of a volume has come.
     ///
     /// # Errors
     /// [`KeyError`].
-    pub fn report_erased(&self, erased: &ErasedVolume) -> Result<(), KeyError> {
+    pub fn report_erasure(&self, erasure: &Erasure) -> Result<(), KeyError> {
         #[derive(Deserialize)]
         struct Reported {}
-        self.ask::<Reported>("", "ReportErased", erased, &[]).map(drop)
+        self.ask::<Reported>("", "ReportErasure", erasure, &[]).map(drop)
     }
 
     /// Asks for what the agent may refuse for the sake of volumes.

@@ -21,6 +21,9 @@ use crate::known::{Disk, GuardError, Known, Removal, Uses, remove_provider, revo
 const PAGE: usize = 200;
 const PAGE_BYTES: usize = 24 << 10;
 
+/// How long a SHA-256 is, as text.
+const SHA256_DIGITS: usize = 64;
+
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub(super) struct ListVolumes {
@@ -79,30 +82,74 @@ pub(super) struct NotBackedUp {
     pub(super) provider: String,
 }
 
-/// A volume that is no more, and what its receipt says of it.
+/// How far somebody has come with the erasure of a volume.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct ErasedVolume {
-    /// Its UUID.
+pub struct Erasure {
+    /// The volume's UUID.
     pub volume: Uuid,
-    /// What held its header, from / on.
+    /// What holds its header, from / on.
     pub path: String,
-    /// SHA-256 of its header, as it was.
-    pub header_sha256: String,
-    /// SHA-256 of what it was written over with.
-    pub written_sha256: String,
+    /// How far.
+    #[serde(flatten)]
+    pub step: ErasureStep,
 }
 
-/// Writes to the audit log of a state directory that a volume is no more, where there is no agent.
+/// A step of an erasure.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "step", rename_all = "snake_case", rename_all_fields = "camelCase")]
+pub enum ErasureStep {
+    /// The volume is about to be erased.
+    Begun,
+    /// It is no more.
+    Erased {
+        /// SHA-256 of its header, as it was.
+        header_sha256: String,
+        /// SHA-256 of what it was written over with.
+        written_sha256: String,
+    },
+    /// Its receipt is complete.
+    Receipted {
+        /// SHA-256 of the receipt.
+        receipt_sha256: String,
+    },
+}
+
+impl Erasure {
+    /// The event that it is, and what that tells.
+    fn told(&self) -> (Event, Value) {
+        let event = match self.step {
+            ErasureStep::Begun => Event::ErasureBegun,
+            ErasureStep::Erased { .. } => Event::VolumeErased,
+            ErasureStep::Receipted { .. } => Event::ReceiptIssued,
+        };
+        let mut fields = serde_json::to_value(self).expect("texts are JSON");
+        fields.as_object_mut().map(|fields| fields.remove("step"));
+        (event, fields)
+    }
+
+    fn is_too_long(&self) -> bool {
+        let sums: [&str; 2] = match &self.step {
+            ErasureStep::Begun => [""; 2],
+            ErasureStep::Erased {
+                header_sha256,
+                written_sha256,
+            } => [header_sha256, written_sha256],
+            ErasureStep::Receipted { receipt_sha256 } => [receipt_sha256, ""],
+        };
+        self.path.len() > MAX_PATH || sums.iter().any(|sum| sum.len() > SHA256_DIGITS)
+    }
+}
+
+/// Writes a step to the audit log of a state directory, where there is no agent.
 ///
 /// # Errors
 /// [`AuditError`], above all if an agent has the log.
-pub fn record_erased(state_dir: &Path, erased: &ErasedVolume) -> Result<(), AuditError> {
+pub fn record_erasure(state_dir: &Path, erasure: &Erasure) -> Result<(), AuditError> {
     let user = rustix::process::geteuid().as_raw();
-    let subject = serde_json::to_value(erased).expect("texts are JSON");
+    let (event, fields) = erasure.told();
     AuditLog::open(&audit_log(state_dir))?.record(
-        Event::VolumeErased,
-        &with(with(subject, "user", user), "process", std::process::id()),
+        event,
+        &with(with(fields, "user", user), "process", std::process::id()),
     )
 }
 
@@ -223,24 +270,18 @@ impl Service {
     }
 
     /// Takes the caller's word for it: that somebody says so, stands in the log with who it was.
-    pub(super) fn report_erased(&self, mut request: Request<'_>) -> Answered {
-        let erased: ErasedVolume = request.parameters()?;
-        let lengths = [
-            erased.path.len(),
-            erased.header_sha256.len(),
-            erased.written_sha256.len(),
-        ];
-        if lengths.iter().any(|len| *len > MAX_PATH) {
+    pub(super) fn report_erasure(&self, mut request: Request<'_>) -> Answered {
+        let erasure: Erasure = request.parameters()?;
+        if erasure.is_too_long() {
             return Err(MethodError::invalid_parameter("path"));
         }
         let any = [Privilege::Access, Privilege::ManageKeys, Privilege::EncryptNew];
         self.permit_any(request.peer, &any, json!({}))?;
-        self.audited(
-            Event::VolumeErased,
-            request.peer,
-            serde_json::to_value(&erased).expect("texts are JSON"),
-        )?;
-        self.index.erased(erased.volume, Path::new(&erased.path));
+        let (event, fields) = erasure.told();
+        self.audited(event, request.peer, fields)?;
+        if let ErasureStep::Erased { .. } = erasure.step {
+            self.index.erased(erasure.volume, Path::new(&erasure.path));
+        }
         Ok(Answer::of(json!({})))
     }
 

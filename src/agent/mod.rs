@@ -34,9 +34,9 @@ use crate::control::varlink::Interface;
 use crate::keys::{SealedCache, SealedCacheSettings, SharedProviders};
 
 use crate::audit::AuditLog;
-pub use crate::audit::{AuditError, Verified, verify};
+pub use crate::audit::{AuditError, Verified, verify, verify_each};
 pub use client::Client;
-pub use manage::{ErasedVolume, record_erased};
+pub use manage::{Erasure, ErasureStep, record_erasure};
 pub use registered::Registrant;
 pub use service::INTERFACE;
 use service::Service;

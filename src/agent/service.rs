@@ -510,7 +510,7 @@ impl Interface for Service {
             "ListVolumes" => self.list_volumes(request),
             "ScanVolumes" => self.scan_volumes(request),
             "RevokeKek" => self.revoke_kek(request),
-            "ReportErased" => self.report_erased(request),
+            "ReportErasure" => self.report_erasure(request),
             "RemoveProvider" => self.remove_provider(request),
             _ => return None,
         })

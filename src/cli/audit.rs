@@ -1,12 +1,26 @@
 //! `sealblk audit`: the agent's log of what keys were asked for, by whom.
 
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
+use serde_json::{Map, Value};
 
+use super::erase::sha256;
 use super::failure::Failure;
 use super::{Host, output};
 use crate::agent;
+use crate::control::events::Event;
+
+const AFTER_HELP: &str = "\
+Examples:
+  sealblk audit verify
+  sealblk audit verify --head 5f0c...             # an earlier head, kept elsewhere
+  sealblk audit verify --receipt vm7.receipt      # of `sealblk erase`
+
+A receipt is compared byte for byte with the one that the log tells of, and what it
+says of the disk with what was put down when the disk was erased.";
 
 /// Check the key agent's audit log
 #[derive(Debug, Args)]
@@ -18,6 +32,7 @@ pub(super) struct Audit {
 #[derive(Debug, Subcommand)]
 enum Verb {
     /// See whether any line was changed, removed or added since the agent wrote it
+    #[command(after_help = AFTER_HELP)]
     Verify(Verify),
 }
 
@@ -28,21 +43,104 @@ struct Verify {
     /// A head that an earlier check has printed: that line has to be there still
     #[arg(long, value_name = "HASH")]
     head: Option<String>,
+    /// A receipt of `sealblk erase`: the log has to tell of it
+    #[arg(long, value_name = "FILE")]
+    receipt: Option<PathBuf>,
+}
+
+/// The longest receipt: a header holds no more than this.
+const LONGEST_RECEIPT: u64 = 16 << 20;
+
+/// A receipt, and the records that were found of it.
+struct Receipt<'p> {
+    path: &'p Path,
+    sha256: String,
+    /// What it says itself, by the names that the log has for it.
+    says: [(&'static str, Value); 3],
+    erased: Option<Map<String, Value>>,
+    issued: Option<Map<String, Value>>,
 }
 
 impl Audit {
     pub(super) fn run(self, host: &Host) -> Result<(), Failure> {
-        let Verb::Verify(Verify { file, head }) = self.verb;
+        let Verb::Verify(Verify { file, head, receipt }) = self.verb;
         let path = match file {
             Some(path) => path,
             None => agent::audit_log(&host.state_dir()?),
         };
-        let verified = agent::verify(&path, head.as_deref())?;
+        let mut receipt = receipt.as_deref().map(Receipt::read).transpose()?;
+        let verified = agent::verify_each(&path, head.as_deref(), |record| {
+            if let Some(receipt) = &mut receipt {
+                receipt.see(record);
+            }
+        })?;
         output::print(&format!(
             "{}: {} records, each as it was written\n  head  {}\n",
             path.display(),
             verified.records,
             verified.head
+        ))?;
+        receipt.map_or(Ok(()), |receipt| receipt.judge())
+    }
+}
+
+impl<'p> Receipt<'p> {
+    fn read(path: &'p Path) -> Result<Self, Failure> {
+        let mut text = Vec::new();
+        File::open(path)
+            .and_then(|file| file.take(LONGEST_RECEIPT).read_to_end(&mut text))
+            .map_err(|source| Failure::Look {
+                path: path.to_owned(),
+                source,
+            })?;
+        let value: Value = serde_json::from_slice(&text).unwrap_or_default();
+        Ok(Self {
+            path,
+            sha256: sha256(&text),
+            says: [
+                ("volume", value["volume"].clone()),
+                ("headerSha256", value["header_sha256"].clone()),
+                ("writtenSha256", value["erased"]["written_sha256"].clone()),
+            ],
+            erased: None,
+            issued: None,
+        })
+    }
+
+    /// The record of the erasure comes first, and both are of one caller.
+    fn see(&mut self, record: &Map<String, Value>) {
+        let is = |event: Event| record.get("event") == Some(&event.to_string().into());
+        let field = |name: &str| record.get(name).unwrap_or(&Value::Null);
+        if is(Event::VolumeErased) && self.says.iter().all(|(name, said)| field(name) == said) {
+            self.erased = Some(record.clone());
+        }
+        let same_caller = |erased: &Map<String, Value>| {
+            ["volume", "user", "process"]
+                .iter()
+                .all(|name| erased.get(*name) == record.get(*name))
+        };
+        if is(Event::ReceiptIssued)
+            && field("receiptSha256") == self.sha256.as_str()
+            && self.erased.as_ref().is_some_and(same_caller)
+        {
+            self.issued = Some(record.clone());
+        }
+    }
+
+    fn judge(self) -> Result<(), Failure> {
+        let Some(issued) = self.issued else {
+            return Err(Failure::NoReceipt {
+                path: self.path.to_owned(),
+                erased: self.erased.is_some(),
+            });
+        };
+        let told = |name| issued.get(name).map(Value::to_string).unwrap_or_default();
+        output::print(&format!(
+            "{}: as it was issued, by user {}, record {} of {}\n",
+            self.path.display(),
+            told("user"),
+            told("seq"),
+            told("time").trim_matches('"'),
         ))
     }
 }

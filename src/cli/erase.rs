@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use rustix::fs::{major, minor};
 use serde::Serialize;
+use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use super::failure::Failure;
@@ -16,7 +17,7 @@ use super::made::Made;
 use super::size::Size;
 use super::volume_args::VolumeArgs;
 use super::{Host, Keys, output};
-use crate::agent::{ErasedVolume, Purpose, record_erased};
+use crate::agent::{Erasure, ErasureStep, Purpose, record_erasure};
 use crate::keys::private;
 use crate::keys::{KeyId, Reach, Revocation};
 use crate::known::{Index, Removal};
@@ -135,12 +136,20 @@ impl Erase {
             })?;
             made.extend([path.clone()]);
         }
+        let path = std::path::absolute(header.path()).unwrap_or_else(|_| header.path().to_owned());
+        let step = |step| Erasure {
+            volume: before.uuid,
+            path: path.to_string_lossy().into_owned(),
+            step,
+        };
+        // So is the record: nothing is erased that the log does not tell of, with who it was.
+        let keys = host.keys(Purpose::Access)?;
+        keys.report(&step(ErasureStep::Begun))?;
         let started = Moment::now();
         let erased = erase(header, before.uuid)?;
         made.keep();
         let finished = Moment::now();
 
-        let path = std::path::absolute(header.path()).unwrap_or_else(|_| header.path().to_owned());
         let receipt = |keys| Receipt {
             receipt: FORM,
             volume: before.uuid,
@@ -156,24 +165,33 @@ impl Erase {
             not_covered: NOT_COVERED,
             before: &before,
         };
-        // The log has it before anything else can fail.
-        let logged = host.keys(Purpose::Access).and_then(|keys| {
-            keys.report_erased(&report(&before, &path, &erased))?;
-            Ok(keys)
-        });
+        // The log has it before anything else can fail. There is a receipt whatever fails.
+        let logged = keys.report(&step(ErasureStep::Erased {
+            header_sha256: erased.header_sha256.clone(),
+            written_sha256: erased.written_sha256.clone(),
+        }));
         let revoked = match (&logged, self.revoke_key) {
-            (Ok(keys), true) => revoke_keys(keys, &before),
+            (Ok(()), true) => revoke_keys(&keys, &before),
             _ => Vec::new(),
         };
         let text = serde_json::to_string_pretty(&receipt(revoked))
             .expect("numbers, texts and lists are JSON")
             + "\n";
+        let logged = logged.and_then(|()| {
+            keys.report(&step(ErasureStep::Receipted {
+                receipt_sha256: sha256(text.as_bytes()),
+            }))
+        });
         match &self.receipt {
             Some(path) => {
-                private::replace(path, text.as_bytes()).map_err(|source| Failure::Make {
-                    path: path.clone(),
-                    source,
-                })?;
+                if let Err(source) = private::replace(path, text.as_bytes()) {
+                    // There will be no other.
+                    output::print(&text)?;
+                    return Err(Failure::Make {
+                        path: path.clone(),
+                        source,
+                    });
+                }
                 output::print(&format!(
                     "{}: volume {} was erased; the receipt is in {}\n",
                     self.volume.disk.display(),
@@ -186,7 +204,7 @@ impl Erase {
         for text in NOT_COVERED {
             output::note(&format!("not covered: {text}"));
         }
-        logged.map(drop)
+        logged
     }
 
     /// Makes sure that this volume is meant.
@@ -216,31 +234,29 @@ impl Erase {
     }
 }
 
-/// What the audit log is told.
-fn report(before: &Info, path: &Path, erased: &Erased) -> ErasedVolume {
-    ErasedVolume {
-        volume: before.uuid,
-        path: path.to_string_lossy().into_owned(),
-        header_sha256: erased.header_sha256.clone(),
-        written_sha256: erased.written_sha256.clone(),
-    }
-}
-
 impl Keys {
-    /// Has it written down that a volume is no more.
-    fn report_erased(&self, erased: &ErasedVolume) -> Result<(), Failure> {
+    /// Has it written down how far it has come.
+    fn report(&self, erasure: &Erasure) -> Result<(), Failure> {
         match self {
-            Keys::Agent(client) => Ok(client.report_erased(erased)?),
+            Keys::Agent(client) => Ok(client.report_erasure(erasure)?),
             Keys::Own(registry, _) => {
-                Index::of(registry.dir()).erased(erased.volume, Path::new(&erased.path));
+                if let ErasureStep::Erased { .. } = erasure.step {
+                    Index::of(registry.dir()).erased(erasure.volume, Path::new(&erasure.path));
+                }
                 // Without a state directory there is no log either.
                 match registry.dir().is_dir() {
-                    true => Ok(record_erased(registry.dir(), erased)?),
+                    true => Ok(record_erasure(registry.dir(), erasure)?),
                     false => Ok(()),
                 }
             }
         }
     }
+}
+
+/// As receipts and the log have it.
+pub(super) fn sha256(bytes: &[u8]) -> String {
+    let hash = Sha256::digest(bytes);
+    hash.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Takes the keys out of use that opened the volume and no other one.

@@ -189,6 +189,21 @@ pub enum Failure {
     /// The audit log.
     #[error(transparent)]
     Audit(#[from] AuditError),
+    /// The audit log tells nothing of a receipt.
+    #[error(
+        "{}: the log tells of no such receipt; {}",
+        path.display(),
+        match erased {
+            true => "it tells of the erasure, so this is not what was issued then, to the last byte",
+            false => "nor of an erasure of what it names",
+        }
+    )]
+    NoReceipt {
+        /// What was taken for one.
+        path: PathBuf,
+        /// Whether the log tells of the erasure.
+        erased: bool,
+    },
     /// Nobody answers.
     #[error("{}: no answer on this control socket", socket.display())]
     Control {
@@ -234,7 +249,7 @@ impl Failure {
             | Self::KeyOfPlainDisk { .. }
             | Self::SectorSizeOfVolume { .. }
             | Self::NullStorage { .. } => USAGE,
-            Self::Unencrypted { .. } | Self::Backup { .. } => VOLUME,
+            Self::Unencrypted { .. } | Self::Backup { .. } | Self::NoReceipt { .. } => VOLUME,
             Self::Storage(StorageError::InUse { .. }) | Self::Occupied { .. } => IN_USE,
             Self::Storage(_) | Self::Make { .. } | Self::Look { .. } => STORAGE,
             Self::Volume(VolumeError { reason, .. }) => volume_code(reason),

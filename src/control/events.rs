@@ -32,8 +32,12 @@ pub enum Event {
     KeyRevoked,
     /// A provider is about to be removed.
     ProviderRemoved,
+    /// Somebody is about to erase a volume.
+    ErasureBegun,
     /// Somebody has erased a volume.
     VolumeErased,
+    /// Somebody has the receipt of that.
+    ReceiptIssued,
     /// A certificate with which this host and a provider's servers know each other is to be renewed.
     CertificateExpiring,
     /// A caller of the agent lacks the privilege.
@@ -73,7 +77,7 @@ pub enum Event {
 impl Event {
     /// All of them.
     #[cfg(test)]
-    pub(crate) const ALL: [Self; 27] = [
+    pub(crate) const ALL: [Self; 29] = [
         Self::AgentStarted,
         Self::KeyCreated,
         Self::KeyBound,
@@ -83,7 +87,9 @@ impl Event {
         Self::ProviderChecked,
         Self::KeyRevoked,
         Self::ProviderRemoved,
+        Self::ErasureBegun,
         Self::VolumeErased,
+        Self::ReceiptIssued,
         Self::CertificateExpiring,
         Self::KeyRefused,
         Self::KeyMissing,
@@ -115,7 +121,9 @@ impl Event {
             Self::ProviderChecked => "a provider works",
             Self::KeyRevoked => "a key is taken out of use",
             Self::ProviderRemoved => "a provider is removed",
+            Self::ErasureBegun => "a volume is about to be erased",
             Self::VolumeErased => "a volume was erased",
+            Self::ReceiptIssued => "the receipt of an erasure was issued",
             Self::CertificateExpiring => "a certificate is about to expire",
             Self::KeyRefused => "a caller was refused a key",
             Self::KeyMissing => "a provider has no such key",
