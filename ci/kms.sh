@@ -1,10 +1,11 @@
-# Real key servers for the boot tests and the campaigns: PyKMIP's and OpenBao, as ci/servers installs them. Source it after
-# ci/boot.sh; what is started ends with the script.
+# Real key servers for the boot tests and the campaigns: PyKMIP's and OpenBao, as ci/servers installs them, and our broker with
+# a TPM by swtpm. Source it after ci/boot.sh; what is started ends with the script.
 # shellcheck shell=bash
 
 KMS=$WORK/kms
 CERTIFICATES=$WORK/certificates
 declare -A KMS_PROCESS=() # of each server that runs, by name
+SWTPM=                    # the TPM's
 
 make_certificates() {
     mkdir -p "$CERTIFICATES"
@@ -92,6 +93,63 @@ bao() {
         "$BUILD/servers/bin/bao" "$@"
 }
 
+# start_swtpm: a TPM with an endorsement key that is certified by $KMS/tpm/ca/cert.pem; sealblk and tpm2-tools call it $TPM.
+start_swtpm() {
+    local dir=$KMS/tpm
+    mkdir -p "$dir/state" "$dir/ca"
+    cat >"$dir/ca.conf" <<END_OF_CONFIGURATION
+statedir = $dir/ca
+signingkey = $dir/ca/key.pem
+issuercert = $dir/ca/cert.pem
+certserial = $dir/ca/serial
+END_OF_CONFIGURATION
+    echo "--platform-manufacturer test" >"$dir/ca.options"
+    cat >"$dir/setup.conf" <<END_OF_CONFIGURATION
+create_certs_tool = swtpm_localca
+create_certs_tool_config = $dir/ca.conf
+create_certs_tool_options = $dir/ca.options
+active_pcr_banks = sha256
+END_OF_CONFIGURATION
+    swtpm_setup --tpm2 --create-ek-cert --lock-nvram --config "$dir/setup.conf" --tpmstate "$dir/state" >"$dir/setup.log" 2>&1 ||
+        die "the TPM cannot be made: $(tail -n 5 "$dir/setup.log")"
+    swtpm socket --tpm2 --flags not-need-init,startup-clear --tpmstate "dir=$dir/state" \
+        --server "type=unixio,path=$dir/socket" --ctrl "type=unixio,path=$dir/socket.ctrl" 2>>"$dir/log" &
+    SWTPM=$!
+    TPM=swtpm:path=$dir/socket
+    wait_until 30 test -S "$dir/socket" || die "swtpm does not start: $(tail -n 5 "$dir/log")"
+}
+
+# set_up_broker PORT: as docs/broker.md tells an operator to. It expects the host to be as it is now; the token that enrols
+# the host is in $KMS/node1.token.
+set_up_broker() {
+    local register value pcrs=()
+    cat >"$KMS/broker.toml" <<END_OF_CONFIGURATION
+listen = "127.0.0.1:$1"
+certificate = "$CERTIFICATES/server.pem"
+key = "$CERTIFICATES/server.key"
+state-dir = "$KMS/broker"
+endorsement-authorities = "$KMS/tpm/ca/cert.pem"
+END_OF_CONFIGURATION
+    for register in 0 7 11; do
+        TPM2TOOLS_TCTI=$TPM tpm2_pcrread "sha256:$register" --output "$KMS/register" >/dev/null
+        value=$(od -A n -t x1 -v "$KMS/register" | tr -d ' \n')
+        pcrs+=(--pcr "$register=$value")
+    done
+    broker resource add sealblk/kek/1
+    broker reference set node "${pcrs[@]}"
+    broker host enrol node1 --reference node --resource sealblk/kek/1 --token-file "$KMS/node1.token"
+}
+
+# start_broker PORT
+start_broker() {
+    setsid "$SEALBLK" --config "$KMS/broker.toml" broker serve >>"$KMS/broker.out" 2>&1 &
+    KMS_PROCESS[broker]=$!
+    wait_until 30 listens "$1" || die "the broker does not start: $(tail -n 5 "$KMS/broker.out")"
+}
+
+# broker ARGUMENT...: what its operator does.
+broker() { "$SEALBLK" --config "$KMS/broker.toml" broker "$@" >>"$KMS/broker.set-up"; }
+
 # kill_kms NAME: ends a server as a crash would.
 kill_kms() {
     local process=${KMS_PROCESS[$1]}
@@ -103,6 +161,11 @@ kill_kms() {
 kill_all_kms() {
     local name
     for name in "${!KMS_PROCESS[@]}"; do kill_kms "$name"; done
+}
+
+end_kms() {
+    kill_all_kms
+    [ -z "$SWTPM" ] || kill "$SWTPM" 2>/dev/null || true
 }
 
 listens() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
