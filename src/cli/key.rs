@@ -103,7 +103,7 @@ struct Due {
 struct Scan {
     /// Volumes, or directories that hold volumes; what is known already is looked at in any case
     paths: Vec<PathBuf>,
-    /// Drop also notes of places where nothing is any more; think of disks that are not attached just now
+    /// Drop also notes of volumes that are not at their places; think of disks that are not attached just now
     #[arg(long)]
     forget_missing: bool,
 }

@@ -1,5 +1,6 @@
 //! Keys and providers are taken away only when no volume needs them, as far as this host knows; or when somebody insists.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
@@ -118,17 +119,26 @@ impl Uses {
     /// # Errors
     /// If the list cannot be read.
     pub fn of(index: &Index, matches: impl Fn(&Known) -> bool) -> Result<Self, GuardError> {
-        let listing = index.list().map_err(|source| GuardError::Index {
-            path: index.dir.clone(),
-            source,
-        })?;
-        let notes = listing.known.into_iter().filter(matches);
-        let volumes: Vec<_> = survey(notes).into_iter().filter(Sighting::in_use).collect();
-        let count = volumes.len();
+        let mut seen = HashSet::new();
+        let mut look = || {
+            let listing = index.list().map_err(|source| GuardError::Index {
+                path: index.dir.clone(),
+                source,
+            })?;
+            let is_new = |known: &Known| matches(known) && seen.insert(index.file(known));
+            let sightings = survey(listing.known.into_iter().filter(is_new));
+            Ok::<_, GuardError>((sightings, listing.full))
+        };
+        let (mut sightings, _) = look()?;
+        // To look at many takes a while. What was noted meanwhile counts, too.
+        let (more, full) = look()?;
+        sightings.extend(more);
+        sightings.retain(Sighting::in_use);
+        let count = sightings.len();
         Ok(Self {
-            volumes: volumes.into_iter().take(LISTED).map(Disk::from).collect(),
+            volumes: sightings.into_iter().take(LISTED).map(Disk::from).collect(),
             count,
-            full: listing.full,
+            full,
         })
     }
 

@@ -214,7 +214,7 @@ impl Index {
             let is_same = (&other.provider, &other.key_id) == (&known.provider, &known.key_id);
             let gone = match look(&other) {
                 Standing::NotBound => true,
-                Standing::Missing => is_same,
+                Standing::Missing(_) => is_same,
                 Standing::Bound | Standing::Unknown(_) => false,
             };
             if gone {
@@ -388,11 +388,11 @@ mod tests {
                 .collect()
         };
         assert_eq!(paths(&index), ["/nowhere/b"]);
-        // Of these nobody can tell: they are there, and are no volumes.
+        // Of these nobody can tell: something is there that is not opened.
         let there = tempfile::tempdir().unwrap();
         for number in 0..2 * PLACES {
             let path = there.path().join(number.to_string());
-            fs::write(&path, "").unwrap();
+            fs::create_dir(&path).unwrap();
             index.note(&binding(1, &key_id), &path, Occasion::Opened);
         }
         assert_eq!(paths(&index).len(), PLACES);

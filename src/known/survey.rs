@@ -28,9 +28,9 @@ pub enum Standing {
     Bound,
     /// The volume is there, and not bound to the key.
     NotBound,
-    /// Nothing is at its place.
-    Missing,
-    /// It cannot be told: what is there cannot be read, or is another volume, or none.
+    /// It is not at its place; what is there instead, if anything.
+    Missing(Option<String>),
+    /// It cannot be told: what is there cannot be read, or is about to be bound.
     Unknown(String),
 }
 
@@ -43,7 +43,7 @@ pub struct Sighting {
     pub known: Known,
     /// Whether it holds: `bound`, `not_bound`, `missing` or `unknown`.
     pub standing: String,
-    /// If that is unknown: why, for people.
+    /// If it is missing or unknown: why, for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub why: Option<String>,
 }
@@ -53,7 +53,7 @@ impl Sighting {
         let (standing, why) = match standing {
             Standing::Bound => (BOUND, None),
             Standing::NotBound => (NOT_BOUND, None),
-            Standing::Missing => (MISSING, None),
+            Standing::Missing(instead) => (MISSING, instead),
             Standing::Unknown(why) => (UNKNOWN, Some(why)),
         };
         Self {
@@ -153,7 +153,7 @@ impl Index {
     }
 
     /// Looks at all volumes that are known and at those in `paths`, notes what they are bound to, and drops what does not
-    /// hold; with `missing`, also notes of places where nothing is.
+    /// hold; with `missing`, also notes of places where the volume is not.
     ///
     /// # Errors
     /// If the list cannot be read or written.
@@ -216,26 +216,26 @@ impl Found {
 
     fn judge(&self, known: &Known) -> Standing {
         match self {
-            Found::Missing | Found::NoVolume if known.was_given_up() => Standing::NotBound,
-            Found::Volume(bindings) if bindings.uuid != known.volume && known.was_given_up() => {
-                Standing::NotBound
-            }
-            Found::Volume(bindings) if bindings.uuid != known.volume => {
-                Standing::Unknown(format!("another volume is there, {}", bindings.uuid))
-            }
-            Found::Volume(bindings) => {
+            Found::Volume(bindings) if bindings.uuid == known.volume => {
                 let to_it = bindings
                     .to
                     .iter()
                     .any(|to| (&to.provider, &to.key_id) == (&known.provider, &known.key_id));
                 match to_it {
                     true => Standing::Bound,
+                    false if known.unsettled && !known.was_given_up() => {
+                        Standing::Unknown("it is about to be bound to the key".to_owned())
+                    }
                     false => Standing::NotBound,
                 }
             }
-            Found::Missing => Standing::Missing,
-            Found::NoVolume => Standing::Unknown(NO_VOLUME.to_owned()),
             Found::Nothing(why) => Standing::Unknown(why.clone()),
+            _ if known.was_given_up() => Standing::NotBound,
+            Found::Volume(other) => {
+                Standing::Missing(Some(format!("another volume is there, {}", other.uuid)))
+            }
+            Found::NoVolume => Standing::Missing(Some(NO_VOLUME.to_owned())),
+            Found::Missing => Standing::Missing(None),
         }
     }
 }
