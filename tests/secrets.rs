@@ -110,6 +110,7 @@ fn secrets_are_in_no_file_log_argument_answer_core_dump_or_swap() {
     for hidden in [true, false] {
         let host = Host::new(hidden);
         host.plant();
+        let _watcher = host.watch("agent.events", &["events"]);
         let mut said = Vec::new();
         for verb in [
             &["rekey", "planted", "--unlock-key", "passphrase"][..],
@@ -131,6 +132,7 @@ fn secrets_are_in_no_file_log_argument_answer_core_dump_or_swap() {
             said.extend([output.stdout, output.stderr].concat());
         }
         let serve = host.serve();
+        let _watcher = host.watch("disk.events", &["events", "--control-socket", "control"]);
         let mut driver = Driver::connect(&host.path("vhost.sock"));
         let bytes = pattern(9, 64 * 1024);
         driver.write(0, &bytes);
@@ -147,6 +149,11 @@ fn secrets_are_in_no_file_log_argument_answer_core_dump_or_swap() {
         }
         assert!(driver.read(0, bytes.len()) == bytes);
 
+        // What was told is in the files that are looked through.
+        for (events, last) in [("agent.events", "KeyBound"), ("disk.events", "DiskRekeyed")] {
+            let told = fs::read_to_string(host.path(events)).unwrap();
+            assert!(told.contains(last), "{events}: {told}");
+        }
         // The slot secret and KEK that came by the rekey, and those of before.
         for search in [before, host.search()] {
             search.assert_absent(&said, "what the programs said");
@@ -333,6 +340,17 @@ impl Host {
 
     fn verb(&self, args: &[&str]) -> Output {
         self.command(args).output().unwrap()
+    }
+
+    /// Writes the events from now on to a file.
+    fn watch(&self, file: &str, verb: &[&str]) -> Ended {
+        let file = self.path(file);
+        let mut command = self.command(verb);
+        command.stdout(File::create(&file).unwrap()).stderr(Stdio::null());
+        let watcher = Ended(command.spawn().unwrap());
+        // It has no word for having begun; what comes by then is told by others.
+        thread::sleep(Duration::from_millis(500));
+        watcher
     }
 
     fn serve(&self) -> Ended {

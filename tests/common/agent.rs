@@ -1,10 +1,10 @@
 //! A real `sealblk agent`, whose callers need neither its state directory nor a provider's credentials.
 
-use std::fs;
+use std::fs::{self, OpenOptions};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -84,9 +84,14 @@ impl Agent {
 
     /// A new volume under the agent's provider, with what `serve` needs to open it.
     pub fn volume(&self) -> Volume {
+        self.volume_with(&[])
+    }
+
+    /// The same, made with more arguments.
+    pub fn volume_with(&self, args: &[&str]) -> Volume {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk");
-        run(self.verb(&["create", "--size", "64M"]).arg(&path));
+        run(self.verb(&["create", "--size", "64M"]).args(args).arg(&path));
         let config = self.path("config.toml").display().to_string();
         Volume {
             dir,
@@ -103,10 +108,14 @@ impl Agent {
 }
 
 fn start(dir: &TempDir) -> Child {
+    let mut log = OpenOptions::new();
+    let log = log.append(true).create(true).open(dir.path().join("agent.log"));
+    let log = log.unwrap();
     let child = Command::new(SEALBLK)
         .current_dir(dir.path())
         .args(["--state-dir", "state", "--config", "config.toml", "agent"])
-        .stderr(Stdio::null())
+        .env("SEALBLK_LOG", "trace")
+        .stderr(log)
         .spawn()
         .unwrap();
     let started = Instant::now();

@@ -7,6 +7,7 @@ mod certificates;
 #[path = "../common/mod.rs"]
 mod common;
 mod conformance;
+mod credentials;
 mod expiry;
 mod kmip;
 mod kmip_mock;
