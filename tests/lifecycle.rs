@@ -307,9 +307,7 @@ fn managing_takes_its_privileges() {
     }
 }
 
-#[test]
-fn a_lost_list_comes_back_by_use_and_by_a_look() {
-    let host = Host::new();
+fn a_lost_list_comes_back(host: &Host) {
     for name in ["one", "two"] {
         host.create(name, &[]);
     }
@@ -317,13 +315,13 @@ fn a_lost_list_comes_back_by_use_and_by_a_look() {
     // Nothing was lost but the hint.
     host.opens("one").unwrap();
     let known = |host: &Host| host.json(&["key", "where-used", "--provider", "native", "--json"]);
-    assert_eq!(texts(&known(&host), "path"), [host.path("one").to_str().unwrap()]);
+    assert_eq!(texts(&known(host), "path"), [host.path("one").to_str().unwrap()]);
     fs::create_dir(host.path("vms")).unwrap();
     fs::rename(host.path("two"), host.path("vms/two")).unwrap();
     fs::write(host.path("vms/notes.txt"), "no volume").unwrap();
     let told = host.does(&["key", "scan", "vms"]);
     assert!(told.starts_with("1 volumes seen, 1 of them bound"), "{told}");
-    let all = known(&host);
+    let all = known(host);
     assert_eq!(all.len(), 2);
     let scanned = all
         .iter()
@@ -337,12 +335,18 @@ fn a_lost_list_comes_back_by_use_and_by_a_look() {
     host.does(&["rekey", "one"]);
     fs::remove_file(host.path("vms/two")).unwrap();
     assert!(host.does(&["key", "scan"]).contains("1 notes dropped"));
-    assert_eq!(known(&host).len(), 2);
+    assert_eq!(known(host).len(), 2);
     assert!(
         host.does(&["key", "scan", "--forget-missing"])
             .contains("1 notes dropped")
     );
-    assert_eq!(texts(&known(&host), "path"), [host.path("one").to_str().unwrap()]);
+    assert_eq!(texts(&known(host), "path"), [host.path("one").to_str().unwrap()]);
+}
+
+#[test]
+fn a_lost_list_comes_back_by_use_and_by_a_look() {
+    a_lost_list_comes_back(&Host::new());
+    a_lost_list_comes_back(&Host::with_agent(""));
 }
 
 #[test]
@@ -840,6 +844,10 @@ fn the_key_goes_with_its_last_disk() {
     let why = receipt["keys"][0]["why"].as_str().unwrap();
     assert!(why.contains(host.path("copy").to_str().unwrap()), "{why}");
     host.opens("copy").unwrap();
+    // A disk by another name is no other disk.
+    std::os::unix::fs::symlink("copy", host.path("link")).unwrap();
+    host.opens("link").unwrap();
+    assert_eq!(host.json(&["key", "where-used", &key, "--json"]).len(), 2);
     let receipt = erase("copy");
     assert_eq!(receipt["keys"][0]["key_id"], key.as_str());
     assert_eq!(receipt["keys"][0]["revoked"], "host");

@@ -174,9 +174,8 @@ impl Client {
             .collect();
         // Paths and what is told of them have to go into one message.
         let mut pieces: Vec<&[String]> = texts.chunks(8).collect();
-        if pieces.is_empty() {
-            pieces.push(&[]);
-        }
+        // What is known is looked at once, after the last.
+        pieces.push(&[]);
         for piece in pieces {
             let parameters = ScanVolumes {
                 paths: piece.to_vec(),

@@ -191,12 +191,15 @@ impl Service {
     pub(super) fn scan_volumes(&self, mut request: Request<'_>) -> Answered {
         let ScanVolumes { paths, missing } = request.parameters()?;
         self.permit(request.peer, Privilege::ManageKeys, json!({}))?;
+        if paths.is_empty() {
+            let dropped = self.index.sweep(missing).map_err(|error| unreadable(&error))?;
+            return Ok(Answer::of(Scanned {
+                dropped,
+                ..Scanned::default()
+            }));
+        }
         let paths = paths.iter().map(Path::new).filter(|path| path.is_absolute());
-        let scanned: Scanned = self
-            .index
-            .scan(paths, missing)
-            .map_err(|error| unreadable(&error))?;
-        Ok(Answer::of(scanned))
+        Ok(Answer::of(self.index.scan(paths)))
     }
 
     pub(super) fn revoke_kek(&self, mut request: Request<'_>) -> Answered {

@@ -206,8 +206,10 @@ impl Keys {
             Keys::Agent(client) => Ok(client.scan(paths, missing)?),
             Keys::Own(registry, _) => {
                 let index = Index::of(registry.dir());
-                let scanned = index.scan(paths.iter().map(PathBuf::as_path), missing);
-                Ok(scanned.map_err(|source| unreadable(&index, source))?)
+                let mut scanned = index.scan(paths.iter().map(PathBuf::as_path));
+                let swept = index.sweep(missing);
+                scanned.dropped = swept.map_err(|source| unreadable(&index, source))?;
+                Ok(scanned)
             }
         }
     }

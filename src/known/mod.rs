@@ -190,6 +190,10 @@ impl Index {
             None => {}
         }
         let text = serde_json::to_vec(&known).expect("texts and numbers are JSON");
+        if text.len() as u64 > LONGEST {
+            // A header that was found may say anything, and nobody could read the note.
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
         private::replace(&file, &text)?;
         Ok(true)
     }

@@ -1,7 +1,7 @@
 //! Whether what is known of volumes is still so: each volume's own header tells.
 
 use std::collections::HashMap;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileTypeExt;
@@ -135,29 +135,27 @@ pub struct PassedOver {
 }
 
 impl Index {
-    /// Drops what is noted of a volume that was erased, at the place where it was: unless it is there still, or that cannot
-    /// be told.
+    /// Drops what is noted of a volume that was erased, at the place where it was, whatever names that has: unless it is there
+    /// still, or that cannot be told.
     pub fn erased(&self, volume: Uuid, path: &Path) {
-        let path = path.to_string_lossy();
-        let is_it = |known: &Known| known.volume == volume && known.path == path;
-        let gone = matches!(
-            Found::by(&mut Lookout::default(), Path::new(&*path)),
-            Found::NoVolume
-        );
+        let mut lookout = Lookout::default();
+        if !matches!(Found::by(&mut lookout, path), Found::NoVolume) {
+            return;
+        }
+        let mut place_of = |path: &Path| lookout.at(path, |path| fs::canonicalize(path).ok()).ok()?;
+        let place = place_of(path);
         let listing = self.list().unwrap_or_default();
-        for known in listing.known.iter().filter(|known| gone && is_it(known)) {
-            if let Err(error) = self.forget(known) {
-                tracing::warn!(%error, "{path} is erased, and stays on the list of volumes");
+        for known in listing.known.iter().filter(|known| known.volume == volume) {
+            let noted = Path::new(&known.path);
+            let is_it = noted == path || place.is_some() && place_of(noted) == place;
+            if is_it && let Err(error) = self.forget(known) {
+                tracing::warn!(%error, "{} is erased, and stays on the list of volumes", known.path);
             }
         }
     }
 
-    /// Looks at all volumes that are known and at those in `paths`, notes what they are bound to, and drops what does not
-    /// hold; with `missing`, also notes of places where the volume is not.
-    ///
-    /// # Errors
-    /// If the list cannot be read or written.
-    pub fn scan<'p>(&self, paths: impl Iterator<Item = &'p Path>, missing: bool) -> io::Result<Scanned> {
+    /// Looks at the volumes in `paths`, and notes what they are bound to.
+    pub fn scan<'p>(&self, paths: impl Iterator<Item = &'p Path>) -> Scanned {
         let mut scanned = Scanned::default();
         let mut lookout = Lookout::default();
         for path in paths {
@@ -187,13 +185,21 @@ impl Index {
                 Found::Nothing(why) => scanned.passed_over.push(PassedOver { path: told, why }),
             }
         }
-        for sighting in survey(self.list()?.known) {
-            if !sighting.in_use() || missing && sighting.standing == MISSING {
-                self.forget(&sighting.known)?;
-                scanned.dropped += 1;
-            }
+        scanned
+    }
+
+    /// Looks at all volumes that are known, and drops what does not hold; with `missing`, also notes of places where the volume
+    /// is not. Tells how many those were.
+    ///
+    /// # Errors
+    /// If the list cannot be read or written.
+    pub fn sweep(&self, missing: bool) -> io::Result<usize> {
+        let mut sightings = survey(self.list()?.known);
+        sightings.retain(|sighting| !sighting.in_use() || missing && sighting.standing == MISSING);
+        for sighting in &sightings {
+            self.forget(&sighting.known)?;
         }
-        Ok(scanned)
+        Ok(sightings.len())
     }
 }
 
