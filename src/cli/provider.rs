@@ -12,7 +12,7 @@ use super::secret::SecretSource;
 use super::{Host, Keys, output, primary_key};
 use crate::agent::Purpose;
 use crate::keys::Providers;
-use crate::keys::kmip::{self, Wrap};
+use crate::keys::kmip::{self, Wrap, WrappingKey};
 use crate::keys::registry::{Backup, Entry, Registry, Source};
 use crate::keys::transit::{self, Login};
 use crate::keys::trusted;
@@ -203,6 +203,12 @@ struct KmipArgs {
     /// Who has the server's keys: client: this host fetches them; server: it decrypts for this host (from KMIP 1.4 on)
     #[arg(long, value_name = "WHO", default_value = "client", value_parser = ["client", "server"])]
     wrap: String,
+    /// The servers' key that keys come to this host under: its Unique Identifier
+    #[arg(long, value_name = "ID", requires = "wrapping_key_file")]
+    wrapping_key: Option<String>,
+    /// The same key here: 32 bytes, in a file that its owner alone can read
+    #[arg(long, value_name = "FILE", requires = "wrapping_key")]
+    wrapping_key_file: Option<PathBuf>,
     /// How long an operation may take, over all servers
     #[arg(long, value_name = "SECONDS", default_value_t = kmip::DEFAULT_TIMEOUT)]
     timeout: u64,
@@ -347,6 +353,13 @@ impl KmipArgs {
             wrap: match self.wrap.as_str() {
                 "server" => Wrap::Server,
                 _ => Wrap::Client,
+            },
+            wrapping_key: match self.wrapping_key.zip(self.wrapping_key_file) {
+                Some((id, file)) => Some(WrappingKey {
+                    id,
+                    file: absolute(file)?,
+                }),
+                None => None,
             },
             timeout: self.timeout,
         })

@@ -2,11 +2,13 @@
 
 use std::io;
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 
 use sealblk::keys::arena::SecretBytes;
-use sealblk::keys::kmip::{Settings, Wrap};
+use sealblk::keys::kmip::{Settings, Wrap, WrappingKey};
 use sealblk::keys::registry::{Registry, RegistryError, Source};
 use sealblk::keys::{Binding, KeyError, KeyId, KeyProvider, KeyReason, KeyState, Providers};
 use uuid::Uuid;
@@ -75,6 +77,83 @@ fn conforms_where_the_server_wraps() {
         ..settings(&[server.address()])
     };
     conformance::run(&*open(&settings));
+}
+
+/// A wrapping key in a file, which the server has as well.
+struct Wrapping {
+    _dir: tempfile::TempDir,
+    key: WrappingKey,
+}
+
+impl Wrapping {
+    fn new(server: &Server) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("wrapping.key");
+        write_key(&file, &SecretBytes::random(32).unwrap());
+        let id = server.operator(&["register-wrapping", file.to_str().unwrap()]);
+        let key = WrappingKey { id, file };
+        Self { _dir: dir, key }
+    }
+
+    fn settings(&self, server: &Server) -> Settings {
+        Settings {
+            wrapping_key: Some(self.key.clone()),
+            ..settings(&[server.address()])
+        }
+    }
+}
+
+fn write_key(file: &Path, key: &[u8]) {
+    std::fs::write(file, key).unwrap();
+    std::fs::set_permissions(file, PermissionsExt::from_mode(0o600)).unwrap();
+}
+
+#[test]
+fn conforms_where_keys_come_wrapped() {
+    let server = Server::start();
+    let wrapping = Wrapping::new(&server);
+    let provider = open(&wrapping.settings(&server));
+    conformance::run(&*provider);
+    // Nobody is to have it in clear.
+    let key_id = provider.create_kek().unwrap();
+    assert!(
+        server
+            .operator(&["attributes", &key_id.0])
+            .contains("Sensitive=True")
+    );
+    // The keys are no others than those that come in clear, where a server gives them.
+    let in_clear = open(&settings(&[server.address()]));
+    let binding = binding(&key_id);
+    let secret = SecretBytes::random(32).unwrap();
+    let wrapped = in_clear.wrap(&binding, &secret).unwrap();
+    assert!(provider.unwrap(&binding, &wrapped).unwrap().ct_eq(&secret));
+}
+
+#[test]
+fn wrapping_key_that_is_none_or_another_is_the_hosts_own_fault() {
+    let server = Server::start();
+    let wrapping = Wrapping::new(&server);
+    let provider = open(&wrapping.settings(&server));
+    let key_id = provider.create_kek().unwrap();
+    let file = &wrapping.key.file;
+    let key = std::fs::read(file).unwrap();
+    let refused = |reason, cause| assert_fails(wrap(&*provider, &key_id), reason, cause);
+    write_key(file, &[7; 32]);
+    refused(KeyReason::Invalid, "does not come out of its wrapping");
+    write_key(file, &key[..31]);
+    refused(KeyReason::Invalid, "32 bytes");
+    write_key(file, &[&key[..], b"\n"].concat());
+    refused(KeyReason::Invalid, "32 bytes");
+    std::fs::remove_file(file).unwrap();
+    refused(KeyReason::Invalid, "cannot be read");
+    write_key(file, &key);
+    std::fs::set_permissions(file, PermissionsExt::from_mode(0o640)).unwrap();
+    refused(KeyReason::Invalid, "chmod go-rwx");
+    write_key(file, &key);
+    wrap(&*provider, &key_id).unwrap();
+
+    server.operator(&["destroy", &wrapping.key.id]);
+    refused(KeyReason::Missing, "Wrapping key does not exist");
 }
 
 #[test]
@@ -299,8 +378,7 @@ fn files_that_cannot_be_used_are_named() {
     let other_key = certificates::directory().join("other.key");
     let open_key = dir.path().join("open.key");
     std::fs::copy(&good.key, &open_key).unwrap();
-    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o644);
-    std::fs::set_permissions(&open_key, mode).unwrap();
+    std::fs::set_permissions(&open_key, PermissionsExt::from_mode(0o644)).unwrap();
     for (settings, file, cause) in [
         (
             Settings {
@@ -368,6 +446,13 @@ fn renewed_certificate_needs_no_restart() {
 #[test]
 fn settings_of_the_wrong_form_are_refused_when_they_are_made() {
     let good = settings(&["kms1".into()]);
+    let wrapping = |id: &str, file: &str| Settings {
+        wrapping_key: Some(WrappingKey {
+            id: id.into(),
+            file: file.into(),
+        }),
+        ..good.clone()
+    };
     for (settings, cause) in [
         (
             Settings {
@@ -396,6 +481,15 @@ fn settings_of_the_wrong_form_are_refused_when_they_are_made() {
                 ..good.clone()
             },
             "timeout = 0",
+        ),
+        (wrapping("key 1", "/wrapping.key"), "is no Unique Identifier"),
+        (wrapping("1", "wrapping.key"), "the whole path"),
+        (
+            Settings {
+                wrap: Wrap::Server,
+                ..wrapping("1", "/wrapping.key")
+            },
+            "no key leaves the server",
         ),
     ] {
         let dir = tempfile::tempdir().unwrap();

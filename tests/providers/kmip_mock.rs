@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use sealblk::keys::kmip::message::{Request, Use, VERSIONS, Version, tag};
 use sealblk::keys::kmip::ttlv::{Item, Tag, Value};
-use sealblk::keys::kmip::{Settings, Wrap};
+use sealblk::keys::kmip::{Settings, Wrap, WrappingKey};
 use sealblk::keys::{KeyId, KeyReason};
 
 use crate::kmip::{assert_fails, causes, open, wrap};
@@ -27,6 +27,13 @@ const DISCOVER_VERSIONS: u32 = 0x1e;
 const ENCRYPT: u32 = 0x1f;
 
 const OPERATION_NOT_SUPPORTED: u32 = 0x05;
+
+/// 32 bytes of 7 under 32 bytes of 1, by python-cryptography's `aes_key_wrap`.
+const WRAPPED: &[u8; 40] = &[
+    0x53, 0xb8, 0x51, 0x62, 0xbb, 0xb0, 0xf2, 0xb3, 0xdd, 0xa9, 0x24, 0xa9, 0xc7, 0x9d, 0x5f, 0x6a, 0xa0,
+    0xd1, 0xcf, 0x0b, 0x38, 0x51, 0x77, 0xcd, 0x7e, 0x4c, 0x84, 0xa8, 0xf5, 0x92, 0x94, 0xaf, 0xcd, 0x23,
+    0x92, 0x7b, 0x03, 0xec, 0x8a, 0xb6,
+];
 
 #[test]
 fn server_that_does_not_answer_leaves_time_for_the_second_and_is_not_asked_first_again() {
@@ -379,8 +386,54 @@ fn answers_that_are_none_to_what_was_asked_are_garbled() {
         (with_answers(state(2), vec![]), "lacks the item 42008f"),
         // Transparent Symmetric Key: not the format that was asked for.
         (with_answers(state(2), symmetric_key(7)), "lacks the item 420042"),
+        (
+            with_answers(state(2), wrapped_key(&[7; 40])),
+            "which was to come in clear",
+        ),
     ] {
         assert_fails(answers, KeyReason::Garbled, cause);
+    }
+}
+
+/// A server, or who has taken its place, must not get a key into use that the wrapping key does not vouch for.
+#[test]
+fn keys_that_were_to_come_wrapped_and_did_not_are_not_taken() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("wrapping.key");
+    std::fs::write(&file, [1; 32]).unwrap();
+    std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    let with_answer = |key: Vec<Item<'static>>| {
+        let server = Honest::start((1, 4), move |operation, _| match operation {
+            GET_ATTRIBUTES => Ok(state(2)),
+            GET => Ok(key.clone()),
+            _ => Err((OPERATION_NOT_SUPPORTED, "")),
+        });
+        let provider = open(&Settings {
+            wrapping_key: Some(WrappingKey {
+                id: "wrapping-1".into(),
+                file: file.clone(),
+            }),
+            ..settings(&[server.mock.address()])
+        });
+        wrap(&*provider, &KeyId("key-1".into()))
+    };
+    assert_fails(
+        with_answer(symmetric_key(1)),
+        KeyReason::Garbled,
+        "in clear, which was to come wrapped",
+    );
+    let wrapped = *WRAPPED;
+    with_answer(wrapped_key(&WRAPPED[..])).unwrap();
+    for at in [0, 17, 39] {
+        let mut altered = wrapped;
+        altered[at] ^= 1;
+        let altered: &'static [u8] = Box::leak(Box::new(altered));
+        let answer = with_answer(wrapped_key(altered));
+        assert_fails(answer, KeyReason::Invalid, "does not come out of its wrapping");
+    }
+    for len in [0, 8, 32, 39] {
+        let answer = with_answer(wrapped_key(&WRAPPED[..len]));
+        assert_fails(answer, KeyReason::Invalid, "does not come out of its wrapping");
     }
 }
 
@@ -396,6 +449,19 @@ fn symmetric_key(format: u32) -> Vec<Item<'static>> {
     );
     let format = Item::new(tag::KEY_FORMAT_TYPE, Value::Enumeration(format));
     let block = Item::structure(tag::KEY_BLOCK, [format, material]);
+    vec![Item::structure(tag::SYMMETRIC_KEY, [block])]
+}
+
+/// A key that was given out wrapped.
+fn wrapped_key(wrapped: &'static [u8]) -> Vec<Item<'static>> {
+    let material = Item::structure(
+        tag::KEY_VALUE,
+        [Item::new(tag::KEY_MATERIAL, Value::ByteString(wrapped))],
+    );
+    let format = Item::new(tag::KEY_FORMAT_TYPE, Value::Enumeration(1));
+    let method = Item::new(tag::WRAPPING_METHOD, Value::Enumeration(1));
+    let wrapping = Item::structure(tag::KEY_WRAPPING_DATA, [method]);
+    let block = Item::structure(tag::KEY_BLOCK, [format, material, wrapping]);
     vec![Item::structure(tag::SYMMETRIC_KEY, [block])]
 }
 

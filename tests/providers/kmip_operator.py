@@ -36,6 +36,13 @@ with client:
         uid = client.register(SymmetricKey(enums.CryptographicAlgorithm.AES, 128, bytes(16), masks))
         client.activate(uid)
         print(uid)
+    elif verb == "register-wrapping":
+        # A key that others are given out under, active.
+        masks = [enums.CryptographicUsageMask.WRAP_KEY, enums.CryptographicUsageMask.UNWRAP_KEY]
+        with open(arguments[0], "rb") as file:
+            uid = client.register(SymmetricKey(enums.CryptographicAlgorithm.AES, 256, file.read(), masks))
+        client.activate(uid)
+        print(uid)
     elif verb == "attributes":
         for attribute in client.get_attributes(arguments[0])[1]:
             print(attribute.attribute_name.value, attribute.attribute_value, sep="=")

@@ -24,6 +24,7 @@ pub(crate) fn settings(servers: &[String]) -> Settings {
         certificate: certificates::directory().join("client.pem"),
         key: certificates::directory().join("client.key"),
         wrap: Wrap::Client,
+        wrapping_key: None,
         timeout: 30,
     }
 }

@@ -35,11 +35,14 @@ pub mod tag {
     pub const CRYPTOGRAPHIC_LENGTH: Tag = Tag(0x42_002a);
     pub const CRYPTOGRAPHIC_PARAMETERS: Tag = Tag(0x42_002b);
     pub const CRYPTOGRAPHIC_USAGE_MASK: Tag = Tag(0x42_002c);
+    pub const ENCRYPTION_KEY_INFORMATION: Tag = Tag(0x42_0036);
     pub const IV_COUNTER_NONCE: Tag = Tag(0x42_003d);
     pub const KEY_BLOCK: Tag = Tag(0x42_0040);
     pub const KEY_FORMAT_TYPE: Tag = Tag(0x42_0042);
     pub const KEY_MATERIAL: Tag = Tag(0x42_0043);
     pub const KEY_VALUE: Tag = Tag(0x42_0045);
+    pub const KEY_WRAPPING_DATA: Tag = Tag(0x42_0046);
+    pub const KEY_WRAPPING_SPECIFICATION: Tag = Tag(0x42_0047);
     pub const MAXIMUM_ITEMS: Tag = Tag(0x42_004f);
     pub const MAXIMUM_RESPONSE_SIZE: Tag = Tag(0x42_0050);
     pub const NAME: Tag = Tag(0x42_0053);
@@ -65,6 +68,8 @@ pub mod tag {
     pub const TEMPLATE_ATTRIBUTE: Tag = Tag(0x42_0091);
     pub const UNIQUE_IDENTIFIER: Tag = Tag(0x42_0094);
     pub const VENDOR_IDENTIFICATION: Tag = Tag(0x42_009d);
+    pub const WRAPPING_METHOD: Tag = Tag(0x42_009e);
+    pub const ENCODING_OPTION: Tag = Tag(0x42_00a3);
     pub const DATA: Tag = Tag(0x42_00c2);
     pub const TAG_LENGTH: Tag = Tag(0x42_00ce);
     pub const AUTHENTICATED_ENCRYPTION_ADDITIONAL_DATA: Tag = Tag(0x42_00fe);
@@ -80,7 +85,11 @@ mod value {
     pub(super) const ALGORITHM_AES: u32 = 3;
     pub(super) const CESSATION_OF_OPERATION: u32 = 6;
     pub(super) const GCM: u32 = 9;
+    /// Wrapping Method.
+    pub(super) const ENCRYPT: u32 = 1;
     pub(super) const KEY_FORMAT_RAW: u32 = 1;
+    pub(super) const NIST_KEY_WRAP: u32 = 0x0d;
+    pub(super) const NO_ENCODING: u32 = 1;
     pub(super) const SUCCESS: u32 = 0;
     pub(super) const SYMMETRIC_KEY: u32 = 2;
     pub(super) const STATE_ACTIVE: u32 = 2;
@@ -156,8 +165,11 @@ pub enum Request<'a> {
     Activate(&'a str),
     /// The State among a key's attributes.
     GetState(&'a str),
-    /// A key in format Raw.
-    Get(&'a str),
+    /// A key in format Raw; by NISTKeyWrap, if it is to be wrapped.
+    Get {
+        key: &'a str,
+        wrapped_by: Option<&'a str>,
+    },
     /// One active key of this Name.
     Locate {
         name: &'a str,
@@ -216,7 +228,7 @@ impl Request<'_> {
         match self {
             Request::Create { .. } => 0x01,
             Request::Locate { .. } => 0x08,
-            Request::Get(_) => 0x0a,
+            Request::Get { .. } => 0x0a,
             Request::GetState(_) => 0x0b,
             Request::AddAttribute { .. } => 0x0d,
             Request::Activate(_) => 0x12,
@@ -233,7 +245,7 @@ impl Request<'_> {
         match self {
             Request::Create { .. } => "Create",
             Request::Locate { .. } => "Locate",
-            Request::Get(_) => "Get",
+            Request::Get { .. } => "Get",
             Request::GetState(_) => "Get Attributes",
             Request::AddAttribute { .. } => "Add Attribute",
             Request::Activate(_) => "Activate",
@@ -317,10 +329,12 @@ impl Request<'_> {
                 }
                 payload
             }
-            Request::Get(key) => vec![
-                unique_identifier(key),
-                enumeration(tag::KEY_FORMAT_TYPE, value::KEY_FORMAT_RAW),
-            ],
+            Request::Get { key, wrapped_by } => {
+                let format = enumeration(tag::KEY_FORMAT_TYPE, value::KEY_FORMAT_RAW);
+                let mut payload = vec![unique_identifier(key), format];
+                payload.extend(wrapped_by.map(key_wrap));
+                payload
+            }
             Request::GetState(key) => {
                 let wanted = match version.has_attribute_items() {
                     true => enumeration(tag::ATTRIBUTE_REFERENCE, tag::STATE.0),
@@ -482,6 +496,25 @@ fn gcm() -> Item<'static> {
     )
 }
 
+/// AES Key Wrap of the bare key material by a key of the server's.
+fn key_wrap(by: &str) -> Item<'_> {
+    let parameters = enumeration(tag::BLOCK_CIPHER_MODE, value::NIST_KEY_WRAP);
+    Item::structure(
+        tag::KEY_WRAPPING_SPECIFICATION,
+        [
+            enumeration(tag::WRAPPING_METHOD, value::ENCRYPT),
+            Item::structure(
+                tag::ENCRYPTION_KEY_INFORMATION,
+                [
+                    unique_identifier(by),
+                    Item::structure(tag::CRYPTOGRAPHIC_PARAMETERS, [parameters]),
+                ],
+            ),
+            enumeration(tag::ENCODING_OPTION, value::NO_ENCODING),
+        ],
+    )
+}
+
 /// Why an answer is none, or brings nothing.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // The texts say it.
@@ -500,6 +533,10 @@ pub enum AnswerError {
         "its Unique Identifier is empty, longer than {LONGEST_IDENTIFIER} bytes, or more than visible ASCII"
     )]
     Identifier,
+    #[error("it has the key in clear, which was to come wrapped")]
+    InClear,
+    #[error("it has a wrapped key, which was to come in clear")]
+    Wrapped,
     /// The server says no.
     #[error(transparent)]
     Refused(Refusal),
@@ -648,14 +685,33 @@ impl<'a> Answer<'a> {
     /// The key that was fetched.
     ///
     /// # Errors
-    /// [`AnswerError`], if it is not there as a symmetric key in format Raw, or there is no memory for it.
+    /// [`AnswerError`], if it is not there in clear as a symmetric key in format Raw, or there is no memory for it.
     pub fn key(self) -> Result<SecretBytes, AnswerError> {
-        let key = take(self.0, tag::SYMMETRIC_KEY)?;
-        let block = take(key, tag::KEY_BLOCK)?;
-        if find(&block, tag::KEY_FORMAT_TYPE) != Some(&Value::Enumeration(value::KEY_FORMAT_RAW)) {
-            return Err(AnswerError::Lacks(tag::KEY_FORMAT_TYPE));
+        let block = self.key_block()?;
+        match find(&block, tag::KEY_WRAPPING_DATA) {
+            None => secret(&take(block, tag::KEY_VALUE)?, tag::KEY_MATERIAL),
+            Some(_) => Err(AnswerError::Wrapped),
         }
-        secret(&take(block, tag::KEY_VALUE)?, tag::KEY_MATERIAL)
+    }
+
+    /// The key that was fetched, as it was wrapped.
+    ///
+    /// # Errors
+    /// [`AnswerError`], if it is not there, or in clear.
+    pub fn wrapped_key(self) -> Result<Vec<u8>, AnswerError> {
+        let block = self.key_block()?;
+        match find(&block, tag::KEY_WRAPPING_DATA) {
+            Some(_) => Ok(byte_string(&take(block, tag::KEY_VALUE)?, tag::KEY_MATERIAL)?.to_vec()),
+            None => Err(AnswerError::InClear),
+        }
+    }
+
+    fn key_block(self) -> Result<Vec<Item<'a>>, AnswerError> {
+        let block = take(take(self.0, tag::SYMMETRIC_KEY)?, tag::KEY_BLOCK)?;
+        match find(&block, tag::KEY_FORMAT_TYPE) {
+            Some(&Value::Enumeration(value::KEY_FORMAT_RAW)) => Ok(block),
+            _ => Err(AnswerError::Lacks(tag::KEY_FORMAT_TYPE)),
+        }
     }
 
     /// What was encrypted, of which `len` bytes are expected.

@@ -12,6 +12,7 @@
 //!
 //! ```text
 //! address   where a server listens
+//! wrapping  a key under which KEKs come from the server
 //! session   a connection: TLS, the protocol's version, requests one by one until a deadline
 //! message   what is asked, and what is answered
 //! ttlv      the encoding
@@ -21,6 +22,7 @@ mod address;
 pub mod message;
 mod session;
 pub mod ttlv;
+mod wrapping;
 
 use std::fmt;
 use std::fs;
@@ -41,6 +43,7 @@ use super::{Binding, KeyError, KeyId, KeyReason, KeyState, Reach, Revocation};
 use address::Address;
 use message::{Mark, NONCE_LEN, PRODUCT, Request, TAG_LEN, Use, Version, identifies};
 use session::{Session, Trouble, share};
+pub use wrapping::WrappingKey;
 
 /// What the operator says of it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -57,6 +60,9 @@ pub struct Settings {
     /// Where slot secrets' KEKs are in clear.
     #[serde(default)]
     pub wrap: Wrap,
+    /// What KEKs are under on their way to this host, beside TLS.
+    #[serde(default, rename = "wrapping-key", skip_serializing_if = "Option::is_none")]
+    pub wrapping_key: Option<WrappingKey>,
     /// How long an operation may take, over all servers, in seconds.
     #[serde(default = "default_timeout")]
     pub timeout: u64,
@@ -93,6 +99,7 @@ pub(super) struct Kmip {
     servers: Vec<Address>,
     tls: TlsFiles,
     wrap: Wrap,
+    wrapping_key: Option<WrappingKey>,
     timeout: Duration,
     /// The server that answered last. It is asked first.
     preferred: AtomicUsize,
@@ -107,6 +114,10 @@ enum SettingsError {
     Server(#[from] address::NoAddress),
     #[error("{field} = {path:?}: write the whole path, from / on")]
     Relative { field: &'static str, path: PathBuf },
+    #[error("wrapping-key: with wrap = \"server\" no key leaves the server; take one of the two")]
+    Wrapping,
+    #[error("wrapping-key: {0:?} is no Unique Identifier: visible ASCII is wanted")]
+    WrappingId(String),
     #[error("timeout = {0}: between 1 and {LONGEST_TIMEOUT} seconds are possible")]
     Timeout(u64),
 }
@@ -193,6 +204,17 @@ impl Kmip {
         KeyError::new(&self.name, at.join(", "), reason)
     }
 
+    /// The key that KEKs come under, if there is to be one.
+    fn load_wrapping_key(&self) -> Result<Option<(&WrappingKey, SecretBytes)>, KeyError> {
+        let Some(wrapping) = &self.wrapping_key else {
+            return Ok(None);
+        };
+        let key = wrapping
+            .load()
+            .map_err(|e| KeyError::new(&self.name, wrapping.file.display(), e.reason()).because(e))?;
+        Ok(Some((wrapping, key)))
+    }
+
     /// A KEK under a key that the server has ready for use.
     fn kek_under(&self, session: &mut Session, key: &str) -> Result<KeyId, Trouble> {
         Ok(KeyId(match self.wrap {
@@ -207,10 +229,13 @@ impl Kmip {
 
     /// Makes a key called `name` and activates it. The server marks it as sealblk's in the best way that it has.
     fn create_key(&self, session: &mut Session, name: &str) -> Result<String, Trouble> {
-        let sensitive = self.wrap == Wrap::Server;
-        if sensitive && session.version() < Version::V1_4 {
-            return Err(Trouble::NoWrapping(session.version()));
-        }
+        let knows_sensitive = session.version() >= Version::V1_4;
+        let sensitive = match self.wrap {
+            Wrap::Server if !knows_sensitive => return Err(Trouble::NoWrapping(session.version())),
+            Wrap::Server => true,
+            // A sensitive key is given out wrapped, and never in clear.
+            Wrap::Client => self.wrapping_key.is_some() && knows_sensitive,
+        };
         let mut create = |mark| {
             let request = Request::Create {
                 name,
@@ -281,13 +306,14 @@ impl KekSource for Kmip {
                 .of(key_id)
                 .because(Foreign));
         };
+        let wrapping = self.load_wrapping_key().map_err(|e| e.of(key_id))?;
         self.with_server(Some(key_id), |session| {
             match key_state(session, identifier.key())? {
                 KeyState::Active => (),
                 state => return Err(Trouble::State(state)),
             }
             let kek = match &identifier {
-                Identifier::Key(key) => session.ask(&Request::Get(key), |answer| answer.key())?,
+                Identifier::Key(key) => get(session, key, wrapping.as_ref())?,
                 Identifier::Wrapped { by, kek } => decrypt(session, by, kek)?,
             };
             Kek::new(kek).map_err(|e| Trouble::NoKek(e.into()))
@@ -395,6 +421,23 @@ fn key_state(session: &mut Session, key: &str) -> Result<KeyState, Trouble> {
     }
 }
 
+/// Has the server give out a key, under the key that is named if one is.
+fn get(
+    session: &mut Session,
+    key: &str,
+    wrapping: Option<&(&WrappingKey, SecretBytes)>,
+) -> Result<SecretBytes, Trouble> {
+    let wrapped_by = wrapping.map(|(wrapping, _)| &*wrapping.id);
+    let request = Request::Get { key, wrapped_by };
+    match wrapping {
+        None => session.ask(&request, |answer| answer.key()),
+        Some((wrapping, key)) => {
+            let wrapped = session.ask(&request, |answer| answer.wrapped_key())?;
+            wrapping.unwrap(key, &wrapped)
+        }
+    }
+}
+
 /// Lets the server encrypt a KEK.
 fn encrypt(session: &mut Session, key: &str, kek: &SecretBytes) -> Result<Vec<u8>, Trouble> {
     let mut nonce = [0; NONCE_LEN];
@@ -460,6 +503,18 @@ impl Settings {
                 return Err(SettingsError::Relative { field, path });
             }
         }
+        if let Some(WrappingKey { id, file }) = &self.wrapping_key {
+            if self.wrap == Wrap::Server {
+                return Err(SettingsError::Wrapping);
+            }
+            if !identifies(id) {
+                return Err(SettingsError::WrappingId(id.clone()));
+            }
+            if !file.is_absolute() {
+                let (field, path) = ("wrapping-key.file", file.clone());
+                return Err(SettingsError::Relative { field, path });
+            }
+        }
         if !(1..=LONGEST_TIMEOUT).contains(&self.timeout) {
             return Err(SettingsError::Timeout(self.timeout));
         }
@@ -468,6 +523,7 @@ impl Settings {
             servers,
             tls: self.tls_files(),
             wrap: self.wrap,
+            wrapping_key: self.wrapping_key.clone(),
             timeout: Duration::from_secs(self.timeout),
             preferred: AtomicUsize::new(0),
         })

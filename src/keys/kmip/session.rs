@@ -5,6 +5,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread;
@@ -60,6 +61,12 @@ pub(super) enum Trouble {
     NoWrapping(Version),
     #[error("its state is {0:?}")]
     State(KeyState),
+    #[error(
+        "the key does not come out of its wrapping: {} holds another key than the server has as {id:?}, or the answer was \
+         altered",
+        file.display()
+    )]
+    NotUnwrapped { id: String, file: PathBuf },
     #[error("the key is none of AES-256")]
     NoKek(#[source] Box<dyn std::error::Error + Send + Sync>),
     #[error(transparent)]
@@ -78,6 +85,7 @@ impl Trouble {
                 KeyReason::Garbled
             }
             Self::Refused { source, .. } => refusal_reason(source),
+            Self::NotUnwrapped { .. } => KeyReason::Invalid,
             Self::NoCommonVersion | Self::NoWrapping(_) => KeyReason::Failed,
             Self::State(KeyState::Missing | KeyState::Destroyed) => KeyReason::Missing,
             Self::State(_) => KeyReason::NotActive,
