@@ -115,7 +115,11 @@ impl<'io> Erasure<'io> {
         }
         let io = self.surface.io;
         let end = self.keyslots.end;
-        let discarded = io.discard(0..end).map_err(Reason::Erase)?;
+        // What was read back is gone, whether storage wants the blocks or not: a full file system may not even take a hole.
+        let discarded = io.discard(0..end).unwrap_or_else(|error| {
+            tracing::warn!(%error, "{}: what was erased is not given back to storage", io.path().display());
+            false
+        });
         io.forget_cached(0..end).map_err(Reason::ForgetCached)?;
         match copies::read(io) {
             Err(HeaderError::NotLuks { .. }) => {}
@@ -222,3 +226,125 @@ impl Piece {
 }
 
 const PIECE: u64 = 1 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::super::copies::Header;
+    use super::super::testing::{COPY, HEADER, Memory, sample};
+    use super::*;
+    use std::io;
+    use std::path::Path;
+
+    /// A medium with a mind of its own.
+    #[derive(Debug)]
+    struct Stubborn {
+        memory: Memory,
+        /// Where it takes writes and keeps what was there.
+        keeps: Range<u64>,
+        /// What it says of a discard.
+        discard: fn() -> io::Result<bool>,
+    }
+
+    impl Stubborn {
+        fn new(keeps: Range<u64>) -> Self {
+            let memory = Memory::of(&sample());
+            // Something to be erased, in all of the keyslots area.
+            memory
+                .write_at(&[0x5a; (HEADER - 2 * COPY) as usize], 2 * COPY)
+                .unwrap();
+            Self {
+                memory,
+                keeps,
+                discard: || Ok(false),
+            }
+        }
+
+        fn erase(&self) -> Result<Erased, VolumeError> {
+            erase(self, Uuid::from_u128(7))
+        }
+
+        fn header(&self) -> Result<Header, HeaderError> {
+            copies::read(self).map(|found| match found {
+                Found::Sound(header) => header,
+                Found::NeedsRecovery(_) => panic!("a copy is damaged"),
+            })
+        }
+
+        /// How much of the keyslots area is as it was.
+        fn kept(&self) -> usize {
+            let front = self.memory.front.borrow();
+            let keyslots = &front[2 * COPY as usize..HEADER as usize];
+            keyslots.chunks(16).filter(|chunk| **chunk == [0x5a; 16]).count()
+        }
+    }
+
+    impl HeaderIo for Stubborn {
+        fn path(&self) -> &Path {
+            self.memory.path()
+        }
+        fn size(&self) -> io::Result<u64> {
+            self.memory.size()
+        }
+        fn can_grow(&self) -> bool {
+            false
+        }
+        fn set_size(&self, size: u64) -> io::Result<()> {
+            self.memory.set_size(size)
+        }
+        fn read_only(&self) -> bool {
+            false
+        }
+        fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+            self.memory.read_at(buffer, offset)
+        }
+        fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+            match self.keeps.contains(&offset) {
+                true => Ok(()),
+                false => self.memory.write_at(bytes, offset),
+            }
+        }
+        fn sync(&self) -> io::Result<()> {
+            Ok(())
+        }
+        fn forget_cached(&self, _: Range<u64>) -> io::Result<()> {
+            Ok(())
+        }
+        fn discard(&self, _: Range<u64>) -> io::Result<bool> {
+            (self.discard)()
+        }
+        fn lock(&self, mode: LockMode) -> io::Result<MetadataLock<'_>> {
+            self.memory.lock(mode)
+        }
+    }
+
+    #[test]
+    fn storage_that_takes_no_discard_holds_no_volume_all_the_same() {
+        let mut medium = Stubborn::new(0..0);
+        medium.discard = || Err(io::Error::from_raw_os_error(libc::ENOSPC));
+        let erased = medium.erase().unwrap();
+        assert_eq!((erased.len, erased.discarded), (HEADER, false));
+        assert_eq!(medium.kept(), 0);
+        assert!(matches!(medium.header(), Err(HeaderError::NotLuks { .. })));
+    }
+
+    #[test]
+    fn what_storage_keeps_is_not_taken_for_erased_and_the_header_says_that_it_was_begun() {
+        // A megabyte in the middle of the keyslots area.
+        let part = 2 * COPY + (3 << 20);
+        let medium = Stubborn::new(part..part + 1);
+        assert!(matches!(*medium.erase().unwrap_err().reason, Reason::NotErased));
+        assert_eq!(medium.kept(), (1 << 20) / 16);
+        let marked = medium.header().unwrap();
+        assert!(marked.metadata.config.mandatory().iter().any(|name| name == MARK));
+
+        // Once storage writes what it is given, the erasure is begun anew.
+        let medium = Stubborn {
+            keeps: 0..0,
+            ..medium
+        };
+        medium.erase().unwrap();
+        assert_eq!(medium.kept(), 0);
+        let begun_anew = medium.erase().unwrap_err().reason;
+        assert!(matches!(*begun_anew, Reason::Header(HeaderError::NotLuks { .. })));
+    }
+}
