@@ -16,7 +16,7 @@ use common::serve::SEALBLK;
 use common::storage::{LoopDevice, SilentFilesystem};
 use common::volume::run;
 use sealblk::storage::{Access, Backing};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 
 const USAGE: i32 = 2;
@@ -856,6 +856,27 @@ fn the_key_goes_with_its_last_disk() {
 }
 
 #[test]
+fn a_key_that_a_header_only_claims_to_need_does_not_go_with_it() {
+    for host in [Host::new(), Host::with_agent("")] {
+        host.create("theirs", &[]);
+        host.create("forged", &[]);
+        let key = host.key_of("theirs");
+        forge_token(&host, "forged", |token| {
+            token.insert("key_id".to_owned(), key.as_str().into());
+        });
+        // A disk of another host, of which this one knows nothing.
+        fs::remove_dir_all(host.path("state/volumes")).unwrap();
+        let uuid = uuid_of(&host, &["forged"]);
+        let told = host.does(&["erase", "forged", "--confirm", &uuid, "--revoke-key"]);
+        let receipt: Value = serde_json::from_str(&told).unwrap();
+        assert_eq!(receipt["keys"][0]["key_id"], key.as_str());
+        assert_eq!(receipt["keys"][0]["revoked"], Value::Null);
+        assert!(receipt["keys"][0]["why"].is_string(), "{receipt}");
+        host.opens("theirs").unwrap();
+    }
+}
+
+#[test]
 fn a_detached_header_and_a_device_are_erased() {
     let host = Host::new();
     host.create("data", &["--header", "header"]);
@@ -884,6 +905,16 @@ fn a_detached_header_and_a_device_are_erased() {
 
 /// Has the header of a disk tell another date at which it was bound, or none.
 fn bound_at(host: &Host, disk: &str, date: Option<&str>) {
+    forge_token(host, disk, |fields| {
+        match date {
+            Some(date) => fields.insert("bound".to_owned(), date.into()),
+            None => fields.remove("bound"),
+        };
+    });
+}
+
+/// Has the token of a disk say something else.
+fn forge_token(host: &Host, disk: &str, forge: impl FnOnce(&mut Map<String, Value>)) {
     let cryptsetup = |args: &[&str]| {
         let mut command = Command::new("cryptsetup");
         run(command
@@ -895,11 +926,7 @@ fn bound_at(host: &Host, disk: &str, date: Option<&str>) {
     };
     let exported = cryptsetup(&["export", "--token-id", "0"]);
     let mut token: Value = serde_json::from_slice(&exported).unwrap();
-    let fields = token.as_object_mut().unwrap();
-    match date {
-        Some(date) => fields.insert("bound".to_owned(), date.into()),
-        None => fields.remove("bound"),
-    };
+    forge(token.as_object_mut().unwrap());
     fs::write(host.path("token.json"), token.to_string()).unwrap();
     cryptsetup(&["remove", "--token-id", "0"]);
     cryptsetup(&["import", "--token-id", "0", "--json-file", "token.json"]);

@@ -23,7 +23,7 @@ use crate::keys::{KeyId, Reach, Revocation};
 use crate::known::{Index, Removal};
 use crate::moment::Moment;
 use crate::storage::{Access, Backing, Kind};
-use crate::volume::{Erased, Info, erase};
+use crate::volume::{Bindings, BoundTo, Erased, Info, Proof, erase};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -144,6 +144,10 @@ impl Erase {
         };
         // So is the record: nothing is erased that the log does not tell of, with who it was.
         let keys = host.keys(Purpose::Access)?;
+        let named = match self.revoke_key {
+            true => Bindings::prove(header, &keys)?,
+            false => Vec::new(),
+        };
         keys.report(&step(ErasureStep::Begun))?;
         let started = Moment::now();
         let erased = erase(header, before.uuid)?;
@@ -170,9 +174,9 @@ impl Erase {
             header_sha256: erased.header_sha256.clone(),
             written_sha256: erased.written_sha256.clone(),
         }));
-        let revoked = match (&logged, self.revoke_key) {
-            (Ok(()), true) => revoke_keys(&keys, &before),
-            _ => Vec::new(),
+        let revoked = match &logged {
+            Ok(()) => revoke_keys(&keys, named),
+            Err(_) => Vec::new(),
         };
         let text = serde_json::to_string_pretty(&receipt(revoked))
             .expect("numbers, texts and lists are JSON")
@@ -260,14 +264,14 @@ pub(super) fn sha256(bytes: &[u8]) -> String {
 }
 
 /// Takes the keys out of use that opened the volume and no other one.
-fn revoke_keys(keys: &Keys, before: &Info) -> Vec<Revoked> {
-    let named = before.tokens.iter().filter_map(|token| {
-        let key_id = KeyId(token.key_id.clone()?);
-        Some((token.provider.clone()?, key_id))
-    });
-    let revoke = |(provider, key_id): (String, KeyId)| {
+fn revoke_keys(keys: &Keys, named: Vec<Proof>) -> Vec<Revoked> {
+    let revoke = |Proof { to, proved }: Proof| {
+        let BoundTo { provider, key_id, .. } = to;
         let revocation = Revocation::Deactivate;
-        let result = keys.revoke(&provider, &key_id, revocation, &Removal::default());
+        // Whoever wrote to the header could have named another disk's key.
+        let result = proved
+            .map_err(Failure::from)
+            .and_then(|()| keys.revoke(&provider, &key_id, revocation, &Removal::default()));
         let (revoked, why) = match result {
             Ok(reach) => {
                 let reach = reach.unwrap_or(Reach::Host);
@@ -289,7 +293,7 @@ fn revoke_keys(keys: &Keys, before: &Info) -> Vec<Revoked> {
             why,
         }
     };
-    named.map(revoke).collect()
+    named.into_iter().map(revoke).collect()
 }
 
 impl Device {

@@ -5,9 +5,11 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use super::copies::{self, Header, HeaderError};
+use super::error::{Reason, VolumeError};
 use super::header_io::HeaderIo;
+use super::metadata::Base64;
 use super::rekey::sealblk_tokens;
-use crate::keys::KeyId;
+use crate::keys::{Binding, KeyError, KeyId, Providers};
 use crate::moment::Moment;
 
 /// A volume and the KEKs that open it.
@@ -32,6 +34,15 @@ pub struct BoundTo {
     pub since: Option<Moment>,
 }
 
+/// A KEK that a header names, and whether it opens the keyslot indeed.
+#[derive(Debug)]
+pub struct Proof {
+    /// The KEK.
+    pub to: BoundTo,
+    /// If not: why its provider does not confirm it.
+    pub proved: Result<(), KeyError>,
+}
+
 impl Bindings {
     /// Whether it is bound to a key for longer than `age`. One of which nobody knows since when counts: it cannot be shown to be
     /// younger. So does a rekey that was interrupted.
@@ -50,6 +61,32 @@ impl Bindings {
     /// Where there is no LUKS2 header, or both its copies are damaged.
     pub fn read(io: &dyn HeaderIo) -> Result<Self, HeaderError> {
         Ok(Self::of(copies::read(io)?.header()))
+    }
+
+    /// What of it the providers confirm, in the order of `to`: a header can name any key, and only the one that has wrapped a
+    /// secret for this volume unwraps it.
+    ///
+    /// # Errors
+    /// [`VolumeError`], as for [`Bindings::read`].
+    pub fn prove(io: &dyn HeaderIo, providers: &dyn Providers) -> Result<Vec<Proof>, VolumeError> {
+        let found = copies::read(io).map_err(|error| Reason::from(error).at(io.path()))?;
+        let header = found.header();
+        let tokens = sealblk_tokens(&header.metadata).into_iter();
+        let wrapped = tokens.map(|(.., token)| token.wrapped_slot_secret);
+        let unwrap = |(to, wrapped): (BoundTo, Base64)| {
+            let binding = Binding {
+                volume: header.binary.uuid,
+                provider: &to.provider,
+                key_id: &to.key_id,
+                keyslot: to.keyslot,
+            };
+            let unwrapped = providers
+                .provider(&to.provider)
+                .and_then(|provider| provider.unwrap(&binding, &wrapped.0));
+            let proved = unwrapped.map(drop);
+            Proof { to, proved }
+        };
+        Ok(Self::of(header).to.into_iter().zip(wrapped).map(unwrap).collect())
     }
 
     pub(super) fn of(header: &Header) -> Self {

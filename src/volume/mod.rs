@@ -60,7 +60,7 @@ mod token;
 pub mod vault;
 mod ways_in;
 
-pub use bindings::{Bindings, BoundTo};
+pub use bindings::{Bindings, BoundTo, Proof};
 pub use copies::{Damage, HeaderError, HeaderState};
 pub use create::{CreateOptions, create};
 pub use erase::{Erased, erase};
