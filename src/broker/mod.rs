@@ -5,7 +5,7 @@
 //! settings   the file that sets it up
 //! state      what it keeps: sealed resources, hosts, reference values
 //! http       one request of a connection, bounded in time and size
-//! session    nonces: single-use, short-lived, and not too many
+//! session    nonces: single-use and short-lived, and nothing is kept of them before they are answered
 //! service    what is answered to whom (crate::rcar has the messages)
 //! evidence   whether a quote is what it has to be
 //! enrolment  whether a TPM is one, and which host's
@@ -22,12 +22,13 @@ mod session;
 mod settings;
 pub mod state;
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -45,8 +46,10 @@ use service::Service;
 pub use settings::{Settings, SettingsError};
 pub use state::{State, StateError};
 
-/// The most connections at a time; others are closed at once.
+/// The most connections at a time, and the most of one address, or of one network of IPv6 (/64), which is what one machine
+/// can have: it does not keep the others out. What is more is closed at once.
 const MAX_CONNECTIONS: usize = 128;
+const MAX_OF_ADDRESS: usize = 32;
 /// How long a connection may take, all in all.
 const DEADLINE: Duration = Duration::from_secs(10);
 
@@ -57,7 +60,7 @@ pub struct Broker {
     ending: OwnedFd,
     settings: Arc<Settings>,
     service: Arc<Service>,
-    connections: Arc<AtomicUsize>,
+    connections: Arc<Connections>,
 }
 
 /// Why there is no broker.
@@ -75,6 +78,9 @@ pub enum BrokerError {
     /// Its audit log.
     #[error(transparent)]
     Audit(#[from] AuditError),
+    /// The host has no random numbers.
+    #[error("the broker cannot be set up")]
+    Random(#[source] getrandom::Error),
     /// Its address.
     #[error("the broker cannot listen on {address}")]
     Listen {
@@ -152,10 +158,9 @@ impl Broker {
     }
 
     fn answer(&self, socket: TcpStream, peer: SocketAddr) {
-        let held = Held::take(&self.connections);
-        if held.count > MAX_CONNECTIONS {
+        let Some(held) = Connections::take(&self.connections, peer.ip()) else {
             return;
-        }
+        };
         let (settings, service) = (Arc::clone(&self.settings), Arc::clone(&self.service));
         let work = move || {
             let _held = held;
@@ -172,24 +177,50 @@ impl Broker {
     }
 }
 
+/// How many connections there are, by whose they are.
+#[derive(Debug, Default)]
+struct Connections(Mutex<HashMap<u64, usize>>);
+
 /// One of the connections that may be.
 struct Held {
-    connections: Arc<AtomicUsize>,
-    count: usize,
+    connections: Arc<Connections>,
+    owner: u64,
 }
 
-impl Held {
-    fn take(connections: &Arc<AtomicUsize>) -> Self {
-        Self {
-            connections: Arc::clone(connections),
-            count: connections.fetch_add(1, Ordering::Relaxed) + 1,
+impl Connections {
+    fn take(connections: &Arc<Self>, address: IpAddr) -> Option<Held> {
+        let owner = match address.to_canonical() {
+            IpAddr::V4(address) => address.to_bits().into(),
+            IpAddr::V6(address) => (address.to_bits() >> 64) as u64,
+        };
+        let mut counts = connections.lock();
+        let all: usize = counts.values().sum();
+        let of_owner = counts.get(&owner).copied().unwrap_or(0);
+        if all >= MAX_CONNECTIONS || of_owner >= MAX_OF_ADDRESS {
+            return None;
         }
+        counts.insert(owner, of_owner + 1);
+        Some(Held {
+            connections: Arc::clone(connections),
+            owner,
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, usize>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.connections.fetch_sub(1, Ordering::Relaxed);
+        let mut counts = self.connections.lock();
+        // An owner without a connection takes no room.
+        if let Entry::Occupied(mut count) = counts.entry(self.owner) {
+            *count.get_mut() -= 1;
+            if *count.get() == 0 {
+                count.remove();
+            }
+        }
     }
 }
 

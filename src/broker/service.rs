@@ -14,7 +14,7 @@ use zeroize::Zeroizing;
 use super::enrolment::{Makers, Unknown};
 use super::evidence::{self, Distrust};
 use super::http::{Answer, Request};
-use super::session::{self, Full, Session, Sessions};
+use super::session::{Issued, NoSession, Session, Sessions};
 use super::state::{Kept, State, StateError};
 use super::{BrokerError, Settings};
 use crate::audit::{AuditError, AuditLog};
@@ -111,9 +111,18 @@ impl From<AuditError> for Refusal {
     }
 }
 
-impl From<Full> for Refusal {
-    fn from(_: Full) -> Self {
-        Self::Full
+impl From<NoSession> for Refusal {
+    fn from(none: NoSession) -> Self {
+        match none {
+            NoSession::Full => Self::Full,
+            NoSession::Used => Self::Session,
+        }
+    }
+}
+
+impl From<getrandom::Error> for Refusal {
+    fn from(error: getrandom::Error) -> Self {
+        Self::Broker(error.into())
     }
 }
 
@@ -143,7 +152,7 @@ impl Service {
         Ok(Self {
             state,
             makers: Makers::read(settings.endorsement_authorities.as_deref())?,
-            sessions: Sessions::new(settings.session_lifetime()),
+            sessions: Sessions::new(settings.session_lifetime()).map_err(BrokerError::Random)?,
             audit,
             events: Events::default(),
             refusals: Mutex::default(),
@@ -179,21 +188,17 @@ impl Service {
         if request.tee != rcar::TEE {
             return Err(Refusal::Tee(crate::keys::harmless(&request.tee, 32)));
         }
-        let nonce = session::random().map_err(|e| Refusal::Broker(e.into()))?;
-        let challenged = Session::Challenged { nonce: nonce.clone() };
-        let id = self.sessions.begin(challenged)?;
+        let Issued { session, nonce } = self.sessions.challenge()?;
         let challenge = Challenge {
             nonce,
             extra_params: "".into(),
         };
-        Ok(Answer::new(200, &challenge).with_cookie(COOKIE, &id))
+        Ok(Answer::new(200, &challenge).with_cookie(COOKIE, &session))
     }
 
     fn attest(&self, request: &Request, caller: &mut Caller) -> Result<Answer, Refusal> {
         let id = session_of(request).ok_or(Refusal::Session)?;
-        let Some(Session::Challenged { nonce }) = self.sessions.take(id) else {
-            return Err(Refusal::Session);
-        };
+        let nonce = self.sessions.challenged(id).ok_or(Refusal::Session)?;
         let Attestation {
             runtime_data,
             tee_evidence,
@@ -216,7 +221,7 @@ impl Service {
             host: name.to_owned(),
             key: runtime_data.tee_pubkey,
         };
-        self.sessions.put(id.to_owned(), attested)?;
+        self.sessions.put(id, attested)?;
         Ok(Answer::new(200, &rcar::Token { token: id.to_owned() }))
     }
 
@@ -257,7 +262,7 @@ impl Service {
         let candidate = self.makers.check(&request, host)?;
         caller.host = Some(request.host.clone());
         let mut secret = Zeroizing::new([0; 32]);
-        getrandom::fill(&mut secret[..]).map_err(|e| Refusal::Broker(e.into()))?;
+        getrandom::fill(&mut secret[..])?;
         let name = attest::name(&candidate.attestation);
         let credential = credential::make(&candidate.endorsement_key, &name, &secret)
             .map_err(|e| Refusal::Broker(e.into()))?;
@@ -266,7 +271,7 @@ impl Service {
             endorsement: candidate.endorsement,
             attestation: BASE64_STANDARD.encode(candidate.attestation),
             secret,
-        })?;
+        })??;
         let challenge = Credential {
             session,
             credential: BASE64_STANDARD.encode(credential.object),

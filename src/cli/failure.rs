@@ -270,7 +270,7 @@ impl Failure {
                 | StateError::Register(_) => USAGE,
             },
             Self::Broker(BrokerError::Settings(_) | BrokerError::Tls(_)) => USAGE,
-            Self::Broker(BrokerError::Listen { .. }) => HOST,
+            Self::Broker(BrokerError::Listen { .. } | BrokerError::Random(_)) => HOST,
             Self::Agent(AgentError::Audit(error))
             | Self::Broker(BrokerError::Audit(error))
             | Self::Audit(error) => match error {

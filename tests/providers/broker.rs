@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::sync::Arc;
@@ -43,6 +43,15 @@ impl Broker {
     }
 
     pub(crate) fn with(tpm: &Swtpm, certificate: &str, session_lifetime: u16) -> Self {
+        Self::listening("127.0.0.1", tpm, certificate, session_lifetime)
+    }
+
+    /// One that listens on another address than that of this machine alone.
+    pub(crate) fn start_on(tpm: &Swtpm, address: &str) -> Self {
+        Self::listening(address, tpm, "server", 60)
+    }
+
+    fn listening(address: &str, tpm: &Swtpm, certificate: &str, session_lifetime: u16) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let port = free_port("127.0.0.1");
         let pem = |extension| {
@@ -51,7 +60,7 @@ impl Broker {
                 .with_extension(extension)
         };
         let settings = format!(
-            "listen = \"127.0.0.1:{port}\"\ncertificate = {:?}\nkey = {:?}\nstate-dir = {:?}\n\
+            "listen = \"{address}:{port}\"\ncertificate = {:?}\nkey = {:?}\nstate-dir = {:?}\n\
              endorsement-authorities = {:?}\nsession-lifetime = {session_lifetime}\n",
             pem("pem"),
             pem("key"),
@@ -90,6 +99,10 @@ impl Broker {
 
     pub(crate) fn address(&self) -> String {
         format!("https://127.0.0.1:{}", self.port)
+    }
+
+    pub(crate) fn socket(&self) -> SocketAddr {
+        ([127, 0, 0, 1], self.port).into()
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {

@@ -378,9 +378,13 @@ fn hosts_by_kbs_types_are_served_and_replays_are_refused() {
     let (cookie, _) = foreign.challenge();
     let again = foreign.attest(&cookie, &attestation).unwrap_err();
     assert!(again.contains("another session's nonce"), "{again}");
-    // The new nonce is lost by that. And the old quote under another one.
-    let again = foreign.attest(&cookie, &attestation).unwrap_err();
-    assert!(again.contains("was used"), "{again}");
+    // In a session that was never given out.
+    let (made_up, challenge) = foreign.challenge();
+    let made_up = made_up.replace("id=", "id=A");
+    let attestation_of_none = foreign.attestation(&challenge.nonce, &OneTimeKey::new().unwrap());
+    let told = foreign.attest(&made_up, &attestation_of_none).unwrap_err();
+    assert!(told.contains("the session is not known"), "{told}");
+    // And the old quote under another one.
     let (cookie, challenge) = foreign.challenge();
     let mut replayed = attestation.clone();
     replayed.runtime_data.nonce = challenge.nonce;
@@ -437,6 +441,35 @@ fn a_host_with_keys_and_quotes_of_tpm2_tools_is_enrolled_and_served() {
     let attestation = foreign.attestation(&challenge.nonce, &OneTimeKey::new().unwrap());
     let told = foreign.attest(&cookie, &attestation).unwrap_err();
     assert!(told.contains("PCR 11 differs"), "{told}");
+}
+
+/// One address gets no more connections than leave room for others.
+#[test]
+fn a_stranger_who_keeps_connections_open_keeps_no_other_address_out() {
+    let tpm = Swtpm::new();
+    let broker = Broker::start_on(&tpm, "0.0.0.0");
+    let host = Host::enrolled(&tpm, &broker);
+    let stranger = || {
+        let connect = rustix::net::socket(
+            rustix::net::AddressFamily::INET,
+            rustix::net::SocketType::STREAM,
+            None,
+        )
+        .unwrap();
+        let from: std::net::SocketAddr = "127.0.0.2:0".parse().unwrap();
+        rustix::net::bind(&connect, &from).unwrap();
+        rustix::net::connect(&connect, &broker.socket()).unwrap();
+        std::net::TcpStream::from(connect)
+    };
+    let silent: Vec<_> = (0..200).map(|_| stranger()).collect();
+    let mut turned_away = 0;
+    for mut stream in silent.iter() {
+        stream.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+        // Those that are answered wait for a greeting.
+        turned_away += usize::from(matches!(stream.read(&mut [0]), Ok(0)));
+    }
+    assert!(turned_away >= 100, "{turned_away} of 200 are turned away");
+    host.provider().check().unwrap();
 }
 
 #[test]
