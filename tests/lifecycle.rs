@@ -893,6 +893,8 @@ fn a_detached_header_and_a_device_are_erased() {
     };
     let disk = device.path().to_str().unwrap();
     host.does(&["create", disk]);
+    let used = host.json(&["key", "where-used", &host.key_of(disk), "--json"]);
+    assert_eq!(texts(&used, "standing"), ["bound"], "{used:?}");
     let uuid = uuid_of(&host, &[disk]);
     let receipt: Value = serde_json::from_str(&host.does(&["erase", disk, "--confirm", &uuid])).unwrap();
     assert_eq!(receipt["device"]["kind"], "block_device");

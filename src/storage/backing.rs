@@ -320,7 +320,8 @@ impl AsFd for DataFile {
 
 /// The name by which the kernel opens the very inode that `file` has open, whatever its path names by now.
 fn fd_path(file: &File) -> PathBuf {
-    PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
+    // Of this thread: one that looks at a place that may not answer has a table of its own.
+    PathBuf::from(format!("/proc/thread-self/fd/{}", file.as_raw_fd()))
 }
 
 /// The alignment in bytes that O_DIRECT asks of offsets and lengths, or none where it is not to be had.
