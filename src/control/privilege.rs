@@ -89,7 +89,7 @@ impl Grants {
 }
 
 /// Root, and the user that this process runs as.
-fn has_all(peer: &Peer) -> bool {
+pub(super) fn has_all(peer: &Peer) -> bool {
     peer.user == 0 || peer.user == rustix::process::geteuid().as_raw()
 }
 

@@ -15,15 +15,22 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 use super::peer::Peer;
+use super::privilege::has_all;
 use super::socket::{self, BindError, Bound};
 use super::varlink::{self, Interface};
 
-/// The most callers at a time of one user to whom something was granted, and of all of them; what is more is turned away.
-const MAX_CALLERS_OF_USER: usize = 512;
-const MAX_CALLERS: usize = 2 * MAX_CALLERS_OF_USER;
-/// The most callers at a time of one user to whom nothing was, and of all of them: they have nothing to wait for.
-const MAX_STRANGERS_OF_USER: usize = 16;
-const MAX_STRANGERS: usize = 64;
+/// The most callers at a time of those who stand so; what is more is turned away. Each kind has places of its own.
+const fn places(standing: Standing) -> usize {
+    match standing {
+        Standing::Own => 512,
+        Standing::Granted => 1024,
+        // They have nothing to wait for.
+        Standing::Stranger => 64,
+    }
+}
+
+/// What a user gets at any rate, while there is a place.
+const SURE: usize = 16;
 /// How long a caller may be silent, or leave an answer unread.
 const CALLER_TIMEOUT: Duration = Duration::from_secs(30);
 /// A caller's thread calls into a provider's client, and into little else.
@@ -95,7 +102,12 @@ pub fn run(
 
 fn answer(stream: UnixStream, service: &Arc<dyn Interface>, callers: &Arc<Callers>) {
     let Ok(peer) = Peer::of(&stream) else { return };
-    let Some(place) = Callers::place_for(callers, peer.user, service.knows(&peer)) else {
+    let standing = match () {
+        () if has_all(&peer) => Standing::Own,
+        () if service.knows(&peer) => Standing::Granted,
+        () => Standing::Stranger,
+    };
+    let Some(place) = Callers::place_for(callers, peer.user, standing) else {
         tracing::debug!(user = peer.user, "a caller is turned away: there are too many");
         return;
     };
@@ -114,38 +126,51 @@ fn answer(stream: UnixStream, service: &Arc<dyn Interface>, callers: &Arc<Caller
     }
 }
 
-/// Those who are being answered: how many of each user, and whether anything was granted to it.
+/// How a caller stands to the process that it asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Standing {
+    /// Root, or the user that the process runs as.
+    Own,
+    /// Something was granted to it.
+    Granted,
+    /// Nothing was.
+    Stranger,
+}
+
+/// Those who are being answered: how many of each user.
 #[derive(Debug, Default)]
-struct Callers(Mutex<HashMap<(u32, bool), usize>>);
+struct Callers(Mutex<HashMap<(u32, Standing), usize>>);
 
 /// A caller's place among them.
 struct Place {
     callers: Arc<Callers>,
-    kind: (u32, bool),
+    kind: (u32, Standing),
 }
 
 impl Callers {
-    /// A place for one more caller of `user`, if there is one.
-    fn place_for(callers: &Arc<Self>, user: u32, known: bool) -> Option<Place> {
-        let (of_user, of_all) = match known {
-            true => (MAX_CALLERS_OF_USER, MAX_CALLERS),
-            false => (MAX_STRANGERS_OF_USER, MAX_STRANGERS),
-        };
+    /// A place for one more caller of `user`, if there is one: half of the places that are left, so that the next user finds
+    /// some.
+    fn place_for(callers: &Arc<Self>, user: u32, standing: Standing) -> Option<Place> {
         let mut counts = callers.lock();
-        let alike = counts.iter().filter(|((_, other), _)| *other == known);
+        let alike = counts.iter().filter(|((_, other), _)| *other == standing);
         let all: usize = alike.map(|(_, count)| count).sum();
-        let count = counts.entry((user, known)).or_default();
-        if *count >= of_user || all >= of_all {
+        let left = places(standing).saturating_sub(all);
+        let count = counts.get(&(user, standing)).copied().unwrap_or(0);
+        let share = match standing {
+            Standing::Own => places(standing),
+            Standing::Granted | Standing::Stranger => left / 2,
+        };
+        if left == 0 || count >= SURE.max(share) {
             return None;
         }
-        *count += 1;
+        counts.insert((user, standing), count + 1);
         Some(Place {
             callers: Arc::clone(callers),
-            kind: (user, known),
+            kind: (user, standing),
         })
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<(u32, bool), usize>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<(u32, Standing), usize>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -158,5 +183,32 @@ impl Drop for Place {
                 count.remove();
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_two_users_take_all_places_and_none_of_them_the_owners() {
+        let callers = Arc::new(Callers::default());
+        let mut held = Vec::new();
+        let mut take_all = |user, standing| {
+            let before = held.len();
+            while let Some(place) = Callers::place_for(&callers, user, standing) {
+                held.push(place);
+            }
+            held.len() - before
+        };
+        let granted: Vec<_> = (1..=10).map(|user| take_all(user, Standing::Granted)).collect();
+        assert!(
+            granted[0] < 400 && granted.iter().all(|got| *got >= SURE),
+            "{granted:?}"
+        );
+        assert!(take_all(11, Standing::Stranger) < 64 && take_all(12, Standing::Stranger) > 0);
+        assert_eq!(take_all(0, Standing::Own), 512);
+        drop(held);
+        assert!(callers.lock().is_empty());
     }
 }

@@ -12,6 +12,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::FileType;
 use rustix::io::Errno;
 use rustix::net::sockopt::{self, Timeout};
@@ -175,15 +176,20 @@ impl Connection {
         }
     }
 
-    /// Whether the other side has left. What it sends meanwhile stays to be received.
+    /// Whether the other side has left, whatever it has sent before.
     ///
     /// # Errors
     /// If the socket fails.
     pub fn has_ended(&self) -> io::Result<bool> {
-        let peek = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-        match rustix::net::recv(&self.stream, &mut [0_u8; 1], peek) {
-            Ok((_, 0)) => Ok(true),
-            Ok(_) | Err(Errno::AGAIN | Errno::INTR) => Ok(false),
+        let ended = PollFlags::HUP | PollFlags::RDHUP | PollFlags::ERR;
+        let mut fds = [PollFd::new(&self.stream, PollFlags::RDHUP)];
+        let at_once = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        match poll(&mut fds, Some(&at_once)) {
+            Ok(_) => Ok(fds[0].revents().intersects(ended)),
+            Err(Errno::INTR) => Ok(false),
             Err(error) => Err(error.into()),
         }
     }
@@ -314,6 +320,16 @@ mod tests {
         }
         drop(one);
         assert!(two.receive::<Value>().unwrap().is_none());
+    }
+
+    #[test]
+    fn who_has_left_is_seen_to_have_left_whatever_was_sent_before() {
+        let (mut one, two) = pair();
+        assert!(!two.has_ended().unwrap());
+        one.stream.write_all(b"{").unwrap();
+        assert!(!two.has_ended().unwrap());
+        drop(one);
+        assert!(two.has_ended().unwrap());
     }
 
     #[test]
