@@ -184,7 +184,8 @@ impl KekCache {
     /// Until when a KEK that is here is good, if its source was away.
     pub(super) fn grace(&self, key_id: &KeyId) -> Option<SystemTime> {
         let slot = Arc::clone(lock(&self.slots).get(key_id)?);
-        let held = lock(&slot.0);
+        // While it is being fetched it is none.
+        let held = slot.0.try_lock().ok()?;
         match held.kek.as_ref()?.origin {
             Origin::Sealed(until) => Some(until),
             _ => None,

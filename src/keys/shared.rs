@@ -100,8 +100,8 @@ impl SharedProviders {
 
     /// Until when the KEK that is here opens volumes, if its servers are away.
     pub fn grace(&self, provider: &str, key_id: &KeyId) -> Option<SystemTime> {
-        let open = lock(&self.open);
-        open.opened(provider)?.keks().grace(key_id)
+        let provider = Arc::clone(lock(&self.open).opened(provider)?);
+        provider.keks().grace(key_id)
     }
 
     /// The state directory.

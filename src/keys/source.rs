@@ -120,10 +120,15 @@ impl HostProvider {
 
     fn kek(&self, key_id: &KeyId, wanted: Wanted) -> Result<(Arc<Kek>, Origin), KeyError> {
         // Before the cache: another process may have revoked it.
-        if let Some(revoked) = self.revoked.find(key_id).map_err(|e| self.host(key_id, e))? {
-            return Err(self.fail(key_id, KeyReason::NotActive).because(revoked));
-        }
+        self.check_revoked(key_id)?;
         self.keks.get(key_id, wanted, || self.fetch(key_id, wanted))
+    }
+
+    fn check_revoked(&self, key_id: &KeyId) -> Result<(), KeyError> {
+        match self.revoked.find(key_id).map_err(|e| self.host(key_id, e))? {
+            Some(revoked) => Err(self.fail(key_id, KeyReason::NotActive).because(revoked)),
+            None => Ok(()),
+        }
     }
 
     fn fetch(&self, key_id: &KeyId, wanted: Wanted) -> Result<(Kek, Origin), KeyError> {
@@ -135,6 +140,9 @@ impl HostProvider {
         match fetched {
             Ok((kek, origin)) => {
                 sealed.keep(name, key_id, &kek);
+                // Who revokes it meanwhile has found nothing to forget.
+                self.check_revoked(key_id)
+                    .inspect_err(|_| sealed.forget(name, key_id))?;
                 Ok((kek, origin))
             }
             Err(error) => match error.reason {
@@ -161,6 +169,7 @@ impl HostProvider {
 
     /// Takes a KEK that somebody else has fetched, so that volumes open while this host cannot reach its source.
     pub(super) fn push(&self, key_id: &KeyId, key: SecretBytes) -> Result<(), KeyError> {
+        self.check_revoked(key_id)?;
         let fail = |reason| self.fail(key_id, reason);
         let kek = Kek::new(key).map_err(|e| fail(KeyReason::Garbled).because(e))?;
         self.keks

@@ -157,10 +157,14 @@ impl Index {
     /// Takes note of what became of a binding that was announced. One that came to nothing is noted no more, unless the volume
     /// itself says otherwise: only what nobody has settled can be taken back.
     pub fn settle(&self, binding: &Binding<'_>, path: &Path, stored: bool) {
-        if stored {
-            return self.note(binding, path, Occasion::Bound);
-        }
         let known = note_of(binding, path);
+        if stored {
+            // Who settles could name any volume: it was announced, or it says so itself.
+            if read(&self.file(&known)).is_some() || look(&known) == Standing::Bound {
+                self.note(binding, path, Occasion::Bound);
+            }
+            return;
+        }
         let noted = read(&self.file(&known)).filter(|noted| noted.unsettled);
         if noted.is_some()
             && look(&known) != Standing::Bound
