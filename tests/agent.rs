@@ -421,6 +421,52 @@ fn served_volume_that_is_rekeyed_is_listed_under_its_new_key() {
     assert!(info.to_string().contains(&key().to_string()), "{info}");
 }
 
+/// As on a large host: more than one answer has room for.
+#[test]
+fn a_thousand_served_volumes_are_listed() {
+    let mut agent = Agent::new("");
+    let one = Server::of(agent.volume(), &[]);
+    let files = fs::read_dir(agent.path("state/served")).unwrap();
+    let file = files.map(|file| file.unwrap().path()).next().unwrap();
+    agent.stop();
+    let mut filed: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    for n in 1..1000 {
+        let volume = Uuid::from_u128(n);
+        filed["volume"] = volume.to_string().into();
+        filed["keyId"] = format!("{n}:{}", "x".repeat(1000)).into();
+        let name = format!("{volume}.{}.json", one.process.pid());
+        fs::write(file.with_file_name(name), filed.to_string()).unwrap();
+    }
+    agent.start();
+    let disks = list(&agent)["disks"].as_array().unwrap().clone();
+    let volumes: std::collections::BTreeSet<_> =
+        disks.iter().map(|disk| disk["volume"].to_string()).collect();
+    assert_eq!((disks.len(), volumes.len()), (1000, 1000));
+}
+
+/// What nobody has must not fill the log, and who asks for it again and again must not either.
+#[test]
+fn names_that_cannot_be_and_endless_failures_do_not_fill_the_log() {
+    let agent = Agent::new(&format!(
+        "[[grant]]\nuser = {SOMEBODY}\nprivileges = [\"RegisterVM\"]\n"
+    ));
+    let before = agent.audit().len();
+    as_user(SOMEBODY, || {
+        let provider = agent.provider(Purpose::Attach);
+        for key_id in ["\u{1}".repeat(100), "k".repeat(5000), "\u{e4}".into()] {
+            let error = provider.unwrap(&binding(&KeyId(key_id)), &[0; 64]).unwrap_err();
+            assert_eq!(error.reason, KeyReason::Missing);
+        }
+        for n in 0..300 {
+            let key_id = KeyId(format!("no-key-{n}"));
+            provider.unwrap(&binding(&key_id), &[0; 64]).unwrap_err();
+        }
+    });
+    let after = agent.audit();
+    let failed = after.iter().filter(|record| record["event"] == "KeyMissing");
+    assert_eq!((failed.count(), after.len()), (100, before + 100));
+}
+
 fn list(agent: &Agent) -> Value {
     serde_json::from_slice(&run(&mut agent.verb(&["list", "--json"])).stdout).unwrap()
 }

@@ -18,8 +18,8 @@ use super::manage::{
 };
 use super::registered::Registrant;
 use super::service::{
-    CreateKek, DefaultProvider, INTERFACE, Kek, KeyFailure, MAX_KEY_ID, MAX_WRAPPED, NamedProvider, PushKek,
-    SettleBinding, Unwrap, WireBinding, Wrap,
+    CreateKek, DefaultProvider, Disks, INTERFACE, Kek, KeyFailure, ListDisks, MAX_WRAPPED, NamedProvider,
+    PushKek, SettleBinding, Unwrap, WireBinding, Wrap, may_be,
 };
 use crate::control::varlink::{CallError, MethodError, call};
 use crate::control::wire::{self, Connection, WireError};
@@ -112,11 +112,15 @@ impl Client {
     /// # Errors
     /// As for [`Client::list`].
     pub fn disks(&self) -> Result<Vec<Registrant>, KeyError> {
-        #[derive(Deserialize)]
-        struct Listed {
-            disks: Vec<Registrant>,
+        let (mut all, mut from) = (Vec::new(), 0);
+        loop {
+            let (page, _) = self.ask::<Disks>("", "ListDisks", ListDisks { from }, &[])?;
+            all.extend(page.disks);
+            match page.next {
+                Some(next) if next > from => from = next,
+                _ => return Ok(all),
+            }
         }
-        Ok(self.ask::<Listed>("", "ListDisks", json!({}), &[])?.0.disks)
     }
 
     /// Gives the agent a KEK, which somebody has fetched for this host.
@@ -398,7 +402,7 @@ impl AgentProvider {
             return Err(self.fail(binding.key_id, KeyReason::Unauthentic));
         }
         // No provider has such a key, and the agent hears of none.
-        if binding.key_id.0.len() > MAX_KEY_ID {
+        if !may_be(binding.key_id) {
             return Err(self.fail(binding.key_id, KeyReason::Missing));
         }
         Ok(WireBinding {
@@ -496,7 +500,7 @@ impl KeyProvider for AgentProvider {
         struct State {
             state: KeyState,
         }
-        if key_id.0.len() > MAX_KEY_ID {
+        if !may_be(key_id) {
             return Ok(KeyState::Missing);
         }
         let parameters = Kek {

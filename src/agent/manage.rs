@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::audit_log;
-use super::service::{Answered, INTERFACE, MAX_PATH, Service, check_lengths, failure, with};
+use super::service::{Answered, INTERFACE, MAX_PATH, Service, check_names, failure, with};
 use crate::audit::{AuditError, AuditLog};
 use crate::control::events::Event;
 use crate::control::privilege::Privilege;
@@ -17,9 +17,9 @@ use crate::keys::{KeyError, KeyId, KeyReason, Providers, Revocation};
 use crate::known::survey::{Scanned, Sighting, survey};
 use crate::known::{Disk, GuardError, Known, Removal, Uses, remove_provider, revoke};
 
-/// How much of the list of volumes one answer has: in notes, and in bytes of them.
-const PAGE: usize = 200;
+/// How much of a list one answer has, in bytes of its JSON, and what is told of an entry beside what it holds itself.
 const PAGE_BYTES: usize = 24 << 10;
+const ENTRY_BYTES: usize = 600;
 
 /// How long a SHA-256 is, as text.
 const SHA256_DIGITS: usize = 64;
@@ -153,6 +153,21 @@ pub fn record_erasure(state_dir: &Path, erasure: &Erasure) -> Result<(), AuditEr
     )
 }
 
+/// What one answer has of a list, from the entry of that number on, and where the next one goes on.
+pub(super) fn page<T: Serialize>(list: impl Iterator<Item = T>, from: usize) -> (Vec<T>, Option<usize>) {
+    let mut left = list.skip(from).peekable();
+    let mut bytes = 0;
+    let mut page = Vec::new();
+    while let Some(entry) = left.next_if(|entry| {
+        bytes += ENTRY_BYTES + serde_json::to_vec(entry).map_or(0, |json| json.len());
+        page.is_empty() || bytes <= PAGE_BYTES
+    }) {
+        page.push(entry);
+    }
+    let next = left.peek().map(|_| from + page.len());
+    (page, next)
+}
+
 impl Service {
     pub(super) fn list_volumes(&self, mut request: Request<'_>) -> Answered {
         let ListVolumes {
@@ -169,20 +184,9 @@ impl Service {
                 .is_none_or(|provider| known.provider == *provider)
                 && key_id.as_ref().is_none_or(|key_id| known.key_id == *key_id)
         };
-        let mut left = listing.known.into_iter().filter(matches).skip(from).peekable();
-        let mut bytes = 0;
-        let mut page = Vec::new();
-        while page.len() < PAGE
-            && let Some(known) = left.next_if(|known| {
-                bytes += known.key_id.0.len() + known.path.len() + 200;
-                page.is_empty() || bytes <= PAGE_BYTES
-            })
-        {
-            page.push(known);
-        }
-        let next = left.peek().map(|_| from + page.len());
+        let (known, next) = page(listing.known.into_iter().filter(matches), from);
         Ok(Answer::of(Volumes {
-            volumes: survey(page),
+            volumes: survey(known),
             next,
             full: listing.full,
         }))
@@ -210,7 +214,7 @@ impl Service {
             force,
             dry_run,
         } = request.parameters()?;
-        check_lengths(&provider, Some(&key_id))?;
+        check_names(&provider, Some(&key_id))?;
         let subject = json!({
             "provider": provider, "keyId": key_id, "revocation": revocation, "force": force,
         });
@@ -248,7 +252,7 @@ impl Service {
             force,
             dry_run,
         } = request.parameters()?;
-        check_lengths(&provider, None)?;
+        check_names(&provider, None)?;
         let subject = json!({ "provider": provider, "force": force });
         self.permit(request.peer, Privilege::ManageKeyServers, subject.clone())?;
         let mut registry =

@@ -11,7 +11,8 @@ use uuid::Uuid;
 
 use super::Purpose;
 use super::certificates::Certificates;
-use super::registered::Registered;
+use super::manage::page;
+use super::registered::{Registered, Registrant};
 use crate::audit::AuditLog;
 use crate::control::events::{Event, Events};
 use crate::control::peer::Peer;
@@ -27,10 +28,10 @@ use crate::moment::Moment;
 /// The interface's name.
 pub const INTERFACE: &str = "org.sealblk.Agent";
 
-/// The longest name of a provider, and the longest key ID, that anybody has: those of servers that hold a wrapped key have
-/// some hundred bytes. What is longer must not fill the log.
+/// The longest name of a provider, and the longest key ID, that anybody has: a server's identifier of 1 KiB and a wrapped key.
+/// What is longer must not fill the log.
 const MAX_NAME: usize = 64;
-pub(super) const MAX_KEY_ID: usize = 8192;
+const MAX_KEY_ID: usize = 2048;
 /// The longest path of a volume (`PATH_MAX`).
 pub(super) const MAX_PATH: usize = 4096;
 /// The longest wrapped secret. Memory for keys is scarce, and is taken before anything is authenticated.
@@ -47,6 +48,8 @@ pub(super) struct Service {
     certificates: Certificates,
     pub(super) index: Index,
     refusals: Refusals,
+    /// Of those who have a privilege: what they ask for need not be there.
+    failures: Refusals,
 }
 
 /// [`Binding`], as the interface has it.
@@ -68,6 +71,19 @@ impl WireBinding {
             keyslot: self.keyslot,
         }
     }
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub(super) struct ListDisks {
+    pub(super) from: usize,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Disks {
+    pub(super) disks: Vec<Registrant>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) next: Option<usize>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -170,6 +186,7 @@ impl Service {
             events: Events::default(),
             certificates: Certificates::default(),
             refusals: Refusals::default(),
+            failures: Refusals::default(),
         }
     }
 
@@ -198,9 +215,11 @@ impl Service {
         }
     }
 
-    fn list_disks(&self, request: &Request<'_>) -> Answered {
+    fn list_disks(&self, mut request: Request<'_>) -> Answered {
+        let ListDisks { from } = request.parameters()?;
         self.permit(request.peer, Privilege::ReadKeyServersInfo, json!({}))?;
-        Ok(Answer::of(json!({ "disks": self.registered.list() })))
+        let (disks, next) = page(self.registered.list().into_iter(), from);
+        Ok(Answer::of(Disks { disks, next }))
     }
 
     fn watch(&self, request: &Request<'_>) -> Answered {
@@ -214,13 +233,15 @@ impl Service {
             key_id,
             kek,
         } = request.parameters()?;
-        check_lengths(&provider, Some(&key_id))?;
+        check_names(&provider, Some(&key_id))?;
         let subject = json!({ "provider": provider, "keyId": key_id });
         self.permit(request.peer, Privilege::ManageKeys, subject.clone())?;
         let kek = secret_of(&request, kek, "kek")?;
         let pushed = self.providers.push(&provider, &key_id, kek);
         self.judged(request.peer, &subject, pushed)?;
-        self.audited(Event::KeyPushed, request.peer, subject)?;
+        // What no record tells of must open nothing.
+        self.audited(Event::KeyPushed, request.peer, subject)
+            .inspect_err(|_| self.providers.forget(&provider, &key_id))?;
         Ok(Answer::default())
     }
 
@@ -243,7 +264,7 @@ impl Service {
 
     fn create_kek(&self, mut request: Request<'_>) -> Answered {
         let CreateKek { provider, purpose } = request.parameters()?;
-        check_lengths(&provider, None)?;
+        check_names(&provider, None)?;
         let subject = json!({ "provider": provider, "purpose": purpose });
         self.permit_for(&request, purpose, &[Purpose::Create, Purpose::Recrypt], &subject)?;
         let made = self
@@ -262,7 +283,7 @@ impl Service {
             secret,
             path,
         } = request.parameters()?;
-        check_lengths(&binding.provider, Some(&binding.key_id))?;
+        check_names(&binding.provider, Some(&binding.key_id))?;
         let subject = about(&binding, purpose);
         self.permit_for(&request, purpose, &[Purpose::Create, Purpose::Recrypt], &subject)?;
         let secret = secret_of(&request, secret, "secret")?;
@@ -283,7 +304,7 @@ impl Service {
             path,
             stored,
         } = request.parameters()?;
-        check_lengths(&binding.provider, Some(&binding.key_id))?;
+        check_names(&binding.provider, Some(&binding.key_id))?;
         let subject = about(&binding, purpose);
         self.permit_for(&request, purpose, &[Purpose::Create, Purpose::Recrypt], &subject)?;
         if is_usable(&path) {
@@ -299,7 +320,7 @@ impl Service {
             wrapped,
             path,
         } = request.parameters()?;
-        check_lengths(&binding.provider, Some(&binding.key_id))?;
+        check_names(&binding.provider, Some(&binding.key_id))?;
         let subject = about(&binding, purpose);
         let purposes = [Purpose::Attach, Purpose::Access, Purpose::Recrypt];
         self.permit_for(&request, purpose, &purposes, &subject)?;
@@ -346,7 +367,7 @@ impl Service {
 
     fn kek_state(&self, mut request: Request<'_>) -> Answered {
         let Kek { provider, key_id } = request.parameters()?;
-        check_lengths(&provider, Some(&key_id))?;
+        check_names(&provider, Some(&key_id))?;
         let subject = json!({ "provider": provider, "keyId": key_id });
         let either = [Privilege::Recrypt, Privilege::ManageKeys];
         self.permit_any(request.peer, &either, subject.clone())?;
@@ -361,7 +382,7 @@ impl Service {
 
     fn check_provider(&self, mut request: Request<'_>) -> Answered {
         let NamedProvider { provider } = request.parameters()?;
-        check_lengths(&provider, None)?;
+        check_names(&provider, None)?;
         let subject = json!({ "provider": provider, "purpose": Purpose::Check });
         self.permit_for(&request, Purpose::Check, &[Purpose::Check], &subject)?;
         let checked = self
@@ -448,7 +469,9 @@ impl Service {
             KeyReason::Host => Event::KeyRefusedByHost,
             _ => Event::KeyFailed,
         };
-        self.audited(event, peer, fields)?;
+        if let Some(suppressed) = self.failures.admit(peer.user) {
+            self.audited(event, peer, suppressed.told_in(fields))?;
+        }
         Err(failure(&error))
     }
 
@@ -504,7 +527,7 @@ impl Interface for Service {
             "Unwrap" => self.unwrap(request),
             "GetKekState" => self.kek_state(request),
             "CheckProvider" => self.check_provider(request),
-            "ListDisks" => self.list_disks(&request),
+            "ListDisks" => self.list_disks(request),
             "Watch" => self.watch(&request),
             "PushKek" => self.push_kek(request),
             "ListVolumes" => self.list_volumes(request),
@@ -534,14 +557,20 @@ fn secret_of(request: &Request<'_>, index: usize, parameter: &str) -> Result<Sec
         .ok_or_else(|| MethodError::invalid_parameter(parameter))
 }
 
-pub(super) fn check_lengths(provider: &str, key_id: Option<&KeyId>) -> Result<(), MethodError> {
-    if provider.len() > MAX_NAME {
+/// Refuses names that nobody has, and that would fill the log.
+pub(super) fn check_names(provider: &str, key_id: Option<&KeyId>) -> Result<(), MethodError> {
+    if provider.len() > MAX_NAME || provider.chars().any(char::is_control) {
         return Err(MethodError::invalid_parameter("provider"));
     }
-    if key_id.is_some_and(|key_id| key_id.0.len() > MAX_KEY_ID) {
-        return Err(MethodError::invalid_parameter("keyId"));
+    match key_id {
+        Some(key_id) if !may_be(key_id) => Err(MethodError::invalid_parameter("keyId")),
+        _ => Ok(()),
     }
-    Ok(())
+}
+
+/// Whether a provider may have such a key: all key IDs are visible ASCII, which JSON writes as it is.
+pub(super) fn may_be(key_id: &KeyId) -> bool {
+    key_id.0.len() <= MAX_KEY_ID && key_id.0.bytes().all(|byte| byte.is_ascii_graphic())
 }
 
 /// What a record says of a binding.

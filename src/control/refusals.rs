@@ -1,4 +1,4 @@
-//! Which refusals are told: whoever may do nothing could fill a log with them.
+//! Which refusals and failures are told: whoever asks for what is not to be had could fill a log with them.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -8,7 +8,7 @@ use serde_json::Value;
 
 /// How many refusals of a user are told at once, and how often one more.
 const AT_ONCE: u32 = 100;
-const INTERVAL: Duration = Duration::from_secs(1);
+const INTERVAL: Duration = Duration::from_secs(60);
 
 /// What was told of the refusals of each user.
 #[derive(Debug, Default)]
