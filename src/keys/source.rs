@@ -17,6 +17,10 @@ use super::sealed_cache::SealedCache;
 use super::wrap::{self, Kek, UnwrapError};
 use super::{Binding, KeyError, KeyId, KeyProvider, KeyReason, KeyState, Reach, Revocation};
 
+/// The longest `timeout` that a source's settings may have, in seconds. Who asks the agent for a key gives up after 120
+/// seconds, and should hear why there is none.
+pub(super) const LONGEST_TIMEOUT: u16 = 100;
+
 /// Where KEKs come from: a file of this host, or a server.
 ///
 /// Implementations may block and are called from any thread. They hold credentials, but keep no KEK: who wants to ask

@@ -482,6 +482,13 @@ fn settings_of_the_wrong_form_are_refused_when_they_are_made() {
             },
             "timeout = 0",
         ),
+        (
+            Settings {
+                timeout: 101,
+                ..good.clone()
+            },
+            "timeout = 101",
+        ),
         (wrapping("key 1", "/wrapping.key"), "is no Unique Identifier"),
         (wrapping("1", "wrapping.key"), "the whole path"),
         (

@@ -29,9 +29,6 @@ const ANSWER_USUAL: usize = 4 << 10;
 /// Two credentials in JSON, with every character of them escaped.
 const REQUEST_LIMIT: usize = 20 << 10;
 
-/// Who asks the agent for a key gives up after 120 seconds, and should hear why there is none.
-pub(super) const LONGEST_TIMEOUT: u16 = 100;
-
 /// What is sent beside the usual.
 pub(super) type Header = (&'static str, HeaderValue);
 

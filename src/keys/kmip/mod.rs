@@ -36,7 +36,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::arena::SecretBytes;
-use super::source::KekSource;
+use super::source::{KekSource, LONGEST_TIMEOUT};
 use super::tls::{Identity, TlsFiles};
 use super::wrap::{KEK_LEN, Kek};
 use super::{Binding, KeyError, KeyId, KeyReason, KeyState, Reach, Revocation};
@@ -81,7 +81,6 @@ pub enum Wrap {
 
 /// The setting `timeout` when it is not given, in seconds.
 pub const DEFAULT_TIMEOUT: u64 = 10;
-const LONGEST_TIMEOUT: u64 = 600;
 /// The longest that a binding waits for the server to take note of it.
 const USE_TIMEOUT: Duration = Duration::from_secs(2);
 /// The Name of the key that `check` proves the provider with.
@@ -515,7 +514,7 @@ impl Settings {
                 return Err(SettingsError::Relative { field, path });
             }
         }
-        if !(1..=LONGEST_TIMEOUT).contains(&self.timeout) {
+        if !(1..=LONGEST_TIMEOUT.into()).contains(&self.timeout) {
             return Err(SettingsError::Timeout(self.timeout));
         }
         Ok(Kmip {
