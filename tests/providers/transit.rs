@@ -469,7 +469,15 @@ fn settings_that_cannot_be_are_refused_before_a_server_is_asked() {
             ..good.clone()
         },
     ));
-    bad.push(("no time", Settings { timeout: 0, ..good }));
+    for timeout in [0, 101] {
+        bad.push((
+            "no time, or more than a client waits",
+            Settings {
+                timeout,
+                ..good.clone()
+            },
+        ));
+    }
     for (what, settings) in bad {
         assert!(add(settings).is_err(), "{what:?}");
     }
@@ -525,16 +533,19 @@ fn files_that_cannot_be_used_are_the_hosts_own_fault() {
 fn volume_moves_to_the_new_version_of_a_rotated_key() {
     let server = Server::start();
     let dir = tempfile::tempdir().unwrap();
-    let disk = dir.path().join("vm.luks");
-    let sealblk = |verb: &[&str], operands: &[&str]| {
-        let done = Command::new(env!("CARGO_BIN_EXE_sealblk"))
+    let (disk, left_out) = (dir.path().join("vm.luks"), dir.path().join("left-out.luks"));
+    let run = |verb: &[&str], operands: &[&str]| {
+        Command::new(env!("CARGO_BIN_EXE_sealblk"))
             .args(verb)
             .arg("--state-dir")
             .arg(dir.path().join("state"))
             .env("SEALBLK_CONFIG", server.private("config.toml", ""))
             .args(operands)
             .output()
-            .unwrap();
+            .unwrap()
+    };
+    let sealblk = |verb: &[&str], operands: &[&str]| {
+        let done = run(verb, operands);
         let stderr = String::from_utf8_lossy(&done.stderr);
         assert!(done.status.success(), "{verb:?}: {stderr}");
         String::from_utf8(done.stdout).unwrap()
@@ -550,14 +561,16 @@ fn volume_moves_to_the_new_version_of_a_rotated_key() {
     let text = |path: &Path| path.to_str().unwrap().to_owned();
     let ca = text(&certificates::directory().join("ca.pem"));
     let address = server.address();
-    let (secret_id_file, disk) = (text(&secret_id_file), text(&disk));
+    let (secret_id_file, disk, left_out) = (text(&secret_id_file), text(&disk), text(&left_out));
     let mut options = vec!["--address", &address, "--ca", &ca, "--transit-key", "sealblk"];
     options.extend(["--role-id", &role_id, "--secret-id-file", &secret_id_file]);
     sealblk(&["provider", "add", "transit"], &options);
     let list = sealblk(&["provider", "list"], &[]);
     assert!(list.contains("usable") && list.contains(&address), "{list}");
 
-    sealblk(&["create"], &["--size=32M", &disk]);
+    for disk in [&disk, &left_out] {
+        sealblk(&["create"], &["--size=32M", disk]);
+    }
     let info = || sealblk(&["info"], &[&disk]);
     assert!(info().contains("sealblk:vault:v1:"), "{}", info());
     server.post("transit/keys/sealblk/rotate", json!({}));
@@ -569,6 +582,20 @@ fn volume_moves_to_the_new_version_of_a_rotated_key() {
     );
     // It has to open for that.
     sealblk(&["rekey"], &[&disk]);
+    let refused = run(&["rekey"], &[&left_out]);
+    let stderr = String::from_utf8_lossy(&refused.stderr);
+    assert!(!refused.status.success(), "{stderr}");
+    assert!(
+        stderr.contains("the key is not active") && stderr.contains("too old"),
+        "{stderr}"
+    );
+    // Until the version may be used again.
+    server.post(
+        "transit/keys/sealblk/config",
+        json!({"min_decryption_version": 1}),
+    );
+    sealblk(&["rekey"], &[&left_out]);
+    assert!(sealblk(&["info"], &[&left_out]).contains("sealblk:vault:v2:"));
 }
 
 #[test]

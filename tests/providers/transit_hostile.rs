@@ -131,6 +131,8 @@ fn answers_that_make_no_sense_are_garbled() {
         "HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{\"data\":".into(),
         format!("HTTP/1.1 200 OK\r\nX: {}\r\n\r\n", "x".repeat(1 << 20)),
         "HTTP/1.1 200".into(),
+        // Closed: an answer that has nothing is cut off, too.
+        String::new(),
         "220 mail.example.com ESMTP\r\n".into(),
         "\0\0\0\0".into(),
     ];
