@@ -5,6 +5,9 @@
 //! prints somewhere else, or have the journal keep it.
 //!
 //! A record is on stable storage before what it tells of is done.
+//!
+//! Several processes may write a log, as a broker and the verbs that change what it knows: each takes the file's lock for a
+//! record, and goes on from what the others have written meanwhile, whose links it checks.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
@@ -14,6 +17,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
@@ -21,12 +25,10 @@ use crate::control::events::Event;
 
 /// The record behind a line that a crash has left by half.
 const RECOVERED: &str = "LogRecovered";
-/// What stands for the line before the first.
-const NO_LINE: [u8; 32] = [0; 32];
 /// The longest line: what comes from callers is bounded by the length of a message.
 const MAX_LINE: u64 = 4 << 20;
 
-/// The log of a running agent or broker.
+/// A log that is written.
 #[derive(Debug)]
 pub(crate) struct AuditLog {
     path: PathBuf,
@@ -36,11 +38,9 @@ pub(crate) struct AuditLog {
 #[derive(Debug)]
 struct End {
     file: File,
+    /// What is known of the first so many bytes.
     len: u64,
-    records: u64,
-    last: [u8; 32],
-    /// Half a line is there that could not be taken back.
-    poisoned: bool,
+    chain: Chain,
 }
 
 /// Why there is no log.
@@ -55,12 +55,6 @@ pub enum AuditError {
         path: PathBuf,
         /// The answer.
         source: io::Error,
-    },
-    /// Another agent or broker writes it.
-    #[error("another process writes the audit log {}; give each its own state directory", path.display())]
-    InUse {
-        /// The log.
-        path: PathBuf,
     },
     /// It was tampered with, or is no audit log.
     #[error("{}: line {line} {what}", path.display())]
@@ -108,68 +102,98 @@ impl AuditLog {
             .mode(0o600)
             .open(path)
             .map_err(error("opened"))?;
-        flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|_| AuditError::InUse {
-            path: path.to_owned(),
-        })?;
-        let chain = Chain::read(&file, path)?;
-        let len = file.metadata().map_err(error("read"))?.len();
+        let end = End {
+            file,
+            len: 0,
+            chain: Chain::default(),
+        };
         let log = Self {
             path: path.to_owned(),
-            end: Mutex::new(End {
-                file,
-                len,
-                records: chain.lines,
-                last: chain.last,
-                poisoned: false,
-            }),
+            end: Mutex::new(end),
         };
-        if chain.torn || chain.crashed {
-            // A crash in the middle of a line. It stays as it is, and the next record says so; its end and that record are
-            // one write, and where that fails, they are written at the next start.
-            let end = if chain.torn { &b"\n"[..] } else { b"" };
-            log.append(end, RECOVERED, &json!({}))?;
-        }
+        log.locked(|_| Ok(()))?;
         Ok(log)
     }
 
     /// Adds a record. It is on stable storage when this returns.
     pub(crate) fn record(&self, event: Event, fields: &Value) -> Result<(), AuditError> {
-        self.append(b"", &event.to_string(), fields)
+        self.locked(|end| self.append(end, &event.to_string(), fields))
     }
 
-    fn append(&self, before: &[u8], event: &str, fields: &Value) -> Result<(), AuditError> {
+    /// Does `work` at the end of the log, which no other process changes meanwhile.
+    fn locked<T>(&self, work: impl FnOnce(&mut End) -> Result<T, AuditError>) -> Result<T, AuditError> {
         let mut end = self.end.lock().unwrap_or_else(PoisonError::into_inner);
-        let failed = |source| AuditError::Io {
-            action: "written",
-            path: self.path.clone(),
-            source,
-        };
-        if end.poisoned {
-            return Err(failed(io::Error::other(
-                "an earlier record is there by half; start anew",
-            )));
+        loop {
+            match flock(&end.file, FlockOperation::LockExclusive) {
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(self.failed("locked")(error.into())),
+                Ok(()) => break,
+            }
         }
+        let done = self.catch_up(&mut end).and_then(|()| work(&mut end));
+        // It goes with the descriptor at the latest.
+        let _ = flock(&end.file, FlockOperation::Unlock);
+        done
+    }
+
+    /// Reads what others have written, and mends what one of them has left by half.
+    fn catch_up(&self, end: &mut End) -> Result<(), AuditError> {
+        let len = end.file.metadata().map_err(self.failed("read"))?.len();
+        if len < end.len {
+            return Err(AuditError::Broken {
+                path: self.path.clone(),
+                line: end.chain.lines,
+                what: "and perhaps others are gone: the log was cut while it was written",
+            });
+        }
+        if len > end.len {
+            // What was read stays known, should this fail.
+            let mut chain = end.chain.clone();
+            chain.walk(&end.file, end.len, &self.path, |_, _| {})?;
+            (end.chain, end.len) = (chain, len);
+        }
+        if end.chain.torn || end.chain.crashed {
+            // A crash in the middle of a line. It stays as it is, and the next record says so.
+            self.append(end, RECOVERED, &json!({}))?;
+        }
+        Ok(())
+    }
+
+    fn append(&self, end: &mut End, event: &str, fields: &Value) -> Result<(), AuditError> {
         let mut record = Map::new();
-        record.insert("seq".into(), (end.records + 1).into());
+        let seq = end.chain.lines + 1;
+        record.insert("seq".into(), seq.into());
         let time = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
         record.insert("time".into(), time.into());
         record.insert("event".into(), event.into());
         if let Value::Object(fields) = fields {
             record.extend(fields.clone());
         }
-        record.insert("prev".into(), hex(&end.last).into());
+        record.insert("prev".into(), hex(&end.chain.last).into());
         let record = Value::Object(record).to_string();
         let last = Sha256::digest(&record).into();
+        // The end of a torn line is one write with the record behind it.
+        let before = if end.chain.torn { &b"\n"[..] } else { b"" };
         let line = [before, record.as_bytes(), b"\n"].concat();
         let written = end.file.write_all(&line).and_then(|()| end.file.sync_data());
         if let Err(source) = written {
-            // On a full disk half a line may be there, behind which no other must come.
-            end.poisoned = end.file.set_len(end.len).is_err();
-            return Err(failed(source));
+            // On a full disk half a line may be there. If it stays, it is found by who comes next.
+            let _ = end.file.set_len(end.len);
+            return Err(self.failed("written")(source));
         }
         end.len += line.len() as u64;
-        (end.records, end.last) = (end.records + 1, last);
+        end.chain = Chain {
+            lines: seq,
+            last,
+            torn: false,
+            crashed: false,
+        };
         Ok(())
+    }
+
+    fn failed(&self, action: &'static str) -> impl FnOnce(io::Error) -> AuditError {
+        let path = self.path.clone();
+        move |source| AuditError::Io { action, path, source }
     }
 }
 
@@ -195,8 +219,11 @@ pub fn verify_each(
         path: path.to_owned(),
         source,
     })?;
+    // A record that is being written is not there by half.
+    let _ = flock(&file, FlockOperation::LockShared);
     let mut found = head.is_none();
-    let chain = Chain::walk(&file, path, |hash, record| {
+    let mut chain = Chain::default();
+    chain.walk(&file, 0, path, |hash, record| {
         found |= head == Some(&hex(hash));
         record.into_iter().for_each(&mut see);
     })?;
@@ -219,9 +246,11 @@ pub fn verify_each(
     }
 }
 
-/// What is known of a log after it was read.
+/// What is known of a log that was read up to here.
+#[derive(Clone, Debug, Default)]
 struct Chain {
     lines: u64,
+    /// The hash of the last line; zeros before the first.
     last: [u8; 32],
     /// The last line has no end.
     torn: bool,
@@ -230,28 +259,21 @@ struct Chain {
 }
 
 impl Chain {
-    fn read(file: &File, path: &Path) -> Result<Self, AuditError> {
-        Self::walk(file, path, |_, _| {})
-    }
-
+    /// Reads on from the byte `at`.
     fn walk(
+        &mut self,
         mut file: &File,
+        at: u64,
         path: &Path,
         mut seen: impl FnMut(&[u8; 32], Option<&Map<String, Value>>),
-    ) -> Result<Self, AuditError> {
+    ) -> Result<(), AuditError> {
         let io_error = |source| AuditError::Io {
             action: "read",
             path: path.to_owned(),
             source,
         };
-        file.seek(SeekFrom::Start(0)).map_err(io_error)?;
+        file.seek(SeekFrom::Start(at)).map_err(io_error)?;
         let mut reader = BufReader::new(file);
-        let mut chain = Self {
-            lines: 0,
-            last: NO_LINE,
-            torn: false,
-            crashed: false,
-        };
         // A line that is no record is what a crash left, if the next one says so.
         loop {
             let mut line = Vec::new();
@@ -259,39 +281,39 @@ impl Chain {
             if bounded.read_until(b'\n', &mut line).map_err(io_error)? == 0 {
                 break;
             }
-            chain.lines += 1;
+            self.lines += 1;
             let broken = |what| AuditError::Broken {
                 path: path.to_owned(),
-                line: chain.lines,
+                line: self.lines,
                 what,
             };
-            chain.torn = line.pop_if(|byte| *byte == b'\n').is_none();
-            if chain.torn && line.len() as u64 == MAX_LINE {
+            self.torn = line.pop_if(|byte| *byte == b'\n').is_none();
+            if self.torn && line.len() as u64 == MAX_LINE {
                 return Err(broken("is longer than any record"));
             }
             let record: Option<Map<String, Value>> = serde_json::from_slice(&line).ok();
             match &record {
                 Some(record) => {
-                    if record.get("prev") != Some(&hex(&chain.last).into()) {
+                    if record.get("prev") != Some(&hex(&self.last).into()) {
                         return Err(broken(
                             "does not follow the one before it: one of them was changed, or lines are missing",
                         ));
                     }
-                    if record.get("seq") != Some(&chain.lines.into()) {
+                    if record.get("seq") != Some(&self.lines.into()) {
                         return Err(broken("has not its number"));
                     }
-                    if chain.crashed && record.get("event") != Some(&RECOVERED.into()) {
+                    if self.crashed && record.get("event") != Some(&RECOVERED.into()) {
                         return Err(broken("follows one that is no record"));
                     }
                 }
-                None if chain.crashed => return Err(broken("is no record, and follows one that is none")),
+                None if self.crashed => return Err(broken("is no record, and follows one that is none")),
                 None => {}
             }
-            chain.crashed = record.is_none();
-            chain.last = Sha256::digest(&line).into();
-            seen(&chain.last, record.as_ref());
+            self.crashed = record.is_none();
+            self.last = Sha256::digest(&line).into();
+            seen(&self.last, record.as_ref());
         }
-        Ok(chain)
+        Ok(())
     }
 }
 
@@ -377,12 +399,9 @@ mod tests {
     }
 
     #[test]
-    fn a_log_that_was_tampered_with_is_not_gone_on_with_and_has_one_writer() {
+    fn a_log_that_was_tampered_with_is_not_gone_on_with() {
         let dir = tempfile::tempdir().unwrap();
         let path = log_of(&dir, 2);
-        let log = AuditLog::open(&path).unwrap();
-        assert!(matches!(AuditLog::open(&path), Err(AuditError::InUse { .. })));
-        drop(log);
         let text = fs::read_to_string(&path)
             .unwrap()
             .replacen("KeyReleased", "KeyDestroyed", 1);
@@ -391,5 +410,37 @@ mod tests {
             AuditLog::open(&path),
             Err(AuditError::Broken { line: 2, .. })
         ));
+    }
+
+    fn note(log: &AuditLog, n: u64) -> Result<(), AuditError> {
+        log.record(Event::HostEnrolled, &json!({ "n": n }))
+    }
+
+    #[test]
+    fn several_write_one_log_and_each_sees_what_another_did_to_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = log_of(&dir, 1);
+        let logs = [(); 4].map(|()| AuditLog::open(&path).unwrap());
+        std::thread::scope(|scope| {
+            for log in &logs {
+                scope.spawn(move || (0..50).for_each(|n| note(log, n).unwrap()));
+            }
+        });
+        assert_eq!(verify(&path, None).unwrap().records, 201);
+
+        // One of them is killed in the middle of a line.
+        let mut file = OpenOptions::new().append(true).open(&path).unwrap();
+        file.write_all(b"{\"seq\":202,").unwrap();
+        note(&logs[0], 1).unwrap();
+        note(&logs[1], 1).unwrap();
+        assert_eq!(verify(&path, None).unwrap().records, 205);
+
+        // And what is no record of the chain is not gone on with.
+        file.write_all(b"{\"seq\":206,\"prev\":\"00\"}\n").unwrap();
+        for log in &logs {
+            assert!(matches!(note(log, 2), Err(AuditError::Broken { line: 206, .. })));
+        }
+        file.set_len(100).unwrap();
+        assert!(matches!(note(&logs[2], 2), Err(AuditError::Broken { .. })));
     }
 }

@@ -7,12 +7,15 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use base64::Engine;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD;
 use clap::{Args, Subcommand};
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::failure::Failure;
 use super::{Host, output};
+use crate::audit::AuditLog;
 use crate::broker::state::{self, Kept, Reference, Token, check_name};
-use crate::broker::{Broker as Server, Settings, State, StateError};
+use crate::broker::{Broker as Server, Settings, State, StateError, audit_log};
+use crate::control::events::Event;
 use crate::keys::arena::SecretBytes;
 use crate::keys::private;
 use crate::rcar::{ResourcePath, hex, unhex};
@@ -140,20 +143,49 @@ impl Broker {
         if let Verb::Serve = self.verb {
             return Server::new(settings)?.run().map_err(Failure::Host);
         }
-        let state = State::open(&settings.state_dir)?;
+        let desk = Desk {
+            state: State::open(&settings.state_dir)?,
+            state_dir: settings.state_dir,
+        };
         match self.verb {
             Verb::Serve => unreachable!("it was taken out above"),
-            Verb::Resource(verb) => verb.run(&state),
-            Verb::Host(HostVerb::Enrol(enrol)) => enrol.run(&state),
-            Verb::Host(HostVerb::List) => output::print(&hosts(&state.read()?)),
+            Verb::Resource(verb) => verb.run(&desk),
+            Verb::Host(HostVerb::Enrol(enrol)) => enrol.run(&desk),
+            Verb::Host(HostVerb::List) => output::print(&hosts(&desk.state.read()?)),
             Verb::Host(HostVerb::Remove { name }) => {
-                Ok(state.change(|kept| match kept.hosts.remove(&name) {
-                    Some(_) => Ok(()),
-                    None => Err(unknown("host", &name)),
-                })?)
+                desk.change(Event::HostRemoved, json!({ "host": name }), |kept| {
+                    match kept.hosts.remove(&name) {
+                        Some(_) => Ok(()),
+                        None => Err(unknown("host", &name)),
+                    }
+                })
             }
-            Verb::Reference(verb) => verb.run(&state),
+            Verb::Reference(verb) => verb.run(&desk),
         }
+    }
+}
+
+/// Where an operator of a broker changes what it knows.
+struct Desk {
+    state: State,
+    state_dir: PathBuf,
+}
+
+impl Desk {
+    /// Makes a change that can be made, once the audit log tells of it.
+    fn change(
+        &self,
+        event: Event,
+        mut about: Value,
+        change: impl FnOnce(&mut Kept) -> Result<(), StateError>,
+    ) -> Result<(), Failure> {
+        about["user"] = rustix::process::geteuid().as_raw().into();
+        about["process"] = std::process::id().into();
+        self.state.change(|kept| {
+            change(kept)?;
+            AuditLog::open(&audit_log(&self.state_dir))?.record(event, &about)?;
+            Ok(())
+        })
     }
 }
 
@@ -163,22 +195,25 @@ fn unknown(what: &'static str, name: &str) -> StateError {
 }
 
 impl Resource {
-    fn run(self, state: &State) -> Result<(), Failure> {
+    fn run(self, desk: &Desk) -> Result<(), Failure> {
         match self {
-            Self::Add { path } => Ok(state.change(|kept| {
-                if kept.resources.contains_key(&path) {
-                    let name = path.to_string();
-                    return Err(StateError::Exists {
-                        what: "resource",
-                        name,
-                    });
-                }
-                let sealed = state.seal_new(&path)?;
-                kept.resources.insert(path, sealed);
-                Ok(())
-            })?),
+            Self::Add { path } => {
+                let about = json!({ "resource": path });
+                desk.change(Event::ResourceAdded, about, |kept| {
+                    if kept.resources.contains_key(&path) {
+                        let name = path.to_string();
+                        return Err(StateError::Exists {
+                            what: "resource",
+                            name,
+                        });
+                    }
+                    let sealed = desk.state.seal_new(&path)?;
+                    kept.resources.insert(path, sealed);
+                    Ok(())
+                })
+            }
             Self::List => {
-                let kept = state.read()?;
+                let kept = desk.state.read()?;
                 output::print(
                     &kept
                         .resources
@@ -191,22 +226,27 @@ impl Resource {
                 let wanted = path.to_string();
                 Err(Failure::Confirm { wanted })
             }
-            Self::Remove { path, .. } => Ok(state.change(|kept| match kept.resources.remove(&path) {
-                Some(_) => Ok(()),
-                None => Err(unknown("resource", path.as_ref())),
-            })?),
+            Self::Remove { path, .. } => desk.change(
+                Event::ResourceRemoved,
+                json!({ "resource": path }),
+                |kept| match kept.resources.remove(&path) {
+                    Some(_) => Ok(()),
+                    None => Err(unknown("resource", path.as_ref())),
+                },
+            ),
         }
     }
 }
 
 impl Enrol {
-    fn run(self, state: &State) -> Result<(), Failure> {
+    fn run(self, desk: &Desk) -> Result<(), Failure> {
         check_name(&self.name)?;
         let token = match &self.token_file {
             Some(path) => Some(new_token(path)?),
             None => None,
         };
-        state.change(|kept| {
+        let about = json!({ "host": self.name, "reference": self.reference, "resources": self.resources });
+        desk.change(Event::HostAdmitted, about, |kept| {
             if !kept.references.contains_key(&self.reference) {
                 return Err(unknown("set of reference values", &self.reference));
             }
@@ -226,8 +266,7 @@ impl Enrol {
             };
             kept.hosts.insert(self.name, host);
             Ok(())
-        })?;
-        Ok(())
+        })
     }
 }
 
@@ -272,18 +311,19 @@ fn hosts(kept: &Kept) -> String {
 }
 
 impl ReferenceVerb {
-    fn run(self, state: &State) -> Result<(), Failure> {
+    fn run(self, desk: &Desk) -> Result<(), Failure> {
         match self {
             Self::Set { name, pcrs } => {
                 check_name(&name)?;
                 let reference = reference(&pcrs)?;
-                Ok(state.change(|kept| {
+                let about = json!({ "reference": name, "registers": reference });
+                desk.change(Event::ReferenceSet, about, |kept| {
                     kept.references.insert(name, reference);
-                    Ok::<_, StateError>(())
-                })?)
+                    Ok(())
+                })
             }
             Self::Show => {
-                let kept = state.read()?;
+                let kept = desk.state.read()?;
                 let mut text = String::new();
                 for (name, reference) in &kept.references {
                     text += &format!("{name}\n");

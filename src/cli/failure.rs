@@ -274,7 +274,6 @@ impl Failure {
             Self::Agent(AgentError::Audit(error))
             | Self::Broker(BrokerError::Audit(error))
             | Self::Audit(error) => match error {
-                AuditError::InUse { .. } => IN_USE,
                 AuditError::Io { .. } => STORAGE,
                 AuditError::Broken { .. } | AuditError::HeadNotFound { .. } => VOLUME,
             },

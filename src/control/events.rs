@@ -72,12 +72,22 @@ pub enum Event {
     HostRefused,
     /// A broker has given a key to a host.
     ResourceReleased,
+    /// A broker's operator makes a key.
+    ResourceAdded,
+    /// A broker's operator destroys a key.
+    ResourceRemoved,
+    /// A broker's operator lets a host enrol.
+    HostAdmitted,
+    /// A broker's operator has it forget a host.
+    HostRemoved,
+    /// A broker's operator says what hosts have to have booted.
+    ReferenceSet,
 }
 
 impl Event {
     /// All of them.
     #[cfg(test)]
-    pub(crate) const ALL: [Self; 29] = [
+    pub(crate) const ALL: [Self; 34] = [
         Self::AgentStarted,
         Self::KeyCreated,
         Self::KeyBound,
@@ -107,6 +117,11 @@ impl Event {
         Self::HostEnrolled,
         Self::HostRefused,
         Self::ResourceReleased,
+        Self::ResourceAdded,
+        Self::ResourceRemoved,
+        Self::HostAdmitted,
+        Self::HostRemoved,
+        Self::ReferenceSet,
     ];
 
     /// The event in words.
@@ -141,6 +156,11 @@ impl Event {
             Self::HostEnrolled => "a host is known by its TPM",
             Self::HostRefused => "a host was refused",
             Self::ResourceReleased => "a key was released to a host",
+            Self::ResourceAdded => "a key is made",
+            Self::ResourceRemoved => "a key is destroyed",
+            Self::HostAdmitted => "a host may enrol",
+            Self::HostRemoved => "a host is forgotten",
+            Self::ReferenceSet => "what hosts have to have booted is set",
         }
     }
 

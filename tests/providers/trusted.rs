@@ -473,6 +473,46 @@ fn a_stranger_who_keeps_connections_open_keeps_no_other_address_out() {
 }
 
 #[test]
+fn what_an_operator_changes_stands_in_the_log_of_a_broker_that_serves() {
+    let tpm = Swtpm::new();
+    let broker = Broker::start(&tpm);
+    let host = Host::enrolled(&tpm, &broker);
+    broker.does(&["resource", "add", "sealblk/kek/2"]);
+    host.provider().check().unwrap();
+    broker.does(&[
+        "resource",
+        "remove",
+        "sealblk/kek/2",
+        "--confirm",
+        "sealblk/kek/2",
+    ]);
+    broker.does(&["host", "remove", "node1"]);
+    assert_eq!(refusal(&host).0, KeyReason::Refused);
+    // What was not done is not told of.
+    let nobody = broker.verb(&["host", "remove", "node1"]).output().unwrap();
+    assert!(!nobody.status.success());
+    for (event, times) in [
+        ("BrokerStarted", 1),
+        ("ReferenceSet", 1),
+        ("HostAdmitted", 1),
+        ("HostEnrolled", 1),
+        ("ResourceAdded", 2),
+        ("ResourceRemoved", 1),
+        ("HostRemoved", 1),
+    ] {
+        assert_eq!(broker.audit(event).len(), times, "{event}");
+    }
+    let [admitted] = &broker.audit("HostAdmitted")[..] else {
+        unreachable!()
+    };
+    assert_eq!(
+        (&admitted["host"], &admitted["reference"]),
+        (&json!("node1"), &json!("node"))
+    );
+    assert_eq!(admitted["user"], json!(rustix::process::geteuid().as_raw()));
+}
+
+#[test]
 fn a_nonce_expires() {
     let tpm = Swtpm::new();
     let broker = Broker::with(&tpm, "server", 1);
