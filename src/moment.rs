@@ -40,6 +40,13 @@ impl Moment {
         Duration::from_secs(Self::now().0.saturating_sub(self.0))
     }
 
+    /// Whether it cannot be shown to be within the last `age`. One that is yet to come was written by a clock that was wrong, and
+    /// tells nothing; a day is for clocks that differ.
+    pub fn may_be_older_than(self, age: Duration) -> bool {
+        const DAY: Duration = Duration::from_secs(24 * 3600);
+        self.age() > age || self.ahead() > DAY
+    }
+
     /// How long it is until then; no time at all, if it has passed.
     pub fn ahead(self) -> Duration {
         Duration::from_secs(self.0.saturating_sub(Self::now().0))
@@ -90,6 +97,20 @@ mod tests {
         assert_eq!(Moment::from_unix(u64::MAX).to_string(), "9999-12-31T23:59:59Z");
         for text in ["", "yesterday", "2026-11-23", "2026-13-01T00:00:00Z"] {
             assert!(text.parse::<Moment>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_moment_that_is_far_ahead_is_of_no_known_age() {
+        let year = Duration::from_secs(365 * 24 * 3600);
+        let at = |seconds: i64| Moment(Moment::now().0.saturating_add_signed(seconds));
+        for (seconds, older) in [
+            (-60, false),
+            (3600, false),
+            (-400 * 86400, true),
+            (2 * 86400, true),
+        ] {
+            assert_eq!(at(seconds).may_be_older_than(year), older, "{seconds}");
         }
     }
 

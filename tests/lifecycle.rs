@@ -200,7 +200,11 @@ fn keys_and_providers_in_use_are_kept(host: &Host) {
     fs::rename(host.path("one"), host.path("moved")).unwrap();
     let refused = host.fails(&["key", "revoke", &key, "--provider", "native"], IN_USE);
     assert!(refused.contains("missing"), "{refused}");
+    // What is at another place may be a copy, so its old one is given up when that is said.
     host.opens("moved").unwrap();
+    let used = host.json(&["key", "where-used", &key, "--json"]);
+    assert_eq!(texts(&used, "standing").len(), 2);
+    host.does(&["key", "scan", "--forget-missing"]);
     let used = host.json(&["key", "where-used", &key, "--json"]);
     assert_eq!(texts(&used, "path"), [host.path("moved").to_str().unwrap()]);
 
@@ -631,13 +635,15 @@ fn an_erased_disk_opens_with_nothing_and_the_receipt_says_what_it_was() {
     let claim = Backing::open(&host.path("disk"), Access::ReadOnly).unwrap();
     host.fails(&["erase", "disk", "--confirm", &uuid], IN_USE);
     drop(claim);
-    fs::write(host.path("taken"), "").unwrap();
+    fs::write(host.path("taken"), "a receipt").unwrap();
     host.fails(
         &["erase", "disk", "--confirm", &uuid, "--receipt", "taken"],
         STORAGE,
     );
     assert!(fs::read(host.path("disk")).unwrap() == before, "it was touched");
 
+    // As an erase that was interrupted leaves it.
+    fs::write(host.path("receipt"), "").unwrap();
     host.does(&["erase", "disk", "--confirm", &uuid, "--receipt", "receipt"]);
     let receipt: Value = serde_json::from_slice(&fs::read(host.path("receipt")).unwrap()).unwrap();
     assert_eq!(receipt["receipt"], "sealblk-erase-1");
@@ -746,6 +752,77 @@ fn a_receipt_is_confirmed_by_the_log_and_a_forged_one_is_not() {
             flipped[at] ^= 1;
         }
     }
+}
+
+/// Changed or destroyed in a copy of the header, what opens a disk still opens it.
+#[test]
+fn a_copy_of_the_header_is_not_taken_for_the_header() {
+    let host = Host::new();
+    host.create("disk", &["--recovery-key", "key"]);
+    let uuid = uuid_of(&host, &["disk"]);
+    let mut backup = Command::new("cryptsetup");
+    backup.arg("luksHeaderBackup").arg(host.path("disk"));
+    run(backup.arg("--header-backup-file").arg(host.path("copy")));
+    let before = fs::read(host.path("copy")).unwrap();
+    for args in [
+        &["erase", "disk", "--header", "copy", "--confirm", &uuid][..],
+        &["rekey", "disk", "--header", "copy"],
+        &[
+            "recovery",
+            "add",
+            "disk",
+            "--header",
+            "copy",
+            "--recovery-key",
+            "other",
+        ],
+    ] {
+        let refused = host.fails(args, USAGE);
+        assert!(refused.contains("has a header of its own"), "{refused}");
+    }
+    assert!(fs::read(host.path("copy")).unwrap() == before, "it was touched");
+    host.does(&[
+        "recovery",
+        "test",
+        "disk",
+        "--header",
+        "copy",
+        "--recovery-key",
+        "key",
+    ]);
+}
+
+/// A rekey that was killed once its token was in, to a provider that is then gone.
+#[test]
+fn a_rekey_goes_on_past_one_whose_provider_is_gone() {
+    let host = Host::new();
+    host.does(&["provider", "add", "native", "--name", "two", "--no-backup"]);
+    host.create("disk", &["--recovery-key", "key"]);
+    host.does(&["rekey", "disk", "--provider", "two"]);
+    let cryptsetup = |args: &[&str]| {
+        let mut command = Command::new("cryptsetup");
+        run(command.current_dir(host.path("")).args(["token"]).args(args)).stdout
+    };
+    let info: Value = serde_json::from_str(&host.does(&["info", "--json", "disk"])).unwrap();
+    let id = info["tokens"][0]["token"].to_string();
+    let token = cryptsetup(&["export", "--token-id", &id, "disk"]);
+    let mut token: Value = serde_json::from_slice(&token).unwrap();
+    token["replaces"] = json!(["9"]);
+    fs::write(host.path("token"), token.to_string()).unwrap();
+    let import = [
+        "import",
+        "--token-replace",
+        "--token-id",
+        &id,
+        "--json-file",
+        "token",
+        "disk",
+    ];
+    cryptsetup(&import);
+    host.does(&["provider", "remove", "two", "--force", "--confirm", "two"]);
+    host.fails(&["rekey", "disk", "--unlock-key", "key"], KEY);
+    host.does(&["rekey", "disk", "--unlock-key", "key", "--provider", "native"]);
+    host.opens("disk").unwrap();
 }
 
 #[test]

@@ -520,7 +520,7 @@ impl Host {
     fn finish(&self, medium: &Medium<'_>) -> Option<Rekeyed> {
         let mut locked = Locked::open(medium, None).unwrap();
         let volume = locked.unlock_with_provider(&self.providers).unwrap();
-        locked.finish_rekey(&volume, &self.providers).unwrap()
+        locked.finish_rekey(&volume, &self.providers, None).unwrap()
     }
 
     /// Opens every state that a crash could have left of `log`.

@@ -123,6 +123,16 @@ impl Create {
         // Read back before anybody relies on it.
         let created = Locked::open(header_io, payload)?;
         made.keep();
+        if let Keys::Own(registry, _) = &keys
+            && recovery_key.is_none()
+            && registry.backup(provider.name()) == Some(Backup::Waived)
+        {
+            output::note(&format!(
+                "nothing but the primary key of provider {0:?} opens this disk, and there is no backup of that: `sealblk provider \
+                 backup {0} --to FILE`, or `sealblk recovery add`",
+                provider.name()
+            ));
+        }
 
         let mut answer = format!(
             "{}: made, a disk of {}\n",

@@ -130,7 +130,14 @@ impl Erase {
         // It is made first: nothing is erased for which there could be no receipt.
         let mut made = Made::default();
         if let Some(path) = &self.receipt {
-            private::create(path, &[]).map_err(|source| Failure::Make {
+            // An earlier one that was interrupted has left it empty.
+            let is_left = fs::symlink_metadata(path).is_ok_and(|file| file.is_file() && file.len() == 0);
+            let make = if is_left {
+                private::replace
+            } else {
+                private::create
+            };
+            make(path, &[]).map_err(|source| Failure::Make {
                 path: path.clone(),
                 source,
             })?;

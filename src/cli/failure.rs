@@ -163,6 +163,19 @@ pub enum Failure {
     /// A served disk whose key is young enough.
     #[error("the key is not older than it may be")]
     NotDue,
+    /// A backup of a header is given, where the header itself is meant.
+    #[error(
+        "{} has a header of its own, of which {} is a copy: leave --header away; what is in a copy opens the disk until the copy \
+         is destroyed",
+        disk.display(),
+        header.display()
+    )]
+    OwnHeader {
+        /// The disk.
+        disk: PathBuf,
+        /// What was given for its header.
+        header: PathBuf,
+    },
     /// Several disks, where one is meant.
     #[error("several disks are taken with --if-due alone, and without --header: rekey them one by one")]
     OneDisk,
@@ -278,7 +291,9 @@ impl Failure {
                 AuditError::Broken { .. } | AuditError::HeadNotFound { .. } => VOLUME,
             },
             Self::Config(_) => USAGE,
-            Self::Confirm { .. } | Self::NoPolicy | Self::OneDisk | Self::NotDue => USAGE,
+            Self::Confirm { .. } | Self::NoPolicy | Self::OneDisk | Self::NotDue | Self::OwnHeader { .. } => {
+                USAGE
+            }
             Self::Guard(error) => match error {
                 GuardError::InUse { .. } | GuardError::NotBackedUp(_) => IN_USE,
                 GuardError::Index { .. } | GuardError::Key(_) => KEY,

@@ -356,6 +356,12 @@ impl WhereUsed {
             return output::print_json(&sightings);
         }
         if sightings.is_empty() {
+            if let Some(provider) = &self.provider
+                && let Err(error) = keys.provider(provider).and_then(|provider| provider.check())
+                && error.reason == KeyReason::UnknownProvider
+            {
+                output::note(&format!("this host has no key provider {provider:?}"));
+            }
             return output::print("no volume is known to be bound to it\n");
         }
         let mut table = vec![["DISK", "VOLUME", "IS IT", "LAST OPENED", "KEY"].map(str::to_owned)];
@@ -399,7 +405,11 @@ impl Due {
         let max_age = max_key_age(host, self.max_age)?;
         let volumes = host.keys(Purpose::Check)?.volumes(None, None)?.into_iter();
         let is_due = |sighting: &Sighting| {
-            sighting.in_use() && sighting.known.bound.is_none_or(|bound| bound.age() > max_age)
+            sighting.in_use()
+                && sighting
+                    .known
+                    .bound
+                    .is_none_or(|bound| bound.may_be_older_than(max_age))
         };
         let due: Vec<_> = volumes
             .filter(is_due)

@@ -8,7 +8,7 @@ use super::Keys;
 use super::failure::Failure;
 use super::secret::SecretSource;
 use crate::storage::{Access, Backing};
-use crate::volume::{Locked, Volume};
+use crate::volume::{Info, Locked, Volume};
 
 #[derive(Debug, Args)]
 pub(super) struct VolumeArgs {
@@ -29,7 +29,8 @@ impl VolumeArgs {
         self.header.as_ref().unwrap_or(&self.disk)
     }
 
-    /// Opens the header for `access`. If it is detached, nobody writes to the payload here.
+    /// Opens the header for `access`. If it is detached, nobody writes to the payload here. One that is a copy of the disk's own
+    /// is not to be changed: the disk would open as before.
     pub(super) fn open(&self, access: Access) -> Result<Files, Failure> {
         let Some(header) = &self.header else {
             let disk = Backing::open(&self.disk, access)?;
@@ -39,9 +40,20 @@ impl VolumeArgs {
             Access::ReadWrite => Access::ReadOnly,
             access => access,
         };
+        let header = Backing::open(header, access)?;
+        let disk = Backing::open(&self.disk, payload)?;
+        if access == Access::ReadWrite {
+            let volume = |backing| Info::read(backing, None).ok().map(|info| info.uuid);
+            if volume(&disk).is_some_and(|own| volume(&header) == Some(own)) {
+                return Err(Failure::OwnHeader {
+                    disk: self.disk.clone(),
+                    header: self.header_path().to_owned(),
+                });
+            }
+        }
         Ok(Files {
-            header: Some(Backing::open(header, access)?),
-            disk: Backing::open(&self.disk, payload)?,
+            header: Some(header),
+            disk,
         })
     }
 }

@@ -51,7 +51,7 @@ impl Bindings {
             || self
                 .to
                 .iter()
-                .any(|to| to.since.is_none_or(|since| since.age() > age))
+                .any(|to| to.since.is_none_or(|since| since.may_be_older_than(age)))
     }
 
     /// Reads the header, whoever has it open. No lock is waited for: while one copy is written, the other is whole, and

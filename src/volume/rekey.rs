@@ -47,7 +47,7 @@ impl Locked<'_> {
         providers: &dyn Providers,
         name: Option<&str>,
     ) -> Result<Rekeyed, VolumeError> {
-        if let Some(finished) = self.finish_rekey(volume, providers)?
+        if let Some(finished) = self.finish_rekey(volume, providers, name)?
             && name.is_none_or(|name| name == finished.provider)
         {
             return Ok(finished);
@@ -82,7 +82,8 @@ impl Locked<'_> {
             .map_err(|reason| self.failed(Reason::RekeyUnfinished(Box::new(reason))))
     }
 
-    /// Finishes a rekey that was interrupted, if there is one and what it has added opens the volume.
+    /// Finishes a rekey that was interrupted, if there is one and what it has added opens the volume. Where another provider is
+    /// wanted, `name`, and that rekey's own is not to be had, it is left to the rekey to come, which replaces all.
     ///
     /// # Errors
     /// [`Reason::RekeyUnfinished`], if what it replaces cannot be removed.
@@ -90,8 +91,9 @@ impl Locked<'_> {
         &mut self,
         volume: &Volume,
         providers: &dyn Providers,
+        name: Option<&str>,
     ) -> Result<Option<Rekeyed>, VolumeError> {
-        let Some(token) = self.unfinished() else {
+        let Some((token, provider)) = self.unfinished() else {
             return Ok(None);
         };
         match self.replace_others(token, volume, providers) {
@@ -99,6 +101,10 @@ impl Locked<'_> {
             Err(Reason::ReadBack(source)) => {
                 // It never came into force; the next rekey replaces it with all others.
                 tracing::warn!(token = token.0, %source, "what an interrupted rekey has added opens nothing");
+                Ok(None)
+            }
+            Err(Reason::Kek(source)) if name.is_some_and(|name| name != provider) => {
+                tracing::warn!(token = token.0, %source, "an interrupted rekey cannot be finished, and is replaced");
                 Ok(None)
             }
             Err(reason) => Err(self.failed(Reason::RekeyUnfinished(Box::new(reason)))),
@@ -111,12 +117,12 @@ impl Locked<'_> {
         tokens.into_iter().next().map(|(.., token)| token.provider)
     }
 
-    /// The token that an interrupted rekey has added.
-    fn unfinished(&self) -> Option<Id> {
+    /// The token that an interrupted rekey has added, and its provider.
+    fn unfinished(&self) -> Option<(Id, String)> {
         let tokens = sealblk_tokens(&self.header.metadata);
         tokens
             .into_iter()
-            .find_map(|(id, _, token)| (!token.replaces.is_empty()).then_some(id))
+            .find_map(|(id, _, token)| (!token.replaces.is_empty()).then_some((id, token.provider)))
     }
 
     /// Adds a keyslot with a new slot secret, under a new KEK. Servers are asked before the header is locked.
