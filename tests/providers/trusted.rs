@@ -512,6 +512,73 @@ fn what_an_operator_changes_stands_in_the_log_of_a_broker_that_serves() {
     assert_eq!(admitted["user"], json!(rustix::process::geteuid().as_raw()));
 }
 
+/// Those of Trustee's `kbs/docs/kbs_attestation_protocol.md`, with TEE and algorithms as ours are. What kbs-types has of them is read
+/// by that as well.
+#[test]
+fn examples_of_the_protocols_document_are_read_and_written_again() {
+    fn again<T: serde::Serialize + serde::de::DeserializeOwned>(example: &Value) -> Value {
+        let read: T = serde_json::from_value(example.clone()).unwrap();
+        serde_json::to_value(read).unwrap()
+    }
+    let request = json!({
+        "version": "0.1.1",
+        "tee": "tpm",
+        "extra-params": {
+            "tee-metadata": {
+                "primary_tee": { "tee": "tpm", "metadata": {} },
+                "additional_tees": [{ "tee": "$additional_tee", "metadata": {} }]
+            }
+        }
+    });
+    assert_eq!(again::<rcar::Request>(&request), request);
+    assert_eq!(again::<kbs_types::Request>(&request), request);
+    let challenge = json!({ "nonce": "$nonce", "extra-params": {} });
+    assert_eq!(again::<rcar::Challenge>(&challenge), challenge);
+    assert_eq!(again::<Challenge>(&challenge), challenge);
+    let runtime_data = json!({
+        "nonce": "$nonce",
+        "tee-pubkey": {
+            "kty": "EC",
+            "crv": "$curve_name",
+            "alg": "$key_algorithm",
+            "x": "$x_coordinate",
+            "y": "$y_coordinate"
+        }
+    });
+    assert_eq!(again::<rcar::RuntimeData>(&runtime_data), runtime_data);
+    assert_eq!(again::<RuntimeData>(&runtime_data), runtime_data);
+    let token = json!({ "token": "<JWT_token_string>" });
+    assert_eq!(again::<rcar::Token>(&token), token);
+    let mut response = json!({
+        "protected": "$jose_header",
+        "encrypted_key": "$encrypted_key",
+        "aad": "$aad",
+        "iv": "$iv",
+        "ciphertext": "$ciphertext",
+        "tag": "$tag"
+    });
+    // What is authenticated beside the header is optional (RFC 7516, 7.2.2), and never ours.
+    let ours = again::<rcar::jwe::Response>(&response);
+    response.as_object_mut().unwrap().remove("aad");
+    assert_eq!(ours, response);
+    // The form of the evidence is each TEE's own.
+    let attestation = json!({
+        "init-data": { "format": "json", "body": "..." },
+        "runtime-data": runtime_data,
+        "tee-evidence": { "primary_evidence": {}, "additional_evidence": "{}" }
+    });
+    assert_eq!(again::<Attestation>(&attestation), attestation);
+    assert!(serde_json::from_value::<rcar::Attestation>(attestation.clone()).is_err());
+    let mut with_quote = attestation;
+    with_quote["tee-evidence"]["primary_evidence"] = json!({
+        "svn": "1",
+        "report_data": "",
+        "tpm_quote": { "signature": "", "message": "", "pcrs": [] },
+        "ak_public": ""
+    });
+    assert_eq!(again::<rcar::Attestation>(&with_quote), with_quote);
+}
+
 #[test]
 fn a_nonce_expires() {
     let tpm = Swtpm::new();
