@@ -14,7 +14,9 @@ fuzz_target!(|input: &[u8]| {
     if let Ok(item) = Item::decode(message) {
         assert_eq!(*item.encode().unwrap(), *message);
     }
-    if let Ok(answer) = Answer::parse(message, u32::from(*operation)) {
+    let parse = || Answer::parse(message, u32::from(*operation));
+    let _ = parse().and_then(Answer::wrapped_key);
+    if let Ok(answer) = parse() {
         answer.versions();
         let _ = answer.unique_identifier();
         let _ = answer.located();
