@@ -130,6 +130,9 @@ impl Client {
     pub fn push(&self, provider: &str, key_id: &KeyId, kek: &SecretBytes) -> Result<(), KeyError> {
         #[derive(Deserialize)]
         struct Pushed {}
+        if !may_be(key_id) {
+            return Err(self.fail(provider, KeyReason::Missing).of(key_id));
+        }
         let pipe = wire::pass(kek)
             .map_err(|error| self.fail(provider, KeyReason::Host).of(key_id).because(error))?;
         let parameters = PushKek {
@@ -208,6 +211,10 @@ impl Client {
         struct Revoked {
             #[serde(default)]
             reach: Option<Reach>,
+        }
+        // Nobody has such a key, and the agent hears of none.
+        if !may_be(key_id) {
+            return Err(self.fail(provider, KeyReason::Missing).of(key_id).into());
         }
         let parameters = RevokeKek {
             provider: provider.to_owned(),

@@ -40,6 +40,12 @@ pub(super) enum Unknown {
     Host,
     #[error("the token is not this host's, or was used, or is too old")]
     Token,
+    #[error("what the broker knows of this host was changed meanwhile; enrol again")]
+    Changed,
+    #[error(
+        "the TPM with the endorsement key {0} is enrolled as another host; have the broker forget that one"
+    )]
+    OtherHost(String),
     #[error("the endorsement key is not the one that was named for this host; it is {0}")]
     OtherKey(String),
     #[error("a part of the request is not base64")]

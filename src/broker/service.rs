@@ -15,7 +15,7 @@ use super::enrolment::{Makers, Unknown};
 use super::evidence::{self, Distrust};
 use super::http::{Answer, Request};
 use super::session::{Issued, NoSession, Session, Sessions};
-use super::state::{Kept, State, StateError};
+use super::state::{Host, Kept, State, StateError};
 use super::{BrokerError, Settings};
 use crate::audit::{AuditError, AuditLog};
 use crate::control::events::{Event, Events};
@@ -55,6 +55,8 @@ enum Refusal {
     Tee(String),
     #[error("the session is not known, was used, or is too old")]
     Session,
+    #[error("what is known or expected of this host was changed since it was attested")]
+    Changed,
     #[error("the evidence is for another session's nonce")]
     Nonce,
     #[error("no host is enrolled with this attestation key")]
@@ -81,7 +83,7 @@ impl Refusal {
         match self {
             Self::NoPath | Self::NoResource => 404,
             Self::Request | Self::Tee(_) => 400,
-            Self::Session | Self::Nonce | Self::Distrust(_) => 401,
+            Self::Session | Self::Changed | Self::Nonce | Self::Distrust(_) => 401,
             Self::UnknownKey | Self::NotPermitted | Self::Enrolment(_) | Self::Credential => 403,
             Self::Full => 503,
             Self::Broker(_) => 500,
@@ -211,7 +213,8 @@ impl Service {
         let kept = self.state.read()?;
         let (name, key) = known(&kept, &evidence.spki().map_err(Distrust::from)?)?;
         caller.host = Some(name.to_owned());
-        let reference = kept.references.get(&kept.hosts[name].reference);
+        let as_known = kept.hosts[name].clone();
+        let reference = kept.references.get(&as_known.reference);
         let reference = reference.ok_or(Distrust::NoReference)?;
         let report_data = runtime_data
             .report_data(&Value::Null)
@@ -219,6 +222,8 @@ impl Service {
         evidence::check(&evidence, &report_data, &key, reference)?;
         let attested = Session::Attested {
             host: name.to_owned(),
+            reference: reference.clone(),
+            as_known,
             key: runtime_data.tee_pubkey,
         };
         self.sessions.put(id, attested)?;
@@ -228,7 +233,13 @@ impl Service {
     fn resource(&self, request: &Request, path: &str, caller: &mut Caller) -> Result<Answer, Refusal> {
         // One attestation is for one release.
         let attested = session_of(request).and_then(|id| self.sessions.take(id));
-        let Some(Session::Attested { host, key }) = attested else {
+        let Some(Session::Attested {
+            host,
+            as_known,
+            reference,
+            key,
+        }) = attested
+        else {
             return Err(Refusal::Session);
         };
         caller.host = Some(host.clone());
@@ -237,13 +248,13 @@ impl Service {
             .parse()
             .map_err(|_| Refusal::NoResource)?;
         let kept = self.state.read()?;
-        // It may have been removed since.
-        let permitted = kept
-            .hosts
-            .get(&host)
-            .is_some_and(|host| host.resources.contains(&path));
-        if !permitted {
+        // What its operator has changed since is in force at once.
+        let known = kept.hosts.get(&host).ok_or(Refusal::NotPermitted)?;
+        if !known.resources.contains(&path) {
             return Err(Refusal::NotPermitted);
+        }
+        if *known != as_known || kept.references.get(&known.reference) != Some(&reference) {
+            return Err(Refusal::Changed);
         }
         let sealed = kept.resources.get(&path).ok_or(Refusal::NoResource)?;
         let secret = self.state.unseal(&path, sealed)?;
@@ -266,8 +277,10 @@ impl Service {
         let name = attest::name(&candidate.attestation);
         let credential = credential::make(&candidate.endorsement_key, &name, &secret)
             .map_err(|e| Refusal::Broker(e.into()))?;
+        let as_known = host.cloned().ok_or(Unknown::Host)?;
         let session = self.sessions.begin(Session::Enrolling {
             host: request.host,
+            as_known,
             endorsement: candidate.endorsement,
             attestation: BASE64_STANDARD.encode(candidate.attestation),
             secret,
@@ -284,6 +297,7 @@ impl Service {
         let request: Activate<'_> = parse(request)?;
         let Some(Session::Enrolling {
             host: name,
+            as_known,
             endorsement,
             attestation,
             secret,
@@ -299,16 +313,28 @@ impl Service {
         if !bool::from(opened[..].ct_eq(&secret[..])) {
             return Err(Refusal::Credential);
         }
-        self.record(Event::HostEnrolled, caller, json!({ "endorsement": endorsement }))?;
         self.state.change(|kept| {
-            let host = kept.hosts.get_mut(&name).ok_or(Unknown::Host)?;
-            // Somebody may have enrolled with the same token meanwhile.
-            if host.attestation.is_some() && host.token.is_none() {
-                return Err(Refusal::from(Unknown::Token));
+            // Somebody else may have enrolled by the same token meanwhile, or the operator may have said something else.
+            let host = kept.hosts.get(&name).ok_or(Unknown::Host)?;
+            if *host != as_known {
+                return Err(Refusal::from(Unknown::Changed));
             }
-            host.endorsement = Some(endorsement);
-            host.attestation = Some(attestation);
-            host.token = None;
+            let is_other = |(other, host): (&String, &Host)| {
+                *other != name
+                    && host.attestation.is_some()
+                    && host.endorsement.as_ref() == Some(&endorsement)
+            };
+            if kept.hosts.iter().any(is_other) {
+                return Err(Unknown::OtherHost(endorsement.clone()).into());
+            }
+            self.record(Event::HostEnrolled, caller, json!({ "endorsement": endorsement }))?;
+            let enrolled = Host {
+                endorsement: Some(endorsement),
+                attestation: Some(attestation),
+                token: None,
+                ..as_known
+            };
+            kept.hosts.insert(name, enrolled);
             Ok(())
         })?;
         Ok(Answer::new(200, &json!({})))

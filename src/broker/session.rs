@@ -13,6 +13,7 @@ use base64::prelude::BASE64_URL_SAFE_NO_PAD;
 use ring::hmac;
 use zeroize::Zeroizing;
 
+use super::state::{Host, Reference};
 use crate::rcar::jwe::PublicKey;
 
 /// The most that are kept at a time.
@@ -47,10 +48,18 @@ pub(super) struct Issued {
 #[derive(Debug)]
 pub(super) enum Session {
     /// It is what it has to be, and gets one resource, encrypted to this key.
-    Attested { host: String, key: PublicKey },
+    Attested {
+        host: String,
+        /// What was known of it, and what was expected: of another one nothing was proved.
+        as_known: Host,
+        reference: Reference,
+        key: PublicKey,
+    },
     /// It has a credential to open.
     Enrolling {
         host: String,
+        /// What the operator had said of it.
+        as_known: Host,
         /// The SHA-256 of its endorsement key.
         endorsement: String,
         /// TPMT_PUBLIC, in base64.
@@ -109,11 +118,15 @@ impl Sessions {
         (is_fresh && is_unused).then(|| self.nonce(issued))
     }
 
-    /// Begins a session of a new name.
+    /// Begins an enrolment under a new name. A host has one at a time, so that these take no more room than there are hosts.
     pub(super) fn begin(&self, session: Session) -> Result<Result<String, NoSession>, getrandom::Error> {
         let mut name = [0; 32];
         getrandom::fill(&mut name)?;
         let name = BASE64_URL_SAFE_NO_PAD.encode(name);
+        if let Session::Enrolling { host, .. } = &session {
+            let is_its = |kept: &Option<Session>| matches!(kept, Some(Session::Enrolling { host: other, .. }) if other == host);
+            self.lock().retain(|_, (_, kept)| !is_its(kept));
+        }
         Ok(self.put(&name, session).map(|()| name))
     }
 
@@ -163,8 +176,13 @@ mod tests {
     const LONG: Duration = Duration::from_secs(60);
 
     fn enrolling() -> Session {
+        enrolling_of("host")
+    }
+
+    fn enrolling_of(host: &str) -> Session {
         Session::Enrolling {
-            host: "host".to_owned(),
+            host: host.to_owned(),
+            as_known: Host::default(),
             endorsement: String::new(),
             attestation: String::new(),
             secret: Zeroizing::new([7; 32]),
@@ -186,14 +204,20 @@ mod tests {
     #[test]
     fn there_are_not_too_many_and_old_ones_make_room() {
         let sessions = Sessions::new(LONG).unwrap();
-        for _ in 0..MAX_SESSIONS {
-            sessions.begin(enrolling()).unwrap().unwrap();
-        }
-        assert_eq!(sessions.begin(enrolling()).unwrap(), Err(NoSession::Full));
+        let begin = |sessions: &Sessions, n: usize| sessions.put(&n.to_string(), enrolling());
+        (0..MAX_SESSIONS).for_each(|n| begin(&sessions, n).unwrap());
+        assert_eq!(begin(&sessions, MAX_SESSIONS), Err(NoSession::Full));
         let sessions = Sessions::new(Duration::ZERO).unwrap();
-        for _ in 0..=MAX_SESSIONS {
-            sessions.begin(enrolling()).unwrap().unwrap();
-        }
+        (0..=MAX_SESSIONS).for_each(|n| begin(&sessions, n).unwrap());
+    }
+
+    #[test]
+    fn a_host_has_one_enrolment_at_a_time() {
+        let sessions = Sessions::new(LONG).unwrap();
+        let [first, other, second] =
+            ["a", "b", "a"].map(|host| sessions.begin(enrolling_of(host)).unwrap().unwrap());
+        assert!(sessions.take(&first).is_none());
+        assert!(sessions.take(&other).is_some() && sessions.take(&second).is_some());
     }
 
     #[test]

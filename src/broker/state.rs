@@ -52,7 +52,7 @@ pub struct Kept {
 struct NoMaster;
 
 /// A host that may be, or is, known by its TPM.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Host {
     /// Which reference values it has to have.
@@ -71,7 +71,7 @@ pub struct Host {
 }
 
 /// A token for one enrolment.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Token {
     /// Its SHA-256.

@@ -108,7 +108,12 @@ struct Enrol {
     #[arg(long = "resource", value_name = "PATH", required = true)]
     resources: Vec<ResourcePath>,
     /// Where to write the token that it enrols with, within a day
-    #[arg(long, value_name = "FILE", required_unless_present = "endorsement_key")]
+    #[arg(
+        long,
+        value_name = "FILE",
+        required_unless_present = "endorsement_key",
+        conflicts_with = "endorsement_key"
+    )]
     token_file: Option<PathBuf>,
     /// The SHA-256 of its TPM's endorsement key, where it is known: no token and no certificate is needed then
     #[arg(long, value_name = "DIGITS", value_parser = digest)]

@@ -146,12 +146,13 @@ pub struct ErrorInformation {
 #[error("{0}")]
 pub struct Malformed(&'static str);
 
-/// What a session's evidence is over: 64 bytes.
-pub type ReportData = [u8; 64];
+/// What a session's evidence is over. A TPM takes no more qualifying data than its longest hash has, and many have none beyond
+/// SHA-256 (TPM2B_DATA); Trustee's verifier takes as much since its pull request 1021.
+pub type ReportData = [u8; 32];
 
 impl RuntimeData {
-    /// The hash of the runtime data as JSON in its canonical form, with zeros after it; none, if the challenge wants a hash
-    /// that this host does not have.
+    /// The first bytes of the hash of the runtime data as JSON in its canonical form; none, if the challenge wants a hash that
+    /// this host does not have.
     pub fn report_data(&self, challenge: &serde_json::Value) -> Option<ReportData> {
         let json = serde_json::to_vec(self).expect("texts are JSON");
         let algorithm = challenge.get("selected-hash-algorithm");
@@ -161,9 +162,7 @@ impl RuntimeData {
             Some("sha512") => Sha512::digest(json).to_vec(),
             Some(_) => return None,
         };
-        let mut data = [0; 64];
-        data[..hash.len()].copy_from_slice(&hash);
-        Some(data)
+        hash.first_chunk().copied()
     }
 }
 

@@ -229,6 +229,35 @@ impl<'a> Foreign<'a> {
     /// One that has nothing of ours: its keys, its certificate and its quotes are what tpm2-tools make of the TPM. It is
     /// enrolled as `node1`.
     fn by_tpm2_tools(broker: &'a Broker, tpm: &'a Swtpm) -> Self {
+        let opened = Self::enrolling_by_tpm2_tools(broker, tpm);
+        let file = |name: &str| fs::read(tpm.path(name)).unwrap();
+        let (status, _, told) = broker.request("POST /sealblk/v0/activate", &opened.to_string());
+        assert_eq!(status, 200, "{told}");
+        let quote = move |data: &[u8]| {
+            let all: Vec<_> = (0..24).map(|register: u8| register.to_string()).collect();
+            let args = ["-c", "ak.ctx", "-g", "sha256", "-f", "plain", "-F", "values"];
+            let wanted = ["-l", &format!("sha256:{}", all.join(",")), "-q", &hex(data)];
+            let made = ["-m", "message", "-s", "signature", "-o", "registers"];
+            tpm.tool("quote", &[&args[..], &wanted, &made].concat());
+            let file = |name: &str| fs::read(tpm.path(name)).unwrap();
+            let registers = file("registers");
+            let (registers, rest) = registers.as_chunks();
+            assert!(rest.is_empty());
+            Quote {
+                message: file("message"),
+                signature: file("signature"),
+                pcrs: registers.try_into().unwrap(),
+            }
+        };
+        Self {
+            broker,
+            spki: file("ak.der"),
+            quote: Box::new(quote),
+        }
+    }
+
+    /// Begins to enrol as `node1`; what ends it is to be sent yet.
+    fn enrolling_by_tpm2_tools(broker: &Broker, tpm: &Swtpm) -> Value {
         let file = |name: &str| fs::read(tpm.path(name)).unwrap();
         let base64 = |bytes: &[u8]| BASE64_STANDARD.encode(bytes);
         tpm.tool("createek", &["-c", "ek.ctx", "-G", "rsa", "-u", "ek.pub"]);
@@ -270,30 +299,7 @@ impl<'a> Foreign<'a> {
             &[&activate[..], &["-i", "credential", "-o", "opened"]].concat(),
         );
         tpm.tool("flushcontext", &["session"]);
-        let opened = json!({ "session": challenge["session"], "secret": base64(&file("opened")) });
-        let (status, _, told) = broker.request("POST /sealblk/v0/activate", &opened.to_string());
-        assert_eq!(status, 200, "{told}");
-        let quote = move |data: &[u8]| {
-            let all: Vec<_> = (0..24).map(|register: u8| register.to_string()).collect();
-            let args = ["-c", "ak.ctx", "-g", "sha256", "-f", "plain", "-F", "values"];
-            let wanted = ["-l", &format!("sha256:{}", all.join(",")), "-q", &hex(data)];
-            let made = ["-m", "message", "-s", "signature", "-o", "registers"];
-            tpm.tool("quote", &[&args[..], &wanted, &made].concat());
-            let file = |name: &str| fs::read(tpm.path(name)).unwrap();
-            let registers = file("registers");
-            let (registers, rest) = registers.as_chunks();
-            assert!(rest.is_empty());
-            Quote {
-                message: file("message"),
-                signature: file("signature"),
-                pcrs: registers.try_into().unwrap(),
-            }
-        };
-        Self {
-            broker,
-            spki: file("ak.der"),
-            quote: Box::new(quote),
-        }
+        json!({ "session": challenge["session"], "secret": base64(&file("opened")) })
     }
 
     fn challenge(&self) -> (String, Challenge) {
@@ -322,8 +328,8 @@ impl<'a> Foreign<'a> {
             "nonce": nonce,
             "tee-pubkey": { "alg": of("alg"), "crv": of("crv"), "kty": of("kty"), "x": of("x"), "y": of("y") },
         });
-        let mut report_data = [0; 64];
-        report_data[..48].copy_from_slice(&Sha384::digest(ordered.to_string()));
+        let hash = Sha384::digest(ordered.to_string());
+        let report_data = *hash.first_chunk::<32>().unwrap();
         let quote = (self.quote)(&report_data);
         let evidence = Evidence::new(&quote, &report_data, &self.spki);
         Attestation {
@@ -638,6 +644,92 @@ fn a_tpm_that_does_not_answer_is_where_it_fails() {
     let error = host.provider().check().unwrap_err();
     assert_eq!((error.reason, error.hop), (KeyReason::Host, tpm.device()));
     tpm.start();
+    host.provider().check().unwrap();
+}
+
+/// What comes as a nonce goes back in the evidence.
+#[test]
+fn a_nonce_that_is_too_long_is_garbled() {
+    let tpm = Swtpm::new();
+    let broker = Mock::start(|stream: &mut Stream| {
+        let _ = stream.read(&mut [0; 4096]);
+        let body = format!("{{\"nonce\":\"{}\",\"extra-params\":\"\"}}", "n".repeat(30000));
+        let head = "HTTP/1.1 200 OK\r\nSet-Cookie: kbs-session-id=a\r\nConnection: close";
+        let _ = write!(stream, "{head}\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+    });
+    let host = Host::with(sealblk::keys::trusted::Settings {
+        addresses: vec![format!("https://{}", broker.address())],
+        ca: certificates::directory().join("ca.pem"),
+        resource: RESOURCE.parse().unwrap(),
+        tpm: Device::from(tpm.device()),
+        hold: 60,
+        timeout: 20,
+    });
+    let (reason, told) = refusal(&host);
+    assert_eq!(reason, KeyReason::Garbled, "{told}");
+}
+
+/// Operators change their minds while hosts are on their way.
+#[test]
+fn what_was_begun_before_an_operator_changed_something_comes_to_nothing() {
+    let tpm = Swtpm::new();
+    let broker = Broker::start(&tpm);
+    let host = Host::enrolled(&tpm, &broker);
+    let mut foreign = Foreign::new(&broker, &tpm, &host);
+    let get = format!("GET /kbs/v0/resource/{RESOURCE}");
+    let mut attested = || {
+        let (cookie, challenge) = foreign.challenge();
+        let attestation = foreign.attestation(&challenge.nonce, &OneTimeKey::new().unwrap());
+        foreign.attest(&cookie, &attestation).unwrap();
+        cookie
+    };
+    let [expected, admitted] = [(); 2].map(|()| attested());
+    let ask = |cookie: &str| broker.request(&format!("{get}\nCookie: {cookie}"), "");
+    // Other registers are expected, since it was attested.
+    let other = format!("7={}", "ab".repeat(32));
+    broker.does(&["reference", "set", "node", "--pcr", &other]);
+    let (status, _, told) = ask(&expected);
+    assert!(
+        status == 401 && told["detail"].as_str().unwrap().contains("changed"),
+        "{told}"
+    );
+    // It has the TPM to itself.
+    drop(foreign);
+    broker.expect_state_of(&tpm);
+    // It is to be another TPM, since it was attested, and since it began to enrol.
+    let enrolling = Foreign::enrolling_by_tpm2_tools(&broker, &tpm);
+    let key = "ab".repeat(32);
+    let admit = [
+        "host",
+        "enrol",
+        "node1",
+        "--reference",
+        "node",
+        "--resource",
+        RESOURCE,
+    ];
+    broker.does(&[&admit[..], &["--endorsement-key", &key]].concat());
+    assert_eq!(ask(&admitted).0, 401);
+    let (status, _, told) = broker.request("POST /sealblk/v0/activate", &enrolling.to_string());
+    assert!(
+        status == 403 && told["detail"].as_str().unwrap().contains("changed meanwhile"),
+        "{told}"
+    );
+    let hosts = String::from_utf8(broker.does(&["host", "list"]).stdout).unwrap();
+    assert!(hosts.contains(&key) && hosts.contains("no "), "{hosts}");
+}
+
+/// Else it would count as the first, whatever is expected of the second.
+#[test]
+fn a_tpm_is_one_host() {
+    let tpm = Swtpm::new();
+    let broker = Broker::start(&tpm);
+    let host = Host::enrolled(&tpm, &broker);
+    let token = broker.token("node2");
+    let enrol = || host.registry().enrol("trusted", "node2", Some(&token));
+    assert_not_enrolled(enrol(), "is enrolled as another host");
+    broker.does(&["host", "remove", "node1"]);
+    enrol().unwrap();
     host.provider().check().unwrap();
 }
 

@@ -23,6 +23,8 @@ pub(in crate::keys) struct Failure {
 pub(in crate::keys) enum Nonsense {
     #[error("the answer is longer than {0} bytes")]
     TooLong(usize),
+    #[error("an answer wants more than {0} bytes sent back")]
+    TooMuch(usize),
     #[error("the answer is not the JSON that was expected, at line {line}, column {column}")]
     Json { line: usize, column: usize },
 }
