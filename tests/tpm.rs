@@ -271,6 +271,49 @@ fn answers_that_are_hostile_are_errors() {
     assert!(failed > 10, "{failed} of {runs}");
 }
 
+/// Whoever could have us encrypt to a point of theirs would read what the TPM unseals: the Name that we know has to be that point's.
+#[test]
+fn a_storage_key_under_the_name_of_another_is_refused() {
+    const CREATE_PRIMARY: [u8; 4] = 0x131_u32.to_be_bytes();
+    let (swtpm, other) = (Swtpm::new(), Swtpm::new());
+    let sealed = open(&swtpm)
+        .seal(&SecretBytes::random(32).unwrap(), "7".parse().unwrap())
+        .unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("between");
+    let listener = UnixListener::bind(&path).unwrap();
+    let (real, theirs) = (swtpm.path("tpm.sock"), other.path("tpm.sock"));
+    let relay = thread::spawn(move || {
+        let (mut before, _) = listener.accept().unwrap();
+        let [mut real, mut theirs] =
+            [real, theirs].map(|path| std::os::unix::net::UnixStream::connect(path).unwrap());
+        let (mut buffer, mut others) = (vec![0; 4096], vec![0; 4096]);
+        while let Ok(read @ 1..) = before.read(&mut buffer) {
+            let creates = buffer[6..10] == CREATE_PRIMARY;
+            real.write_all(&buffer[..read]).unwrap();
+            if creates {
+                theirs.write_all(&buffer[..read]).unwrap();
+                assert!(theirs.read(&mut others).unwrap() > 100);
+            }
+            let read = real.read(&mut buffer).unwrap();
+            if creates {
+                // After the header, the handle and the length of all parameters: the public part, which ends with its point.
+                let public = 20..20 + usize::from(u16::from_be_bytes([buffer[18], buffer[19]]));
+                assert_ne!(buffer[public.clone()], others[public.clone()]);
+                buffer[public.clone()].copy_from_slice(&others[public]);
+            }
+            before.write_all(&buffer[..read]).unwrap();
+        }
+    });
+    let device = Device::from(format!("swtpm:path={}", path.display()));
+    let error = Tpm::open(&device).unwrap().unseal(&sealed).unwrap_err();
+    assert!(
+        matches!(error.what, TpmFailure::Garbled { what, .. } if what.contains("the Name of another")),
+        "{error:?}"
+    );
+    relay.join().unwrap();
+}
+
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

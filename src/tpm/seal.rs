@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tpm2_protocol::data::TpmCc;
 
+use super::attest;
 use super::command::{Auth, Command, Marshal};
 use super::pcr::Selection;
 use super::session::{CONTINUE, DECRYPT, ENCRYPT, Kind, Session};
@@ -174,11 +175,15 @@ impl Tpm {
     }
 
     /// TPM2_CreatePrimary of a template: the handle, TPMT_PUBLIC and Name.
+    ///
+    /// No HMAC covers this answer. That the Name is that of the public part binds what is encrypted to the key to a Name that
+    /// was stored earlier: an interposer who gives a key of its own has to give its Name as well.
     pub(super) fn create_primary(
         &mut self,
         hierarchy: u32,
         template: &[u8],
     ) -> Result<(u32, Vec<u8>, Vec<u8>), TpmError> {
+        const NAME: &str = "TPM2_CreatePrimary";
         let mut parameters = Vec::new();
         parameters.u16(4);
         parameters.sized(&[]);
@@ -186,7 +191,7 @@ impl Tpm {
         parameters.sized(template);
         parameters.sized(&[]);
         parameters.u32(0);
-        let command = Command::new(TpmCc::CreatePrimary, "TPM2_CreatePrimary")
+        let command = Command::new(TpmCc::CreatePrimary, NAME)
             .handle(hierarchy)
             .auth(Auth::Password)
             .parameters(parameters)
@@ -202,13 +207,17 @@ impl Tpm {
             reader.sized()?;
             Some((public, reader.sized()?.to_vec()))
         });
-        match read {
-            Ok((public, name)) => Ok((handle, public, name)),
-            Err(error) => {
-                self.flush(handle);
-                Err(self.failed(error))
-            }
-        }
+        let checked = read.and_then(|(public, name)| match name == attest::name(&public) {
+            true => Ok((handle, public, name)),
+            false => Err(TpmFailure::Garbled {
+                command: NAME,
+                what: "the key has the Name of another",
+            }),
+        });
+        checked.map_err(|error| {
+            self.flush(handle);
+            self.failed(error)
+        })
     }
 
     pub(super) fn with_session<T>(
