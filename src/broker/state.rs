@@ -18,7 +18,7 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
 use crate::keys::arena::{ArenaError, SecretBytes};
-use crate::keys::private::{self, Forbid};
+use crate::keys::private::{self, Forbid, Unreadable};
 use crate::keys::wrap::{self, KEK_LEN, Kek};
 use crate::rcar::{ResourcePath, unhex};
 
@@ -168,14 +168,13 @@ impl State {
                 created => created.map_err(io("make", &path))?,
             }
         }
-        for (path, forbid) in [(dir, Forbid::Write), (&path, Forbid::All)] {
-            let metadata = fs::metadata(path).map_err(io("look at", path))?;
-            private::check(path, &metadata, forbid).map_err(|e| unusable(path, e))?;
-        }
-        let mut file = File::open(&path).map_err(io("open", &path))?;
-        let len = file.metadata().map_err(io("look at", &path))?.len();
-        let mut master = SecretBytes::zeroed(len.min(2 * KEK_LEN as u64) as usize)?;
-        io::Read::read_exact(&mut file, &mut master).map_err(io("read", &path))?;
+        let metadata = fs::metadata(dir).map_err(io("look at", dir))?;
+        private::check(dir, &metadata, Forbid::Write).map_err(|e| unusable(dir, e))?;
+        let master = private::read(&path, KEK_LEN).map_err(|e| match e {
+            Unreadable::Io(source) => io("read", &path)(source),
+            Unreadable::Arena(e) => e.into(),
+            e => unusable(&path, e),
+        })?;
         let master = Kek::new(master).map_err(|e| unusable(&path, e))?;
         Ok(Self {
             dir: dir.to_owned(),

@@ -28,7 +28,7 @@ use sha2::Sha256;
 use uuid::Uuid;
 
 use super::arena::{ArenaError, SecretBytes, on_wiped_stack};
-use super::private::{self, Forbid};
+use super::private::{self, Unreadable};
 use super::settings::Backup;
 use super::source::KekSource;
 use super::wrap::{KEK_LEN, Kek};
@@ -44,7 +44,7 @@ const IDENTITY_LEN: usize = 8;
 const FILE_LEN: usize = MAGIC.len() + PRIMARY_LEN + IDENTITY_LEN;
 
 /// The longest file: a sealed key is some 800 bytes.
-const MAX_FILE: u64 = 16 << 10;
+const MAX_FILE: usize = 16 << 10;
 
 /// A primary key's file, if the key is sealed to the host's TPM.
 #[derive(Debug, Serialize, Deserialize)]
@@ -121,18 +121,13 @@ impl Native {
             KeyError::new(name, path.display(), reason).because(source)
         };
         let invalid = |source: Box<dyn Error + Send + Sync>| fail(KeyReason::Invalid, source);
-        let mut file = File::open(path).map_err(|e| match e.kind() {
-            io::ErrorKind::NotFound => fail(KeyReason::Missing, e.into()),
-            _ => invalid(e.into()),
+        let content = private::read(path, MAX_FILE).map_err(|e| match &e {
+            Unreadable::Io(io) if io.kind() == io::ErrorKind::NotFound => fail(KeyReason::Missing, e.into()),
+            _ => fail(e.reason(), e.into()),
         })?;
-        let metadata = file.metadata().map_err(|e| invalid(e.into()))?;
-        private::check(path, &metadata, Forbid::All).map_err(|e| invalid(e.into()))?;
-        let len = usize::try_from(metadata.len().min(MAX_FILE)).expect("it is small");
-        let mut content = SecretBytes::zeroed(len).map_err(|e| fail(KeyReason::Host, e.into()))?;
-        file.read_exact(&mut content).map_err(|e| invalid(e.into()))?;
         let (primary, written) = match content.strip_prefix(MAGIC) {
-            Some(content) if len == FILE_LEN => {
-                let (key, written) = content.split_at(PRIMARY_LEN);
+            Some(key) if content.len() == FILE_LEN => {
+                let (key, written) = key.split_at(PRIMARY_LEN);
                 let mut primary =
                     SecretBytes::zeroed(PRIMARY_LEN).map_err(|e| fail(KeyReason::Host, e.into()))?;
                 primary.copy_from_slice(key);
@@ -293,7 +288,7 @@ fn tpm_failed(name: &str, tpm: &Device, error: TpmError) -> KeyError {
 
 /// The identity of the key in a file, as far as that can be told without the key.
 fn read_identity(path: &Path) -> io::Result<Option<String>> {
-    let mut content = SecretBytes::zeroed(MAX_FILE as usize).map_err(io::Error::other)?;
+    let mut content = SecretBytes::zeroed(MAX_FILE).map_err(io::Error::other)?;
     let len = File::open(path)?.read(&mut content)?;
     Ok(match content[..len].strip_prefix(MAGIC) {
         Some(key) => key.get(PRIMARY_LEN..).map(hex),

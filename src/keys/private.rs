@@ -4,11 +4,14 @@
 //! moment there is the old file, or none, or the whole new one.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
+
+use super::KeyReason;
+use super::arena::{ArenaError, SecretBytes};
 
 /// A file or directory that others than its owner can get at.
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +30,29 @@ pub(crate) enum Exposed {
         "it belongs to user {owner}, not to user {user} who runs this; run as its owner, or `chown {user} {path}`"
     )]
     Owner { path: String, owner: u32, user: u32 },
+}
+
+/// A private file that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Unreadable {
+    #[error("it cannot be read")]
+    Io(#[from] io::Error),
+    #[error(transparent)]
+    Exposed(#[from] Exposed),
+    #[error("it is longer than {0} bytes")]
+    TooLong(usize),
+    #[error(transparent)]
+    Arena(#[from] ArenaError),
+}
+
+impl Unreadable {
+    /// What an operator would act on.
+    pub(super) fn reason(&self) -> KeyReason {
+        match self {
+            Self::Arena(_) => KeyReason::Host,
+            Self::Io(_) | Self::Exposed(_) | Self::TooLong(_) => KeyReason::Invalid,
+        }
+    }
 }
 
 /// What others must not be able to do.
@@ -64,6 +90,33 @@ pub(crate) fn check(path: &Path, metadata: &fs::Metadata, forbid: Forbid) -> Res
             letters,
         }),
     }
+}
+
+/// Reads a file that its owner alone can get at, and that has at most `longest` bytes, into the key arena.
+pub(crate) fn read(path: &Path, longest: usize) -> Result<SecretBytes, Unreadable> {
+    let mut file = File::open(path)?;
+    let metadata = file.metadata()?;
+    check(path, &metadata, Forbid::All)?;
+    // What is no file tells no length.
+    let expected = match metadata.is_file() {
+        true => longest.min(metadata.len() as usize),
+        false => longest,
+    };
+    // One byte more shows that there are too many.
+    let mut content = SecretBytes::zeroed(expected + 1)?;
+    let mut len = 0;
+    while len <= expected {
+        match file.read(&mut content[len..]) {
+            Ok(0) => {
+                content.truncate(len);
+                return Ok(content);
+            }
+            Ok(read) => len += read,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Err(Unreadable::TooLong(longest))
 }
 
 /// Makes a directory with mode 0700, and its parents; one that exists is left as it is.
@@ -175,6 +228,19 @@ mod tests {
             1,
             "nothing is left beside it"
         );
+    }
+
+    #[test]
+    fn private_file_is_read_up_to_its_longest() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("key");
+        assert!(matches!(read(&path, 3), Err(Unreadable::Io(_))));
+        create(&path, b"one").unwrap();
+        assert_eq!(&*read(&path, 3).unwrap(), b"one");
+        assert_eq!(&*read(&path, 100).unwrap(), b"one");
+        assert!(matches!(read(&path, 2), Err(Unreadable::TooLong(2))));
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
+        assert!(matches!(read(&path, 3), Err(Unreadable::Exposed(_))));
     }
 
     #[test]

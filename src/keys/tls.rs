@@ -14,13 +14,12 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{AlertDescription, ClientConfig, RootCertStore, ServerConfig};
 
 use super::KeyReason;
-use super::arena::{ArenaError, SecretBytes};
-use super::private::{self, Exposed, Forbid};
+use super::private::{self, Unreadable};
 
 /// The most that is read of a file of certificates; a bundle of all public authorities has a fifth of that.
 const CERTIFICATES_LIMIT: u64 = 1 << 20;
 /// The most that is read of a key's file.
-const KEY_LIMIT: u64 = 64 << 10;
+const KEY_LIMIT: usize = 64 << 10;
 
 /// Where this host's side of TLS lies: PEM files, by absolute path.
 #[derive(Clone, Debug)]
@@ -56,7 +55,7 @@ pub(super) enum Unusable {
     #[error("it cannot be read")]
     Io(#[from] io::Error),
     #[error(transparent)]
-    Exposed(#[from] Exposed),
+    PrivateKey(#[from] Unreadable),
     #[error("it is larger than {0} bytes")]
     TooLarge(u64),
     #[error("it is no PEM file with what is wanted of it")]
@@ -65,8 +64,6 @@ pub(super) enum Unusable {
     NoCertificate,
     #[error("it does not go with the rest")]
     Tls(#[source] rustls::Error),
-    #[error(transparent)]
-    Arena(#[from] ArenaError),
 }
 
 impl TlsFiles {
@@ -123,8 +120,8 @@ pub(crate) fn authorities(path: &Path) -> Result<Vec<CertificateDer<'static>>, T
 impl TlsFileError {
     /// What an operator would act on.
     pub(super) fn reason(&self) -> KeyReason {
-        match self.cause {
-            Unusable::Arena(_) => KeyReason::Host,
+        match &self.cause {
+            Unusable::PrivateKey(error) => error.reason(),
             _ => KeyReason::Invalid,
         }
     }
@@ -179,13 +176,6 @@ pub(super) fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, 
 }
 
 fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, Unusable> {
-    let mut file = File::open(path)?;
-    let metadata = file.metadata()?;
-    private::check(path, &metadata, Forbid::All)?;
-    if metadata.len() > KEY_LIMIT {
-        return Err(Unusable::TooLarge(KEY_LIMIT));
-    }
-    let mut pem = SecretBytes::zeroed(metadata.len() as usize)?;
-    file.read_exact(&mut pem)?;
+    let pem = private::read(path, KEY_LIMIT)?;
     PrivateKeyDer::from_pem_slice(&pem).map_err(Unusable::Pem)
 }

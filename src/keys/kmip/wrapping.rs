@@ -3,8 +3,6 @@
 //!
 //! AES Key Wrap (RFC 3394), which KMIP calls NISTKeyWrap, of the bare key material (Encoding Option No Encoding).
 
-use std::fs::File;
-use std::io::{self, Read};
 use std::path::PathBuf;
 
 use aes_kw::KwAes256;
@@ -13,8 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use super::session::Trouble;
 use crate::keys::KeyReason;
-use crate::keys::arena::{ArenaError, SecretBytes, on_wiped_stack};
-use crate::keys::private::{self, Exposed, Forbid};
+use crate::keys::arena::{SecretBytes, on_wiped_stack};
+use crate::keys::private::{self, Unreadable};
 use crate::keys::wrap::KEK_LEN;
 
 /// The length of the wrapping key, in bytes.
@@ -35,22 +33,18 @@ pub struct WrappingKey {
 /// Why the file is of no use.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Unusable {
-    #[error("it cannot be read")]
-    Io(#[from] io::Error),
     #[error(transparent)]
-    Exposed(#[from] Exposed),
-    #[error("it does not hold the {LEN} bytes of a wrapping key, and nothing else")]
+    Unreadable(#[from] Unreadable),
+    #[error("it does not hold the {LEN} bytes of a wrapping key")]
     Length,
-    #[error(transparent)]
-    Arena(#[from] ArenaError),
 }
 
 impl Unusable {
     /// What an operator would act on.
     pub(super) fn reason(&self) -> KeyReason {
         match self {
-            Self::Arena(_) => KeyReason::Host,
-            _ => KeyReason::Invalid,
+            Self::Unreadable(error) => error.reason(),
+            Self::Length => KeyReason::Invalid,
         }
     }
 }
@@ -58,15 +52,9 @@ impl Unusable {
 impl WrappingKey {
     /// Reads the key. It is read anew each time, so that another one needs no restart.
     pub(super) fn load(&self) -> Result<SecretBytes, Unusable> {
-        let mut file = File::open(&self.file)?;
-        private::check(&self.file, &file.metadata()?, Forbid::All)?;
-        let mut key = SecretBytes::zeroed(LEN)?;
-        file.read_exact(&mut key).map_err(|error| match error.kind() {
-            io::ErrorKind::UnexpectedEof => Unusable::Length,
-            _ => error.into(),
-        })?;
-        match file.read(&mut [0])? {
-            0 => Ok(key),
+        let key = private::read(&self.file, LEN)?;
+        match key.len() {
+            LEN => Ok(key),
             _ => Err(Unusable::Length),
         }
     }

@@ -1,7 +1,5 @@
 //! How this host makes itself known, and the token that it gets for that.
 
-use std::fs::File;
-use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -12,7 +10,7 @@ use super::http::Server;
 use crate::keys::KeyReason;
 use crate::keys::arena::SecretBytes;
 use crate::keys::https::Failure;
-use crate::keys::private::{self, Exposed, Forbid};
+use crate::keys::private::{self, Unreadable};
 
 /// The longest secret ID or token.
 const CREDENTIAL_LIMIT: usize = 4096;
@@ -71,10 +69,8 @@ struct CredentialError {
 
 #[derive(Debug, thiserror::Error)]
 enum Unusable {
-    #[error("it cannot be read")]
-    Io(#[from] io::Error),
     #[error(transparent)]
-    Exposed(#[from] Exposed),
+    Unreadable(#[from] Unreadable),
     #[error("it is not one line of up to {CREDENTIAL_LIMIT} printable ASCII characters")]
     Form,
 }
@@ -164,32 +160,18 @@ pub(super) fn is_credential(bytes: &[u8]) -> bool {
 }
 
 fn read_credential(path: &Path) -> Result<SecretBytes, Failure> {
-    let mut credential = SecretBytes::zeroed(CREDENTIAL_LIMIT + 2)?;
-    let unusable = |source| {
+    let unusable = |reason, source| {
         let path = path.to_owned();
-        Failure::new(KeyReason::Invalid, CredentialError { path, source })
+        Failure::new(reason, CredentialError { path, source })
     };
-    let len = read_private(path, &mut credential).map_err(unusable)?;
-    credential.truncate(len);
+    let mut credential =
+        private::read(path, CREDENTIAL_LIMIT + 1).map_err(|e| unusable(e.reason(), e.into()))?;
     // As an editor or `echo` leaves it.
     if credential.last() == Some(&b'\n') {
-        credential.truncate(len - 1);
+        credential.truncate(credential.len() - 1);
     }
     match is_credential(&credential) {
         true => Ok(credential),
-        false => Err(unusable(Unusable::Form)),
-    }
-}
-
-/// Fills `buffer` with the file's beginning.
-fn read_private(path: &Path, buffer: &mut [u8]) -> Result<usize, Unusable> {
-    let mut file = File::open(path)?;
-    private::check(path, &file.metadata()?, Forbid::All)?;
-    let mut len = 0;
-    loop {
-        match file.read(&mut buffer[len..])? {
-            0 => return Ok(len),
-            read => len += read,
-        }
+        false => Err(unusable(KeyReason::Invalid, Unusable::Form)),
     }
 }

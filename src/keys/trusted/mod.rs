@@ -13,8 +13,6 @@
 mod key_id;
 mod release;
 
-use std::fs::File;
-use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,7 +23,7 @@ use self::key_id::WrappedKek;
 use super::arena::SecretBytes;
 use super::cache::{KekCache, Origin, Wanted};
 use super::https::{self, Failure, Server, is_address};
-use super::private::{self, Forbid};
+use super::private::{self, Unreadable};
 use super::source::{KekSource, LONGEST_TIMEOUT};
 use super::tls::TlsFiles;
 use super::wrap::{Kek, UnwrapError};
@@ -40,7 +38,7 @@ pub const TIMEOUT: u16 = 30;
 pub const HOLD: u16 = 60;
 
 /// The longest file of an attestation key.
-const KEY_LIMIT: u64 = 16 << 10;
+const KEY_LIMIT: usize = 16 << 10;
 
 /// What a trusted provider has to be told.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -95,10 +93,8 @@ struct OtherResource {
 /// An attestation key that cannot be used.
 #[derive(Debug, thiserror::Error)]
 enum KeyFile {
-    #[error("it cannot be read")]
-    Io(#[from] io::Error),
     #[error(transparent)]
-    Exposed(#[from] private::Exposed),
+    Unreadable(#[from] Unreadable),
     #[error("it is no attestation key")]
     Form,
 }
@@ -284,10 +280,7 @@ fn key_file(dir: &Path) -> PathBuf {
 }
 
 fn read_key(path: &Path) -> Result<(AttestationKey, Vec<u8>), KeyFile> {
-    let file = File::open(path)?;
-    private::check(path, &file.metadata()?, Forbid::All)?;
-    let mut json = Vec::new();
-    file.take(KEY_LIMIT).read_to_end(&mut json)?;
+    let json = private::read(path, KEY_LIMIT)?;
     let key = serde_json::from_slice(&json).map_err(|_| KeyFile::Form)?;
     let spki = release::spki(&key).map_err(|_| KeyFile::Form)?;
     Ok((key, spki))
