@@ -14,7 +14,7 @@
 //! known    the volumes that this host has bound or opened: hints, each looked up in the volume itself
 //! volume   LUKS2 on storage, and the segment table that maps sectors to it
 //! cipher, storage, keys, tpm
-//! moment   points in time, as they are written
+//! moment, toml_file   points in time, and what operators write, as they are written
 //! ```
 
 pub mod agent;
@@ -30,5 +30,6 @@ pub mod moment;
 pub mod rcar;
 pub mod served;
 pub mod storage;
+mod toml_file;
 pub mod tpm;
 pub mod volume;

@@ -9,16 +9,14 @@
 //! session-lifetime = 60
 //! ```
 
-use std::fs;
-use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Deserialize;
 
-use crate::keys::private::{self, Exposed, Forbid};
 use crate::keys::tls::Identity;
+use crate::toml_file::{self, TomlFileError};
 
 /// What a broker runs on.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -42,29 +40,14 @@ pub struct Settings {
 /// Why settings cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum SettingsError {
-    /// The file system refused.
-    #[error("cannot read the broker's settings {}", path.display())]
-    Read {
-        /// The file.
+    /// The file.
+    #[error(transparent)]
+    File(#[from] TomlFileError),
+    /// There is none.
+    #[error("{}: the broker's settings are not there", path.display())]
+    Missing {
+        /// Where they belong.
         path: PathBuf,
-        /// The answer.
-        source: io::Error,
-    },
-    /// Others could have written them.
-    #[error("the broker's settings {} are not safe to use", path.display())]
-    Exposed {
-        /// The file.
-        path: PathBuf,
-        /// Who can do what with it.
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
-    /// They are not TOML, or hold what is not known.
-    #[error("the broker's settings {} cannot be understood", path.display())]
-    Syntax {
-        /// The file.
-        path: PathBuf,
-        /// Where and what.
-        source: Box<toml::de::Error>,
     },
     /// A value that is none.
     #[error("{}: {what}", path.display())]
@@ -87,17 +70,7 @@ impl Settings {
     /// [`SettingsError`].
     pub fn read(path: &Path) -> Result<Self, SettingsError> {
         let own = || path.to_owned();
-        let io = |source| SettingsError::Read { path: own(), source };
-        let text = fs::read_to_string(path).map_err(io)?;
-        let metadata = fs::metadata(path).map_err(io)?;
-        private::check(path, &metadata, Forbid::Write).map_err(|e: Exposed| SettingsError::Exposed {
-            path: own(),
-            source: Box::new(e),
-        })?;
-        let settings: Self = toml::from_str(&text).map_err(|e| SettingsError::Syntax {
-            path: own(),
-            source: Box::new(e),
-        })?;
+        let settings: Self = toml_file::read(path)?.ok_or_else(|| SettingsError::Missing { path: own() })?;
         let files = [&settings.certificate, &settings.key, &settings.state_dir];
         let what = match settings.session_lifetime {
             _ if files

@@ -14,8 +14,6 @@
 //! ```
 
 use std::collections::BTreeSet;
-use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -24,7 +22,7 @@ use serde::{Deserialize, Deserializer, de};
 use crate::agent;
 use crate::control::privilege::{Grant, Grantee, Grants, Privilege};
 use crate::keys::SealedCacheSettings;
-use crate::keys::private::{self, Exposed, Forbid};
+use crate::toml_file::{self, TomlFileError};
 use crate::tpm::Device;
 use crate::tpm::pcr::Selection;
 
@@ -69,30 +67,14 @@ impl Default for Agent {
 /// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// The file system refused.
-    #[error("cannot read the configuration {}", path.display())]
-    Read {
+    /// The file.
+    #[error(transparent)]
+    File(#[from] TomlFileError),
+    /// One that was named is not there.
+    #[error("{}: there is no such configuration", path.display())]
+    Missing {
         /// The file.
         path: PathBuf,
-        /// The answer.
-        source: io::Error,
-    },
-    /// Others could have written it.
-    #[error("the configuration {} is not safe to use", path.display())]
-    Exposed {
-        /// The file.
-        path: PathBuf,
-        /// Who can do what with it.
-        #[source]
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
-    /// It is not TOML, or holds what is not known.
-    #[error("the configuration {} cannot be understood", path.display())]
-    Syntax {
-        /// The file.
-        path: PathBuf,
-        /// Where and what.
-        source: Box<toml::de::Error>,
     },
     /// A grant to nobody.
     #[error("{}: a [[grant]] names either a user or a group", path.display())]
@@ -182,33 +164,21 @@ impl Config {
             Some(path) => (path, false),
             None => (Path::new(DEFAULT_PATH), true),
         };
-        let text = match fs::read_to_string(path) {
-            Ok(text) => text,
-            Err(error) if optional && error.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
-            Err(source) => return Err(read_error(path, source)),
+        let written: Written = match toml_file::read(path)? {
+            Some(written) => written,
+            None if optional => return Ok(Self::default()),
+            None => {
+                return Err(ConfigError::Missing {
+                    path: path.to_owned(),
+                });
+            }
         };
-        let metadata = fs::metadata(path).map_err(|source| read_error(path, source))?;
-        private::check(path, &metadata, Forbid::Write).map_err(|error: Exposed| ConfigError::Exposed {
-            path: path.to_owned(),
-            source: Box::new(error),
-        })?;
-        let written: Written = toml::from_str(&text).map_err(|error| ConfigError::Syntax {
-            path: path.to_owned(),
-            source: Box::new(error),
-        })?;
         let grants = written.grant.into_iter().map(|grant| grant.check(path));
         Ok(Self {
             agent: written.agent.map(WrittenAgent::check),
             grants: Grants::new(grants.collect::<Result<_, _>>()?),
             max_key_age: written.policy.and_then(|policy| policy.max_key_age),
         })
-    }
-}
-
-fn read_error(path: &Path, source: io::Error) -> ConfigError {
-    ConfigError::Read {
-        path: path.to_owned(),
-        source,
     }
 }
 
@@ -264,6 +234,7 @@ impl WrittenGrant {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
     use std::os::unix::fs::PermissionsExt;
 
     fn read(text: &str) -> Result<Config, ConfigError> {
@@ -285,7 +256,7 @@ mod tests {
         let nowhere = Path::new("/nonexistent/config.toml");
         assert!(matches!(
             Config::read(Some(nowhere)),
-            Err(ConfigError::Read { .. })
+            Err(ConfigError::Missing { .. })
         ));
     }
 
@@ -345,7 +316,7 @@ mod tests {
         fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
         assert!(matches!(
             Config::read(Some(&path)),
-            Err(ConfigError::Exposed { .. })
+            Err(ConfigError::File(TomlFileError::Exposed { .. }))
         ));
     }
 }

@@ -27,6 +27,7 @@ use super::settings::{Settings, primary_key};
 use super::source::HostProvider;
 use super::trusted::Trusted;
 use super::{Expiring, KeyError, KeyProvider, KeyReason, Providers};
+use crate::toml_file::TomlFileError;
 use crate::tpm::Device;
 use crate::tpm::pcr::Selection;
 use rustix::fs::{FlockOperation, flock};
@@ -85,14 +86,9 @@ pub enum RegistryError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// The settings are not TOML, or hold what is not known.
-    #[error("{} cannot be understood; correct it, or restore it from a backup", path.display())]
-    Syntax {
-        /// The file.
-        path: PathBuf,
-        /// Where and what.
-        source: Box<toml::de::Error>,
-    },
+    /// The settings' file.
+    #[error(transparent)]
+    File(#[from] TomlFileError),
     /// The settings name a default that is not there.
     #[error("{}: default = {name:?}, but there is no such provider; known: {known}", path.display())]
     UnknownDefault {
@@ -694,18 +690,21 @@ mod tests {
             assert!(error.to_string().contains("providers.toml"), "{error}");
             error
         };
-        assert!(matches!(refused("default = "), RegistryError::Syntax { .. }));
+        assert!(matches!(
+            refused("default = "),
+            RegistryError::File(TomlFileError::Syntax { .. })
+        ));
         assert!(matches!(
             refused("colour = \"red\""),
-            RegistryError::Syntax { .. }
+            RegistryError::File(TomlFileError::Syntax { .. })
         ));
         assert!(matches!(
             refused("[provider.a]\nkind = \"magic\""),
-            RegistryError::Syntax { .. }
+            RegistryError::File(TomlFileError::Syntax { .. })
         ));
         assert!(matches!(
             refused("[provider.a]\nkind = \"native\"\nx = 1"),
-            RegistryError::Syntax { .. }
+            RegistryError::File(TomlFileError::Syntax { .. })
         ));
         assert!(matches!(
             refused("[provider.\"../a\"]\nkind = \"native\""),

@@ -9,7 +9,6 @@
 //! ```
 
 use std::collections::BTreeMap;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -23,6 +22,7 @@ use super::registry::{RegistryError, check_name, check_private};
 use super::source::KekSource;
 use super::transit::{self, Transit};
 use super::trusted::{self, Trusted};
+use crate::toml_file;
 
 /// The settings' name in the state directory.
 pub(super) const FILE: &str = "providers.toml";
@@ -149,23 +149,10 @@ impl Settings {
     /// Reads the settings of a state directory; without a file there are none.
     pub(super) fn read(dir: &Path) -> Result<Self, RegistryError> {
         let path = dir.join(FILE);
-        let text = match std::fs::read_to_string(&path) {
-            Ok(text) => text,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
-            Err(source) => {
-                return Err(RegistryError::Io {
-                    action: "read",
-                    path,
-                    source,
-                });
-            }
+        let Some(settings) = toml_file::read::<Self>(&path)? else {
+            return Ok(Self::default());
         };
         check_private(dir, Forbid::Write)?;
-        check_private(&path, Forbid::Write)?;
-        let settings: Self = toml::from_str(&text).map_err(|e| RegistryError::Syntax {
-            path: path.clone(),
-            source: Box::new(e),
-        })?;
         settings.check(&path)?;
         Ok(settings)
     }

@@ -1,0 +1,63 @@
+//! TOML files that an operator writes: read strictly, and only where nobody else could have written them.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+
+use crate::keys::private::{self, Forbid};
+
+/// Why such a file cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TomlFileError {
+    /// The file system refused.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The answer.
+        source: io::Error,
+    },
+    /// Others could have written it.
+    #[error("{} is not safe to use", path.display())]
+    Exposed {
+        /// The file.
+        path: PathBuf,
+        /// Who can do what with it.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// It is not TOML, or holds what is not known.
+    #[error("{} cannot be understood; correct it, or restore it from a backup", path.display())]
+    Syntax {
+        /// The file.
+        path: PathBuf,
+        /// Where and what.
+        source: Box<toml::de::Error>,
+    },
+}
+
+/// What the file at `path` says; nothing, if there is no file.
+///
+/// # Errors
+/// [`TomlFileError`].
+pub(crate) fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, TomlFileError> {
+    let own = || path.to_owned();
+    let failed = |source| TomlFileError::Read { path: own(), source };
+    let mut file = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        file => file.map_err(failed)?,
+    };
+    let metadata = file.metadata().map_err(failed)?;
+    private::check(path, &metadata, Forbid::Write).map_err(|error| TomlFileError::Exposed {
+        path: own(),
+        source: error.into(),
+    })?;
+    let mut text = String::new();
+    file.read_to_string(&mut text).map_err(failed)?;
+    let content = toml::from_str(&text).map_err(|error| TomlFileError::Syntax {
+        path: own(),
+        source: error.into(),
+    })?;
+    Ok(Some(content))
+}
