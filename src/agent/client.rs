@@ -13,14 +13,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::Purpose;
-use super::manage::{
-    Erasure, InUse, ListVolumes, NotBackedUp, RemoveProvider, RevokeKek, ScanVolumes, Volumes,
+use super::erasure::Erasure;
+use super::messages::{
+    CreateKek, DefaultProvider, Disks, INTERFACE, InUse, Kek, KeyFailure, ListDisks, ListVolumes,
+    MAX_WRAPPED, NamedProvider, NotBackedUp, PushKek, RemoveProvider, RevokeKek, ScanVolumes, SettleBinding,
+    Unwrap, Volumes, WireBinding, Wrap, may_be,
 };
 use super::registered::Registrant;
-use super::service::{
-    CreateKek, DefaultProvider, Disks, INTERFACE, Kek, KeyFailure, ListDisks, MAX_WRAPPED, NamedProvider,
-    PushKek, SettleBinding, Unwrap, WireBinding, Wrap, may_be,
-};
 use crate::control::varlink::{CallError, MethodError, call};
 use crate::control::wire::{self, Connection, WireError};
 use crate::keys::arena::SecretBytes;
@@ -51,6 +50,10 @@ struct AgentProvider {
     client: Client,
     name: String,
 }
+
+/// An answer that says no more than that it is done.
+#[derive(Deserialize)]
+struct Nothing {}
 
 /// What the agent says lies under a failure: each text is the cause of the one before.
 #[derive(Debug, thiserror::Error)]
@@ -112,15 +115,10 @@ impl Client {
     /// # Errors
     /// As for [`Client::list`].
     pub fn disks(&self) -> Result<Vec<Registrant>, KeyError> {
-        let (mut all, mut from) = (Vec::new(), 0);
-        loop {
+        all_pages(|from| {
             let (page, _) = self.ask::<Disks>("", "ListDisks", ListDisks { from }, &[])?;
-            all.extend(page.disks);
-            match page.next {
-                Some(next) if next > from => from = next,
-                _ => return Ok(all),
-            }
-        }
+            Ok((page.disks, page.next))
+        })
     }
 
     /// Gives the agent a KEK, which somebody has fetched for this host.
@@ -128,8 +126,6 @@ impl Client {
     /// # Errors
     /// As for [`Client::list`], and if it is no KEK of a provider there.
     pub fn push(&self, provider: &str, key_id: &KeyId, kek: &SecretBytes) -> Result<(), KeyError> {
-        #[derive(Deserialize)]
-        struct Pushed {}
         if !may_be(key_id) {
             return Err(self.fail(provider, KeyReason::Missing).of(key_id));
         }
@@ -140,7 +136,7 @@ impl Client {
             key_id: key_id.clone(),
             kek: 0,
         };
-        self.ask::<Pushed>(provider, "PushKek", parameters, &[pipe.as_fd()])?;
+        self.ask::<Nothing>(provider, "PushKek", parameters, &[pipe.as_fd()])?;
         Ok(())
     }
 
@@ -153,20 +149,18 @@ impl Client {
         provider: Option<&str>,
         key_id: Option<&KeyId>,
     ) -> Result<(Vec<Sighting>, bool), KeyError> {
-        let (mut all, mut from) = (Vec::new(), 0);
-        loop {
+        let mut full = false;
+        let all = all_pages(|from| {
             let parameters = ListVolumes {
                 provider: provider.map(str::to_owned),
                 key_id: key_id.cloned(),
                 from,
             };
             let (page, _) = self.ask::<Volumes>("", "ListVolumes", parameters, &[])?;
-            all.extend(page.volumes);
-            match page.next {
-                Some(next) if next > from => from = next,
-                _ => return Ok((all, page.full)),
-            }
-        }
+            full = page.full;
+            Ok((page.volumes, page.next))
+        })?;
+        Ok((all, full))
     }
 
     /// Has the agent look at the volumes in `paths`, which are absolute, and at all that it knows.
@@ -231,15 +225,13 @@ impl Client {
     /// # Errors
     /// [`GuardError`].
     pub fn remove_provider(&self, name: &str, removal: &Removal<'_>) -> Result<(), GuardError> {
-        #[derive(Deserialize)]
-        struct Removed {}
         let parameters = RemoveProvider {
             provider: name.to_owned(),
             new_default: removal.new_default.map(str::to_owned),
             force: removal.force,
             dry_run: removal.dry_run,
         };
-        self.manage::<Removed>(name, "RemoveProvider", parameters)
+        self.manage::<Nothing>(name, "RemoveProvider", parameters)
             .map(drop)
     }
 
@@ -248,9 +240,7 @@ impl Client {
     /// # Errors
     /// [`KeyError`].
     pub fn report_erasure(&self, erasure: &Erasure) -> Result<(), KeyError> {
-        #[derive(Deserialize)]
-        struct Reported {}
-        self.ask::<Reported>("", "ReportErasure", erasure, &[]).map(drop)
+        self.ask::<Nothing>("", "ReportErasure", erasure, &[]).map(drop)
     }
 
     /// Asks for what the agent may refuse for the sake of volumes.
@@ -464,8 +454,6 @@ impl KeyProvider for AgentProvider {
     }
 
     fn settle(&self, binding: &Binding<'_>, stored: bool) -> Result<(), KeyError> {
-        #[derive(Deserialize)]
-        struct Settled {}
         // Without a place the agent has noted nothing.
         let Some(path) = self.client.path.clone() else {
             return Ok(());
@@ -476,7 +464,7 @@ impl KeyProvider for AgentProvider {
             path,
             stored,
         };
-        self.ask::<Settled>("SettleBinding", parameters, &[]).map(drop)
+        self.ask::<Nothing>("SettleBinding", parameters, &[]).map(drop)
     }
 
     fn unwrap(&self, binding: &Binding<'_>, wrapped: &[u8]) -> Result<SecretBytes, KeyError> {
@@ -528,12 +516,25 @@ impl KeyProvider for AgentProvider {
     }
 
     fn check(&self) -> Result<(), KeyError> {
-        #[derive(Deserialize)]
-        struct Checked {}
         let parameters = NamedProvider {
             provider: self.name.clone(),
         };
-        self.ask::<Checked>("CheckProvider", parameters, &[]).map(drop)
+        self.ask::<Nothing>("CheckProvider", parameters, &[]).map(drop)
+    }
+}
+
+/// All of a list, of which `page` tells what begins at an entry, and where to go on.
+fn all_pages<T>(
+    mut page: impl FnMut(usize) -> Result<(Vec<T>, Option<usize>), KeyError>,
+) -> Result<Vec<T>, KeyError> {
+    let (mut all, mut from) = (Vec::new(), 0);
+    loop {
+        let (entries, next) = page(from)?;
+        all.extend(entries);
+        match next {
+            Some(next) if next > from => from = next,
+            _ => return Ok(all),
+        }
     }
 }
 

@@ -2,156 +2,25 @@
 
 use std::path::Path;
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::{Value, json};
-use uuid::Uuid;
 
-use super::audit_log;
-use super::service::{Answered, INTERFACE, MAX_PATH, Service, check_names, failure, with};
-use crate::audit::{AuditError, AuditLog};
+use super::erasure::{Erasure, ErasureStep};
+use super::messages::{
+    INTERFACE, InUse, ListVolumes, NotBackedUp, RemoveProvider, RevokeKek, ScanVolumes, Volumes,
+};
+use super::service::{Answered, Service, check_names, failure, with};
 use crate::control::events::Event;
 use crate::control::privilege::Privilege;
 use crate::control::varlink::{Answer, MethodError, Request};
 use crate::keys::registry::{Registry, RegistryError};
-use crate::keys::{KeyError, KeyId, KeyReason, Providers, Revocation};
-use crate::known::survey::{Scanned, Sighting, survey};
-use crate::known::{Disk, GuardError, Known, Removal, Uses, remove_provider, revoke};
+use crate::keys::{KeyError, KeyReason, Providers};
+use crate::known::survey::{Scanned, survey};
+use crate::known::{GuardError, Known, Removal, Uses, remove_provider, revoke};
 
 /// How much of a list one answer has, in bytes of its JSON, and what is told of an entry beside what it holds itself.
 const PAGE_BYTES: usize = 24 << 10;
 const ENTRY_BYTES: usize = 600;
-
-/// How long a SHA-256 is, as text.
-const SHA256_DIGITS: usize = 64;
-
-#[derive(Debug, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-pub(super) struct ListVolumes {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) provider: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) key_id: Option<KeyId>,
-    pub(super) from: usize,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Volumes {
-    pub(super) volumes: Vec<Sighting>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) next: Option<usize>,
-    pub(super) full: bool,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-pub(super) struct ScanVolumes {
-    pub(super) paths: Vec<String>,
-    pub(super) missing: bool,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct RevokeKek {
-    pub(super) provider: String,
-    pub(super) key_id: KeyId,
-    pub(super) revocation: Revocation,
-    pub(super) force: bool,
-    pub(super) dry_run: bool,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct RemoveProvider {
-    pub(super) provider: String,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) new_default: Option<String>,
-    pub(super) force: bool,
-    pub(super) dry_run: bool,
-}
-
-/// [`GuardError::InUse`], as the interface has it.
-#[derive(Debug, Serialize, Deserialize)]
-pub(super) struct InUse {
-    pub(super) what: String,
-    pub(super) volumes: Vec<Disk>,
-    pub(super) count: usize,
-    pub(super) full: bool,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-pub(super) struct NotBackedUp {
-    pub(super) provider: String,
-}
-
-/// How far somebody has come with the erasure of a volume.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Erasure {
-    /// The volume's UUID.
-    pub volume: Uuid,
-    /// What holds its header, from / on.
-    pub path: String,
-    /// How far.
-    #[serde(flatten)]
-    pub step: ErasureStep,
-}
-
-/// A step of an erasure.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(tag = "step", rename_all = "snake_case", rename_all_fields = "camelCase")]
-pub enum ErasureStep {
-    /// The volume is about to be erased.
-    Begun,
-    /// It is no more.
-    Erased {
-        /// SHA-256 of its header, as it was.
-        header_sha256: String,
-        /// SHA-256 of what it was written over with.
-        written_sha256: String,
-    },
-    /// Its receipt is complete.
-    Receipted {
-        /// SHA-256 of the receipt.
-        receipt_sha256: String,
-    },
-}
-
-impl Erasure {
-    /// The event that it is, and what that tells.
-    fn told(&self) -> (Event, Value) {
-        let event = match self.step {
-            ErasureStep::Begun => Event::ErasureBegun,
-            ErasureStep::Erased { .. } => Event::VolumeErased,
-            ErasureStep::Receipted { .. } => Event::ReceiptIssued,
-        };
-        let mut fields = serde_json::to_value(self).expect("texts are JSON");
-        fields.as_object_mut().map(|fields| fields.remove("step"));
-        (event, fields)
-    }
-
-    fn is_too_long(&self) -> bool {
-        let sums: [&str; 2] = match &self.step {
-            ErasureStep::Begun => [""; 2],
-            ErasureStep::Erased {
-                header_sha256,
-                written_sha256,
-            } => [header_sha256, written_sha256],
-            ErasureStep::Receipted { receipt_sha256 } => [receipt_sha256, ""],
-        };
-        self.path.len() > MAX_PATH || sums.iter().any(|sum| sum.len() > SHA256_DIGITS)
-    }
-}
-
-/// Writes a step to the audit log of a state directory, where there is no agent.
-///
-/// # Errors
-/// [`AuditError`], above all if an agent has the log.
-pub fn record_erasure(state_dir: &Path, erasure: &Erasure) -> Result<(), AuditError> {
-    let user = rustix::process::geteuid().as_raw();
-    let (event, fields) = erasure.told();
-    AuditLog::open(&audit_log(state_dir))?.record(
-        event,
-        &with(with(fields, "user", user), "process", std::process::id()),
-    )
-}
 
 /// What one answer has of a list, from the entry of that number on, and where the next one goes on.
 pub(super) fn page<T: Serialize>(list: impl Iterator<Item = T>, from: usize) -> (Vec<T>, Option<usize>) {
@@ -178,12 +47,7 @@ impl Service {
         let either = [Privilege::ManageKeys, Privilege::ReadKeyServersInfo];
         self.permit_any(request.peer, &either, json!({}))?;
         let listing = self.index.list().map_err(|error| unreadable(&error))?;
-        let matches = |known: &Known| {
-            provider
-                .as_ref()
-                .is_none_or(|provider| known.provider == *provider)
-                && key_id.as_ref().is_none_or(|key_id| known.key_id == *key_id)
-        };
+        let matches = |known: &Known| known.is_under(provider.as_deref(), key_id.as_ref());
         let (known, next) = page(listing.known.into_iter().filter(matches), from);
         Ok(Answer::of(Volumes {
             volumes: survey(known),

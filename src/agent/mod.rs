@@ -1,11 +1,13 @@
 //! The host's key agent: the one process that talks to key providers and holds KEKs, for all `sealblk serve` of a host.
 //!
 //! ```text
-//! service     what it answers on its socket, to whom, and what of it stands in the audit log
-//! manage      the part of it for who manages keys and providers
+//! service       what it answers on its socket, to whom, and what of it stands in the audit log
+//! manage        the part of it for who manages keys and providers
+//! registered    which volumes are being served, under which KEKs
 //! certificates  when those that are about to expire are told of
-//! registered  which volumes are being served, under which KEKs
-//! client      the other side: the agent's providers, as a volume sees providers
+//! erasure       what the log is told of a volume's end
+//! client        the other side: the agent's providers, as a volume sees providers
+//! messages      what goes between the two
 //! ```
 //!
 //! A disk's process has neither a KEK nor a provider's credentials: it gets the slot secret of one keyslot, through a
@@ -13,7 +15,9 @@
 
 mod certificates;
 mod client;
+mod erasure;
 mod manage;
+mod messages;
 mod registered;
 mod service;
 
@@ -36,9 +40,9 @@ use crate::keys::{SealedCache, SealedCacheSettings, SharedProviders};
 use crate::audit::AuditLog;
 pub use crate::audit::{AuditError, Verified, verify, verify_each};
 pub use client::Client;
-pub use manage::{Erasure, ErasureStep, record_erasure};
+pub use erasure::{Erasure, ErasureStep, record_erasure};
+pub use messages::INTERFACE;
 pub use registered::Registrant;
-pub use service::INTERFACE;
 use service::Service;
 
 /// Where its socket is, if nobody says otherwise.

@@ -5,14 +5,17 @@ use std::path::Path;
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::{Map, Value, json};
-use uuid::Uuid;
 
 use super::Purpose;
 use super::certificates::Certificates;
 use super::manage::page;
-use super::registered::{Registered, Registrant};
+use super::messages::{
+    CreateKek, DefaultProvider, Disks, INTERFACE, Kek, KeyFailure, ListDisks, MAX_PATH, MAX_WRAPPED,
+    NamedProvider, PushKek, SettleBinding, Unwrap, WireBinding, Wrap, may_be,
+};
+use super::registered::Registered;
 use crate::audit::AuditLog;
 use crate::control::events::{Event, Events};
 use crate::control::peer::Peer;
@@ -21,21 +24,9 @@ use crate::control::refusals::Refusals;
 use crate::control::varlink::{Answer, Interface, MethodError, Request};
 use crate::control::wire;
 use crate::keys::arena::SecretBytes;
-use crate::keys::{Binding, KeyError, KeyId, KeyReason, Providers, SharedProviders};
+use crate::keys::{KeyError, KeyId, KeyReason, Providers, SharedProviders};
 use crate::known::{Index, Occasion};
 use crate::moment::Moment;
-
-/// The interface's name.
-pub const INTERFACE: &str = "org.sealblk.Agent";
-
-/// The longest name of a provider, and the longest key ID, that anybody has: a server's identifier of 1 KiB and a wrapped key.
-/// What is longer must not fill the log.
-const MAX_NAME: usize = 64;
-const MAX_KEY_ID: usize = 2048;
-/// The longest path of a volume (`PATH_MAX`).
-pub(super) const MAX_PATH: usize = 4096;
-/// The longest wrapped secret. Memory for keys is scarce, and is taken before anything is authenticated.
-pub(super) const MAX_WRAPPED: usize = wire::MAX_SECRET + 256;
 
 /// The agent's side of its socket.
 #[derive(Debug)]
@@ -50,127 +41,6 @@ pub(super) struct Service {
     refusals: Refusals,
     /// Of those who have a privilege: what they ask for need not be there.
     failures: Refusals,
-}
-
-/// [`Binding`], as the interface has it.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct WireBinding {
-    pub(super) volume: Uuid,
-    pub(super) provider: String,
-    pub(super) key_id: KeyId,
-    pub(super) keyslot: u32,
-}
-
-impl WireBinding {
-    fn binding(&self) -> Binding<'_> {
-        Binding {
-            volume: self.volume,
-            provider: &self.provider,
-            key_id: &self.key_id,
-            keyslot: self.keyslot,
-        }
-    }
-}
-
-#[derive(Debug, Default, Serialize, Deserialize)]
-#[serde(default)]
-pub(super) struct ListDisks {
-    pub(super) from: usize,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Disks {
-    pub(super) disks: Vec<Registrant>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) next: Option<usize>,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-pub(super) struct DefaultProvider {
-    pub(super) purpose: Purpose,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-pub(super) struct CreateKek {
-    pub(super) provider: String,
-    pub(super) purpose: Purpose,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Wrap {
-    pub(super) binding: WireBinding,
-    pub(super) purpose: Purpose,
-    pub(super) secret: usize,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) path: Option<String>,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-pub(super) struct SettleBinding {
-    pub(super) binding: WireBinding,
-    pub(super) purpose: Purpose,
-    pub(super) path: String,
-    pub(super) stored: bool,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Unwrap {
-    pub(super) binding: WireBinding,
-    pub(super) purpose: Purpose,
-    pub(super) wrapped: String,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) path: Option<String>,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct Kek {
-    pub(super) provider: String,
-    pub(super) key_id: KeyId,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct PushKek {
-    pub(super) provider: String,
-    pub(super) key_id: KeyId,
-    pub(super) kek: usize,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-pub(super) struct NamedProvider {
-    pub(super) provider: String,
-}
-
-/// [`KeyError`], as the interface has it.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct KeyFailure {
-    pub(super) provider: String,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) key_id: Option<KeyId>,
-    pub(super) hop: String,
-    pub(super) reason: KeyReason,
-    pub(super) causes: Vec<String>,
-}
-
-impl KeyFailure {
-    fn of(error: &KeyError) -> Self {
-        let mut causes = Vec::new();
-        let mut cause = error.source();
-        while let Some(error) = cause {
-            causes.push(error.to_string());
-            cause = error.source();
-        }
-        Self {
-            provider: error.provider.clone(),
-            key_id: error.key_id.clone(),
-            hop: error.hop.clone(),
-            reason: error.reason,
-            causes,
-        }
-    }
 }
 
 pub(super) type Answered = Result<Answer, MethodError>;
@@ -557,6 +427,9 @@ fn secret_of(request: &Request<'_>, index: usize, parameter: &str) -> Result<Sec
         .ok_or_else(|| MethodError::invalid_parameter(parameter))
 }
 
+/// The longest name of a provider that anybody has.
+const MAX_NAME: usize = 64;
+
 /// Refuses names that nobody has, and that would fill the log.
 pub(super) fn check_names(provider: &str, key_id: Option<&KeyId>) -> Result<(), MethodError> {
     if provider.len() > MAX_NAME || provider.chars().any(char::is_control) {
@@ -566,11 +439,6 @@ pub(super) fn check_names(provider: &str, key_id: Option<&KeyId>) -> Result<(), 
         Some(key_id) if !may_be(key_id) => Err(MethodError::invalid_parameter("keyId")),
         _ => Ok(()),
     }
-}
-
-/// Whether a provider may have such a key: all key IDs are visible ASCII, which JSON writes as it is.
-pub(super) fn may_be(key_id: &KeyId) -> bool {
-    key_id.0.len() <= MAX_KEY_ID && key_id.0.bytes().all(|byte| byte.is_ascii_graphic())
 }
 
 /// What a record says of a binding.

@@ -169,8 +169,8 @@ pub fn remove_provider(registry: &mut Registry, name: &str, removal: &Removal<'_
     registry.check_removal(name, removal.new_default)?;
     let index = Index::of(registry.dir());
     if !removal.force {
-        let is_its = |known: &Known| known.provider == name;
-        Uses::of(&index, is_its)?.refuse(format!("key provider {name:?}"))?;
+        Uses::of(&index, |known| known.is_under(Some(name), None))?
+            .refuse(format!("key provider {name:?}"))?;
         if matches!(registry.backup(name), Some(Backup::None | Backup::Waived)) {
             return Err(GuardError::NotBackedUp(name.to_owned()));
         }
@@ -193,8 +193,9 @@ pub fn revoke(
     removal: &Removal<'_>,
 ) -> Result<Option<Reach>, GuardError> {
     if !removal.force {
-        let is_it = |known: &Known| known.provider == provider.name() && known.key_id == *key_id;
-        Uses::of(index, is_it)?.refuse(format!("key {key_id} of provider {:?}", provider.name()))?;
+        let name = provider.name();
+        Uses::of(index, |known| known.is_under(Some(name), Some(key_id)))?
+            .refuse(format!("key {key_id} of provider {name:?}"))?;
     }
     match removal.dry_run {
         true => match provider.state(key_id)? {

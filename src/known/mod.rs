@@ -78,6 +78,12 @@ pub struct Known {
 }
 
 impl Known {
+    /// Whether it is bound to this provider and this key, if they are given.
+    pub fn is_under(&self, provider: Option<&str>, key_id: Option<&KeyId>) -> bool {
+        provider.is_none_or(|provider| self.provider == provider)
+            && key_id.is_none_or(|key_id| self.key_id == *key_id)
+    }
+
     /// Whether it was announced so long ago that whoever did that must have failed or been killed.
     fn was_given_up(&self) -> bool {
         self.unsettled && self.bound.is_none_or(|announced| announced.age() > SETTLED_BY)
