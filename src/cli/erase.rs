@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{self, BufRead, IsTerminal, Write};
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
 use rustix::fs::{major, minor};
@@ -17,10 +17,10 @@ use super::made::Made;
 use super::size::Size;
 use super::volume_args::VolumeArgs;
 use super::{Host, Keys, output};
-use crate::agent::{Erasure, ErasureStep, Purpose, record_erasure};
+use crate::agent::{Erasure, ErasureStep, Purpose};
 use crate::keys::private;
 use crate::keys::{KeyId, Reach, Revocation};
-use crate::known::{Index, Removal};
+use crate::known::Removal;
 use crate::moment::Moment;
 use crate::storage::{Access, Backing, Kind};
 use crate::volume::{Bindings, BoundTo, Erased, Info, Proof, erase};
@@ -155,7 +155,7 @@ impl Erase {
             true => Bindings::prove(header, &keys)?,
             false => Vec::new(),
         };
-        keys.report(&step(ErasureStep::Begun))?;
+        keys.report_erasure(&step(ErasureStep::Begun))?;
         let started = Moment::now();
         let erased = erase(header, before.uuid)?;
         made.keep();
@@ -177,7 +177,7 @@ impl Erase {
             before: &before,
         };
         // The log has it before anything else can fail. There is a receipt whatever fails.
-        let logged = keys.report(&step(ErasureStep::Erased {
+        let logged = keys.report_erasure(&step(ErasureStep::Erased {
             header_sha256: erased.header_sha256.clone(),
             written_sha256: erased.written_sha256.clone(),
         }));
@@ -189,7 +189,7 @@ impl Erase {
             .expect("numbers, texts and lists are JSON")
             + "\n";
         let logged = logged.and_then(|()| {
-            keys.report(&step(ErasureStep::Receipted {
+            keys.report_erasure(&step(ErasureStep::Receipted {
                 receipt_sha256: sha256(text.as_bytes()),
             }))
         });
@@ -241,25 +241,6 @@ impl Erase {
         match confirmed.eq_ignore_ascii_case(&wanted) {
             true => Ok(()),
             false => Err(Failure::Confirm { wanted }),
-        }
-    }
-}
-
-impl Keys {
-    /// Has it written down how far it has come.
-    fn report(&self, erasure: &Erasure) -> Result<(), Failure> {
-        match self {
-            Keys::Agent(client) => Ok(client.report_erasure(erasure)?),
-            Keys::Own(registry, _) => {
-                if let ErasureStep::Erased { .. } = erasure.step {
-                    Index::of(registry.dir()).erased(erasure.volume, Path::new(&erasure.path));
-                }
-                // Without a state directory there is no log either.
-                match registry.dir().is_dir() {
-                    true => Ok(record_erasure(registry.dir(), erasure)?),
-                    false => Ok(()),
-                }
-            }
         }
     }
 }

@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -16,8 +15,8 @@ use super::secret::SecretSource;
 use super::{Host, Keys, output};
 use crate::agent::Purpose;
 use crate::keys::{KeyError, KeyId, KeyReason, KeyState, Providers, Reach, Revocation};
-use crate::known::survey::{Scanned, Sighting, survey};
-use crate::known::{GuardError, Index, Known, Removal, revoke};
+use crate::known::survey::Sighting;
+use crate::known::{Known, Removal};
 use crate::moment::Moment;
 
 const AFTER_HELP: &str = "\
@@ -173,69 +172,6 @@ impl Key {
             Verb::Revoke(revoke) => revoke.run(host),
             Verb::Push(push) => push.run(host),
         }
-    }
-}
-
-impl Keys {
-    /// The known volumes of a provider or key, with what they say themselves.
-    pub(super) fn volumes(
-        &self,
-        provider: Option<&str>,
-        key_id: Option<&KeyId>,
-    ) -> Result<Vec<Sighting>, Failure> {
-        let (volumes, full) = match self {
-            Keys::Agent(client) => client.volumes(provider, key_id)?,
-            Keys::Own(registry, _) => {
-                let index = Index::of(registry.dir());
-                let listing = index.list().map_err(|source| unreadable(&index, source))?;
-                let matches = |known: &Known| {
-                    provider.is_none_or(|provider| known.provider == provider)
-                        && key_id.is_none_or(|key_id| known.key_id == *key_id)
-                };
-                (survey(listing.known.into_iter().filter(matches)), listing.full)
-            }
-        };
-        if full {
-            output::note("the list of known volumes is full: there may be others; see `sealblk key scan`");
-        }
-        Ok(volumes)
-    }
-
-    fn scan(&self, paths: &[PathBuf], missing: bool) -> Result<Scanned, Failure> {
-        match self {
-            Keys::Agent(client) => Ok(client.scan(paths, missing)?),
-            Keys::Own(registry, _) => {
-                let index = Index::of(registry.dir());
-                let mut scanned = index.scan(paths.iter().map(PathBuf::as_path));
-                let swept = index.sweep(missing);
-                scanned.dropped = swept.map_err(|source| unreadable(&index, source))?;
-                Ok(scanned)
-            }
-        }
-    }
-
-    /// Takes a KEK out of use, unless volumes need it.
-    pub(super) fn revoke(
-        &self,
-        provider: &str,
-        key_id: &KeyId,
-        revocation: Revocation,
-        removal: &Removal<'_>,
-    ) -> Result<Option<Reach>, Failure> {
-        Ok(match self {
-            Keys::Agent(client) => client.revoke(provider, key_id, revocation, removal)?,
-            Keys::Own(registry, _) => {
-                let index = Index::of(registry.dir());
-                revoke(&*self.provider(provider)?, &index, key_id, revocation, removal)?
-            }
-        })
-    }
-}
-
-fn unreadable(index: &Index, source: io::Error) -> GuardError {
-    GuardError::Index {
-        path: index.dir().to_owned(),
-        source,
     }
 }
 

@@ -14,6 +14,7 @@ mod events;
 pub mod failure;
 mod info;
 mod key;
+mod keys;
 mod list;
 mod made;
 pub mod output;
@@ -32,17 +33,16 @@ mod volume_args;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
 
 use crate::agent::{Client, Purpose};
 use crate::cipher;
-use crate::keys::registry::{self, Entry, Registry, RegistryError};
-use crate::keys::{KeyError, KeyProvider, Providers, harden};
-use crate::known::{Index, Noting};
+use crate::keys::harden;
+use crate::keys::registry::{self, Registry, RegistryError};
 use config::{Config, ConfigError};
 use failure::Failure;
+use keys::Keys;
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -125,15 +125,6 @@ pub struct Host {
     config: Option<PathBuf>,
 }
 
-/// Where a verb gets keys.
-#[derive(Debug)]
-enum Keys {
-    /// The state directory's providers, in this process, and where the volume is that they are for.
-    Own(Registry, Option<PathBuf>),
-    /// The host's agent.
-    Agent(Client),
-}
-
 impl Host {
     /// The configuration.
     fn config(&self) -> Result<Config, ConfigError> {
@@ -174,35 +165,6 @@ impl Host {
             Keys::Own(registry, _) => Keys::Own(registry, Some(path.to_owned())),
             Keys::Agent(client) => Keys::Agent(client.at(path)),
         })
-    }
-}
-
-impl Providers for Keys {
-    fn provider(&self, name: &str) -> Result<Arc<dyn KeyProvider>, KeyError> {
-        match self {
-            Self::Own(registry, None) => registry.provider(name),
-            Self::Own(registry, Some(path)) => {
-                Noting::new(registry, Index::of(registry.dir()), path).provider(name)
-            }
-            Self::Agent(client) => client.provider(name),
-        }
-    }
-
-    fn default_name(&self) -> Result<Option<String>, KeyError> {
-        match self {
-            Self::Own(registry, _) => registry.default_name(),
-            Self::Agent(client) => client.default_name(),
-        }
-    }
-}
-
-impl Keys {
-    /// All providers, by name.
-    fn list(&self) -> Result<Vec<Entry>, KeyError> {
-        match self {
-            Self::Own(registry, _) => Ok(registry.list()),
-            Self::Agent(client) => client.list(),
-        }
     }
 }
 

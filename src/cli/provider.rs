@@ -16,7 +16,7 @@ use crate::keys::kmip::{self, Wrap, WrappingKey};
 use crate::keys::registry::{Backup, Entry, Registry, Source};
 use crate::keys::transit::{self, Login};
 use crate::keys::trusted;
-use crate::known::{Removal, remove_provider};
+use crate::known::Removal;
 use crate::rcar::ResourcePath;
 use crate::tpm::{DEFAULT_DEVICE, Device};
 
@@ -450,10 +450,7 @@ impl Remove {
             force: self.insistence.insists(name)?,
             dry_run: self.insistence.dry_run,
         };
-        match host.keys(Purpose::Check)? {
-            Keys::Agent(client) => client.remove_provider(name, &removal)?,
-            Keys::Own(mut registry, _) => remove_provider(&mut registry, name, &removal)?,
-        }
+        host.keys(Purpose::Check)?.remove_provider(name, &removal)?;
         output::print(&match removal.dry_run {
             true => format!("key provider {name:?}: no volume is known to need it; it can be removed\n"),
             false => format!("key provider {name:?} was removed\n"),

@@ -1,0 +1,138 @@
+//! Where a verb gets keys, and what it can do with them: the host's agent, or this process' own providers.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::failure::Failure;
+use super::output;
+use crate::agent::{Client, Erasure, ErasureStep, record_erasure};
+use crate::keys::registry::{Entry, Registry};
+use crate::keys::{KeyError, KeyId, KeyProvider, Providers, Reach, Revocation};
+use crate::known::survey::{Scanned, Sighting, survey};
+use crate::known::{GuardError, Index, Noting, Removal, remove_provider, revoke};
+
+/// Where a verb gets keys.
+#[derive(Debug)]
+pub(super) enum Keys {
+    /// The state directory's providers, in this process, and where the volume is that they are for.
+    Own(Registry, Option<PathBuf>),
+    /// The host's agent.
+    Agent(Client),
+}
+
+impl Providers for Keys {
+    fn provider(&self, name: &str) -> Result<Arc<dyn KeyProvider>, KeyError> {
+        match self {
+            Self::Own(registry, None) => registry.provider(name),
+            Self::Own(registry, Some(path)) => {
+                Noting::new(registry, Index::of(registry.dir()), path).provider(name)
+            }
+            Self::Agent(client) => client.provider(name),
+        }
+    }
+
+    fn default_name(&self) -> Result<Option<String>, KeyError> {
+        match self {
+            Self::Own(registry, _) => registry.default_name(),
+            Self::Agent(client) => client.default_name(),
+        }
+    }
+}
+
+impl Keys {
+    /// All providers, by name.
+    pub(super) fn list(&self) -> Result<Vec<Entry>, KeyError> {
+        match self {
+            Self::Own(registry, _) => Ok(registry.list()),
+            Self::Agent(client) => client.list(),
+        }
+    }
+
+    /// The known volumes of a provider or key, with what they say themselves.
+    pub(super) fn volumes(
+        &self,
+        provider: Option<&str>,
+        key_id: Option<&KeyId>,
+    ) -> Result<Vec<Sighting>, Failure> {
+        let (volumes, full) = match self {
+            Keys::Agent(client) => client.volumes(provider, key_id)?,
+            Keys::Own(registry, _) => {
+                let index = Index::of(registry.dir());
+                let listing = index.list().map_err(|source| unreadable(&index, source))?;
+                let known = listing.known.into_iter();
+                let matches = known.filter(|known| known.is_under(provider, key_id));
+                (survey(matches), listing.full)
+            }
+        };
+        if full {
+            output::note("the list of known volumes is full: there may be others; see `sealblk key scan`");
+        }
+        Ok(volumes)
+    }
+
+    /// Looks at the volumes in `paths` and at all that are known; drops notes that do not hold, with `missing` also of those that
+    /// are not there.
+    pub(super) fn scan(&self, paths: &[PathBuf], missing: bool) -> Result<Scanned, Failure> {
+        match self {
+            Keys::Agent(client) => Ok(client.scan(paths, missing)?),
+            Keys::Own(registry, _) => {
+                let index = Index::of(registry.dir());
+                let mut scanned = index.scan(paths.iter().map(PathBuf::as_path));
+                let swept = index.sweep(missing);
+                scanned.dropped = swept.map_err(|source| unreadable(&index, source))?;
+                Ok(scanned)
+            }
+        }
+    }
+
+    /// Takes a KEK out of use, unless volumes need it.
+    pub(super) fn revoke(
+        &self,
+        provider: &str,
+        key_id: &KeyId,
+        revocation: Revocation,
+        removal: &Removal<'_>,
+    ) -> Result<Option<Reach>, Failure> {
+        Ok(match self {
+            Keys::Agent(client) => client.revoke(provider, key_id, revocation, removal)?,
+            Keys::Own(registry, _) => {
+                let index = Index::of(registry.dir());
+                revoke(&*self.provider(provider)?, &index, key_id, revocation, removal)?
+            }
+        })
+    }
+
+    /// Removes a provider, unless volumes need it.
+    pub(super) fn remove_provider(self, name: &str, removal: &Removal<'_>) -> Result<(), Failure> {
+        match self {
+            Keys::Agent(client) => client.remove_provider(name, removal)?,
+            Keys::Own(mut registry, _) => remove_provider(&mut registry, name, removal)?,
+        }
+        Ok(())
+    }
+
+    /// Has it written down how far an erasure has come.
+    pub(super) fn report_erasure(&self, erasure: &Erasure) -> Result<(), Failure> {
+        match self {
+            Keys::Agent(client) => Ok(client.report_erasure(erasure)?),
+            Keys::Own(registry, _) => {
+                if let ErasureStep::Erased { .. } = erasure.step {
+                    Index::of(registry.dir()).erased(erasure.volume, Path::new(&erasure.path));
+                }
+                // Without a state directory there is no log either.
+                match registry.dir().is_dir() {
+                    true => Ok(record_erasure(registry.dir(), erasure)?),
+                    false => Ok(()),
+                }
+            }
+        }
+    }
+}
+
+fn unreadable(index: &Index, source: io::Error) -> GuardError {
+    GuardError::Index {
+        path: index.dir().to_owned(),
+        source,
+    }
+}
