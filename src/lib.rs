@@ -14,7 +14,7 @@
 //! known    the volumes that this host has bound or opened: hints, each looked up in the volume itself
 //! volume   LUKS2 on storage, and the segment table that maps sectors to it
 //! cipher, storage, keys, tpm
-//! moment, toml_file   points in time, and what operators write, as they are written
+//! hex, moment, toml_file   how bytes, points in time and settings are written
 //! ```
 
 pub mod agent;
@@ -24,6 +24,7 @@ pub mod cipher;
 pub mod cli;
 pub mod control;
 pub mod device;
+pub mod hex;
 pub mod keys;
 pub mod known;
 pub mod moment;

@@ -11,9 +11,9 @@ use sha2::{Digest, Sha256};
 use webpki::{EndEntityCert, KeyUsage, anchor_from_trusted_cert};
 
 use super::state::Host;
+use crate::hex;
 use crate::keys::tls::{self, TlsFileError};
 use crate::rcar::enrolment::Enrol;
-use crate::rcar::hex;
 use crate::tpm::attest::{NotAttested, RsaPublic};
 
 /// tcg-kp-EKCertificate, 2.23.133.8.1: what the certificate of an endorsement key is for.
@@ -82,7 +82,7 @@ impl Makers {
         let decode = |text: &str| BASE64_STANDARD.decode(text).map_err(|_| Unknown::Base64);
         let endorsement_key = RsaPublic::endorsement(&decode(&request.endorsement_key)?)?;
         let spki = endorsement_key.spki();
-        let endorsement = hex(&Sha256::digest(&spki));
+        let endorsement = hex::encode(&Sha256::digest(&spki));
         match (&host.endorsement, &host.token) {
             // Named, and not used yet; or known since it was enrolled, and enrolled anew with a token.
             (Some(named), token) if *named == endorsement => {
@@ -139,5 +139,6 @@ impl Makers {
 /// Digests are compared, so how long that takes tells nothing of the token.
 fn is_token(kept: &super::state::Token, shown: Option<&str>) -> bool {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    shown.is_some_and(|shown| hex(&Sha256::digest(shown)) == kept.sha256) && now.as_secs() < kept.until
+    shown.is_some_and(|shown| hex::encode(&Sha256::digest(shown)) == kept.sha256)
+        && now.as_secs() < kept.until
 }

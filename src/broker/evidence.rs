@@ -4,7 +4,8 @@
 use ring::signature::{RSA_PKCS1_2048_8192_SHA256, RsaPublicKeyComponents};
 
 use super::state::Reference;
-use crate::rcar::{Evidence, Malformed, ReportData, hex};
+use crate::hex;
+use crate::rcar::{Evidence, Malformed, ReportData};
 use crate::tpm::attest::{Attested, NotAttested, RsaPublic};
 
 /// Why evidence is not believed.
@@ -77,7 +78,7 @@ pub fn check(
         }
         let found = quote.pcrs[usize::from(register)];
         if !values.any(|value| value == found) {
-            let found = hex(&found);
+            let found = hex::encode(&found);
             return Err(Distrust::Register { register, found });
         }
         counted += 1;

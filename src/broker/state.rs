@@ -17,10 +17,11 @@ use base64::prelude::BASE64_STANDARD;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
+use crate::hex;
 use crate::keys::arena::{ArenaError, SecretBytes};
 use crate::keys::private::{self, Forbid, Unreadable};
 use crate::keys::wrap::{self, KEK_LEN, Kek};
-use crate::rcar::{ResourcePath, unhex};
+use crate::rcar::ResourcePath;
 
 /// The file of everything but the master key.
 const KEPT: &str = "broker.json";
@@ -90,7 +91,7 @@ impl Reference {
     pub fn registers(&self) -> impl Iterator<Item = (u8, impl Iterator<Item = [u8; 32]>)> {
         self.0
             .iter()
-            .map(|(register, values)| (*register, values.iter().filter_map(|value| unhex(value))))
+            .map(|(register, values)| (*register, values.iter().filter_map(|value| hex::decode(value))))
     }
 }
 

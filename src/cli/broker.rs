@@ -16,9 +16,10 @@ use crate::audit::AuditLog;
 use crate::broker::state::{self, Kept, Reference, Token, check_name};
 use crate::broker::{Broker as Server, Settings, State, StateError, audit_log};
 use crate::control::events::Event;
+use crate::hex;
 use crate::keys::arena::SecretBytes;
 use crate::keys::private;
-use crate::rcar::{ResourcePath, hex, unhex};
+use crate::rcar::ResourcePath;
 
 /// Where the broker's settings are, if nobody says otherwise.
 const DEFAULT_SETTINGS: &str = "/etc/sealblk/broker.toml";
@@ -135,8 +136,8 @@ enum ReferenceVerb {
 }
 
 fn digest(text: &str) -> Result<String, String> {
-    match unhex(text) {
-        Some(bytes) => Ok(hex(&bytes)),
+    match hex::decode(text) {
+        Some(bytes) => Ok(hex::encode(&bytes)),
         None => Err("64 hexadecimal digits are wanted".to_owned()),
     }
 }
@@ -288,7 +289,7 @@ fn new_token(path: &std::path::Path) -> Result<Token, Failure> {
     })?;
     let until = SystemTime::now() + TOKEN_LIFETIME;
     Ok(Token {
-        sha256: hex(&Sha256::digest(&*text)),
+        sha256: hex::encode(&Sha256::digest(&*text)),
         until: until.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
     })
 }
@@ -352,7 +353,7 @@ fn reference(pcrs: &[String]) -> Result<Reference, StateError> {
                 .parse()
                 .ok()
                 .filter(|register| *register < crate::tpm::pcr::COUNT)?;
-            Some((register, hex(&unhex(value)?)))
+            Some((register, hex::encode(&hex::decode(value)?)))
         });
         let (register, value) = parsed.ok_or_else(|| StateError::Register(text.clone()))?;
         registers.entry(register).or_default().push(value);

@@ -18,6 +18,7 @@ use super::size::Size;
 use super::volume_args::VolumeArgs;
 use super::{Host, Keys, output};
 use crate::agent::{Erasure, ErasureStep, Purpose};
+use crate::hex;
 use crate::keys::private;
 use crate::keys::{KeyId, Reach, Revocation};
 use crate::known::Removal;
@@ -247,8 +248,7 @@ impl Erase {
 
 /// As receipts and the log have it.
 pub(super) fn sha256(bytes: &[u8]) -> String {
-    let hash = Sha256::digest(bytes);
-    hash.iter().map(|byte| format!("{byte:02x}")).collect()
+    hex::encode(&Sha256::digest(bytes))
 }
 
 /// Takes the keys out of use that opened the volume and no other one.

@@ -22,6 +22,7 @@ use crate::cipher::{KEY_LEN, KernelChoice, Sector, SectorCipher, SectorSize};
 use crate::control::socket::Bound;
 use crate::control::{server, varlink};
 use crate::device::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES, Disk, Endpoint, Server};
+use crate::hex;
 use crate::keys::arena::SecretBytes;
 use crate::served::{By, Interface, Opener, Served};
 use crate::storage::{Access, Backing, DataFile, PAGE};
@@ -402,8 +403,7 @@ fn is_no_volume(error: &VolumeError) -> bool {
 /// followed, since those of `/dev/disk` stay when the devices' numbers change.
 fn serial_of_path(path: &Path) -> String {
     let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-    let digest = Sha256::digest(path.as_os_str().as_bytes());
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+    hex::encode(&Sha256::digest(path.as_os_str().as_bytes()))
 }
 
 fn parse_sector_size(text: &str) -> Result<SectorSize, String> {

@@ -48,6 +48,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
+use crate::hex;
 use arena::SecretBytes;
 
 pub use error::{KeyError, KeyReason};
@@ -68,7 +69,7 @@ fn file_name(provider: &str, key_id: &KeyId) -> String {
         .chain_update(provider)
         .chain_update(&key_id.0)
         .finalize();
-    hash.iter().map(|byte| format!("{byte:02x}")).collect()
+    hex::encode(&hash)
 }
 
 impl fmt::Display for KeyId {

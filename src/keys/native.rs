@@ -33,6 +33,7 @@ use super::settings::Backup;
 use super::source::KekSource;
 use super::wrap::{KEK_LEN, Kek};
 use super::{KeyError, KeyId, KeyReason, KeyState};
+use crate::hex;
 use crate::tpm::pcr::Selection;
 use crate::tpm::seal::Sealed;
 use crate::tpm::{Device, Tpm, TpmError, TpmFailure};
@@ -131,7 +132,7 @@ impl Native {
                 let mut primary =
                     SecretBytes::zeroed(PRIMARY_LEN).map_err(|e| fail(KeyReason::Host, e.into()))?;
                 primary.copy_from_slice(key);
-                (primary, hex(written))
+                (primary, hex::encode(written))
             }
             Some(_) => return Err(invalid(FileError::Magic.into())),
             None => {
@@ -140,7 +141,7 @@ impl Native {
             }
         };
         let identity = identity(&primary);
-        if written != hex(&identity) {
+        if written != hex::encode(&identity) {
             return Err(invalid(FileError::Damaged.into()));
         }
         Ok(Self {
@@ -148,7 +149,7 @@ impl Native {
             path: path.to_owned(),
             backup,
             primary,
-            identity: hex(&identity),
+            identity: hex::encode(&identity),
         })
     }
 
@@ -167,7 +168,7 @@ impl Native {
         let fail = |reason, source: Box<dyn Error + Send + Sync>| {
             KeyError::new(name, path.display(), reason).because(source)
         };
-        let identity = hex(&identity(primary));
+        let identity = hex::encode(&identity(primary));
         let host = |e: io::Error| fail(KeyReason::Host, e.into());
         let there = read_identity(path).map_err(host)?;
         if let Some(there) = there.filter(|there| *there != identity) {
@@ -291,7 +292,7 @@ fn read_identity(path: &Path) -> io::Result<Option<String>> {
     let mut content = SecretBytes::zeroed(MAX_FILE).map_err(io::Error::other)?;
     let len = File::open(path)?.read(&mut content)?;
     Ok(match content[..len].strip_prefix(MAGIC) {
-        Some(key) => key.get(PRIMARY_LEN..).map(hex),
+        Some(key) => key.get(PRIMARY_LEN..).map(hex::encode),
         None => SealedKey::parse(&content[..len]).map(|sealed| sealed.identity),
     })
 }
@@ -319,10 +320,6 @@ fn expand(primary: &SecretBytes, info: &[&[u8]], out: &mut [u8]) {
     Hkdf::<Sha256>::new(None, primary)
         .expand_multi_info(info, out)
         .expect("what is asked for is shorter than HKDF's limit of 8160 bytes");
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]
@@ -377,10 +374,10 @@ mod tests {
     #[test]
     fn derivation_stays_as_it_is() {
         let primary = SecretBytes::take(&mut [0x70; 32]).unwrap();
-        assert_eq!(hex(&identity(&primary)), "1f195b6cb64d675c");
+        assert_eq!(hex::encode(&identity(&primary)), "1f195b6cb64d675c");
         let kek = derive(&primary, b"sealblk native KEK\0", b"0011223344556677.a5").unwrap();
         assert_eq!(
-            hex(&kek),
+            hex::encode(&kek),
             "9c82b1e2156dbad9c631118fd3b90734aca941b7db215c18cf12423a513db611"
         );
     }

@@ -31,6 +31,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
+use crate::hex;
 use crate::keys::private;
 use crate::keys::{Binding, KeyId};
 use crate::moment::Moment;
@@ -273,10 +274,7 @@ impl Index {
             hash.update((text.len() as u64).to_be_bytes());
             hash.update(text);
         }
-        let hash: String = hash.finalize()[..8]
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
+        let hash = hex::encode(&hash.finalize()[..8]);
         self.dir.join(format!("{}.{hash}.json", known.volume))
     }
 

@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256, Sha384, Sha512};
 
 use self::jwe::PublicKey;
+use crate::hex;
 use crate::tpm::attest::Quote;
 use crate::tpm::pcr::{COUNT, Value};
 
@@ -177,7 +178,7 @@ impl Evidence {
             tpm_quote: TpmQuote {
                 signature: BASE64_STANDARD.encode(signature),
                 message: BASE64_STANDARD.encode(&quote.message),
-                pcrs: quote.pcrs.iter().map(|value| hex(value)).collect(),
+                pcrs: quote.pcrs.iter().map(|value| hex::encode(value)).collect(),
             },
             ak_public: BASE64_STANDARD.encode(spki),
         }
@@ -204,7 +205,8 @@ impl Evidence {
             return Err(Malformed("it has not the values of 24 registers"));
         }
         for (value, text) in pcrs.iter_mut().zip(&quote.pcrs) {
-            *value = unhex(text).ok_or(Malformed("a register's value is not of 64 hexadecimal digits"))?;
+            *value =
+                hex::decode(text).ok_or(Malformed("a register's value is not of 64 hexadecimal digits"))?;
         }
         Ok(Quote {
             message,
@@ -224,23 +226,6 @@ impl Evidence {
 
 fn decode(text: &str, what: &'static str) -> Result<Vec<u8>, Malformed> {
     BASE64_STANDARD.decode(text).map_err(|_| Malformed(what))
-}
-
-/// Bytes as hexadecimal digits.
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// 32 bytes out of their hexadecimal digits.
-pub fn unhex(text: &str) -> Option<[u8; 32]> {
-    let mut bytes = [0; 32];
-    if text.len() != 64 || !text.bytes().all(|digit| digit.is_ascii_hexdigit()) {
-        return None;
-    }
-    for (n, byte) in bytes.iter_mut().enumerate() {
-        *byte = u8::from_str_radix(&text[2 * n..2 * n + 2], 16).ok()?;
-    }
-    Some(bytes)
 }
 
 /// A resource's path, `REPO/TYPE/TAG`.

@@ -25,6 +25,7 @@ use super::error::{Reason, VolumeError};
 use super::header_io::{BLOCK, HeaderIo};
 use super::lock::{LockMode, MetadataLock};
 use super::metadata::{Other, Requirements};
+use crate::hex;
 
 /// What the header of a volume requires that is being erased.
 pub(super) const MARK: &str = "sealblk-erase";
@@ -130,7 +131,7 @@ impl<'io> Erasure<'io> {
             len: end,
             header_sha256: self.header_sha256,
             keyslots_sha256: self.keyslots_sha256,
-            written_sha256: hex(written),
+            written_sha256: hex::encode(&written.finalize()),
             direct: self.surface.direct.is_some(),
             discarded,
         })
@@ -168,7 +169,7 @@ impl<'io> Surface<'io> {
             written.update(&bytes);
         }
         self.io.sync().map_err(Reason::Erase)?;
-        match self.hash(range)? == hex(expected) {
+        match self.hash(range)? == hex::encode(&expected.finalize()) {
             true => Ok(()),
             false => Err(Reason::NotErased),
         }
@@ -190,7 +191,7 @@ impl<'io> Surface<'io> {
             .map_err(Reason::ReadArea)?;
             hash.update(&bytes);
         }
-        Ok(hex(hash))
+        Ok(hex::encode(&hash.finalize()))
     }
 }
 
@@ -200,10 +201,6 @@ fn parts(range: &Range<u64>) -> impl Iterator<Item = Range<u64>> {
         .clone()
         .step_by(PIECE as usize)
         .map(move |start| start..end.min(start + PIECE))
-}
-
-fn hex(hash: Sha256) -> String {
-    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// A buffer that begins where direct I/O wants it.

@@ -127,7 +127,7 @@ impl Broker {
     pub(crate) fn expect_state_of(&self, tpm: &Swtpm) {
         let mut opened = Tpm::open(&Device::from(tpm.device())).unwrap();
         let values = opened.read_pcrs().unwrap();
-        let pcrs = PCRS.map(|n| format!("{n}={}", sealblk::rcar::hex(&values[usize::from(n)])));
+        let pcrs = PCRS.map(|n| format!("{n}={}", sealblk::hex::encode(&values[usize::from(n)])));
         let mut args = vec!["reference", "set", "node"];
         args.extend(pcrs.iter().flat_map(|pcr| ["--pcr", pcr]));
         self.does(&args);

@@ -11,11 +11,12 @@ use base64::prelude::BASE64_STANDARD;
 use kbs_types::{
     Attestation, Challenge, CompositeEvidence, ErrorInformation, Response, RuntimeData, Tee, TeePubKey,
 };
+use sealblk::hex;
 use sealblk::keys::arena::SecretBytes;
 use sealblk::keys::registry::RegistryError;
 use sealblk::keys::{Binding, KeyError, KeyId, KeyProvider, KeyReason};
 use sealblk::rcar::jwe::OneTimeKey;
-use sealblk::rcar::{self, Evidence, hex};
+use sealblk::rcar::{self, Evidence};
 use sealblk::tpm::attest::{AttestationKey, Quote, RsaPublic};
 use sealblk::tpm::pcr::Selection;
 use sealblk::tpm::{Device, Tpm};
@@ -184,7 +185,7 @@ fn enrolment_takes_a_token_and_a_makers_tpm_or_a_named_one() {
         .unwrap()
         .public;
     let spki = RsaPublic::endorsement(&public).unwrap().spki();
-    let digest = rcar::hex(&Sha256::digest(&spki));
+    let digest = hex::encode(&Sha256::digest(&spki));
     broker.does(&[
         "host",
         "enrol",
@@ -236,7 +237,12 @@ impl<'a> Foreign<'a> {
         let quote = move |data: &[u8]| {
             let all: Vec<_> = (0..24).map(|register: u8| register.to_string()).collect();
             let args = ["-c", "ak.ctx", "-g", "sha256", "-f", "plain", "-F", "values"];
-            let wanted = ["-l", &format!("sha256:{}", all.join(",")), "-q", &hex(data)];
+            let wanted = [
+                "-l",
+                &format!("sha256:{}", all.join(",")),
+                "-q",
+                &hex::encode(data),
+            ];
             let made = ["-m", "message", "-s", "signature", "-o", "registers"];
             tpm.tool("quote", &[&args[..], &wanted, &made].concat());
             let file = |name: &str| fs::read(tpm.path(name)).unwrap();
