@@ -22,23 +22,20 @@ mod session;
 mod settings;
 pub mod state;
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::io::Errno;
 use rustls::{ServerConnection, StreamOwned};
 use serde_json::json;
 
 use crate::audit::{AuditError, AuditLog};
 use crate::control::events::Event;
-use crate::control::socket::termination;
+use crate::control::places::{Place, Places};
+use crate::control::socket::{listen, termination};
 use crate::keys::tls::TlsFileError;
 
 use http::Timed;
@@ -60,7 +57,7 @@ pub struct Broker {
     ending: OwnedFd,
     settings: Arc<Settings>,
     service: Arc<Service>,
-    connections: Arc<Connections>,
+    connections: Arc<Places<u64>>,
 }
 
 /// Why there is no broker.
@@ -134,36 +131,20 @@ impl Broker {
     /// # Errors
     /// If it cannot wait for hosts.
     pub fn run(self) -> io::Result<()> {
-        loop {
-            let mut fds = [
-                PollFd::new(&self.ending, PollFlags::IN),
-                PollFd::new(&self.listener, PollFlags::IN),
-            ];
-            match poll(&mut fds, None) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-            if !fds[0].revents().is_empty() {
-                return Ok(());
-            }
-            match self.listener.accept() {
-                Ok((socket, peer)) => self.answer(socket, peer),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => {
-                    tracing::warn!(%error, "a host cannot be accepted");
-                    std::thread::sleep(Duration::from_millis(100));
-                }
-            }
-        }
+        listen(&self.listener, &self.ending, None, || {
+            let (socket, peer) = self.listener.accept()?;
+            self.answer(socket, peer);
+            Ok(())
+        })
     }
 
     fn answer(&self, socket: TcpStream, peer: SocketAddr) {
-        let Some(held) = Connections::take(&self.connections, peer.ip()) else {
+        let Some(place) = place_for(&self.connections, peer.ip()) else {
             return;
         };
         let (settings, service) = (Arc::clone(&self.settings), Arc::clone(&self.service));
         let work = move || {
-            let _held = held;
+            let _place = place;
             if let Err(error) = serve(socket, peer, &settings, &service) {
                 tracing::debug!(%peer, %error, "a connection has ended early");
             }
@@ -177,51 +158,16 @@ impl Broker {
     }
 }
 
-/// How many connections there are, by whose they are.
-#[derive(Debug, Default)]
-struct Connections(Mutex<HashMap<u64, usize>>);
-
-/// One of the connections that may be.
-struct Held {
-    connections: Arc<Connections>,
-    owner: u64,
-}
-
-impl Connections {
-    fn take(connections: &Arc<Self>, address: IpAddr) -> Option<Held> {
-        let owner = match address.to_canonical() {
-            IpAddr::V4(address) => address.to_bits().into(),
-            IpAddr::V6(address) => (address.to_bits() >> 64) as u64,
-        };
-        let mut counts = connections.lock();
-        let all: usize = counts.values().sum();
-        let of_owner = counts.get(&owner).copied().unwrap_or(0);
-        if all >= MAX_CONNECTIONS || of_owner >= MAX_OF_ADDRESS {
-            return None;
-        }
-        counts.insert(owner, of_owner + 1);
-        Some(Held {
-            connections: Arc::clone(connections),
-            owner,
-        })
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<u64, usize>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        let mut counts = self.connections.lock();
-        // An owner without a connection takes no room.
-        if let Entry::Occupied(mut count) = counts.entry(self.owner) {
-            *count.get_mut() -= 1;
-            if *count.get() == 0 {
-                count.remove();
-            }
-        }
-    }
+/// A place for one more connection of `address`, if there is one.
+fn place_for(connections: &Arc<Places<u64>>, address: IpAddr) -> Option<Place<u64>> {
+    let owner = match address.to_canonical() {
+        IpAddr::V4(address) => address.to_bits().into(),
+        IpAddr::V6(address) => (address.to_bits() >> 64) as u64,
+    };
+    Places::take(connections, owner, |taken| {
+        let all: usize = taken.values().sum();
+        all < MAX_CONNECTIONS && taken.get(&owner).is_none_or(|own| *own < MAX_OF_ADDRESS)
+    })
 }
 
 fn serve(socket: TcpStream, peer: SocketAddr, settings: &Settings, service: &Service) -> io::Result<()> {

@@ -7,7 +7,7 @@
 //! wire       messages, and descriptors beside them: a secret goes through a pipe, never through JSON
 //! varlink    calls, replies and errors; what every service answers
 //! events     what happens, told to the log and to whoever watches
-//! server     callers, each with a thread, within bounds
+//! server     callers, each with a thread, within bounds (places)
 //! socket     where a process listens, and the signals that end it
 //! peer       who is at the other end, as the kernel knows it; privilege: what they may do
 //! refusals   which refusals are told, since some may come without end
@@ -15,6 +15,7 @@
 
 pub mod events;
 pub mod peer;
+pub mod places;
 pub mod privilege;
 pub mod refusals;
 pub mod server;

@@ -1,20 +1,16 @@
 //! A control socket being served: who calls gets a thread, within bounds that keep nobody out.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::fs::{self, Permissions};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
-
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
+use std::sync::Arc;
+use std::time::Duration;
 
 use super::peer::Peer;
+use super::places::{Place, Places};
 use super::privilege::has_all;
 use super::socket::{self, BindError, Bound};
 use super::varlink::{self, Interface};
@@ -35,6 +31,7 @@ const SURE: usize = 16;
 const CALLER_TIMEOUT: Duration = Duration::from_secs(30);
 /// A caller's thread calls into a provider's client, and into little else.
 const STACK: usize = 1 << 20;
+
 /// Binds a control socket. Anybody may ask there; who may have what is decided by who it is.
 ///
 /// # Errors
@@ -62,42 +59,11 @@ pub fn run(
     tick: Option<(Duration, &dyn Fn())>,
 ) -> io::Result<()> {
     let callers = Arc::new(Callers::default());
-    let mut ticked = Instant::now();
-    let timeout = tick.map(|(interval, _)| Timespec {
-        tv_sec: interval.as_secs() as i64,
-        tv_nsec: interval.subsec_nanos().into(),
-    });
-    loop {
-        let mut fds = [
-            PollFd::new(ending, PollFlags::IN),
-            PollFd::new(listener, PollFlags::IN),
-        ];
-        match poll(&mut fds, timeout.as_ref()) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-        let [ended, called] = fds.map(|fd| !fd.revents().is_empty());
-        if ended {
-            return Ok(());
-        }
-        if let Some((interval, tick)) = tick
-            && ticked.elapsed() >= interval
-        {
-            tick();
-            ticked = Instant::now();
-        }
-        if !called {
-            continue;
-        }
-        match listener.accept() {
-            Ok((stream, _)) => answer(stream, service, &callers),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => {
-                tracing::warn!(%error, "a caller cannot be accepted");
-                std::thread::sleep(Duration::from_millis(100));
-            }
-        }
-    }
+    socket::listen(listener, ending, tick, || {
+        let (stream, _) = listener.accept()?;
+        answer(stream, service, &callers);
+        Ok(())
+    })
 }
 
 fn answer(stream: UnixStream, service: &Arc<dyn Interface>, callers: &Arc<Callers>) {
@@ -107,7 +73,7 @@ fn answer(stream: UnixStream, service: &Arc<dyn Interface>, callers: &Arc<Caller
         () if service.knows(&peer) => Standing::Granted,
         () => Standing::Stranger,
     };
-    let Some(place) = Callers::place_for(callers, peer.user, standing) else {
+    let Some(place) = place_for(callers, peer.user, standing) else {
         tracing::debug!(user = peer.user, "a caller is turned away: there are too many");
         return;
     };
@@ -137,53 +103,22 @@ enum Standing {
     Stranger,
 }
 
-/// Those who are being answered: how many of each user.
-#[derive(Debug, Default)]
-struct Callers(Mutex<HashMap<(u32, Standing), usize>>);
+/// The places of those who are being answered: how many each user has.
+type Callers = Places<(u32, Standing)>;
 
-/// A caller's place among them.
-struct Place {
-    callers: Arc<Callers>,
-    kind: (u32, Standing),
-}
-
-impl Callers {
-    /// A place for one more caller of `user`, if there is one: half of the places that are left, so that the next user finds
-    /// some.
-    fn place_for(callers: &Arc<Self>, user: u32, standing: Standing) -> Option<Place> {
-        let mut counts = callers.lock();
-        let alike = counts.iter().filter(|((_, other), _)| *other == standing);
+/// A place for one more caller of `user`, if there is one: half of the places that are left, so that the next user finds some.
+fn place_for(callers: &Arc<Callers>, user: u32, standing: Standing) -> Option<Place<(u32, Standing)>> {
+    Places::take(callers, (user, standing), |taken| {
+        let alike = taken.iter().filter(|((_, other), _)| *other == standing);
         let all: usize = alike.map(|(_, count)| count).sum();
         let left = places(standing).saturating_sub(all);
-        let count = counts.get(&(user, standing)).copied().unwrap_or(0);
+        let count = taken.get(&(user, standing)).copied().unwrap_or(0);
         let share = match standing {
             Standing::Own => places(standing),
             Standing::Granted | Standing::Stranger => left / 2,
         };
-        if left == 0 || count >= SURE.max(share) {
-            return None;
-        }
-        counts.insert((user, standing), count + 1);
-        Some(Place {
-            callers: Arc::clone(callers),
-            kind: (user, standing),
-        })
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<(u32, Standing), usize>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        if let Entry::Occupied(mut count) = self.callers.lock().entry(self.kind) {
-            *count.get_mut() -= 1;
-            if *count.get() == 0 {
-                count.remove();
-            }
-        }
-    }
+        left > 0 && count < SURE.max(share)
+    })
 }
 
 #[cfg(test)]
@@ -196,7 +131,7 @@ mod tests {
         let mut held = Vec::new();
         let mut take_all = |user, standing| {
             let before = held.len();
-            while let Some(place) = Callers::place_for(&callers, user, standing) {
+            while let Some(place) = place_for(&callers, user, standing) {
                 held.push(place);
             }
             held.len() - before
@@ -208,7 +143,5 @@ mod tests {
         );
         assert!(take_all(11, Standing::Stranger) < 64 && take_all(12, Standing::Stranger) > 0);
         assert_eq!(take_all(0, Standing::Own), 512);
-        drop(held);
-        assert!(callers.lock().is_empty());
     }
 }

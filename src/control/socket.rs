@@ -4,10 +4,15 @@
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 
 /// Why a socket is not to be had.
 #[derive(Debug, thiserror::Error)]
@@ -85,6 +90,54 @@ impl Drop for Bound {
 fn inode(path: &Path) -> io::Result<(u64, u64)> {
     let metadata = std::fs::symlink_metadata(path)?;
     Ok((metadata.dev(), metadata.ino()))
+}
+
+/// Has `accept` take each caller of `listener`, which does not block, until `ending` is readable. Meanwhile `tick` is called
+/// about as often as it says.
+///
+/// # Errors
+/// If it cannot wait for callers.
+pub fn listen(
+    listener: &impl AsFd,
+    ending: &OwnedFd,
+    tick: Option<(Duration, &dyn Fn())>,
+    accept: impl Fn() -> io::Result<()>,
+) -> io::Result<()> {
+    let mut ticked = Instant::now();
+    let timeout = tick.map(|(interval, _)| Timespec {
+        tv_sec: interval.as_secs() as i64,
+        tv_nsec: interval.subsec_nanos().into(),
+    });
+    loop {
+        let mut fds = [
+            PollFd::new(ending, PollFlags::IN),
+            PollFd::new(listener, PollFlags::IN),
+        ];
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let [ended, called] = fds.map(|fd| !fd.revents().is_empty());
+        if ended {
+            return Ok(());
+        }
+        if let Some((interval, tick)) = tick
+            && ticked.elapsed() >= interval
+        {
+            tick();
+            ticked = Instant::now();
+        }
+        if !called {
+            continue;
+        }
+        match accept() {
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
+                tracing::warn!(%error, "a caller cannot be accepted");
+                thread::sleep(Duration::from_millis(100));
+            }
+            _ => {}
+        }
+    }
 }
 
 /// SIGINT and SIGTERM as a descriptor; the threads started from here on do not get them.
