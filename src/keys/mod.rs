@@ -6,7 +6,7 @@
 //! a volume stores no KEK.
 //!
 //! ```text
-//! registry   the providers of this host, by name, in the state directory; settings: the file that names them
+//! registry   the providers of this host, by name, in the state directory
 //! shared     the same for a process that goes on, and keeps KEKs for a while (cache)
 //! source     providers whose KEKs come to this host: what differs between them, and the wrapping, which does not
 //! native     the one that needs nothing but a file: KEKs derived from a primary key
@@ -33,7 +33,6 @@ pub(crate) mod private;
 pub mod registry;
 mod revoked;
 mod sealed_cache;
-mod settings;
 mod shared;
 mod source;
 pub(crate) mod tls;

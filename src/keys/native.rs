@@ -29,7 +29,7 @@ use uuid::Uuid;
 
 use super::arena::{ArenaError, SecretBytes, on_wiped_stack};
 use super::private::{self, Unreadable};
-use super::settings::Backup;
+use super::registry::Backup;
 use super::source::KekSource;
 use super::wrap::{KEK_LEN, Kek};
 use super::{KeyError, KeyId, KeyReason, KeyState};

@@ -7,10 +7,10 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::arena::SecretBytes;
-use super::registry::{Entry, Registry, RegistryError};
+use super::registry::{Entry, Registry, RegistryError, settings};
 use super::sealed_cache::SealedCache;
 use super::source::HostProvider;
-use super::{KeyError, KeyId, KeyProvider, KeyReason, Providers, settings};
+use super::{KeyError, KeyId, KeyProvider, KeyReason, Providers};
 
 /// The providers of one state directory, as they are at each moment: other processes add to them.
 #[derive(Debug)]

@@ -13,30 +13,31 @@
 //! settings name it; those left behind by a crash in between are taken up when the provider is added again. When a provider
 //! is removed, the settings keep its name as one to be wiped until its files are.
 
+mod error;
+pub(super) mod settings;
+
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::arena::{ArenaError, SecretBytes};
-use super::native::Native;
-use super::private::{self, Exposed, Forbid};
-use super::revoked::Revoked;
-use super::settings::{Settings, primary_key};
-use super::source::HostProvider;
-use super::trusted::Trusted;
-use super::{Expiring, KeyError, KeyProvider, KeyReason, Providers};
-use crate::toml_file::TomlFileError;
-use crate::tpm::Device;
-use crate::tpm::pcr::Selection;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
-pub use super::settings::{Backup, Source};
+use super::arena::{ArenaError, SecretBytes};
+use super::native::Native;
+use super::private::{self, Forbid};
+use super::revoked::Revoked;
+use super::source::HostProvider;
+use super::trusted::Trusted;
+use super::{Expiring, KeyError, KeyProvider, KeyReason, Providers};
+use crate::tpm::Device;
+use crate::tpm::pcr::Selection;
 
-const NAME_RULE: &str =
-    "up to 64 lower-case letters, digits, '-' and '_' are allowed, a letter or digit first";
+pub use error::RegistryError;
+pub use settings::{Backup, Source};
+use settings::{Settings, check_name, check_private, primary_key};
 
 /// The providers of one state directory, as they were when it was opened.
 #[derive(Debug)]
@@ -59,97 +60,6 @@ pub struct Entry {
     /// The certificates of its connections that are to be renewed before long, the most urgent first.
     #[serde(default)]
     pub expiring: Vec<Expiring>,
-}
-
-/// Why the providers of this host are not known, or cannot be changed.
-#[derive(Debug, thiserror::Error)]
-pub enum RegistryError {
-    /// Neither an option nor the environment says where the state is.
-    #[error("no state directory: neither XDG_STATE_HOME nor HOME is set; name one with --state-dir")]
-    NoStateDir,
-    /// The file system refused.
-    #[error("cannot {action} {}", path.display())]
-    Io {
-        /// "read", "write" …
-        action: &'static str,
-        /// The file or directory.
-        path: PathBuf,
-        /// The answer.
-        source: io::Error,
-    },
-    /// Others could have put providers of theirs here.
-    #[error("{} is not safe to use", path.display())]
-    Exposed {
-        /// The file or directory.
-        path: PathBuf,
-        /// Who can do what with it.
-        #[source]
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
-    /// The settings' file.
-    #[error(transparent)]
-    File(#[from] TomlFileError),
-    /// The settings name a default that is not there.
-    #[error("{}: default = {name:?}, but there is no such provider; known: {known}", path.display())]
-    UnknownDefault {
-        /// The file.
-        path: PathBuf,
-        /// The default's name.
-        name: String,
-        /// The names there are.
-        known: String,
-    },
-    /// The settings name a provider as none can be named.
-    #[error("{}: [provider.{name:?}] is no possible name: {NAME_RULE}", path.display())]
-    SettingsName {
-        /// The file.
-        path: PathBuf,
-        /// The name.
-        name: String,
-    },
-    /// Names appear in paths and in volume headers.
-    #[error("{0:?} cannot name a provider: {NAME_RULE}")]
-    Name(String),
-    /// There is one already.
-    #[error("there is a provider called {name:?} already, in {}; choose another name", dir.display())]
-    Exists {
-        /// The name.
-        name: String,
-        /// The state directory.
-        dir: PathBuf,
-    },
-    /// New volumes would have no provider, though there are some.
-    #[error(
-        "{name:?} is the default provider; name the one that takes its place, with --new-default: {others}"
-    )]
-    IsDefault {
-        /// The name.
-        name: String,
-        /// The names there are beside it.
-        others: String,
-    },
-    /// The provider is gone, its files are not.
-    #[error("{name:?} was removed, but its files in {} cannot be wiped; wipe them by other means", dir.display())]
-    NotWiped {
-        /// The name.
-        name: String,
-        /// Where the files are.
-        dir: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// Settings that a provider cannot be added with.
-    #[error(transparent)]
-    Settings(KeyError),
-    /// Only a primary key can be backed up here.
-    #[error("provider {0:?} is no native one: its keys are its server's, and are backed up there")]
-    NotNative(String),
-    /// Only a host that proves what it has booted is enrolled.
-    #[error("provider {0:?} is no trusted one: its servers know this host by other means")]
-    NotTrusted(String),
-    /// The provider's own files.
-    #[error(transparent)]
-    Key(#[from] KeyError),
 }
 
 /// The state directory when none is named: `/var/lib/sealblk` for root, else under the user's own state.
@@ -477,33 +387,11 @@ fn wipe_dir(dir: &Path) -> io::Result<()> {
     private::sync_dir_of(dir)
 }
 
-pub(super) fn check_private(path: &Path, forbid: Forbid) -> Result<(), RegistryError> {
-    let metadata = fs::metadata(path).map_err(|source| RegistryError::Io {
-        action: "look at",
-        path: path.to_owned(),
-        source,
-    })?;
-    private::check(path, &metadata, forbid).map_err(|e: Exposed| RegistryError::Exposed {
-        path: path.to_owned(),
-        source: Box::new(e),
-    })
-}
-
-pub(super) fn check_name(name: &str) -> Result<(), RegistryError> {
-    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
-    let valid =
-        name.len() <= 64 && name.starts_with(plain) && name.chars().all(|c| plain(c) || c == '-' || c == '_');
-    if valid {
-        Ok(())
-    } else {
-        Err(RegistryError::Name(name.to_owned()))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::keys::{Binding, KeyId, KeyState, Reach, Revocation, settings};
+    use crate::keys::{Binding, KeyId, KeyState, Reach, Revocation};
+    use crate::toml_file::TomlFileError;
     use std::os::unix::fs::PermissionsExt;
     use uuid::Uuid;
 

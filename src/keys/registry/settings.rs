@@ -13,19 +13,23 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::KeyError;
-use super::expiry::{self, Expiring};
-use super::kmip::{self, Kmip};
-use super::native::Native;
-use super::private::{self, Forbid};
-use super::registry::{RegistryError, check_name, check_private};
-use super::source::KekSource;
-use super::transit::{self, Transit};
-use super::trusted::{self, Trusted};
+use super::RegistryError;
+use crate::keys::KeyError;
+use crate::keys::expiry::{self, Expiring};
+use crate::keys::kmip::{self, Kmip};
+use crate::keys::native::Native;
+use crate::keys::private::{self, Exposed, Forbid};
+use crate::keys::source::KekSource;
+use crate::keys::transit::{self, Transit};
+use crate::keys::trusted::{self, Trusted};
 use crate::toml_file;
 
+/// What can be the name of a provider: it appears in paths and in volume headers.
+pub(super) const NAME_RULE: &str =
+    "up to 64 lower-case letters, digits, '-' and '_' are allowed, a letter or digit first";
+
 /// The settings' name in the state directory.
-pub(super) const FILE: &str = "providers.toml";
+pub(in crate::keys) const FILE: &str = "providers.toml";
 
 /// All of it: every name is valid, and the default exists.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -137,6 +141,31 @@ impl Source {
             Source::Transit(settings) => Ok(Box::new(Transit::new(name, settings)?)),
             Source::Trusted(settings) => Ok(Box::new(Trusted::open(name, settings, dir)?)),
         }
+    }
+}
+
+/// Refuses a directory that others can get at.
+pub(super) fn check_private(path: &Path, forbid: Forbid) -> Result<(), RegistryError> {
+    let metadata = std::fs::metadata(path).map_err(|source| RegistryError::Io {
+        action: "look at",
+        path: path.to_owned(),
+        source,
+    })?;
+    private::check(path, &metadata, forbid).map_err(|e: Exposed| RegistryError::Exposed {
+        path: path.to_owned(),
+        source: Box::new(e),
+    })
+}
+
+/// Refuses what cannot be a provider's name.
+pub(super) fn check_name(name: &str) -> Result<(), RegistryError> {
+    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+    let valid =
+        name.len() <= 64 && name.starts_with(plain) && name.chars().all(|c| plain(c) || c == '-' || c == '_');
+    if valid {
+        Ok(())
+    } else {
+        Err(RegistryError::Name(name.to_owned()))
     }
 }
 
