@@ -252,11 +252,11 @@ impl Kmip {
             }
         }
         let key = created?;
-        match session.ask(&Request::Activate(&key), |_| Ok(())) {
+        match session.order(&Request::Activate(&key)) {
             Ok(()) => Ok(key),
             Err(trouble) => {
                 // Nothing will ever refer to it.
-                let _ = session.ask(&Request::Destroy(&key), |_| Ok(()));
+                let _ = session.order(&Request::Destroy(&key));
                 Err(trouble)
             }
         }
@@ -266,8 +266,8 @@ impl Kmip {
     fn create(&self, session: &mut Session, name: &str) -> Result<KeyId, Trouble> {
         let key = self.create_key(session, name)?;
         self.kek_under(session, &key).inspect_err(|_| {
-            let _ = session.ask(&Request::Revoke(&key), |_| Ok(()));
-            let _ = session.ask(&Request::Destroy(&key), |_| Ok(()));
+            let _ = session.order(&Request::Revoke(&key));
+            let _ = session.order(&Request::Destroy(&key));
         })
     }
 
@@ -336,7 +336,7 @@ impl KekSource for Kmip {
         .map(|(name, content)| Use::Custom { name, content });
         let timeout = self.timeout.min(USE_TIMEOUT);
         let told = self.within(timeout, Some(binding.key_id), |session| {
-            let mut add = |attribute| session.ask(&Request::AddAttribute { key, attribute }, |_| Ok(()));
+            let mut add = |attribute| session.order(&Request::AddAttribute { key, attribute });
             match custom.into_iter().try_for_each(&mut add) {
                 Err(Trouble::Refused { .. }) => add(Use::Application(&volume)),
                 told => told,
@@ -375,10 +375,10 @@ impl KekSource for Kmip {
         self.with_server(Some(key_id), |session| {
             let state = key_state(session, key)?;
             if state == KeyState::Active {
-                session.ask(&Request::Revoke(key), |_| Ok(()))?;
+                session.order(&Request::Revoke(key))?;
             }
             if revocation == Revocation::Destroy && state != KeyState::Destroyed {
-                session.ask(&Request::Destroy(key), |_| Ok(()))?;
+                session.order(&Request::Destroy(key))?;
             }
             Ok(Reach::Server)
         })

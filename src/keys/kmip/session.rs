@@ -173,6 +173,11 @@ impl Session {
             })
     }
 
+    /// Asks for what has no other answer than that it is done.
+    pub(super) fn order(&mut self, request: &Request<'_>) -> Result<(), Trouble> {
+        self.ask(request, |_| Ok(()))
+    }
+
     /// The best version of ours that the server has too. The question has to be put in a version too: in the oldest one,
     /// which most servers have, and to those that have not in the next.
     fn negotiate(&mut self) -> Result<Version, Trouble> {
