@@ -1057,7 +1057,11 @@ fn keys_that_are_too_old_are_told_and_changed_by_policy() {
     let keys = |host: &Host| ["young", "old", "dateless"].map(|disk| host.key_of(disk));
     let before = keys(&host);
     let claim = Backing::open(&host.path("old"), Access::ReadOnly).unwrap();
-    host.fails(&["rekey", "--if-due", "old", "young", "dateless"], IN_USE);
+    let told = host.fails(&["rekey", "--if-due", "old", "young", "dateless"], IN_USE);
+    assert!(
+        told.contains("old") && told.contains("--control-socket"),
+        "{told}"
+    );
     drop(claim);
     host.does(&["rekey", "--if-due", "old", "young", "dateless"]);
     let after = keys(&host);

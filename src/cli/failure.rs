@@ -103,6 +103,16 @@ pub enum Failure {
     /// The disk's file or device.
     #[error(transparent)]
     Storage(#[from] StorageError),
+    /// What could be done while the disk is served.
+    #[error(
+        "{}: is in use by another process; if that is `sealblk serve`, name its --control-socket in the disk's place, else \
+         detach it there first",
+        path.display()
+    )]
+    MayBeServed {
+        /// The disk or its header.
+        path: PathBuf,
+    },
     /// A key is not to be had.
     #[error(transparent)]
     Key(#[from] KeyError),
@@ -263,7 +273,9 @@ impl Failure {
             | Self::SectorSizeOfVolume { .. }
             | Self::NullStorage { .. } => USAGE,
             Self::Unencrypted { .. } | Self::Backup { .. } | Self::NoReceipt { .. } => VOLUME,
-            Self::Storage(StorageError::InUse { .. }) | Self::Occupied { .. } => IN_USE,
+            Self::Storage(StorageError::InUse { .. }) | Self::MayBeServed { .. } | Self::Occupied { .. } => {
+                IN_USE
+            }
             Self::Storage(_) | Self::Make { .. } | Self::Look { .. } => STORAGE,
             Self::Volume(VolumeError { reason, .. }) => volume_code(reason),
             Self::Serve(error) => match error {

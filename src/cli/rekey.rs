@@ -14,7 +14,7 @@ use super::volume_args::{Unlock, VolumeArgs};
 use super::{Host, output, served};
 use crate::agent::Purpose;
 use crate::keys::KeyId;
-use crate::storage::Access;
+use crate::storage::{Access, StorageError};
 use crate::volume::Rekeyed;
 
 const AFTER_HELP: &str = "\
@@ -93,7 +93,10 @@ impl Rekey {
                 return tell_not_due(&volume.disk);
             }
         }
-        let files = volume.open(Access::ReadWrite)?;
+        let files = volume.open(Access::ReadWrite).map_err(|failure| match failure {
+            Failure::Storage(StorageError::InUse { path }) => Failure::MayBeServed { path },
+            other => other,
+        })?;
         let mut locked = files.locked()?;
         let keys = || host.keys_of(volume.header_path(), Purpose::Recrypt);
         let unlocked = self.unlock.open(&locked, keys)?;
