@@ -7,6 +7,7 @@ mod connector;
 mod failure;
 
 use std::io::Read;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -20,6 +21,7 @@ use self::connector::TlsConnector;
 pub(super) use self::failure::{Failure, Nonsense};
 use super::KeyError;
 use super::arena::SecretBytes;
+use super::source::LONGEST_TIMEOUT;
 use super::tls::TlsFiles;
 
 /// The longest answer that is read: a key with a few thousand versions.
@@ -28,6 +30,19 @@ const ANSWER_LIMIT: usize = 64 << 10;
 const ANSWER_USUAL: usize = 4 << 10;
 /// Two credentials in JSON, with every character of them escaped.
 const REQUEST_LIMIT: usize = 20 << 10;
+
+/// A setting by which no server can be asked.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Setting {
+    #[error("{0:?} is no server's address: https://HOST:PORT is wanted, with nothing after it")]
+    Address(String),
+    #[error("there is no server's address")]
+    NoAddress,
+    #[error("{0} is no absolute path")]
+    Relative(PathBuf),
+    #[error("timeout = {0}: from 1 to {LONGEST_TIMEOUT} seconds are possible")]
+    Timeout(u16),
+}
 
 /// What is sent beside the usual.
 pub(super) type Header = (&'static str, HeaderValue);
@@ -196,8 +211,29 @@ pub(super) fn ask<T>(
     unreachable!("the settings have an address, and the last one's failure is returned")
 }
 
+/// Checks what every provider has in its settings that asks such servers.
+pub(super) fn check<'a>(
+    addresses: &[String],
+    files: impl IntoIterator<Item = &'a PathBuf>,
+    timeout: u16,
+) -> Result<(), Setting> {
+    if addresses.is_empty() {
+        return Err(Setting::NoAddress);
+    }
+    if let Some(address) = addresses.iter().find(|address| !is_address(address)) {
+        return Err(Setting::Address(address.clone()));
+    }
+    if let Some(path) = files.into_iter().find(|path| !path.is_absolute()) {
+        return Err(Setting::Relative(path.clone()));
+    }
+    match timeout {
+        1..=LONGEST_TIMEOUT => Ok(()),
+        timeout => Err(Setting::Timeout(timeout)),
+    }
+}
+
 /// `https://HOST` or `https://HOST:PORT`.
-pub(super) fn is_address(text: &str) -> bool {
+fn is_address(text: &str) -> bool {
     let Some(authority) = text.strip_prefix("https://") else {
         return false;
     };

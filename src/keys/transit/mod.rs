@@ -34,8 +34,8 @@ use self::http::Server;
 use self::key_id::WrappedKek;
 use self::login::Token;
 use super::arena::SecretBytes;
-use super::https::{self, Failure, is_address};
-use super::source::{KekSource, LONGEST_TIMEOUT};
+use super::https::{self, Failure};
+use super::source::KekSource;
 use super::tls::{Identity, TlsFiles};
 use super::wrap::{KEK_LEN, Kek};
 use super::{KeyError, KeyId, KeyReason, KeyState};
@@ -74,20 +74,14 @@ pub struct Settings {
 /// A setting that cannot be used.
 #[derive(Debug, thiserror::Error)]
 enum Setting {
-    #[error("{0:?} is no server's address: https://HOST:PORT is wanted, with nothing after it")]
-    Address(String),
-    #[error("there is no server's address")]
-    NoAddress,
-    #[error("{0} is no absolute path")]
-    Relative(PathBuf),
+    #[error(transparent)]
+    Server(#[from] https::Setting),
     #[error("{0:?} cannot be the name of a transit key")]
     Key(String),
     #[error("{0:?} cannot be a mount's or a namespace's path")]
     Path(String),
     #[error("{0:?} cannot be a role's ID")]
     Role(String),
-    #[error("timeout = {0}: from 1 to {LONGEST_TIMEOUT} seconds are possible")]
-    Timeout(u16),
 }
 
 /// A key ID that is none of this provider's.
@@ -122,12 +116,6 @@ fn timeout() -> u16 {
 
 impl Settings {
     fn check(&self) -> Result<(), Setting> {
-        if self.addresses.is_empty() {
-            return Err(Setting::NoAddress);
-        }
-        if let Some(address) = self.addresses.iter().find(|address| !is_address(address)) {
-            return Err(Setting::Address(address.clone()));
-        }
         if !key_id::is_key_name(&self.transit_key) {
             return Err(Setting::Key(self.transit_key.clone()));
         }
@@ -136,7 +124,7 @@ impl Settings {
         {
             return Err(Setting::Role(role_id.clone()));
         }
-        let (mount, paths) = match &self.login {
+        let (mount, files) = match &self.login {
             Login::Approle {
                 mount,
                 secret_id_file,
@@ -153,17 +141,8 @@ impl Settings {
         if let Some(path) = in_urls.into_iter().flatten().find(|path| !is_path(path)) {
             return Err(Setting::Path(path.clone()));
         }
-        if let Some(path) = paths
-            .into_iter()
-            .chain([&self.ca])
-            .find(|path| !path.is_absolute())
-        {
-            return Err(Setting::Relative(path.clone()));
-        }
-        match self.timeout {
-            1..=LONGEST_TIMEOUT => Ok(()),
-            timeout => Err(Setting::Timeout(timeout)),
-        }
+        let files = files.into_iter().chain([&self.ca]);
+        Ok(https::check(&self.addresses, files, self.timeout)?)
     }
 
     /// The files that connections are made with.

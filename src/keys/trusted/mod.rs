@@ -22,9 +22,9 @@ use serde::{Deserialize, Serialize};
 use self::key_id::WrappedKek;
 use super::arena::SecretBytes;
 use super::cache::{KekCache, Origin, Wanted};
-use super::https::{self, Failure, Server, is_address};
+use super::https::{self, Failure, Server};
 use super::private::{self, Unreadable};
-use super::source::{KekSource, LONGEST_TIMEOUT};
+use super::source::KekSource;
 use super::tls::TlsFiles;
 use super::wrap::{Kek, UnwrapError};
 use super::{KeyError, KeyId, KeyReason, KeyState};
@@ -69,19 +69,6 @@ fn timeout() -> u16 {
     TIMEOUT
 }
 
-/// A setting that cannot be used.
-#[derive(Debug, thiserror::Error)]
-enum Setting {
-    #[error("{0:?} is no broker's address: https://HOST:PORT is wanted, with nothing after it")]
-    Address(String),
-    #[error("there is no broker's address")]
-    NoAddress,
-    #[error("{0} is no absolute path")]
-    Relative(PathBuf),
-    #[error("timeout = {0}: from 1 to {LONGEST_TIMEOUT} seconds are possible")]
-    Timeout(u16),
-}
-
 /// A key ID of another resource.
 #[derive(Debug, thiserror::Error)]
 #[error("the KEK is under the broker's resource {theirs}, and this provider's is {ours}")]
@@ -113,20 +100,8 @@ pub(super) struct Trusted {
 }
 
 impl Settings {
-    fn check(&self) -> Result<(), Setting> {
-        if self.addresses.is_empty() {
-            return Err(Setting::NoAddress);
-        }
-        if let Some(address) = self.addresses.iter().find(|address| !is_address(address)) {
-            return Err(Setting::Address(address.clone()));
-        }
-        if !self.ca.is_absolute() {
-            return Err(Setting::Relative(self.ca.clone()));
-        }
-        match self.timeout {
-            1..=LONGEST_TIMEOUT => Ok(()),
-            timeout => Err(Setting::Timeout(timeout)),
-        }
+    fn check(&self) -> Result<(), https::Setting> {
+        https::check(&self.addresses, [&self.ca], self.timeout)
     }
 
     /// The files of its TLS connections: a host is known by its TPM, and shows no certificate.
