@@ -129,9 +129,7 @@ impl Native {
         let (primary, written) = match content.strip_prefix(MAGIC) {
             Some(key) if content.len() == FILE_LEN => {
                 let (key, written) = key.split_at(PRIMARY_LEN);
-                let mut primary =
-                    SecretBytes::zeroed(PRIMARY_LEN).map_err(|e| fail(KeyReason::Host, e.into()))?;
-                primary.copy_from_slice(key);
+                let primary = SecretBytes::copy_of(key).map_err(|e| fail(KeyReason::Host, e.into()))?;
                 (primary, hex::encode(written))
             }
             Some(_) => return Err(invalid(FileError::Magic.into())),
@@ -194,8 +192,8 @@ impl Native {
     }
 
     /// The primary key, to be backed up.
-    pub(super) fn primary(&self) -> &SecretBytes {
-        &self.primary
+    pub(super) fn into_primary(self) -> SecretBytes {
+        self.primary
     }
 
     fn recognise(&self, key_id: &KeyId) -> Result<(), ForeignKey> {

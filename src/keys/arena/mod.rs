@@ -96,15 +96,22 @@ impl SecretBytes {
         Ok(secret)
     }
 
+    /// A copy of `bytes`.
+    ///
+    /// # Errors
+    /// [`ArenaError`], as for [`SecretBytes::zeroed`].
+    pub fn copy_of(bytes: &[u8]) -> Result<Self, ArenaError> {
+        let mut secret = Self::zeroed(bytes.len())?;
+        secret.copy_from_slice(bytes);
+        Ok(secret)
+    }
+
     /// Moves the bytes of `source` here: it is wiped, also when there is no memory for them.
     ///
     /// # Errors
     /// [`ArenaError`], as for [`SecretBytes::zeroed`].
     pub fn take(source: &mut [u8]) -> Result<Self, ArenaError> {
-        let moved = Self::zeroed(source.len()).map(|mut secret| {
-            secret.copy_from_slice(source);
-            secret
-        });
+        let moved = Self::copy_of(source);
         source.zeroize();
         moved
     }

@@ -25,7 +25,7 @@ use std::time::Duration;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
-use super::arena::{ArenaError, SecretBytes};
+use super::arena::SecretBytes;
 use super::native::Native;
 use super::private::{self, Forbid};
 use super::revoked::Revoked;
@@ -137,11 +137,7 @@ impl Registry {
         match self.settings.provider.get(name) {
             Some(Source::Native { backup }) => {
                 let path = primary_key(&self.dir_of(name));
-                let native = Native::open(name, &path, *backup)?;
-                let host = |e: ArenaError| KeyError::new(name, path.display(), KeyReason::Host).because(e);
-                let mut primary = SecretBytes::zeroed(native.primary().len()).map_err(host)?;
-                primary.copy_from_slice(native.primary());
-                Ok(primary)
+                Ok(Native::open(name, &path, *backup)?.into_primary())
             }
             Some(_) => Err(RegistryError::NotNative(name.to_owned())),
             None => Err(self.unknown(name).into()),

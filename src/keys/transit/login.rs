@@ -147,8 +147,7 @@ fn token(server: &Server<'_>, mount: &str, credentials: &impl Serialize) -> Resu
     if !is_credential(client_token.as_bytes()) {
         return Err(Nonsense::Token.into());
     }
-    let mut secret = SecretBytes::zeroed(client_token.len())?;
-    secret.copy_from_slice(client_token.as_bytes());
+    let secret = SecretBytes::copy_of(client_token.as_bytes())?;
     let lease = Duration::from_secs(lease_duration.into());
     let until = (!lease.is_zero()).then(|| asked + lease * 9 / 10);
     Ok(Token { secret, until })

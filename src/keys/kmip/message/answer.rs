@@ -260,10 +260,7 @@ fn byte_string<'a>(items: &[Item<'a>], tag: Tag) -> Result<&'a [u8], AnswerError
 }
 
 fn secret(items: &[Item<'_>], tag: Tag) -> Result<SecretBytes, AnswerError> {
-    let bytes = byte_string(items, tag)?;
-    let mut secret = SecretBytes::zeroed(bytes.len())?;
-    secret.copy_from_slice(bytes);
-    Ok(secret)
+    Ok(SecretBytes::copy_of(byte_string(items, tag)?)?)
 }
 
 /// The front of a server's text, without what a terminal would act on.
