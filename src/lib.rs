@@ -14,12 +14,13 @@
 //! known    the volumes that this host has bound or opened: hints, each looked up in the volume itself
 //! volume   LUKS2 on storage, and the segment table that maps sectors to it
 //! cipher, storage, keys, tpm
-//! hex, moment, toml_file   how bytes, points in time and settings are written
+//! hex, moment, toml_file, causes   how bytes, points in time and settings are written; what lies under an error
 //! ```
 
 pub mod agent;
 mod audit;
 pub mod broker;
+mod causes;
 pub mod cipher;
 pub mod cli;
 pub mod control;

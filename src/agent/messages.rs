@@ -1,12 +1,11 @@
 //! What goes over the agent's socket, as the interface `org.sealblk.Agent` has it: both sides write and read these.
 
-use std::error::Error;
-
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::Purpose;
 use super::registered::Registrant;
+use crate::causes::causes;
 use crate::control::wire;
 use crate::keys::{Binding, KeyError, KeyId, KeyReason, Revocation};
 use crate::known::Disk;
@@ -127,18 +126,12 @@ pub(super) struct KeyFailure {
 
 impl KeyFailure {
     pub(super) fn of(error: &KeyError) -> Self {
-        let mut causes = Vec::new();
-        let mut cause = error.source();
-        while let Some(error) = cause {
-            causes.push(error.to_string());
-            cause = error.source();
-        }
         Self {
             provider: error.provider.clone(),
             key_id: error.key_id.clone(),
             hop: error.hop.clone(),
             reason: error.reason,
-            causes,
+            causes: causes(error).map(ToString::to_string).collect(),
         }
     }
 }

@@ -11,6 +11,7 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use super::failure::Failure;
+use crate::causes::causes;
 use crate::keys::harmless;
 
 /// Prints a verb's whole answer. A reader that closed the pipe has seen enough: that is no failure.
@@ -138,15 +139,13 @@ pub fn table<const COLUMNS: usize>(rows: &[[String; COLUMNS]]) -> String {
 fn describe(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut last = text.clone();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let said = error.to_string();
+    for cause in causes(error) {
+        let said = cause.to_string();
         if !last.contains(&said) {
             text.push_str("\n  cause: ");
             text.push_str(said.trim_end().replace('\n', "\n    ").as_str());
             last = said;
         }
-        cause = error.source();
     }
     text
 }

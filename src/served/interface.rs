@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::{Lock, OpenError, Served, ServedError};
+use crate::causes::causes;
 use crate::cipher::Sector;
 use crate::control::events::Event;
 use crate::control::peer::Peer;
@@ -236,14 +237,12 @@ fn failed(error: &ServedError) -> MethodError {
 /// An error with what lies under it, on one line.
 fn describe(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let said = error.to_string();
+    for cause in causes(error) {
+        let said = cause.to_string();
         if !text.contains(&said) {
             text.push_str(": ");
             text.push_str(&said);
         }
-        cause = error.source();
     }
     text
 }

@@ -40,6 +40,7 @@ use super::source::{KekSource, LONGEST_TIMEOUT};
 use super::tls::{Identity, TlsFiles};
 use super::wrap::{KEK_LEN, Kek};
 use super::{Binding, KeyError, KeyId, KeyReason, KeyState, Reach, Revocation};
+use crate::causes::causes;
 use address::Address;
 use message::{Mark, NONCE_LEN, PRODUCT, Request, TAG_LEN, Use, Version, identifies};
 use session::{Session, Trouble, share};
@@ -542,10 +543,8 @@ impl fmt::Display for Each {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (number, (address, trouble)) in self.0.iter().enumerate() {
             write!(f, "{}{address}: {trouble}", if number == 0 { "" } else { "; " })?;
-            let mut cause = std::error::Error::source(trouble);
-            while let Some(error) = cause {
-                write!(f, ": {error}")?;
-                cause = error.source();
+            for cause in causes(trouble) {
+                write!(f, ": {cause}")?;
             }
         }
         Ok(())
