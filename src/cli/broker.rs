@@ -295,13 +295,7 @@ fn new_token(path: &std::path::Path) -> Result<Token, Failure> {
 }
 
 fn hosts(kept: &Kept) -> String {
-    let mut rows = vec![[
-        "NAME".to_owned(),
-        "ENROLLED".into(),
-        "REFERENCE".into(),
-        "RESOURCES".into(),
-        "ENDORSEMENT KEY".into(),
-    ]];
+    let mut rows = vec![["NAME", "ENROLLED", "REFERENCE", "RESOURCES", "ENDORSEMENT KEY"].map(str::to_owned)];
     for (name, host) in &kept.hosts {
         let enrolled = if host.attestation.is_some() { "yes" } else { "no" };
         let resources: Vec<_> = host.resources.iter().map(AsRef::as_ref).collect();

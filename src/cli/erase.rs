@@ -129,21 +129,7 @@ impl Erase {
         let before = Info::read(header, payload)?;
         self.confirm(&before)?;
         // It is made first: nothing is erased for which there could be no receipt.
-        let mut made = Made::default();
-        if let Some(path) = &self.receipt {
-            // An earlier one that was interrupted has left it empty.
-            let is_left = fs::symlink_metadata(path).is_ok_and(|file| file.is_file() && file.len() == 0);
-            let make = if is_left {
-                private::replace
-            } else {
-                private::create
-            };
-            make(path, &[]).map_err(|source| Failure::Make {
-                path: path.clone(),
-                source,
-            })?;
-            made.extend([path.clone()]);
-        }
+        let made = self.make_receipt()?;
         let path = std::path::absolute(header.path()).unwrap_or_else(|_| header.path().to_owned());
         let step = |step| Erasure {
             volume: before.uuid,
@@ -162,7 +148,16 @@ impl Erase {
         made.keep();
         let finished = Moment::now();
 
-        let receipt = |keys| Receipt {
+        // The log has it before anything else can fail. There is a receipt whatever fails.
+        let logged = keys.report_erasure(&step(ErasureStep::Erased {
+            header_sha256: erased.header_sha256.clone(),
+            written_sha256: erased.written_sha256.clone(),
+        }));
+        let revoked = match &logged {
+            Ok(()) => revoke_keys(&keys, named),
+            Err(_) => Vec::new(),
+        };
+        let receipt = Receipt {
             receipt: FORM,
             volume: before.uuid,
             path: path.display().to_string(),
@@ -173,32 +168,50 @@ impl Erase {
             header_sha256: &erased.header_sha256,
             keyslots_sha256: &erased.keyslots_sha256,
             erased: Done::of(&erased),
-            keys,
+            keys: revoked,
             not_covered: NOT_COVERED,
             before: &before,
         };
-        // The log has it before anything else can fail. There is a receipt whatever fails.
-        let logged = keys.report_erasure(&step(ErasureStep::Erased {
-            header_sha256: erased.header_sha256.clone(),
-            written_sha256: erased.written_sha256.clone(),
-        }));
-        let revoked = match &logged {
-            Ok(()) => revoke_keys(&keys, named),
-            Err(_) => Vec::new(),
-        };
-        let text = serde_json::to_string_pretty(&receipt(revoked))
-            .expect("numbers, texts and lists are JSON")
-            + "\n";
+        let text = serde_json::to_string_pretty(&receipt).expect("numbers, texts and lists are JSON") + "\n";
         let logged = logged.and_then(|()| {
             keys.report_erasure(&step(ErasureStep::Receipted {
                 receipt_sha256: sha256(text.as_bytes()),
             }))
         });
+        self.hand_over(&text, before.uuid)?;
+        for text in NOT_COVERED {
+            output::note(&format!("not covered: {text}"));
+        }
+        logged
+    }
+
+    /// The receipt's file, empty.
+    fn make_receipt(&self) -> Result<Made, Failure> {
+        let mut made = Made::default();
+        if let Some(path) = &self.receipt {
+            // An earlier one that was interrupted has left it empty.
+            let is_left = fs::symlink_metadata(path).is_ok_and(|file| file.is_file() && file.len() == 0);
+            let make = if is_left {
+                private::replace
+            } else {
+                private::create
+            };
+            make(path, &[]).map_err(|source| Failure::Make {
+                path: path.clone(),
+                source,
+            })?;
+            made.extend([path.clone()]);
+        }
+        Ok(made)
+    }
+
+    /// Puts the receipt where it is wanted.
+    fn hand_over(&self, text: &str, volume: Uuid) -> Result<(), Failure> {
         match &self.receipt {
             Some(path) => {
                 if let Err(source) = private::replace(path, text.as_bytes()) {
                     // There will be no other.
-                    output::print(&text)?;
+                    output::print(text)?;
                     return Err(Failure::Make {
                         path: path.clone(),
                         source,
@@ -207,16 +220,12 @@ impl Erase {
                 output::print(&format!(
                     "{}: volume {} was erased; the receipt is in {}\n",
                     self.volume.disk.display(),
-                    before.uuid,
+                    volume,
                     path.display()
-                ))?;
+                ))
             }
-            None => output::print(&text)?,
+            None => output::print(text),
         }
-        for text in NOT_COVERED {
-            output::note(&format!("not covered: {text}"));
-        }
-        logged
     }
 
     /// Makes sure that this volume is meant.

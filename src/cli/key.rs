@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgGroup, Args, Subcommand};
@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::config::parse_age;
 use super::failure::Failure;
 use super::secret::SecretSource;
-use super::{Host, Keys, output};
+use super::{Host, Keys, absolute, output};
 use crate::agent::Purpose;
 use crate::keys::{KeyError, KeyId, KeyReason, KeyState, Providers, Reach, Revocation};
 use crate::known::survey::Sighting;
@@ -390,7 +390,7 @@ impl Scan {
     fn run(self, host: &Host) -> Result<(), Failure> {
         let mut paths = Vec::new();
         for path in &self.paths {
-            let absolute = absolute(path)?;
+            let absolute = absolute(path.clone())?;
             match fs::metadata(&absolute).is_ok_and(|metadata| metadata.is_dir()) {
                 true => {
                     let entries = fs::read_dir(&absolute).and_then(Iterator::collect::<Result<Vec<_>, _>>);
@@ -419,13 +419,6 @@ impl Scan {
             scanned.dropped
         ))
     }
-}
-
-fn absolute(path: &Path) -> Result<PathBuf, Failure> {
-    std::path::absolute(path).map_err(|source| Failure::Look {
-        path: path.to_owned(),
-        source,
-    })
 }
 
 impl Push {

@@ -20,8 +20,7 @@ impl List {
         let socket = host.config()?.agent.unwrap_or_default().socket;
         let disks = Client::new(&socket, Purpose::Check).disks()?;
         if self.json {
-            let text = serde_json::to_string_pretty(&json!({ "disks": disks })).expect("texts are JSON");
-            return output::print(&(text + "\n"));
+            return output::print_json(&json!({ "disks": disks }));
         }
         let head = [
             "volume",

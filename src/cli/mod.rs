@@ -168,6 +168,11 @@ impl Host {
     }
 }
 
+/// A path as it is stored or sent: it holds wherever sealblk is started.
+fn absolute(path: PathBuf) -> Result<PathBuf, Failure> {
+    std::path::absolute(&path).map_err(|source| Failure::Look { path, source })
+}
+
 /// Runs the command named by the process' arguments.
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse_from(arguments(std::env::args_os())) {

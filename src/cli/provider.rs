@@ -9,7 +9,7 @@ use clap::{ArgGroup, Args, Subcommand};
 use super::failure::Failure;
 use super::key::Insistence;
 use super::secret::SecretSource;
-use super::{Host, Keys, output, primary_key};
+use super::{Host, Keys, absolute, output, primary_key};
 use crate::agent::Purpose;
 use crate::keys::Providers;
 use crate::keys::kmip::{self, Wrap, WrappingKey};
@@ -415,11 +415,6 @@ fn add_servers(
     Ok(())
 }
 
-/// A path as it is stored: it holds wherever sealblk is started.
-fn absolute(path: PathBuf) -> Result<PathBuf, Failure> {
-    std::path::absolute(&path).map_err(|source| Failure::Look { path, source })
-}
-
 impl Common {
     fn named(&self, kind: &'static str) -> &str {
         self.name.as_deref().unwrap_or(kind)
@@ -469,13 +464,7 @@ fn list(keys: &Keys) -> Result<String, Failure> {
     if entries.is_empty() {
         return Ok("this host has no key providers; `sealblk provider add native` adds one\n".to_owned());
     }
-    let mut rows = vec![[
-        "NAME".to_owned(),
-        "KIND".into(),
-        "DEFAULT".into(),
-        "KEYS".into(),
-        "LOCATION".into(),
-    ]];
+    let mut rows = vec![["NAME", "KIND", "DEFAULT", "KEYS", "LOCATION"].map(str::to_owned)];
     for entry in entries {
         tell_expiring(&entry);
         let usable = match keys.provider(&entry.name).and_then(|provider| provider.check()) {
