@@ -65,18 +65,19 @@ impl Host {
     }
 
     fn backup(&self) {
-        self.does(&[
-            "provider",
-            "backup",
-            "native",
-            "--to",
-            "backup",
-            "--passphrase-file",
-            "pass",
-        ]);
+        self.does(&BACKUP);
     }
 }
 
+const BACKUP: [&str; 7] = [
+    "provider",
+    "backup",
+    "native",
+    "--to",
+    "backup",
+    "--passphrase-file",
+    "pass",
+];
 const RESTORE: [&str; 5] = ["provider", "restore", "backup", "--passphrase-file", "pass"];
 
 #[test]
@@ -156,16 +157,7 @@ fn a_restored_backup_opens_the_disks_and_cryptsetup_finds_the_key_in_it() {
 
     // Nothing that exists is replaced.
     host.fails_on("second", &RESTORE, USAGE, "already");
-    let again = [
-        "provider",
-        "backup",
-        "native",
-        "--to",
-        "backup",
-        "--passphrase-file",
-        "pass",
-    ];
-    host.fails_on("state", &again, 6, "backup");
+    host.fails_on("state", &BACKUP, 6, "backup");
     host.does_on("second", &[&RESTORE[..], &["--name", "again"]].concat());
 }
 

@@ -653,6 +653,18 @@ fn a_tpm_that_does_not_answer_is_where_it_fails() {
     host.provider().check().unwrap();
 }
 
+/// A host of a broker that is none of ours.
+fn host_of(broker: &Mock, tpm: &Swtpm) -> Host {
+    Host::with(sealblk::keys::trusted::Settings {
+        addresses: vec![format!("https://{}", broker.address())],
+        ca: certificates::directory().join("ca.pem"),
+        resource: RESOURCE.parse().unwrap(),
+        tpm: Device::from(tpm.device()),
+        hold: 0,
+        timeout: 20,
+    })
+}
+
 /// What comes as a nonce goes back in the evidence.
 #[test]
 fn a_nonce_that_is_too_long_is_garbled() {
@@ -663,14 +675,7 @@ fn a_nonce_that_is_too_long_is_garbled() {
         let head = "HTTP/1.1 200 OK\r\nSet-Cookie: kbs-session-id=a\r\nConnection: close";
         let _ = write!(stream, "{head}\r\nContent-Length: {}\r\n\r\n{body}", body.len());
     });
-    let host = Host::with(sealblk::keys::trusted::Settings {
-        addresses: vec![format!("https://{}", broker.address())],
-        ca: certificates::directory().join("ca.pem"),
-        resource: RESOURCE.parse().unwrap(),
-        tpm: Device::from(tpm.device()),
-        hold: 60,
-        timeout: 20,
-    });
+    let host = host_of(&broker, &tpm);
     let (reason, told) = refusal(&host);
     assert_eq!(reason, KeyReason::Garbled, "{told}");
 }
@@ -776,14 +781,7 @@ fn hostile_answers_are_garbled() {
             let _ = stream.read(&mut [0; 16 << 10]);
             let _ = stream.write_all(answer.as_bytes());
         });
-        let host = Host::with(sealblk::keys::trusted::Settings {
-            addresses: vec![format!("https://{}", mock.address())],
-            ca: certificates::directory().join("ca.pem"),
-            resource: RESOURCE.parse().unwrap(),
-            tpm: Device::from(tpm.device()),
-            hold: 0,
-            timeout: 5,
-        });
+        let host = host_of(&mock, &tpm);
         let (found, causes) = refusal(&host);
         assert_eq!(found, reason, "{answer:?}: {causes}");
     }
