@@ -146,9 +146,13 @@ impl KekCache {
         match fetched {
             Ok((kek, origin)) => {
                 let kek = Arc::new(kek);
+                let good_for = match origin {
+                    Origin::Sealed(until) => until.duration_since(SystemTime::now()).unwrap_or_default(),
+                    Origin::Fetched | Origin::Pushed => Duration::MAX,
+                };
                 held.kek = Some(Kept {
                     kek: Arc::clone(&kek),
-                    until: now + self.time_to_live,
+                    until: now + self.time_to_live.min(good_for),
                     origin,
                 });
                 Ok((kek, origin))
@@ -329,6 +333,21 @@ mod tests {
         assert!(!Arc::ptr_eq(&pushed, &get(&cache, "one")));
         let (_, origin) = cache.get(&id("one"), Wanted::Any, unneeded).unwrap();
         assert_eq!(origin, Origin::Fetched);
+    }
+
+    #[test]
+    fn a_kek_of_before_a_reboot_is_not_kept_past_the_end_of_its_grace() {
+        let cache = KekCache::new(LONG);
+        let grace = Duration::from_millis(300);
+        let sealed = || Ok((kek(), Origin::Sealed(SystemTime::now() + grace)));
+        let (first, _) = cache.get(&id("one"), Wanted::Any, sealed).unwrap();
+        let (again, _) = cache
+            .get(&id("one"), Wanted::Any, || panic!("it is here"))
+            .unwrap();
+        assert!(Arc::ptr_eq(&first, &again));
+        thread::sleep(grace);
+        let over = || Err(KeyError::new("kms", "kms1:5696", KeyReason::Unreachable));
+        cache.get(&id("one"), Wanted::Any, over).unwrap_err();
     }
 
     #[test]
