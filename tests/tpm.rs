@@ -215,6 +215,76 @@ fn credentials_of_tpm2_makecredential_are_activated_and_those_for_others_are_not
         .unwrap_err();
 }
 
+/// Somebody has guessed passwords of other objects; ours are empty, and there is nothing to guess.
+#[test]
+fn a_tpm_that_is_locked_out_quotes_and_unseals_and_quotes_do_not_lock_it_out() {
+    let mut swtpm = Swtpm::new();
+    let secret = SecretBytes::random(32).unwrap();
+    let sealed = open(&swtpm).seal(&secret, "7".parse().unwrap()).unwrap();
+    let key = open(&swtpm).create_attestation_key().unwrap();
+    let quote = |swtpm: &Swtpm| open(swtpm).quote(&key, b"once", "7".parse().unwrap());
+
+    let failed_tries = |swtpm: &Swtpm| {
+        let properties = swtpm.output("getcap", &["properties-variable"]);
+        let counter = properties
+            .lines()
+            .find_map(|line| line.strip_prefix("TPM2_PT_LOCKOUT_COUNTER: "));
+        counter.unwrap().to_owned()
+    };
+    // A power cut counts as a guess, if a key was used that can be guessed.
+    let power_cut = |swtpm: &mut Swtpm| {
+        swtpm.stop();
+        swtpm.start();
+        failed_tries(swtpm)
+    };
+    quote(&swtpm).unwrap();
+    assert_eq!(power_cut(&mut swtpm), "0x0");
+
+    let most = [
+        "--max-tries",
+        "1",
+        "--recovery-time",
+        "1000",
+        "--lockout-recovery-time",
+        "1000",
+    ];
+    swtpm.tool(
+        "dictionarylockout",
+        &[&["--setup-parameters"], &most[..]].concat(),
+    );
+    let attributes = "fixedtpm|fixedparent|sensitivedataorigin|userwithauth|sign";
+    let make = [
+        "--key-context",
+        "theirs",
+        "--key-algorithm",
+        "ecc",
+        "--key-auth",
+        "theirs",
+        "--attributes",
+        attributes,
+    ];
+    swtpm.tool("createprimary", &make);
+    fs::write(swtpm.path("message"), b"message").unwrap();
+    let sign = [
+        "--key-context",
+        "theirs",
+        "--auth",
+        "theirs",
+        "--signature",
+        "signature",
+        "message",
+    ];
+    swtpm.tool("sign", &sign);
+    assert_eq!(power_cut(&mut swtpm), "0x1");
+    assert!(
+        swtpm
+            .output("getcap", &["properties-variable"])
+            .contains("inLockout:                 1")
+    );
+    quote(&swtpm).unwrap();
+    assert!(open(&swtpm).unseal(&sealed).unwrap().ct_eq(&secret));
+}
+
 /// What answers is no TPM, or one that somebody stands in front of.
 #[test]
 fn answers_that_are_hostile_are_errors() {

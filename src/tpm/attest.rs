@@ -91,7 +91,9 @@ impl Tpm {
         let mut public = Vec::new();
         public.u16(0x0001);
         public.u16(0x000b);
-        public.u32(0x0005_0072);
+        // Among its attributes noDA: its password is empty, so there is nothing to guess, and a TPM that is locked out by what others
+        // have guessed still signs. Nor does a power cut after a quote count as a guess then.
+        public.u32(0x0005_0472);
         public.sized(&[]);
         // No symmetric cipher; RSASSA with SHA-256; 2048 bits.
         for value in [0x0010, 0x0014, 0x000b, 2048] {

@@ -100,8 +100,13 @@ impl Swtpm {
 
     /// One of tpm2-tools, as in `quote`.
     pub fn tool(&self, name: &str, args: &[&str]) {
+        self.output(name, args);
+    }
+
+    /// The same, and what it prints.
+    pub fn output(&self, name: &str, args: &[&str]) -> String {
         let mut tool = Command::new(format!("tpm2_{name}"));
-        run(tool
+        let output = run(tool
             .current_dir(self.dir.path())
             .env("TPM2TOOLS_TCTI", self.device())
             .args(args));
@@ -109,6 +114,7 @@ impl Swtpm {
         if !matches!(name, "flushcontext") {
             self.tool("flushcontext", &["--transient-object"]);
         }
+        String::from_utf8(output.stdout).unwrap()
     }
 
     /// Something else is booted.
