@@ -16,7 +16,7 @@ use super::command::{Auth, Command, Marshal};
 use super::pcr::{COUNT, Selection, Value};
 use super::seal::text;
 use super::session::{CONTINUE, ENCRYPT, Kind};
-use super::{Code, Tpm, TpmError, TpmFailure};
+use super::{Tpm, TpmError, TpmFailure};
 use crate::keys::arena::SecretBytes;
 
 /// TPM_RH_ENDORSEMENT.
@@ -252,10 +252,7 @@ impl Tpm {
     fn certificate(&mut self) -> Result<Option<Vec<u8>>, TpmError> {
         let command = Command::new(TpmCc::NvReadPublic, "TPM2_NV_ReadPublic").handle(CERTIFICATE);
         let mut answer = match self.run(command) {
-            Err(TpmError {
-                what: TpmFailure::Refused { code, .. },
-                ..
-            }) if code.is(NO_HANDLE) => return Ok(None),
+            Err(error) if error.is_refusal(NO_HANDLE) => return Ok(None),
             answer => answer?,
         };
         let read = answer.read(|reader| {
@@ -413,7 +410,7 @@ impl RsaPublic {
 
 /// Whether the TPM refuses a key since it is another TPM's.
 pub fn is_of_another_tpm(error: &TpmError) -> bool {
-    matches!(&error.what, TpmFailure::Refused { code: Code(code), .. } if Code(*code).is(super::seal::INTEGRITY))
+    error.is_refusal(super::seal::INTEGRITY)
 }
 
 #[cfg(test)]

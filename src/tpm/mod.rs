@@ -72,7 +72,7 @@ pub enum TpmFailure {
         /// Its response code.
         code: Code,
     },
-    /// It is not the TPM that it was, or its registers are not what they were.
+    /// It is not the TPM that it was, or its registers, or what it has sealed, are not what they were.
     #[error("{0}")]
     Changed(&'static str),
     /// This host has no memory or no random numbers.
@@ -85,12 +85,32 @@ pub enum TpmFailure {
 pub struct Code(pub u32);
 
 impl Code {
+    /// The TPM makes nothing of a parameter: it is about one, by its format and by what it is about.
+    fn is_about_parameter(self) -> bool {
+        self.0 & 0xc0 == 0xc0
+    }
+
     /// The same, whichever handle, session or parameter it is about.
     fn is(self, error: u32) -> bool {
         match error & 0x80 {
             0 => self.0 == error,
             _ => self.0 & 0xbf == error,
         }
+    }
+}
+
+impl TpmError {
+    /// The code with which the TPM says no.
+    fn refusal(&self) -> Option<Code> {
+        match self.what {
+            TpmFailure::Refused { code, .. } => Some(code),
+            _ => None,
+        }
+    }
+
+    /// It says no with this code.
+    fn is_refusal(&self, error: u32) -> bool {
+        self.refusal().is_some_and(|code| code.is(error))
     }
 }
 

@@ -10,7 +10,7 @@ use super::attest;
 use super::command::{Auth, Command, Marshal};
 use super::pcr::Selection;
 use super::session::{CONTINUE, DECRYPT, ENCRYPT, Kind, Session};
-use super::{Tpm, TpmError, TpmFailure};
+use super::{Code, Tpm, TpmError, TpmFailure};
 use crate::keys::arena::SecretBytes;
 
 /// TPM_RH_OWNER.
@@ -18,6 +18,10 @@ const OWNER: u32 = 0x4000_0001;
 /// TPM_RC_POLICY_FAIL, TPM_RC_INTEGRITY: the registers, or the TPM, are others than those that it was sealed to.
 const POLICY_FAIL: u32 = 0x09d;
 pub(super) const INTEGRITY: u32 = 0x09f;
+/// TPM_RC_PCR_CHANGED: a register, whichever, was extended after the policy had looked at its own.
+const PCR_CHANGED: u32 = 0x128;
+/// How often the policy is asked for anew then. Some registers are extended all the time.
+const TRIES: usize = 20;
 
 /// The key under which a TPM keeps what is ours. It is made anew from the TPM's own seed whenever it is needed, the same each
 /// time.
@@ -90,34 +94,42 @@ impl Tpm {
     /// Gives a sealed secret back.
     ///
     /// # Errors
-    /// [`TpmFailure::Changed`], if this is another TPM, or the registers hold something else; else, if the TPM does not do it.
+    /// [`TpmFailure::Changed`], if this is another TPM, or the registers hold something else, or what is sealed was altered; else,
+    /// if the TPM does not do it.
     pub fn unseal(&mut self, sealed: &Sealed) -> Result<SecretBytes, TpmError> {
         self.with_storage_key(|tpm, parent| {
-            let other = TpmFailure::Changed("the key was sealed by another TPM, or this one was cleared");
+            let other = TpmFailure::Changed(
+                "the key was sealed by another TPM, or this one was cleared, or what it has sealed is damaged",
+            );
             if parent.name != sealed.parent {
                 return Err(tpm.failed(other));
             }
             let (handle, name) = match tpm.load(parent, &sealed.private, &sealed.public) {
-                Err(TpmError {
-                    what: TpmFailure::Refused { code, .. },
-                    ..
-                }) if code.is(INTEGRITY) => return Err(tpm.failed(other)),
+                Err(error) if error.refusal().is_some_and(Code::is_about_parameter) => {
+                    return Err(tpm.failed(other));
+                }
                 loaded => loaded?,
             };
-            let unsealed = tpm.with_session(Kind::Policy, parent, |tpm, session| {
-                tpm.policy_pcr(session, sealed.pcrs)?;
-                let command = Command::new(TpmCc::Unseal, "TPM2_Unseal")
-                    .object(handle, &name)
-                    .auth(Auth::Session(session, CONTINUE | ENCRYPT));
-                let mut answer = tpm.run(command)?;
-                answer.secret().map_err(|e| tpm.failed(e))
-            });
+            let mut unseal = || {
+                tpm.with_session(Kind::Policy, parent, |tpm, session| {
+                    tpm.policy_pcr(session, sealed.pcrs)?;
+                    let command = Command::new(TpmCc::Unseal, "TPM2_Unseal")
+                        .object(handle, &name)
+                        .auth(Auth::Session(session, CONTINUE | ENCRYPT));
+                    let mut answer = tpm.run(command)?;
+                    answer.secret().map_err(|e| tpm.failed(e))
+                })
+            };
+            let mut unsealed = unseal();
+            for _ in 1..TRIES {
+                match unsealed {
+                    Err(error) if error.is_refusal(PCR_CHANGED) => unsealed = unseal(),
+                    _ => break,
+                }
+            }
             tpm.flush(handle);
             match unsealed {
-                Err(TpmError {
-                    what: TpmFailure::Refused { code, .. },
-                    ..
-                }) if code.is(POLICY_FAIL) => Err(tpm.failed(TpmFailure::Changed(
+                Err(error) if error.is_refusal(POLICY_FAIL) => Err(tpm.failed(TpmFailure::Changed(
                     "its registers are not what they were when the key was sealed: the host has booted something else",
                 ))),
                 unsealed => unsealed,
