@@ -337,6 +337,37 @@ fn a_register_that_is_extended_while_a_secret_is_unsealed_does_not_keep_it_back(
     assert_eq!(relay.join().unwrap(), OFTEN + 1);
 }
 
+#[test]
+fn a_certificate_ends_where_it_says_though_the_tpm_has_room_for_more() {
+    let swtpm = Swtpm::new();
+    let certificate = open(&swtpm).endorsement_key().unwrap().certificate.unwrap();
+    let room = [&certificate[..], &[0xff; 700]].concat();
+    fs::write(swtpm.path("room"), &room).unwrap();
+    swtpm.tool("nvundefine", &["0x1c00002", "--hierarchy", "p"]);
+    let size = room.len().to_string();
+    let attributes = "ppwrite|ppread|ownerread|authread|no_da|platformcreate";
+    swtpm.tool(
+        "nvdefine",
+        &[
+            "0x1c00002",
+            "--hierarchy",
+            "p",
+            "--size",
+            &size,
+            "--attributes",
+            attributes,
+        ],
+    );
+    swtpm.tool("nvwrite", &["0x1c00002", "--hierarchy", "p", "--input", "room"]);
+    assert_eq!(
+        open(&swtpm).endorsement_key().unwrap().certificate,
+        Some(certificate)
+    );
+
+    swtpm.tool("nvundefine", &["0x1c00002", "--hierarchy", "p"]);
+    assert_eq!(open(&swtpm).endorsement_key().unwrap().certificate, None);
+}
+
 /// What answers is no TPM, or one that somebody stands in front of.
 #[test]
 fn answers_that_are_hostile_are_errors() {

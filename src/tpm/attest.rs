@@ -279,6 +279,10 @@ impl Tpm {
             }
             certificate.extend_from_slice(&piece);
         }
+        // The index may be longer than what is in it, which tells its own length.
+        if let [0x30, 0x82, high, low, ..] = certificate[..] {
+            certificate.truncate(4 + usize::from(u16::from_be_bytes([high, low])));
+        }
         Ok(Some(certificate))
     }
 }
