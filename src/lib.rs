@@ -14,8 +14,12 @@
 //! known    the volumes that this host has bound or opened: hints, each looked up in the volume itself
 //! volume   LUKS2 on storage, and the segment table that maps sectors to it
 //! cipher, storage, keys, tpm
-//! hex, moment, toml_file, causes   how bytes, points in time and settings are written; what lies under an error
+//! hex, moment, toml_file   how bytes, points in time and settings are written
+//! causes, mutex            what lies under an error; what outlives a panic
 //! ```
+//!
+//! To begin with: a guest's request from end to end is `device::worker`; what becomes of a volume's key while it is served,
+//! [`served`]; what opens a keyslot, [`keys`]; what the agent is asked, [`agent`].
 
 pub mod agent;
 mod audit;
@@ -29,6 +33,7 @@ pub mod hex;
 pub mod keys;
 pub mod known;
 pub mod moment;
+mod mutex;
 pub mod rcar;
 pub mod served;
 pub mod storage;

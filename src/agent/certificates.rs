@@ -1,11 +1,12 @@
 //! When certificates that are about to expire are told of: once a day, and whenever less time is left than a step before.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use crate::keys::registry::Entry;
 use crate::keys::{Expiring, Step};
+use crate::mutex::lock;
 
 /// How often the files are read.
 const LOOK: Duration = Duration::from_secs(3600);
@@ -25,7 +26,7 @@ struct State {
 impl Certificates {
     /// What is to be told now, each with its provider. `list` is asked once in a while.
     pub(super) fn due(&self, list: impl FnOnce() -> Vec<Entry>) -> Vec<(String, Expiring)> {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = lock(&self.0);
         if state.looked.is_some_and(|looked| looked.elapsed() < LOOK) {
             return Vec::new();
         }

@@ -12,7 +12,7 @@ use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -23,6 +23,7 @@ use crate::control::peer::Peer;
 use crate::keys::KeyId;
 use crate::keys::private;
 use crate::moment::Moment;
+use crate::mutex::lock;
 
 /// The most volumes that are watched: each takes a descriptor. The KEKs of others go when their time has come.
 const MAX_VOLUMES: usize = 8192;
@@ -222,7 +223,7 @@ impl Registered {
     }
 
     fn lock(&self) -> MutexGuard<'_, All> {
-        self.all.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.all)
     }
 }
 

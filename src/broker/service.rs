@@ -1,7 +1,7 @@
 //! What a broker answers, to whom. What it releases and whom it refuses goes to the audit log first.
 
 use std::net::SocketAddr;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use base64::Engine;
@@ -19,6 +19,7 @@ use super::state::{Host, Kept, State, StateError};
 use super::{BrokerError, Settings};
 use crate::audit::{AuditError, AuditLog};
 use crate::control::events::{Event, Events};
+use crate::mutex::lock;
 use crate::rcar::enrolment::{ACTIVATE, Activate, Challenge as Credential, ENROL, Enrol};
 use crate::rcar::{self, ATTEST, AUTH, Attestation, COOKIE, Challenge, ErrorInformation, RESOURCE, jwe};
 use crate::tpm::attest::{self, RsaPublic};
@@ -352,7 +353,7 @@ impl Service {
             tracing::error!(peer = %caller.peer, %cause, "a host is not answered");
         }
         let suppressed = {
-            let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut refusals = lock(&self.refusals);
             if refusals.told.is_some_and(|told| told.elapsed() < REFUSALS_EVERY) {
                 refusals.suppressed += 1;
                 return;

@@ -5,7 +5,7 @@
 //! granted. That an attested session stays known until its challenge has expired makes its nonce good for one attestation.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use base64::Engine;
@@ -14,6 +14,7 @@ use ring::hmac;
 use zeroize::Zeroizing;
 
 use super::state::{Host, Reference};
+use crate::mutex::lock;
 use crate::rcar::jwe::PublicKey;
 
 /// The most that are kept at a time.
@@ -165,7 +166,7 @@ impl Sessions {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, (Instant, Option<Session>)>> {
-        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.sessions)
     }
 }
 

@@ -3,7 +3,9 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::hash::Hash;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
+
+use crate::mutex::lock;
 
 /// The places that are taken, by whom.
 #[derive(Debug)]
@@ -29,7 +31,7 @@ impl<K: Copy + Eq + Hash> Places<K> {
         owner: K,
         has_room: impl FnOnce(&HashMap<K, usize>) -> bool,
     ) -> Option<Place<K>> {
-        let mut taken = places.lock();
+        let mut taken = lock(&places.0);
         if !has_room(&taken) {
             return None;
         }
@@ -39,16 +41,12 @@ impl<K: Copy + Eq + Hash> Places<K> {
             owner,
         })
     }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<K, usize>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl<K: Copy + Eq + Hash> Drop for Place<K> {
     fn drop(&mut self) {
         // An owner without a place takes no room.
-        if let Entry::Occupied(mut count) = self.places.lock().entry(self.owner) {
+        if let Entry::Occupied(mut count) = lock(&self.places.0).entry(self.owner) {
             *count.get_mut() -= 1;
             if *count.get() == 0 {
                 count.remove();
@@ -70,6 +68,6 @@ mod tests {
         let held = [1, 1, 2].map(|owner| take(owner, 3).unwrap());
         assert!(take(3, 3).is_none());
         drop(held);
-        assert!(places.lock().is_empty());
+        assert!(lock(&places.0).is_empty());
     }
 }

@@ -5,11 +5,12 @@
 //! server that does not answer is not waited for by one after the other.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::wrap::Kek;
 use super::{KeyError, KeyId};
+use crate::mutex::lock;
 
 /// The most KEKs of a provider that are kept at a time: one for each VM of a large host.
 const MAX_SLOTS: usize = 4096;
@@ -218,10 +219,6 @@ impl KekCache {
 #[derive(Debug, thiserror::Error)]
 #[error("no more keys are kept: {MAX_SLOTS} are here already, or time_to_live is 0")]
 pub(super) struct Full;
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 #[cfg(test)]
 mod tests {

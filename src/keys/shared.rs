@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::arena::SecretBytes;
@@ -11,6 +11,7 @@ use super::registry::{Entry, Registry, RegistryError, settings};
 use super::sealed_cache::SealedCache;
 use super::source::HostProvider;
 use super::{KeyError, KeyId, KeyProvider, KeyReason, Providers};
+use crate::mutex::lock;
 
 /// The providers of one state directory, as they are at each moment: other processes add to them.
 #[derive(Debug)]
@@ -183,10 +184,6 @@ impl Providers for SharedProviders {
     fn default_name(&self) -> Result<Option<String>, KeyError> {
         self.registry("")?.default_name()
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

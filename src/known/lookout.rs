@@ -22,6 +22,8 @@ use std::time::Duration;
 use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 use tracing::subscriber::{NoSubscriber, with_default};
 
+use crate::mutex::lock;
+
 /// How long a place may take: longer than a disk that has to spin up, on most days.
 const LIMIT: Duration = Duration::from_secs(5);
 /// The most threads that look, or wait in vain.
@@ -170,7 +172,7 @@ struct Seat;
 
 impl Seat {
     fn take() -> Option<Self> {
-        let shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+        let shared = lock(&SHARED);
         let (mut shared, _) = FREED
             .wait_timeout_while(shared, LIMIT, |shared| shared.lookers >= MOST)
             .unwrap_or_else(PoisonError::into_inner);
@@ -188,7 +190,7 @@ impl Drop for Seat {
 }
 
 fn shared<T>(with: impl FnOnce(&mut Shared) -> T) -> T {
-    with(&mut SHARED.lock().unwrap_or_else(PoisonError::into_inner))
+    with(&mut lock(&SHARED))
 }
 
 /// Whether a thread still waits for this place.

@@ -24,6 +24,7 @@ use crate::control::events::{Event, Events};
 use crate::device::Disk;
 use crate::keys::arena::SecretBytes;
 use crate::keys::{KeyError, KeyReason, Providers};
+use crate::mutex::lock;
 use crate::storage::Backing;
 use crate::volume::{Locked, Reason, Rekeyed, Volume, VolumeError};
 
@@ -206,7 +207,7 @@ impl Served {
             changed: Condvar::new(),
             events: Events::default(),
         };
-        match served.open(&guard(&served.turn)) {
+        match served.open(&lock(&served.turn)) {
             Ok(()) => {}
             Err(error) if wait && error.may_pass() => served.tell_locked(error),
             Err(error) => return Err(error),
@@ -218,7 +219,7 @@ impl Served {
     pub fn lock(&self) {
         // The guest's key goes at once, also while a rekey waits for a server; whoever unlocks just now is waited for.
         self.disk.lock();
-        let _turn = guard(&self.turn);
+        let _turn = lock(&self.turn);
         self.set(Some(Lock::Operator));
         self.disk.lock();
         self.tell(Event::DiskLocked, json!({ "by": LockedBy::Operator }));
@@ -229,12 +230,12 @@ impl Served {
     /// # Errors
     /// [`ServedError`]; the disk is as locked as it was.
     pub fn unlock(&self) -> Result<(), ServedError> {
-        Ok(self.open(&guard(&self.turn))?)
+        Ok(self.open(&lock(&self.turn))?)
     }
 
     /// Whether it is locked, and why.
     pub fn with_lock<R>(&self, look: impl FnOnce(Option<&Lock>) -> R) -> R {
-        look(guard(&self.lock).as_ref())
+        look(lock(&self.lock).as_ref())
     }
 
     /// Gives the volume a new KEK of `provider`, or of the one that it has, unless that is not older than it may be; the guest
@@ -250,7 +251,7 @@ impl Served {
         let By::Providers { recrypt, .. } = &self.opener.by else {
             return Err(ServedError::NoProviders);
         };
-        let _turn = guard(&self.turn);
+        let _turn = lock(&self.turn);
         if self.disk.is_locked() {
             return Err(ServedError::IsLocked);
         }
@@ -302,15 +303,15 @@ impl Served {
 
     /// If the disk is locked for want of its key, has a thread try again until the key is there, or somebody locks the disk.
     pub fn wait_for_key(self: &Arc<Self>) {
-        if !matches!(*guard(&self.lock), Some(Lock::NoKey(_))) {
+        if !matches!(*lock(&self.lock), Some(Lock::NoKey(_))) {
             return;
         }
         let served = Arc::clone(self);
         let spawned = thread::Builder::new().name("key".into()).spawn(move || {
             let mut pause = FIRST_RETRY;
             while served.pause(pause) {
-                let turn = guard(&served.turn);
-                if !matches!(*guard(&served.lock), Some(Lock::NoKey(_))) {
+                let turn = lock(&served.turn);
+                if !matches!(*lock(&served.lock), Some(Lock::NoKey(_))) {
                     return;
                 }
                 match served.open(&turn) {
@@ -328,13 +329,13 @@ impl Served {
     /// Waits; tells whether the disk is still locked for want of its key.
     fn pause(&self, pause: Duration) -> bool {
         let no_key = |lock: &mut Option<Lock>| matches!(lock, Some(Lock::NoKey(_)));
-        let waited = self.changed.wait_timeout_while(guard(&self.lock), pause, no_key);
+        let waited = self.changed.wait_timeout_while(lock(&self.lock), pause, no_key);
         let (mut lock, _) = waited.unwrap_or_else(PoisonError::into_inner);
         no_key(&mut lock)
     }
 
     fn tell_locked(&self, error: OpenError) {
-        let mut lock = guard(&self.lock);
+        let mut lock = lock(&self.lock);
         let told = matches!(&*lock, Some(Lock::NoKey(before)) if before.to_string() == error.to_string());
         let no_key = Lock::NoKey(error);
         if !told {
@@ -350,12 +351,8 @@ impl Served {
         self.events.tell(event, &fields);
     }
 
-    fn set(&self, lock: Option<Lock>) {
-        *guard(&self.lock) = lock;
+    fn set(&self, to: Option<Lock>) {
+        *lock(&self.lock) = to;
         self.changed.notify_all();
     }
-}
-
-fn guard<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -22,7 +22,7 @@ mod key_id;
 mod login;
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use base64::Engine;
@@ -39,6 +39,7 @@ use super::source::KekSource;
 use super::tls::{Identity, TlsFiles};
 use super::wrap::{KEK_LEN, Kek};
 use super::{KeyError, KeyId, KeyReason, KeyState};
+use crate::mutex::lock;
 
 pub use self::login::{Login, approle, cert};
 
@@ -217,7 +218,7 @@ impl Transit {
         request: impl Fn(&Server<'_>, &SecretBytes) -> Result<T, Failure>,
     ) -> Result<T, Failure> {
         let server = Server::new(address, self.settings.namespace.as_deref(), &self.files, deadline)?;
-        let held = self.token().clone().filter(|token| token.is_fresh());
+        let held = lock(&self.token).clone().filter(|token| token.is_fresh());
         if let Some(token) = held {
             match request(&server, &token.secret) {
                 // Expired before its time, revoked, or of another server: a new one tells whether it is only that.
@@ -227,12 +228,8 @@ impl Transit {
         }
         // Whoever else needs a token meanwhile gets their own: nobody waits for another's slow server.
         let token = Arc::new(self.settings.login.log_in(&server)?);
-        *self.token() = Some(Arc::clone(&token));
+        *lock(&self.token) = Some(Arc::clone(&token));
         request(&server, &token.secret)
-    }
-
-    fn token(&self) -> MutexGuard<'_, Option<Arc<Token>>> {
-        self.token.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn path(&self, verb: &str) -> String {

@@ -1,0 +1,8 @@
+//! Mutexes that outlive a panic. In a release a panic ends the process; in a test it is told, and need not fail others too.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Locks `mutex`, whoever has panicked while they held it.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
