@@ -90,11 +90,15 @@ fn a_sealed_key_opens_disks_until_the_host_boots_otherwise_and_is_sealed_anew_fr
     let host = Host::new();
     host.does(&["create", "before", "--size", "1M"]);
     let plain = fs::read(host.primary()).unwrap();
+    // A power cut has left what was being written when the key was restored.
+    let unfinished = host.primary().with_file_name("primary.key.0123456789abcdef.new");
+    fs::write(&unfinished, &plain).unwrap();
     let said = host.seal(&["--tpm-pcrs", "4,7"]);
     assert!(said.contains("registers 4,7"), "{said}");
     // Nothing of the key is left in the file, which is the owner's own as before.
     let sealed = fs::read(host.primary()).unwrap();
     assert!(finds(&plain, &plain[16..48]) && !finds(&sealed, &plain[16..48]));
+    assert!(!unfinished.exists());
     assert_eq!(
         fs::metadata(host.primary()).unwrap().permissions().mode() & 0o777,
         0o600

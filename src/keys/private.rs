@@ -5,6 +5,7 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -146,11 +147,23 @@ pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     write_beside(path, content, |new| rustix::fs::rename(new, path))
 }
 
-/// As [`replace`]; what was there is written over.
+/// As [`replace`]; what was there is written over, and so is what a crash has left of writing it. Nobody else may write `path`
+/// meanwhile.
 pub(crate) fn replace_wiping(path: &Path, content: &[u8]) -> io::Result<()> {
     let mut old = OpenOptions::new().write(true).open(path)?;
     replace(path, content)?;
-    write_over(&mut old)
+    write_over(&mut old)?;
+    let Some((dir, name)) = path.parent().zip(path.file_name()) else {
+        return Ok(());
+    };
+    for entry in fs::read_dir(dir)? {
+        let other = entry?.file_name();
+        let unique = other.as_bytes().strip_prefix(name.as_bytes());
+        if unique.is_some_and(|unique| unique.starts_with(b".") && unique.ends_with(NEW.as_bytes())) {
+            wipe(&dir.join(other))?;
+        }
+    }
+    Ok(())
 }
 
 /// Writes over the file `path` and removes it. What its file system or a flash translation layer keeps of earlier blocks
@@ -191,10 +204,13 @@ fn write_beside(
     sync_dir_of(path)
 }
 
+/// How the name of what is not written yet ends.
+const NEW: &str = ".new";
+
 /// A name in the same directory that nobody else uses.
 fn beside(path: &Path) -> PathBuf {
     let mut name = path.file_name().unwrap_or_default().to_os_string();
-    name.push(format!(".{}.new", uuid::Uuid::new_v4().simple()));
+    name.push(format!(".{}{NEW}", uuid::Uuid::new_v4().simple()));
     path.with_file_name(name)
 }
 
