@@ -17,17 +17,18 @@ Example, in the configuration (/etc/sealblk/config.toml, or --config):
   group = \"kvm\"
   privileges = [\"RegisterVM\"]
 
-Where the configuration has an [agent], all other verbs ask it for keys, and need
+Where the configuration has an [agent], all verbs that use keys ask it, and need
 neither the state directory nor a provider's credentials. It knows its callers by
 the user and groups that they run as:
 
   RegisterVM          serve a disk
   Access              open a volume for something else: `recovery`
-  EncryptNew          make a disk
+  EncryptNew          make a disk, or erase one
   Recrypt             give a volume another key: `rekey`
-  ReadKeyServersInfo  see providers, served volumes and events: `provider list`,
-                      `list`, `events`
-  ManageKeys          ask for a key's state, and push a key
+  ReadKeyServersInfo  see providers, what they open, served volumes and events:
+                      `provider list`, `key where-used`, `list`, `events`
+  ManageKeys          see, push and revoke keys: `key list`, `scan`, `revoke`
+  ManageKeyServers    remove a provider: `provider remove`
 
 Root, and the user that the agent runs as, have them all; nobody else has any
 that is not granted. What was asked for, refused and given stands in audit.log in

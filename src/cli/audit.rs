@@ -22,7 +22,7 @@ Examples:
 A receipt is compared byte for byte with the one that the log tells of, and what it
 says of the disk with what was put down when the disk was erased.";
 
-/// Check the key agent's audit log
+/// Check an audit log: the key agent's, or a broker's
 #[derive(Debug, Args)]
 pub(super) struct Audit {
     #[command(subcommand)]
@@ -31,7 +31,7 @@ pub(super) struct Audit {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// See whether any line was changed, removed or added since the agent wrote it
+    /// See whether any line was changed, removed or added since it was written
     #[command(after_help = AFTER_HELP)]
     Verify(Verify),
 }

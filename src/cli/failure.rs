@@ -228,7 +228,7 @@ pub enum Failure {
         erased: bool,
     },
     /// Nobody answers.
-    #[error("{}: no answer on this control socket", socket.display())]
+    #[error("{}: no answer on this control socket; see that `sealblk serve`, or the agent, listens there, and that this user may reach it", socket.display())]
     Control {
         /// The socket.
         socket: PathBuf,

@@ -77,7 +77,7 @@ The host's TPM makes an attestation key now. `sealblk broker` gets to know it by
 prints. From then on the broker releases the resource if the host has booted what
 it is to boot, and the resource wraps the keys that volumes are bound to.";
 
-/// Add and list sources of keys
+/// Add, list, check, back up and remove sources of keys
 #[derive(Debug, Args)]
 pub(super) struct Provider {
     #[command(subcommand)]
