@@ -87,9 +87,22 @@ fn no_new_volume_relies_on_a_provider_that_was_not_backed_up() {
     host.fails_on("state", &create, KEY, "provider backup");
     assert!(!host.path("vm.luks").exists());
     assert!(host.does(&["provider", "list"]).contains("not backed up"));
+    let listed =
+        || serde_json::from_str::<serde_json::Value>(&host.does(&["provider", "list", "--json"])).unwrap();
+    let before = &listed()[0];
+    assert_eq!(
+        (&before["name"], &before["usable"]),
+        (&"native".into(), &false.into())
+    );
+    assert_eq!(before["reason"], "not_backed_up");
     host.fails_on("state", &["provider", "check", "native"], KEY, "not backed up");
     host.backup();
     host.does(&["provider", "check", "native"]);
+    let after = &listed()[0];
+    assert_eq!(
+        (&after["usable"], &after["reason"]),
+        (&true.into(), &serde_json::Value::Null)
+    );
     host.does(&create);
 
     // Where somebody does without, too; and where the volume has another way in, on a host that has no provider at all.

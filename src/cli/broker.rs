@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::failure::Failure;
+use super::made::Made;
 use super::{Host, output};
 use crate::audit::AuditLog;
 use crate::broker::state::{self, Kept, Reference, Token, check_name};
@@ -247,8 +248,14 @@ impl Resource {
 impl Enrol {
     fn run(self, desk: &Desk) -> Result<(), Failure> {
         check_name(&self.name)?;
+        // A token that enrols nobody is not left behind.
+        let mut made = Made::default();
         let token = match &self.token_file {
-            Some(path) => Some(new_token(path)?),
+            Some(path) => {
+                let token = new_token(path)?;
+                made.extend([path.clone()]);
+                Some(token)
+            }
             None => None,
         };
         let about = json!({ "host": self.name, "reference": self.reference, "resources": self.resources });
@@ -272,7 +279,9 @@ impl Enrol {
             };
             kept.hosts.insert(self.name, host);
             Ok(())
-        })
+        })?;
+        made.keep();
+        Ok(())
     }
 }
 

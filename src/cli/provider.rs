@@ -5,17 +5,18 @@ use std::path::PathBuf;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use clap::{ArgGroup, Args, Subcommand};
+use serde_json::json;
 
 use super::failure::Failure;
 use super::key::Insistence;
 use super::secret::SecretSource;
 use super::{Host, Keys, absolute, output, primary_key};
 use crate::agent::Purpose;
-use crate::keys::Providers;
 use crate::keys::kmip::{self, Wrap, WrappingKey};
 use crate::keys::registry::{Backup, Entry, Registry, Source};
 use crate::keys::transit::{self, Login};
 use crate::keys::trusted;
+use crate::keys::{KeyReason, Providers};
 use crate::known::Removal;
 use crate::rcar::ResourcePath;
 use crate::tpm::{DEFAULT_DEVICE, Device};
@@ -104,7 +105,7 @@ enum Verb {
     /// Remove a key provider from this host, unless a disk needs it
     Remove(Remove),
     /// List the key providers of this host, and whether each one's keys can be used
-    List,
+    List(List),
 }
 
 #[derive(Debug, Subcommand)]
@@ -294,7 +295,7 @@ impl Provider {
                 }
                 Ok(keys.provider(&check.name)?.check()?)
             }
-            Verb::List => output::print(&list(&host.keys(Purpose::Check)?)?),
+            Verb::List(list) => list.run(&host.keys(Purpose::Check)?),
         }
     }
 }
@@ -459,23 +460,57 @@ fn tell_expiring(entry: &Entry) {
     }
 }
 
-fn list(keys: &Keys) -> Result<String, Failure> {
-    let entries = keys.list()?;
-    if entries.is_empty() {
-        return Ok("this host has no key providers; `sealblk provider add native` adds one\n".to_owned());
+#[derive(Debug, Args)]
+struct List {
+    /// Print JSON: `reason`, as in the audit log, tells why a provider's keys cannot be used
+    #[arg(long)]
+    json: bool,
+}
+
+impl List {
+    fn run(self, keys: &Keys) -> Result<(), Failure> {
+        let listed: Vec<_> = keys
+            .list()?
+            .into_iter()
+            .map(|entry| {
+                let checked = keys.provider(&entry.name).and_then(|provider| provider.check());
+                let reason = checked.err().map(|e| {
+                    output::complain(&e);
+                    e.reason
+                });
+                (entry, reason)
+            })
+            .collect();
+        if self.json {
+            let providers = listed.iter().map(|(entry, reason)| {
+                json!({
+                    "name": entry.name,
+                    "kind": entry.kind,
+                    "default": entry.default,
+                    "location": entry.location,
+                    "usable": reason.is_none(),
+                    "reason": reason,
+                    "expiring": entry.expiring,
+                })
+            });
+            return output::print_json(&providers.collect::<Vec<_>>());
+        }
+        if listed.is_empty() {
+            return output::print("this host has no key providers; `sealblk provider add native` adds one\n");
+        }
+        let mut rows = vec![["NAME", "KIND", "DEFAULT", "KEYS", "LOCATION"].map(str::to_owned)];
+        for (entry, reason) in listed {
+            tell_expiring(&entry);
+            let usable = reason.map_or("usable", KeyReason::what);
+            let default = if entry.default { "yes" } else { "no" };
+            rows.push([
+                entry.name,
+                entry.kind,
+                default.to_owned(),
+                usable.to_owned(),
+                entry.location,
+            ]);
+        }
+        output::print(&output::table(&rows))
     }
-    let mut rows = vec![["NAME", "KIND", "DEFAULT", "KEYS", "LOCATION"].map(str::to_owned)];
-    for entry in entries {
-        tell_expiring(&entry);
-        let usable = match keys.provider(&entry.name).and_then(|provider| provider.check()) {
-            Ok(()) => "usable".to_owned(),
-            Err(e) => {
-                output::complain(&e);
-                e.reason.what().to_owned()
-            }
-        };
-        let default = if entry.default { "yes" } else { "no" };
-        rows.push([entry.name, entry.kind, default.to_owned(), usable, entry.location]);
-    }
-    Ok(output::table(&rows))
 }

@@ -730,6 +730,33 @@ fn what_was_begun_before_an_operator_changed_something_comes_to_nothing() {
     assert!(hosts.contains(&key) && hosts.contains("no "), "{hosts}");
 }
 
+/// The same command, put right, would find the file in its way.
+#[test]
+fn a_token_of_an_enrolment_that_is_refused_is_not_left_behind() {
+    let tpm = Swtpm::new();
+    let broker = Broker::start(&tpm);
+    let token = broker.path("node2.token");
+    for (reference, resource) in [("nobody", RESOURCE), ("node", "sealblk/kek/none")] {
+        let file = token.display().to_string();
+        let of = [
+            "--reference",
+            reference,
+            "--resource",
+            resource,
+            "--token-file",
+            &file,
+        ];
+        let refused = broker
+            .verb(&[&["host", "enrol", "node2"], &of[..]].concat())
+            .output()
+            .unwrap();
+        assert!(!refused.status.success());
+        assert!(!token.exists());
+    }
+    broker.token("node2");
+    assert!(token.exists());
+}
+
 /// Else it would count as the first, whatever is expected of the second.
 #[test]
 fn a_tpm_is_one_host() {

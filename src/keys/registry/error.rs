@@ -57,7 +57,11 @@ pub enum RegistryError {
     #[error("{0:?} cannot name a provider: {NAME_RULE}")]
     Name(String),
     /// There is one already.
-    #[error("there is a provider called {name:?} already, in {}; choose another name", dir.display())]
+    #[error(
+        "there is a provider called {name:?} already, in {}; volumes know theirs by its name: `sealblk provider remove` it if no \
+         disk needs it, or choose another name for one that no disk knows yet",
+        dir.display()
+    )]
     Exists {
         /// The name.
         name: String,
