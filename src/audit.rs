@@ -8,13 +8,16 @@
 //!
 //! Several processes may write a log, as a broker and the verbs that change what it knows: each takes the file's lock for a
 //! record, and goes on from what the others have written meanwhile, whose links it checks.
+//!
+//! A crash in the middle of a line leaves it by half, and nothing in it proves what came before. So the record behind it,
+//! `LogRecovered`, has the hash of the last whole record in `prev` as every other has, and in `torn` that of what lies between.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
@@ -22,9 +25,15 @@ use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::control::events::Event;
+use crate::keys::private;
 
-/// The record behind a line that a crash has left by half.
+/// The record behind what a crash has left by half.
 const RECOVERED: &str = "LogRecovered";
+/// How many lines one after the other may be no records: a crash may come again while the record of it is written.
+const MAX_TORN: u32 = 16;
+/// How long a record waits for another process that has the log.
+const PATIENCE: Duration = Duration::from_secs(10);
+const PAUSE: Duration = Duration::from_millis(1);
 /// The longest line: what comes from callers is bounded by the length of a message.
 const MAX_LINE: u64 = 4 << 20;
 
@@ -38,7 +47,13 @@ pub(crate) struct AuditLog {
 #[derive(Debug)]
 struct End {
     file: File,
-    /// What is known of the first so many bytes.
+    known: Known,
+}
+
+/// The part of a log that was read, or written: it ends with a whole record.
+#[derive(Clone, Debug, Default)]
+struct Known {
+    /// In bytes.
     len: u64,
     chain: Chain,
 }
@@ -65,6 +80,15 @@ pub enum AuditError {
         line: u64,
         /// What is wrong.
         what: &'static str,
+    },
+    /// What is written is not what is read.
+    #[error(
+        "{}: it was moved or removed while it was written; put it back, or end who writes it (the agent, the broker) first",
+        path.display()
+    )]
+    Moved {
+        /// Where it was.
+        path: PathBuf,
     },
     /// The end is not what it was.
     #[error("{}: no line has the hash {head}: the log was cut, or this head is another log's", path.display())]
@@ -102,14 +126,19 @@ impl AuditLog {
             .mode(0o600)
             .open(path)
             .map_err(error("opened"))?;
-        let end = End {
-            file,
-            len: 0,
-            chain: Chain::default(),
+        // It is there after a crash of the host, too.
+        private::sync_dir_of(path).map_err(error("opened"))?;
+        // A long log is read while others may write; what they add is little, and is read under the lock.
+        let len = settled_len(&file).map_err(error("read"))?;
+        let mut known = Known::default();
+        known.read_on(&file, len, path, |_, _| {})?;
+        let known = match known.chain.is_whole() {
+            true => known,
+            false => Known::default(),
         };
         let log = Self {
             path: path.to_owned(),
-            end: Mutex::new(end),
+            end: Mutex::new(End { file, known }),
         };
         log.locked(|_| Ok(()))?;
         Ok(log)
@@ -117,51 +146,75 @@ impl AuditLog {
 
     /// Adds a record. It is on stable storage when this returns.
     pub(crate) fn record(&self, event: Event, fields: &Value) -> Result<(), AuditError> {
-        self.locked(|end| self.append(end, &event.to_string(), fields))
+        self.locked(|end| self.append(&mut end.file, &mut end.known, &event.to_string(), fields))
     }
 
     /// Does `work` at the end of the log, which no other process changes meanwhile.
     fn locked<T>(&self, work: impl FnOnce(&mut End) -> Result<T, AuditError>) -> Result<T, AuditError> {
         let mut end = self.end.lock().unwrap_or_else(PoisonError::into_inner);
+        let begun = Instant::now();
         loop {
-            match flock(&end.file, FlockOperation::LockExclusive) {
-                Err(Errno::INTR) => {}
-                Err(error) => return Err(self.failed("locked")(error.into())),
+            match flock(&end.file, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => break,
+                Err(Errno::INTR) => {}
+                Err(Errno::WOULDBLOCK) if begun.elapsed() < PATIENCE => std::thread::sleep(PAUSE),
+                Err(error) => return Err(self.failed("locked")(error.into())),
             }
         }
-        let done = self.catch_up(&mut end).and_then(|()| work(&mut end));
+        let done = self
+            .is_in_place(&end.file)
+            .and_then(|()| self.catch_up(&mut end))
+            .and_then(|()| work(&mut end));
         // It goes with the descriptor at the latest.
         let _ = flock(&end.file, FlockOperation::Unlock);
         done
     }
 
+    /// A record in a file that has lost its name would be read by nobody.
+    fn is_in_place(&self, file: &File) -> Result<(), AuditError> {
+        let ours = file.metadata().map_err(self.failed("read"))?;
+        match fs::metadata(&self.path) {
+            Ok(there) if (there.dev(), there.ino()) == (ours.dev(), ours.ino()) => Ok(()),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(self.failed("looked at")(error)),
+            _ => Err(AuditError::Moved {
+                path: self.path.clone(),
+            }),
+        }
+    }
+
     /// Reads what others have written, and mends what one of them has left by half.
     fn catch_up(&self, end: &mut End) -> Result<(), AuditError> {
         let len = end.file.metadata().map_err(self.failed("read"))?.len();
-        if len < end.len {
+        if len < end.known.len {
             return Err(AuditError::Broken {
                 path: self.path.clone(),
-                line: end.chain.lines,
+                line: end.known.chain.lines,
                 what: "and perhaps others are gone: the log was cut while it was written",
             });
         }
-        if len > end.len {
-            // What was read stays known, should this fail.
-            let mut chain = end.chain.clone();
-            chain.walk(&end.file, end.len, &self.path, |_, _| {})?;
-            (end.chain, end.len) = (chain, len);
-        }
-        if end.chain.torn || end.chain.crashed {
+        // What was known stays so, should this fail.
+        let mut known = end.known.clone();
+        known.read_on(&end.file, len, &self.path, |_, _| {})?;
+        if !known.chain.is_whole() {
             // A crash in the middle of a line. It stays as it is, and the next record says so.
-            self.append(end, RECOVERED, &json!({}))?;
+            self.append(&mut end.file, &mut known, RECOVERED, &json!({}))?;
         }
+        end.known = known;
         Ok(())
     }
 
-    fn append(&self, end: &mut End, event: &str, fields: &Value) -> Result<(), AuditError> {
+    fn append(
+        &self,
+        file: &mut File,
+        known: &mut Known,
+        event: &str,
+        fields: &Value,
+    ) -> Result<(), AuditError> {
+        let chain = &known.chain;
+        // The end of a torn line is one write with the record behind it.
+        let before = if chain.open { &b"\n"[..] } else { b"" };
         let mut record = Map::new();
-        let seq = end.chain.lines + 1;
+        let seq = chain.lines + 1;
         record.insert("seq".into(), seq.into());
         let time = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
         record.insert("time".into(), time.into());
@@ -169,24 +222,28 @@ impl AuditLog {
         if let Value::Object(fields) = fields {
             record.extend(fields.clone());
         }
-        record.insert("prev".into(), hex(&end.chain.last).into());
+        if event == RECOVERED {
+            let mut torn = chain.torn.clone();
+            if chain.torn_lines > 0 {
+                torn.update(before);
+            }
+            record.insert("torn".into(), hex(&torn.finalize()).into());
+        }
+        record.insert("prev".into(), hex(&chain.last).into());
         let record = Value::Object(record).to_string();
         let last = Sha256::digest(&record).into();
-        // The end of a torn line is one write with the record behind it.
-        let before = if end.chain.torn { &b"\n"[..] } else { b"" };
         let line = [before, record.as_bytes(), b"\n"].concat();
-        let written = end.file.write_all(&line).and_then(|()| end.file.sync_data());
+        let written = file.write_all(&line).and_then(|()| file.sync_data());
         if let Err(source) = written {
             // On a full disk half a line may be there. If it stays, it is found by who comes next.
-            let _ = end.file.set_len(end.len);
+            let _ = file.set_len(known.len);
             return Err(self.failed("written")(source));
         }
-        end.len += line.len() as u64;
-        end.chain = Chain {
+        known.len += line.len() as u64;
+        known.chain = Chain {
             lines: seq,
             last,
-            torn: false,
-            crashed: false,
+            ..Chain::default()
         };
         Ok(())
     }
@@ -219,15 +276,19 @@ pub fn verify_each(
         path: path.to_owned(),
         source,
     })?;
-    // A record that is being written is not there by half.
-    let _ = flock(&file, FlockOperation::LockShared);
-    let mut found = head.is_none();
-    let mut chain = Chain::default();
-    chain.walk(&file, 0, path, |hash, record| {
-        found |= head == Some(&hex(hash));
-        record.into_iter().for_each(&mut see);
+    let len = settled_len(&file).map_err(|source| AuditError::Io {
+        action: "read",
+        path: path.to_owned(),
+        source,
     })?;
-    if chain.torn || chain.crashed {
+    let mut found = head.is_none();
+    let mut known = Known::default();
+    known.read_on(&file, len, path, |hash, record| {
+        found |= head == Some(&hex(hash));
+        see(record);
+    })?;
+    let chain = known.chain;
+    if !chain.is_whole() {
         return Err(AuditError::Broken {
             path: path.to_owned(),
             line: chain.lines,
@@ -246,74 +307,106 @@ pub fn verify_each(
     }
 }
 
-/// What is known of a log that was read up to here.
+/// How long the log is while no record is being written: so much of it does not change any more. Nobody has to wait while it is
+/// read.
+fn settled_len(file: &File) -> io::Result<u64> {
+    flock(file, FlockOperation::LockShared)?;
+    let len = file.metadata().map(|metadata| metadata.len());
+    flock(file, FlockOperation::Unlock)?;
+    len
+}
+
+/// A chain, up to somewhere in a log.
 #[derive(Clone, Debug, Default)]
 struct Chain {
     lines: u64,
-    /// The hash of the last line; zeros before the first.
+    /// The hash of the last record; zeros before the first.
     last: [u8; 32],
+    /// What follows it and is no record: its hash, and how many lines it is.
+    torn: Sha256,
+    torn_lines: u32,
     /// The last line has no end.
-    torn: bool,
-    /// It is no record.
-    crashed: bool,
+    open: bool,
 }
 
 impl Chain {
-    /// Reads on from the byte `at`.
-    fn walk(
+    /// Whether it ends with a whole record.
+    fn is_whole(&self) -> bool {
+        self.torn_lines == 0 && !self.open
+    }
+
+    /// Goes on by a line, with the end that it may have; gives what it is, if it is a record.
+    fn follow(&mut self, line: &[u8]) -> Result<Option<Map<String, Value>>, &'static str> {
+        self.lines += 1;
+        let text = line.strip_suffix(b"\n");
+        self.open = text.is_none();
+        let text = text.unwrap_or(line);
+        if self.open && line.len() as u64 == MAX_LINE {
+            return Err("is longer than any record");
+        }
+        let Ok(record) = serde_json::from_slice::<Map<String, Value>>(text) else {
+            // What a crash left, if the next record says so.
+            self.torn.update(line);
+            self.torn_lines += 1;
+            return match self.torn_lines {
+                ..=MAX_TORN => Ok(None),
+                _ => Err("is no record, and follows many that are none: this is no audit log"),
+            };
+        };
+        let is = |name: &str, value: Value| record.get(name) == Some(&value);
+        if !is("prev", hex(&self.last).into()) {
+            return Err("does not follow the one before it: one of them was changed, or lines are missing");
+        }
+        if !is("seq", self.lines.into()) {
+            return Err("has not its number");
+        }
+        let recovers = is("event", RECOVERED.into());
+        if recovers && !is("torn", hex(&self.torn.clone().finalize()).into()) {
+            return Err("tells of other lines that a crash has left than those before it");
+        }
+        if self.torn_lines > 0 && !recovers {
+            return Err("follows one that is no record");
+        }
+        self.last = Sha256::digest(text).into();
+        (self.torn, self.torn_lines) = (Sha256::new(), 0);
+        Ok(Some(record))
+    }
+}
+
+impl Known {
+    /// Reads on, up to the byte `len`; shows each record, and its hash.
+    fn read_on(
         &mut self,
         mut file: &File,
-        at: u64,
+        len: u64,
         path: &Path,
-        mut seen: impl FnMut(&[u8; 32], Option<&Map<String, Value>>),
+        mut see: impl FnMut(&[u8; 32], &Map<String, Value>),
     ) -> Result<(), AuditError> {
         let io_error = |source| AuditError::Io {
             action: "read",
             path: path.to_owned(),
             source,
         };
-        file.seek(SeekFrom::Start(at)).map_err(io_error)?;
-        let mut reader = BufReader::new(file);
-        // A line that is no record is what a crash left, if the next one says so.
+        file.seek(SeekFrom::Start(self.len)).map_err(io_error)?;
+        let mut reader = BufReader::new(file.take(len.saturating_sub(self.len)));
+        let mut line = Vec::new();
         loop {
-            let mut line = Vec::new();
+            line.clear();
             let mut bounded = (&mut reader).take(MAX_LINE);
-            if bounded.read_until(b'\n', &mut line).map_err(io_error)? == 0 {
-                break;
+            let read = bounded.read_until(b'\n', &mut line).map_err(io_error)?;
+            if read == 0 {
+                return Ok(());
             }
-            self.lines += 1;
-            let broken = |what| AuditError::Broken {
+            self.len += read as u64;
+            let followed = self.chain.follow(&line).map_err(|what| AuditError::Broken {
                 path: path.to_owned(),
-                line: self.lines,
+                line: self.chain.lines,
                 what,
-            };
-            self.torn = line.pop_if(|byte| *byte == b'\n').is_none();
-            if self.torn && line.len() as u64 == MAX_LINE {
-                return Err(broken("is longer than any record"));
+            })?;
+            if let Some(record) = followed {
+                see(&self.chain.last, &record);
             }
-            let record: Option<Map<String, Value>> = serde_json::from_slice(&line).ok();
-            match &record {
-                Some(record) => {
-                    if record.get("prev") != Some(&hex(&self.last).into()) {
-                        return Err(broken(
-                            "does not follow the one before it: one of them was changed, or lines are missing",
-                        ));
-                    }
-                    if record.get("seq") != Some(&self.lines.into()) {
-                        return Err(broken("has not its number"));
-                    }
-                    if self.crashed && record.get("event") != Some(&RECOVERED.into()) {
-                        return Err(broken("follows one that is no record"));
-                    }
-                }
-                None if self.crashed => return Err(broken("is no record, and follows one that is none")),
-                None => {}
-            }
-            self.crashed = record.is_none();
-            self.last = Sha256::digest(&line).into();
-            seen(&self.last, record.as_ref());
         }
-        Ok(())
     }
 }
 
@@ -387,15 +480,89 @@ mod tests {
             );
             log_of(&dir, 1);
             assert_eq!(verify(&path, None).unwrap().records, 4, "{cut}");
+            let recovered = fs::read(&path).unwrap();
 
-            // And where a recovery came no further than the end of that line.
+            // And where a recovery came no further than the end of that line, or into its own.
             fs::write(&path, [&whole[..whole.len() - cut], b"\n"].concat()).unwrap();
             if cut > 1 {
                 assert!(verify(&path, None).is_err(), "{cut}");
                 log_of(&dir, 1);
                 assert_eq!(verify(&path, None).unwrap().records, 4, "{cut}");
+                fs::write(&path, &recovered[..whole.len() - cut + 1 + cut]).unwrap();
+                assert!(verify(&path, None).is_err(), "{cut}");
+                log_of(&dir, 1);
+                assert_eq!(verify(&path, None).unwrap().records, 5, "{cut}");
             }
         }
+    }
+
+    /// The records before a torn line hang on those behind it by nothing but what the next one tells.
+    #[test]
+    fn what_was_before_a_crash_cannot_be_written_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = log_of(&dir, 3);
+        let whole = fs::read(&path).unwrap();
+        fs::write(&path, &whole[..whole.len() - 20]).unwrap();
+        log_of(&dir, 1);
+        let whole = fs::read(&path).unwrap();
+        let head = verify(&path, None).unwrap().head;
+        for at in 0..whole.len() {
+            let mut changed = whole.clone();
+            changed[at] ^= 1;
+            fs::write(&path, &changed).unwrap();
+            assert!(verify(&path, Some(&head)).is_err(), "byte {at}");
+        }
+        let lines: Vec<&[u8]> = whole.split_inclusive(|byte| *byte == b'\n').collect();
+        fs::remove_file(&path).unwrap();
+        let forged = AuditLog::open(&path).unwrap();
+        (7..9).for_each(|n| note(&forged, n).unwrap());
+        let forged = fs::read(&path).unwrap();
+        assert_eq!(forged.iter().filter(|byte| **byte == b'\n').count(), 2);
+        fs::write(&path, [&forged, &lines[2..].concat()[..]].concat()).unwrap();
+        assert!(matches!(
+            verify(&path, Some(&head)),
+            Err(AuditError::Broken { line: 4, .. })
+        ));
+    }
+
+    #[test]
+    fn what_is_no_audit_log_is_not_gone_on_with() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("audit.log");
+        fs::write(&path, "a line\n".repeat(100)).unwrap();
+        assert!(matches!(AuditLog::open(&path), Err(AuditError::Broken { .. })));
+    }
+
+    #[test]
+    fn a_log_that_is_somewhere_else_is_not_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("audit.log");
+        let log = AuditLog::open(&path).unwrap();
+        note(&log, 1).unwrap();
+        let moved = dir.path().join("audit.log.1");
+        fs::rename(&path, &moved).unwrap();
+        assert!(matches!(note(&log, 2), Err(AuditError::Moved { .. })));
+        // Nor is it where another has begun one.
+        note(&AuditLog::open(&path).unwrap(), 3).unwrap();
+        assert!(matches!(note(&log, 4), Err(AuditError::Moved { .. })));
+        fs::rename(&moved, &path).unwrap();
+        note(&log, 5).unwrap();
+        assert_eq!(verify(&path, None).unwrap().records, 2);
+    }
+
+    /// Who only reads holds up nobody.
+    #[test]
+    fn a_log_is_written_while_it_is_verified() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = log_of(&dir, 1);
+        let log = AuditLog::open(&path).unwrap();
+        let mut seen = 0;
+        let verified = verify_each(&path, None, |_| {
+            seen += 1;
+            note(&log, seen).unwrap();
+        });
+        assert_eq!((seen, verified.unwrap().records), (1, 1));
+        assert_eq!(verify(&path, None).unwrap().records, 2);
     }
 
     #[test]

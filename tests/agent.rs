@@ -318,17 +318,23 @@ fn keys_wait_while_the_audit_log_cannot_be_written() {
             .provider(Purpose::Attach)
             .unwrap(&binding(&key_id), &wrapped)
     };
-    for _ in 0..2 {
+    let refused = |why: &str| {
         let error = unwrap().unwrap_err();
         assert_eq!(error.reason, KeyReason::Failed);
-        assert!(
-            std::error::Error::source(&error)
-                .unwrap()
-                .to_string()
-                .contains("NotAudited")
-        );
+        let cause = std::error::Error::source(&error).unwrap().to_string();
+        assert!(cause.contains("audit log") && cause.contains(why), "{cause}");
+    };
+    for _ in 0..2 {
+        refused("cannot be written");
     }
     limit(None);
+    assert!(unwrap().unwrap().ct_eq(&secret));
+    // A log that somebody has moved would be read by nobody.
+    let (log, moved) = (agent.path("state/audit.log"), agent.path("moved"));
+    fs::rename(&log, &moved).unwrap();
+    refused("moved");
+    assert!(!log.exists());
+    fs::rename(&moved, &log).unwrap();
     assert!(unwrap().unwrap().ct_eq(&secret));
     assert_eq!(agent.audit().pop().unwrap()["event"], "KeyReleased");
 }

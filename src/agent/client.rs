@@ -68,6 +68,8 @@ struct Cause {
 enum Refusal {
     #[error("user {user} lacks the privilege {privilege}")]
     NotPermitted { privilege: String, user: u32 },
+    #[error("it gives out nothing that its audit log does not tell of, and that cannot be written: {reason}")]
+    NotAudited { reason: String },
     #[error("the agent says {0}")]
     Other(MethodError),
 }
@@ -341,6 +343,13 @@ impl Client {
                 let user = field("user").and_then(Value::as_u64).unwrap_or(0) as u32;
                 let refusal = Refusal::NotPermitted { privilege, user };
                 return self.fail(provider, KeyReason::NotPermitted).because(refusal);
+            }
+            ".NotAudited" => {
+                let reason = error.parameters.get("reason").and_then(Value::as_str);
+                let reason = reason.unwrap_or("?").to_owned();
+                return self
+                    .fail(provider, KeyReason::Failed)
+                    .because(Refusal::NotAudited { reason });
             }
             _ => {}
         }

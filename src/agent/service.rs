@@ -355,16 +355,18 @@ impl Service {
         self.audit(event, Value::Object(fields))
     }
 
-    /// Writes down what happened, then tells it.
+    /// Writes down what happened, then tells it. What is not written down is not done.
     pub(super) fn audit(&self, event: Event, fields: Value) -> Result<(), MethodError> {
-        let told = self.audit.record(event, &fields);
-        self.events.tell(event, &fields);
-        told.map_err(|error| {
+        let recorded = self
+            .audit
+            .record(event, &fields)
+            .inspect(|()| self.events.tell(event, &fields));
+        recorded.map_err(|error| {
             let cause = error
                 .source()
                 .map(|cause| format!(": {cause}"))
                 .unwrap_or_default();
-            tracing::error!("{error}{cause}");
+            tracing::error!(unrecorded = %event, %fields, "{error}{cause}");
             MethodError::new(
                 INTERFACE,
                 "NotAudited",

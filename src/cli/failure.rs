@@ -300,7 +300,9 @@ impl Failure {
             | Self::Broker(BrokerError::Audit(error))
             | Self::Audit(error) => match error {
                 AuditError::Io { .. } => STORAGE,
-                AuditError::Broken { .. } | AuditError::HeadNotFound { .. } => VOLUME,
+                AuditError::Broken { .. } | AuditError::Moved { .. } | AuditError::HeadNotFound { .. } => {
+                    VOLUME
+                }
             },
             Self::Config(_) => USAGE,
             Self::Confirm { .. } | Self::NoPolicy | Self::OneDisk | Self::NotDue | Self::OwnHeader { .. } => {
