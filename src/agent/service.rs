@@ -2,11 +2,13 @@
 
 use std::error::Error;
 use std::path::Path;
+use std::time::Duration;
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
+use uuid::Uuid;
 
 use super::Purpose;
 use super::certificates::Certificates;
@@ -38,9 +40,11 @@ pub(super) struct Service {
     registered: Registered,
     certificates: Certificates,
     pub(super) index: Index,
-    refusals: Refusals,
-    /// Of those who have a privilege: what they ask for need not be there.
-    failures: Refusals,
+    /// By user.
+    refusals: Refusals<u32>,
+    /// Of those who have a privilege, since what they ask for need not be there. All disks of a host may be one user's, and of each
+    /// it has to be told why it has no key.
+    failures: Refusals<(u32, Option<Uuid>, KeyReason)>,
 }
 
 pub(super) type Answered = Result<Answer, MethodError>;
@@ -55,8 +59,8 @@ impl Service {
             audit,
             events: Events::default(),
             certificates: Certificates::default(),
-            refusals: Refusals::default(),
-            failures: Refusals::default(),
+            refusals: Refusals::new(100, Duration::from_secs(60)),
+            failures: Refusals::new(10, Duration::from_secs(3600)),
         }
     }
 
@@ -339,7 +343,8 @@ impl Service {
             KeyReason::Host => Event::KeyRefusedByHost,
             _ => Event::KeyFailed,
         };
-        if let Some(suppressed) = self.failures.admit(peer.user) {
+        let volume = subject["volume"].as_str().and_then(|uuid| uuid.parse().ok());
+        if let Some(suppressed) = self.failures.admit((peer.user, volume, told.reason)) {
             self.audited(event, peer, suppressed.told_in(fields))?;
         }
         Err(failure(&error))

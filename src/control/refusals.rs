@@ -1,36 +1,65 @@
 //! Which refusals and failures are told: whoever asks for what is not to be had could fill a log with them.
 
 use std::collections::HashMap;
+use std::hash::Hash;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-/// How many refusals of a user are told at once, and how often one more.
-const AT_ONCE: u32 = 100;
-const INTERVAL: Duration = Duration::from_secs(60);
+/// How many kinds are told apart. Beyond them, a new one is told when an old one has been quiet for long enough.
+const MAX_KINDS: usize = 4096;
 
-/// What was told of the refusals of each user.
-#[derive(Debug, Default)]
-pub struct Refusals(Mutex<HashMap<u32, OfUser>>);
+/// What was told of each kind of refusal: of each user, say.
+#[derive(Debug)]
+pub struct Refusals<K> {
+    at_once: u32,
+    interval: Duration,
+    kinds: Mutex<HashMap<K, Told>>,
+}
 
-/// How many refusals of the same user were not told since the last one that was.
+/// How many refusals of the same kind were not told since the last one that was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Suppressed(u64);
 
+/// What was told of a kind.
 #[derive(Debug)]
-struct OfUser {
+struct Told {
     /// How many more may be, as of when.
     room: u32,
     since: Instant,
     suppressed: u64,
 }
 
-impl Refusals {
-    /// What goes with a refusal of `user` that is to be told, or none if it is not to be.
-    pub fn admit(&self, user: u32) -> Option<Suppressed> {
-        let mut users = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        users.entry(user).or_insert_with(OfUser::new).admit()
+impl<K: Eq + Hash> Refusals<K> {
+    /// So many of a kind are told at once, and one more after each interval.
+    pub fn new(at_once: u32, interval: Duration) -> Self {
+        Self {
+            at_once,
+            interval,
+            kinds: Mutex::default(),
+        }
+    }
+
+    /// What goes with a refusal that is to be told, or none if it is not to be.
+    pub fn admit(&self, kind: K) -> Option<Suppressed> {
+        let mut kinds = self.kinds.lock().unwrap_or_else(PoisonError::into_inner);
+        if kinds.len() >= MAX_KINDS && !kinds.contains_key(&kind) {
+            kinds.retain(|_, told| {
+                told.make_room(self.at_once, self.interval);
+                told.room < self.at_once
+            });
+            if kinds.len() >= MAX_KINDS {
+                return None;
+            }
+        }
+        let told = kinds.entry(kind).or_insert_with(|| Told {
+            room: self.at_once,
+            since: Instant::now(),
+            suppressed: 0,
+        });
+        told.make_room(self.at_once, self.interval);
+        told.admit()
     }
 }
 
@@ -44,22 +73,17 @@ impl Suppressed {
     }
 }
 
-impl OfUser {
-    fn new() -> Self {
-        Self {
-            room: AT_ONCE,
-            since: Instant::now(),
-            suppressed: 0,
+impl Told {
+    fn make_room(&mut self, at_once: u32, interval: Duration) {
+        let passed = self.since.elapsed().as_secs() / interval.as_secs();
+        if passed > 0 {
+            self.room =
+                u32::try_from(passed).map_or(at_once, |passed| at_once.min(self.room.saturating_add(passed)));
+            self.since = Instant::now();
         }
     }
 
     fn admit(&mut self) -> Option<Suppressed> {
-        let passed = self.since.elapsed().as_secs() / INTERVAL.as_secs();
-        if passed > 0 {
-            self.room =
-                u32::try_from(passed).map_or(AT_ONCE, |passed| AT_ONCE.min(self.room.saturating_add(passed)));
-            self.since = Instant::now();
-        }
         match self.room.checked_sub(1) {
             Some(room) => {
                 self.room = room;
@@ -77,22 +101,37 @@ impl OfUser {
 mod tests {
     use super::*;
 
+    const INTERVAL: Duration = Duration::from_secs(60);
+
     #[test]
     fn refusals_are_told_until_they_are_too_many_and_counted_then() {
-        let mut user = OfUser::new();
+        let refusals = Refusals::new(3, INTERVAL);
+        let later = |intervals: u32| {
+            let mut kinds = refusals.kinds.lock().unwrap();
+            kinds
+                .values_mut()
+                .for_each(|told| told.since -= intervals * INTERVAL);
+        };
+        let admit = |times: usize| (0..times).map(|_| refusals.admit(7)).collect::<Vec<_>>();
         let told = |suppressed| Some(Suppressed(suppressed));
-        for _ in 0..AT_ONCE {
-            assert_eq!(user.admit(), told(0));
-        }
-        assert_eq!((user.admit(), user.admit()), (None, None));
-        user.since -= 3 * INTERVAL;
-        assert_eq!(user.admit(), told(2));
-        assert_eq!(
-            (user.admit(), user.admit(), user.admit()),
-            (told(0), told(0), None)
-        );
-        user.since -= 10_000 * INTERVAL;
-        assert_eq!(user.admit(), told(1));
-        assert_eq!(user.room, AT_ONCE - 1);
+        assert_eq!(admit(5), [told(0), told(0), told(0), None, None]);
+        // Others have room of their own.
+        assert_eq!(refusals.admit(8), told(0));
+        later(2);
+        assert_eq!(admit(3), [told(2), told(0), None]);
+        later(10_000);
+        assert_eq!(admit(4), [told(1), told(0), told(0), None]);
+    }
+
+    #[test]
+    fn kinds_without_end_take_no_memory_without_end() {
+        let refusals = Refusals::new(1, INTERVAL);
+        let told = (0..2 * MAX_KINDS).filter(|kind| refusals.admit(*kind).is_some());
+        assert_eq!(told.count(), MAX_KINDS);
+        let mut kinds = refusals.kinds.lock().unwrap();
+        kinds.values_mut().for_each(|told| told.since -= INTERVAL);
+        drop(kinds);
+        assert!(refusals.admit(2 * MAX_KINDS).is_some());
+        assert_eq!(refusals.kinds.lock().unwrap().len(), 1);
     }
 }

@@ -103,7 +103,8 @@ impl LockStatus {
 pub struct Interface {
     served: Arc<Served>,
     grants: Grants,
-    refusals: Refusals,
+    /// By user.
+    refusals: Refusals<u32>,
 }
 
 #[derive(Deserialize)]
@@ -121,7 +122,7 @@ impl Interface {
         Self {
             served,
             grants,
-            refusals: Refusals::default(),
+            refusals: Refusals::new(100, Duration::from_secs(60)),
         }
     }
 
