@@ -17,10 +17,9 @@ use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::SystemTime;
 
 use rustix::fs::{FlockOperation, flock};
-use rustix::io::Errno;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
@@ -31,9 +30,6 @@ use crate::keys::private;
 const RECOVERED: &str = "LogRecovered";
 /// How many lines one after the other may be no records: a crash may come again while the record of it is written.
 const MAX_TORN: u32 = 16;
-/// How long a record waits for another process that has the log.
-const PATIENCE: Duration = Duration::from_secs(10);
-const PAUSE: Duration = Duration::from_millis(1);
 /// The longest line: what comes from callers is bounded by the length of a message.
 const MAX_LINE: u64 = 4 << 20;
 
@@ -152,15 +148,8 @@ impl AuditLog {
     /// Does `work` at the end of the log, which no other process changes meanwhile.
     fn locked<T>(&self, work: impl FnOnce(&mut End) -> Result<T, AuditError>) -> Result<T, AuditError> {
         let mut end = self.end.lock().unwrap_or_else(PoisonError::into_inner);
-        let begun = Instant::now();
-        loop {
-            match flock(&end.file, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) => break,
-                Err(Errno::INTR) => {}
-                Err(Errno::WOULDBLOCK) if begun.elapsed() < PATIENCE => std::thread::sleep(PAUSE),
-                Err(error) => return Err(self.failed("locked")(error.into())),
-            }
-        }
+        claim(&end.file, FlockOperation::LockExclusive)
+            .map_err(|error| self.failed("locked")(error.into()))?;
         let done = self
             .is_in_place(&end.file)
             .and_then(|()| self.catch_up(&mut end))
@@ -310,10 +299,16 @@ pub fn verify_each(
 /// How long the log is while no record is being written: so much of it does not change any more. Nobody has to wait while it is
 /// read.
 fn settled_len(file: &File) -> io::Result<u64> {
-    flock(file, FlockOperation::LockShared)?;
+    // A copy may lie where there are no locks, and nobody writes it.
+    let _ = claim(file, FlockOperation::LockShared);
     let len = file.metadata().map(|metadata| metadata.len());
-    flock(file, FlockOperation::Unlock)?;
+    let _ = flock(file, FlockOperation::Unlock);
     len
+}
+
+/// Waits for the file's lock, behind those who came before. All who take it have it for a moment.
+fn claim(file: &File, how: FlockOperation) -> rustix::io::Result<()> {
+    rustix::io::retry_on_intr(|| flock(file, how))
 }
 
 /// A chain, up to somewhere in a log.
