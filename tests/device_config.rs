@@ -3,12 +3,13 @@
 mod common;
 
 use common::driver::{
-    Driver, F_BLK_SIZE, F_CONFIG_WCE, F_EVENT_IDX, F_FLUSH, F_INDIRECT_DESC, F_MQ, F_RO, F_SEG_MAX,
-    F_SIZE_MAX, F_TOPOLOGY, F_VERSION_1, F_WRITE_ZEROES, Setup,
+    Data, Driver, F_BLK_SIZE, F_CONFIG_WCE, F_DISCARD, F_EVENT_IDX, F_FLUSH, F_INDIRECT_DESC, F_MQ, F_RO,
+    F_SEG_MAX, F_SIZE_MAX, F_TOPOLOGY, F_VERSION_1, F_WRITE_ZEROES, S_IOERR, S_OK, Setup, T_IN, T_OUT,
 };
 use common::frontend::{
-    F_PROTOCOL_FEATURES, GET_CONFIG, GET_MAX_MEM_SLOTS, GET_QUEUE_NUM, PROTOCOL_BACKEND_REQ, PROTOCOL_CONFIG,
-    PROTOCOL_CONFIGURE_MEM_SLOTS, PROTOCOL_MQ, PROTOCOL_REPLY_ACK, PROTOCOL_RESET_DEVICE, SET_CONFIG, config,
+    F_PROTOCOL_FEATURES, Frontend, GET_CONFIG, GET_MAX_MEM_SLOTS, GET_QUEUE_NUM, PROTOCOL_BACKEND_REQ,
+    PROTOCOL_CONFIG, PROTOCOL_CONFIGURE_MEM_SLOTS, PROTOCOL_MQ, PROTOCOL_REPLY_ACK, PROTOCOL_RESET_DEVICE,
+    SET_CONFIG, SET_FEATURES, SET_VRING_NUM, config, vring_state,
 };
 use common::serve::Server;
 use common::volume::{MIB, Volume};
@@ -34,7 +35,6 @@ fn device_offers_what_the_specification_has_for_it() {
         F_BLK_SIZE,
         F_FLUSH,
         F_TOPOLOGY,
-        F_CONFIG_WCE,
         F_MQ,
         F_WRITE_ZEROES,
         F_INDIRECT_DESC,
@@ -141,21 +141,18 @@ fn ranges_past_any_configuration_space_are_refused() {
 }
 
 #[test]
-fn only_the_write_cache_can_be_set() {
+fn nothing_in_the_configuration_space_can_be_set() {
     let server = Server::new();
     let driver = server.connect();
     let whole = driver.frontend.config(0, 60).unwrap();
-    let set = |offset: u32, bytes: &[u8]| {
-        driver
-            .frontend
-            .try_tell(SET_CONFIG, &config(offset, 0, bytes), &[])
-    };
-    let refused: [(u32, &[u8]); 9] = [
+    let refused: [(u32, &[u8]); 11] = [
         (0, &[0; 8]),
         (0, &[0; 60]),
         (0, &[1]),
         (8, &[0; 4]),
         (31, &[0; 2]),
+        (32, &[0]),
+        (32, &[1]),
         (32, &[0; 2]),
         (32, &[7]),
         (32, &[]),
@@ -164,51 +161,103 @@ fn only_the_write_cache_can_be_set() {
     // Refused, and the session goes on: QEMU passes on what a guest writes, and a guest must not end its own disk.
     for (offset, bytes) in refused {
         assert!(
-            set(offset, bytes).is_some_and(|ack| ack != 0),
+            set(&driver, offset, bytes).is_some_and(|ack| ack != 0),
             "{} bytes at {offset}",
             bytes.len()
         );
         assert_eq!(driver.frontend.config(0, 60).unwrap(), whole);
     }
-    for on in [0, 0, 1, 0, 1, 1] {
-        assert_eq!(set(WRITEBACK, &[on]), Some(0));
-        assert_eq!(field(&driver, WRITEBACK), [on]);
-    }
-    assert_eq!(driver.frontend.config(0, 60).unwrap(), whole);
     server.still_serves_both(driver);
 }
 
-/// A driver does not repeat its choice when its front-end reconnects, and sends no flushes any more.
+/// A guest that was started with an earlier build may still switch the cache; each of its writes is durable anyway.
 #[test]
-fn the_choice_of_writethrough_outlives_the_front_end() {
+fn a_guest_that_once_agreed_on_config_wce_may_write_the_field() {
     let server = Server::new();
-    let driver = server.connect();
-    driver.frontend.tell(SET_CONFIG, &config(WRITEBACK, 0, &[0]), &[]);
-    drop(driver);
-    assert_eq!(field(&server.connect(), WRITEBACK), [0]);
+    let driver = server.connect_with(Setup {
+        kept: F_CONFIG_WCE,
+        ..Setup::default()
+    });
+    for on in [0, 0, 1, 0, 1, 1] {
+        assert_eq!(set(&driver, WRITEBACK, &[on]), Some(0));
+    }
+    for (offset, bytes) in [(WRITEBACK, &[2][..]), (WRITEBACK, &[0, 0]), (0, &[0])] {
+        assert!(set(&driver, offset, bytes).is_some_and(|ack| ack != 0));
+    }
+    server.still_serves_both(driver);
 }
 
-/// QEMU reads the field once, keeps it over resets of the guest, and does not repeat what a guest wrote: what it was told
-/// has to stay true whatever driver comes in between, and firmware's own mode must not show.
+fn set(driver: &Driver, offset: u32, bytes: &[u8]) -> Option<u64> {
+    driver
+        .frontend
+        .try_tell(SET_CONFIG, &config(offset, 0, bytes), &[])
+}
+
+/// The session ended with "message 2 of the front-end is not valid or not offered", which named no option.
 #[test]
-fn firmware_in_between_neither_ends_a_choice_nor_shows_as_one() {
-    let server = Server::new();
-    let firmware = || {
-        Driver::with(
-            server.socket(),
-            Setup {
-                features: F_VERSION_1 | F_PROTOCOL_FEATURES,
-                ..Setup::default()
-            },
-        )
-    };
-    assert_eq!(field(&firmware(), WRITEBACK), [1]);
-    let driver = server.connect();
-    driver.frontend.tell(SET_CONFIG, &config(WRITEBACK, 0, &[0]), &[]);
+fn a_running_guest_that_was_told_other_options_is_refused_with_the_option() {
+    for (args, kept, says) in [
+        (&[][..], F_DISCARD, "discard (--discard)"),
+        (&[], F_RO, "read-only (--read-only)"),
+        (
+            &["--read-only"],
+            F_WRITE_ZEROES | F_CONFIG_WCE,
+            "a write cache (not with --read-only), write zeroes (not with --read-only)",
+        ),
+        (&[], 1 << 40, "bit 40"),
+    ] {
+        let server = Server::of(Volume::new(), args);
+        let mut frontend = Frontend::connect(server.socket());
+        let features = kept | frontend.negotiate_protocol(!0, !0);
+        frontend.send(SET_FEATURES, 0, &features.to_ne_bytes(), &[]);
+        frontend.wait_closed();
+        assert_eq!(server.connect().run(T_IN, 0, Data::In(512)).status, S_OK);
+        let told = server.stop().stderr;
+        assert!(told.contains(says) && told.contains("start it anew"), "{told}");
+    }
+}
+
+/// QEMU does not ask for the configuration again when it reconnects: the guest's requests failed, and nothing was told.
+#[test]
+fn requests_of_a_guest_that_was_told_of_another_disk_are_refused_and_it_is_told_once() {
+    let read_only = Server::of(Volume::new(), &["--read-only"]);
+    let mut driver = read_only.connect();
+    for _ in 0..3 {
+        assert_eq!(driver.run(T_OUT, 0, Data::Out(&[1; 512])).status, S_IOERR);
+    }
+    let end = driver.capacity();
+    assert_eq!(driver.run(T_IN, end, Data::In(512)).status, S_IOERR);
     drop(driver);
-    assert_eq!(field(&firmware(), WRITEBACK), [0]);
-    let driver = server.connect();
-    assert_eq!(field(&driver, WRITEBACK), [0]);
-    driver.frontend.tell(SET_CONFIG, &config(WRITEBACK, 0, &[1]), &[]);
-    assert_eq!(field(&driver, WRITEBACK), [1]);
+    let told = read_only.stop().stderr;
+    assert_eq!(
+        told.matches("takes this disk for another one").count(),
+        1,
+        "{told}"
+    );
+    assert!(
+        told.contains("the disk is read-only") && told.contains("--read-only"),
+        "{told}"
+    );
+}
+
+/// QEMU says so itself and gives up; sealblk said that a front-end had left.
+#[test]
+fn a_front_end_that_wants_more_queues_is_told_of_the_option() {
+    let server = Server::of(Volume::new(), &["--num-queues", "2"]);
+    let mut frontend = Frontend::connect(server.socket());
+    frontend.negotiate_protocol(!0, !0);
+    assert_eq!(frontend.ask(GET_QUEUE_NUM, &[]).u64(), 2);
+    drop(frontend);
+    server.wait_idle();
+    let mut frontend = Frontend::connect(server.socket());
+    frontend.negotiate(!0, !0);
+    frontend.send(SET_VRING_NUM, 0, &vring_state(2, 128), &[]);
+    frontend.wait_closed();
+    server.still_serves();
+    let told = server.stop().stderr;
+    assert!(told.contains("it may stay: --num-queues"), "{told}");
+    assert!(
+        told.contains("queue 2 is one too many: there are 2 (--num-queues)"),
+        "{told}"
+    );
 }

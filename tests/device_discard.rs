@@ -272,17 +272,17 @@ fn flush_works_on_every_disk() {
     }
 }
 
+/// A guest that had switched its cache off sent no flushes any more, and after a restart of the server its writes were not
+/// durable either: the choice was in the process's memory. A driver that cannot flush, or that may have chosen so once,
+/// has each write on stable storage before it is answered, in every process.
 #[test]
-fn writes_are_durable_before_completion_when_the_cache_is_off() {
+fn writes_of_a_driver_that_may_not_flush_are_durable_also_after_a_restart() {
     let mut volume = Volume::new();
     let Some(device) = LoopDevice::over(&volume.path, 512) else {
         eprintln!("skipped: no loop device can be had here");
         return;
     };
     volume.path = device.path().to_owned();
-    let server = Server::with(&volume, &[]);
-    let mut driver = server.connect();
-    assert_ne!(driver.features & F_CONFIG_WCE, 0);
     let flushes_of = |driver: &mut Driver, run: &dyn Fn(&mut Driver)| {
         let before = device.flushes();
         run(driver);
@@ -293,54 +293,48 @@ fn writes_are_durable_before_completion_when_the_cache_is_off() {
     let zero =
         |driver: &mut Driver| assert_eq!(driver.run_ranges(T_WRITE_ZEROES, &[(64, 8, 0)]).status, S_OK);
     let flush = |driver: &mut Driver| driver.flush();
-    let writeback = |driver: &mut Driver, on: u8| {
-        driver.frontend.tell(
-            common::frontend::SET_CONFIG,
-            &common::frontend::config(32, 0, &[on]),
-            &[],
-        );
-        assert_eq!(driver.frontend.config(32, 1).unwrap(), [on]);
-    };
-
-    assert_eq!(
-        driver.frontend.config(32, 1).unwrap(),
-        [1],
-        "the cache is on at first"
-    );
-    assert_eq!(flushes_of(&mut driver, &write), 0, "a write with the cache on");
-    assert!(flushes_of(&mut driver, &flush) > 0, "a flush");
-    // What the cache holds is written back as it is switched off.
-    driver.write(0, &bytes);
-    assert!(
-        flushes_of(&mut driver, &|driver| writeback(driver, 0)) > 0,
-        "switching the cache off"
-    );
-    assert!(flushes_of(&mut driver, &write) > 0, "a write with the cache off");
-    assert!(
-        flushes_of(&mut driver, &zero) > 0,
-        "write zeroes with the cache off"
-    );
-    writeback(&mut driver, 1);
-    assert_eq!(
-        flushes_of(&mut driver, &write),
-        0,
-        "a write with the cache on again"
-    );
-    driver.still_serves();
-    drop(driver);
-
-    // A driver that knows neither flush nor the cache's switch cannot make anything durable: it gets write-through.
-    let features = !(F_FLUSH | F_CONFIG_WCE);
-    let mut driver = server.connect_with(Setup {
-        features,
-        ..Setup::default()
-    });
-    assert!(
-        flushes_of(&mut driver, &write) > 0,
-        "a write of a driver without flush"
-    );
-    assert_eq!(driver.run(T_OUT, 8, Data::Out(&bytes)).status, S_OK);
-    assert_eq!(driver.run(T_FLUSH, 0, Data::None).used_len, 1);
-    drop(driver);
-    server.stop();
+    // What they may have and what they keep from before.
+    let (all, cannot_flush) = (!F_CONFIG_WCE, !(F_FLUSH | F_CONFIG_WCE));
+    for _ in 0..2 {
+        let server = Server::with(&volume, &[]);
+        for (features, kept, through) in [
+            (all, 0, false),
+            (all, F_CONFIG_WCE, true),
+            (cannot_flush, 0, true),
+            (all, 0, false),
+        ] {
+            let mut driver = server.connect_with(Setup {
+                features,
+                kept,
+                ..Setup::default()
+            });
+            let kind = format!("features {:#x}", driver.features);
+            assert_eq!(
+                flushes_of(&mut driver, &write) > 0,
+                through,
+                "a write with {kind}"
+            );
+            assert_eq!(
+                flushes_of(&mut driver, &zero) > 0,
+                through,
+                "write zeroes with {kind}"
+            );
+            assert!(flushes_of(&mut driver, &flush) > 0, "a flush with {kind}");
+            driver.still_serves();
+            drop(driver);
+            server.wait_idle();
+        }
+        // What was written back to a cache before it came, a driver that cannot flush finds on stable storage.
+        let mut driver = server.connect();
+        driver.write(0, &bytes);
+        let before = device.flushes();
+        drop(driver);
+        let driver = server.connect_with(Setup {
+            kept: F_CONFIG_WCE,
+            ..Setup::default()
+        });
+        assert!(device.flushes() > before);
+        drop(driver);
+        server.stop();
+    }
 }

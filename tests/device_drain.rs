@@ -7,8 +7,8 @@ mod common;
 
 use common::driver::{Data, Driver, Pending, S_OK, SECTOR, Setup, T_IN, T_OUT};
 use common::frontend::{
-    GET_VRING_BASE, NEED_REPLY, RESET_DEVICE, SET_CONFIG, SET_FEATURES, SET_MEM_TABLE, SET_VRING_ENABLE,
-    config, mem_table, vring_state,
+    GET_VRING_BASE, NEED_REPLY, RESET_DEVICE, SET_FEATURES, SET_MEM_TABLE, SET_VRING_ENABLE, mem_table,
+    vring_state,
 };
 use common::serve::{SEALBLK, Server};
 use common::storage::{Filesystem, LoopDevice};
@@ -216,19 +216,6 @@ fn a_reset_waits_for_storage() {
     answers_after_the_writes(
         "RESET_DEVICE",
         |driver| driver.frontend.send(RESET_DEVICE, NEED_REPLY, &[], &[]),
-        acknowledged,
-    );
-}
-
-#[test]
-fn switching_the_write_cache_off_waits_for_storage() {
-    answers_after_the_writes(
-        "SET_CONFIG",
-        |driver| {
-            driver
-                .frontend
-                .send(SET_CONFIG, NEED_REPLY, &config(32, 0, &[0]), &[])
-        },
         acknowledged,
     );
 }

@@ -49,11 +49,76 @@ pub(super) fn features(disk: &Disk) -> u64 {
     offer(VIRTIO_BLK_F_MQ, true);
     // A read-only disk takes flushes too: firmware sends one before it boots, and gives up if that is refused.
     offer(VIRTIO_BLK_F_FLUSH, true);
-    offer(VIRTIO_BLK_F_CONFIG_WCE, !disk.read_only);
     offer(VIRTIO_BLK_F_RO, disk.read_only);
     offer(VIRTIO_BLK_F_WRITE_ZEROES, !disk.read_only);
     offer(VIRTIO_BLK_F_DISCARD, disk.discard && !disk.read_only);
     features
+}
+
+/// What front-end and driver have agreed on (SET_FEATURES), by which the session behaves. Before they have: nothing.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Agreed(u64);
+
+/// A front-end asks for features that are not offered. A running guest keeps what it was told when it started, and its
+/// front-end repeats that at each reconnect, whatever is offered by then.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the guest was told of features that this disk does not offer: {}; serve the disk with the options that it was served \
+     with when QEMU started, or stop QEMU and start it anew",
+    names(*missing)
+)]
+pub(super) struct NotOffered {
+    missing: u64,
+}
+
+impl Agreed {
+    /// Takes `features` if `disk` offers them.
+    ///
+    /// CONFIG_WCE is not offered: what a driver chooses by it is the back-end's to keep, and front-ends do not repeat it
+    /// to the next back-end. Earlier builds did offer it, and a guest that agreed on it then still comes with it.
+    ///
+    /// # Errors
+    /// If they are not offered.
+    pub(super) fn on(features: u64, disk: &Disk) -> Result<Self, NotOffered> {
+        let offered_once = u64::from(!disk.read_only) << VIRTIO_BLK_F_CONFIG_WCE;
+        match features & !self::features(disk) & !offered_once {
+            0 => Ok(Self(features)),
+            missing => Err(NotOffered { missing }),
+        }
+    }
+
+    /// The features without those that are accepted and not offered.
+    pub(super) fn offered(self) -> u64 {
+        self.0 & !(1 << VIRTIO_BLK_F_CONFIG_WCE)
+    }
+
+    /// Whether the driver has CONFIG_WCE of an earlier version.
+    pub(super) fn has_config_wce(self) -> bool {
+        self.0 & (1 << VIRTIO_BLK_F_CONFIG_WCE) != 0
+    }
+
+    /// Whether a write has to be on stable storage before it is answered (virtio 1.2 §5.2.6.2): for a driver that cannot
+    /// flush, as firmware and boot loaders are, and for one with CONFIG_WCE, which may have chosen so and then sends no
+    /// flushes.
+    pub(super) fn write_through(self) -> bool {
+        self.0 & (1 << VIRTIO_BLK_F_FLUSH) == 0 || self.has_config_wce()
+    }
+}
+
+/// Feature bits in words, with the option that they depend on.
+fn names(missing: u64) -> String {
+    const OPTIONS: [(u32, &str); 4] = [
+        (VIRTIO_BLK_F_RO, "read-only (--read-only)"),
+        (VIRTIO_BLK_F_DISCARD, "discard (--discard)"),
+        (VIRTIO_BLK_F_WRITE_ZEROES, "write zeroes (not with --read-only)"),
+        (VIRTIO_BLK_F_CONFIG_WCE, "a write cache (not with --read-only)"),
+    ];
+    let name = |bit: u32| match OPTIONS.iter().find(|(option, _)| *option == bit) {
+        Some((_, name)) => (*name).to_owned(),
+        None => format!("bit {bit}"),
+    };
+    let bits = (0..u64::BITS).filter(|&bit| missing & (1 << bit) != 0);
+    bits.map(name).collect::<Vec<_>>().join(", ")
 }
 
 /// The protocol features. REPLY_ACK is what lets a front-end know that an edge has been drained.
@@ -81,23 +146,17 @@ pub(super) fn read(disk: &Disk, num_queues: u16, offset: u32, size: u32) -> Vec<
 /// Why a write to the configuration space is refused.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ConfigError {
-    #[error(
-        "{len} bytes at offset {offset} are not writable; only `writeback`, the byte at 32, takes 0 or 1"
-    )]
+    #[error("{len} bytes at offset {offset} are not writable")]
     NotWritable { offset: u32, len: usize },
     #[error("a message of {len} bytes does not hold what it says")]
     Malformed { len: usize },
-    #[error("the write cache cannot be switched off: what it holds cannot be put on stable storage")]
-    Sync(#[source] std::io::Error),
 }
 
-/// A write to the configuration space: the write cache is all that a driver can change. No ring may run meanwhile.
-pub(super) fn write(disk: &Disk, offset: u32, bytes: &[u8]) -> Result<(), ConfigError> {
+/// A write to the configuration space. All that a driver can write is `writeback`, if it has CONFIG_WCE; it makes no
+/// difference, since each of its writes is put on stable storage anyway.
+pub(super) fn write(agreed: Agreed, offset: u32, bytes: &[u8]) -> Result<(), ConfigError> {
     match bytes {
-        [writeback @ (0 | 1)] if offset as usize == offset_of!(virtio_blk_config, wce) && !disk.read_only => {
-            disk.choose_write_cache(*writeback == 1)
-                .map_err(ConfigError::Sync)
-        }
+        [0 | 1] if offset as usize == offset_of!(virtio_blk_config, wce) && agreed.has_config_wce() => Ok(()),
         _ => Err(ConfigError::NotWritable {
             offset,
             len: bytes.len(),
@@ -131,10 +190,8 @@ fn space(disk: &Disk, num_queues: u16) -> [u8; CONFIG_LEN] {
         offset_of!(virtio_blk_config, min_io_size),
         &((PAGE / sector_size) as u16).to_le_bytes(),
     );
-    put(
-        offset_of!(virtio_blk_config, wce),
-        &[u8::from(disk.writeback_field())],
-    );
+    // A driver with FLUSH is served in writeback mode. One that looks without it flushes for nothing, at worst.
+    put(offset_of!(virtio_blk_config, wce), &[1]);
     put(
         offset_of!(virtio_blk_config, num_queues),
         &num_queues.to_le_bytes(),
@@ -191,13 +248,13 @@ mod tests {
     }
 
     #[test]
-    fn only_writeback_can_be_written() {
+    fn only_writeback_can_be_written_and_only_with_config_wce() {
         let disk = disk(false, false);
-        write(&disk, 32, &[0]).unwrap();
-        assert!(!disk.write_cache());
-        assert_eq!(read(&disk, 1, 32, 1), [0]);
-        write(&disk, 32, &[1]).unwrap();
-        assert!(disk.write_cache());
+        let agreed = |features| Agreed::on(features, &disk).unwrap();
+        let old = agreed(1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_CONFIG_WCE);
+        write(old, 32, &[0]).unwrap();
+        write(old, 32, &[1]).unwrap();
+        write(agreed(1 << VIRTIO_BLK_F_FLUSH), 32, &[0]).unwrap_err();
         for (offset, bytes) in [
             (0, &[0_u8; 8][..]),
             (32, &[2]),
@@ -205,7 +262,7 @@ mod tests {
             (32, &[0, 0]),
             (u32::MAX, &[0]),
         ] {
-            assert!(write(&disk, offset, bytes).is_err(), "{offset} {bytes:?}");
+            assert!(write(old, offset, bytes).is_err(), "{offset} {bytes:?}");
         }
     }
 

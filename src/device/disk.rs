@@ -6,7 +6,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -43,13 +43,12 @@ pub struct Disk {
     pub poll_max: Duration,
     /// The pages of each queue's pool.
     pub pool_pages: u32,
-    write_cache: AtomicBool,
-    /// What the last driver that could choose has chosen.
-    chosen: AtomicBool,
+    /// Whether it was told that a driver takes this disk for another: a driver can bring that about at any time.
+    pub(super) mismatch_told: AtomicBool,
 }
 
 impl Disk {
-    /// A locked disk whose write cache is on, as the driver of a disk with a flush command expects at first.
+    /// A locked disk.
     ///
     /// # Errors
     /// If descriptors are exhausted.
@@ -76,8 +75,7 @@ impl Disk {
             serial: padded,
             poll_max: polling::DEFAULT_MAX,
             pool_pages: worker::DEFAULT_POOL_PAGES,
-            write_cache: AtomicBool::new(true),
-            chosen: AtomicBool::new(true),
+            mismatch_told: AtomicBool::new(false),
         })
     }
 
@@ -149,46 +147,5 @@ impl Disk {
     /// The capacity in sectors.
     pub fn sectors(&self) -> u64 {
         self.sectors
-    }
-
-    /// Whether a write may be answered before it is on stable storage (virtio 1.2 §5.2.6.2, `writeback`).
-    pub fn write_cache(&self) -> bool {
-        self.write_cache.load(Ordering::Acquire)
-    }
-
-    /// What `writeback` reads as. A front-end may ask before there is a driver, and keep the answer for the one to come:
-    /// so it tells of that driver's choice alone, and not of a mode that firmware happens to need.
-    pub fn writeback_field(&self) -> bool {
-        self.chosen.load(Ordering::Acquire)
-    }
-
-    /// Takes into account which driver is at work: one that can choose the mode, one that can only flush, or, as
-    /// firmware and boot loaders are, one that can do neither and must find after a crash what it wrote.
-    ///
-    /// A choice of writethrough stands until it is taken back, whatever driver comes: QEMU keeps the field's value over
-    /// reconnects and resets of the guest, does not repeat it to us, and a driver that reads 0 sends no flushes.
-    /// It does not outlive this process: after a restart, writeback it is, and a guest that chose otherwise has to again.
-    ///
-    /// # Errors
-    /// As for [`Disk::choose_write_cache`].
-    pub fn driver_is(&self, can_choose: bool, can_flush: bool) -> io::Result<()> {
-        self.set_write_cache(self.chosen.load(Ordering::Acquire) && (can_choose || can_flush))
-    }
-
-    /// Takes the driver's choice between writeback and writethrough. No write may be in flight.
-    ///
-    /// # Errors
-    /// If what was written in writeback mode cannot be put on stable storage: the driver will not flush it any more.
-    pub fn choose_write_cache(&self, on: bool) -> io::Result<()> {
-        self.chosen.store(on, Ordering::Release);
-        self.set_write_cache(on)
-    }
-
-    fn set_write_cache(&self, on: bool) -> io::Result<()> {
-        let was_on = self.write_cache.swap(on, Ordering::AcqRel);
-        if was_on && !on && !self.read_only {
-            self.file.sync()?;
-        }
-        Ok(())
     }
 }

@@ -23,9 +23,8 @@ use rustix::fs::FileType;
 use rustix::io::Errno;
 use vhost::vhost_user::VhostUserProtocolFeatures;
 use vhost::vhost_user::message::FrontendReq;
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 
-use super::config::{self, ConfigError};
+use super::config::{self, Agreed, ConfigError, NotOffered};
 use super::disk::Disk;
 use super::message::{Message, MessageError};
 use super::rings::{Rings, Scope};
@@ -42,10 +41,14 @@ pub(super) enum GateError {
     Reply(#[source] io::Error),
     #[error("message {0} of the front-end is not valid or not offered")]
     Refused(u32),
+    #[error(transparent)]
+    Features(#[from] NotOffered),
     #[error("a memory region reaches beyond the end of its file")]
     MemoryBeyondFile,
     #[error("more than {MAX_REGIONS} memory regions")]
     TooManyRegions,
+    #[error("queue {index} is one too many: there are {queues} (--num-queues)")]
+    QueueIndex { index: usize, queues: usize },
     #[error("a queue of {0} descriptors, which is not a power of two")]
     QueueSize(u32),
     #[error("there is no room for the descriptors of a message")]
@@ -81,6 +84,7 @@ fn pass_messages(
     agree_on_acknowledgements(handler)?;
     // Whether the front-end has agreed on them.
     let mut acknowledging = false;
+    let (mut asked_for_queues, mut agreed) = (false, false);
     // Once a message has begun, the rest of it comes, or the disk could not be locked meanwhile.
     front_end
         .set_read_timeout(Some(MESSAGE_TIMEOUT))
@@ -92,8 +96,17 @@ fn pass_messages(
             continue;
         }
         let Some(mut message) = Message::receive(front_end).map_err(GateError::FrontEnd)? else {
+            if asked_for_queues && !agreed {
+                let queues = rings.count();
+                tracing::info!(
+                    queues,
+                    "it left when it heard how many queues there are; with more it may stay: --num-queues"
+                );
+            }
             return Ok(());
         };
+        asked_for_queues |= message.code() == Some(FrontendReq::GET_QUEUE_NUM);
+        agreed |= message.code() == Some(FrontendReq::SET_FEATURES);
         check(&message, rings)?;
         let (asks, wants_acknowledgement) = (asks_for_data(&message), message.needs_reply());
         if message.code() == Some(FrontendReq::SET_PROTOCOL_FEATURES)
@@ -130,24 +143,25 @@ fn wait_for_message(front_end: &UnixStream, disk: &Disk) -> io::Result<bool> {
 /// Has a message applied, while the rings that it concerns are stopped.
 fn apply(
     handler: &UnixStream,
-    message: Message,
+    mut message: Message,
     disk: &Disk,
     rings: &mut Rings,
 ) -> Result<Message, GateError> {
-    let (code, scope, number) = (message.code(), scope_of(&message), message.number_in_body());
+    let (code, scope) = (message.code(), scope_of(&message));
     if let Some(scope) = scope {
         rings.stop(scope);
     }
-    let reply = match code {
-        Some(FrontendReq::SET_CONFIG) => set_config(disk, &message),
+    let reply = match (code, message.number_in_body()) {
+        (Some(FrontendReq::SET_CONFIG), _) => set_config(rings.agreed(), &message),
+        (Some(FrontendReq::SET_FEATURES), Some(features)) => {
+            let agreed = Agreed::on(features, disk)?;
+            message.body = agreed.offered().to_ne_bytes().to_vec();
+            let reply = ask(handler, message)?;
+            rings.agree(agreed);
+            reply
+        }
         _ => ask(handler, message)?,
     };
-    if let (Some(FrontendReq::SET_FEATURES), Some(features)) = (code, number) {
-        let has = |bit: u32| features & (1 << bit) != 0;
-        if let Err(error) = disk.driver_is(has(VIRTIO_BLK_F_CONFIG_WCE), has(VIRTIO_BLK_F_FLUSH)) {
-            tracing::error!(%error, "what was written before cannot be put on stable storage; the next flush will fail");
-        }
-    }
     if changes_memory(code) {
         rings.memory_changed();
     }
@@ -159,6 +173,12 @@ fn apply(
 
 /// Refuses what the handler would accept, or accept and ignore, and we cannot live with.
 fn check(message: &Message, rings: &Rings) -> Result<(), GateError> {
+    if let Some(Scope::One(index @ 0..=0xff)) = scope_of(message)
+        && index >= rings.count()
+    {
+        let queues = rings.count();
+        return Err(GateError::QueueIndex { index, queues });
+    }
     match message.code() {
         Some(FrontendReq::SET_MEM_TABLE | FrontendReq::ADD_MEM_REG) if !regions_are_mappable(message) => {
             Err(GateError::MemoryBeyondFile)
@@ -195,13 +215,13 @@ fn changes_memory(code: Option<FrontendReq>) -> bool {
 }
 
 /// Writes to the configuration space. The handler would leave if it were refused, and it is the guest's to try.
-fn set_config(disk: &Disk, message: &Message) -> Message {
+fn set_config(agreed: Agreed, message: &Message) -> Message {
     // offset, size and flags, each of 32 bits, then the bytes ("Virtio device config space").
     let result = match message.body.as_slice() {
         [o0, o1, o2, o3, s0, s1, s2, s3, _, _, _, _, bytes @ ..]
             if u32::from_ne_bytes([*s0, *s1, *s2, *s3]) as usize == bytes.len() =>
         {
-            config::write(disk, u32::from_ne_bytes([*o0, *o1, *o2, *o3]), bytes)
+            config::write(agreed, u32::from_ne_bytes([*o0, *o1, *o2, *o3]), bytes)
         }
         body => Err(ConfigError::Malformed { len: body.len() }),
     };
@@ -294,6 +314,7 @@ fn scope_of(message: &Message) -> Option<Scope> {
         | FrontendReq::GET_QUEUE_NUM
         | FrontendReq::GET_MAX_MEM_SLOTS
         | FrontendReq::GET_CONFIG
+        | FrontendReq::SET_CONFIG
         | FrontendReq::SET_BACKEND_REQ_FD
         | FrontendReq::SET_OWNER => None,
         FrontendReq::SET_VRING_NUM

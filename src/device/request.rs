@@ -116,6 +116,13 @@ impl Refusal {
             _ => Some(Status::IoError),
         }
     }
+
+    /// Whether the driver may have been told of another disk: when the guest started, the disk was served with other
+    /// options or had another size, and a front-end that reconnects does not ask again.
+    pub(super) fn may_be_of_another_disk(self) -> bool {
+        use Refusal::{BadLength, OutOfRange, ReadOnly};
+        matches!(self, ReadOnly | BadLength(_) | OutOfRange { .. })
+    }
 }
 
 impl Request {

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 
+use super::config::Agreed;
 use super::disk::Disk;
 use super::guest::SharedMemory;
 use super::sigbus;
@@ -34,6 +35,7 @@ pub(super) struct Rings {
     running: Vec<Option<Running>>,
     /// Engines of rings that are stopped, for the next start.
     engines: Vec<Engine<Piece>>,
+    agreed: Agreed,
 }
 
 impl Rings {
@@ -46,6 +48,7 @@ impl Rings {
             vrings,
             running,
             engines: Vec::new(),
+            agreed: Agreed::default(),
         }
     }
 
@@ -62,6 +65,33 @@ impl Rings {
                 let (ring, engine) = running.stop();
                 self.vrings[index].stopped(&ring);
                 self.engines.extend(engine);
+            }
+        }
+    }
+
+    /// How many there are.
+    pub(super) fn count(&self) -> usize {
+        self.vrings.len()
+    }
+
+    /// What the front-end has agreed on.
+    pub(super) fn agreed(&self) -> Agreed {
+        self.agreed
+    }
+
+    /// Takes into account what the front-end has agreed on. Call it while all rings are stopped.
+    pub(super) fn agree(&mut self, agreed: Agreed) {
+        if agreed.has_config_wce() && !self.agreed.has_config_wce() {
+            tracing::info!(
+                "the guest agreed with an earlier build that it may switch the write cache off: each of its writes is on \
+                 stable storage before it is answered, until QEMU is started anew"
+            );
+        }
+        self.agreed = agreed;
+        if agreed.write_through() && !self.disk.read_only {
+            // What others wrote before this driver, it takes to be on stable storage as well.
+            if let Err(error) = self.disk.file.sync() {
+                tracing::error!(%error, "what was written before cannot be put on stable storage; the next flush will fail");
             }
         }
     }
@@ -118,6 +148,7 @@ impl Rings {
                 Arc::clone(&self.disk),
                 Arc::clone(&table),
                 engine,
+                self.agreed.write_through(),
             )?);
         }
         Ok(())

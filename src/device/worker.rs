@@ -108,7 +108,8 @@ type Stopped = (Ring, Option<Engine<Piece>>);
 type CurrentThread = Arc<Mutex<Option<JoinHandle<Option<Stopped>>>>>;
 
 impl Running {
-    /// Starts a thread that serves `ring` of `disk` by `table` with `engine`.
+    /// Starts a thread that serves `ring` of `disk` by `table` with `engine`; with `write_through`, each write is on stable
+    /// storage before it is answered.
     ///
     /// # Errors
     /// If descriptors or threads are exhausted.
@@ -117,11 +118,12 @@ impl Running {
         disk: Arc<Disk>,
         table: Arc<SegmentTable>,
         engine: Engine<Piece>,
+        write_through: bool,
     ) -> io::Result<Self> {
         let stop = eventfd(0, EventfdFlags::CLOEXEC)?;
         let shift = Shift {
             stop: stop.try_clone()?,
-            worker: Worker::new(ring, disk, table, engine)?,
+            worker: Worker::new(ring, disk, table, engine, write_through)?,
             thread: CurrentThread::default(),
         };
         let thread = Arc::clone(&shift.thread);
@@ -302,6 +304,7 @@ struct Worker {
     disk: Arc<Disk>,
     table: Arc<SegmentTable>,
     engine: Engine<Piece>,
+    write_through: bool,
     tasks: Vec<Task>,
     vacant: Vec<u16>,
     /// The task that is being issued, if the pool was exhausted in the middle of it; no other is taken before.
@@ -330,7 +333,13 @@ struct Worker {
 }
 
 impl Worker {
-    fn new(ring: Ring, disk: Arc<Disk>, table: Arc<SegmentTable>, engine: Engine<Piece>) -> io::Result<Self> {
+    fn new(
+        ring: Ring,
+        disk: Arc<Disk>,
+        table: Arc<SegmentTable>,
+        engine: Engine<Piece>,
+        write_through: bool,
+    ) -> io::Result<Self> {
         let flags = ring
             .call
             .as_ref()
@@ -351,6 +360,7 @@ impl Worker {
             disk,
             table,
             engine,
+            write_through,
             tasks: Vec::new(),
             vacant: Vec::new(),
             current: None,
@@ -487,8 +497,7 @@ impl Worker {
                 self.task(place).in_flight -= 1;
                 self.fail(place, &error);
             } else {
-                let durable = !self.disk.write_cache();
-                self.engine.write(buffer, offset, durable, piece);
+                self.engine.write(buffer, offset, self.write_through, piece);
                 if u64::from(len) == MAX_PIECE {
                     // Storage works on it while the next one is encrypted. Where this fails, the round's end tells of it.
                     let _ = self.engine.submit();
@@ -658,6 +667,14 @@ impl Worker {
     fn refuse(&mut self, place: u16, refusal: Refusal) {
         // The guest's fault is not the operator's concern, and must not fill the log.
         tracing::debug!(queue = self.ring.index, %refusal, "request refused");
+        if refusal.may_be_of_another_disk() && !self.disk.mismatch_told.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                queue = self.ring.index,
+                %refusal,
+                "the guest takes this disk for another one; it keeps the size and the options (--read-only, --sector-size) \
+                 of when it started: serve the disk as it was then, or start QEMU anew (told once)"
+            );
+        }
         match refusal.status() {
             Some(status) => {
                 self.task(place).fail(status);

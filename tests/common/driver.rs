@@ -1,7 +1,7 @@
 //! A virtio-blk driver (virtio 1.2 §5.2) over [`Frontend`] and [`Queue`]: right by default, and open enough to be
 //! made wrong in any one place.
 
-use super::frontend::{F_PROTOCOL_FEATURES, Frontend};
+use super::frontend::{F_PROTOCOL_FEATURES, Frontend, SET_FEATURES};
 use super::memory::{Memory, UNTOUCHED};
 use super::pattern;
 use super::queue::{Buf, Queue, Used, readable, writable};
@@ -41,6 +41,8 @@ pub struct Setup {
     pub queues: u32,
     pub queue_size: u16,
     pub features: u64,
+    /// Agreed on without being offered, by a front-end that was offered it once.
+    pub kept: u64,
     pub protocol: u64,
     /// Where the rings' indexes start.
     pub base: u16,
@@ -52,6 +54,7 @@ impl Default for Setup {
             queues: 1,
             queue_size: 128,
             features: !0,
+            kept: 0,
             protocol: !0,
             base: 0,
         }
@@ -117,7 +120,8 @@ impl Driver {
 
     /// Features agreed on and memory given; no vring started.
     pub fn unstarted(mut frontend: Frontend, setup: Setup) -> Self {
-        let features = frontend.negotiate(setup.features, setup.protocol);
+        let features = setup.kept | frontend.negotiate_protocol(setup.features, setup.protocol);
+        frontend.tell(SET_FEATURES, &features.to_ne_bytes(), &[]);
         let memory = Memory::new();
         frontend.set_memory(&memory);
         let queue = |index| {
