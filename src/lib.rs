@@ -15,7 +15,7 @@
 //! volume   LUKS2 on storage, and the segment table that maps sectors to it
 //! cipher, storage, keys, tpm
 //! hex, moment, toml_file   how bytes, points in time and settings are written
-//! causes, mutex            what lies under an error; what outlives a panic
+//! causes, mutex, deadline  what lies under an error; what outlives a panic; a limit for the whole of a message
 //! ```
 //!
 //! To begin with: a guest's request from end to end is `device::worker`; what becomes of a volume's key while it is served,
@@ -28,6 +28,7 @@ mod causes;
 pub mod cipher;
 pub mod cli;
 pub mod control;
+mod deadline;
 pub mod device;
 pub mod hex;
 pub mod keys;

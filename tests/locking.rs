@@ -10,6 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::driver::{Data, Driver, S_OK, T_IN, T_OUT};
+use common::frontend::{SET_CONFIG, VERSION};
 use common::pattern;
 use common::process::Process;
 use common::secrets::{Core, Search, core, readable_memory, slot_secret, without_secret_memory};
@@ -101,6 +102,30 @@ fn front_ends_come_and_go_while_the_disk_is_locked() {
     disk.server.still_serves();
     disk.does("lock");
     assert!(disk.server.stop().stderr.contains("locked"));
+}
+
+// Each piece of a message had a time of its own: a front-end that sent a byte every few seconds kept its rings, and the key
+// with them, for hours.
+#[test]
+fn a_front_end_in_the_middle_of_a_message_delays_no_lock_and_is_left_when_its_time_is_over() {
+    let disk = Served::new();
+    let driver = disk.server.connect();
+    let header = [SET_CONFIG, VERSION, 4000].map(u32::to_ne_bytes).concat();
+    driver.frontend.send_bytes(&header, &[]);
+    let drips = thread::spawn(move || {
+        while driver.frontend.try_send_bytes(&[0], &[]).is_ok() {
+            thread::sleep(Duration::from_millis(20));
+        }
+    });
+    for _ in 0..3 {
+        disk.does("lock");
+        disk.does("unlock");
+    }
+    assert!(!drips.is_finished(), "the lock has waited for the message");
+    drips.join().unwrap();
+    disk.server.still_serves();
+    let told = disk.server.stop().stderr;
+    assert!(told.contains("a message that has begun does not end"), "{told}");
 }
 
 /// The process is searched without the memory that hides keys from those who look, so that what is found before the lock
@@ -334,8 +359,7 @@ fn strangers_may_look_and_not_lock() {
                 verb => verb[..1].to_uppercase() + &verb[1..],
             };
             let stream = std::os::unix::net::UnixStream::connect(socket).unwrap();
-            let mut connection =
-                sealblk::control::wire::Connection::new(stream, Duration::from_secs(30)).unwrap();
+            let mut connection = sealblk::control::wire::Connection::new(stream, Duration::from_secs(30));
             let method = format!("org.sealblk.Disk.{method}");
             let parameters = serde_json::json!({});
             sealblk::control::varlink::call::<Value>(&mut connection, &method, parameters, &[])

@@ -18,15 +18,14 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags};
 use rustix::fs::FileType;
-use rustix::io::Errno;
 use vhost::vhost_user::VhostUserProtocolFeatures;
 use vhost::vhost_user::message::FrontendReq;
 
 use super::config::{self, Agreed, ConfigError, NotOffered};
 use super::disk::Disk;
-use super::message::{Message, MessageError};
+use super::message::{Incoming, Message, MessageError, Progress};
 use super::rings::{Rings, Scope};
 use super::sigbus::MAX_REGIONS;
 
@@ -78,32 +77,30 @@ fn pass_messages(
     disk: &Disk,
     rings: &mut Rings,
 ) -> Result<(), GateError> {
-    handler
-        .set_read_timeout(Some(HANDLER_TIMEOUT))
-        .map_err(GateError::Handler)?;
     agree_on_acknowledgements(handler)?;
     // Whether the front-end has agreed on them.
     let mut acknowledging = false;
     let (mut asked_for_queues, mut agreed) = (false, false);
-    // Once a message has begun, the rest of it comes, or the disk could not be locked meanwhile.
-    front_end
-        .set_read_timeout(Some(MESSAGE_TIMEOUT))
-        .map_err(GateError::Wait)?;
+    let mut incoming = Incoming::new(MESSAGE_TIMEOUT);
     loop {
-        if !wait_for_message(front_end, disk).map_err(GateError::Wait)? {
+        if !wait_for_bytes(front_end, &incoming, disk)? {
             disk.take_change();
             rings.follow_lock().map_err(GateError::Rings)?;
             continue;
         }
-        let Some(mut message) = Message::receive(front_end).map_err(GateError::FrontEnd)? else {
-            if asked_for_queues && !agreed {
-                let queues = rings.count();
-                tracing::info!(
-                    queues,
-                    "it left when it heard how many queues there are; with more it may stay: --num-queues"
-                );
+        let mut message = match incoming.advance(front_end).map_err(GateError::FrontEnd)? {
+            Progress::Message(message) => message,
+            Progress::Waiting => continue,
+            Progress::End => {
+                if asked_for_queues && !agreed {
+                    let queues = rings.count();
+                    tracing::info!(
+                        queues,
+                        "it left when it heard how many queues there are; with more it may stay: --num-queues"
+                    );
+                }
+                return Ok(());
             }
-            return Ok(());
         };
         asked_for_queues |= message.code() == Some(FrontendReq::GET_QUEUE_NUM);
         agreed |= message.code() == Some(FrontendReq::SET_FEATURES);
@@ -120,23 +117,21 @@ fn pass_messages(
         }
         let reply = apply(handler, message, disk, rings)?;
         if asks || (acknowledging && wants_acknowledgement) {
-            reply.send(front_end).map_err(GateError::Reply)?;
+            reply.send(front_end, REPLY_TIMEOUT).map_err(GateError::Reply)?;
         }
     }
 }
 
-/// Waits for the front-end; it is not its turn if the disk was locked or unlocked.
-fn wait_for_message(front_end: &UnixStream, disk: &Disk) -> io::Result<bool> {
+/// Waits for the front-end, also in the middle of a message; it is not its turn if the disk was locked or unlocked.
+fn wait_for_bytes(front_end: &UnixStream, incoming: &Incoming, disk: &Disk) -> Result<bool, GateError> {
     let mut fds = [
         PollFd::new(disk.changed(), PollFlags::IN),
         PollFd::new(front_end, PollFlags::IN),
     ];
-    loop {
-        match poll(&mut fds, None) {
-            Ok(_) => return Ok(fds[0].revents().is_empty()),
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
+    match incoming.deadline().poll(&mut fds) {
+        Ok(()) => Ok(fds[0].revents().is_empty()),
+        Err(error) if error.kind() == io::ErrorKind::TimedOut => Err(GateError::FrontEnd(MessageError::Slow)),
+        Err(error) => Err(GateError::Wait(error)),
     }
 }
 
@@ -254,8 +249,11 @@ fn regions_are_mappable(message: &Message) -> bool {
     })
 }
 
-/// How long the front-end may take over the rest of a message.
+/// How long the front-end may take over a message that it has begun.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long it may take over a reply, when the socket's buffer is full. Meanwhile the disk is neither locked nor stopped.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long the handler may take over a message. It only maps memory and keeps notes; should it ever wait for something,
 /// the session ends instead of waiting with it.
@@ -277,8 +275,10 @@ fn ask(handler: &UnixStream, message: Message) -> Result<Message, GateError> {
     let number = message.number();
     // The handler would lose descriptors that it has no room for without a word, and wait for the next message.
     message.duplicate_fds().map_err(GateError::Descriptors)?;
-    message.send(handler).map_err(|_| GateError::Refused(number))?;
-    match Message::receive(handler) {
+    message
+        .send(handler, HANDLER_TIMEOUT)
+        .map_err(|_| GateError::Refused(number))?;
+    match Message::receive(handler, HANDLER_TIMEOUT) {
         Ok(Some(reply)) if reply.replies_to(number) => Ok(reply),
         // The handler leaves when it does not like a message.
         Ok(None) | Err(MessageError::Cut) => Err(GateError::Refused(number)),

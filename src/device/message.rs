@@ -1,16 +1,18 @@
 //! vhost-user messages as bytes with descriptors, for the gate to pass on
 //! (vhost-user specification, "Message Specification").
 
-use std::io::{self, IoSlice, IoSliceMut, Read};
+use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, recvmsg, sendmsg,
-};
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, SendAncillaryBuffer, SendAncillaryMessage};
 use vhost::vhost_user::message::{FrontendReq, MAX_ATTACHED_FD_ENTRIES, MAX_MSG_SIZE};
+
+use crate::deadline::{self, Deadline};
 
 /// The bits of a header's flags.
 const VERSION: u32 = 1;
@@ -35,6 +37,8 @@ pub(super) struct Message {
 pub(super) enum MessageError {
     #[error("the connection ended in the middle of a message")]
     Cut,
+    #[error("a message that has begun does not end")]
+    Slow,
     #[error("version {0} of the protocol is not known")]
     Version(u32),
     #[error("a message of {0} bytes is longer than any of the protocol")]
@@ -99,46 +103,21 @@ impl Message {
         self.body.as_slice().try_into().ok().map(u64::from_ne_bytes)
     }
 
-    /// Waits for a message; none once the peer has closed the connection.
-    pub(super) fn receive(mut stream: &UnixStream) -> Result<Option<Self>, MessageError> {
-        let mut header = [0; HEADER];
-        let mut fds = Vec::new();
-        let mut received = 0;
-        while received < HEADER {
-            let len = receive_with_fds(stream, &mut header[received..], &mut fds)?;
-            if len == 0 {
-                return if received == 0 {
-                    Ok(None)
-                } else {
-                    Err(MessageError::Cut)
-                };
+    /// Waits for a message, as a whole for no longer than `limit`; none once the peer has closed the connection.
+    pub(super) fn receive(stream: &UnixStream, limit: Duration) -> Result<Option<Self>, MessageError> {
+        let deadline = Deadline::after(limit);
+        let mut incoming = Incoming::new(limit);
+        loop {
+            match incoming.advance(stream)? {
+                Progress::Message(message) => return Ok(Some(message)),
+                Progress::End => return Ok(None),
+                Progress::Waiting => deadline.poll(&mut [PollFd::new(stream, PollFlags::IN)])?,
             }
-            received += len;
         }
-        let [r0, r1, r2, r3, f0, f1, f2, f3, s0, s1, s2, s3] = header;
-        let flags = u32::from_ne_bytes([f0, f1, f2, f3]);
-        if flags & VERSION_MASK != VERSION {
-            return Err(MessageError::Version(flags & VERSION_MASK));
-        }
-        let size = u32::from_ne_bytes([s0, s1, s2, s3]);
-        if size as usize > MAX_MSG_SIZE {
-            return Err(MessageError::TooLong(size));
-        }
-        let mut body = vec![0; size as usize];
-        stream.read_exact(&mut body).map_err(|error| match error.kind() {
-            io::ErrorKind::UnexpectedEof => MessageError::Cut,
-            _ => error.into(),
-        })?;
-        Ok(Some(Self {
-            request: u32::from_ne_bytes([r0, r1, r2, r3]),
-            flags,
-            body,
-            fds,
-        }))
     }
 
-    /// Sends it, and closes its descriptors on this side.
-    pub(super) fn send(self, stream: &UnixStream) -> io::Result<()> {
+    /// Sends it, as a whole within `limit`, and closes its descriptors on this side.
+    pub(super) fn send(self, stream: &UnixStream, limit: Duration) -> io::Result<()> {
         let mut bytes = Vec::with_capacity(HEADER + self.body.len());
         for field in [self.request, self.flags, self.body.len() as u32] {
             bytes.extend_from_slice(&field.to_ne_bytes());
@@ -151,19 +130,7 @@ impl Message {
         if !fds.is_empty() {
             ancillary.push(SendAncillaryMessage::ScmRights(&fds));
         }
-        let mut rest = bytes.as_slice();
-        while !rest.is_empty() {
-            match sendmsg(stream, &[IoSlice::new(rest)], &mut ancillary, SendFlags::NOSIGNAL) {
-                Ok(len) => {
-                    rest = &rest[len..];
-                    // They went with the first byte.
-                    ancillary.clear();
-                }
-                Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(())
+        deadline::send(stream, &bytes, &mut ancillary, Deadline::after(limit))
     }
 
     /// Whether it is a reply to `request`.
@@ -172,20 +139,120 @@ impl Message {
     }
 }
 
-fn receive_with_fds(stream: &UnixStream, bytes: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<usize> {
+/// A message that is being received. Its sender may take its time, up to a limit; meanwhile others can be listened to.
+#[derive(Debug)]
+pub(super) struct Incoming {
+    header: [u8; HEADER],
+    /// As long as the header says, once that is there.
+    body: Vec<u8>,
+    fds: Vec<OwnedFd>,
+    /// How many bytes of both there are.
+    received: usize,
+    limit: Duration,
+    deadline: Deadline,
+}
+
+/// What has come.
+#[derive(Debug)]
+pub(super) enum Progress {
+    /// All of a message.
+    Message(Message),
+    /// Not as much yet.
+    Waiting,
+    /// The peer has closed the connection between two messages.
+    End,
+}
+
+impl Incoming {
+    /// Nothing of the message is there yet. Once it has begun, it may take `limit`.
+    pub(super) fn new(limit: Duration) -> Self {
+        Self {
+            header: [0; HEADER],
+            body: Vec::new(),
+            fds: Vec::new(),
+            received: 0,
+            limit,
+            deadline: Deadline::NEVER,
+        }
+    }
+
+    /// Until when more of it has to come.
+    pub(super) fn deadline(&self) -> Deadline {
+        self.deadline
+    }
+
+    /// Takes what is there, without waiting for more. After a message the next one can begin.
+    pub(super) fn advance(&mut self, stream: &UnixStream) -> Result<Progress, MessageError> {
+        self.deadline.left().map_err(|_| MessageError::Slow)?;
+        loop {
+            let received = match self.received.checked_sub(HEADER) {
+                None => receive_with_fds(stream, &mut self.header[self.received..], &mut self.fds),
+                Some(of_body) if of_body < self.body.len() => {
+                    // Descriptors that come with a later byte than the header's are closed.
+                    let none = &mut RecvAncillaryBuffer::default();
+                    deadline::receive_now(stream, &mut self.body[of_body..], none).map(|body| body.bytes)
+                }
+                Some(_) => {
+                    let message = std::mem::replace(self, Self::new(self.limit));
+                    return Ok(Progress::Message(message.finished()));
+                }
+            };
+            match received {
+                Ok(0) if self.received == 0 => return Ok(Progress::End),
+                Ok(0) => return Err(MessageError::Cut),
+                Ok(len) => {
+                    if self.received == 0 {
+                        self.deadline = Deadline::after(self.limit);
+                    }
+                    self.received += len;
+                    if self.received == HEADER {
+                        self.body = vec![0; self.check_header()?];
+                    }
+                }
+                Err(Errno::AGAIN) => return Ok(Progress::Waiting),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(io::Error::from(error).into()),
+            }
+        }
+    }
+
+    /// The length of the body.
+    fn check_header(&self) -> Result<usize, MessageError> {
+        let [_, flags, size] = self.fields();
+        if flags & VERSION_MASK != VERSION {
+            return Err(MessageError::Version(flags & VERSION_MASK));
+        }
+        match size as usize {
+            len if len > MAX_MSG_SIZE => Err(MessageError::TooLong(size)),
+            len => Ok(len),
+        }
+    }
+
+    fn finished(self) -> Message {
+        let [request, flags, _] = self.fields();
+        Message {
+            request,
+            flags,
+            body: self.body,
+            fds: self.fds,
+        }
+    }
+
+    /// request, flags and size.
+    fn fields(&self) -> [u32; 3] {
+        let [r0, r1, r2, r3, f0, f1, f2, f3, s0, s1, s2, s3] = self.header;
+        [[r0, r1, r2, r3], [f0, f1, f2, f3], [s0, s1, s2, s3]].map(u32::from_ne_bytes)
+    }
+}
+
+fn receive_with_fds(
+    stream: &UnixStream,
+    bytes: &mut [u8],
+    fds: &mut Vec<OwnedFd>,
+) -> rustix::io::Result<usize> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_ATTACHED_FD_ENTRIES))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let received = loop {
-        match recvmsg(
-            stream,
-            &mut [IoSliceMut::new(bytes)],
-            &mut ancillary,
-            RecvFlags::CMSG_CLOEXEC,
-        ) {
-            Err(rustix::io::Errno::INTR) => {}
-            result => break result?,
-        }
-    };
+    let received = deadline::receive_now(stream, bytes, &mut ancillary)?;
     for message in ancillary.drain() {
         if let RecvAncillaryMessage::ScmRights(rights) = message {
             fds.extend(rights);

@@ -169,9 +169,6 @@ struct Session {
     thread: JoinHandle<()>,
 }
 
-/// How long a front-end may leave a reply unread when the socket's buffer is full.
-const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
-
 /// The numbers of the control thread's events.
 const SIGNAL: u32 = 0;
 const CONNECTION: u32 = 1;
@@ -228,8 +225,6 @@ impl Control {
     fn begin(&mut self, stream: UnixStream) {
         let host = Arc::clone(&self.host);
         let session = stream.try_clone().and_then(|front_end| {
-            // A front-end that reads no replies must not hold up the end.
-            front_end.set_write_timeout(Some(REPLY_TIMEOUT))?;
             let thread = std::thread::Builder::new()
                 .name("session".into())
                 .spawn(move || {
