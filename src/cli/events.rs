@@ -50,7 +50,7 @@ fn print(socket: &Path, interface: &str) -> Result<Ended, Failure> {
     let connect = || -> Result<Connection, CallError> {
         let mut connection = Connection::to(socket, served::TIMEOUT)?;
         call_for_more(&mut connection, &format!("{interface}.Watch"), json!({}))?;
-        connection.wait_for_ever()?;
+        connection.wait_for_ever();
         Ok(connection)
     };
     let mut connection = match connect() {

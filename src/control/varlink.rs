@@ -171,7 +171,7 @@ pub fn serve(
     interface: &dyn Interface,
     timeout: Duration,
 ) -> Result<(), WireError> {
-    let mut connection = Connection::new(stream, timeout)?;
+    let mut connection = Connection::new(stream, timeout);
     while let Some(message) = connection.receive::<Call>()? {
         let call = message.content;
         let request = Request {
@@ -425,7 +425,7 @@ mod tests {
         let timeout = Duration::from_secs(10);
         let peer = Peer::of(&theirs).unwrap();
         let service = std::thread::spawn(move || serve(theirs, &peer, &Echo, timeout));
-        let mut connection = Connection::new(ours, timeout).unwrap();
+        let mut connection = Connection::new(ours, timeout);
         work(&mut connection);
         drop(connection);
         service.join().unwrap().unwrap();

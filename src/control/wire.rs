@@ -3,28 +3,30 @@
 //! A message is one JSON object and a NUL byte (varlink, "Wire Protocol"). Descriptors are sent with its first byte
 //! (`SCM_RIGHTS`), as sd-varlink does it; the message names them by their index. The sides take turns: the kernel may hand
 //! the descriptors of a message over with the one before it, if that was not read yet. What comes from the other side is
-//! bounded: the length of a message, the number of its descriptors, and, by the socket's timeouts, the time it takes.
+//! bounded: the length of a message, the number of its descriptors, and the time that the whole of it takes.
+//!
+//! No descriptor here is waited for by a call that blocks: others may share it, and with it the flag that says so.
 
-use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::io::{self, Read, Write};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::FileType;
 use rustix::io::Errno;
 use rustix::net::sockopt::{self, Timeout};
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, recvmsg, sendmsg,
-    socket_with,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, SendAncillaryBuffer, SendAncillaryMessage,
+    SocketAddrUnix, SocketFlags, SocketType, connect, socket_with,
 };
-use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::pipe::{PipeFlags, SpliceFlags, pipe_with, splice};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::deadline::{self, Deadline};
 use crate::keys::arena::{ArenaError, SecretBytes};
 
 /// The longest message: no call or answer comes near it, and what a caller sends is held several times over while it is
@@ -40,6 +42,8 @@ pub const MAX_SECRET: usize = 4096;
 pub struct Connection {
     stream: UnixStream,
     timeout: Duration,
+    /// Whether a message may be waited for longer than that; once it has begun, it may not.
+    patient: bool,
     /// What was received behind the last message.
     ahead: Vec<u8>,
     descriptors: Vec<OwnedFd>,
@@ -75,20 +79,15 @@ pub enum WireError {
 }
 
 impl Connection {
-    /// Speaks over `stream`. A message that does not come or go within `timeout` is an error.
-    ///
-    /// # Errors
-    /// If the kernel takes no timeouts.
-    pub fn new(stream: UnixStream, timeout: Duration) -> io::Result<Self> {
-        stream.set_nonblocking(false)?;
-        stream.set_read_timeout(Some(timeout))?;
-        stream.set_write_timeout(Some(timeout))?;
-        Ok(Self {
+    /// Speaks over `stream`. A message that does not come, or does not go, within `timeout` is an error.
+    pub fn new(stream: UnixStream, timeout: Duration) -> Self {
+        Self {
             stream,
             timeout,
+            patient: false,
             ahead: Vec::new(),
             descriptors: Vec::new(),
-        })
+        }
     }
 
     /// Connects to the socket at `path`. Who listens there may have too much to do to take one more within `timeout`.
@@ -107,7 +106,7 @@ impl Connection {
             Errno::AGAIN => io::ErrorKind::TimedOut.into(),
             error => io::Error::from(error),
         })?;
-        Self::new(socket.into(), timeout)
+        Ok(Self::new(socket.into(), timeout))
     }
 
     /// Sends a message.
@@ -130,19 +129,8 @@ impl Connection {
             let fits = ancillary.push(SendAncillaryMessage::ScmRights(descriptors));
             assert!(fits, "the space is for as many");
         }
-        let sent = loop {
-            // A peer that has left is an error here, and not a signal.
-            match sendmsg(
-                &self.stream,
-                &[IoSlice::new(&bytes)],
-                &mut ancillary,
-                SendFlags::NOSIGNAL,
-            ) {
-                Err(Errno::INTR) => {}
-                result => break result.map_err(io::Error::from)?,
-            }
-        };
-        Ok(self.stream.write_all(&bytes[sent..])?)
+        let deadline = Deadline::after(self.timeout);
+        Ok(deadline::send(&self.stream, &bytes, &mut ancillary, deadline)?)
     }
 
     /// Waits for a message; there is none when the other side has left.
@@ -151,7 +139,10 @@ impl Connection {
     /// [`WireError`]; the connection is of no use then.
     pub fn receive<T: DeserializeOwned>(&mut self) -> Result<Option<Message<T>>, WireError> {
         let mut searched = 0;
-        let mut begun = None;
+        let mut deadline = match self.patient && self.ahead.is_empty() {
+            true => Deadline::NEVER,
+            false => Deadline::after(self.timeout),
+        };
         loop {
             if let Some(end) = self.ahead[searched..].iter().position(|&byte| byte == 0) {
                 let message: Vec<u8> = self.ahead.drain(..=searched + end).collect();
@@ -163,15 +154,16 @@ impl Connection {
             if searched > MAX_MESSAGE {
                 return Err(WireError::TooLong);
             }
-            // Byte by byte a message could take for ever.
-            if searched > 0 && begun.get_or_insert_with(Instant::now).elapsed() > self.timeout {
-                return Err(io::Error::from(io::ErrorKind::TimedOut).into());
-            }
-            if self.receive_some()? == 0 {
-                return match self.ahead.is_empty() {
+            let begins = self.ahead.is_empty();
+            if self.receive_some(deadline)? == 0 {
+                return match begins {
                     true => Ok(None),
                     false => Err(WireError::Truncated),
                 };
+            }
+            // Byte by byte a message could take for ever.
+            if begins {
+                deadline = Deadline::after(self.timeout);
             }
         }
     }
@@ -195,24 +187,17 @@ impl Connection {
     }
 
     /// Waits for messages without a limit from now on.
-    ///
-    /// # Errors
-    /// If the kernel takes no timeouts.
-    pub fn wait_for_ever(&mut self) -> io::Result<()> {
-        self.stream.set_read_timeout(None)
+    pub fn wait_for_ever(&mut self) {
+        self.patient = true;
     }
 
-    fn receive_some(&mut self) -> Result<usize, WireError> {
+    fn receive_some(&mut self, deadline: Deadline) -> Result<usize, WireError> {
+        // However little comes at a time.
+        deadline.left()?;
         let mut bytes = [0; 8192];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-        let received = loop {
-            let mut pieces = [IoSliceMut::new(&mut bytes)];
-            match recvmsg(&self.stream, &mut pieces, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
-                Err(Errno::INTR) => {}
-                result => break result.map_err(io::Error::from)?,
-            }
-        };
+        let received = deadline::receive(&self.stream, &mut bytes, &mut ancillary, deadline)?;
         for message in ancillary.drain() {
             if let RecvAncillaryMessage::ScmRights(descriptors) = message {
                 self.descriptors.extend(descriptors);
@@ -264,6 +249,10 @@ pub enum ReceiveError {
 
 /// Takes a secret that [`pass`] has sent. The whole of it is there already, so nobody has to be waited for.
 ///
+/// A hostile sender could keep both ends, write nothing, and clear O_NONBLOCK as often as it is set. So what is in the pipe
+/// moves to one that nobody else has, which splice(2) does without waiting whatever the flags are. (Kernels before 6.4 know no
+/// RWF_NOWAIT for pipes.)
+///
 /// # Errors
 /// [`ReceiveError`].
 pub fn take(descriptor: &OwnedFd) -> Result<SecretBytes, ReceiveError> {
@@ -271,36 +260,63 @@ pub fn take(descriptor: &OwnedFd) -> Result<SecretBytes, ReceiveError> {
     if FileType::from_raw_mode(stat.st_mode) != FileType::Fifo {
         return Err(ReceiveError::NoPipe);
     }
-    // A hostile sender could keep the other end.
-    rustix::io::ioctl_fionbio(descriptor, true).map_err(io::Error::from)?;
     let mut secret = SecretBytes::zeroed(MAX_SECRET)?;
     let mut len = 0;
-    let mut file = std::fs::File::from(descriptor.as_fd().try_clone_to_owned()?);
-    while len < secret.len() {
-        match file.read(&mut secret[len..])? {
+    loop {
+        let (own, moved) = {
+            let (own, into) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(io::Error::from)?;
+            // One byte more shows that it is too long.
+            let room = secret.len() - len + 1;
+            (own, splice_now(descriptor, &into, room)?)
+        };
+        match moved {
             0 if len == 0 => return Err(ReceiveError::Empty),
             0 => {
                 secret.truncate(len);
                 return Ok(secret);
             }
-            read => len += read,
+            moved if moved > secret.len() - len => return Err(ReceiveError::TooLong),
+            moved => {
+                std::fs::File::from(own).read_exact(&mut secret[len..len + moved])?;
+                len += moved;
+            }
         }
     }
-    match file.read(&mut [0])? {
-        0 => Ok(secret),
-        _ => Err(ReceiveError::TooLong),
+}
+
+/// Moves what is in a pipe into another one, without waiting for more.
+fn splice_now(from: &OwnedFd, into: &OwnedFd, len: usize) -> io::Result<usize> {
+    loop {
+        match splice(from, None, into, None, len, SpliceFlags::NONBLOCK) {
+            Err(Errno::INTR) => {}
+            result => return Ok(result?),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::net::{SendFlags, sendmsg};
     use serde_json::{Value, json};
+    use std::io::IoSlice;
+    use std::os::fd::AsFd;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::thread;
+
+    const SHORT: Duration = Duration::from_millis(100);
 
     fn pair() -> (Connection, Connection) {
         let (one, two) = UnixStream::pair().unwrap();
-        let connection = |stream| Connection::new(stream, Duration::from_secs(10)).unwrap();
+        let connection = |stream| Connection::new(stream, Duration::from_secs(10));
         (connection(one), connection(two))
+    }
+
+    fn timed_out(result: Result<impl std::fmt::Debug, WireError>) {
+        match result {
+            Err(WireError::Io(error)) => assert_eq!(error.kind(), io::ErrorKind::TimedOut),
+            other => panic!("{other:?}"),
+        }
     }
 
     fn content(message: Option<Message<Value>>) -> Value {
@@ -422,6 +438,63 @@ mod tests {
         ));
     }
 
+    // Only receiving had a limit for the whole of a message, and who waited for an answer or for events had none.
+    #[test]
+    fn no_message_takes_longer_than_its_limit_however_it_is_cut() {
+        let (one, two) = UnixStream::pair().unwrap();
+        let mut slow = Connection::new(one, SHORT);
+        slow.wait_for_ever();
+        thread::scope(|scope| {
+            scope.spawn(|| while (&two).write_all(b" ").is_ok() {});
+            timed_out(slow.receive::<Value>());
+            drop(slow);
+        });
+        let (one, two) = UnixStream::pair().unwrap();
+        let mut slow = Connection::new(one, SHORT);
+        let text = "x".repeat(16 << 20);
+        thread::scope(|scope| {
+            scope.spawn(|| while (&two).read(&mut [0]).is_ok_and(|read| read == 1) {});
+            timed_out(slow.send(&text, &[]));
+            drop(slow);
+        });
+    }
+
+    // The flag was set and then relied on. It belongs to the open file description, which the sender shares.
+    #[test]
+    fn a_sender_that_makes_its_pipe_or_socket_block_again_and_again_is_not_waited_for() {
+        let (one, _two) = UnixStream::pair().unwrap();
+        let mut connection = Connection::new(one.try_clone().unwrap(), SHORT);
+        let (end, _kept) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    rustix::io::ioctl_fionbio(&end, false).unwrap();
+                    rustix::io::ioctl_fionbio(&one, false).unwrap();
+                }
+            });
+            for _ in 0..2000 {
+                assert!(matches!(take(&end), Err(ReceiveError::Io(_))), "nobody writes");
+            }
+            timed_out(connection.receive::<Value>());
+            done.store(true, Ordering::Relaxed);
+        });
+    }
+
+    #[test]
+    fn a_secret_may_come_in_as_many_pieces_as_a_pipe_takes() {
+        let (take_end, give) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+        rustix::pipe::fcntl_setpipe_size(&take_end, 64 * 4096).unwrap();
+        let secret = SecretBytes::random(64).unwrap();
+        // A packet each (O_DIRECT), so that they are not joined.
+        rustix::fs::fcntl_setfl(&give, rustix::fs::OFlags::DIRECT).unwrap();
+        for byte in secret.iter() {
+            rustix::io::write(&give, &[*byte]).unwrap();
+        }
+        drop(give);
+        assert!(take(&take_end).unwrap().ct_eq(&secret));
+    }
+
     #[test]
     fn secrets_that_do_not_end_or_do_not_come_are_errors() {
         let longest = SecretBytes::random(MAX_SECRET).unwrap();
@@ -433,5 +506,10 @@ mod tests {
         assert!(matches!(take(&end), Err(ReceiveError::Empty)));
         let zeros = std::fs::File::open("/dev/zero").unwrap().into();
         assert!(matches!(take(&zeros), Err(ReceiveError::NoPipe)));
+        let (end, mut long) = pipe_with(PipeFlags::CLOEXEC)
+            .map(|(end, give)| (end, std::fs::File::from(give)))
+            .unwrap();
+        long.write_all(&[1; MAX_SECRET + 1]).unwrap();
+        assert!(matches!(take(&end), Err(ReceiveError::TooLong)));
     }
 }
