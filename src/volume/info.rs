@@ -15,6 +15,7 @@ use crate::storage::Backing;
 
 /// What an operator asks of a volume. Its JSON form is stable: fields are added, and none is renamed or removed.
 #[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Info {
     /// UUID in the header.
     pub uuid: Uuid,
@@ -65,6 +66,7 @@ pub enum CopiesInfo {
 
 /// One segment.
 #[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct SegmentInfo {
     /// Its number.
     pub segment: u32,
@@ -84,6 +86,7 @@ pub struct SegmentInfo {
 
 /// One keyslot.
 #[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct KeyslotInfo {
     /// Its number.
     pub keyslot: u32,
@@ -127,6 +130,7 @@ impl Purpose {
 
 /// A key derivation and its cost.
 #[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct KdfInfo {
     /// "pbkdf2", "argon2id" …
     pub kind: String,
@@ -144,6 +148,7 @@ pub struct KdfInfo {
 
 /// One token.
 #[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct TokenInfo {
     /// Its number.
     pub token: u32,
