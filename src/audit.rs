@@ -67,8 +67,21 @@ pub enum AuditError {
         /// The answer.
         source: io::Error,
     },
+    /// There is none.
+    #[error(
+        "{}: there is no audit log here: `sealblk agent`, `sealblk erase` and `sealblk broker` begin theirs in the state directory; \
+         name that with --state-dir, or the log itself",
+        path.display()
+    )]
+    Missing {
+        /// Where it was looked for.
+        path: PathBuf,
+    },
     /// It was tampered with, or is no audit log.
-    #[error("{}: line {line} {what}", path.display())]
+    #[error(
+        "{}: line {line} {what}; keep the file for whoever looks into it, and have the writer begin another",
+        path.display()
+    )]
     Broken {
         /// The log.
         path: PathBuf,
@@ -260,10 +273,15 @@ pub fn verify_each(
     head: Option<&str>,
     mut see: impl FnMut(&Map<String, Value>),
 ) -> Result<Verified, AuditError> {
-    let file = File::open(path).map_err(|source| AuditError::Io {
-        action: "opened",
-        path: path.to_owned(),
-        source,
+    let file = File::open(path).map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound => AuditError::Missing {
+            path: path.to_owned(),
+        },
+        _ => AuditError::Io {
+            action: "opened",
+            path: path.to_owned(),
+            source,
+        },
     })?;
     let len = settled_len(&file).map_err(|source| AuditError::Io {
         action: "read",

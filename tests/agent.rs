@@ -81,7 +81,7 @@ fn disks_are_made_opened_and_rekeyed_without_the_state_directory() {
 
     agent.stop();
     let refused = agent.verb(&["rekey", "vm.luks"]).output().unwrap();
-    assert_eq!(refused.status.code(), Some(4));
+    assert_eq!(refused.status.code(), Some(7));
     let said = String::from_utf8(refused.stderr).unwrap();
     assert!(
         said.contains("agent does not answer") && said.contains("agent.sock"),

@@ -219,11 +219,11 @@ fn a_backup_with_one_flipped_bit_or_another_passphrase_is_refused() {
 #[test]
 fn what_is_no_backup_and_what_cannot_be_backed_up_is_told() {
     let host = Host::new();
-    fs::write(host.path("short"), "1234567").unwrap();
+    fs::write(host.path("short"), "12345678901").unwrap();
     let to = ["--to", "backup", "--passphrase-file"];
     let backup =
         |name: &'static str, pass: &'static str| [&["provider", "backup", name][..], &to, &[pass]].concat();
-    host.fails_on("state", &backup("native", "short"), USAGE, "shorter than 8 bytes");
+    host.fails_on("state", &backup("native", "short"), USAGE, "too weak");
     host.fails_on("state", &backup("nobody", "pass"), KEY, "nobody");
     assert!(!host.path("backup").exists());
     host.fails_on("state", &["provider", "backup", "native"], USAGE, "--to");

@@ -142,7 +142,12 @@ fn options_that_belong_to_volumes_are_refused_for_a_plain_disk() {
     fs::write(&key, "x").unwrap();
     let key = key.to_str().unwrap();
     for option in ["--passphrase-file", "--key-file"] {
-        refused(&volume, &[option, key], USAGE, &[option, "plain disk"]);
+        refused(
+            &volume,
+            &[option, key],
+            USAGE,
+            &["--passphrase-file", "plain disk"],
+        );
     }
     refused(&volume, &["--header", key], USAGE, &["--header"]);
 }

@@ -109,7 +109,7 @@ fn what_the_agent_does_is_told_to_who_watches() {
 
     agent.stop();
     let (code, complaint) = watcher.ended();
-    assert_eq!(code, Some(1), "{complaint}");
+    assert_eq!(code, Some(7), "{complaint}");
     assert!(complaint.contains("agent.sock"), "{complaint}");
 }
 

@@ -22,6 +22,7 @@ use tempfile::TempDir;
 const USAGE: i32 = 2;
 const VOLUME: i32 = 3;
 const KEY: i32 = 4;
+const ASKED: i32 = 7;
 const IN_USE: i32 = 5;
 const STORAGE: i32 = 6;
 /// A user whom no host has, and who is granted nothing unless a test does.
@@ -123,7 +124,7 @@ impl Host {
     /// The key that a disk is bound to, as its header tells.
     fn key_of(&self, disk: &str) -> String {
         let info: Value = serde_json::from_str(&self.does(&["info", "--json", disk])).unwrap();
-        info["tokens"][0]["key_id"].as_str().unwrap().to_owned()
+        info["tokens"][0]["keyId"].as_str().unwrap().to_owned()
     }
 
     /// Whether this host opens a disk with its keys. To remove a keyslot that is not there, it has to be opened first.
@@ -646,20 +647,20 @@ fn an_erased_disk_opens_with_nothing_and_the_receipt_says_what_it_was() {
     fs::write(host.path("receipt"), "").unwrap();
     host.does(&["erase", "disk", "--confirm", &uuid, "--receipt", "receipt"]);
     let receipt: Value = serde_json::from_slice(&fs::read(host.path("receipt")).unwrap()).unwrap();
-    assert_eq!(receipt["receipt"], "sealblk-erase-1");
+    assert_eq!(receipt["receipt"], "sealblk-erase-2");
     assert_eq!(receipt["volume"], uuid.as_str());
     assert_eq!(receipt["path"], host.path("disk").to_str().unwrap());
     assert_eq!(
         receipt["device"]["inode"],
         fs::metadata(host.path("disk")).unwrap().ino()
     );
-    assert_eq!(receipt["header_sha256"], sha256(&before[..COPIES]).as_str());
+    assert_eq!(receipt["headerSha256"], sha256(&before[..COPIES]).as_str());
     assert_eq!(
-        receipt["keyslots_sha256"],
+        receipt["keyslotsSha256"],
         sha256(&before[COPIES..HEADER]).as_str()
     );
     assert_eq!(receipt["before"]["keyslots"].as_array().unwrap().len(), 2);
-    assert_eq!(receipt["before"]["tokens"][0]["key_id"], key.as_str());
+    assert_eq!(receipt["before"]["tokens"][0]["keyId"], key.as_str());
     assert_eq!(receipt["erased"]["length"], HEADER);
     assert_eq!(receipt["keys"], json!([]), "the key was left alone");
 
@@ -698,7 +699,7 @@ fn an_erased_disk_opens_with_nothing_and_the_receipt_says_what_it_was() {
     let logged = host.audit("VolumeErased");
     assert_eq!(logged.len(), 1);
     assert_eq!(logged[0]["volume"], uuid.as_str());
-    assert_eq!(logged[0]["headerSha256"], receipt["header_sha256"]);
+    assert_eq!(logged[0]["headerSha256"], receipt["headerSha256"]);
     host.does(&["audit", "verify"]);
 }
 
@@ -834,7 +835,7 @@ fn nothing_is_erased_that_no_log_tells_of() {
     fs::set_permissions(host.path("disk"), fs::Permissions::from_mode(0o666)).unwrap();
     let erase = ["erase", "disk", "--confirm", &uuid, "--receipt", "receipt"];
     let refused = as_user(SOMEBODY, || host.command(&erase[..4]).output().unwrap());
-    assert_eq!(refused.status.code(), Some(KEY), "{}", said(&refused));
+    assert_eq!(refused.status.code(), Some(ASKED), "{}", said(&refused));
     assert!(
         said(&refused).contains("lacks the privilege"),
         "{}",
@@ -844,7 +845,7 @@ fn nothing_is_erased_that_no_log_tells_of() {
     let mut agent = host.agent.take().unwrap();
     agent.kill().unwrap();
     agent.wait().unwrap();
-    host.fails(&erase, KEY);
+    host.fails(&erase, ASKED);
     assert!(!host.path("receipt").exists());
     // Who insists names the state directory, and its log tells of it.
     host.keys = vec!["--state-dir".into(), "state".into()];
@@ -926,7 +927,7 @@ fn the_key_goes_with_its_last_disk() {
     host.opens("link").unwrap();
     assert_eq!(host.json(&["key", "where-used", &key, "--json"]).len(), 2);
     let receipt = erase("copy");
-    assert_eq!(receipt["keys"][0]["key_id"], key.as_str());
+    assert_eq!(receipt["keys"][0]["keyId"], key.as_str());
     assert_eq!(receipt["keys"][0]["revoked"], "host");
     assert_eq!(host.audit("VolumeErased").len(), 2);
     assert_eq!(host.audit("KeyRevoked").len(), 1);
@@ -946,7 +947,7 @@ fn a_key_that_a_header_only_claims_to_need_does_not_go_with_it() {
         let uuid = uuid_of(&host, &["forged"]);
         let told = host.does(&["erase", "forged", "--confirm", &uuid, "--revoke-key"]);
         let receipt: Value = serde_json::from_str(&told).unwrap();
-        assert_eq!(receipt["keys"][0]["key_id"], key.as_str());
+        assert_eq!(receipt["keys"][0]["keyId"], key.as_str());
         assert_eq!(receipt["keys"][0]["revoked"], Value::Null);
         assert!(receipt["keys"][0]["why"].is_string(), "{receipt}");
         host.opens("theirs").unwrap();
@@ -975,7 +976,7 @@ fn a_detached_header_and_a_device_are_erased() {
     let uuid = uuid_of(&host, &[disk]);
     let receipt: Value = serde_json::from_str(&host.does(&["erase", disk, "--confirm", &uuid])).unwrap();
     assert_eq!(receipt["device"]["kind"], "block_device");
-    assert_eq!(receipt["erased"]["read_back"], "direct");
+    assert_eq!(receipt["erased"]["readBack"], "direct");
     // Loop devices pass discards on to their files, which read as zeros then.
     assert_eq!(receipt["erased"]["discarded"], true);
     host.fails(&["info", disk], VOLUME);

@@ -316,7 +316,7 @@ fn a_served_disk_is_rekeyed_and_the_driver_does_not_notice() {
     assert_eq!(token(volume), before);
     disk.does("lock");
     let refused = disk.run("rekey");
-    assert_eq!(refused.status.code(), Some(4));
+    assert_eq!(refused.status.code(), Some(7));
     assert!(
         String::from_utf8(refused.stderr)
             .unwrap()

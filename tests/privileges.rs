@@ -181,7 +181,7 @@ fn a_verb_takes_its_privilege_and_no_other_will_do() {
                 continue;
             }
             let (code, words) = match takes {
-                AnyOf(privileges) => (Some(4), ["lack", privileges.last().unwrap()]),
+                AnyOf(privileges) => (Some(7), ["lack", privileges.last().unwrap()]),
                 StateDirectory => (ran.status.code(), ["ermission denied", state]),
                 Nothing => unreachable!("nothing is refused to nobody"),
             };

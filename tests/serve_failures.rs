@@ -76,7 +76,7 @@ fn wrong_passphrase_is_refused() {
         &[named(&volume.path), "no keyslot opens with this passphrase"],
     );
     volume.open[1] = named(&volume.beside("missing")).into();
-    refused(&volume, &[], KEY, &[named(&volume.beside("missing"))]);
+    refused(&volume, &[], STORAGE, &[named(&volume.beside("missing"))]);
 }
 
 #[test]

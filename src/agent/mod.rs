@@ -105,8 +105,22 @@ pub enum AgentError {
     /// Its audit log.
     #[error(transparent)]
     Audit(#[from] AuditError),
+    /// The directory that its socket is to be in.
+    #[error(
+        "cannot make {}, the directory of the agent's socket; make it so that this user can write to it, or name another socket \
+         (--socket-path, or `socket` under [agent] in the configuration)",
+        dir.display()
+    )]
+    Dir {
+        /// The directory.
+        dir: PathBuf,
+        /// The answer.
+        source: io::Error,
+    },
     /// The host is out of something.
-    #[error("the agent cannot be set up")]
+    #[error(
+        "the agent cannot wait for callers: this host is out of descriptors or threads; raise LimitNOFILE or TasksMax"
+    )]
     Setup(#[from] io::Error),
 }
 
@@ -139,7 +153,10 @@ impl Agent {
         }
         let ending = termination()?;
         if let Some(dir) = settings.socket.parent() {
-            std::fs::create_dir_all(dir)?;
+            std::fs::create_dir_all(dir).map_err(|source| AgentError::Dir {
+                dir: dir.to_owned(),
+                source,
+            })?;
         }
         let (listener, bound) = server::bind(&settings.socket)?;
         audit.record(

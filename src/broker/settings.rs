@@ -44,7 +44,10 @@ pub enum SettingsError {
     #[error(transparent)]
     File(#[from] TomlFileError),
     /// There is none.
-    #[error("{}: the broker's settings are not there", path.display())]
+    #[error(
+        "{}: the broker's settings are not there; write them (`sealblk broker --help` has an example), or name them with --config",
+        path.display()
+    )]
     Missing {
         /// Where they belong.
         path: PathBuf,
@@ -78,7 +81,7 @@ impl Settings {
                 .chain(&settings.endorsement_authorities)
                 .any(|f| !f.is_absolute()) =>
             {
-                "files are named by absolute paths"
+                "files have to be named by absolute paths, which begin with /"
             }
             1..=600 => return Ok(settings),
             _ => "session-lifetime: from 1 to 600 seconds are possible",

@@ -99,7 +99,7 @@ impl Reference {
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
     /// The file system.
-    #[error("cannot {action} {}", path.display())]
+    #[error("cannot {action} {}; run as the owner of the broker's state directory", path.display())]
     Io {
         /// "read", "write" …
         action: &'static str,
@@ -120,7 +120,7 @@ pub enum StateError {
     #[error("this host cannot hold the broker's keys")]
     Arena(#[from] ArenaError),
     /// Something of that name is there.
-    #[error("there is a {what} called {name:?} already")]
+    #[error("there is a {what} called {name:?} already; remove it first, or choose another name")]
     Exists {
         /// "host" or "resource".
         what: &'static str,
@@ -128,7 +128,9 @@ pub enum StateError {
         name: String,
     },
     /// Nothing of that name is there.
-    #[error("there is no {what} called {name:?}")]
+    #[error(
+        "there is no {what} called {name:?}; `sealblk broker` lists what there is (resource list, host list, reference show)"
+    )]
     Unknown {
         /// "host", "resource" or "set of reference values".
         what: &'static str,
@@ -139,9 +141,7 @@ pub enum StateError {
     #[error("{0:?} cannot be a name: up to 64 letters, digits, '-', '_' and '.' are possible")]
     Name(String),
     /// A register with its value.
-    #[error(
-        "{0:?} is no register's value: REGISTER=DIGITS is wanted, with 64 hexadecimal digits, as in 7=65ca…"
-    )]
+    #[error("{0:?} is no register's value: give REGISTER=DIGITS, with 64 hexadecimal digits, as in 7=65ca…")]
     Register(String),
 }
 

@@ -76,12 +76,20 @@ impl Audit {
         })?;
         output::print(&format!(
             "{}: {} records, each as it was written\n  head  {}\n",
-            path.display(),
+            output::shown(&path),
             verified.records,
             verified.head
         ))?;
         receipt.map_or(Ok(()), |receipt| receipt.judge())
     }
+}
+
+/// A field, by the name that it has, or had in receipts of the form `sealblk-erase-1`.
+fn either(of: &Value, name: &str, before: &str) -> Value {
+    of.get(name)
+        .or_else(|| of.get(before))
+        .cloned()
+        .unwrap_or_default()
 }
 
 impl<'p> Receipt<'p> {
@@ -99,8 +107,11 @@ impl<'p> Receipt<'p> {
             sha256: sha256(&text),
             says: [
                 ("volume", value["volume"].clone()),
-                ("headerSha256", value["header_sha256"].clone()),
-                ("writtenSha256", value["erased"]["written_sha256"].clone()),
+                ("headerSha256", either(&value, "headerSha256", "header_sha256")),
+                (
+                    "writtenSha256",
+                    either(&value["erased"], "writtenSha256", "written_sha256"),
+                ),
             ],
             erased: None,
             issued: None,
@@ -137,7 +148,7 @@ impl<'p> Receipt<'p> {
         let told = |name| issued.get(name).map(Value::to_string).unwrap_or_default();
         output::print(&format!(
             "{}: as it was issued, by user {}, record {} of {}\n",
-            self.path.display(),
+            output::shown(self.path),
             told("user"),
             told("seq"),
             told("time").trim_matches('"'),

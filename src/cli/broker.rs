@@ -230,8 +230,11 @@ impl Resource {
                 )
             }
             Self::Remove { path, confirm } if confirm != path.as_ref() => {
-                let wanted = path.to_string();
-                Err(Failure::Confirm { wanted })
+                let what = format!("{:?}", path.as_ref());
+                Err(Failure::Confirm {
+                    what,
+                    confirmed: confirm,
+                })
             }
             Self::Remove { path, .. } => desk.change(
                 Event::ResourceRemoved,

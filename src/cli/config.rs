@@ -71,19 +71,19 @@ pub enum ConfigError {
     #[error(transparent)]
     File(#[from] TomlFileError),
     /// One that was named is not there.
-    #[error("{}: there is no such configuration", path.display())]
+    #[error("{}: there is no such configuration; write it, or name another with --config or SEALBLK_CONFIG", path.display())]
     Missing {
         /// The file.
         path: PathBuf,
     },
     /// A grant to nobody.
-    #[error("{}: a [[grant]] names either a user or a group", path.display())]
+    #[error("{}: a [[grant]] has to name either a user or a group, and not both; add `user` or `group`", path.display())]
     Grantee {
         /// The file.
         path: PathBuf,
     },
     /// A grant to somebody whom the host does not know.
-    #[error("{}: this host has no {what} called {name:?}", path.display())]
+    #[error("{}: a [[grant]] names {what} {name:?}, which this host does not have; correct it, or make the {what}", path.display())]
     Unknown {
         /// The file.
         path: PathBuf,

@@ -37,7 +37,7 @@ native provider is added, and told.
 A recovery key opens the volume on any Linux, without sealblk:
   cryptsetup open --key-file vm7.key vm7.luks vm7
 It has 256 bits. Keep it apart from the disk. A key of your own, in a file
-that exists, is taken as it is, without one newline at its end.
+that exists, is taken if it is strong enough (`sealblk --help`).
 
 What a block device held before stays readable on it until it is written over.";
 
@@ -59,6 +59,9 @@ pub(super) struct Create {
     /// Add a recovery key: made and written to FILE, or read from it if it exists
     #[arg(long, value_name = "FILE")]
     recovery_key: Option<SecretSource>,
+    /// Take a recovery key that is easily guessed
+    #[arg(long, requires = "recovery_key")]
+    weak: bool,
     /// Keep the header in a file of its own; DISK then holds nothing but ciphertext
     #[arg(long, value_name = "FILE")]
     header: Option<PathBuf>,
@@ -96,7 +99,7 @@ impl Create {
         let recovery_key = self
             .recovery_key
             .as_ref()
-            .map(RecoveryKey::read_or_make)
+            .map(|source| RecoveryKey::read_or_make(source, self.weak))
             .transpose()?;
         made.extend(recovery_key.as_ref().and_then(|key| key.made.clone()));
 
@@ -116,7 +119,7 @@ impl Create {
             binding: Some((&*provider, &key_id)),
             recovery_key: recovery_key
                 .as_ref()
-                .map(|key| (&key.passphrase, Argon2Cost::for_this_host())),
+                .map(|key| (key.key.first(), Argon2Cost::for_this_host())),
             overwrite: self.force,
         };
         volume::create(header_io, payload.map(|disk| disk as _), &options)?;
@@ -136,7 +139,7 @@ impl Create {
 
         let mut answer = format!(
             "{}: made, a disk of {}\n",
-            self.disk.display(),
+            output::shown(&self.disk),
             Size(created.capacity())
         );
         let mut tell = |what: &str, value: &str| answer.push_str(&format!("  {what:<13} {value}\n"));

@@ -60,6 +60,7 @@ pub(super) struct Erase {
 
 /// What was done, by whom, and how it was seen to be done.
 #[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
 struct Receipt<'a> {
     receipt: &'static str,
     volume: Uuid,
@@ -78,6 +79,7 @@ struct Receipt<'a> {
 
 /// Where it lay.
 #[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
 struct Device {
     kind: &'static str,
     /// Of a block device: its number; of a file: its file system's, and its inode.
@@ -86,6 +88,7 @@ struct Device {
 }
 
 #[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
 struct By {
     user: u32,
     name: Option<String>,
@@ -94,6 +97,7 @@ struct By {
 }
 
 #[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
 struct Done<'a> {
     offset: u64,
     length: u64,
@@ -105,6 +109,7 @@ struct Done<'a> {
 
 /// What became of a key that opened it.
 #[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
 struct Revoked {
     provider: String,
     key_id: KeyId,
@@ -115,7 +120,7 @@ struct Revoked {
 }
 
 /// The form of the receipt.
-const FORM: &str = "sealblk-erase-1";
+const FORM: &str = "sealblk-erase-2";
 const NOT_COVERED: [&str; 3] = [
     "copies and backups of the header: they open with the keys of their time",
     "blocks that flash, a file system or a snapshot keeps of what was written over",
@@ -219,9 +224,9 @@ impl Erase {
                 }
                 output::print(&format!(
                     "{}: volume {} was erased; the receipt is in {}\n",
-                    self.volume.disk.display(),
+                    output::shown(&self.volume.disk),
                     volume,
-                    path.display()
+                    output::shown(path)
                 ))
             }
             None => output::print(text),
@@ -230,27 +235,32 @@ impl Erase {
 
     /// Makes sure that this volume is meant.
     fn confirm(&self, before: &Info) -> Result<(), Failure> {
-        let wanted = before.uuid.to_string();
+        let disk = || self.volume.disk.clone();
         let confirmed = match &self.confirm {
             Some(confirmed) => confirmed.clone(),
             None if io::stdin().is_terminal() => {
-                let disk = self.volume.disk.display();
+                let capacity = before
+                    .capacity
+                    .map_or("a disk".to_owned(), |bytes| Size(bytes).to_string());
                 let _ = write!(
                     io::stderr(),
-                    "This destroys {disk}: volume {wanted}, {} for good. Type its UUID: ",
-                    before
-                        .capacity
-                        .map_or("a disk".to_owned(), |bytes| Size(bytes).to_string())
+                    "This destroys {}: volume {}, {capacity}, for good. Type its UUID: ",
+                    output::shown(&self.volume.disk),
+                    before.uuid,
                 );
                 let mut line = String::new();
                 let _ = io::stdin().lock().read_line(&mut line);
                 line.trim().to_owned()
             }
-            None => String::new(),
+            None => return Err(Failure::Unconfirmed { disk: disk() }),
         };
-        match confirmed.eq_ignore_ascii_case(&wanted) {
+        match confirmed.parse() == Ok(before.uuid) {
             true => Ok(()),
-            false => Err(Failure::Confirm { wanted }),
+            false => Err(Failure::ConfirmErasure {
+                disk: disk(),
+                volume: before.uuid,
+                confirmed,
+            }),
         }
     }
 }
@@ -279,7 +289,7 @@ fn revoke_keys(keys: &Keys, named: Vec<Proof>) -> Vec<Revoked> {
                 (Some(reach), None)
             }
             Err(failure) => {
-                output::complain(&failure);
+                output::complain_of(&failure);
                 (None, Some(failure.to_string()))
             }
         };

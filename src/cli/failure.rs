@@ -4,29 +4,35 @@ use std::io;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
+use uuid::Uuid;
+
 use crate::agent::{AgentError, AuditError};
-use crate::broker::{BrokerError, StateError};
+use crate::broker::{BrokerError, SettingsError, StateError};
 use crate::cipher::{CipherError, SectorSize};
 use crate::control::socket::BindError;
 use crate::control::varlink::CallError;
 use crate::device::ServeError;
-use crate::keys::KeyError;
 use crate::keys::registry::RegistryError;
+use crate::keys::{KeyError, KeyReason};
 use crate::known::GuardError;
 use crate::served::OpenError;
 use crate::storage::StorageError;
+use crate::toml_file::TomlFileError;
 use crate::volume::{HeaderError, KdfError, KeyslotError, Reason, VolumeError};
 
 use super::config::ConfigError;
 use super::secret::SecretError;
+use super::strength::Weakness;
 
 /// clap's own choice too.
 pub(super) const USAGE: u8 = 2;
 const HOST: u8 = 1;
-const VOLUME: u8 = 3;
+const CONTENT: u8 = 3;
 const KEY: u8 = 4;
 const IN_USE: u8 = 5;
 const STORAGE: u8 = 6;
+/// Another process of ours, which was asked.
+const ASKED: u8 = 7;
 
 /// A verb's failure.
 #[derive(Debug, thiserror::Error)]
@@ -35,10 +41,10 @@ pub enum Failure {
     #[error("cannot protect this process' memory from other processes of the same user")]
     Process(#[source] io::Error),
     /// What a verb prints did not go out.
-    #[error("cannot write to standard output")]
+    #[error("cannot write the answer to standard output; see that there is room where it goes")]
     Output(#[source] io::Error),
     /// A disk's file cannot be made.
-    #[error("cannot make {}", path.display())]
+    #[error("cannot make {}; its directory has to exist, and this user has to be able to write there", path.display())]
     Make {
         /// The file.
         path: PathBuf,
@@ -46,7 +52,7 @@ pub enum Failure {
         source: io::Error,
     },
     /// A disk's device cannot be looked at before it is overwritten.
-    #[error("cannot read {}", path.display())]
+    #[error("cannot read {}; it has to be there, and readable by this user", path.display())]
     Look {
         /// The device.
         path: PathBuf,
@@ -71,15 +77,15 @@ pub enum Failure {
          for use; with --recovery-key the disk has another way in, and a native provider is added for it"
     )]
     NoProvider,
-    /// A passphrase that would be found.
+    /// A secret that somebody would guess.
     #[error(
-        "the passphrase in {location} is shorter than {least} bytes; whoever finds the backup would guess it"
+        "the secret in {location} is too weak: {why}; take a longer one, or --weak if it has to be this one"
     )]
-    ShortPassphrase {
+    WeakSecret {
         /// Where it is.
         location: String,
-        /// What is long enough.
-        least: usize,
+        /// By which measure.
+        why: Weakness,
     },
     /// A backup that holds something else.
     #[error("{}: {what}", path.display())]
@@ -100,6 +106,12 @@ pub enum Failure {
     /// The cipher does not work here.
     #[error(transparent)]
     Cipher(#[from] CipherError),
+    /// Providers whose keys cannot be used, of which each was told why.
+    #[error("the keys of {names} cannot be used, for the reasons above")]
+    Unusable {
+        /// The providers.
+        names: String,
+    },
     /// The disk's file or device.
     #[error(transparent)]
     Storage(#[from] StorageError),
@@ -134,14 +146,12 @@ pub enum Failure {
     },
     /// A key for a disk that is not encrypted.
     #[error(
-        "{} is a plain disk, to which no key belongs: leave {option} out, or name the volume that it opens",
+        "{} is a plain disk, to which no key belongs: leave --passphrase-file out, or name the volume that it opens",
         disk.display()
     )]
     KeyOfPlainDisk {
         /// The disk.
         disk: PathBuf,
-        /// What names the key.
-        option: &'static str,
     },
     /// A descriptor for two things.
     #[error("descriptor {fd} is the front-end's socket, by --fd; the secret has to come by another one")]
@@ -165,13 +175,40 @@ pub enum Failure {
     #[error("/dev/null cannot be opened")]
     Null(#[source] io::Error),
     /// Somebody confirms another thing than what is about to be lost.
-    #[error("what is to go has to be confirmed by its name: --confirm {wanted}")]
+    #[error(
+        "--confirm names {confirmed:?}, and {what} was named to be taken away: nothing was done; see which of the two is meant"
+    )]
     Confirm {
         /// What is to go.
-        wanted: String,
+        what: String,
+        /// What was confirmed.
+        confirmed: String,
+    },
+    /// Another volume than the one that is about to be lost.
+    #[error(
+        "{} is volume {volume}, and --confirm names {confirmed:?}: nothing was erased; if the disk is the right one, confirm its \
+         UUID, else name the other disk",
+        disk.display()
+    )]
+    ConfirmErasure {
+        /// The disk.
+        disk: PathBuf,
+        /// Its UUID.
+        volume: Uuid,
+        /// What was confirmed.
+        confirmed: String,
+    },
+    /// Nobody can be asked whether the volume is to go.
+    #[error(
+        "{}: nothing was erased, since nobody confirmed it; add --confirm UUID, with the UUID that `sealblk info` shows",
+        disk.display()
+    )]
+    Unconfirmed {
+        /// The disk.
+        disk: PathBuf,
     },
     /// A served disk whose key is young enough.
-    #[error("the key is not older than it may be")]
+    #[error("the key has not reached its maximum age")]
     NotDue,
     /// A backup of a header is given, where the header itself is meant.
     #[error(
@@ -187,11 +224,11 @@ pub enum Failure {
         header: PathBuf,
     },
     /// Several disks, where one is meant.
-    #[error("several disks are taken with --if-due alone, and without --header: rekey them one by one")]
+    #[error("several disks at once need --if-due, and have no --header: rekey them one by one")]
     OneDisk,
     /// Nobody says how old a key may get.
     #[error(
-        "how old may a key get? say it with --max-age, or as max-key-age under [policy] in the configuration"
+        "nothing says how old a key may get: give --max-age, or set max-key-age under [policy] in the configuration"
     )]
     NoPolicy,
     /// A key or provider that is needed.
@@ -228,7 +265,11 @@ pub enum Failure {
         erased: bool,
     },
     /// Nobody answers.
-    #[error("{}: no answer on this control socket; see that `sealblk serve`, or the agent, listens there, and that this user may reach it", socket.display())]
+    #[error(
+        "{}: no answer on this control socket; see that `sealblk serve`, or the agent, listens there, and that this user may \
+         reach it",
+        socket.display()
+    )]
     Control {
         /// The socket.
         socket: PathBuf,
@@ -242,9 +283,13 @@ pub enum Failure {
         socket: PathBuf,
         /// Why.
         message: String,
+        /// If that is a key.
+        reason: Option<KeyReason>,
     },
     /// The host is out of something.
-    #[error("descriptors or threads are exhausted")]
+    #[error(
+        "this host is out of descriptors or threads; raise LimitNOFILE and TasksMax of the unit, or `ulimit -n` and `-u`"
+    )]
     Host(#[source] io::Error),
     /// The control socket.
     #[error(transparent)]
@@ -261,81 +306,157 @@ pub enum Failure {
 }
 
 impl Failure {
+    /// What goes with it, one a line.
+    pub(super) fn list(&self) -> Vec<String> {
+        match self {
+            Self::Guard(GuardError::InUse { uses, .. }) => uses.lines(),
+            _ => Vec::new(),
+        }
+    }
+
     /// One of the codes that the help text lists.
     pub(super) fn exit_code(&self) -> u8 {
         match self {
-            Self::Process(_) | Self::Output(_) | Self::Cipher(_) | Self::Null(_) => HOST,
+            Self::Process(_) | Self::Cipher(_) | Self::Null(_) | Self::Host(_) => HOST,
             Self::SizeNeeded { .. }
             | Self::SameDescriptor { .. }
-            | Self::ShortPassphrase { .. }
+            | Self::WeakSecret { .. }
             | Self::OpensAlready { .. }
             | Self::KeyOfPlainDisk { .. }
             | Self::SectorSizeOfVolume { .. }
-            | Self::NullStorage { .. } => USAGE,
-            Self::Unencrypted { .. } | Self::Backup { .. } | Self::NoReceipt { .. } => VOLUME,
-            Self::Storage(StorageError::InUse { .. }) | Self::MayBeServed { .. } | Self::Occupied { .. } => {
-                IN_USE
-            }
-            Self::Storage(_) | Self::Make { .. } | Self::Look { .. } => STORAGE,
+            | Self::NullStorage { .. }
+            | Self::Confirm { .. }
+            | Self::ConfirmErasure { .. }
+            | Self::Unconfirmed { .. }
+            | Self::NoPolicy
+            | Self::OneDisk
+            | Self::NotDue
+            | Self::OwnHeader { .. } => USAGE,
+            Self::Unencrypted { .. } | Self::Backup { .. } | Self::NoReceipt { .. } => CONTENT,
+            Self::NoProvider | Self::Unusable { .. } => KEY,
+            Self::MayBeServed { .. } | Self::Occupied { .. } => IN_USE,
+            Self::Output(_) | Self::Make { .. } | Self::Look { .. } => STORAGE,
+            Self::Control { .. } => ASKED,
+            Self::Refused { reason, .. } => reason.map_or(ASKED, key_code),
+            Self::Storage(error) => storage_code(error),
             Self::Volume(VolumeError { reason, .. }) => volume_code(reason),
+            Self::Open(error) => match error {
+                OpenError::Volume(VolumeError { reason, .. }) => volume_code(reason),
+                OpenError::Passphrase(error) => error.downcast_ref().map_or(KEY, secret_code),
+                OpenError::Replaced { .. } | OpenError::Reshaped => CONTENT,
+            },
             Self::Serve(error) => match error {
                 ServeError::Socket(error) => socket_code(error),
                 ServeError::BadFd { .. } => USAGE,
                 ServeError::IoUring(_) | ServeError::Control(_) => HOST,
             },
-            Self::Agent(AgentError::Socket(error)) => socket_code(error),
-            Self::Agent(AgentError::Setup(_)) => HOST,
-            Self::Broker(BrokerError::State(error)) | Self::BrokerState(error) => match error {
-                StateError::Io { .. } => STORAGE,
-                StateError::Unusable { .. } => KEY,
-                StateError::Arena(_) => HOST,
-                StateError::Exists { .. }
-                | StateError::Unknown { .. }
-                | StateError::Name(_)
-                | StateError::Register(_) => USAGE,
+            Self::Socket(error) => socket_code(error),
+            Self::Agent(error) => match error {
+                AgentError::Socket(error) => socket_code(error),
+                AgentError::Audit(error) => audit_code(error),
+                AgentError::Dir { .. } => STORAGE,
+                AgentError::Setup(_) => HOST,
             },
-            Self::Broker(BrokerError::Settings(_) | BrokerError::Tls(_)) => USAGE,
-            Self::Broker(BrokerError::Listen { .. } | BrokerError::Random(_)) => HOST,
-            Self::Agent(AgentError::Audit(error))
-            | Self::Broker(BrokerError::Audit(error))
-            | Self::Audit(error) => match error {
-                AuditError::Io { .. } => STORAGE,
-                AuditError::Broken { .. } | AuditError::Moved { .. } | AuditError::HeadNotFound { .. } => {
-                    VOLUME
-                }
+            Self::Broker(error) => match error {
+                BrokerError::Settings(error) => match error {
+                    SettingsError::File(error) => toml_code(error),
+                    SettingsError::Missing { .. } => STORAGE,
+                    SettingsError::Value { .. } => USAGE,
+                },
+                BrokerError::State(error) => broker_code(error),
+                BrokerError::Audit(error) => audit_code(error),
+                BrokerError::Tls(_) => USAGE,
+                BrokerError::Listen { source, .. } => match source.kind() {
+                    io::ErrorKind::AddrInUse => IN_USE,
+                    _ => HOST,
+                },
+                BrokerError::Random(_) => HOST,
             },
-            Self::Config(_) => USAGE,
-            Self::Confirm { .. } | Self::NoPolicy | Self::OneDisk | Self::NotDue | Self::OwnHeader { .. } => {
-                USAGE
-            }
+            Self::BrokerState(error) => broker_code(error),
+            Self::Audit(error) => audit_code(error),
+            Self::Config(error) => match error {
+                ConfigError::File(error) => toml_code(error),
+                ConfigError::Missing { .. } => STORAGE,
+                ConfigError::Grantee { .. } | ConfigError::Unknown { .. } => USAGE,
+            },
             Self::Guard(error) => match error {
                 GuardError::InUse { .. } | GuardError::NotBackedUp(_) => IN_USE,
-                GuardError::Index { .. } | GuardError::Key(_) => KEY,
+                GuardError::Index { .. } => STORAGE,
+                GuardError::Key(error) => key_code(error.reason),
                 GuardError::Registry(error) => registry_code(error),
             },
-            Self::Control { .. } | Self::Host(_) => HOST,
-            Self::Refused { .. } => KEY,
-            Self::Socket(error) => socket_code(error),
-            Self::Open(OpenError::Volume(VolumeError { reason, .. })) => volume_code(reason),
-            Self::Open(OpenError::Passphrase(_)) => KEY,
-            Self::Open(OpenError::Replaced { .. } | OpenError::Reshaped) => VOLUME,
             Self::Registry(error) => registry_code(error),
-            Self::Secret(SecretError::Arena(_)) => HOST,
-            Self::Key(_) | Self::NoProvider | Self::Secret(_) => KEY,
+            Self::Secret(error) => secret_code(error),
+            Self::Key(error) => key_code(error.reason),
         }
+    }
+}
+
+fn key_code(reason: KeyReason) -> u8 {
+    match reason {
+        KeyReason::Host => HOST,
+        KeyReason::NoAgent | KeyReason::NotPermitted => ASKED,
+        _ => KEY,
+    }
+}
+
+fn secret_code(error: &SecretError) -> u8 {
+    match error {
+        SecretError::Io { .. } => STORAGE,
+        SecretError::Empty { .. } | SecretError::TooLong { .. } => KEY,
+        SecretError::NoCredentials { .. } => USAGE,
+        SecretError::Arena(_) => HOST,
+    }
+}
+
+/// Settings that somebody writes: a file that cannot be read is told from one that says what makes no sense.
+fn toml_code(error: &TomlFileError) -> u8 {
+    match error {
+        TomlFileError::Read { .. } | TomlFileError::Exposed { .. } => STORAGE,
+        TomlFileError::Syntax { .. } => USAGE,
+    }
+}
+
+fn storage_code(error: &StorageError) -> u8 {
+    match error {
+        StorageError::InUse { .. } => IN_USE,
+        _ => STORAGE,
+    }
+}
+
+fn audit_code(error: &AuditError) -> u8 {
+    match error {
+        AuditError::Io { .. } | AuditError::Missing { .. } => STORAGE,
+        AuditError::Broken { .. } | AuditError::Moved { .. } | AuditError::HeadNotFound { .. } => CONTENT,
+    }
+}
+
+fn broker_code(error: &StateError) -> u8 {
+    match error {
+        StateError::Io { .. } => STORAGE,
+        StateError::Unusable { .. } => CONTENT,
+        StateError::Arena(_) => HOST,
+        StateError::Exists { .. }
+        | StateError::Unknown { .. }
+        | StateError::Name(_)
+        | StateError::Register(_) => USAGE,
     }
 }
 
 fn registry_code(error: &RegistryError) -> u8 {
     match error {
-        RegistryError::Name(_)
+        RegistryError::NoStateDir
+        | RegistryError::Name(_)
+        | RegistryError::SettingsName { .. }
+        | RegistryError::UnknownDefault { .. }
         | RegistryError::Exists { .. }
         | RegistryError::IsDefault { .. }
         | RegistryError::Settings(_)
         | RegistryError::NotNative(_)
         | RegistryError::NotTrusted(_) => USAGE,
-        RegistryError::NotWiped { .. } => STORAGE,
-        _ => KEY,
+        RegistryError::File(error) => toml_code(error),
+        RegistryError::Io { .. } | RegistryError::Exposed { .. } | RegistryError::NotWiped { .. } => STORAGE,
+        RegistryError::Key(error) | RegistryError::NotAdded(error) => key_code(error.reason),
     }
 }
 
@@ -351,13 +472,13 @@ fn volume_code(reason: &Reason) -> u8 {
         Reason::WrongPassphrase { untried } if untried.iter().any(|(_, error)| lacks_memory(error)) => HOST,
         Reason::WrongPassphrase { .. }
         | Reason::NoToken
-        | Reason::Provider { .. }
-        | Reason::Wrap(_)
-        | Reason::Kek(_)
         | Reason::NoProvider
         | Reason::KekState { .. }
         | Reason::ForeignToken { .. }
         | Reason::TokenOpensNothing { .. } => KEY,
+        Reason::Provider { source, .. } | Reason::Wrap(source) | Reason::Kek(source) => {
+            key_code(source.reason)
+        }
         Reason::RekeyUnfinished(reason) | Reason::ReadBack(reason) => volume_code(reason),
         Reason::AlreadyLuks => IN_USE,
         Reason::Header(HeaderError::Read(_) | HeaderError::Length(_) | HeaderError::Write { .. })
@@ -381,9 +502,9 @@ fn volume_code(reason: &Reason) -> u8 {
         | Reason::NotErased
         | Reason::Entry { .. } => STORAGE,
         Reason::Keyslot { source, .. } if lacks_memory(source) => HOST,
-        Reason::Cipher(CipherError::EqualHalves | CipherError::KeyLength(_)) => VOLUME,
+        Reason::Cipher(CipherError::EqualHalves | CipherError::KeyLength(_)) => CONTENT,
         Reason::Cipher(_) | Reason::Arena(_) | Reason::Kdf(_) | Reason::Seal(_) | Reason::Random(_) => HOST,
-        _ => VOLUME,
+        _ => CONTENT,
     }
 }
 
@@ -391,7 +512,7 @@ fn socket_code(error: &BindError) -> u8 {
     match error {
         BindError::InUse { .. } => IN_USE,
         BindError::NotASocket { .. } => USAGE,
-        BindError::Bind { .. } => HOST,
+        BindError::Bind { .. } => STORAGE,
     }
 }
 
@@ -426,7 +547,7 @@ mod tests {
             (keyslot(KeyslotError::Read(io())), STORAGE),
             (keyslot(KeyslotError::Lock(io())), STORAGE),
             (Reason::Header(HeaderError::Read(io())), STORAGE),
-            (keyslot(KeyslotError::KeySize { bits: 256 }), VOLUME),
+            (keyslot(KeyslotError::KeySize { bits: 256 }), CONTENT),
         ] {
             assert_eq!(volume_code(&reason), code, "{reason}");
         }

@@ -155,7 +155,8 @@ impl Insistence {
     pub(super) fn insists(&self, subject: &str) -> Result<bool, Failure> {
         match &self.confirm {
             Some(confirmed) if confirmed != subject => Err(Failure::Confirm {
-                wanted: subject.to_owned(),
+                what: format!("{subject:?}"),
+                confirmed: confirmed.clone(),
             }),
             _ => Ok(self.force),
         }

@@ -28,6 +28,8 @@ pub mod secret;
 mod serve;
 mod served;
 mod size;
+mod strength;
+mod usage;
 mod volume_args;
 
 use std::ffi::OsString;
@@ -52,17 +54,25 @@ Examples:
 
 Secrets are named, never given: --recovery-key and its like take a file, '-'
 for standard input, 'fd:N' for an open descriptor, or 'cred:NAME' for a file
-in $CREDENTIALS_DIRECTORY.
+in $CREDENTIALS_DIRECTORY. A text is a passphrase, and a newline at its end does
+not belong to it. Anything else, up to 8 MiB, is taken byte for byte, as
+`cryptsetup --key-file` does. What opens nothing so is tried the other way, too.
+
+A secret of your own (a recovery key, a backup's passphrase) has to count as 12
+characters, or needs --weak; below 20 there is a warning. What repeats or goes on
+as in 'abc' is not counted, a digit counts half, a byte that is no text double.
 
 Exit codes:
   0  done
-  1  this host cannot do it: memory, permissions, an internal defect
-  2  the arguments are wrong
-  3  the disk holds no volume, or one that is damaged or not supported; the
-     audit log was changed
-  4  the key is not to be had: provider, passphrase or recovery key
+  1  this host cannot do it: memory, processor, kernel, or a defect of sealblk
+  2  the arguments, the configuration or other settings are wrong
+  3  what the disk, backup, receipt or log holds is wrong: no volume, damaged, not
+     supported, changed
+  4  the key is not available: the provider does not give it, or the passphrase or
+     recovery key opens nothing
   5  the disk, socket, key or provider is in use, or something would be lost
-  6  storage: cannot be opened, read or written, or is full
+  6  a file, device or socket cannot be made, opened, read or written, or is full
+  7  the agent or `sealblk serve` does not answer, or refuses this user
 
 Environment:
   SEALBLK_STATE_DIR  as --state-dir
@@ -177,16 +187,12 @@ fn absolute(path: PathBuf) -> Result<PathBuf, Failure> {
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse_from(arguments(std::env::args_os())) {
         Ok(cli) => cli,
-        Err(refusal) => {
-            // Nobody is left to tell if this fails.
-            let _ = refusal.print();
-            return ExitCode::from(if refusal.use_stderr() { failure::USAGE } else { 0 });
-        }
+        Err(refusal) => return ExitCode::from(usage::refuse(refusal)),
     };
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            output::complain(&failure);
+            output::complain_of(&failure);
             ExitCode::from(failure.exit_code())
         }
     }

@@ -1,7 +1,12 @@
 //! What goes to standard output and to standard error.
+//!
+//! Names, paths and the texts of servers may hold anything. On both outputs they are on one line, and control no terminal:
+//! [`table`], [`note`], [`complain`] and the log see to it themselves, and answers show their parts by [`printable`] and
+//! [`shown`].
 
 use std::error::Error;
 use std::io::{self, Write};
+use std::path::Path;
 
 use serde::Serialize;
 use tracing_journald::{Priority, PriorityMappings};
@@ -53,9 +58,14 @@ pub fn printable(text: &str) -> String {
     harmless(text, usize::MAX)
 }
 
-/// Tells the user something beside the answer. If standard error is closed, nobody is told.
+/// The same of a path.
+pub fn shown(path: &Path) -> String {
+    printable(&path.to_string_lossy())
+}
+
+/// Tells the user something beside the answer, on one line. If standard error is closed, nobody is told.
 pub fn note(text: &str) {
-    let _ = writeln!(io::stderr(), "sealblk: {text}");
+    let _ = writeln!(io::stderr(), "sealblk: {}", printable(text));
 }
 
 /// Lets events go to standard error, which is the journal's for a service; SEALBLK_LOG says which, else `level` and up.
@@ -76,9 +86,26 @@ pub(super) fn log_events(level: &str) {
     match journal() {
         Some(journal) => registry.with(journal).init(),
         None => {
-            let lines = tracing_subscriber::fmt::layer().with_writer(io::stderr);
+            let lines = tracing_subscriber::fmt::layer().with_writer(|| OneLine(io::stderr()));
             registry.with(lines.with_target(false)).init();
         }
+    }
+}
+
+/// Writes each record of the log on one line, whatever is in it.
+struct OneLine<W>(W);
+
+impl<W: Write> Write for OneLine<W> {
+    /// A record is one call.
+    fn write(&mut self, record: &[u8]) -> io::Result<usize> {
+        let text = String::from_utf8_lossy(record);
+        let line = printable(text.strip_suffix('\n').unwrap_or(&text));
+        self.0.write_all((line + "\n").as_bytes())?;
+        Ok(record.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
     }
 }
 
@@ -112,11 +139,25 @@ fn names_levels(filter: &str) -> bool {
 
 /// Prints an error, and what lies under it, a line each.
 pub fn complain(error: &dyn Error) {
-    note(&describe(error));
+    let _ = writeln!(io::stderr(), "sealblk: {}", describe(error));
+}
+
+/// The same of a failure, with the list that goes with it.
+pub(super) fn complain_of(failure: &Failure) {
+    let list: String = failure
+        .list()
+        .iter()
+        .map(|line| format!("\n    {}", printable(line)))
+        .collect();
+    let _ = writeln!(io::stderr(), "sealblk: {}{list}", describe(failure));
 }
 
 /// Rows of text as columns, each as wide as its widest cell.
 pub fn table<const COLUMNS: usize>(rows: &[[String; COLUMNS]]) -> String {
+    let rows: Vec<_> = rows
+        .iter()
+        .map(|row| row.each_ref().map(|cell| printable(cell)))
+        .collect();
     let width = |column: usize| {
         rows.iter()
             .map(|row| row[column].chars().count())
@@ -135,15 +176,15 @@ pub fn table<const COLUMNS: usize>(rows: &[[String; COLUMNS]]) -> String {
     rows.iter().map(line).collect()
 }
 
-/// The error's text, then each cause that says something new.
+/// The error's text, then each cause that says something new, on a line of its own.
 fn describe(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut last = text.clone();
+    let mut last = error.to_string();
+    let mut text = printable(&last);
     for cause in causes(error) {
         let said = cause.to_string();
         if !last.contains(&said) {
             text.push_str("\n  cause: ");
-            text.push_str(said.trim_end().replace('\n', "\n    ").as_str());
+            text.push_str(&printable(said.trim_end()));
             last = said;
         }
     }
@@ -206,8 +247,14 @@ mod tests {
     }
 
     #[test]
-    fn lines_of_a_cause_stay_together() {
-        let error = layers(&["not TOML", "line 3\n  | x\n"]).unwrap();
-        assert_eq!(describe(&*error), "not TOML\n  cause: line 3\n      | x");
+    fn no_error_and_no_record_says_more_than_its_lines() {
+        let error = layers(&["a\nsealblk: done", "b\x1b[2J\u{202e}"]).unwrap();
+        assert_eq!(
+            describe(&*error),
+            "a\\nsealblk: done\n  cause: b\\u{1b}[2J\\u{202e}"
+        );
+        let mut log = OneLine(Vec::new());
+        log.write_all(b"a record of disk x\ny\n").unwrap();
+        assert_eq!(log.0, b"a record of disk x\\ny\n");
     }
 }

@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 use super::failure::Failure;
 use super::made::Made;
 use super::secret::{SecretError, SecretSource};
-use super::{Host, output};
+use super::{Host, output, strength};
 use crate::keys::arena::{SecretBytes, on_wiped_stack};
 use crate::keys::registry::Backup as Taken;
 use crate::keys::{PRIMARY_LEN, private};
@@ -58,6 +58,9 @@ pub(super) struct Backup {
     /// The passphrase that the backup shall open with
     #[arg(long, value_name = "FILE|-|fd:N|cred:NAME", requires = "to")]
     passphrase_file: Option<SecretSource>,
+    /// Take a passphrase that is easily guessed
+    #[arg(long, requires = "passphrase_file")]
+    weak: bool,
     /// Do without: new volumes get keys of the provider, and are lost if its file is
     #[arg(long)]
     waive: bool,
@@ -105,13 +108,9 @@ impl Backup {
             return Ok(registry.set_backup(&self.name, Taken::Waived)?);
         };
         let primary = registry.export(&self.name)?;
-        let passphrase = source.read_passphrase()?;
-        if passphrase.len() < MIN_PASSPHRASE {
-            return Err(Failure::ShortPassphrase {
-                location: source.to_string(),
-                least: MIN_PASSPHRASE,
-            });
-        }
+        let key = source.read_key()?;
+        let passphrase = key.first();
+        strength::demand(passphrase, source, self.weak)?;
         let mut made = Made::default();
         private::create(path, &[]).map_err(|source| Failure::Make {
             path: path.clone(),
@@ -119,19 +118,19 @@ impl Backup {
         })?;
         made.extend([path.clone()]);
         let file = Backing::open(path, Access::ReadWrite)?;
-        let key = with_check(&primary)?;
+        let primary = with_check(&primary)?;
         let about = [("provider", self.name.as_str())];
         vault::seal(
             &file,
-            &key,
-            &passphrase,
+            &primary,
+            passphrase,
             Argon2Cost::for_this_host(),
             BACKUP,
             &about,
         )?;
         // It counts once it was restored.
-        let unsealed = vault::unseal(&file, &passphrase, BACKUP)?;
-        if !unsealed.key.ct_eq(&key) {
+        let unsealed = vault::unseal(&file, passphrase, BACKUP)?;
+        if !unsealed.key.ct_eq(&primary) {
             return Err(Failure::Backup {
                 path: path.clone(),
                 what: "read back from storage, the backup holds another key; check the storage",
@@ -141,7 +140,7 @@ impl Backup {
         registry.set_backup(&self.name, Taken::Taken)?;
         output::print(&format!(
             "{}: the primary key of {:?}, read back and opened; keep it and its passphrase apart, and from the disks\n",
-            path.display(),
+            output::shown(path),
             self.name
         ))
     }
@@ -180,7 +179,8 @@ impl Seal {
 /// The primary key in a backup, and the name of its provider.
 fn open(file: &Path, passphrase: &SecretSource) -> Result<(SecretBytes, Option<String>), Failure> {
     let backing = Backing::open(file, Access::Inspect)?;
-    let unsealed = vault::unseal(&backing, &passphrase.read_passphrase()?, BACKUP)?;
+    let key = passphrase.read_key()?;
+    let unsealed = key.open(|form| vault::unseal(&backing, form, BACKUP))?;
     let mut primary = SecretBytes::zeroed(PRIMARY_LEN).map_err(SecretError::from)?;
     primary.copy_from_slice(&unsealed.key[..PRIMARY_LEN]);
     if !with_check(&primary)?.ct_eq(&unsealed.key) {
@@ -210,5 +210,3 @@ fn with_check(primary: &SecretBytes) -> Result<SecretBytes, Failure> {
 
 /// The type of a backup's token.
 const BACKUP: &str = "sealblk-primary-key";
-/// The shortest passphrase, in bytes. argon2id makes each guess dear, and not the first thousands of them.
-const MIN_PASSPHRASE: usize = 8;

@@ -52,8 +52,9 @@ Examples:
 
 The servers have the same keys, and are tried in the given order. KMIP 1.1 to 1.4,
 2.0 and 2.1 are spoken, over TLS 1.2 or 1.3; the files are PEM, and read at each
-connection. No server is asked yet: `sealblk provider list` does that, and makes a
-key called sealblk-probe there. docs/providers.md tells what to set up.";
+connection. It is added once a key was wrapped and unwrapped, for which a key
+called sealblk-probe is made there; else the exit code is not 0, and nothing is
+added. docs/providers.md tells what to set up.";
 const TRANSIT_HELP: &str = "\
 Examples:
   sealblk provider add transit --address https://bao1:8200 --address https://bao2:8200 \\
@@ -64,7 +65,8 @@ Examples:
 
 The transit key stays on the server, and wraps the keys that volumes are bound to.
 Files are read whenever a connection is made, so that what they hold can be renewed.
-No server is asked now: `sealblk provider list` tells whether keys can be used.";
+It is added once a key was wrapped and unwrapped; else the exit code is not 0, and
+nothing is added. docs/providers.md tells what to set up.";
 
 const TRUSTED_HELP: &str = "\
 Examples:
@@ -104,7 +106,7 @@ enum Verb {
     AttestationKey(Check),
     /// Remove a key provider from this host, unless a disk needs it
     Remove(Remove),
-    /// List the key providers of this host, and whether each one's keys can be used
+    /// List the key providers of this host, and whether each one's keys can be used; if not all can, the exit code is 4
     List(List),
 }
 
@@ -144,6 +146,9 @@ struct TrustedArgs {
     /// How long a release may take
     #[arg(long, value_name = "SECONDS", default_value_t = trusted::TIMEOUT)]
     timeout: u16,
+    /// Add it though it is not seen to work
+    #[arg(long)]
+    no_check: bool,
     #[command(flatten)]
     common: Common,
 }
@@ -213,6 +218,9 @@ struct KmipArgs {
     /// How long an operation may take, over all servers
     #[arg(long, value_name = "SECONDS", default_value_t = kmip::DEFAULT_TIMEOUT)]
     timeout: u64,
+    /// Add it though it is not seen to work
+    #[arg(long)]
+    no_check: bool,
     #[command(flatten)]
     common: Common,
 }
@@ -256,6 +264,9 @@ struct TransitArgs {
     /// How long an operation may take
     #[arg(long, value_name = "SECONDS", default_value_t = transit::TIMEOUT)]
     timeout: u16,
+    /// Add it though it is not seen to work
+    #[arg(long)]
+    no_check: bool,
     #[command(flatten)]
     common: Common,
 }
@@ -309,17 +320,14 @@ impl Add {
                 add_native(&mut registry, common.named("native"), common.default, backup)
             }
             Add::Kmip(args) => {
-                let common = args.common.clone();
-                add_servers(&mut registry, &common, "kmip", Source::Kmip(args.settings()?))
+                let (common, no_check) = (args.common.clone(), args.no_check);
+                let source = Source::Kmip(args.settings()?);
+                add_servers(&mut registry, &common, no_check, "kmip", source)
             }
             Add::Transit(args) => {
-                let common = args.common.clone();
-                add_servers(
-                    &mut registry,
-                    &common,
-                    "transit",
-                    Source::Transit(args.settings()?),
-                )
+                let (common, no_check) = (args.common.clone(), args.no_check);
+                let source = Source::Transit(args.settings()?);
+                add_servers(&mut registry, &common, no_check, "transit", source)
             }
             Add::Trusted(args) => {
                 let settings = trusted::Settings {
@@ -330,7 +338,8 @@ impl Add {
                     hold: args.hold,
                     timeout: args.timeout,
                 };
-                add_servers(&mut registry, &args.common, "trusted", Source::Trusted(settings))
+                let source = Source::Trusted(settings);
+                add_servers(&mut registry, &args.common, args.no_check, "trusted", source)
             }
         }
     }
@@ -401,18 +410,34 @@ impl TransitArgs {
     }
 }
 
-/// Adds a provider whose servers are not asked yet.
+/// Adds a provider whose keys are had of servers, once they are seen to be.
 fn add_servers(
     registry: &mut Registry,
     common: &Common,
+    no_check: bool,
     kind: &'static str,
     source: Source,
 ) -> Result<(), Failure> {
     let name = common.named(kind);
-    registry.add(name, source, common.default)?;
-    output::note(&format!(
-        "added key provider {name:?}; `sealblk provider list` tells whether its keys can be used"
-    ));
+    let mut next = "its keys can be used".to_owned();
+    if no_check {
+        registry.add(name, source, common.default)?;
+        next = format!("`sealblk provider check {name}` tells whether its keys can be used");
+    } else {
+        // A broker knows this host by a key that is made just now.
+        let is_trusted = matches!(source, Source::Trusted(_));
+        registry.add_working(name, source, common.default, |error| match error.reason {
+            KeyReason::Refused | KeyReason::Attestation if is_trusted => {
+                next = format!(
+                    "its broker answers, and does not know this host yet: `sealblk provider enrol {name}`, or give the broker what \
+                     `sealblk provider attestation-key {name}` prints"
+                );
+                Ok(())
+            }
+            _ => Err(error),
+        })?;
+    }
+    output::note(&format!("added key provider {name:?}; {next}"));
     Ok(())
 }
 
@@ -430,7 +455,7 @@ pub(super) fn add_native(
     backup: Backup,
 ) -> Result<(), Failure> {
     registry.add(name, Source::Native { backup }, default)?;
-    let dir = registry.dir().display();
+    let dir = output::shown(registry.dir());
     output::note(&format!(
         "added key provider {name:?}; its primary key is in {dir}: back it up with `sealblk provider backup {name}`, since \
          volumes bound to this provider open with it or with their recovery key, and with nothing else"
@@ -481,7 +506,22 @@ impl List {
                 (entry, reason)
             })
             .collect();
-        if self.json {
+        let unusable: Vec<_> = listed
+            .iter()
+            .filter(|(_, reason)| reason.is_some())
+            .map(|(entry, _)| format!("{:?}", entry.name))
+            .collect();
+        Self::print(self.json, listed)?;
+        match unusable.is_empty() {
+            true => Ok(()),
+            false => Err(Failure::Unusable {
+                names: unusable.join(", "),
+            }),
+        }
+    }
+
+    fn print(json: bool, listed: Vec<(Entry, Option<KeyReason>)>) -> Result<(), Failure> {
+        if json {
             let providers = listed.iter().map(|(entry, reason)| {
                 json!({
                     "name": entry.name,

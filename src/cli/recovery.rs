@@ -49,6 +49,9 @@ struct Add {
     /// Where the recovery key is, or shall be; '-', 'fd:N' and 'cred:NAME' are taken too
     #[arg(long, value_name = "FILE")]
     recovery_key: SecretSource,
+    /// Take a recovery key that is easily guessed
+    #[arg(long)]
+    weak: bool,
     #[command(flatten)]
     unlock: Unlock,
 }
@@ -100,9 +103,9 @@ impl Add {
         let volume = self.unlock.open(&locked, || {
             host.keys_of(self.volume.header_path(), Purpose::Access)
         })?;
-        let key = RecoveryKey::read_or_make(&self.recovery_key)?;
+        let key = RecoveryKey::read_or_make(&self.recovery_key, self.weak)?;
         if key.made.is_none()
-            && let Ok(volume) = locked.unlock_with_passphrase(&key.passphrase)
+            && let Ok(volume) = key.key.open(|form| locked.unlock_with_passphrase(form))
         {
             let keyslot = volume.keyslot();
             return Err(Failure::OpensAlready { keyslot });
@@ -114,7 +117,7 @@ impl Add {
         };
         let mut made = Made::default();
         made.extend(key.made);
-        let added = locked.add_recovery_key(&volume, &key.passphrase, Argon2Cost::for_this_host());
+        let added = locked.add_recovery_key(&volume, key.key.first(), Argon2Cost::for_this_host());
         let keyslot = match added {
             Ok(keyslot) => keyslot,
             Err(error) => {
@@ -126,7 +129,7 @@ impl Add {
             }
         };
         made.keep();
-        let (disk, place) = (self.volume.disk.display(), &self.recovery_key);
+        let (disk, place) = (output::shown(&self.volume.disk), &self.recovery_key);
         output::print(&format!(
             "{disk}: the recovery key in {place} was {verb}, in keyslot {keyslot}\n"
         ))
@@ -138,26 +141,26 @@ impl Remove {
         let files = self.volume.open(Access::ReadWrite)?;
         let mut locked = files.locked()?;
         let key = match &self.which.recovery_key {
-            Some(key) => Some(key.read_passphrase()?),
+            Some(key) => Some(key.read_key()?),
             None => None,
         };
         let other = self.unlock.open(&locked, || {
             host.keys_of(self.volume.header_path(), Purpose::Access)
         })?;
         let mut keyslot = match (&key, self.which.keyslot) {
-            (Some(key), _) => locked.unlock_with_passphrase(key)?.keyslot(),
+            (Some(key), _) => key.open(|form| locked.unlock_with_passphrase(form))?.keyslot(),
             (None, Some(keyslot)) => keyslot,
             (None, None) => unreachable!("one of the group is required"),
         };
         // A key that was added more than once has to go as often: who removes it fears that somebody has it.
         loop {
             locked.remove_recovery_key(keyslot, &other)?;
-            let disk = self.volume.disk.display();
+            let disk = output::shown(&self.volume.disk);
             output::print(&format!(
                 "{disk}: the recovery key was removed from keyslot {keyslot}\n"
             ))?;
             let Some(key) = &key else { return Ok(()) };
-            keyslot = match locked.unlock_with_passphrase(key) {
+            keyslot = match key.open(|form| locked.unlock_with_passphrase(form)) {
                 Ok(again) => again.keyslot(),
                 Err(error) => match &*error.reason {
                     Reason::NoKeyslots => return Ok(()),
@@ -172,12 +175,12 @@ impl Remove {
 impl Test {
     fn run(self) -> Result<(), Failure> {
         let files = self.volume.open(Access::Inspect)?;
-        let volume = files
-            .locked()?
-            .unlock_with_passphrase(&self.recovery_key.read_passphrase()?)?;
+        let key = self.recovery_key.read_key()?;
+        let locked = files.locked()?;
+        let volume = key.open(|form| locked.unlock_with_passphrase(form))?;
         output::print(&format!(
             "{}: opens, by keyslot {}\n",
-            self.volume.disk.display(),
+            output::shown(&self.volume.disk),
             volume.keyslot()
         ))
     }

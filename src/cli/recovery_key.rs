@@ -6,7 +6,9 @@
 
 use std::path::{Path, PathBuf};
 
-use super::secret::{SecretError, SecretSource};
+use super::failure::Failure;
+use super::secret::{Key, SecretError, SecretSource};
+use super::strength;
 use crate::keys::arena::{ArenaError, SecretBytes};
 use crate::keys::private;
 
@@ -17,30 +19,32 @@ const GROUP: usize = 8;
 
 /// A recovery key, and the file that was made for it, if there was none.
 pub(super) struct RecoveryKey {
-    pub(super) passphrase: SecretBytes,
+    pub(super) key: Key,
     pub(super) made: Option<PathBuf>,
 }
 
 impl RecoveryKey {
-    /// Reads the recovery key; or makes one, and the file that is named, if there is no such file.
-    pub(super) fn read_or_make(source: &SecretSource) -> Result<Self, SecretError> {
+    /// Reads the recovery key; or makes one, and the file that is named, if there is no such file. One that somebody would guess
+    /// is refused, unless `weak` is insisted on.
+    pub(super) fn read_or_make(source: &SecretSource, weak: bool) -> Result<Self, Failure> {
         match source {
             SecretSource::File(path) if !exists(path) => {
-                let passphrase = generate()?;
+                let passphrase = generate().map_err(SecretError::from)?;
                 private::create(path, &passphrase).map_err(|e| SecretError::Io {
                     action: "write",
                     location: path.display().to_string(),
                     source: e,
                 })?;
                 Ok(Self {
-                    passphrase,
+                    key: Key::of(passphrase),
                     made: Some(path.clone()),
                 })
             }
-            source => Ok(Self {
-                passphrase: source.read_passphrase()?,
-                made: None,
-            }),
+            source => {
+                let key = source.read_key()?;
+                strength::demand(key.first(), source, weak)?;
+                Ok(Self { key, made: None })
+            }
         }
     }
 }
@@ -87,12 +91,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vm.key");
         let source = SecretSource::File(path.clone());
-        let made = RecoveryKey::read_or_make(&source).unwrap();
+        let made = RecoveryKey::read_or_make(&source, false).unwrap();
         assert_eq!(made.made.as_deref(), Some(&*path));
-        assert!(made.passphrase.ct_eq(&fs::read(&path).unwrap()));
+        assert!(made.key.first().ct_eq(&fs::read(&path).unwrap()));
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o600);
-        let read = RecoveryKey::read_or_make(&source).unwrap();
+        let read = RecoveryKey::read_or_make(&source, false).unwrap();
         assert!(read.made.is_none());
-        assert!(read.passphrase.ct_eq(&made.passphrase));
+        assert!(read.key.first().ct_eq(made.key.first()));
     }
 }

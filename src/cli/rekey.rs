@@ -79,7 +79,7 @@ impl Rekey {
             if let Err(failure) = self.at_rest(host, &volume, max_age)
                 && let Some(earlier) = failed.replace(failure)
             {
-                output::complain(&earlier);
+                output::complain_of(&earlier);
             }
         }
         failed.map_or(Ok(()), Err)
@@ -140,7 +140,7 @@ impl Rekey {
 fn tell_not_due(disk: &Path) -> Result<(), Failure> {
     output::print(&format!(
         "{}: its key is not older than it may be\n",
-        disk.display()
+        output::shown(disk)
     ))
 }
 
@@ -151,7 +151,7 @@ fn tell(disk: &Path, rekeyed: &Rekeyed) -> Result<(), Failure> {
         keyslot,
         replaced,
     } = rekeyed;
-    let mut answer = format!("{}: rekeyed, in keyslot {keyslot}\n", disk.display());
+    let mut answer = format!("{}: rekeyed, in keyslot {keyslot}\n", output::shown(disk));
     answer.push_str(&format!("  opens now     provider {provider:?}, key {key_id}\n"));
     for (provider, key_id) in replaced {
         answer.push_str(&format!("  no more       provider {provider:?}, key {key_id}\n"));

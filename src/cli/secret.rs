@@ -1,5 +1,9 @@
 //! Secrets that come in from outside: from a file, a descriptor or a systemd credential, never from the command line
 //! or the environment. They are read straight into the key arena.
+//!
+//! What opens a volume or a backup is a [`Key`], by one rule for all verbs: a text is a passphrase, to which a newline at its end
+//! does not belong, since nobody types it; anything else is taken byte for byte, as `cryptsetup --key-file` does. What does not
+//! open so is tried the other way, too.
 
 use std::fmt;
 use std::fs::File;
@@ -8,11 +12,11 @@ use std::os::fd::{BorrowedFd, RawFd};
 use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 
+use super::output;
 use crate::keys::arena::{ArenaError, SecretBytes};
 
-/// The longest secret that is read, in bytes. cryptsetup takes key files of up to 8 MiB; what is longer than
-/// this is hardly a key, and the key arena, which is locked memory, must have room for it.
-const MAX_LEN: usize = 1 << 20;
+/// The longest secret that is read, in bytes: that of cryptsetup's key files.
+const MAX_LEN: usize = 8 << 20;
 
 /// The size of the first piece that is read: nearly every secret is shorter.
 const PIECE: usize = 8 << 10;
@@ -32,7 +36,9 @@ pub enum SecretSource {
 #[derive(Debug, thiserror::Error)]
 pub enum SecretError {
     /// The file or descriptor.
-    #[error("cannot {action} the secret in {location}")]
+    #[error(
+        "cannot {action} the secret in {location}; name a file, or an open descriptor, that this user can {action}"
+    )]
     Io {
         /// "read" or "write".
         action: &'static str,
@@ -42,7 +48,7 @@ pub enum SecretError {
         source: io::Error,
     },
     /// An empty passphrase protects nothing.
-    #[error("the secret in {location} is empty; write one into it first")]
+    #[error("the secret in {location} is empty; is it the right file?")]
     Empty {
         /// Where.
         location: String,
@@ -104,7 +110,7 @@ impl FromStr for SecretSource {
 impl fmt::Display for SecretSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::File(path) => path.display().fmt(f),
+            Self::File(path) => f.write_str(&output::shown(path)),
             Self::Descriptor(0) => f.write_str("standard input"),
             Self::Descriptor(fd) => write!(f, "descriptor {fd}"),
             Self::Credential(name) => write!(f, "credential {name:?}"),
@@ -125,7 +131,10 @@ impl SecretSource {
             source,
         };
         let mut file = self.open(&location)?;
-        let mut secret = SecretBytes::zeroed(PIECE)?;
+        // A file tells how long it is. One byte more is for its end.
+        let expected = file.metadata().map_or(0, |metadata| metadata.len());
+        let expected = usize::try_from(expected).unwrap_or(MAX_LEN).min(MAX_LEN) + 1;
+        let mut secret = SecretBytes::zeroed(expected.max(PIECE))?;
         let mut len = 0;
         loop {
             if len == secret.len() && len <= MAX_LEN {
@@ -148,21 +157,17 @@ impl SecretSource {
         }
     }
 
-    /// Reads a passphrase: as [`SecretSource::read`], without one newline at the end.
+    /// Reads what opens a volume or a backup, or shall open one.
     ///
     /// # Errors
     /// As for [`SecretSource::read`].
-    pub fn read_passphrase(&self) -> Result<SecretBytes, SecretError> {
-        let mut secret = self.read()?;
-        if secret.last() == Some(&b'\n') {
-            secret.truncate(secret.len() - 1);
-        }
-        if secret.is_empty() {
-            return Err(SecretError::Empty {
+    pub fn read_key(&self) -> Result<Key, SecretError> {
+        Key::new(self.read()?).map_err(|error| match error {
+            None => SecretError::Empty {
                 location: self.to_string(),
-            });
-        }
-        Ok(secret)
+            },
+            Some(error) => error.into(),
+        })
     }
 
     fn open(&self, location: &str) -> Result<File, SecretError> {
@@ -182,6 +187,61 @@ impl SecretSource {
             },
         }
     }
+}
+
+/// A passphrase or key, in the form that it is likely meant in, and in the other.
+#[derive(Debug)]
+pub struct Key {
+    first: SecretBytes,
+    second: Option<SecretBytes>,
+}
+
+impl Key {
+    /// Nothing, if there is nothing but a newline, or no memory.
+    fn new(given: SecretBytes) -> Result<Self, Option<ArenaError>> {
+        let without = match &*given {
+            [before @ .., b'\n'] if !before.is_empty() => Some(SecretBytes::copy_of(before)?),
+            b"\n" => return Err(None),
+            _ => None,
+        };
+        Ok(match without {
+            Some(without) if is_text(&given) => Self {
+                first: without,
+                second: Some(given),
+            },
+            second => Self { first: given, second },
+        })
+    }
+
+    /// One that is meant in this form alone.
+    pub fn of(secret: SecretBytes) -> Self {
+        Self {
+            first: secret,
+            second: None,
+        }
+    }
+
+    /// The form that a volume or backup is to open with.
+    pub fn first(&self) -> &SecretBytes {
+        &self.first
+    }
+
+    /// Opens something with it: with one form after the other, until one opens.
+    ///
+    /// # Errors
+    /// Why the first form does not.
+    pub fn open<T, E>(&self, open: impl Fn(&SecretBytes) -> Result<T, E>) -> Result<T, E> {
+        open(&self.first).or_else(|error| match &self.second {
+            Some(second) => open(second).map_err(|_| error),
+            None => Err(error),
+        })
+    }
+}
+
+/// Whether somebody could have typed `secret`, and a newline after it.
+pub(super) fn is_text(secret: &[u8]) -> bool {
+    let line = secret.strip_suffix(b"\n").unwrap_or(secret);
+    std::str::from_utf8(line).is_ok_and(|line| !line.chars().any(char::is_control))
 }
 
 /// Another descriptor of what an inherited one refers to; that one stays open.
@@ -229,10 +289,29 @@ mod tests {
     }
 
     #[test]
-    fn passphrase_loses_one_newline_and_a_key_none() {
-        let (_file, source) = file(b"open sesame\n\n");
-        assert!(source.read_passphrase().unwrap().ct_eq(b"open sesame\n"));
-        assert!(source.read().unwrap().ct_eq(b"open sesame\n\n"));
+    fn newline_belongs_to_a_key_and_not_to_a_text_and_both_are_tried() {
+        let forms = |content: &[u8]| -> Vec<Vec<u8>> {
+            let key = file(content).1.read_key();
+            let Key { first, second } = key.unwrap();
+            [Some(first), second]
+                .iter()
+                .flatten()
+                .map(|form| form.to_vec())
+                .collect()
+        };
+        assert_eq!(forms(b"open sesame"), [b"open sesame"]);
+        assert_eq!(forms(b"open sesame\n"), [&b"open sesame"[..], b"open sesame\n"]);
+        assert_eq!(forms("s\u{e9}same\n".as_bytes())[0], "s\u{e9}same".as_bytes());
+        // Two lines, or a random key: byte for byte.
+        assert_eq!(
+            forms(b"open\nsesame\n"),
+            [&b"open\nsesame\n"[..], b"open\nsesame"]
+        );
+        assert_eq!(
+            forms(b"\x00\xff\x07\n"),
+            [&b"\x00\xff\x07\n"[..], b"\x00\xff\x07"]
+        );
+        assert_eq!(forms(b"\x00\xff\x07"), [b"\x00\xff\x07"]);
     }
 
     #[test]
@@ -240,11 +319,19 @@ mod tests {
         let (_file, source) = file(b"");
         assert!(matches!(source.read(), Err(SecretError::Empty { .. })));
         let (_file, source) = file(b"\n");
-        assert!(matches!(source.read_passphrase(), Err(SecretError::Empty { .. })));
+        assert!(matches!(source.read_key(), Err(SecretError::Empty { .. })));
         let (_file, source) = file(&[1; MAX_LEN]);
         assert_eq!(source.read().unwrap().len(), MAX_LEN);
         let (_file, source) = file(&[1; MAX_LEN + 1]);
         assert!(matches!(source.read(), Err(SecretError::TooLong { .. })));
+        let (mut reader, mut writer) = io::pipe().unwrap();
+        let write = std::thread::spawn(move || writer.write_all(&[1; MAX_LEN]));
+        assert_eq!(
+            SecretSource::Descriptor(reader.as_raw_fd()).read().unwrap().len(),
+            MAX_LEN
+        );
+        write.join().unwrap().unwrap();
+        assert_eq!(reader.read(&mut [0]).unwrap(), 0);
     }
 
     #[test]

@@ -24,7 +24,7 @@ use crate::control::{server, varlink};
 use crate::device::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES, Disk, Endpoint, Server};
 use crate::hex;
 use crate::keys::arena::SecretBytes;
-use crate::served::{By, Interface, Opener, Served};
+use crate::served::{By, Interface, OpenError, Opener, Served};
 use crate::storage::{Access, Backing, DataFile, PAGE};
 use crate::volume::segment::{SegmentTable, Treatment};
 use crate::volume::{HeaderError, Locked, Reason, VolumeError, plain};
@@ -85,16 +85,9 @@ pub(super) struct Serve {
     /// The volume's header, if it is not on the disk
     #[arg(long, value_name = "FILE")]
     header: Option<PathBuf>,
-    /// Open the volume with a passphrase or recovery key instead of a key provider
-    #[arg(long, value_name = "FILE|-|fd:N|cred:NAME")]
+    /// Open the volume with a passphrase, recovery key or key file instead of a key provider
+    #[arg(long, value_name = "FILE|-|fd:N|cred:NAME", visible_alias = "key-file")]
     passphrase_file: Option<SecretSource>,
-    /// The same, byte for byte, with a newline at its end if there is one: as `cryptsetup --key-file`
-    #[arg(
-        long,
-        value_name = "FILE|-|fd:N|cred:NAME",
-        conflicts_with = "passphrase_file"
-    )]
-    key_file: Option<SecretSource>,
     /// Serve a disk that holds no LUKS2 volume too, as it lies there: nothing of it is encrypted. Not for disks that are to
     /// be: who can wipe the header of one would make it plain
     #[arg(long, conflicts_with = "header")]
@@ -104,7 +97,7 @@ pub(super) struct Serve {
     sector_size: Option<SectorSize>,
     /// Serve no disk: store nothing, and answer reads with noise, encrypted under a random key unless --allow-unencrypted
     /// is given; it shows what all but the storage costs
-    #[arg(long, value_name = "SIZE", conflicts_with_all = ["blk_file", "header", "passphrase_file", "key_file"])]
+    #[arg(long, value_name = "SIZE", conflicts_with_all = ["blk_file", "header", "passphrase_file"])]
     null_storage: Option<Size>,
     /// Pass the guest's discards on to storage, which then shows what is in use to who can see it
     #[arg(long, conflicts_with = "read_only")]
@@ -139,11 +132,8 @@ impl Serve {
             // clap lets nobody past without an endpoint, or the question for capabilities.
             (None, None) => return output::print(&format!("{CAPABILITIES}\n")),
         };
-        let secrets = [&self.passphrase_file, &self.key_file].into_iter().flatten();
         if let Some(fd) = self.fd
-            && secrets
-                .into_iter()
-                .any(|source| *source == SecretSource::Descriptor(fd))
+            && self.passphrase_file == Some(SecretSource::Descriptor(fd))
         {
             return Err(Failure::SameDescriptor { fd });
         }
@@ -234,16 +224,17 @@ impl Serve {
 
     /// What unlocks the volume whose header is in `path`.
     fn unlocked_by(&self, host: &Host, path: &Path) -> Result<By, Failure> {
-        Ok(match (&self.passphrase_file, &self.key_file) {
-            (Some(source), _) => {
+        Ok(match &self.passphrase_file {
+            Some(source) => {
                 let source = source.clone();
-                By::Passphrase(Box::new(move || Ok(source.read_passphrase()?)))
+                By::Passphrase(Box::new(move |locked| {
+                    let key = source
+                        .read_key()
+                        .map_err(|error| OpenError::Passphrase(error.into()))?;
+                    Ok(key.open(|form| locked.unlock_with_passphrase(form))?)
+                }))
             }
-            (None, Some(source)) => {
-                let source = source.clone();
-                By::Passphrase(Box::new(move || Ok(source.read()?)))
-            }
-            (None, None) => By::Providers {
+            None => By::Providers {
                 attach: Box::new(host.keys_of(path, Purpose::Attach)?),
                 recrypt: Box::new(host.keys_of(path, Purpose::Recrypt)?),
             },
@@ -252,14 +243,9 @@ impl Serve {
 
     /// The disk as it lies there, which is no volume.
     fn plain(&self, disk: Backing) -> Result<Medium, Failure> {
-        let keys = [
-            ("--passphrase-file", &self.passphrase_file),
-            ("--key-file", &self.key_file),
-        ];
-        if let Some((option, _)) = keys.into_iter().find(|(_, source)| source.is_some()) {
+        if self.passphrase_file.is_some() {
             return Err(Failure::KeyOfPlainDisk {
                 disk: disk.path().to_owned(),
-                option,
             });
         }
         let sector_size = self.sector_size.unwrap_or_default();

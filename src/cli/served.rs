@@ -91,7 +91,7 @@ fn text(status: &served::Status) -> String {
     );
     match status.state {
         State::Open => row("state", "open".to_owned()),
-        State::Locking => row("state", "locking: waits for what is in flight".to_owned()),
+        State::Locking => row("state", "locking: waits for the requests in flight".to_owned()),
         State::Locked => row("state", "locked: the guest's requests wait".to_owned()),
     }
     if let Some(lock) = &status.lock {
@@ -99,7 +99,7 @@ fn text(status: &served::Status) -> String {
             LockedBy::Operator => row("", "until `sealblk unlock`".to_owned()),
             LockedBy::NoKey => row(
                 "",
-                "until its key is to be had, which is tried again and again".to_owned(),
+                "until its key is available; it is tried again and again".to_owned(),
             ),
         }
         if let Some(message) = &lock.message {
@@ -145,9 +145,9 @@ fn refused(socket: &Path, error: &MethodError) -> Failure {
     let message = match error.name.rsplit('.').next() {
         Some("Failed") => field("message").map(str::to_owned),
         Some("NotPermitted") => field("privilege").map(|privilege| {
-            format!("you lack the privilege {privilege}; grant it in the configuration of who listens there")
+            format!("this user lacks the privilege {privilege}; grant it in the configuration of the process that listens there")
         }),
-        Some("TooManyWatchers") => Some("as many watch already as may; end one".to_owned()),
+        Some("TooManyWatchers") => Some("too many watchers; end one of them".to_owned()),
         Some("EventsLost") => {
             Some("events came faster than they were read, and were lost; ask anew".to_owned())
         }
@@ -156,5 +156,9 @@ fn refused(socket: &Path, error: &MethodError) -> Failure {
     Failure::Refused {
         socket: socket.to_owned(),
         message: message.unwrap_or_else(|| error.to_string()),
+        reason: error
+            .parameters
+            .get("reason")
+            .and_then(|reason| serde_json::from_value(reason.clone()).ok()),
     }
 }

@@ -93,7 +93,7 @@ impl Unlock {
         keys: impl FnOnce() -> Result<Keys, Failure>,
     ) -> Result<Volume, Failure> {
         match &self.unlock_key {
-            Some(key) => Ok(locked.unlock_with_passphrase(&key.read_passphrase()?)?),
+            Some(key) => Ok(key.read_key()?.open(|form| locked.unlock_with_passphrase(form))?),
             None => Ok(locked.unlock_with_provider(&keys()?)?),
         }
     }

@@ -1,7 +1,6 @@
 //! Keys and providers are taken away only when no volume needs them, as far as this host knows; or when somebody insists.
 
 use std::collections::HashSet;
-use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
@@ -31,10 +30,7 @@ pub struct Uses {
 #[derive(Debug, thiserror::Error)]
 pub enum GuardError {
     /// Volumes would be lost.
-    #[error(
-        "{what} is in use{} rekey the disks to another key first; `sealblk key where-used` lists all",
-        Disks(uses)
-    )]
+    #[error("{what} is in use{}; rekey these disks to another key first; `sealblk key where-used` lists all", uses.caveat())]
     InUse {
         /// The key or the provider.
         what: String,
@@ -88,32 +84,29 @@ impl From<Sighting> for Disk {
     }
 }
 
-struct Disks<'u>(&'u Uses);
+impl Uses {
+    /// The volumes, one a line.
+    pub fn lines(&self) -> Vec<String> {
+        let disk = |disk: &Disk| {
+            let why = disk
+                .why
+                .as_ref()
+                .map(|why| format!(": {why}"))
+                .unwrap_or_default();
+            format!("{}  volume {}, {}{why}", disk.path, disk.volume, disk.standing)
+        };
+        let more = self.count.saturating_sub(self.volumes.len());
+        let rest = (more > 0).then(|| format!("and {more} more"));
+        self.volumes.iter().map(disk).chain(rest).collect()
+    }
 
-impl fmt::Display for Disks<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Uses { volumes, count, full } = self.0;
-        if *full {
-            f.write_str(", as far as anybody can tell: the list of volumes has no room for more")?;
-        }
-        for disk in volumes {
-            write!(f, "\n  {}  volume {}, {}", disk.path, disk.volume, disk.standing)?;
-            if let Some(why) = &disk.why {
-                write!(f, ": {why}")?;
-            }
-        }
-        match count - volumes.len() {
-            0 => {}
-            more => write!(f, "\n  and {more} more")?,
-        }
-        match volumes.is_empty() {
-            true => Ok(()),
-            false => f.write_str("\n "),
+    fn caveat(&self) -> &'static str {
+        match self.full {
+            true => ", as far as anybody can tell: the list of volumes has no room for more",
+            false => "",
         }
     }
-}
 
-impl Uses {
     /// The volumes that have to be taken for bound to what `matches`.
     ///
     /// # Errors

@@ -22,7 +22,6 @@ use uuid::Uuid;
 use crate::cipher::KernelChoice;
 use crate::control::events::{Event, Events};
 use crate::device::Disk;
-use crate::keys::arena::SecretBytes;
 use crate::keys::{KeyError, KeyReason, Providers};
 use crate::mutex::lock;
 use crate::storage::Backing;
@@ -57,8 +56,11 @@ pub enum By {
         recrypt: Box<dyn Providers + Send + Sync>,
     },
     /// A passphrase, which is read each time.
-    Passphrase(Box<dyn Fn() -> Result<SecretBytes, Unreadable> + Send + Sync>),
+    Passphrase(Box<Unlock>),
 }
+
+/// Unlocks a volume.
+pub type Unlock = dyn Fn(&Locked<'_>) -> Result<Volume, OpenError> + Send + Sync;
 
 /// Why a passphrase cannot be read.
 pub type Unreadable = Box<dyn std::error::Error + Send + Sync>;
@@ -70,7 +72,7 @@ pub enum OpenError {
     #[error(transparent)]
     Volume(#[from] VolumeError),
     /// What unlocks it.
-    #[error("the passphrase is not to be had")]
+    #[error("the passphrase cannot be read")]
     Passphrase(#[source] Unreadable),
     /// Somebody has put another volume in its place.
     #[error("the header was replaced: it was that of volume {expected}, and is that of {found}; restore it")]
@@ -130,7 +132,7 @@ impl Opener {
     pub fn unlock(&self, locked: &Locked<'_>) -> Result<Volume, OpenError> {
         Ok(match &self.by {
             By::Providers { attach, .. } => locked.unlock_with_provider(&**attach)?,
-            By::Passphrase(read) => locked.unlock_with_passphrase(&read().map_err(OpenError::Passphrase)?)?,
+            By::Passphrase(unlock) => unlock(locked)?,
         })
     }
 }

@@ -71,7 +71,10 @@ pub enum Reason {
     #[error("it is opened for reading only, so its metadata cannot be changed")]
     ReadOnly,
 
-    #[error("no keyslot opens with this passphrase{}", Untried(untried))]
+    #[error(
+        "no keyslot opens with this passphrase{}; try another one, or open the volume by its key provider",
+        Untried(untried)
+    )]
     WrongPassphrase {
         /// Keyslots that could not be tried, and why.
         untried: Vec<(u32, KeyslotError)>,

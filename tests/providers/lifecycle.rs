@@ -39,7 +39,7 @@ fn is_refused_for(disk: &str, dir: &Path, args: &[&str]) {
 
 fn key_of(dir: &Path, disk: &str) -> String {
     let info: Value = serde_json::from_str(&does(dir, &["info", "--json", disk])).unwrap();
-    info["tokens"][0]["key_id"].as_str().unwrap().to_owned()
+    info["tokens"][0]["keyId"].as_str().unwrap().to_owned()
 }
 
 fn state_of(dir: &Path, key: &str) -> String {

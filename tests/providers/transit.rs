@@ -568,6 +568,19 @@ fn volume_moves_to_the_new_version_of_a_rotated_key() {
     let list = sealblk(&["provider", "list"], &[]);
     assert!(list.contains("usable") && list.contains(&address), "{list}");
 
+    // What does not work is not added.
+    let mut wrong = options.clone();
+    wrong[5] = "nowhere";
+    wrong.extend(["--name", "wrong"]);
+    let refused = run(&["provider", "add", "transit"], &wrong);
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(4), "{said}");
+    assert!(
+        said.contains("was not added") && said.contains("--no-check"),
+        "{said}"
+    );
+    assert_eq!(sealblk(&["provider", "list"], &[]), list);
+
     for disk in [&disk, &left_out] {
         sealblk(&["create"], &["--size=32M", disk]);
     }
@@ -625,5 +638,5 @@ fn ways_to_log_in_exclude_each_other() {
     ] {
         assert_eq!(add(login), Some(2), "{login:?}");
     }
-    assert_eq!(add(&["--token-file=a"]), Some(0));
+    assert_eq!(add(&["--token-file=a", "--no-check"]), Some(0));
 }

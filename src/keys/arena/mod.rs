@@ -29,8 +29,8 @@ use zeroize::Zeroize;
 use memory::Source;
 
 /// The most that a process keeps in its arena, in bytes. A `serve` process needs a few KiB; a keyslot's anti-forensic
-/// material is 256 KiB for the moment that it is open.
-pub const CAPACITY: usize = 4 << 20;
+/// material is 256 KiB for the moment that it is open; a key file has up to 8 MiB, of which a pipe makes some copies.
+pub const CAPACITY: usize = 40 << 20;
 
 /// Secrets are cut in units of a cache line, which also aligns whatever a key schedule holds.
 const UNIT: usize = 64;
@@ -43,8 +43,9 @@ const CHUNK: usize = 24 << 10;
 pub enum ArenaError {
     /// The operator's limit on locked memory is too low.
     #[error(
-        "cannot lock {wanted} bytes of memory for keys: RLIMIT_MEMLOCK is {limit} bytes; raise it to 8 MiB \
-         (`LimitMEMLOCK=8M` in a systemd unit, `ulimit -l 8192` in a shell)"
+        "cannot lock {wanted} bytes of memory for keys: RLIMIT_MEMLOCK is {limit} bytes, and what all processes of this user lock or \
+         pin counts together; lift it (`LimitMEMLOCK=infinity` in a systemd unit, `ulimit -l unlimited` in a shell, a `memlock` \
+         line in /etc/security/limits.conf for the user)"
     )]
     LockLimit {
         /// What was asked of the kernel, in bytes.

@@ -14,7 +14,10 @@ pub enum RegistryError {
     #[error("no state directory: neither XDG_STATE_HOME nor HOME is set; name one with --state-dir")]
     NoStateDir,
     /// The file system refused.
-    #[error("cannot {action} {}", path.display())]
+    #[error(
+        "cannot {action} {}; run as the owner of the state directory, or name another one with --state-dir",
+        path.display()
+    )]
     Io {
         /// "read", "write" …
         action: &'static str,
@@ -91,6 +94,9 @@ pub enum RegistryError {
     /// Settings that a provider cannot be added with.
     #[error(transparent)]
     Settings(KeyError),
+    /// A provider that does not work is not added.
+    #[error("{0}; the provider was not added: mend that, or add it as it is with --no-check")]
+    NotAdded(#[source] KeyError),
     /// Only a primary key can be backed up here.
     #[error("provider {0:?} is no native one: its keys are its server's, and are backed up there")]
     NotNative(String),

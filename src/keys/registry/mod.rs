@@ -118,6 +118,25 @@ impl Registry {
         self.add_with(name, source, default, |source, dir| source.prepare(name, dir))
     }
 
+    /// Adds a provider if it works, by a real unwrap. `fits` may let pass why it does not yet.
+    ///
+    /// # Errors
+    /// As for [`Registry::add`], and [`RegistryError::NotAdded`].
+    pub fn add_working(
+        &mut self,
+        name: &str,
+        source: Source,
+        default: bool,
+        fits: impl FnOnce(KeyError) -> Result<(), KeyError>,
+    ) -> Result<(), RegistryError> {
+        let revoked = Revoked::of(&self.dir, name);
+        self.add_with(name, source, default, |source, dir| {
+            source.prepare(name, dir)?;
+            let open = || HostProvider::new(source.open(name, dir)?, Duration::ZERO, revoked).check();
+            open().or_else(fits).map_err(RegistryError::NotAdded)
+        })
+    }
+
     /// Adds a native provider with the primary key of a backup.
     ///
     /// # Errors
@@ -320,11 +339,16 @@ impl Registry {
         }
 
         let dir = self.dir_of(name);
+        let is_new = !dir.exists();
         for dir in [&self.dir.join("providers"), &dir] {
             private::ensure_dir(dir).map_err(io("make", dir))?;
             check_private(dir, Forbid::All)?;
         }
-        prepare(&source, &dir)?;
+        prepare(&source, &dir).inspect_err(|_| {
+            if is_new && let Err(error) = wipe_dir(&dir) {
+                tracing::warn!(%error, "{} was made for a provider that is not added, and stays", dir.display());
+            }
+        })?;
         settings.provider.insert(name.to_owned(), source);
         if default || settings.default.is_none() {
             settings.default = Some(name.to_owned());
