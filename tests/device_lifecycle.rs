@@ -59,6 +59,24 @@ fn fill(driver: &mut Driver, len: usize) -> Vec<u8> {
 
 // ---- stop and start
 
+/// A server that was killed between the used ring and the call left a driver that waited for ever.
+#[test]
+fn a_ring_that_starts_calls_the_driver_once_for_what_an_earlier_server_may_owe() {
+    let server = Server::new();
+    let mut driver = two_queues(&server);
+    let_it_work(&mut driver);
+    assert!(!driver.queue().take_call(), "nothing was ever asked of it");
+    for _ in 0..2 {
+        driver.write(0, &[1; SECTOR]);
+        let base = driver.frontend.stop_vring(0);
+        driver.restart(0, base);
+        driver.queue().wait_call();
+        let_it_work(&mut driver);
+        assert!(!driver.queue().take_call(), "it calls without a reason");
+    }
+    server.still_serves_both(driver);
+}
+
 #[test]
 fn get_vring_base_answers_after_all_that_was_taken_came_back() {
     let server = Server::new();

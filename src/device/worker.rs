@@ -320,6 +320,8 @@ struct Worker {
     call_blocks: bool,
     /// Whether something was put into the used ring since the driver was last notified.
     published: bool,
+    /// Whether an earlier server of this ring may have died between the two.
+    owes_notification: bool,
     stopping: bool,
     /// Set for good when the ring itself makes no sense.
     broken: bool,
@@ -345,6 +347,7 @@ impl Worker {
             .as_ref()
             .and_then(|call| rustix::fs::fcntl_getfl(call).ok());
         let call_blocks = flags.is_some_and(|flags| !flags.contains(OFlags::NONBLOCK));
+        let owes_notification = ring.queue.next_used() != 0;
         let heads = vec![0; usize::from(ring.queue.size()).div_ceil(u64::BITS as usize)];
         let polling = || Polling::new(disk.poll_max);
         Ok(Self {
@@ -368,6 +371,7 @@ impl Worker {
             zeros: vec![0; PAGE],
             call_blocks,
             published: false,
+            owes_notification,
             stopping: false,
             broken: false,
             worked: false,
@@ -706,11 +710,13 @@ impl Worker {
 
     /// Notifies the driver if it wants to be, once for all that was published.
     fn notify(&mut self) {
-        if !std::mem::take(&mut self.published) {
+        let owed = std::mem::take(&mut self.owes_notification);
+        if !std::mem::take(&mut self.published) && !owed {
             return;
         }
         match self.ring.needs_notification() {
-            Ok(true) => {
+            // Without an event index the driver has said whether it waits for one.
+            Ok(wanted) if wanted || owed && self.ring.queue.event_idx_enabled() => {
                 if let Some(call) = &self.ring.call
                     && (!self.call_blocks || is_writable(call))
                 {
@@ -718,7 +724,7 @@ impl Worker {
                     let _ = rustix::io::write(call, &1_u64.to_ne_bytes());
                 }
             }
-            Ok(false) => {}
+            Ok(_) => {}
             Err(error) => self.retire(&error),
         }
     }
