@@ -4,7 +4,7 @@ mod common;
 
 use common::driver::{
     Data, Done, Driver, F_CONFIG_WCE, F_DISCARD, F_FLUSH, F_RO, F_WRITE_ZEROES, S_IOERR, S_OK, S_UNSUPP,
-    SECTOR, Setup, T_DISCARD, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES, range_bytes,
+    SECTOR, Setup, T_DISCARD, T_FLUSH, T_IN, T_WRITE_ZEROES, range_bytes,
 };
 use common::pattern;
 use common::queue::{readable, writable};

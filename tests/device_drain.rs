@@ -57,6 +57,19 @@ impl Bench {
         self.server.as_ref().unwrap()
     }
 
+    /// A verb on the served disk.
+    fn verb(&self, name: &str) -> Command {
+        let mut verb = Command::new(SEALBLK);
+        verb.args([name, "--control-socket"])
+            .arg(self.volume.beside("control"));
+        verb
+    }
+
+    fn state(&self) -> serde_json::Value {
+        let status = run(self.verb("status").arg("--json")).stdout;
+        serde_json::from_slice::<serde_json::Value>(&status).unwrap()["state"].clone()
+    }
+
     /// A driver of two queues whose every sector is written, so that later writes allocate nothing.
     fn connect(&self) -> Driver {
         let mut driver = self.server().connect_with(Setup {
@@ -123,33 +136,58 @@ fn answers_after_the_writes(name: &str, send: fn(&Driver), answer: fn(&Driver)) 
 fn a_lock_waits_for_storage_and_the_disk_says_so() {
     let Some(bench) = Bench::new() else { return };
     let mut driver = bench.connect();
-    let control = bench.volume.beside("control");
-    let verb = |name: &str| {
-        let mut verb = Command::new(SEALBLK);
-        verb.args([name, "--control-socket"]).arg(&control);
-        verb
-    };
-    let state = || {
-        let status = run(verb("status").arg("--json")).stdout;
-        serde_json::from_slice::<serde_json::Value>(&status).unwrap()["state"].clone()
-    };
     let frozen = bench.filesystem.freeze();
     let writes = offer_writes(&mut driver, &pattern(1, LEN));
-    let mut lock = verb("lock").spawn().unwrap();
+    let mut lock = bench.verb("lock").spawn().unwrap();
     let begun = Instant::now();
-    while state() != "locking" {
-        assert!(begun.elapsed() < DEADLINE, "it is {}", state());
+    while bench.state() != "locking" {
+        assert!(begun.elapsed() < DEADLINE, "it is {}", bench.state());
         thread::sleep(Duration::from_millis(10));
     }
     thread::sleep(A_WHILE);
     assert!(lock.try_wait().unwrap().is_none(), "the lock did not wait");
     drop(frozen);
     assert!(lock.wait().unwrap().success());
-    assert_eq!(state(), "locked");
+    assert_eq!(bench.state(), "locked");
     driver.queue().wait_used_many(writes.len());
     assert_written(&driver, &writes);
-    run(&mut verb("unlock"));
-    assert_eq!(state(), "open");
+    run(&mut bench.verb("unlock"));
+    assert_eq!(bench.state(), "open");
+    bench.server().still_serves_both(driver);
+}
+
+/// The unlock took effect at once: the disk was told to be open while the guest ran on by the keys that were taken away, the
+/// lock never came to an end, and the guest's rings stood still from their next start on.
+#[test]
+fn an_unlock_waits_for_the_lock_before_it() {
+    let Some(bench) = Bench::new() else { return };
+    let mut driver = bench.connect();
+    let frozen = bench.filesystem.freeze();
+    let writes = offer_writes(&mut driver, &pattern(1, LEN));
+    let mut verbs = vec![bench.verb("lock").spawn().unwrap()];
+    let begun = Instant::now();
+    while bench.state() != "locking" {
+        assert!(begun.elapsed() < DEADLINE, "it is {}", bench.state());
+        thread::sleep(Duration::from_millis(10));
+    }
+    // A second lock is not done before the first one.
+    verbs.push(bench.verb("lock").spawn().unwrap());
+    verbs.push(bench.verb("unlock").spawn().unwrap());
+    thread::sleep(2 * A_WHILE);
+    assert_eq!(bench.state(), "locking");
+    for verb in &mut verbs {
+        assert!(verb.try_wait().unwrap().is_none(), "it did not wait");
+    }
+    drop(frozen);
+    for verb in &mut verbs {
+        assert!(verb.wait().unwrap().success());
+    }
+    assert_eq!(bench.state(), "open");
+    driver.queue().wait_used_many(writes.len());
+    assert_written(&driver, &writes);
+    // The guest is reset.
+    let base = driver.frontend.stop_vring(0);
+    driver.restart(0, base);
     bench.server().still_serves_both(driver);
 }
 

@@ -4,6 +4,7 @@
 mod common;
 
 use std::fs;
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::thread;
@@ -323,6 +324,58 @@ fn a_served_disk_is_rekeyed_and_the_driver_does_not_notice() {
             .contains("unlock it first")
     );
     disk.does("unlock");
+    disk.server.still_serves_both(driver);
+}
+
+/// The key came into force for a moment after somebody had locked the disk, and the guest's requests were served.
+#[test]
+fn a_key_that_was_asked_for_before_a_lock_does_not_come_into_force() {
+    let mut volume = Volume::cryptsetup(8 * MIB, 512);
+    let (passphrase, pipe) = (
+        fs::read(volume.beside("passphrase")).unwrap(),
+        volume.beside("pipe"),
+    );
+    run(Command::new("mkfifo").arg(&pipe));
+    volume.open = vec!["--passphrase-file".into(), pipe.display().to_string()];
+    // Opened when somebody reads it.
+    let answer = || fs::File::options().write(true).open(&pipe).unwrap();
+    let disk = thread::scope(|scope| {
+        scope.spawn(|| answer().write_all(&passphrase).unwrap());
+        Served::of(volume)
+    });
+    let mut driver = disk.server.connect();
+    driver.still_serves();
+    disk.does("lock");
+    let read = driver.submit(0, T_IN, 0, Data::In(4096));
+    thread::scope(|scope| {
+        let unlock = scope.spawn(|| disk.run("unlock"));
+        let mut asked = answer();
+        let lock = scope.spawn(|| disk.run("lock"));
+        let begun = Instant::now();
+        while disk.status()["state"] != "locking" {
+            assert!(begun.elapsed() < Duration::from_secs(30), "{}", disk.status());
+            thread::sleep(Duration::from_millis(5));
+        }
+        asked.write_all(&passphrase).unwrap();
+        drop(asked);
+        assert!(lock.join().unwrap().status.success());
+        let refused = unlock.join().unwrap();
+        assert_eq!(refused.status.code(), Some(4));
+        let told = String::from_utf8(refused.stderr).unwrap();
+        assert!(
+            told.contains("the disk was locked while its key was fetched"),
+            "{told}"
+        );
+    });
+    assert_eq!(disk.status()["state"], "locked");
+    thread::sleep(A_WHILE);
+    assert!(driver.queue().poll_used().is_none(), "a locked disk answered");
+    thread::scope(|scope| {
+        scope.spawn(|| answer().write_all(&passphrase).unwrap());
+        disk.does("unlock");
+    });
+    let used = driver.queue().wait_used();
+    assert_eq!(driver.outcome(&read, used).status, S_OK);
     disk.server.still_serves_both(driver);
 }
 

@@ -7,24 +7,80 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::{polling, worker};
 use crate::cipher::SectorSize;
+use crate::mutex::lock;
 use crate::storage::DataFile;
 use crate::volume::segment::SegmentTable;
 
 /// How often a lock looks whether the workers are done.
 const LOCK_TICK: Duration = Duration::from_millis(1);
 
+/// The segment table by which rings run: which range of sectors lies where, and under which key. Each unlock gives out
+/// another one, of the next generation; a ring whose generation is not the current one is stopped before any is started.
+#[derive(Clone, Debug)]
+pub(super) struct Grant {
+    generation: u64,
+    table: Arc<SegmentTable>,
+}
+
+impl Grant {
+    /// Tells it from those before and after it.
+    pub(super) fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// The table.
+    pub(super) fn table(&self) -> Arc<SegmentTable> {
+        Arc::clone(&self.table)
+    }
+}
+
+#[derive(Debug, Default)]
+struct Tables {
+    /// None while the disk is locked.
+    current: Option<Grant>,
+    /// How many there were.
+    generation: u64,
+    /// Whether one was withdrawn and is not back yet: rings may still run by it.
+    withdrawn: bool,
+}
+
+/// A disk's table on its way back. See [`Disk::withdraw`].
+#[derive(Debug)]
+pub struct Withdrawal<'disk> {
+    disk: &'disk Disk,
+    /// None for somebody who came second; he waits for the first.
+    grant: Option<Grant>,
+}
+
+impl Withdrawal<'_> {
+    /// Waits until no ring has the table any more, and nothing of a key is left with the disk.
+    pub fn wait(self) {
+        if let Some(Grant { mut table, .. }) = self.grant {
+            // The session has to hear of it, and every ring to drain, which storage may hold up for as long as it likes.
+            while let Err(shared) = Arc::try_unwrap(table) {
+                table = shared;
+                std::thread::sleep(LOCK_TICK);
+            }
+            lock(&self.disk.tables).withdrawn = false;
+            self.disk.returned.notify_all();
+        }
+        drop(self.disk.returned());
+    }
+}
+
 /// A disk as the guest sees it, and what lies under it.
 #[derive(Debug)]
 pub struct Disk {
-    /// Which range of sectors lies where, and under which key; none while the disk is locked.
-    table: Mutex<Option<Arc<SegmentTable>>>,
+    tables: Mutex<Tables>,
+    /// Signalled when a table that was withdrawn is back.
+    returned: Condvar,
     /// Signalled when the disk was locked or unlocked, for the session to stop or start its rings.
     changed: OwnedFd,
     /// The capacity in sectors, which is known without a key.
@@ -65,7 +121,8 @@ impl Disk {
             *to = from;
         }
         Ok(Self {
-            table: Mutex::new(None),
+            tables: Mutex::default(),
+            returned: Condvar::new(),
             changed: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             sectors,
             file,
@@ -79,38 +136,49 @@ impl Disk {
         })
     }
 
-    /// Has the disk served by `table`, which is of as many sectors as the disk has.
+    /// Has the disk served by `table`, which is of as many sectors as the disk has. Where one was withdrawn, this waits until
+    /// no ring runs by that any more.
     ///
     /// # Panics
     /// If it is not: the driver knows the capacity already.
     pub fn unlock(&self, table: Arc<SegmentTable>) {
         assert_eq!(table.sectors(), self.sectors, "the capacity is what it was");
-        *self.lock_table() = Some(table);
+        let mut tables = self.returned();
+        tables.generation += 1;
+        tables.current = Some(Grant {
+            generation: tables.generation,
+            table,
+        });
+        drop(tables);
         self.tell();
     }
 
-    /// Takes the table away, with the keys in it. What is in flight is finished; all else waits in the rings. When this
-    /// returns, no worker has the table any more.
-    pub fn lock(&self) {
-        let Some(mut table) = self.lock_table().take() else {
-            return;
-        };
+    /// Takes the table away, with the keys in it, and has the rings told: what is in flight is finished, all else waits in
+    /// them. [`Withdrawal::wait`] for the end.
+    pub fn withdraw(&self) -> Withdrawal<'_> {
+        let mut tables = lock(&self.tables);
+        let grant = tables.current.take();
+        tables.withdrawn |= grant.is_some();
+        drop(tables);
         self.tell();
-        // The session has to hear of it, and every ring to drain, which storage may hold up for as long as it likes.
-        while let Err(shared) = Arc::try_unwrap(table) {
-            table = shared;
-            std::thread::sleep(LOCK_TICK);
-        }
+        Withdrawal { disk: self, grant }
     }
 
     /// Whether it is locked.
     pub fn is_locked(&self) -> bool {
-        self.lock_table().is_none()
+        lock(&self.tables).current.is_none()
     }
 
-    /// The table, for a worker that begins; none while the disk is locked.
-    pub(super) fn table(&self) -> Option<Arc<SegmentTable>> {
-        self.lock_table().clone()
+    /// What rings run by; none while the disk is locked.
+    pub(super) fn granted(&self) -> Option<Grant> {
+        lock(&self.tables).current.clone()
+    }
+
+    /// The tables, once what was withdrawn is back.
+    fn returned(&self) -> MutexGuard<'_, Tables> {
+        let tables = lock(&self.tables);
+        let tables = self.returned.wait_while(tables, |tables| tables.withdrawn);
+        tables.unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Is readable when the disk was locked or unlocked since [`Disk::take_change`].
@@ -118,7 +186,7 @@ impl Disk {
         &self.changed
     }
 
-    /// Takes note of a change; what it was, [`Disk::table`] tells.
+    /// Takes note of a change; what it was, [`Disk::granted`] tells.
     pub(super) fn take_change(&self) {
         let _ = rustix::io::read(&self.changed, &mut [0; 8]);
     }
@@ -126,10 +194,6 @@ impl Disk {
     fn tell(&self) {
         // A counter that is full has told already.
         let _ = rustix::io::write(&self.changed, &1_u64.to_ne_bytes());
-    }
-
-    fn lock_table(&self) -> MutexGuard<'_, Option<Arc<SegmentTable>>> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The same disk, whose workers look for work for so long at most before they sleep; zero has them sleep at once.

@@ -85,7 +85,7 @@ fn pass_messages(
     loop {
         if !wait_for_bytes(front_end, &incoming, disk)? {
             disk.take_change();
-            rings.follow_lock().map_err(GateError::Rings)?;
+            rings.start().map_err(GateError::Rings)?;
             continue;
         }
         let mut message = match incoming.advance(front_end).map_err(GateError::FrontEnd)? {

@@ -7,11 +7,11 @@ use std::time::Duration;
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 
 use super::config::Agreed;
-use super::disk::Disk;
+use super::disk::{Disk, Grant};
 use super::guest::SharedMemory;
 use super::sigbus;
 use super::vring::{StartError, Vring};
-use super::worker::{Piece, Running};
+use super::worker::{self, Piece};
 use crate::storage::Engine;
 
 /// Which rings a change concerns.
@@ -25,6 +25,12 @@ impl Scope {
     fn contains(self, index: usize) -> bool {
         self == Scope::All || self == Scope::One(index)
     }
+}
+
+/// A ring that is being served, and the generation of the table by which it is.
+struct Running {
+    worker: worker::Running,
+    generation: u64,
 }
 
 /// The vrings of a session, and the workers that serve them.
@@ -55,14 +61,19 @@ impl Rings {
     /// Stops the rings of `scope`: when it returns, nothing of theirs is in flight, and the vrings know how far they
     /// were served.
     pub(super) fn stop(&mut self, scope: Scope) {
-        let in_scope = |&index: &usize| scope.contains(index);
+        self.stop_those(|index, _| scope.contains(index));
+    }
+
+    fn stop_those(&mut self, chosen: impl Fn(usize, &Running) -> bool) {
         // All are told before one is waited for, so that they drain together.
-        for index in (0..self.running.len()).filter(in_scope) {
-            self.running[index].iter().for_each(Running::tell_to_stop);
+        for (index, running) in self.running.iter().enumerate() {
+            if let Some(running) = running.as_ref().filter(|running| chosen(index, running)) {
+                running.worker.tell_to_stop();
+            }
         }
-        for index in (0..self.running.len()).filter(in_scope) {
-            if let Some(running) = self.running[index].take() {
-                let (ring, engine) = running.stop();
+        for (index, running) in self.running.iter_mut().enumerate() {
+            if let Some(running) = running.take_if(|running| chosen(index, running)) {
+                let (ring, engine) = running.worker.stop();
                 self.vrings[index].stopped(&ring);
                 self.engines.extend(engine);
             }
@@ -106,24 +117,17 @@ impl Rings {
         self.memory.memory().num_regions()
     }
 
-    /// Stops all rings if the disk was locked, and starts those that the front-end wants served if it was unlocked.
-    ///
-    /// # Errors
-    /// As for [`Rings::start`].
-    pub(super) fn follow_lock(&mut self) -> io::Result<()> {
-        if self.disk.is_locked() {
-            self.stop(Scope::All);
-        }
-        self.start()
-    }
-
-    /// Starts every ring that the front-end wants served and that is not; none while the disk is locked.
+    /// Has every ring that the front-end wants served run by the disk's current table, and none by an earlier one; none at
+    /// all while the disk is locked.
     ///
     /// # Errors
     /// If there are no descriptors, threads or memory left to serve one. A ring that the driver set up wrongly is no
     /// error of the session: it rests.
     pub(super) fn start(&mut self) -> io::Result<()> {
-        let Some(table) = self.disk.table() else {
+        let granted = self.disk.granted();
+        let current = granted.as_ref().map(Grant::generation);
+        self.stop_those(|_, running| Some(running.generation) != current);
+        let Some(grant) = granted else {
             return Ok(());
         };
         for (index, vring) in self.vrings.iter().enumerate() {
@@ -143,13 +147,17 @@ impl Rings {
                 Some(engine) => engine,
                 None => engine(&self.disk)?,
             };
-            self.running[index] = Some(Running::start(
+            let worker = worker::Running::start(
                 ring,
                 Arc::clone(&self.disk),
-                Arc::clone(&table),
+                grant.table(),
                 engine,
                 self.agreed.write_through(),
-            )?);
+            )?;
+            self.running[index] = Some(Running {
+                worker,
+                generation: grant.generation(),
+            });
         }
         Ok(())
     }

@@ -128,15 +128,11 @@ impl Interface {
 
     fn status(&self) -> Answered {
         let served = &self.served;
-        let lock = served.with_lock(|lock| lock.map(LockStatus::of));
+        let (state, lock) = served.state();
         Ok(Answer::of(Status {
             disk: served.opener.disk.path().to_owned(),
             volume: served.uuid,
-            state: match lock {
-                None if served.disk.is_locked() => State::Locking,
-                None => State::Open,
-                Some(_) => State::Locked,
-            },
+            state,
             lock,
             capacity: served.disk.sectors() * Sector::LEN,
             read_only: served.disk.read_only,

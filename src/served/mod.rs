@@ -87,6 +87,9 @@ pub enum OpenError {
         "the header tells another capacity or sector size than the guest was told; restart `sealblk serve`"
     )]
     Reshaped,
+    /// Somebody has locked it since it was asked for.
+    #[error("the disk was locked while its key was fetched")]
+    LockedMeanwhile,
 }
 
 impl OpenError {
@@ -164,10 +167,27 @@ pub struct Served {
     opener: Opener,
     /// Held while the key comes, goes or is changed: one of these at a time.
     turn: Mutex<()>,
-    lock: Mutex<Option<Lock>>,
-    /// Signalled when `lock` was changed.
+    order: Mutex<Order>,
+    /// Signalled when `order` was changed.
     changed: Condvar,
     events: Events,
+}
+
+/// What was asked for, in the order in which it was: of a lock and an unlock, the later is in force.
+#[derive(Debug, Default)]
+struct Order {
+    /// Why the disk is locked; none while it is not.
+    lock: Option<Lock>,
+    /// How often it was locked by somebody. A key that was asked for before the last time does not come into force.
+    locks: u64,
+    /// How many of these locks are under way: what is in flight is being finished.
+    locking: u32,
+}
+
+impl Order {
+    fn lacks_key(&self) -> bool {
+        matches!(self.lock, Some(Lock::NoKey(_)))
+    }
 }
 
 /// Why a disk is locked.
@@ -205,13 +225,13 @@ impl Served {
             uuid,
             opener,
             turn: Mutex::new(()),
-            lock: Mutex::new(None),
+            order: Mutex::default(),
             changed: Condvar::new(),
             events: Events::default(),
         };
-        match served.open(&lock(&served.turn)) {
+        match served.open(&lock(&served.turn), 0) {
             Ok(()) => {}
-            Err(error) if wait && error.may_pass() => served.tell_locked(error),
+            Err(error) if wait && error.may_pass() => served.tell_locked(error, 0),
             Err(error) => return Err(error),
         }
         Ok(Arc::new(served))
@@ -219,25 +239,44 @@ impl Served {
 
     /// Takes the key away. When this returns, nothing of it is in this process.
     pub fn lock(&self) {
-        // The guest's key goes at once, also while a rekey waits for a server; whoever unlocks just now is waited for.
-        self.disk.lock();
-        let _turn = lock(&self.turn);
-        self.set(Some(Lock::Operator));
-        self.disk.lock();
+        // It is in force at once, also while a rekey or an unlock waits for a server.
+        let withdrawal = {
+            let mut order = lock(&self.order);
+            order.lock = Some(Lock::Operator);
+            order.locks += 1;
+            order.locking += 1;
+            self.disk.withdraw()
+        };
+        self.changed.notify_all();
+        withdrawal.wait();
+        // Somebody who rekeys or unlocks just now has the key in hand, and is waited for.
+        drop(lock(&self.turn));
         self.tell(Event::DiskLocked, json!({ "by": LockedBy::Operator }));
+        lock(&self.order).locking -= 1;
+        self.changed.notify_all();
     }
 
-    /// Fetches the key, and has the disk served again.
+    /// Fetches the key, and has the disk served again, once the locks that were asked for before are done.
     ///
     /// # Errors
     /// [`ServedError`]; the disk is as locked as it was.
     pub fn unlock(&self) -> Result<(), ServedError> {
-        Ok(self.open(&lock(&self.turn))?)
+        let order = self
+            .changed
+            .wait_while(lock(&self.order), |order| order.locking > 0);
+        let locks = order.unwrap_or_else(PoisonError::into_inner).locks;
+        Ok(self.open(&lock(&self.turn), locks)?)
     }
 
     /// Whether it is locked, and why.
-    pub fn with_lock<R>(&self, look: impl FnOnce(Option<&Lock>) -> R) -> R {
-        look(lock(&self.lock).as_ref())
+    fn state(&self) -> (State, Option<LockStatus>) {
+        let order = lock(&self.order);
+        let state = match self.disk.is_locked() {
+            false => State::Open,
+            true if order.locking > 0 => State::Locking,
+            true => State::Locked,
+        };
+        (state, order.lock.as_ref().map(LockStatus::of))
     }
 
     /// Gives the volume a new KEK of `provider`, or of the one that it has, unless that is not older than it may be; the guest
@@ -275,14 +314,22 @@ impl Served {
         Ok(Some(rekeyed))
     }
 
-    fn open(&self, _turn: &MutexGuard<'_, ()>) -> Result<(), OpenError> {
+    /// Opens the disk, unless it was locked since it had been locked `locks` times.
+    fn open(&self, _turn: &MutexGuard<'_, ()>, locks: u64) -> Result<(), OpenError> {
         if !self.disk.is_locked() {
             return Ok(());
         }
         let locked = self.read_header()?;
         let volume = self.opener.unlock(&locked)?;
-        self.disk.unlock(volume.table());
-        self.set(None);
+        {
+            let mut order = lock(&self.order);
+            if order.locks != locks {
+                return Err(OpenError::LockedMeanwhile);
+            }
+            self.disk.unlock(volume.table());
+            order.lock = None;
+        }
+        self.changed.notify_all();
         self.tell(Event::DiskUnlocked, json!({ "keyslot": volume.keyslot() }));
         Ok(())
     }
@@ -305,7 +352,7 @@ impl Served {
 
     /// If the disk is locked for want of its key, has a thread try again until the key is there, or somebody locks the disk.
     pub fn wait_for_key(self: &Arc<Self>) {
-        if !matches!(*lock(&self.lock), Some(Lock::NoKey(_))) {
+        if self.wants_key().is_none() {
             return;
         }
         let served = Arc::clone(self);
@@ -313,12 +360,10 @@ impl Served {
             let mut pause = FIRST_RETRY;
             while served.pause(pause) {
                 let turn = lock(&served.turn);
-                if !matches!(*lock(&served.lock), Some(Lock::NoKey(_))) {
-                    return;
-                }
-                match served.open(&turn) {
+                let Some(locks) = served.wants_key() else { return };
+                match served.open(&turn, locks) {
                     Ok(()) => return,
-                    Err(error) => served.tell_locked(error),
+                    Err(error) => served.tell_locked(error, locks),
                 }
                 pause = (2 * pause).min(LAST_RETRY);
             }
@@ -328,33 +373,41 @@ impl Served {
         }
     }
 
-    /// Waits; tells whether the disk is still locked for want of its key.
-    fn pause(&self, pause: Duration) -> bool {
-        let no_key = |lock: &mut Option<Lock>| matches!(lock, Some(Lock::NoKey(_)));
-        let waited = self.changed.wait_timeout_while(lock(&self.lock), pause, no_key);
-        let (mut lock, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        no_key(&mut lock)
+    /// If the disk is locked for want of its key, how often it was locked before.
+    fn wants_key(&self) -> Option<u64> {
+        let order = lock(&self.order);
+        order.lacks_key().then_some(order.locks)
     }
 
-    fn tell_locked(&self, error: OpenError) {
-        let mut lock = lock(&self.lock);
-        let told = matches!(&*lock, Some(Lock::NoKey(before)) if before.to_string() == error.to_string());
+    /// Waits; tells whether the disk is still locked for want of its key.
+    fn pause(&self, pause: Duration) -> bool {
+        let lacks_key = |order: &mut Order| order.lacks_key();
+        let waited = self
+            .changed
+            .wait_timeout_while(lock(&self.order), pause, lacks_key);
+        let (order, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        order.lacks_key()
+    }
+
+    /// Takes note of why the key is not to be had, unless somebody has locked the disk since it had been `locks` times.
+    fn tell_locked(&self, error: OpenError, locks: u64) {
+        let mut order = lock(&self.order);
+        if order.locks != locks {
+            return;
+        }
+        let told =
+            matches!(&order.lock, Some(Lock::NoKey(before)) if before.to_string() == error.to_string());
         let no_key = Lock::NoKey(error);
         if !told {
             let status = serde_json::to_value(LockStatus::of(&no_key)).expect("texts are JSON");
             self.tell(Event::DiskLocked, status);
         }
-        *lock = Some(no_key);
+        order.lock = Some(no_key);
     }
 
     /// Tells of an event of this disk.
     fn tell(&self, event: Event, mut fields: Value) {
         fields["volume"] = self.uuid.to_string().into();
         self.events.tell(event, &fields);
-    }
-
-    fn set(&self, to: Option<Lock>) {
-        *lock(&self.lock) = to;
-        self.changed.notify_all();
     }
 }
