@@ -3,14 +3,17 @@
 
 mod common;
 
-use common::driver::{Data, Driver, S_IOERR, S_OK, SECTOR, Setup, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES};
+use common::driver::{
+    Data, Driver, F_FLUSH, S_IOERR, S_OK, SECTOR, Setup, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES,
+};
 use common::frontend::Frontend;
 use common::pattern;
 use common::process::{Ended, Process};
-use common::serve::{Server, serve, serve_fails};
-use common::storage::Filesystem;
+use common::serve::{SEALBLK, Server, serve, serve_fails};
+use common::storage::{Filesystem, LoopDevice};
 use common::volume::{MIB, Volume, run};
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::{FileExt, symlink};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -526,6 +529,93 @@ fn full_file_system_gives_io_errors_until_there_is_room() {
     driver.write(2048 * 40, &bytes);
     assert!(driver.read(2048 * 40, bytes.len()) == bytes);
     lives_on(server, driver);
+}
+
+/// A flush answered that all was on stable storage, though it was lost: the failure was told to whoever synced first, here a
+/// rekey and another program, and was then over for Linux.
+#[test]
+fn flushes_fail_after_data_were_lost_whoever_was_told_first() {
+    for consumer in ["rekey", "another program"] {
+        let dir = tempfile::tempdir().unwrap();
+        let Some(small) = Filesystem::tmpfs(dir.path().join("small"), 64 * MIB) else {
+            eprintln!("skipped: nothing can be mounted here");
+            return;
+        };
+        // Without direct I/O, since the device's blocks are larger than the guest's.
+        let blocks = small.path.join("blocks");
+        fs::File::create(&blocks).unwrap().set_len(96 * MIB).unwrap();
+        let Some(device) = LoopDevice::over(&blocks, 4096) else {
+            eprintln!("skipped: no loop device can be had here");
+            return;
+        };
+        let volume = Volume::created_at(dir, device.path().to_owned(), &["--sector-size", "512"]);
+        let control = named(&volume.beside("control")).to_owned();
+        let args = ["--control-socket", &control];
+        let server = Server::with(&volume, &args);
+        let two = Setup {
+            queues: 2,
+            ..Setup::default()
+        };
+        let flushes =
+            |driver: &mut Driver| [0, 1].map(|queue| driver.run_on(queue, T_FLUSH, 0, Data::None).status);
+        let mut driver = server.connect_with(two);
+        assert_eq!(flushes(&mut driver), [S_OK; 2]);
+
+        // The device takes nothing new any more.
+        let ballast = small.path.join("ballast");
+        let mut filler = fs::File::create(&ballast).unwrap();
+        while filler.write_all(&[1; 4096]).is_ok() {}
+        driver.write(2048, &pattern(1, MIB as usize));
+        drop(driver);
+        server.wait_idle();
+        match consumer {
+            "rekey" => {
+                let mut rekey = Command::new(SEALBLK);
+                let output = rekey
+                    .args(["rekey", "--control-socket", &control])
+                    .output()
+                    .unwrap();
+                assert!(!output.status.success(), "{output:?}");
+            }
+            _ => {
+                let other = fs::File::open(&volume.path).unwrap();
+                let _ = rustix::fs::fdatasync(&other);
+            }
+        }
+        drop(filler);
+        fs::remove_file(&ballast).unwrap();
+
+        // On every queue, and as long as the disk is attached: the cache still gives what storage does not have.
+        for _ in 0..2 {
+            let mut driver = server.connect_with(two);
+            assert_eq!(flushes(&mut driver), [S_IOERR; 2], "after {consumer}");
+            assert_eq!(flushes(&mut driver), [S_IOERR; 2], "after {consumer}");
+            driver.write(0, &[1; 512]);
+            drop(driver);
+            server.wait_idle();
+        }
+        let mut durable = server.connect_with(Setup {
+            features: !F_FLUSH,
+            ..two
+        });
+        assert_eq!(durable.run(T_OUT, 0, Data::Out(&[1; 512])).status, S_IOERR);
+        drop(durable);
+        let told = server.stop().stderr;
+        assert!(
+            told.contains("start `sealblk serve` and the guest anew"),
+            "{told}"
+        );
+
+        // From then on what is read is what storage has.
+        let server = Server::with(&volume, &args);
+        let mut driver = server.connect_with(two);
+        assert_eq!(flushes(&mut driver), [S_OK; 2]);
+        assert!(
+            driver.read(2048, MIB as usize) != pattern(1, MIB as usize),
+            "the cache was kept"
+        );
+        lives_on(server, driver);
+    }
 }
 
 #[test]

@@ -16,9 +16,11 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
 
-use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
+use rustix::fs::{Advice, AtFlags, Mode, OFlags, StatxFlags, fadvise};
+
+use super::loss::Losses;
 
 /// What a [`Backing`] is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,6 +76,7 @@ pub struct Backing {
     path: PathBuf,
     access: Access,
     kind: Kind,
+    losses: Arc<Losses>,
 }
 
 impl Backing {
@@ -126,12 +129,23 @@ impl Backing {
         };
 
         match lock(&file, access) {
-            Ok(()) => Ok(Self {
-                file,
-                path: path.into(),
-                access,
-                kind,
-            }),
+            Ok(()) => {
+                let witness = match access {
+                    Access::ReadWrite => {
+                        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+                        let opened = rustix::fs::open(fd_path(&file), flags, Mode::empty());
+                        Some(File::from(opened.map_err(open_error)?))
+                    }
+                    Access::ReadOnly | Access::Inspect => None,
+                };
+                Ok(Self {
+                    file,
+                    path: path.into(),
+                    access,
+                    kind,
+                    losses: Arc::new(Losses::new(witness)),
+                })
+            }
             Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
                 Err(StorageError::InUse { path: path.into() })
             }
@@ -145,6 +159,33 @@ impl Backing {
     /// The file for headers: buffered, without O_DIRECT's alignment rules.
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// Opens the same inode with O_DIRECT, if transfers of `unit` bytes at multiples of `unit` satisfy its alignment.
+    fn open_direct(&self, unit: u32) -> Option<File> {
+        let flags = self.data_flags() | OFlags::DIRECT;
+        let file = File::from(rustix::fs::open(fd_path(&self.file), flags, Mode::empty()).ok()?);
+        let align = direct_alignment(&file, self.kind)?;
+        unit.is_multiple_of(align).then_some(file)
+    }
+
+    fn data_flags(&self) -> OFlags {
+        match self.read_only() {
+            true => OFlags::RDONLY | OFlags::CLOEXEC,
+            false => OFlags::RDWR | OFlags::CLOEXEC,
+        }
+    }
+
+    /// Puts on stable storage all that was written.
+    ///
+    /// # Errors
+    /// A failure is kept for the guest, if one is served: the data that were lost may be its own.
+    pub fn sync(&self) -> io::Result<()> {
+        let result = self.file.sync_all();
+        if result.is_err() {
+            self.losses.record();
+        }
+        result
     }
 
     /// The path that it was opened by, for messages.
@@ -186,25 +227,23 @@ impl Backing {
     /// Opens the same inode for the data path: with O_DIRECT if transfers of `unit` bytes at multiples of `unit`
     /// satisfy its alignment, else through the page cache.
     pub fn data_file(&self, unit: u32) -> Result<DataFile, StorageError> {
-        let flags = if self.read_only() {
-            OFlags::RDONLY
-        } else {
-            OFlags::RDWR
-        } | OFlags::CLOEXEC;
-        let path = fd_path(&self.file);
-        let direct = rustix::fs::open(&path, flags | OFlags::DIRECT, Mode::empty())
-            .ok()
-            .map(File::from)
-            .filter(|file| direct_alignment(file, self.kind).is_some_and(|align| unit.is_multiple_of(align)));
-        let (file, direct) = match direct {
+        let (file, direct) = match self.open_direct(unit) {
             Some(file) => (file, true),
             None => {
-                let file =
-                    rustix::fs::open(&path, flags, Mode::empty()).map_err(|error| StorageError::Reopen {
+                let path = fd_path(&self.file);
+                let file = rustix::fs::open(path, self.data_flags(), Mode::empty()).map_err(|error| {
+                    StorageError::Reopen {
                         path: self.path.clone(),
                         source: error.into(),
-                    })?;
-                (File::from(file), false)
+                    }
+                })?;
+                let file = File::from(file);
+                // Where a write-back has failed, the cache may hold what storage never got. What is still to be written stays.
+                fadvise(&file, 0, None, Advice::DontNeed).map_err(|error| StorageError::Reopen {
+                    path: self.path.clone(),
+                    source: error.into(),
+                })?;
+                (file, false)
             }
         };
         let discard_granule = match self.kind {
@@ -220,10 +259,13 @@ impl Backing {
             kind: self.kind,
             null: false,
             discard_granule: discard_granule.into(),
-            sync_failed: AtomicBool::new(false),
+            losses: Arc::clone(&self.losses),
         })
     }
 }
+
+const LOST: &str = "storage has failed to keep data that were written before; check it, then start `sealblk serve` and the \
+                    guest anew";
 
 /// The payload's file as the data path uses it.
 #[derive(Debug)]
@@ -233,8 +275,7 @@ pub struct DataFile {
     kind: Kind,
     null: bool,
     discard_granule: u64,
-    /// Whether a sync failed whose error the guest has not been told.
-    sync_failed: AtomicBool,
+    losses: Arc<Losses>,
 }
 
 impl DataFile {
@@ -251,39 +292,55 @@ impl DataFile {
             kind: Kind::File,
             null: true,
             discard_granule: 1,
-            sync_failed: AtomicBool::new(false),
+            losses: Arc::new(Losses::new(None)),
         })
     }
 
-    /// The same file opened once more, for a queue of its own: Linux tells each who has a file open of data that could
-    /// not be written back, but tells it once, so that queues that shared one would hide it from each other.
+    /// The same file opened once more, for a queue of its own, which is told of write-backs that fail from then on.
     pub(super) fn reopen(&self) -> io::Result<File> {
         let kept = OFlags::RWMODE | OFlags::DIRECT;
         let flags = rustix::fs::fcntl_getfl(&self.file)? & kept | OFlags::CLOEXEC;
-        Ok(rustix::fs::open(fd_path(&self.file), flags, Mode::empty())?.into())
+        let file = rustix::fs::open(fd_path(&self.file), flags, Mode::empty())?.into();
+        // What failed before the file was open.
+        self.losses.look();
+        Ok(file)
     }
 
     /// Puts on stable storage what was written, where no guest asked for it.
     ///
     /// # Errors
-    /// A failure here is kept for the guest's next flush or durable write: a queue that is opened later is not told of it
-    /// by Linux any more.
+    /// A failure here is kept for the guest's next flush or durable write.
     pub fn sync(&self) -> io::Result<()> {
         if self.null {
             return Ok(());
         }
         let result = rustix::fs::fdatasync(&self.file);
         if result.is_err() {
-            self.sync_failed.store(true, Ordering::Release);
+            self.losses.record();
         }
         Ok(result?)
     }
 
-    /// The failure that the guest is still to be told.
-    pub(super) fn take_sync_failure(&self) -> Option<io::Error> {
-        let failed =
-            self.sync_failed.load(Ordering::Acquire) && self.sync_failed.swap(false, Ordering::AcqRel);
-        failed.then(|| io::Error::from_raw_os_error(libc::EIO))
+    /// The loss that the guest is to be told of at a flush or a durable write.
+    pub(super) fn loss(&self) -> Option<io::Error> {
+        let lost = self.losses.any(self.direct);
+        lost.then(|| io::Error::other(LOST))
+    }
+
+    /// The guest is being told that its flush has failed.
+    pub(super) fn flush_failed(&self) {
+        match self.direct {
+            true => self.losses.told(),
+            false => self.losses.record(),
+        }
+    }
+
+    /// The guest is being told that a durable write has failed. If that is because of data that were written before, and not
+    /// of its own, these are another matter.
+    pub(super) fn durable_write_failed(&self) {
+        if !self.direct {
+            self.losses.look();
+        }
     }
 
     /// Whether transfers bypass the page cache.

@@ -163,7 +163,7 @@ impl<C> Engine<C> {
 
     /// Writes `buffer` at `offset` bytes into the file; `durable` means on stable storage before it ends.
     pub fn write(&mut self, buffer: Buffer, offset: u64, durable: bool, context: C) {
-        if durable && let Some(error) = self.file.take_sync_failure() {
+        if durable && let Some(error) = self.file.loss() {
             let (buffer, result) = (Some(buffer), Err(error));
             return self.ended.push(Done {
                 context,
@@ -189,7 +189,7 @@ impl<C> Engine<C> {
     ///
     /// Call it only while [`Engine::has_room_without_data`].
     pub fn sync(&mut self, context: C) {
-        if let Some(error) = self.file.take_sync_failure() {
+        if let Some(error) = self.file.loss() {
             let (buffer, result) = (None, Err(error));
             return self.ended.push(Done {
                 context,
@@ -430,7 +430,14 @@ impl<C> Engine<C> {
                 self.launch(place);
                 return None;
             }
-            error if error < 0 => Err(io::Error::from_raw_os_error(-error)),
+            error if error < 0 => {
+                match flight.operation {
+                    Operation::Sync => self.file.flush_failed(),
+                    Operation::Write { durable: true, .. } => self.file.durable_write_failed(),
+                    _ => {}
+                }
+                Err(io::Error::from_raw_os_error(-error))
+            }
             _ if flight.buffer.is_none() => Ok(()),
             0 => Err(match flight.operation {
                 Operation::Write { .. } => io::ErrorKind::WriteZero.into(),

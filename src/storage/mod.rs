@@ -2,6 +2,7 @@
 
 mod backing;
 mod engine;
+mod loss;
 mod pool;
 
 pub use backing::{Access, Backing, DataFile, Kind, StorageError};

@@ -98,7 +98,7 @@ impl HeaderIo for Backing {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.file().sync_all()
+        Backing::sync(self)
     }
 
     fn forget_cached(&self, range: Range<u64>) -> io::Result<()> {
@@ -117,7 +117,7 @@ impl HeaderIo for Backing {
     fn discard(&self, range: Range<u64>) -> io::Result<bool> {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         match fallocate(self.file(), flags, range.start, range.end - range.start) {
-            Ok(()) => self.file().sync_all().map(|()| true),
+            Ok(()) => Backing::sync(self).map(|()| true),
             Err(Errno::OPNOTSUPP | Errno::NODEV | Errno::INVAL | Errno::NOSYS) => Ok(false),
             Err(error) => Err(error.into()),
         }
