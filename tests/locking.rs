@@ -16,6 +16,7 @@ use common::pattern;
 use common::process::Process;
 use common::secrets::{Core, Search, core, readable_memory, slot_secret, without_secret_memory};
 use common::serve::{SEALBLK, Server, serve, serve_fails};
+use common::storage::LoopDevice;
 use common::volume::{MIB, Volume, run};
 use sealblk::keys::registry::Registry;
 use serde_json::Value;
@@ -377,6 +378,36 @@ fn a_key_that_was_asked_for_before_a_lock_does_not_come_into_force() {
     let used = driver.queue().wait_used();
     assert_eq!(driver.outcome(&read, used).status, S_OK);
     disk.server.still_serves_both(driver);
+}
+
+/// A header was read from this host's page cache, from before another host that has the same LUN changed it, and written
+/// back: that undid the other's change.
+#[test]
+fn a_rekey_keeps_what_another_host_has_changed() {
+    let mut volume = Volume::new();
+    // Two devices over one file have each a page cache, as two hosts have.
+    let device = || LoopDevice::over(&volume.path, 512);
+    let (Some(here), Some(there)) = (device(), device()) else {
+        eprintln!("skipped: no loop device can be had here");
+        return;
+    };
+    volume.path = here.path().to_owned();
+    let disk = Served::of(volume);
+    let cryptsetup = |args: &[&str]| run(Command::new("cryptsetup").args(args).arg(there.path())).stdout;
+    let labelled = |label: &str| {
+        let dump = String::from_utf8(cryptsetup(&["luksDump"])).unwrap();
+        dump.lines()
+            .any(|line| line.starts_with("Label:") && line.ends_with(label))
+    };
+    for label in ["one", "two"] {
+        cryptsetup(&["config", "--label", label]);
+        disk.does("rekey");
+        assert!(labelled(label), "{label:?} was undone");
+    }
+    disk.does("lock");
+    disk.does("unlock");
+    disk.server.still_serves();
+    disk.server.stop();
 }
 
 #[test]

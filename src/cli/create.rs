@@ -5,7 +5,7 @@
 
 use std::fs::OpenOptions;
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -22,7 +22,7 @@ use crate::cipher::SectorSize;
 use crate::keys::registry::Backup;
 use crate::keys::{KeyProvider, Providers};
 use crate::storage::{Access, Backing, Kind};
-use crate::volume::{self, Argon2Cost, CreateOptions, Locked};
+use crate::volume::{self, Argon2Cost, CreateOptions, HeaderIo, Locked};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -211,13 +211,11 @@ fn occupied(backing: &Backing) -> Result<bool, Failure> {
     let edge = EDGE.min(len);
     let mut bytes = vec![0; edge as usize];
     for offset in [0, len - edge] {
-        backing
-            .file()
-            .read_exact_at(&mut bytes, offset)
-            .map_err(|source| Failure::Look {
-                path: backing.path().to_owned(),
-                source,
-            })?;
+        // From the medium: another host may have made a volume there since this one looked last.
+        HeaderIo::read_at(backing, &mut bytes, offset).map_err(|source| Failure::Look {
+            path: backing.path().to_owned(),
+            source,
+        })?;
         if bytes.iter().any(|&byte| byte != 0) {
             return Ok(true);
         }

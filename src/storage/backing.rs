@@ -16,11 +16,12 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rustix::fs::{Advice, AtFlags, Mode, OFlags, StatxFlags, fadvise};
 
 use super::loss::Losses;
+use super::pool::PAGE;
 
 /// What a [`Backing`] is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,6 +78,8 @@ pub struct Backing {
     access: Access,
     kind: Kind,
     losses: Arc<Losses>,
+    /// See [`Backing::direct`].
+    direct: OnceLock<Option<File>>,
 }
 
 impl Backing {
@@ -144,6 +147,7 @@ impl Backing {
                     access,
                     kind,
                     losses: Arc::new(Losses::new(witness)),
+                    direct: OnceLock::new(),
                 })
             }
             Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
@@ -159,6 +163,12 @@ impl Backing {
     /// The file for headers: buffered, without O_DIRECT's alignment rules.
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// The same for transfers of whole pages from and to memory that begins at a page, by which no cache of this host is
+    /// asked; none where the file has no direct I/O.
+    pub fn direct(&self) -> Option<&File> {
+        self.direct.get_or_init(|| self.open_direct(PAGE as u32)).as_ref()
     }
 
     /// Opens the same inode with O_DIRECT, if transfers of `unit` bytes at multiples of `unit` satisfy its alignment.

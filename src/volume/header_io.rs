@@ -6,7 +6,6 @@ use std::fs::File;
 use std::io;
 use std::num::NonZeroU64;
 use std::ops::Range;
-use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -39,7 +38,8 @@ pub trait HeaderIo: Debug {
     /// Whether nothing can be written.
     fn read_only(&self) -> bool;
 
-    /// Fills `buffer` from `offset`.
+    /// Fills `buffer` from `offset`, from the medium and not from a cache of this host, where that is to be had: another host
+    /// may have written a device that both have.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
 
     /// Writes all of `bytes` at `offset`.
@@ -88,10 +88,15 @@ impl HeaderIo for Backing {
         Backing::read_only(self)
     }
 
-    // The file is opened without O_DIRECT: the page cache takes care of a device's alignment.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        self.file().read_exact_at(buffer, offset)
+        match self.direct() {
+            Some(file) => read_blocks(file, buffer, offset),
+            // A file system without direct I/O keeps its cache in step with its storage; NFS does when the file is locked.
+            None => self.file().read_exact_at(buffer, offset),
+        }
     }
+
+    // Through the page cache, which takes care of a device's alignment. Direct reads find what is in it.
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.file().write_all_at(bytes, offset)
@@ -107,11 +112,7 @@ impl HeaderIo for Backing {
     }
 
     fn uncached(&self) -> io::Result<Option<File>> {
-        let file = self.data_file(BLOCK as u32).map_err(io::Error::other)?;
-        match file.is_direct() {
-            true => Ok(Some(file.as_fd().try_clone_to_owned()?.into())),
-            false => Ok(None),
-        }
+        self.direct().map(File::try_clone).transpose()
     }
 
     fn discard(&self, range: Range<u64>) -> io::Result<bool> {
@@ -126,4 +127,34 @@ impl HeaderIo for Backing {
     fn lock(&self, mode: LockMode) -> io::Result<MetadataLock<'_>> {
         MetadataLock::acquire(self.file(), mode)
     }
+}
+
+/// Fills `buffer` from `offset` by direct I/O, which is in whole blocks.
+fn read_blocks(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+    const MOST: usize = 1 << 20;
+    let block = BLOCK as usize;
+    let mut memory = vec![0; MOST.min(buffer.len()).next_multiple_of(block) + 2 * block];
+    let start = memory.as_ptr().align_offset(block);
+    let blocks = &mut memory[start..];
+    let mut filled = 0;
+    while filled < buffer.len() {
+        let at = offset.saturating_add(filled as u64);
+        let before = (at % BLOCK) as usize;
+        let rest = (buffer.len() - filled).min(MOST);
+        let len = (before + rest)
+            .next_multiple_of(block)
+            .min(blocks.len() / block * block);
+        let read = match file.read_at(&mut blocks[..len], at - before as u64) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            result => result?,
+        };
+        // Less than was asked for ends at the end of the file, in the middle of a block perhaps.
+        let found = read.saturating_sub(before).min(rest);
+        if found == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        buffer[filled..filled + found].copy_from_slice(&blocks[before..before + found]);
+        filled += found;
+    }
+    Ok(())
 }
