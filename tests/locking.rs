@@ -361,7 +361,7 @@ fn a_key_that_was_asked_for_before_a_lock_does_not_come_into_force() {
         drop(asked);
         assert!(lock.join().unwrap().status.success());
         let refused = unlock.join().unwrap();
-        assert_eq!(refused.status.code(), Some(4));
+        assert_eq!(refused.status.code(), Some(7));
         let told = String::from_utf8(refused.stderr).unwrap();
         assert!(
             told.contains("the disk was locked while its key was fetched"),

@@ -343,7 +343,7 @@ impl Failure {
             Self::Open(error) => match error {
                 OpenError::Volume(VolumeError { reason, .. }) => volume_code(reason),
                 OpenError::Passphrase(error) => error.downcast_ref().map_or(KEY, secret_code),
-                OpenError::LockedMeanwhile => KEY,
+                OpenError::LockedMeanwhile => ASKED,
                 OpenError::Replaced { .. } | OpenError::Reshaped => CONTENT,
             },
             Self::Serve(error) => match error {
