@@ -25,6 +25,7 @@ use sha2::{Digest, Sha256};
 
 use crate::control::events::Event;
 use crate::keys::private;
+use crate::parsing;
 
 /// The record behind what a crash has left by half.
 const RECOVERED: &str = "LogRecovered";
@@ -357,7 +358,7 @@ impl Chain {
         if self.open && line.len() as u64 == MAX_LINE {
             return Err("is longer than any record");
         }
-        let Ok(record) = serde_json::from_slice::<Map<String, Value>>(text) else {
+        let Ok(record) = parsing::json::<Map<String, Value>>(text) else {
             // What a crash left, if the next record says so.
             self.torn.update(line);
             self.torn_lines += 1;

@@ -16,6 +16,7 @@
 //! cipher, storage, keys, tpm
 //! hex, moment, toml_file   how bytes, points in time and settings are written
 //! causes, mutex, deadline  what lies under an error; what outlives a panic; a limit for the whole of a message
+//! parsing                  JSON and TOML, read so that no error quotes them
 //! ```
 //!
 //! To begin with: a guest's request from end to end is `device::worker`; what becomes of a volume's key while it is served,
@@ -35,6 +36,7 @@ pub mod keys;
 pub mod known;
 pub mod moment;
 mod mutex;
+mod parsing;
 pub mod rcar;
 pub mod served;
 pub mod storage;

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::de::DeserializeOwned;
 
 use crate::keys::private::{self, Forbid};
+use crate::parsing::{self, NotUnderstood};
 
 /// Why such a file cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -33,7 +34,7 @@ pub enum TomlFileError {
         /// The file.
         path: PathBuf,
         /// Where and what.
-        source: Box<toml::de::Error>,
+        source: NotUnderstood,
     },
 }
 
@@ -55,9 +56,6 @@ pub(crate) fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, TomlFi
     })?;
     let mut text = String::new();
     file.read_to_string(&mut text).map_err(failed)?;
-    let content = toml::from_str(&text).map_err(|error| TomlFileError::Syntax {
-        path: own(),
-        source: error.into(),
-    })?;
+    let content = parsing::toml(&text).map_err(|source| TomlFileError::Syntax { path: own(), source })?;
     Ok(Some(content))
 }

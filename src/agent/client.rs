@@ -27,6 +27,7 @@ use crate::keys::registry::Entry;
 use crate::keys::{Binding, KeyError, KeyId, KeyProvider, KeyReason, KeyState, Providers, Reach, Revocation};
 use crate::known::survey::{Scanned, Sighting};
 use crate::known::{GuardError, Removal, Uses};
+use crate::parsing;
 
 /// How long the agent may take: it may have to wait for several servers, one after the other.
 const TIMEOUT: Duration = Duration::from_secs(120);
@@ -265,14 +266,14 @@ impl Client {
                     volumes,
                     count,
                     full,
-                }) = serde_json::from_value(told)
+                }) = parsing::json_value(told)
                 {
                     let uses = Uses { volumes, count, full };
                     return Err(GuardError::InUse { what, uses });
                 }
             }
             Some(".NotBackedUp") => {
-                if let Ok(NotBackedUp { provider }) = serde_json::from_value(told) {
+                if let Ok(NotBackedUp { provider }) = parsing::json_value(told) {
                     return Err(GuardError::NotBackedUp(provider));
                 }
             }
@@ -330,7 +331,7 @@ impl Client {
         let parameters = Value::Object(error.parameters.clone());
         match name {
             ".KeyFailure" => {
-                if let Ok(failure) = serde_json::from_value::<KeyFailure>(parameters) {
+                if let Ok(failure) = parsing::json_value::<KeyFailure>(parameters) {
                     return self.failure(failure);
                 }
             }

@@ -24,6 +24,7 @@ use crate::keys::KeyId;
 use crate::keys::private;
 use crate::moment::Moment;
 use crate::mutex::lock;
+use crate::parsing;
 
 /// The most volumes that are watched: each takes a descriptor. The KEKs of others go when their time has come.
 const MAX_VOLUMES: usize = 8192;
@@ -232,7 +233,7 @@ impl All {
     fn take_up(&mut self, path: &Path) {
         let filed = fs::read(path)
             .ok()
-            .and_then(|content| serde_json::from_slice::<Filed>(&content).ok());
+            .and_then(|content| parsing::json::<Filed>(&content).ok());
         let Some(Filed { volume, identity }) = filed else {
             // An agent was killed while it wrote this.
             let _ = fs::remove_file(path);

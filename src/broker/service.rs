@@ -20,6 +20,7 @@ use super::{BrokerError, Settings};
 use crate::audit::{AuditError, AuditLog};
 use crate::control::events::{Event, Events};
 use crate::mutex::lock;
+use crate::parsing;
 use crate::rcar::enrolment::{ACTIVATE, Activate, Challenge as Credential, ENROL, Enrol};
 use crate::rcar::{self, ATTEST, AUTH, Attestation, COOKIE, Challenge, ErrorInformation, RESOURCE, jwe};
 use crate::tpm::attest::{self, RsaPublic};
@@ -369,7 +370,7 @@ impl Service {
 }
 
 fn parse<'a, T: Deserialize<'a>>(request: &'a Request) -> Result<T, Refusal> {
-    serde_json::from_slice(&request.body).map_err(|_| Refusal::Request)
+    parsing::json(&request.body).map_err(|_| Refusal::Request)
 }
 
 /// The session that a request is of: by its cookie, or by the token that stands for it.

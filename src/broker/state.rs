@@ -21,6 +21,7 @@ use crate::hex;
 use crate::keys::arena::{ArenaError, SecretBytes};
 use crate::keys::private::{self, Forbid, Unreadable};
 use crate::keys::wrap::{self, KEK_LEN, Kek};
+use crate::parsing;
 use crate::rcar::ResourcePath;
 
 /// The file of everything but the master key.
@@ -190,7 +191,7 @@ impl State {
     pub fn read(&self) -> Result<Kept, StateError> {
         let path = self.file();
         match fs::read(&path) {
-            Ok(json) => serde_json::from_slice(&json).map_err(|e| unusable(&path, e)),
+            Ok(json) => parsing::json(&json).map_err(|e| unusable(&path, e)),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Kept::default()),
             Err(source) => Err(StateError::Io {
                 action: "read",

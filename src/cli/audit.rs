@@ -12,6 +12,7 @@ use super::failure::Failure;
 use super::{Host, output};
 use crate::agent;
 use crate::control::events::Event;
+use crate::parsing;
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -101,7 +102,7 @@ impl<'p> Receipt<'p> {
                 path: path.to_owned(),
                 source,
             })?;
-        let value: Value = serde_json::from_slice(&text).unwrap_or_default();
+        let value: Value = parsing::json(&text).unwrap_or_default();
         Ok(Self {
             path,
             sha256: sha256(&text),

@@ -17,11 +17,12 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde::{Deserialize, Deserializer, de};
+use serde::{Deserialize, Deserializer};
 
 use crate::agent;
 use crate::control::privilege::{Grant, Grantee, Grants, Privilege};
 use crate::keys::SealedCacheSettings;
+use crate::parsing::{broken, rule};
 use crate::toml_file::{self, TomlFileError};
 use crate::tpm::Device;
 use crate::tpm::pcr::Selection;
@@ -76,6 +77,12 @@ pub enum ConfigError {
         /// The file.
         path: PathBuf,
     },
+    /// A TPM that is named by what is no whole path.
+    #[error("{}: tpm under [agent.sealed-cache]: write the whole path, from / on", path.display())]
+    Tpm {
+        /// The file.
+        path: PathBuf,
+    },
     /// A grant to nobody.
     #[error("{}: a [[grant]] has to name either a user or a group, and not both; add `user` or `group`", path.display())]
     Grantee {
@@ -83,14 +90,14 @@ pub enum ConfigError {
         path: PathBuf,
     },
     /// A grant to somebody whom the host does not know.
-    #[error("{}: a [[grant]] names {what} {name:?}, which this host does not have; correct it, or make the {what}", path.display())]
+    #[error("{}: [[grant]] number {number} names a {what} that this host does not have; correct it, or make the {what}", path.display())]
     Unknown {
         /// The file.
         path: PathBuf,
+        /// Which grant of the file, from 1 on.
+        number: usize,
         /// "user" or "group".
         what: &'static str,
-        /// The name.
-        name: String,
     },
 }
 
@@ -132,13 +139,13 @@ struct WrittenPolicy {
 /// A length of time, as in `90d`.
 fn age<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
     let text = String::deserialize(deserializer)?;
-    parse_age(&text).map(Some).map_err(de::Error::custom)
+    parse_age(&text).map(Some).map_err(|_| broken(rule::AGE))
 }
 
 /// How old a key may get.
 pub(super) fn parse_age(text: &str) -> Result<Duration, String> {
     let age = humantime::parse_duration(text).ok().filter(|age| !age.is_zero());
-    age.ok_or_else(|| "an age is a length of time, as in '90d' or '12h'".to_owned())
+    age.ok_or_else(|| rule::AGE.to_owned())
 }
 
 #[derive(Debug, Deserialize)]
@@ -151,7 +158,7 @@ struct WrittenGrant {
 
 /// A user or group, by number or by name.
 #[derive(Debug, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "a user or group is a number or a name")]
 enum Id {
     Number(u32),
     Name(String),
@@ -173,7 +180,17 @@ impl Config {
                 });
             }
         };
-        let grants = written.grant.into_iter().map(|grant| grant.check(path));
+        let sealed = written
+            .agent
+            .as_ref()
+            .and_then(|agent| agent.sealed_cache.as_ref());
+        if sealed.is_some_and(|sealed| !sealed.tpm.is_absolute()) {
+            return Err(ConfigError::Tpm {
+                path: path.to_owned(),
+            });
+        }
+        let grants = written.grant.into_iter().zip(1..);
+        let grants = grants.map(|(grant, number)| grant.check(path, number));
         Ok(Self {
             agent: written.agent.map(WrittenAgent::check),
             grants: Grants::new(grants.collect::<Result<_, _>>()?),
@@ -201,22 +218,23 @@ impl WrittenAgent {
 }
 
 impl WrittenGrant {
-    fn check(self, path: &Path) -> Result<Grant, ConfigError> {
-        let unknown = |what, name: String| ConfigError::Unknown {
+    /// The name is not shown: it may be a secret in the wrong place.
+    fn check(self, path: &Path, number: usize) -> Result<Grant, ConfigError> {
+        let unknown = |what| ConfigError::Unknown {
             path: path.to_owned(),
+            number,
             what,
-            name,
         };
         let to = match (self.user, self.group) {
             (Some(Id::Number(user)), None) => Grantee::User(user),
             (None, Some(Id::Number(group))) => Grantee::Group(group),
             (Some(Id::Name(name)), None) => match uzers::get_user_by_name(&name) {
                 Some(user) => Grantee::User(user.uid()),
-                None => return Err(unknown("user", name)),
+                None => return Err(unknown("user")),
             },
             (None, Some(Id::Name(name))) => match uzers::get_group_by_name(&name) {
                 Some(group) => Grantee::Group(group.gid()),
-                None => return Err(unknown("group", name)),
+                None => return Err(unknown("group")),
             },
             _ => {
                 return Err(ConfigError::Grantee {
@@ -300,7 +318,7 @@ mod tests {
             ),
             (
                 "[[grant]]\nuser = \"no one at all\"\nprivileges = []",
-                "no user called \"no one at all\"",
+                "[[grant]] number 1 names a user that this host does not have",
             ),
         ] {
             let error = read(text).unwrap_err().to_string();

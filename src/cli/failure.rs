@@ -378,7 +378,7 @@ impl Failure {
             Self::Config(error) => match error {
                 ConfigError::File(error) => toml_code(error),
                 ConfigError::Missing { .. } => STORAGE,
-                ConfigError::Grantee { .. } | ConfigError::Unknown { .. } => USAGE,
+                ConfigError::Tpm { .. } | ConfigError::Grantee { .. } | ConfigError::Unknown { .. } => USAGE,
             },
             Self::Guard(error) => match error {
                 GuardError::InUse { .. } | GuardError::NotBackedUp(_) => IN_USE,

@@ -13,6 +13,7 @@ use super::output;
 use super::size::Size;
 use crate::control::varlink::{CallError, MethodError, call};
 use crate::control::wire::Connection;
+use crate::parsing;
 use crate::served::{self, LockedBy, State};
 
 /// How long an answer may take: a lock waits for storage, a rekey for key servers.
@@ -159,6 +160,6 @@ fn refused(socket: &Path, error: &MethodError) -> Failure {
         reason: error
             .parameters
             .get("reason")
-            .and_then(|reason| serde_json::from_value(reason.clone()).ok()),
+            .and_then(|reason| parsing::json_value(reason.clone()).ok()),
     }
 }

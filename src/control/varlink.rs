@@ -16,6 +16,7 @@ use serde_json::{Map, Value, json};
 use super::events::{Events, Next, Watch};
 use super::peer::Peer;
 use super::wire::{Connection, WireError};
+use crate::parsing;
 
 /// What every service answers.
 const SERVICE: &str = "org.varlink.service";
@@ -125,8 +126,8 @@ impl Request<'_> {
     /// `org.varlink.service.InvalidParameter`.
     pub fn parameters<T: DeserializeOwned>(&mut self) -> Result<T, MethodError> {
         let parameters = Value::Object(std::mem::take(&mut self.parameters));
-        // What serde says of it names the parameter.
-        serde_json::from_value(parameters).map_err(|error| MethodError::invalid_parameter(&error.to_string()))
+        // What is said of it names a parameter that is missing.
+        parsing::json_value(parameters).map_err(|error| MethodError::invalid_parameter(&error.to_string()))
     }
 
     /// The stream of `events`, for who asked for more than one reply.
@@ -367,7 +368,7 @@ pub fn reply<T: DeserializeOwned>(connection: &mut Connection) -> Result<(T, Vec
     match error {
         Some(name) => Err(CallError::Method(MethodError { name, parameters })),
         None => {
-            let parameters = serde_json::from_value(Value::Object(parameters)).map_err(WireError::Json)?;
+            let parameters = parsing::json_value(Value::Object(parameters)).map_err(WireError::Json)?;
             Ok((parameters, reply.descriptors))
         }
     }

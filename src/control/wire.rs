@@ -28,6 +28,7 @@ use serde::de::DeserializeOwned;
 
 use crate::deadline::{self, Deadline};
 use crate::keys::arena::{ArenaError, SecretBytes};
+use crate::parsing::{self, NotUnderstood};
 
 /// The longest message: no call or answer comes near it, and what a caller sends is held several times over while it is
 /// looked at.
@@ -75,7 +76,10 @@ pub enum WireError {
     TooManyDescriptors,
     /// The other side does not speak varlink.
     #[error("a message is not what it should be: {0}")]
-    Json(#[from] serde_json::Error),
+    Json(#[from] NotUnderstood),
+    /// A message of this side's holds what JSON cannot.
+    #[error("a message cannot be written as JSON")]
+    Unwritable,
 }
 
 impl Connection {
@@ -118,7 +122,7 @@ impl Connection {
         content: &impl Serialize,
         descriptors: &[BorrowedFd<'_>],
     ) -> Result<(), WireError> {
-        let mut bytes = serde_json::to_vec(content)?;
+        let mut bytes = serde_json::to_vec(content).map_err(|_| WireError::Unwritable)?;
         bytes.push(0);
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -146,7 +150,7 @@ impl Connection {
         loop {
             if let Some(end) = self.ahead[searched..].iter().position(|&byte| byte == 0) {
                 let message: Vec<u8> = self.ahead.drain(..=searched + end).collect();
-                let content = serde_json::from_slice(&message[..message.len() - 1])?;
+                let content = parsing::json(&message[..message.len() - 1])?;
                 let descriptors = std::mem::take(&mut self.descriptors);
                 return Ok(Some(Message { content, descriptors }));
             }

@@ -34,6 +34,7 @@ use super::source::KekSource;
 use super::wrap::{KEK_LEN, Kek};
 use super::{KeyError, KeyId, KeyReason, KeyState};
 use crate::hex;
+use crate::parsing;
 use crate::tpm::pcr::Selection;
 use crate::tpm::seal::Sealed;
 use crate::tpm::{Device, Tpm, TpmError, TpmFailure};
@@ -264,7 +265,7 @@ impl fmt::Debug for Native {
 
 impl SealedKey {
     fn parse(content: &[u8]) -> Option<Self> {
-        serde_json::from_slice(content).ok()
+        parsing::json(content).ok()
     }
 
     fn unseal(&self, name: &str) -> Result<SecretBytes, KeyError> {

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{KeyId, file_name, private};
 use crate::moment::Moment;
+use crate::parsing;
 
 /// The revoked KEKs of one provider.
 #[derive(Debug)]
@@ -58,7 +59,7 @@ impl Revoked {
     pub(super) fn find(&self, key_id: &KeyId) -> io::Result<Option<RevokedHere>> {
         match fs::read(self.file(key_id)) {
             Ok(record) => {
-                let record: Option<Record> = serde_json::from_slice(&record).ok();
+                let record: Option<Record> = parsing::json(&record).ok();
                 Ok(Some(RevokedHere(record.map(|record| record.revoked))))
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),

@@ -19,6 +19,7 @@ use uuid::Uuid;
 use super::arena::SecretBytes;
 use super::wrap::{self, KEK_LEN, Kek};
 use super::{Binding, KeyId, file_name, private};
+use crate::parsing;
 use crate::tpm::pcr::Selection;
 use crate::tpm::seal::Sealed;
 use crate::tpm::{Device, Tpm, TpmFailure};
@@ -85,7 +86,7 @@ impl SealedCache {
         let mut tpm = Tpm::open(&settings.tpm)?;
         match fs::read(&path) {
             Ok(text) => {
-                let sealed = serde_json::from_slice::<Sealed>(&text).ok();
+                let sealed = parsing::json::<Sealed>(&text).ok();
                 let sealed = sealed.filter(|sealed| sealed.pcrs == settings.pcrs);
                 match sealed.map(|sealed| tpm.unseal(&sealed)) {
                     Some(Ok(key)) => return Ok(Kek::new(key)?),

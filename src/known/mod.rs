@@ -35,6 +35,7 @@ use crate::hex;
 use crate::keys::private;
 use crate::keys::{Binding, KeyId};
 use crate::moment::Moment;
+use crate::parsing;
 use survey::{Standing, look};
 
 pub use guard::{Disk, GuardError, Removal, Uses, remove_provider, revoke};
@@ -333,7 +334,7 @@ fn read(file: &Path) -> Option<Known> {
     if !metadata.is_file() || metadata.len() > LONGEST {
         return None;
     }
-    serde_json::from_slice(&fs::read(file).ok()?).ok()
+    parsing::json(&fs::read(file).ok()?).ok()
 }
 
 #[cfg(test)]

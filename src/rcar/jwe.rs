@@ -13,6 +13,7 @@ use zeroize::Zeroizing;
 
 use crate::keys::arena::{ArenaError, SecretBytes, on_wiped_stack};
 use crate::keys::wrap::{self, KEK_LEN, Kek};
+use crate::parsing;
 
 const ALGORITHM: &str = "ECDH-ES+A256KW";
 const ENCRYPTION: &str = "A256GCM";
@@ -116,7 +117,7 @@ impl OneTimeKey {
         let header = BASE64_URL_SAFE_NO_PAD
             .decode(&response.protected)
             .map_err(|_| HEADER)?;
-        let header: Header = serde_json::from_slice(&header).map_err(|_| HEADER)?;
+        let header: Header = parsing::json(&header).map_err(|_| HEADER)?;
         if header.alg != ALGORITHM || header.enc != ENCRYPTION {
             return Err(JweError::Form("it is not by ECDH-ES+A256KW with A256GCM"));
         }

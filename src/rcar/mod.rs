@@ -26,6 +26,7 @@ use sha2::{Digest, Sha256, Sha384, Sha512};
 
 use self::jwe::PublicKey;
 use crate::hex;
+use crate::parsing::rule;
 use crate::tpm::attest::Quote;
 use crate::tpm::pcr::{COUNT, Value};
 
@@ -235,10 +236,8 @@ pub struct ResourcePath(String);
 
 /// A text that is none.
 #[derive(Debug, thiserror::Error)]
-#[error(
-    "{0:?} is no resource's path: REPOSITORY/TYPE/TAG is wanted, each of up to 64 letters, digits, '-', '_' and '.'"
-)]
-pub struct NoPath(String);
+#[error("{}", rule::RESOURCE)]
+pub struct NoPath;
 
 impl TryFrom<String> for ResourcePath {
     type Error = NoPath;
@@ -253,7 +252,7 @@ impl TryFrom<String> for ResourcePath {
         };
         match text.split('/').count() == 3 && text.split('/').all(is_name) {
             true => Ok(Self(text)),
-            false => Err(NoPath(text)),
+            false => Err(NoPath),
         }
     }
 }

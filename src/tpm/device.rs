@@ -41,6 +41,14 @@ impl From<String> for Device {
     }
 }
 
+impl Device {
+    /// Whether it is named by its whole path, as settings have to: what else stands there may be a secret in the wrong place.
+    pub(crate) fn is_absolute(&self) -> bool {
+        let (Place::File(path) | Place::Socket(path)) = &self.0;
+        path.is_absolute()
+    }
+}
+
 impl From<&str> for Device {
     fn from(text: &str) -> Self {
         text.to_owned().into()

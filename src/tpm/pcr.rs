@@ -9,6 +9,7 @@ use tpm2_protocol::data::TpmCc;
 
 use super::command::{Command, Marshal};
 use super::{Tpm, TpmError, TpmFailure};
+use crate::parsing::rule;
 
 /// How many registers there are.
 pub const COUNT: u8 = 24;
@@ -32,8 +33,8 @@ impl Default for Selection {
 
 /// A text that names no registers.
 #[derive(Debug, thiserror::Error)]
-#[error("{0:?} names no registers; write some of 0 to 23 with commas between them, as in 0,4,7")]
-pub struct SelectionError(String);
+#[error("{}", rule::REGISTERS)]
+pub struct SelectionError;
 
 impl Selection {
     /// All of them.
@@ -85,7 +86,7 @@ impl FromStr for Selection {
         for part in text.split(',') {
             match part.trim().parse::<u8>() {
                 Ok(register) if register < COUNT => registers |= 1 << register,
-                _ => return Err(SelectionError(text.to_owned())),
+                _ => return Err(SelectionError),
             }
         }
         Ok(Self(registers))

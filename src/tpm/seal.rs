@@ -284,7 +284,9 @@ fn point(public: &[u8]) -> Option<(Vec<u8>, Vec<u8>)> {
 /// Bytes as base64.
 pub(super) mod text {
     use super::{BASE64_STANDARD, Engine};
-    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    use crate::parsing::{broken, rule};
 
     pub(in crate::tpm) fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_str(&BASE64_STANDARD.encode(bytes))
@@ -292,6 +294,6 @@ pub(super) mod text {
 
     pub(in crate::tpm) fn deserialize<'d, D: Deserializer<'d>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
         let text = String::deserialize(deserializer)?;
-        BASE64_STANDARD.decode(text).map_err(D::Error::custom)
+        BASE64_STANDARD.decode(text).map_err(|_| broken(rule::BASE64))
     }
 }

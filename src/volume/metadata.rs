@@ -11,11 +11,12 @@ use std::fmt;
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
-use serde::de::{DeserializeOwned, Error as _};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value};
 
 use super::binary;
+use crate::parsing::{self, NotUnderstood, broken, rule};
 
 /// The root object.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -40,18 +41,14 @@ impl Metadata {
         if rest.iter().any(|&byte| byte != 0) {
             return Err(MetadataError::Trailing);
         }
-        let metadata: Self = serde_json::from_slice(text).map_err(|error| MetadataError::Json {
-            text: error.to_string(),
-        })?;
+        let metadata: Self = parsing::json(text)?;
         metadata.validate(header_size)?;
         Ok(metadata)
     }
 
     /// Writes the JSON area, which must be zero.
     pub(super) fn write(&self, area: &mut [u8]) -> Result<(), MetadataError> {
-        let text = serde_json::to_vec(self).map_err(|error| MetadataError::Json {
-            text: error.to_string(),
-        })?;
+        let text = serde_json::to_vec(self).map_err(|_| MetadataError::Unwritable)?;
         // At least one NUL ends it.
         if text.len() >= area.len() {
             return Err(MetadataError::TooLong {
@@ -270,7 +267,7 @@ macro_rules! by_type {
                         typed(object).map(Self::$variant)
                     })*
                     Some(_) => typed(object).map(Self::Other),
-                    None => Err(D::Error::custom("an object has no `type`")),
+                    None => Err(broken(rule::NO_TYPE)),
                 }
             }
         }
@@ -278,7 +275,7 @@ macro_rules! by_type {
 }
 
 fn typed<T: DeserializeOwned, E: serde::de::Error>(object: Map<String, Value>) -> Result<T, E> {
-    serde_json::from_value(Value::Object(object)).map_err(E::custom)
+    parsing::json_value(Value::Object(object)).map_err(NotUnderstood::within)
 }
 
 by_type! {
@@ -604,7 +601,7 @@ impl<'de> Deserialize<'de> for Id {
         let canonical = text == "0" || !text.starts_with('0');
         match decimal(&text).and_then(|number| u32::try_from(number).ok()) {
             Some(number) if canonical => Ok(Self(number)),
-            _ => Err(D::Error::custom(format_args!("{text:?} is not a number"))),
+            _ => Err(broken(rule::NUMBER)),
         }
     }
 }
@@ -623,9 +620,7 @@ impl<'de> Deserialize<'de> for Decimal {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
         let number = decimal(&text);
-        number
-            .map(Self)
-            .ok_or_else(|| D::Error::custom(format_args!("{text:?} is not a 64-bit number")))
+        number.map(Self).ok_or_else(|| broken(rule::NUMBER))
     }
 }
 
@@ -659,7 +654,7 @@ impl<'de> Deserialize<'de> for SegmentSize {
             "dynamic" => Ok(Self::Dynamic),
             text => {
                 let size = decimal(text).map(Self::Fixed);
-                size.ok_or_else(|| D::Error::custom(format_args!("{text:?} is not a segment's size")))
+                size.ok_or_else(|| broken(rule::SEGMENT_SIZE))
             }
         }
     }
@@ -680,7 +675,7 @@ impl<'de> Deserialize<'de> for Base64 {
         BASE64_STANDARD
             .decode(String::deserialize(deserializer)?)
             .map(Self)
-            .map_err(D::Error::custom)
+            .map_err(|_| broken(rule::BASE64))
     }
 }
 
@@ -691,8 +686,10 @@ pub enum MetadataError {
     Unterminated,
     #[error("bytes follow the NUL that ends the JSON text")]
     Trailing,
-    #[error("{text}")]
-    Json { text: String },
+    #[error("the JSON text cannot be understood: {0}")]
+    Json(#[from] NotUnderstood),
+    #[error("the metadata cannot be written as JSON")]
+    Unwritable,
     #[error("{len} bytes of JSON do not fit into the JSON area of {room} bytes; remove a keyslot or a token")]
     TooLong { len: usize, room: usize },
     #[error("there are {count} {what}, and {MAX_OBJECTS} at most are possible")]

@@ -27,6 +27,7 @@ use super::metadata::{Base64, Id, Other, Token};
 use crate::keys::KeyId;
 use crate::keys::arena::{ArenaError, SecretBytes};
 use crate::moment::Moment;
+use crate::parsing;
 
 /// What a token of type [`TYPE`] holds beside its keyslots.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -45,7 +46,7 @@ impl SealblkToken {
     pub(super) fn of(token: &Token) -> Option<Result<Self, String>> {
         (token.kind == TYPE).then(|| {
             let fields = Value::Object(token.other.clone());
-            let sealblk: Self = serde_json::from_value(fields).map_err(|error| error.to_string())?;
+            let sealblk: Self = parsing::json_value(fields).map_err(|error| error.to_string())?;
             match token.keyslots[..] {
                 [_] => Ok(sealblk),
                 _ => Err(format!("it names {} keyslots, not one", token.keyslots.len())),

@@ -8,6 +8,7 @@ use rustls::pki_types::InvalidDnsNameError;
 use crate::keys::KeyReason;
 use crate::keys::arena::ArenaError;
 use crate::keys::tls::{self, TlsFileError};
+use crate::parsing::NotUnderstood;
 
 /// A request that failed, and what an operator would act on.
 #[derive(Debug)]
@@ -25,8 +26,25 @@ pub(in crate::keys) enum Nonsense {
     TooLong(usize),
     #[error("an answer wants more than {0} bytes sent back")]
     TooMuch(usize),
-    #[error("the answer is not the JSON that was expected, at line {line}, column {column}")]
-    Json { line: usize, column: usize },
+    #[error("the answer is not the JSON that was expected: {0}")]
+    Json(NotUnderstood),
+}
+
+/// What goes wrong before there is an answer: the HTTP client's own texts may quote what it was given.
+#[derive(Debug, thiserror::Error)]
+enum Trouble {
+    #[error("there was no answer in time")]
+    Timeout,
+    #[error("its name is not known; correct the address, or this host's name service")]
+    NoName,
+    #[error("it cannot be connected to")]
+    Connect,
+    #[error("its address has a name that no server can have")]
+    Name,
+    #[error("the head of the answer is too long")]
+    LongHead,
+    #[error("the answer is no HTTP as it should be")]
+    Http,
 }
 
 impl Failure {
@@ -58,12 +76,9 @@ impl From<Nonsense> for Failure {
     }
 }
 
-impl From<serde_json::Error> for Failure {
-    fn from(error: serde_json::Error) -> Self {
-        Self::from(Nonsense::Json {
-            line: error.line(),
-            column: error.column(),
-        })
+impl From<NotUnderstood> for Failure {
+    fn from(error: NotUnderstood) -> Self {
+        Self::from(Nonsense::Json(error))
     }
 }
 
@@ -84,11 +99,15 @@ impl From<ureq::Error> for Failure {
         use ureq::Error as Http;
         match error {
             Http::Io(error) => Self::from(error),
-            Http::Timeout(_) | Http::HostNotFound | Http::ConnectionFailed => {
-                Self::new(KeyReason::Unreachable, error)
+            Http::Timeout(_) => Self::new(KeyReason::Unreachable, Trouble::Timeout),
+            Http::HostNotFound => Self::new(KeyReason::Unreachable, Trouble::NoName),
+            Http::ConnectionFailed => Self::new(KeyReason::Unreachable, Trouble::Connect),
+            Http::Other(cause) if cause.is::<InvalidDnsNameError>() => {
+                Self::new(KeyReason::Invalid, Trouble::Name)
             }
-            Http::Other(cause) if cause.is::<InvalidDnsNameError>() => Self::new(KeyReason::Invalid, cause),
-            error => Self::new(KeyReason::Garbled, error),
+            // Others quote headers and addresses.
+            Http::LargeResponseHeader(..) => Self::new(KeyReason::Garbled, Trouble::LongHead),
+            _ => Self::new(KeyReason::Garbled, Trouble::Http),
         }
     }
 }

@@ -23,6 +23,7 @@ use super::KeyError;
 use super::arena::SecretBytes;
 use super::source::LONGEST_TIMEOUT;
 use super::tls::TlsFiles;
+use crate::parsing;
 
 /// The longest answer that is read: a key with a few thousand versions.
 const ANSWER_LIMIT: usize = 64 << 10;
@@ -31,15 +32,17 @@ const ANSWER_USUAL: usize = 4 << 10;
 /// Two credentials in JSON, with every character of them escaped.
 const REQUEST_LIMIT: usize = 20 << 10;
 
-/// A setting by which no server can be asked.
+/// A setting by which no server can be asked. What stands there instead is not shown: it may be a secret in the wrong place.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Setting {
-    #[error("{0:?} is no server's address: https://HOST:PORT is wanted, with nothing after it")]
-    Address(String),
+    #[error(
+        "address {0} is no server's: https://HOST:PORT is wanted, with nothing before HOST or after PORT"
+    )]
+    Address(usize),
     #[error("there is no server's address")]
     NoAddress,
-    #[error("{0} is no absolute path")]
-    Relative(PathBuf),
+    #[error("{0}: write the file's whole path, from / on")]
+    Relative(&'static str),
     #[error("timeout = {0}: from 1 to {LONGEST_TIMEOUT} seconds are possible")]
     Timeout(u16),
 }
@@ -174,7 +177,7 @@ pub(super) struct Body(SecretBytes);
 impl Body {
     /// What it says. Strings are borrowed from it, and stay in the arena so.
     pub(super) fn parse<'a, T: Deserialize<'a>>(&'a self) -> Result<T, Failure> {
-        Ok(serde_json::from_slice(&self.0)?)
+        Ok(parsing::json(&self.0)?)
     }
 }
 
@@ -214,22 +217,31 @@ pub(super) fn ask<T>(
 /// Checks what every provider has in its settings that asks such servers.
 pub(super) fn check<'a>(
     addresses: &[String],
-    files: impl IntoIterator<Item = &'a PathBuf>,
+    files: impl IntoIterator<Item = (&'static str, &'a PathBuf)>,
     timeout: u16,
 ) -> Result<(), Setting> {
     if addresses.is_empty() {
         return Err(Setting::NoAddress);
     }
-    if let Some(address) = addresses.iter().find(|address| !is_address(address)) {
-        return Err(Setting::Address(address.clone()));
+    if let Some(at) = addresses.iter().position(|address| !is_address(address)) {
+        return Err(Setting::Address(at + 1));
     }
-    if let Some(path) = files.into_iter().find(|path| !path.is_absolute()) {
-        return Err(Setting::Relative(path.clone()));
+    if let Some((field, _)) = files.into_iter().find(|(_, path)| !path.is_absolute()) {
+        return Err(Setting::Relative(field));
     }
     match timeout {
         1..=LONGEST_TIMEOUT => Ok(()),
         timeout => Err(Setting::Timeout(timeout)),
     }
+}
+
+/// The addresses as they are shown: what is none may hold a password.
+pub(super) fn location(addresses: &[String]) -> String {
+    let shown = addresses.iter().map(|address| match is_address(address) {
+        true => address.as_str(),
+        false => "(no address)",
+    });
+    shown.collect::<Vec<_>>().join(", ")
 }
 
 /// `https://HOST` or `https://HOST:PORT`.

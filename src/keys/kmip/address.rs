@@ -18,8 +18,8 @@ pub(super) struct Address {
 
 /// A text that is no address.
 #[derive(Debug, thiserror::Error)]
-#[error("{0:?} is no server: write HOST, HOST:PORT, or an IPv6 address as in [2001:db8::1]:5696")]
-pub(super) struct NoAddress(String);
+#[error("write HOST, HOST:PORT, or an IPv6 address as in [2001:db8::1]:5696")]
+pub(super) struct NoAddress;
 
 impl Address {
     /// A name, or an IP address without brackets.
@@ -36,14 +36,14 @@ impl FromStr for Address {
     type Err = NoAddress;
 
     fn from_str(text: &str) -> Result<Self, NoAddress> {
-        let (host, port) = split(text).ok_or_else(|| NoAddress(text.to_owned()))?;
+        let (host, port) = split(text).ok_or(NoAddress)?;
         // Of a form that a certificate can be checked against.
         match ServerName::try_from(host) {
             Ok(_) if port != 0 => Ok(Self {
                 host: host.to_owned(),
                 port,
             }),
-            _ => Err(NoAddress(text.to_owned())),
+            _ => Err(NoAddress),
         }
     }
 }

@@ -105,19 +105,19 @@ pub(super) struct Kmip {
     preferred: AtomicUsize,
 }
 
-/// What is wrong with the settings.
+/// What is wrong with the settings. What stands there is not shown: it may be a secret in the wrong place.
 #[derive(Debug, thiserror::Error)]
 enum SettingsError {
     #[error("servers: name at least one")]
     NoServer,
-    #[error("servers: {0}")]
-    Server(#[from] address::NoAddress),
-    #[error("{field} = {path:?}: write the whole path, from / on")]
-    Relative { field: &'static str, path: PathBuf },
+    #[error("servers: number {number} is no server: {}", address::NoAddress)]
+    Server { number: usize },
+    #[error("{0}: write the file's whole path, from / on")]
+    Relative(&'static str),
     #[error("wrapping-key: with wrap = \"server\" no key leaves the server; take one of the two")]
     Wrapping,
-    #[error("wrapping-key: {0:?} is no Unique Identifier: visible ASCII is wanted")]
-    WrappingId(String),
+    #[error("wrapping-key.id: this is no Unique Identifier: visible ASCII is wanted")]
+    WrappingId,
     #[error("timeout = {0}: between 1 and {LONGEST_TIMEOUT} seconds are possible")]
     Timeout(u64),
 }
@@ -144,7 +144,7 @@ impl Kmip {
     pub(super) fn new(name: &str, settings: &Settings) -> Result<Self, KeyError> {
         settings
             .usable(name)
-            .map_err(|e| KeyError::new(name, settings.servers.join(", "), KeyReason::Invalid).because(e))
+            .map_err(|e| KeyError::new(name, "its settings", KeyReason::Invalid).because(e))
     }
 
     /// Lets the servers do `work`, one after the other until one has.
@@ -483,12 +483,22 @@ impl Settings {
         }
     }
 
+    /// Where the provider is: the servers, as they are shown.
+    pub(super) fn location(&self) -> String {
+        let shown = self.servers.iter().map(|text| match text.parse::<Address>() {
+            Ok(_) => text.as_str(),
+            Err(_) => "(no address)",
+        });
+        shown.collect::<Vec<_>>().join(", ")
+    }
+
     /// The provider that has them, if they are of the right form.
     fn usable(&self, name: &str) -> Result<Kmip, SettingsError> {
         let servers: Vec<Address> = self
             .servers
             .iter()
-            .map(|text| text.parse())
+            .zip(1..)
+            .map(|(text, number)| text.parse().map_err(|_| SettingsError::Server { number }))
             .collect::<Result<_, _>>()?;
         if servers.is_empty() {
             return Err(SettingsError::NoServer);
@@ -499,8 +509,7 @@ impl Settings {
             ("key", &self.key),
         ] {
             if !path.is_absolute() {
-                let path = path.clone();
-                return Err(SettingsError::Relative { field, path });
+                return Err(SettingsError::Relative(field));
             }
         }
         if let Some(WrappingKey { id, file }) = &self.wrapping_key {
@@ -508,11 +517,10 @@ impl Settings {
                 return Err(SettingsError::Wrapping);
             }
             if !identifies(id) {
-                return Err(SettingsError::WrappingId(id.clone()));
+                return Err(SettingsError::WrappingId);
             }
             if !file.is_absolute() {
-                let (field, path) = ("wrapping-key.file", file.clone());
-                return Err(SettingsError::Relative { field, path });
+                return Err(SettingsError::Relative("wrapping-key.file"));
             }
         }
         if !(1..=LONGEST_TIMEOUT.into()).contains(&self.timeout) {

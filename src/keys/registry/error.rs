@@ -39,22 +39,18 @@ pub enum RegistryError {
     #[error(transparent)]
     File(#[from] TomlFileError),
     /// The settings name a default that is not there.
-    #[error("{}: default = {name:?}, but there is no such provider; known: {known}", path.display())]
+    #[error("{}: there is no provider of the name that `default` has; known: {known}", path.display())]
     UnknownDefault {
         /// The file.
         path: PathBuf,
-        /// The default's name.
-        name: String,
         /// The names there are.
         known: String,
     },
     /// The settings name a provider as none can be named.
-    #[error("{}: [provider.{name:?}] is no possible name: {NAME_RULE}", path.display())]
+    #[error("{}: a [provider.NAME], or one that is being removed, has a name that none can have: {NAME_RULE}", path.display())]
     SettingsName {
         /// The file.
         path: PathBuf,
-        /// The name.
-        name: String,
     },
     /// Names appear in paths and in volume headers.
     #[error("{0:?} cannot name a provider: {NAME_RULE}")]

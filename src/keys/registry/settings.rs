@@ -92,7 +92,7 @@ impl Source {
     pub(super) fn location(&self, dir: &Path) -> String {
         match self {
             Source::Native { .. } => primary_key(dir).display().to_string(),
-            Source::Kmip(settings) => settings.servers.join(", "),
+            Source::Kmip(settings) => settings.location(),
             Source::Transit(settings) => settings.location(),
             Source::Trusted(settings) => settings.location(),
         }
@@ -188,23 +188,15 @@ impl Settings {
 
     fn check(&self, path: &Path) -> Result<(), RegistryError> {
         let path = || path.to_owned();
-        if let Some(name) = self
-            .provider
-            .keys()
-            .chain(&self.removing)
-            .find(|name| check_name(name).is_err())
-        {
-            return Err(RegistryError::SettingsName {
-                path: path(),
-                name: name.clone(),
-            });
+        let mut names = self.provider.keys().chain(&self.removing);
+        if names.any(|name| check_name(name).is_err()) {
+            return Err(RegistryError::SettingsName { path: path() });
         }
         match &self.default {
             Some(name) if !self.provider.contains_key(name) => {
                 let known: Vec<_> = self.provider.keys().map(String::as_str).collect();
                 Err(RegistryError::UnknownDefault {
                     path: path(),
-                    name: name.clone(),
                     known: known.join(", "),
                 })
             }

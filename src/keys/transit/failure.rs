@@ -2,6 +2,7 @@
 
 use crate::keys::https::Failure;
 use crate::keys::{KeyReason, harmless};
+use crate::parsing;
 
 /// An answer that is an error: the server's own words, bounded and without control characters.
 #[derive(Debug, thiserror::Error)]
@@ -30,7 +31,7 @@ impl Refusal {
             errors: Vec<String>,
         }
         const SHOWN: usize = 256;
-        let words = match serde_json::from_slice::<Errors>(body) {
+        let words = match parsing::json::<Errors>(body) {
             Ok(answer) if !answer.errors.is_empty() => {
                 format!(": {}", harmless(&answer.errors.join("; "), SHOWN))
             }

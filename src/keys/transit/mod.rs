@@ -77,12 +77,14 @@ pub struct Settings {
 enum Setting {
     #[error(transparent)]
     Server(#[from] https::Setting),
-    #[error("{0:?} cannot be the name of a transit key")]
-    Key(String),
-    #[error("{0:?} cannot be a mount's or a namespace's path")]
-    Path(String),
-    #[error("{0:?} cannot be a role's ID")]
-    Role(String),
+    #[error("transit-key: this cannot be the name of a transit key")]
+    Key,
+    #[error(
+        "{0}: this cannot be a path at the server: letters, digits, '-', '_' and '.' are possible, with '/' between names"
+    )]
+    Path(&'static str),
+    #[error("login.role-id: this cannot be a role's ID")]
+    Role,
 }
 
 /// A key ID that is none of this provider's.
@@ -118,31 +120,39 @@ fn timeout() -> u16 {
 impl Settings {
     fn check(&self) -> Result<(), Setting> {
         if !key_id::is_key_name(&self.transit_key) {
-            return Err(Setting::Key(self.transit_key.clone()));
+            return Err(Setting::Key);
         }
         if let Login::Approle { role_id, .. } = &self.login
             && !login::is_credential(role_id.as_bytes())
         {
-            return Err(Setting::Role(role_id.clone()));
+            return Err(Setting::Role);
         }
         let (mount, files) = match &self.login {
             Login::Approle {
                 mount,
                 secret_id_file,
                 ..
-            } => (Some(mount), vec![secret_id_file]),
+            } => (Some(mount), vec![("login.secret-id-file", secret_id_file)]),
             Login::Cert {
                 mount,
                 certificate,
                 key,
-            } => (Some(mount), vec![certificate, key]),
-            Login::Token { token_file } => (None, vec![token_file]),
+            } => (
+                Some(mount),
+                vec![("login.certificate", certificate), ("login.key", key)],
+            ),
+            Login::Token { token_file } => (None, vec![("login.token-file", token_file)]),
         };
-        let in_urls = [Some(&self.mount), mount, self.namespace.as_ref()];
-        if let Some(path) = in_urls.into_iter().flatten().find(|path| !is_path(path)) {
-            return Err(Setting::Path(path.clone()));
+        let in_urls = [
+            ("mount", Some(&self.mount)),
+            ("login.mount", mount),
+            ("namespace", self.namespace.as_ref()),
+        ];
+        let wrong = |path: Option<&String>| path.is_some_and(|path| !is_path(path));
+        if let Some((field, _)) = in_urls.into_iter().find(|(_, path)| wrong(*path)) {
+            return Err(Setting::Path(field));
         }
-        let files = files.into_iter().chain([&self.ca]);
+        let files = files.into_iter().chain([("ca", &self.ca)]);
         Ok(https::check(&self.addresses, files, self.timeout)?)
     }
 
@@ -163,7 +173,7 @@ impl Settings {
 
     /// Where it is: the servers' addresses.
     pub(super) fn location(&self) -> String {
-        self.addresses.join(", ")
+        https::location(&self.addresses)
     }
 }
 
@@ -188,7 +198,7 @@ impl Transit {
     pub(super) fn new(name: &str, settings: &Settings) -> Result<Self, KeyError> {
         settings
             .check()
-            .map_err(|e| KeyError::new(name, settings.location(), KeyReason::Invalid).because(e))?;
+            .map_err(|e| KeyError::new(name, "its settings", KeyReason::Invalid).because(e))?;
         Ok(Self {
             name: name.to_owned(),
             settings: settings.clone(),

@@ -28,6 +28,7 @@ use super::source::KekSource;
 use super::tls::TlsFiles;
 use super::wrap::{Kek, UnwrapError};
 use super::{KeyError, KeyId, KeyReason, KeyState};
+use crate::parsing;
 use crate::rcar::ResourcePath;
 use crate::tpm::attest::AttestationKey;
 use crate::tpm::{Device, Tpm, TpmError};
@@ -101,7 +102,10 @@ pub(super) struct Trusted {
 
 impl Settings {
     fn check(&self) -> Result<(), https::Setting> {
-        https::check(&self.addresses, [&self.ca], self.timeout)
+        if !self.tpm.is_absolute() {
+            return Err(https::Setting::Relative("tpm"));
+        }
+        https::check(&self.addresses, [("ca", &self.ca)], self.timeout)
     }
 
     /// The files of its TLS connections: a host is known by its TPM, and shows no certificate.
@@ -114,7 +118,7 @@ impl Settings {
 
     /// Where it is: the brokers' addresses.
     pub(super) fn location(&self) -> String {
-        self.addresses.join(", ")
+        https::location(&self.addresses)
     }
 }
 
@@ -126,7 +130,7 @@ impl Trusted {
     pub(super) fn prepare(name: &str, settings: &Settings, dir: &Path) -> Result<(), KeyError> {
         settings
             .check()
-            .map_err(|e| KeyError::new(name, settings.location(), KeyReason::Invalid).because(e))?;
+            .map_err(|e| KeyError::new(name, "its settings", KeyReason::Invalid).because(e))?;
         let path = key_file(dir);
         if path.exists() {
             return Self::open(name, settings, dir).map(drop);
@@ -146,7 +150,7 @@ impl Trusted {
     pub(super) fn open(name: &str, settings: &Settings, dir: &Path) -> Result<Self, KeyError> {
         settings
             .check()
-            .map_err(|e| KeyError::new(name, settings.location(), KeyReason::Invalid).because(e))?;
+            .map_err(|e| KeyError::new(name, "its settings", KeyReason::Invalid).because(e))?;
         let path = key_file(dir);
         let (key, spki) = read_key(&path)
             .map_err(|e| KeyError::new(name, path.display(), KeyReason::Invalid).because(e))?;
@@ -256,7 +260,7 @@ fn key_file(dir: &Path) -> PathBuf {
 
 fn read_key(path: &Path) -> Result<(AttestationKey, Vec<u8>), KeyFile> {
     let json = private::read(path, KEY_LIMIT)?;
-    let key = serde_json::from_slice(&json).map_err(|_| KeyFile::Form)?;
+    let key = parsing::json(&json).map_err(|_| KeyFile::Form)?;
     let spki = release::spki(&key).map_err(|_| KeyFile::Form)?;
     Ok((key, spki))
 }

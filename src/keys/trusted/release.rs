@@ -8,6 +8,7 @@ use crate::keys::arena::SecretBytes;
 use crate::keys::https::{Body, Failure, Server};
 use crate::keys::wrap::Kek;
 use crate::keys::{KeyReason, harmless};
+use crate::parsing;
 use crate::rcar::enrolment::{ACTIVATE, Activate, Challenge as Credential, ENROL, Enrol};
 use crate::rcar::jwe::{JweError, OneTimeKey, Response};
 use crate::rcar::{
@@ -41,7 +42,7 @@ enum Nonsense {
 impl Refusal {
     fn new(what: &'static str, status: u16, body: &[u8]) -> Self {
         const SHOWN: usize = 256;
-        let words = match serde_json::from_slice::<ErrorInformation>(body) {
+        let words = match parsing::json::<ErrorInformation>(body) {
             Ok(error) => format!(": {}", harmless(&error.detail, SHOWN)),
             // A proxy's page, or nothing.
             Err(_) => String::new(),

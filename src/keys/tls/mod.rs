@@ -3,16 +3,18 @@
 //! The operator names PEM files. They are read at each new connection, so that a renewed certificate needs no restart.
 //! TLS 1.2 and 1.3.
 
+mod pem;
+
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustls::client::Resumption;
-use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{AlertDescription, ClientConfig, RootCertStore, ServerConfig};
 
+use self::pem::BadPem;
 use super::KeyReason;
 use super::private::{self, Unreadable};
 
@@ -58,10 +60,8 @@ pub(super) enum Unusable {
     PrivateKey(#[from] Unreadable),
     #[error("it is larger than {0} bytes")]
     TooLarge(u64),
-    #[error("it is no PEM file with what is wanted of it")]
-    Pem(#[source] rustls::pki_types::pem::Error),
-    #[error("there is no certificate in it")]
-    NoCertificate,
+    #[error(transparent)]
+    Pem(#[from] BadPem),
     #[error("it does not go with the rest")]
     Tls(#[source] rustls::Error),
 }
@@ -159,23 +159,16 @@ fn at<T>(path: &Path, result: Result<T, Unusable>) -> Result<T, TlsFileError> {
 }
 
 pub(super) fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Unusable> {
-    let mut pem = Vec::new();
+    let mut file = Vec::new();
     let read = File::open(path)?
         .take(CERTIFICATES_LIMIT + 1)
-        .read_to_end(&mut pem)?;
+        .read_to_end(&mut file)?;
     if read as u64 > CERTIFICATES_LIMIT {
         return Err(Unusable::TooLarge(CERTIFICATES_LIMIT));
     }
-    let certificates: Vec<_> = CertificateDer::pem_slice_iter(&pem)
-        .collect::<Result<_, _>>()
-        .map_err(Unusable::Pem)?;
-    match certificates.is_empty() {
-        true => Err(Unusable::NoCertificate),
-        false => Ok(certificates),
-    }
+    Ok(pem::certificates(&file)?)
 }
 
 fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, Unusable> {
-    let pem = private::read(path, KEY_LIMIT)?;
-    PrivateKeyDer::from_pem_slice(&pem).map_err(Unusable::Pem)
+    Ok(pem::private_key(&private::read(path, KEY_LIMIT)?)?)
 }
