@@ -15,6 +15,7 @@
 //! volume   LUKS2 on storage, and the segment table that maps sectors to it
 //! cipher, storage, keys, tpm
 //! hex, moment, toml_file   how bytes, points in time and settings are written
+//! path_text                how paths are written, of which not all are text
 //! causes, mutex, deadline  what lies under an error; what outlives a panic; a limit for the whole of a message
 //! parsing                  JSON and TOML, read so that no error quotes them
 //! ```
@@ -37,6 +38,7 @@ pub mod known;
 pub mod moment;
 mod mutex;
 mod parsing;
+pub mod path_text;
 pub mod rcar;
 pub mod served;
 pub mod storage;

@@ -28,6 +28,7 @@ use crate::keys::{Binding, KeyError, KeyId, KeyProvider, KeyReason, KeyState, Pr
 use crate::known::survey::{Scanned, Sighting};
 use crate::known::{GuardError, Removal, Uses};
 use crate::parsing;
+use crate::path_text;
 
 /// How long the agent may take: it may have to wait for several servers, one after the other.
 const TIMEOUT: Duration = Duration::from_secs(120);
@@ -95,7 +96,7 @@ impl Client {
     pub fn at(self, path: &Path) -> Self {
         let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         Self {
-            path: Some(path.to_string_lossy().into_owned()),
+            path: Some(path_text::to_text(&path)),
             ..self
         }
     }
@@ -172,10 +173,7 @@ impl Client {
     /// [`KeyError`].
     pub fn scan(&self, paths: &[PathBuf], missing: bool) -> Result<Scanned, KeyError> {
         let mut all = Scanned::default();
-        let texts: Vec<String> = paths
-            .iter()
-            .map(|path| path.to_string_lossy().into_owned())
-            .collect();
+        let texts: Vec<String> = paths.iter().map(|path| path_text::to_text(path)).collect();
         // Paths and what is told of them have to go into one message.
         let mut pieces: Vec<&[String]> = texts.chunks(8).collect();
         // What is known is looked at once, after the last.

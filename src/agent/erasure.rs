@@ -11,6 +11,7 @@ use super::messages::MAX_PATH;
 use super::service::with;
 use crate::audit::{AuditError, AuditLog};
 use crate::control::events::Event;
+use crate::path_text::from_text;
 
 /// How long a SHA-256 is, as text.
 const SHA256_DIGITS: usize = 64;
@@ -69,7 +70,7 @@ impl Erasure {
             } => [header_sha256, written_sha256],
             ErasureStep::Receipted { receipt_sha256 } => [receipt_sha256, ""],
         };
-        self.path.len() > MAX_PATH || sums.iter().any(|sum| sum.len() > SHA256_DIGITS)
+        from_text(&self.path).as_os_str().len() > MAX_PATH || sums.iter().any(|sum| sum.len() > SHA256_DIGITS)
     }
 }
 

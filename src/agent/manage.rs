@@ -1,6 +1,6 @@
 //! What the agent answers to who manages keys and providers: which volumes a key opens, and the taking away of both.
 
-use std::path::Path;
+use std::path::PathBuf;
 
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -17,6 +17,7 @@ use crate::keys::registry::{Registry, RegistryError};
 use crate::keys::{KeyError, KeyReason, Providers};
 use crate::known::survey::{Scanned, survey};
 use crate::known::{GuardError, Known, Removal, Uses, remove_provider, revoke};
+use crate::path_text::from_text;
 
 /// How much of a list one answer has, in bytes of its JSON, and what is told of an entry beside what it holds itself.
 const PAGE_BYTES: usize = 24 << 10;
@@ -66,8 +67,12 @@ impl Service {
                 ..Scanned::default()
             }));
         }
-        let paths = paths.iter().map(Path::new).filter(|path| path.is_absolute());
-        Ok(Answer::of(self.index.scan(paths)))
+        let paths: Vec<_> = paths.iter().map(|path| from_text(path)).collect();
+        let absolute = paths
+            .iter()
+            .map(PathBuf::as_path)
+            .filter(|path| path.is_absolute());
+        Ok(Answer::of(self.index.scan(absolute)))
     }
 
     pub(super) fn revoke_kek(&self, mut request: Request<'_>) -> Answered {
@@ -151,7 +156,7 @@ impl Service {
         let (event, fields) = erasure.told();
         self.audited(event, request.peer, fields)?;
         if let ErasureStep::Erased { .. } = erasure.step {
-            self.index.erased(erasure.volume, Path::new(&erasure.path));
+            self.index.erased(erasure.volume, &from_text(&erasure.path));
         }
         Ok(Answer::of(json!({})))
     }

@@ -1,7 +1,6 @@
 //! What the agent answers, to whom. Each use of a key, each refusal and each failure goes to the audit log first.
 
 use std::error::Error;
-use std::path::Path;
 use std::time::Duration;
 
 use base64::Engine;
@@ -29,6 +28,7 @@ use crate::keys::arena::SecretBytes;
 use crate::keys::{KeyError, KeyId, KeyReason, Providers, SharedProviders};
 use crate::known::{Index, Occasion};
 use crate::moment::Moment;
+use crate::path_text::from_text;
 
 /// The agent's side of its socket.
 #[derive(Debug)]
@@ -182,7 +182,7 @@ impl Service {
         let subject = about(&binding, purpose);
         self.permit_for(&request, purpose, &[Purpose::Create, Purpose::Recrypt], &subject)?;
         if is_usable(&path) {
-            self.index.settle(&binding.binding(), Path::new(&path), stored);
+            self.index.settle(&binding.binding(), &from_text(&path), stored);
         }
         Ok(Answer::default())
     }
@@ -271,7 +271,7 @@ impl Service {
     /// The volume's place is what the caller says: whoever opens volumes could say anything, so it is no more than a hint.
     fn note(&self, binding: &WireBinding, path: Option<String>, occasion: Occasion) {
         if let Some(path) = path.filter(|path| is_usable(path)) {
-            self.index.note(&binding.binding(), Path::new(&path), occasion);
+            self.index.note(&binding.binding(), &from_text(&path), occasion);
         }
     }
 
@@ -419,7 +419,8 @@ impl Interface for Service {
 
 /// Whether a note may name this place.
 fn is_usable(path: &str) -> bool {
-    path.len() <= MAX_PATH && path.starts_with('/')
+    let path = from_text(path);
+    path.as_os_str().len() <= MAX_PATH && path.is_absolute()
 }
 
 pub(super) fn failure(error: &KeyError) -> MethodError {

@@ -23,6 +23,7 @@ use crate::keys::private;
 use crate::keys::{KeyId, Reach, Revocation};
 use crate::known::Removal;
 use crate::moment::Moment;
+use crate::path_text;
 use crate::storage::{Access, Backing, Kind};
 use crate::volume::{Bindings, BoundTo, Erased, Info, Proof, erase};
 
@@ -138,7 +139,7 @@ impl Erase {
         let path = std::path::absolute(header.path()).unwrap_or_else(|_| header.path().to_owned());
         let step = |step| Erasure {
             volume: before.uuid,
-            path: path.to_string_lossy().into_owned(),
+            path: path_text::to_text(&path),
             step,
         };
         // So is the record: nothing is erased that the log does not tell of, with who it was.
@@ -165,7 +166,7 @@ impl Erase {
         let receipt = Receipt {
             receipt: FORM,
             volume: before.uuid,
-            path: path.display().to_string(),
+            path: path_text::to_text(&path),
             device: Device::of(header),
             started,
             finished,

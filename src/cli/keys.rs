@@ -1,7 +1,7 @@
 //! Where a verb gets keys, and what it can do with them: the host's agent, or this process' own providers.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::failure::Failure;
@@ -11,6 +11,7 @@ use crate::keys::registry::{Entry, Registry};
 use crate::keys::{KeyError, KeyId, KeyProvider, Providers, Reach, Revocation};
 use crate::known::survey::{Scanned, Sighting, survey};
 use crate::known::{GuardError, Index, Noting, Removal, remove_provider, revoke};
+use crate::path_text::from_text;
 
 /// Where a verb gets keys.
 #[derive(Debug)]
@@ -118,7 +119,7 @@ impl Keys {
             Keys::Agent(client) => Ok(client.report_erasure(erasure)?),
             Keys::Own(registry, _) => {
                 if let ErasureStep::Erased { .. } = erasure.step {
-                    Index::of(registry.dir()).erased(erasure.volume, Path::new(&erasure.path));
+                    Index::of(registry.dir()).erased(erasure.volume, &from_text(&erasure.path));
                 }
                 // Without a state directory there is no log either.
                 match registry.dir().is_dir() {

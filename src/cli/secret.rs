@@ -12,6 +12,8 @@ use std::os::fd::{BorrowedFd, RawFd};
 use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 
+use clap::builder::{OsStringValueParser, TypedValueParser, ValueParser, ValueParserFactory};
+
 use super::output;
 use crate::keys::arena::{ArenaError, SecretBytes};
 
@@ -81,6 +83,18 @@ pub enum SyntaxError {
     /// Not a name.
     #[error("after 'cred:' comes the name of a file in $CREDENTIALS_DIRECTORY")]
     Credential,
+}
+
+/// On the command line; a file's name need not be text.
+impl ValueParserFactory for SecretSource {
+    type Parser = ValueParser;
+
+    fn value_parser() -> ValueParser {
+        ValueParser::new(OsStringValueParser::new().try_map(|name| match name.to_str() {
+            Some(text) => text.parse(),
+            None => Ok(Self::File(name.into())),
+        }))
+    }
 }
 
 impl FromStr for SecretSource {

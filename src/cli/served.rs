@@ -78,7 +78,7 @@ struct Nothing {}
 fn text(status: &served::Status) -> String {
     let mut rows: Vec<[String; 2]> = Vec::new();
     let mut row = |what: &str, value: String| rows.push([what.to_owned(), value]);
-    row("disk", status.disk.display().to_string());
+    row("disk", output::printable(&status.disk));
     row("volume", format!("LUKS2 {}", status.volume));
     row("capacity", Size(status.capacity).to_string());
     row(

@@ -377,7 +377,12 @@ pub fn reply<T: DeserializeOwned>(connection: &mut Connection) -> Result<(T, Vec
 fn object(parameters: impl Serialize) -> Map<String, Value> {
     match serde_json::to_value(parameters) {
         Ok(Value::Object(object)) => object,
-        other => unreachable!("parameters are an object: {other:?}"),
+        // Whoever waits for them finds them missing. It must not end the process: they may hold what others have chosen.
+        Ok(_) => Map::new(),
+        Err(error) => {
+            tracing::error!(%error, "a message cannot be written as JSON");
+            Map::new()
+        }
     }
 }
 

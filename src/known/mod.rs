@@ -36,6 +36,7 @@ use crate::keys::private;
 use crate::keys::{Binding, KeyId};
 use crate::moment::Moment;
 use crate::parsing;
+use crate::path_text;
 use survey::{Standing, look};
 
 pub use guard::{Disk, GuardError, Removal, Uses, remove_provider, revoke};
@@ -60,7 +61,7 @@ const LEFT_BEHIND: Duration = Duration::from_secs(3600);
 pub struct Known {
     /// The UUID in its header.
     pub volume: Uuid,
-    /// What holds its header, as it was last called.
+    /// What holds its header, as it was last called, as [`path_text`] writes it.
     pub path: String,
     /// The provider's name.
     pub provider: String,
@@ -145,19 +146,19 @@ impl Index {
         };
         known.opened = (occasion == Occasion::Opened).then_some(now);
         known.unsettled = occasion == Occasion::Announced;
-        let path = Path::new(&known.path).to_owned();
+        let path = known.path.clone();
         match self.write(known) {
             Ok(true) => {}
             Ok(false) => tracing::warn!(
                 "{} is full: the key that {} is bound to is not noted; drop what has gone with `sealblk key scan`",
                 self.dir.display(),
-                path.display()
+                path
             ),
             Err(error) => tracing::warn!(
                 %error,
                 "{}: it cannot be noted which key {} is bound to",
                 self.dir.display(),
-                path.display()
+                path
             ),
         }
     }
@@ -306,7 +307,7 @@ fn note_of(binding: &Binding<'_>, path: &Path) -> Known {
     let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
     Known {
         volume: binding.volume,
-        path: path.to_string_lossy().into_owned(),
+        path: path_text::to_text(&path),
         provider: binding.provider.to_owned(),
         key_id: binding.key_id.clone(),
         keyslot: binding.keyslot,

@@ -15,6 +15,7 @@ use uuid::Uuid;
 use super::lookout::Lookout;
 use super::{Index, Known, Occasion};
 use crate::keys::Binding;
+use crate::path_text::{from_text, to_text};
 use crate::storage::{Access, Backing};
 use crate::volume::{Bindings, BoundTo, HeaderError};
 
@@ -83,7 +84,7 @@ pub fn survey(notes: impl IntoIterator<Item = Known>) -> Vec<Sighting> {
     let judge = |mut known: Known| {
         if !seen.contains_key(&known.path) {
             let found = match began.elapsed() < PATIENCE {
-                true => Found::by(&mut lookout, Path::new(&known.path)),
+                true => Found::by(&mut lookout, &from_text(&known.path)),
                 false => Found::Nothing("there was no time to look at it".to_owned()),
             };
             seen.insert(known.path.clone(), found);
@@ -101,7 +102,7 @@ pub fn survey(notes: impl IntoIterator<Item = Known>) -> Vec<Sighting> {
 
 /// What one note is worth.
 pub(super) fn look(known: &Known) -> Standing {
-    Found::by(&mut Lookout::default(), Path::new(&known.path)).judge(known)
+    Found::by(&mut Lookout::default(), &from_text(&known.path)).judge(known)
 }
 
 /// What a look at volumes has brought.
@@ -146,8 +147,8 @@ impl Index {
         let place = place_of(path);
         let listing = self.list().unwrap_or_default();
         for known in listing.known.iter().filter(|known| known.volume == volume) {
-            let noted = Path::new(&known.path);
-            let is_it = noted == path || place.is_some() && place_of(noted) == place;
+            let noted = from_text(&known.path);
+            let is_it = noted == path || place.is_some() && place_of(&noted) == place;
             if is_it && let Err(error) = self.forget(known) {
                 tracing::warn!(%error, "{} is erased, and stays on the list of volumes", known.path);
             }
@@ -159,7 +160,7 @@ impl Index {
         let mut scanned = Scanned::default();
         let mut lookout = Lookout::default();
         for path in paths {
-            let told = path.display().to_string();
+            let told = to_text(path);
             match Found::by(&mut lookout, path) {
                 Found::Volume(bindings) => {
                     for to in &bindings.to {

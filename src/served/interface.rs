@@ -1,7 +1,6 @@
 //! The control socket of a served disk.
 
 use std::error::Error;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,6 +17,7 @@ use crate::control::privilege::{Grants, Privilege};
 use crate::control::refusals::Refusals;
 use crate::control::varlink::{self, Answer, MethodError, Request};
 use crate::keys::{KeyId, KeyReason};
+use crate::path_text;
 
 /// The interface's name.
 pub const INTERFACE: &str = "org.sealblk.Disk";
@@ -26,8 +26,8 @@ pub const INTERFACE: &str = "org.sealblk.Disk";
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Status {
-    /// The disk's file or device.
-    pub disk: PathBuf,
+    /// The disk's file or device, as [`path_text`] writes it.
+    pub disk: String,
     /// The UUID in its header.
     pub volume: Uuid,
     /// Whether it has its key.
@@ -85,6 +85,16 @@ impl LockStatus {
         let (by, error) = match lock {
             Lock::Operator => (LockedBy::Operator, None),
             Lock::NoKey(error) => (LockedBy::NoKey, Some(error)),
+            Lock::Asked => {
+                return Self {
+                    by: LockedBy::NoKey,
+                    message: Some("it was asked for, and there is no answer yet".to_owned()),
+                    provider: None,
+                    key_id: None,
+                    hop: None,
+                    reason: None,
+                };
+            }
         };
         let key = error.and_then(OpenError::key);
         Self {
@@ -130,7 +140,7 @@ impl Interface {
         let served = &self.served;
         let (state, lock) = served.state();
         Ok(Answer::of(Status {
-            disk: served.opener.disk.path().to_owned(),
+            disk: path_text::to_text(served.opener.disk.path()),
             volume: served.uuid,
             state,
             lock,

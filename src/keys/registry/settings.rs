@@ -9,6 +9,7 @@
 //! ```
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -206,9 +207,12 @@ impl Settings {
 
     /// Replaces the settings of a state directory. The caller has it locked since it read them.
     pub(super) fn write(&self, dir: &Path) -> Result<(), RegistryError> {
-        let text = toml::to_string(self).expect("tables of strings are TOML");
         let path = dir.join(FILE);
-        private::replace(&path, text.as_bytes()).map_err(|source| RegistryError::Io {
+        let not_text =
+            |_| io::Error::other("TOML has no path that is not UTF-8; rename the file, or name a link to it");
+        let written = toml::to_string(self).map_err(not_text);
+        let replaced = written.and_then(|text| private::replace(&path, text.as_bytes()));
+        replaced.map_err(|source| RegistryError::Io {
             action: "write",
             path,
             source,
