@@ -33,11 +33,14 @@ pub(crate) mod rule {
     pub(crate) const SEGMENT_SIZE: &str = "a segment's size is \"dynamic\" or a string of decimal digits";
     /// Bytes.
     pub(crate) const BASE64: &str = "bytes are written in base64";
+    /// A file's mode.
+    pub(crate) const MODE: &str = "a mode is three octal digits, as in 660";
     /// A user or a group.
     pub(crate) const USER_OR_GROUP: &str = "a user or group is a number or a name";
 
-    pub(super) const ALL: [&str; 9] = [
+    pub(super) const ALL: [&str; 10] = [
         AGE,
+        MODE,
         REGISTERS,
         RESOURCE,
         MOMENT,

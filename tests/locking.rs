@@ -423,7 +423,7 @@ fn strangers_may_look_and_not_lock() {
         granted += &format!("[[grant]]\nuser = {user}\nprivileges = [{privilege:?}]\n");
     }
     let config = config(&granted, &volume);
-    let disk = Served::with(volume, &["--config", &config]);
+    let disk = Served::with(volume, &["--config", &config, "--control-socket-mode", "666"]);
     for (user, verb, allowed) in [
         (4_000_001, "lock", true),
         (4_000_001, "unlock", true),

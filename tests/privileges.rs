@@ -272,7 +272,15 @@ impl Host {
         let volume = self.agent.volume();
         fs::set_permissions(volume.beside(""), fs::Permissions::from_mode(0o755)).unwrap();
         let control = volume.beside("control");
-        let server = Server::of(volume, &["--control-socket", control.to_str().unwrap()]);
+        let server = Server::of(
+            volume,
+            &[
+                "--control-socket",
+                control.to_str().unwrap(),
+                "--control-socket-mode",
+                "666",
+            ],
+        );
         Served { server, control }
     }
 

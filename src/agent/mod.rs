@@ -33,7 +33,7 @@ use serde::{Deserialize, Serialize};
 use crate::control::events::Event;
 use crate::control::privilege::{Grants, Privilege};
 use crate::control::server;
-use crate::control::socket::{BindError, Bound, termination};
+use crate::control::socket::{self, BindError, Bound, Permissions, termination};
 use crate::control::varlink::Interface;
 use crate::keys::{SealedCache, SealedCacheSettings, SharedProviders};
 
@@ -88,6 +88,8 @@ pub struct Settings {
     pub state_dir: PathBuf,
     /// Where it listens.
     pub socket: PathBuf,
+    /// Who may connect there.
+    pub permissions: Permissions,
     /// How long a KEK is kept after it was fetched.
     pub time_to_live: Duration,
     /// What it keeps for a reboot while a provider's servers are away.
@@ -158,7 +160,7 @@ impl Agent {
                 source,
             })?;
         }
-        let (listener, bound) = server::bind(&settings.socket)?;
+        let (listener, bound) = socket::bind(&settings.socket, settings.permissions)?;
         audit.record(
             Event::AgentStarted,
             &serde_json::json!({ "process": std::process::id() }),

@@ -7,6 +7,7 @@ use clap::Args;
 use super::failure::Failure;
 use super::{Host, process};
 use crate::agent;
+use crate::control::manager;
 
 const AFTER_HELP: &str = "\
 Example, in the configuration (/etc/sealblk/config.toml, or --config):
@@ -38,7 +39,7 @@ the state directory; `sealblk audit verify` checks that nothing of it was change
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub(super) struct Agent {
-    /// The socket to listen on, for anybody on the host [default: the configuration's, else /run/sealblk/agent.sock]
+    /// The socket to listen on; the configuration's socket-group and socket-mode say for whom [default: the configuration's, else /run/sealblk/agent.sock]
     #[arg(long, value_name = "SOCK")]
     socket_path: Option<PathBuf>,
 }
@@ -51,11 +52,15 @@ impl Agent {
         let agent = agent::Agent::new(agent::Settings {
             state_dir: host.state_dir()?,
             socket: self.socket_path.unwrap_or(settings.socket),
+            permissions: settings.permissions,
             time_to_live: settings.time_to_live,
             sealed_cache: settings.sealed_cache,
             grants: config.grants,
         })?;
         tracing::info!("the agent answers");
-        agent.run().map_err(|error| Failure::Agent(error.into()))
+        manager::ready("answering");
+        let result = agent.run();
+        manager::stopping();
+        result.map_err(|error| Failure::Agent(error.into()))
     }
 }

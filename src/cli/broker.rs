@@ -17,6 +17,7 @@ use crate::audit::AuditLog;
 use crate::broker::state::{self, Kept, Reference, Token, check_name};
 use crate::broker::{Broker as Server, Settings, State, StateError, audit_log};
 use crate::control::events::Event;
+use crate::control::manager;
 use crate::hex;
 use crate::keys::arena::SecretBytes;
 use crate::keys::private;
@@ -148,7 +149,11 @@ impl Broker {
         let path = host.config.clone().unwrap_or_else(|| DEFAULT_SETTINGS.into());
         let settings = Settings::read(&path).map_err(crate::broker::BrokerError::from)?;
         if let Verb::Serve = self.verb {
-            return Server::new(settings)?.run().map_err(Failure::Host);
+            let server = Server::new(settings)?;
+            manager::ready("answering");
+            let result = server.run();
+            manager::stopping();
+            return result.map_err(Failure::Host);
         }
         let desk = Desk {
             state: State::open(&settings.state_dir)?,

@@ -19,8 +19,10 @@ use std::time::Duration;
 
 use serde::{Deserialize, Deserializer};
 
+use super::socket_args::parse_mode;
 use crate::agent;
 use crate::control::privilege::{Grant, Grantee, Grants, Privilege};
+use crate::control::socket::Permissions;
 use crate::keys::SealedCacheSettings;
 use crate::parsing::{broken, rule};
 use crate::toml_file::{self, TomlFileError};
@@ -49,6 +51,8 @@ pub(super) struct Config {
 pub(super) struct Agent {
     /// Where it listens.
     pub(super) socket: PathBuf,
+    /// Who may connect there.
+    pub(super) permissions: Permissions,
     /// How long it keeps a KEK.
     pub(super) time_to_live: Duration,
     /// What it keeps for a reboot.
@@ -59,11 +63,18 @@ impl Default for Agent {
     fn default() -> Self {
         Self {
             socket: agent::DEFAULT_SOCKET.into(),
+            permissions: ANYBODY,
             time_to_live: agent::DEFAULT_TIME_TO_LIVE,
             sealed_cache: None,
         }
     }
 }
+
+/// Grants name any users and groups, and a socket has one group. Whoever connects is asked who it is.
+const ANYBODY: Permissions = Permissions {
+    mode: 0o666,
+    group: None,
+};
 
 /// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -86,6 +97,12 @@ pub enum ConfigError {
     /// A grant to nobody.
     #[error("{}: a [[grant]] has to name either a user or a group, and not both; add `user` or `group`", path.display())]
     Grantee {
+        /// The file.
+        path: PathBuf,
+    },
+    /// No group for the agent's socket.
+    #[error("{}: socket-group under [agent] names a group that this host does not have; correct it, or make the group", path.display())]
+    SocketGroup {
         /// The file.
         path: PathBuf,
     },
@@ -115,6 +132,9 @@ struct Written {
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 struct WrittenAgent {
     socket: Option<PathBuf>,
+    socket_group: Option<Id>,
+    #[serde(default, deserialize_with = "mode")]
+    socket_mode: Option<u32>,
     kek_time_to_live: Option<u32>,
     sealed_cache: Option<WrittenSealedCache>,
 }
@@ -134,6 +154,12 @@ struct WrittenSealedCache {
 struct WrittenPolicy {
     #[serde(default, deserialize_with = "age")]
     max_key_age: Option<Duration>,
+}
+
+/// A mode in octal, as in `"660"`.
+fn mode<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    parse_mode(&text).map(Some).map_err(|_| broken(rule::MODE))
 }
 
 /// A length of time, as in `90d`.
@@ -192,7 +218,7 @@ impl Config {
         let grants = written.grant.into_iter().zip(1..);
         let grants = grants.map(|(grant, number)| grant.check(path, number));
         Ok(Self {
-            agent: written.agent.map(WrittenAgent::check),
+            agent: written.agent.map(|agent| agent.check(path)).transpose()?,
             grants: Grants::new(grants.collect::<Result<_, _>>()?),
             max_key_age: written.policy.and_then(|policy| policy.max_key_age),
         })
@@ -200,10 +226,15 @@ impl Config {
 }
 
 impl WrittenAgent {
-    fn check(self) -> Agent {
+    fn check(self, path: &Path) -> Result<Agent, ConfigError> {
         let default = Agent::default();
-        Agent {
+        let group = self.socket_group.map(|group| group.group(path)).transpose()?;
+        Ok(Agent {
             socket: self.socket.unwrap_or(default.socket),
+            permissions: match (self.socket_mode, group) {
+                (None, None) => default.permissions,
+                (mode, group) => Permissions::new(mode, group),
+            },
             time_to_live: match self.kek_time_to_live {
                 Some(seconds) => Duration::from_secs(seconds.into()),
                 None => default.time_to_live,
@@ -213,7 +244,21 @@ impl WrittenAgent {
                 tpm: sealed.tpm,
                 pcrs: sealed.pcrs.unwrap_or_default(),
             }),
-        }
+        })
+    }
+}
+
+impl Id {
+    /// The group of the agent's socket.
+    fn group(self, path: &Path) -> Result<u32, ConfigError> {
+        let name = match self {
+            Self::Number(group) => return Ok(group),
+            Self::Name(name) => name,
+        };
+        let group = uzers::get_group_by_name(&name).map(|group| group.gid());
+        group.ok_or_else(|| ConfigError::SocketGroup {
+            path: path.to_owned(),
+        })
     }
 }
 

@@ -159,6 +159,15 @@ pub enum Failure {
         /// Its number.
         fd: RawFd,
     },
+    /// A socket for two things.
+    #[error(
+        "{}: is both the --socket-path, for QEMU, and the --control-socket, for operators; choose another path for one of them",
+        path.display()
+    )]
+    SameSocket {
+        /// The socket.
+        path: PathBuf,
+    },
     /// A sector size for a disk that has its own.
     #[error("{} is a LUKS2 volume, whose header tells its sector size: leave --sector-size out", disk.display())]
     SectorSizeOfVolume {
@@ -321,6 +330,7 @@ impl Failure {
             Self::SizeNeeded { .. }
             | Self::SameDescriptor { .. }
             | Self::WeakSecret { .. }
+            | Self::SameSocket { .. }
             | Self::OpensAlready { .. }
             | Self::KeyOfPlainDisk { .. }
             | Self::SectorSizeOfVolume { .. }
@@ -348,7 +358,7 @@ impl Failure {
             },
             Self::Serve(error) => match error {
                 ServeError::Socket(error) => socket_code(error),
-                ServeError::BadFd { .. } => USAGE,
+                ServeError::BadFd { .. } | ServeError::IdleFd { .. } => USAGE,
                 ServeError::IoUring(_) | ServeError::Control(_) => HOST,
             },
             Self::Socket(error) => socket_code(error),
@@ -378,7 +388,10 @@ impl Failure {
             Self::Config(error) => match error {
                 ConfigError::File(error) => toml_code(error),
                 ConfigError::Missing { .. } => STORAGE,
-                ConfigError::Tpm { .. } | ConfigError::Grantee { .. } | ConfigError::Unknown { .. } => USAGE,
+                ConfigError::Tpm { .. }
+                | ConfigError::SocketGroup { .. }
+                | ConfigError::Grantee { .. }
+                | ConfigError::Unknown { .. } => USAGE,
             },
             Self::Guard(error) => match error {
                 GuardError::InUse { .. } | GuardError::NotBackedUp(_) => IN_USE,
@@ -512,8 +525,8 @@ fn volume_code(reason: &Reason) -> u8 {
 fn socket_code(error: &BindError) -> u8 {
     match error {
         BindError::InUse { .. } => IN_USE,
-        BindError::NotASocket { .. } => USAGE,
-        BindError::Bind { .. } => STORAGE,
+        BindError::NotASocket { .. } | BindError::TooLong { .. } => USAGE,
+        BindError::Bind { .. } | BindError::Group { .. } | BindError::Replaced { .. } => STORAGE,
     }
 }
 

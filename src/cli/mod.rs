@@ -28,6 +28,7 @@ pub mod secret;
 mod serve;
 mod served;
 mod size;
+mod socket_args;
 mod strength;
 mod usage;
 mod volume_args;

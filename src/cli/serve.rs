@@ -16,18 +16,20 @@ use uuid::Uuid;
 use super::failure::Failure;
 use super::secret::{SecretError, SecretSource};
 use super::size::{NotASize, Size};
+use super::socket_args::{differ, parse_group, parse_mode, warn_of_others};
 use super::{Host, output, process};
 use crate::agent::Purpose;
 use crate::cipher::{KEY_LEN, KernelChoice, Sector, SectorCipher, SectorSize};
-use crate::control::socket::Bound;
-use crate::control::{server, varlink};
-use crate::device::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES, Disk, Endpoint, Server};
+use crate::control::privilege::Grants;
+use crate::control::socket::{self, Bound, Permissions};
+use crate::control::{manager, server, varlink};
+use crate::device::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES, Disk, Endpoint, Server, Waited};
 use crate::hex;
-use crate::keys::arena::SecretBytes;
+use crate::keys::arena::{self, SecretBytes};
 use crate::served::{By, Interface, OpenError, Opener, Served};
 use crate::storage::{Access, Backing, DataFile, PAGE};
 use crate::volume::segment::{SegmentTable, Treatment};
-use crate::volume::{HeaderError, Locked, Reason, VolumeError, plain};
+use crate::volume::{HeaderError, Locked, MATERIAL_LEN, Reason, VolumeError, plain};
 
 const AFTER_HELP: &str = "\
 Then start QEMU with memory that it shares, and the disk:
@@ -39,6 +41,9 @@ Then start QEMU with memory that it shares, and the disk:
 
 A volume is known by its header: with --allow-unencrypted too it is served
 decrypted, and one whose header is damaged not at all.
+
+Whoever can connect to SOCK reads and writes the disk: it is its owner's alone, or with
+--socket-group that group's too, as a QEMU that runs as another user needs it.
 
 If the key is not to be had, the disk is locked: the guest sees it, and its requests
 wait until the key is there. --no-wait ends instead.
@@ -63,6 +68,13 @@ pub(super) struct Serve {
     /// The socket to listen on; a stale one is replaced
     #[arg(long, value_name = "SOCK")]
     socket_path: Option<PathBuf>,
+    /// Give that socket to a group, by name or number: to QEMU's, as 'libvirt-qemu'. Whoever can connect reads and
+    /// writes the disk
+    #[arg(long, value_name = "GROUP", value_parser = parse_group, requires = "socket_path")]
+    socket_group: Option<u32>,
+    /// Its mode, whatever the umask is [default: 600, with --socket-group 660]
+    #[arg(long, value_name = "MODE", value_parser = parse_mode, requires = "socket_path")]
+    socket_mode: Option<u32>,
     /// An inherited socket, that listens or is connected to QEMU
     #[arg(long, value_name = "N")]
     fd: Option<RawFd>,
@@ -75,6 +87,12 @@ pub(super) struct Serve {
     /// Answer `sealblk status`, `lock`, `unlock` and `rekey` on this socket
     #[arg(long, value_name = "SOCK", conflicts_with_all = ["null_storage", "allow_unencrypted"])]
     control_socket: Option<PathBuf>,
+    /// Give the control socket to a group, by name or number; what its members may ask for, the configuration grants
+    #[arg(long, value_name = "GROUP", value_parser = parse_group, requires = "control_socket")]
+    control_socket_group: Option<u32>,
+    /// Its mode, whatever the umask is [default: 660]
+    #[arg(long, value_name = "MODE", value_parser = parse_mode, requires = "control_socket")]
+    control_socket_mode: Option<u32>,
     /// End at once if the key is not to be had, instead of serving a locked disk until it is
     #[arg(long)]
     no_wait: bool,
@@ -127,7 +145,11 @@ pub(super) struct Serve {
 impl Serve {
     pub(super) fn run(self, host: &Host) -> Result<(), Failure> {
         let endpoint = match (&self.socket_path, self.fd) {
-            (Some(path), _) => Endpoint::Path(path.clone()),
+            (Some(path), _) => {
+                let permissions = Permissions::new(self.socket_mode, self.socket_group);
+                warn_of_others(permissions);
+                Endpoint::Path(path.clone(), permissions)
+            }
             (None, Some(fd)) => Endpoint::Fd(fd),
             // clap lets nobody past without an endpoint, or the question for capabilities.
             (None, None) => return output::print(&format!("{CAPABILITIES}\n")),
@@ -136,6 +158,9 @@ impl Serve {
             && self.passphrase_file == Some(SecretSource::Descriptor(fd))
         {
             return Err(Failure::SameDescriptor { fd });
+        }
+        if let (Some(front_ends), Some(control)) = (&self.socket_path, &self.control_socket) {
+            differ(front_ends, control)?;
         }
         process::raise_descriptor_limit();
         let access = if self.read_only {
@@ -155,10 +180,17 @@ impl Serve {
             (None, None) => unreachable!("clap asks for one of them"),
         };
         let disk = Arc::new(self.disk(&medium)?);
-        let control = self.control_socket.as_deref().map(server::bind).transpose()?;
+        // All that can fail is tried before a key is asked for, which other hosts and logs may hear of.
+        // From here on threads do not get the signals that end the process.
+        let server = Server::new(Arc::clone(&disk), self.num_queues, endpoint)?;
+        let control = self.control_socket(host)?;
         let (served, _claim) = match medium.key {
             Key::Volume { opener, uuid } => {
-                let served = Served::start(opener, Arc::clone(&disk), uuid, !self.no_wait)?;
+                arena::reserve(&SECRETS).map_err(SecretError::from)?;
+                let served = Served::new(opener, disk, uuid);
+                if self.get_key(&server, &served)? == Waited::Stopped {
+                    return Ok(());
+                }
                 (Some(served), None)
             }
             Key::Known { table, claim } => {
@@ -166,17 +198,50 @@ impl Serve {
                 (None, claim)
             }
         };
-        // From here on threads do not get the signals that end the process.
-        let server = Server::new(disk, self.num_queues, endpoint)?;
-        if let Some(served) = &served {
-            served.wait_for_key();
-        }
+        self.announce(&medium.shape);
+        manager::ready(
+            &served
+                .as_ref()
+                .map_or("serving".to_owned(), |served| served.standing()),
+        );
         match (&served, control) {
-            (Some(served), Some((listener, bound))) => {
-                run_with_control(server, served, host, listener, bound)
-            }
+            (Some(served), Some(control)) => control.run_with(server, served),
             _ => Ok(server.run()?),
         }
+    }
+
+    /// Binds the control socket, if there is to be one.
+    fn control_socket(&self, host: &Host) -> Result<Option<ControlSocket>, Failure> {
+        let Some(path) = &self.control_socket else {
+            return Ok(None);
+        };
+        let grants = host.config()?.grants;
+        let mode = self.control_socket_mode.unwrap_or(CONTROL_MODE);
+        let permissions = Permissions::new(Some(mode), self.control_socket_group);
+        let (listener, bound) = socket::bind(path, permissions)?;
+        Ok(Some(ControlSocket {
+            listener,
+            grants,
+            _bound: bound,
+        }))
+    }
+
+    /// Gets the key of `served`, or finds that the disk has to wait for it. A key server that does not answer holds up a guest
+    /// no longer than [`FIRST_TRY`]: its disk is locked then.
+    fn get_key(&self, server: &Server, served: &Arc<Served>) -> Result<Waited, Failure> {
+        let first = served.get_key(!self.no_wait).map_err(Failure::Host)?;
+        let limit = (!self.no_wait).then_some(FIRST_TRY);
+        let waited = server.wait_for(&first, limit).map_err(Failure::Host)?;
+        match waited {
+            Waited::Came => first.outcome()?,
+            Waited::TooLong => {
+                tracing::warn!(
+                    "the key was asked for, and there is no answer yet: the disk is locked until it is there"
+                );
+            }
+            Waited::Stopped => tracing::info!("stopping"),
+        }
+        Ok(waited)
     }
 
     fn stored(&self, host: &Host, disk: Backing, header: Option<Backing>) -> Result<Medium, Failure> {
@@ -293,8 +358,8 @@ impl Serve {
         Ok(shape.of(Key::Known { table, claim: None }))
     }
 
-    fn disk(&self, medium: &Medium) -> Result<Disk, Failure> {
-        let shape = &medium.shape;
+    /// Says that front-ends can connect.
+    fn announce(&self, shape: &Shape) {
         let path = self.blk_file.as_ref().map(|path| path.display());
         tracing::info!(
             disk = path.map(tracing::field::display),
@@ -304,6 +369,10 @@ impl Serve {
             direct = shape.file.is_direct(),
             "serving"
         );
+    }
+
+    fn disk(&self, medium: &Medium) -> Result<Disk, Failure> {
+        let shape = &medium.shape;
         if !shape.file.is_direct() {
             tracing::warn!("no direct I/O with this sector size here; data pass through the page cache");
         }
@@ -322,31 +391,41 @@ impl Serve {
     }
 }
 
-/// Serves, and answers on the control socket meanwhile.
-fn run_with_control(
-    server: Server,
-    served: &Arc<Served>,
-    host: &Host,
+/// How long the first try to get a key may hold up the guest.
+const FIRST_TRY: Duration = Duration::from_secs(10);
+
+/// What opening a volume takes of the key arena: keys, and the anti-forensic material of a keyslot.
+const SECRETS: [usize; 2] = [4096, MATERIAL_LEN];
+
+/// The control socket's mode, if the operator gives none: who is in its group may ask, and what for, the configuration grants.
+const CONTROL_MODE: u32 = 0o660;
+
+/// A control socket that is bound, and goes with this.
+struct ControlSocket {
     listener: UnixListener,
-    bound: Bound,
-) -> Result<(), Failure> {
-    let interface: Arc<dyn varlink::Interface> =
-        Arc::new(Interface::new(Arc::clone(served), host.config()?.grants));
-    let ended = eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| Failure::Host(error.into()))?;
-    let result = thread::scope(|scope| {
-        let control = thread::Builder::new().name("control".into());
-        let spawned = control.spawn_scoped(scope, || {
-            if let Err(error) = server::run(&listener, &ended, &interface, None) {
-                tracing::error!(%error, "the control socket is answered no more");
-            }
-        });
-        spawned.map_err(Failure::Host)?;
-        let result = server.run();
-        let _ = rustix::io::write(&ended, &1_u64.to_ne_bytes());
-        Ok(result?)
-    });
-    drop(bound);
-    result
+    grants: Grants,
+    _bound: Bound,
+}
+
+impl ControlSocket {
+    /// Serves, and answers on the control socket meanwhile.
+    fn run_with(self, server: Server, served: &Arc<Served>) -> Result<(), Failure> {
+        let interface: Arc<dyn varlink::Interface> =
+            Arc::new(Interface::new(Arc::clone(served), self.grants));
+        let ended = eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| Failure::Host(error.into()))?;
+        thread::scope(|scope| {
+            let control = thread::Builder::new().name("control".into());
+            let spawned = control.spawn_scoped(scope, || {
+                if let Err(error) = server::run(&self.listener, &ended, &interface, None) {
+                    tracing::error!(%error, "the control socket is answered no more");
+                }
+            });
+            spawned.map_err(Failure::Host)?;
+            let result = server.run();
+            let _ = rustix::io::write(&ended, &1_u64.to_ne_bytes());
+            Ok(result?)
+        })
+    }
 }
 
 /// What lies under a disk.

@@ -9,11 +9,13 @@
 //! events     what happens, told to the log and to whoever watches
 //! server     callers, each with a thread, within bounds (places)
 //! socket     where a process listens, and the signals that end it
+//! manager    what the service manager is told
 //! peer       who is at the other end, as the kernel knows it; privilege: what they may do
 //! refusals   which refusals are told, since some may come without end
 //! ```
 
 pub mod events;
+pub mod manager;
 pub mod peer;
 pub mod places;
 pub mod privilege;

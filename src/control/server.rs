@@ -1,18 +1,15 @@
 //! A control socket being served: who calls gets a thread, within bounds that keep nobody out.
 
-use std::fs::{self, Permissions};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::peer::Peer;
 use super::places::{Place, Places};
 use super::privilege::has_all;
-use super::socket::{self, BindError, Bound};
+use super::socket;
 use super::varlink::{self, Interface};
 
 /// The most callers at a time of those who stand so; what is more is turned away. Each kind has places of its own.
@@ -32,23 +29,8 @@ const CALLER_TIMEOUT: Duration = Duration::from_secs(30);
 /// A caller's thread calls into a provider's client, and into little else.
 const STACK: usize = 1 << 20;
 
-/// Binds a control socket. Anybody may ask there; who may have what is decided by who it is.
-///
-/// # Errors
-/// [`BindError`].
-pub fn bind(path: &Path) -> Result<(UnixListener, Bound), BindError> {
-    let (listener, bound) = socket::bind(path)?;
-    let opened = fs::set_permissions(path, Permissions::from_mode(0o666));
-    opened
-        .and_then(|()| listener.set_nonblocking(true))
-        .map_err(|source| BindError::Bind {
-            path: path.to_owned(),
-            source,
-        })?;
-    Ok((listener, bound))
-}
-
-/// Answers callers until `ending` is readable. Meanwhile `tick` is called about as often as it says.
+/// Answers callers of `listener`, which does not block, until `ending` is readable. Whoever can connect may ask; what a caller
+/// may have is decided by who it is. Meanwhile `tick` is called about as often as it says.
 ///
 /// # Errors
 /// If it cannot wait for callers.

@@ -2,19 +2,46 @@
 
 #![allow(unsafe_code)] // Signals as a descriptor have no safe wrapper.
 
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Stat};
 use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-/// Why a socket is not to be had.
+use super::peer::Peer;
+
+/// The longest path of a socket: `sun_path` of unix(7), less the byte that ends it.
+pub const MAX_PATH: usize = 107;
+
+/// Who may connect to a socket that we bind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Permissions {
+    /// The mode of its file; to connect takes write permission.
+    pub mode: u32,
+    /// The group that its file is given to, if not to that of this process.
+    pub group: Option<u32>,
+}
+
+impl Permissions {
+    /// `mode`; by default the owner alone may connect, and the members of a group that is named.
+    pub fn new(mode: Option<u32>, group: Option<u32>) -> Self {
+        let default = if group.is_some() { 0o660 } else { 0o600 };
+        Self {
+            mode: mode.unwrap_or(default),
+            group,
+        }
+    }
+}
+
+/// Why a socket cannot be bound.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
     /// Somebody else's.
@@ -29,6 +56,16 @@ pub enum BindError {
         /// What is there.
         path: PathBuf,
     },
+    /// No address of a socket is as long.
+    #[error(
+        "{}: the path has {} bytes, and Linux takes no more than {MAX_PATH} for a socket; choose a shorter one",
+        path.display(),
+        path.as_os_str().len()
+    )]
+    TooLong {
+        /// The socket.
+        path: PathBuf,
+    },
     /// The file system refused.
     #[error("{}: the socket cannot be bound; its directory has to exist and be writable", path.display())]
     Bind {
@@ -37,59 +74,213 @@ pub enum BindError {
         /// The answer.
         source: io::Error,
     },
+    /// The kernel gives files to groups that one belongs to.
+    #[error(
+        "{}: the socket cannot be given to group {group}; run as root, or as a member of that group",
+        path.display()
+    )]
+    Group {
+        /// The socket.
+        path: PathBuf,
+        /// The group.
+        group: u32,
+        /// The answer.
+        source: io::Error,
+    },
+    /// Somebody who may write to the directory works against us.
+    #[error(
+        "{}: the socket was replaced while it was set up; choose a directory that no other user can write to",
+        path.display()
+    )]
+    Replaced {
+        /// The socket.
+        path: PathBuf,
+    },
 }
 
-/// Binds a socket, in the place of one that nobody listens on any more.
+/// Binds a socket that does not block, in the place of one that nobody listens on any more. From the first moment of its file nobody can connect
+/// to it whom `permissions` keep out.
+///
+/// Other users may be able to write to its directory, so nothing is changed or removed by path: the file is looked up in a
+/// directory that stays the same, links are not followed, and what was found is proved to be our socket.
 ///
 /// # Errors
 /// [`BindError`].
-pub fn bind(path: &Path) -> Result<(UnixListener, Bound), BindError> {
-    let bind_error = |source| BindError::Bind {
+pub fn bind(path: &Path, permissions: Permissions) -> Result<(UnixListener, Bound), BindError> {
+    if path.as_os_str().len() > MAX_PATH {
+        return Err(BindError::TooLong { path: path.into() });
+    }
+    let bind_error = |source: io::Error| BindError::Bind {
         path: path.into(),
         source,
     };
-    let listener = match UnixListener::bind(path) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-            let file_type = std::fs::symlink_metadata(path).map_err(bind_error)?.file_type();
-            if !file_type.is_socket() {
-                return Err(BindError::NotASocket { path: path.into() });
-            }
-            match UnixStream::connect(path) {
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
-                _ => return Err(BindError::InUse { path: path.into() }),
-            }
-            std::fs::remove_file(path).map_err(bind_error)?;
-            UnixListener::bind(path)
+    let place = Place::of(path).map_err(bind_error)?;
+    let address = SocketAddrUnix::new(path).map_err(|error| bind_error(error.into()))?;
+    let socket = stream_socket().map_err(|error| bind_error(error.into()))?;
+    // The file gets the mode of the socket, less the umask: it is its owner's alone until its group is set.
+    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(|error| bind_error(error.into()))?;
+    match rustix::net::bind(&socket, &address) {
+        Err(Errno::ADDRINUSE) => {
+            place.remove_stale(path)?;
+            rustix::net::bind(&socket, &address)
         }
         result => result,
     }
-    .map_err(bind_error)?;
-    let inode = inode(path).map_err(bind_error)?;
-    let bound = Bound {
-        path: path.into(),
-        inode,
-    };
+    .map_err(|error| bind_error(error.into()))?;
+    let replaced = || BindError::Replaced { path: path.into() };
+    let inode = place.inode().map_err(|_| replaced())?;
+    let bound = Bound { place, inode };
+    rustix::net::listen(&socket, BACKLOG).map_err(|error| bind_error(error.into()))?;
+    let listener = UnixListener::from(socket);
+    let file = bound.place.open().map_err(bind_error)?;
+    if !leads_to(&file, &listener).map_err(bind_error)? {
+        return Err(replaced());
+    }
+    if let Some(group) = permissions.group {
+        rustix::fs::chownat(&file, "", None, Some(Gid::from_raw(group)), AtFlags::EMPTY_PATH).map_err(
+            |error| BindError::Group {
+                path: path.into(),
+                group,
+                source: error.into(),
+            },
+        )?;
+    }
+    rustix::fs::chmod(through(&file), Mode::from_raw_mode(permissions.mode))
+        .map_err(|error| bind_error(error.into()))?;
     Ok((listener, bound))
 }
+
+/// How many callers may wait; the kernel takes fewer if `net.core.somaxconn` says so.
+const BACKLOG: i32 = 4096;
 
 /// A socket that was bound: its name goes with us, if it is still ours.
 #[derive(Debug)]
 pub struct Bound {
-    path: PathBuf,
+    place: Place,
     inode: (u64, u64),
 }
 
 impl Drop for Bound {
     fn drop(&mut self) {
-        if inode(&self.path).is_ok_and(|inode| inode == self.inode) {
-            let _ = std::fs::remove_file(&self.path);
+        self.place.remove(self.inode);
+    }
+}
+
+/// Where a socket's file is: a directory, whatever becomes of its path, and a name in it.
+#[derive(Debug)]
+struct Place {
+    directory: OwnedFd,
+    name: OsString,
+}
+
+impl Place {
+    fn of(path: &Path) -> io::Result<Self> {
+        let name: &OsStr = path.file_name().ok_or(io::ErrorKind::InvalidFilename)?;
+        let directory = match path.parent() {
+            Some(parent) if parent != Path::new("") => parent,
+            _ => Path::new("."),
+        };
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(Self {
+            directory: rustix::fs::open(directory, flags, Mode::empty())?,
+            name: name.to_owned(),
+        })
+    }
+
+    /// The file itself, be it a link.
+    fn open(&self) -> io::Result<OwnedFd> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        Ok(rustix::fs::openat(
+            &self.directory,
+            &self.name,
+            flags,
+            Mode::empty(),
+        )?)
+    }
+
+    fn inode(&self) -> io::Result<(u64, u64)> {
+        let status = rustix::fs::statat(&self.directory, &self.name, AtFlags::SYMLINK_NOFOLLOW)?;
+        Ok(inode(&status))
+    }
+
+    /// Removes a socket that nobody listens on.
+    fn remove_stale(&self, path: &Path) -> Result<(), BindError> {
+        let bind_error = |source| BindError::Bind {
+            path: path.into(),
+            source,
+        };
+        let file = match self.open() {
+            // Its server has just ended.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            opened => opened.map_err(bind_error)?,
+        };
+        let status = rustix::fs::fstat(&file).map_err(|error| bind_error(error.into()))?;
+        if FileType::from_raw_mode(status.st_mode) != FileType::Socket {
+            return Err(BindError::NotASocket { path: path.into() });
+        }
+        match connect(&file) {
+            Err(Errno::CONNREFUSED) => {}
+            // It answers, it has more callers than it can take, or it is another kind of socket.
+            _ => return Err(BindError::InUse { path: path.into() }),
+        }
+        self.remove(inode(&status));
+        Ok(())
+    }
+
+    /// Removes the file if it is this one.
+    fn remove(&self, wanted: (u64, u64)) {
+        if self.inode().is_ok_and(|inode| inode == wanted) {
+            let _ = rustix::fs::unlinkat(&self.directory, &self.name, AtFlags::empty());
         }
     }
 }
 
-fn inode(path: &Path) -> io::Result<(u64, u64)> {
-    let metadata = std::fs::symlink_metadata(path)?;
-    Ok((metadata.dev(), metadata.ino()))
+fn inode(status: &Stat) -> (u64, u64) {
+    (status.st_dev, status.st_ino)
+}
+
+/// A path to a file that was opened, for calls that take no descriptor.
+fn through(file: &OwnedFd) -> String {
+    format!("/proc/self/fd/{}", file.as_raw_fd())
+}
+
+fn stream_socket() -> rustix::io::Result<OwnedFd> {
+    rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+        None,
+    )
+}
+
+/// Connects to a socket's file, or fails at once.
+fn connect(file: &OwnedFd) -> rustix::io::Result<OwnedFd> {
+    let socket = stream_socket()?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(through(file))?)?;
+    Ok(socket)
+}
+
+/// Whether who connects to `file` comes to `listener`, which nobody else can reach yet.
+fn leads_to(file: &OwnedFd, listener: &UnixListener) -> io::Result<bool> {
+    let _caller = match connect(file) {
+        // It is no socket, nobody listens there, or somebody else does.
+        Err(
+            Errno::NOTSOCK
+            | Errno::CONNREFUSED
+            | Errno::ACCESS
+            | Errno::AGAIN
+            | Errno::PROTOTYPE
+            | Errno::LOOP,
+        ) => {
+            return Ok(false);
+        }
+        caller => caller?,
+    };
+    match listener.accept() {
+        Ok((stream, _)) => Ok(u32::try_from(Peer::of(&stream)?.process) == Ok(std::process::id())),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// Has `accept` take each caller of `listener`, which does not block, until `ending` is readable. Meanwhile `tick` is called

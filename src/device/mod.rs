@@ -10,6 +10,7 @@
 //! worker    one thread for each: the data path
 //! polling   when it looks for work, and when it sleeps
 //! request   descriptor chain -> validated request        guest     its buffers
+//! uring     what to do where io_uring cannot be set up
 //! config    features and configuration space             disk      what all workers share
 //! ```
 
@@ -24,10 +25,11 @@ mod rings;
 mod server;
 mod session;
 mod sigbus;
+mod uring;
 mod vring;
 mod worker;
 
 pub use disk::Disk;
 pub use polling::DEFAULT_MAX as DEFAULT_POLL_MAX;
-pub use server::{Endpoint, ServeError, Server};
+pub use server::{Endpoint, ServeError, Server, Waited};
 pub use worker::DEFAULT_POOL_PAGES;

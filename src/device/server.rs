@@ -5,27 +5,31 @@
 
 use std::fmt;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketType, sockopt};
 use vmm_sys_util::epoll::EventSet;
 
 use super::disk::Disk;
 use super::rings;
 use super::session::{self, Link};
-use crate::control::socket::{BindError, Bound, bind, termination};
+use super::uring;
+use crate::control::manager;
+use crate::control::socket::{BindError, Bound, Permissions, bind, termination};
 
 /// Where front-ends come from.
 #[derive(Debug)]
 pub enum Endpoint {
     /// A socket that we bind, and remove when we end.
-    Path(PathBuf),
+    Path(PathBuf, Permissions),
     /// A socket that the process was started with: one that listens, or one that is connected to the only front-end.
     Fd(RawFd),
 }
@@ -35,12 +39,16 @@ pub enum Endpoint {
 pub enum ServeError {
     #[error(transparent)]
     Socket(#[from] BindError),
-    #[error("file descriptor {fd} is not an open Unix stream socket")]
+    #[error(
+        "file descriptor {fd} is not an open Unix stream socket; --fd takes one that the process was started with, above 2"
+    )]
     BadFd { fd: RawFd, source: io::Error },
     #[error(
-        "io_uring cannot be set up; sealblk needs Linux 5.19 or later with io_uring allowed \
-             (kernel.io_uring_disabled=0) and enough file descriptors and locked memory"
+        "file descriptor {fd} is a socket that neither listens nor is connected: nobody would come by it; call listen(2) on it \
+         before it is passed on"
     )]
+    IdleFd { fd: RawFd },
+    #[error("io_uring cannot be set up: {}", uring::remedy(.0))]
     IoUring(#[source] io::Error),
     #[error("the control thread cannot be set up")]
     Control(#[source] io::Error),
@@ -53,6 +61,17 @@ pub struct Server {
     bound: Option<Bound>,
 }
 
+/// What [`Server::wait_for`] has come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Waited {
+    /// What it waited for.
+    Came,
+    /// SIGINT or SIGTERM.
+    Stopped,
+    /// Neither, in its time.
+    TooLong,
+}
+
 enum Source {
     Listener {
         listener: UnixListener,
@@ -62,23 +81,24 @@ enum Source {
 }
 
 impl Server {
-    /// Makes sure that a queue can be served, and takes the socket last: where it is, all else is too.
+    /// Makes sure that a queue can be served, and takes the socket last: where it is, all else is too. Who connects waits until
+    /// [`Server::run`].
     ///
-    /// From here on SIGINT and SIGTERM wait for [`Server::run`]; call it while there is one thread.
+    /// From here on SIGINT and SIGTERM wait for that, or for [`Server::wait_for`]; call it while there is one thread.
     pub fn new(disk: Arc<Disk>, num_queues: u16, endpoint: Endpoint) -> Result<Self, ServeError> {
         drop(rings::engine(&disk).map_err(ServeError::IoUring)?);
         let manager = EventManager::new().map_err(|error| ServeError::Control(io::Error::other(error)))?;
         let signals = termination().map_err(ServeError::Control)?;
         let host = Host::new(disk, num_queues).map_err(ServeError::Control)?;
         let source = match endpoint {
-            Endpoint::Path(path) => {
-                let (listener, bound) = bind(&path)?;
+            Endpoint::Path(path, permissions) => {
+                let (listener, bound) = bind(&path, permissions)?;
                 Source::Listener {
                     listener,
                     bound: Some(bound),
                 }
             }
-            Endpoint::Fd(fd) => inherited(fd).map_err(|source| ServeError::BadFd { fd, source })?,
+            Endpoint::Fd(fd) => inherited(fd)?,
         };
         let (listener, next, bound) = match source {
             Source::Listener { listener, bound } => {
@@ -101,6 +121,29 @@ impl Server {
             control,
             bound,
         })
+    }
+
+    /// Waits for `event`, a descriptor that becomes readable, but no longer than `limit`, and not after SIGINT or SIGTERM.
+    pub fn wait_for(&self, event: impl AsFd, limit: Option<Duration>) -> io::Result<Waited> {
+        let deadline = limit.map(|limit| Instant::now() + limit);
+        loop {
+            let mut fds = [
+                PollFd::new(&self.control.signals, PollFlags::IN),
+                PollFd::new(&event, PollFlags::IN),
+            ];
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            let left = left
+                .map(Timespec::try_from)
+                .transpose()
+                .map_err(io::Error::other)?;
+            match poll(&mut fds, left.as_ref()) {
+                Ok(0) => return Ok(Waited::TooLong),
+                Ok(_) if !fds[0].revents().is_empty() => return Ok(Waited::Stopped),
+                Ok(_) => return Ok(Waited::Came),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 
     /// Serves front-ends until SIGINT or SIGTERM, or until the only one leaves.
@@ -266,6 +309,7 @@ impl Control {
     /// Ends the session, which drains its rings, and then the control thread.
     fn stop(&mut self) {
         tracing::info!("stopping");
+        manager::stopping();
         if let Some(session) = self.session.take() {
             // For the session this is the end of its messages. The front-end must not see an end before the rings are
             // drained: it would take the used ring of that moment for the whole truth.
@@ -282,29 +326,36 @@ fn has_hung_up(stream: &UnixStream) -> bool {
 }
 
 /// The socket that the process was started with.
-fn inherited(fd: RawFd) -> io::Result<Source> {
+fn inherited(fd: RawFd) -> Result<Source, ServeError> {
+    let bad = |source: io::Error| ServeError::BadFd { fd, source };
+    let refused = |error: Errno| bad(error.into());
     if fd <= libc::STDERR_FILENO {
-        return Err(io::ErrorKind::InvalidInput.into());
+        return Err(bad(io::ErrorKind::InvalidInput.into()));
     }
     // SAFETY: only asks whether the number is an open descriptor.
     if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
-        return Err(io::Error::last_os_error());
+        return Err(bad(io::Error::last_os_error()));
     }
     // SAFETY: the descriptor is open, and by the contract of --fd it was passed on for us to own.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)?;
-    if rustix::net::sockopt::socket_domain(&fd)? != rustix::net::AddressFamily::UNIX
-        || rustix::net::sockopt::socket_type(&fd)? != rustix::net::SocketType::STREAM
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC).map_err(refused)?;
+    if sockopt::socket_domain(&socket).map_err(refused)? != AddressFamily::UNIX
+        || sockopt::socket_type(&socket).map_err(refused)? != SocketType::STREAM
     {
-        return Err(io::ErrorKind::InvalidInput.into());
+        return Err(bad(io::ErrorKind::InvalidInput.into()));
     }
-    if rustix::net::sockopt::socket_acceptconn(&fd)? {
+    if sockopt::socket_acceptconn(&socket).map_err(refused)? {
         return Ok(Source::Listener {
-            listener: fd.into(),
+            listener: socket.into(),
             bound: None,
         });
     }
-    let stream = UnixStream::from(fd);
-    stream.set_nonblocking(false)?;
+    match rustix::net::getpeername(&socket) {
+        Err(Errno::NOTCONN) => return Err(ServeError::IdleFd { fd }),
+        Err(error) => return Err(refused(error)),
+        Ok(_) => {}
+    }
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false).map_err(bad)?;
     Ok(Source::Connected(stream))
 }

@@ -12,15 +12,20 @@
 mod interface;
 
 use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::mpsc::{Receiver, SendError, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use rustix::event::{EventfdFlags, eventfd};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::cipher::KernelChoice;
 use crate::control::events::{Event, Events};
+use crate::control::manager;
 use crate::device::Disk;
 use crate::keys::{KeyError, KeyReason, Providers};
 use crate::mutex::lock;
@@ -171,6 +176,8 @@ pub struct Served {
     /// Signalled when `order` was changed.
     changed: Condvar,
     events: Events,
+    /// Held while the service manager is told, so that it hears of the last state last.
+    told: Mutex<()>,
 }
 
 /// What was asked for, in the order in which it was: of a lock and an unlock, the later is in force.
@@ -193,6 +200,8 @@ impl Order {
 /// Why a disk is locked.
 #[derive(Debug)]
 pub enum Lock {
+    /// Its key was asked for, for the first time, and there is no answer yet.
+    Asked,
     /// Somebody wants it so.
     Operator,
     /// Its key is not to be had.
@@ -213,28 +222,98 @@ pub enum ServedError {
     NoProviders,
 }
 
-impl Served {
-    /// Has `disk`, which is locked, served under the key of the volume that `opener` opens. If the key is not to be had,
-    /// and `wait` says so, the disk stays locked until [`Served::wait_for_key`] finds it.
+/// The first try to get the key of a volume that is being served.
+#[derive(Debug)]
+pub struct FirstTry {
+    ended: OwnedFd,
+    outcome: Receiver<Result<(), OpenError>>,
+}
+
+impl FirstTry {
+    /// Waits for its end: the disk is served, or stays locked until its key is there.
     ///
     /// # Errors
     /// Where waiting does not help, or nobody wants to wait.
-    pub fn start(opener: Opener, disk: Arc<Disk>, uuid: Uuid, wait: bool) -> Result<Arc<Self>, OpenError> {
-        let served = Self {
+    pub fn outcome(self) -> Result<(), OpenError> {
+        // A thread that is gone has told the log why; the disk is locked.
+        self.outcome.recv().unwrap_or(Ok(()))
+    }
+}
+
+/// Readable when it has ended.
+impl AsFd for FirstTry {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.ended.as_fd()
+    }
+}
+
+impl Served {
+    /// `disk`, which is locked, as that of the volume that `opener` opens. Nothing is asked for its key yet.
+    pub fn new(opener: Opener, disk: Arc<Disk>, uuid: Uuid) -> Arc<Self> {
+        let order = Order {
+            lock: Some(Lock::Asked),
+            ..Order::default()
+        };
+        Arc::new(Self {
             disk,
             uuid,
             opener,
             turn: Mutex::new(()),
-            order: Mutex::default(),
+            order: Mutex::new(order),
             changed: Condvar::new(),
             events: Events::default(),
-        };
-        match served.open(&lock(&served.turn), 0) {
-            Ok(()) => {}
-            Err(error) if wait && error.may_pass() => served.tell_locked(error, 0),
-            Err(error) => return Err(error),
+            told: Mutex::new(()),
+        })
+    }
+
+    /// Has a thread get the key. If it is not to be had, and `wait` says so, it tries again until the key is there, or somebody
+    /// locks the disk; so it does if nobody is left to hear of the first try.
+    ///
+    /// # Errors
+    /// If threads or descriptors are exhausted.
+    pub fn get_key(self: &Arc<Self>, wait: bool) -> io::Result<FirstTry> {
+        let ended = eventfd(0, EventfdFlags::CLOEXEC)?;
+        let signal = ended.try_clone()?;
+        let (tell, outcome) = sync_channel(0);
+        let served = Arc::clone(self);
+        thread::Builder::new().name("key".into()).spawn(move || {
+            let first = served.try_first(wait);
+            let _ = rustix::io::write(&signal, &1_u64.to_ne_bytes());
+            if let Err(SendError(Err(error))) = tell.send(first) {
+                served.tell_locked(error, 0);
+            }
+            served.try_again();
+        })?;
+        Ok(FirstTry { ended, outcome })
+    }
+
+    fn try_first(&self, wait: bool) -> Result<(), OpenError> {
+        match self.open(&lock(&self.turn), 0) {
+            Err(error) if wait && error.may_pass() => {
+                self.tell_locked(error, 0);
+                Ok(())
+            }
+            result => result,
         }
-        Ok(Arc::new(served))
+    }
+
+    /// How the disk is, in a line.
+    pub fn standing(&self) -> String {
+        match self.state() {
+            (State::Open, _) => "serving".to_owned(),
+            (_, Some(status)) if status.by == LockedBy::NoKey => {
+                format!(
+                    "locked until its key is there: {}",
+                    status.message.unwrap_or_default()
+                )
+            }
+            _ => "locked by an operator, until `sealblk unlock`".to_owned(),
+        }
+    }
+
+    fn tell_manager(&self) {
+        let _told = lock(&self.told);
+        manager::status(&self.standing());
     }
 
     /// Takes the key away. When this returns, nothing of it is in this process.
@@ -254,6 +333,7 @@ impl Served {
         self.tell(Event::DiskLocked, json!({ "by": LockedBy::Operator }));
         lock(&self.order).locking -= 1;
         self.changed.notify_all();
+        self.tell_manager();
     }
 
     /// Fetches the key, and has the disk served again, once the locks that were asked for before are done.
@@ -330,6 +410,7 @@ impl Served {
             order.lock = None;
         }
         self.changed.notify_all();
+        self.tell_manager();
         self.tell(Event::DiskUnlocked, json!({ "keyslot": volume.keyslot() }));
         Ok(())
     }
@@ -350,26 +431,17 @@ impl Served {
         Ok(locked)
     }
 
-    /// If the disk is locked for want of its key, has a thread try again until the key is there, or somebody locks the disk.
-    pub fn wait_for_key(self: &Arc<Self>) {
-        if self.wants_key().is_none() {
-            return;
-        }
-        let served = Arc::clone(self);
-        let spawned = thread::Builder::new().name("key".into()).spawn(move || {
-            let mut pause = FIRST_RETRY;
-            while served.pause(pause) {
-                let turn = lock(&served.turn);
-                let Some(locks) = served.wants_key() else { return };
-                match served.open(&turn, locks) {
-                    Ok(()) => return,
-                    Err(error) => served.tell_locked(error, locks),
-                }
-                pause = (2 * pause).min(LAST_RETRY);
+    /// While the disk is locked for want of its key, tries again and again.
+    fn try_again(&self) {
+        let mut pause = FIRST_RETRY;
+        while self.pause(pause) {
+            let turn = lock(&self.turn);
+            let Some(locks) = self.wants_key() else { return };
+            match self.open(&turn, locks) {
+                Ok(()) => return,
+                Err(error) => self.tell_locked(error, locks),
             }
-        });
-        if let Err(error) = spawned {
-            tracing::error!(%error, "nobody tries again: the disk stays locked until `sealblk unlock`");
+            pause = (2 * pause).min(LAST_RETRY);
         }
     }
 
@@ -403,6 +475,8 @@ impl Served {
             self.tell(Event::DiskLocked, status);
         }
         order.lock = Some(no_key);
+        drop(order);
+        self.tell_manager();
     }
 
     /// Tells of an event of this disk.

@@ -198,7 +198,8 @@ pub(super) const KEY_LEN: usize = crate::cipher::KEY_LEN;
 /// Length of a keyslot's area: its material, rounded up to where the next may start.
 pub(super) const AREA_LEN: u64 = (MATERIAL_LEN as u64).next_multiple_of(super::metadata::AREA_ALIGNMENT);
 
-const MATERIAL_LEN: usize = KEY_LEN * af::STRIPES as usize;
+/// How long the anti-forensic material of a keyslot is, while it is opened in memory for keys.
+pub const MATERIAL_LEN: usize = KEY_LEN * af::STRIPES as usize;
 const SECTOR: usize = 512;
 const AF_HASH: Hash = Hash::Sha256;
 const LUKS1_DIGEST_LEN: usize = 20;

@@ -68,7 +68,7 @@ pub use error::{Reason, VolumeError};
 pub use header_io::{BLOCK, HeaderIo};
 pub use info::{CopiesInfo, Info, KdfInfo, KeyslotInfo, Purpose, SegmentInfo, TokenInfo};
 pub use kdf::{Argon2Cost, KdfError};
-pub use keyslot::KeyslotError;
+pub use keyslot::{KeyslotError, MATERIAL_LEN};
 pub use lock::{LockMode, MetadataLock};
 pub use locked::{Locked, Volume};
 pub use plain::plain;

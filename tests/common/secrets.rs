@@ -131,10 +131,15 @@ fn page_out(pid: u32) {
 }
 
 /// Has the program run as on a kernel without memfd_secret(2): keys are in locked memory then, which root can read.
-#[allow(unsafe_code)] // A filter on system calls has no safe wrapper.
 pub fn without_secret_memory(command: &mut Command) {
+    without_call(command, libc::SYS_memfd_secret, libc::ENOSYS);
+}
+
+/// Has the program run where a system call fails, as a container's seccomp profile has it.
+#[allow(unsafe_code)] // A filter on system calls has no safe wrapper.
+pub fn without_call(command: &mut Command, call: libc::c_long, errno: libc::c_int) {
     const ALLOW: u32 = 0x7fff_0000;
-    const ENOSYS: u32 = 0x0005_0000 | libc::ENOSYS as u32;
+    let error = 0x0005_0000 | errno as u32;
     let step = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter {
         code: code as u16,
         jt,
@@ -144,13 +149,8 @@ pub fn without_secret_memory(command: &mut Command) {
     let filter = [
         // The number of the call is the first of what is looked at.
         step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
-        step(
-            libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K,
-            0,
-            1,
-            libc::SYS_memfd_secret as u32,
-        ),
-        step(libc::BPF_RET | libc::BPF_K, 0, 0, ENOSYS),
+        step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, call as u32),
+        step(libc::BPF_RET | libc::BPF_K, 0, 0, error),
         step(libc::BPF_RET | libc::BPF_K, 0, 0, ALLOW),
     ];
     let install = move || {

@@ -96,6 +96,10 @@ impl Server {
             );
             std::thread::sleep(Duration::from_millis(2));
         }
+        if command.get_program() == SEALBLK {
+            // Who connects before that waits; but not all of its threads are there.
+            process.wait_stderr("serving");
+        }
         // The socket is there, and now it also waits for front-ends.
         let fresh = process.settled_facts();
         Server {

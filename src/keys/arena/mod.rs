@@ -75,6 +75,15 @@ pub struct SecretBytes {
     len: usize,
 }
 
+/// Sees to it that secrets of these lengths find room together: the arena, which never shrinks, takes the memory now.
+///
+/// # Errors
+/// [`ArenaError`], if the kernel gives it no more memory.
+pub fn reserve(lens: &[usize]) -> Result<(), ArenaError> {
+    let places: Result<Vec<_>, _> = lens.iter().map(|len| SecretBytes::zeroed(*len)).collect();
+    places.map(drop)
+}
+
 impl SecretBytes {
     /// `len` bytes of zeros.
     ///
