@@ -266,6 +266,13 @@ fn a_path_that_is_too_long_for_a_socket_is_told_with_its_length() {
     let args = ["--control-socket", too_long.to_str().unwrap()];
     refused(&volume, &volume.beside("vhost"), &args, USAGE, &says);
     assert!(!volume.beside("vhost").exists());
+    let mut status = Command::new(SEALBLK);
+    let asked = status
+        .args(["status", "--control-socket"])
+        .arg(&too_long)
+        .output();
+    let said = String::from_utf8(asked.unwrap().stderr).unwrap();
+    assert!(said.contains(says[0]) && said.contains(says[1]), "{said}");
 }
 
 /// The second of two equal paths was refused as another server's.

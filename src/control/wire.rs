@@ -26,9 +26,15 @@ use rustix::pipe::{PipeFlags, SpliceFlags, pipe_with, splice};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::socket::MAX_PATH;
 use crate::deadline::{self, Deadline};
 use crate::keys::arena::{ArenaError, SecretBytes};
 use crate::parsing::{self, NotUnderstood};
+
+/// No socket is there.
+#[derive(Debug, thiserror::Error)]
+#[error("the path has {0} bytes, and Linux takes no more than {MAX_PATH} for a socket")]
+struct TooLong(usize);
 
 /// The longest message: no call or answer comes near it, and what a caller sends is held several times over while it is
 /// looked at.
@@ -106,7 +112,13 @@ impl Connection {
             None,
         )?;
         sockopt::set_socket_timeout(&socket, Timeout::Send, Some(timeout))?;
-        connect(&socket, &SocketAddrUnix::new(path)?).map_err(|error| match error {
+        let address = SocketAddrUnix::new(path).map_err(|error| match error {
+            Errno::NAMETOOLONG => {
+                io::Error::new(io::ErrorKind::InvalidFilename, TooLong(path.as_os_str().len()))
+            }
+            error => error.into(),
+        })?;
+        connect(&socket, &address).map_err(|error| match error {
             Errno::AGAIN => io::ErrorKind::TimedOut.into(),
             error => io::Error::from(error),
         })?;

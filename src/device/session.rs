@@ -4,6 +4,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{Mode, OFlags};
@@ -67,8 +68,8 @@ pub(super) struct Link {
 
 impl Link {
     pub(super) fn new() -> io::Result<Self> {
-        let dir = tempdir()?;
-        let path = dir.join("link");
+        let (dir, entry) = tempdir()?;
+        let path = format!("/proc/self/fd/{}/link", entry.as_raw_fd());
         let link = UnixListener::bind(&path).and_then(|listener| {
             let inode = rustix::fs::open(&path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
             listener.set_nonblocking(true)?;
@@ -94,13 +95,20 @@ impl Link {
     }
 }
 
-/// A directory that nobody else can enter.
-fn tempdir() -> io::Result<std::path::PathBuf> {
+/// A directory that nobody else can enter, and a descriptor of it: where others can write to the directory around it, its path
+/// may soon lead elsewhere.
+fn tempdir() -> io::Result<(PathBuf, OwnedFd)> {
     let mut name = [0; 8];
     getrandom::fill(&mut name)?;
     let dir = std::env::temp_dir().join(format!("sealblk-{:016x}", u64::from_ne_bytes(name)));
     rustix::fs::mkdir(&dir, Mode::RWXU)?;
-    Ok(dir)
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let entry = rustix::fs::open(&dir, flags, Mode::empty())?;
+    let status = rustix::fs::fstat(&entry)?;
+    if status.st_uid != rustix::process::geteuid().as_raw() || status.st_mode & 0o077 != 0 {
+        return Err(io::ErrorKind::PermissionDenied.into());
+    }
+    Ok((dir, entry))
 }
 
 /// What the protocol handler asks of us.
