@@ -144,6 +144,12 @@ pub enum Failure {
         /// What it is not.
         volume: VolumeError,
     },
+    /// A disk that is to be written, and cannot be.
+    #[error("{source}; or serve it with --read-only")]
+    WriteProtected {
+        /// Why not.
+        source: StorageError,
+    },
     /// A key for a disk that is not encrypted.
     #[error(
         "{} is a plain disk, to which no key belongs: leave --passphrase-file out, or name the volume that it opens",
@@ -345,7 +351,7 @@ impl Failure {
             Self::Unencrypted { .. } | Self::Backup { .. } | Self::NoReceipt { .. } => CONTENT,
             Self::NoProvider | Self::Unusable { .. } => KEY,
             Self::MayBeServed { .. } | Self::Occupied { .. } => IN_USE,
-            Self::Output(_) | Self::Make { .. } | Self::Look { .. } => STORAGE,
+            Self::Output(_) | Self::WriteProtected { .. } | Self::Make { .. } | Self::Look { .. } => STORAGE,
             Self::Control { .. } => ASKED,
             Self::Refused { reason, .. } => reason.map_or(ASKED, key_code),
             Self::Storage(error) => storage_code(error),
@@ -433,7 +439,7 @@ fn toml_code(error: &TomlFileError) -> u8 {
 
 fn storage_code(error: &StorageError) -> u8 {
     match error {
-        StorageError::InUse { .. } => IN_USE,
+        StorageError::InUse { .. } | StorageError::UnderLoop { .. } => IN_USE,
         _ => STORAGE,
     }
 }

@@ -27,7 +27,7 @@ use crate::device::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES, Disk, Endpoint, Server
 use crate::hex;
 use crate::keys::arena::{self, SecretBytes};
 use crate::served::{By, Interface, OpenError, Opener, Served};
-use crate::storage::{Access, Backing, DataFile, PAGE};
+use crate::storage::{Access, Backing, DataFile, PAGE, StorageError};
 use crate::volume::segment::{SegmentTable, Treatment};
 use crate::volume::{HeaderError, Locked, MATERIAL_LEN, Reason, VolumeError, plain};
 
@@ -169,9 +169,15 @@ impl Serve {
             Access::ReadWrite
         };
         // The claims on disk and header last as long as the disk is served.
-        let claim = |path: &Option<PathBuf>| match path {
-            Some(path) => Backing::open(path, access).map(Some),
-            None => Ok(None),
+        let claim = |path: &Option<PathBuf>| {
+            match path {
+                Some(path) => Backing::open(path, access).map(Some),
+                None => Ok(None),
+            }
+            .map_err(|error| match error {
+                source @ StorageError::WriteProtected { .. } => Failure::WriteProtected { source },
+                error => error.into(),
+            })
         };
         let (backing, header) = (claim(&self.blk_file)?, claim(&self.header)?);
         let medium = match (backing, self.null_storage) {
@@ -381,7 +387,7 @@ impl Serve {
             Arc::clone(&shape.file),
             shape.sector_size,
             self.read_only,
-            self.discard,
+            discard,
             self.serial.as_ref().unwrap_or(&shape.serial),
         );
         Ok(disk
@@ -389,6 +395,7 @@ impl Serve {
             .with_poll_max(Duration::from_micros(self.poll_max.into()))
             .with_pool_pages(self.pool_size.unwrap_or(DEFAULT_POOL_PAGES)))
     }
+        let discard = self.discard && takes_discards(&shape.file);
 }
 
 /// How long the first try to get a key may hold up the guest.
@@ -462,6 +469,18 @@ impl Shape {
 
 fn is_no_volume(error: &VolumeError) -> bool {
     matches!(*error.reason, Reason::Header(HeaderError::NotLuks { .. }))
+}
+
+/// Whether the guest's discards can be passed on. Where they cannot, it is better off without them: that they fail, a guest
+/// finds out with each of its file systems anew.
+fn takes_discards(file: &DataFile) -> bool {
+    match file.takes_discards() {
+        Ok(()) => true,
+        Err(error) => {
+            tracing::warn!(%error, "--discard: this storage takes no discards, so the guest is offered none");
+            false
+        }
+    }
 }
 
 /// A plain disk has no name of its own. The path that it is given by is the operator's name for it: links are not

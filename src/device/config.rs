@@ -14,7 +14,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 
 use super::disk::Disk;
 use super::request::{MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, MAX_ZONES};
-use crate::cipher::SectorSize;
+use crate::cipher::{Sector, SectorSize};
 use crate::storage::PAGE;
 
 /// The largest queue that a driver may set up.
@@ -205,7 +205,11 @@ fn space(disk: &Disk, num_queues: u16) -> [u8; CONFIG_LEN] {
         offset_of!(virtio_blk_config, max_discard_seg),
         &(MAX_ZONES as u32).to_le_bytes(),
     );
-    let discard_alignment = granule.max((PAGE / SectorSize::B512.bytes()) as u32);
+    // What is smaller than what storage can give back only costs time.
+    let of_storage = disk.file.discard_alignment() / Sector::LEN;
+    let discard_alignment = granule
+        .max((PAGE / SectorSize::B512.bytes()) as u32)
+        .max(of_storage.min(MAX_DISCARD_SECTORS.into()) as u32);
     put(
         offset_of!(virtio_blk_config, discard_sector_alignment),
         &discard_alignment.to_le_bytes(),

@@ -10,9 +10,6 @@
 #![allow(unsafe_code)] // close_range has no safe wrapper.
 
 use std::collections::HashMap;
-use std::ffi::OsString;
-use std::fs;
-use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
@@ -23,6 +20,7 @@ use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 use tracing::subscriber::{NoSubscriber, with_default};
 
 use crate::mutex::lock;
+use crate::storage::Mount;
 
 /// How long a place may take: longer than a disk that has to spin up, on most days.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -141,7 +139,9 @@ impl Lookout {
 
     /// What is mounted where `place` lies, by its name: nothing is looked up for that.
     fn mount_of(&mut self, place: &Path) -> Option<PathBuf> {
-        let mounts = self.mounts.get_or_insert_with(mounts);
+        let mounts = self
+            .mounts
+            .get_or_insert_with(|| Mount::all().into_iter().map(|mount| mount.point).collect());
         let above = mounts.iter().filter(|mount| place.starts_with(mount));
         above.max_by_key(|mount| mount.as_os_str().len()).cloned()
     }
@@ -209,35 +209,11 @@ fn let_go_of_descriptors() {
     unsafe { libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_UNSHARE as libc::c_int) };
 }
 
-/// Where something is mounted: the fifth field of each line of mountinfo (proc(5)).
-fn mounts() -> Vec<PathBuf> {
-    let table = fs::read("/proc/self/mountinfo").unwrap_or_default();
-    let lines = table.split(|byte| *byte == b'\n');
-    let points = lines.filter_map(|line| line.split(|byte| *byte == b' ').nth(4));
-    points.map(|point| PathBuf::from(unescaped(point))).collect()
-}
-
-/// A path as mountinfo writes it: space, tab, newline and backslash are \ooo there.
-fn unescaped(text: &[u8]) -> OsString {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text;
-    while let Some((&byte, after)) = rest.split_first() {
-        let escape = after
-            .get(..3)
-            .filter(|_| byte == b'\\')
-            .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
-        bytes.push(escape.unwrap_or(byte));
-        rest = if escape.is_some() { &after[3..] } else { after };
-    }
-    OsString::from_vec(bytes)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use rustix::fs::{FileType, Mode, mknodat};
-    use std::fs::{File, OpenOptions};
-    use std::os::unix::ffi::OsStrExt;
+    use std::fs::{self, File, OpenOptions};
     use std::time::Instant;
 
     #[test]
@@ -279,9 +255,10 @@ mod tests {
 
     #[test]
     fn mounts_are_found_by_name() {
-        assert!(mounts().contains(&PathBuf::from("/")));
-        assert_eq!(unescaped(br"/srv/vm\040s\134").as_bytes(), br"/srv/vm s\");
-        assert_eq!(unescaped(br"/a\9\04").as_bytes(), br"/a\9\04");
+        assert_eq!(
+            Lookout::default().mount_of(Path::new("/proc/self/mountinfo")),
+            Some("/proc".into())
+        );
         let mut lookout = Lookout {
             mounts: Some(["/", "/srv", "/srv/vms"].map(PathBuf::from).to_vec()),
             ..Lookout::default()

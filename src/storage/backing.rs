@@ -1,15 +1,14 @@
 //! A file or block device that holds a header, a payload, or both.
 //!
-//! [`Backing`] is the claim: it is opened once, locked against every other process that would attach the same
-//! inode (through whatever path), and keeps that lock until it is dropped. From it, [`Backing::data_file`] opens
-//! the same inode once more for the data path, with direct I/O where the file allows it.
+//! [`Backing`] is the claim: it is opened once, locked against every other process that would attach the same disk
+//! (through whatever path: [`claim`](super::claim) has how, and what is left), and keeps that lock until it is dropped.
+//! From it, [`Backing::data_file`] opens the same inode once more for the data path, with direct I/O where the file
+//! allows it. What the storage can do is asked of it: [`capabilities`](super::capabilities).
 //!
 //! The lock is an open file description lock (fcntl(2), "Open file description locks") on the whole file. QEMU's
 //! `file` driver locks single bytes of the same kind, so a QEMU that has the file open and sealblk exclude each
 //! other. It is independent of the flock(2) that cryptsetup and we hold while LUKS2 metadata is read or written.
 //! On a block device O_EXCL claims it from mounts, device-mapper and other O_EXCL openers too.
-
-#![allow(unsafe_code)] // fcntl's open file description locks and the block device's size have no safe wrapper.
 
 use std::fs::File;
 use std::io;
@@ -18,8 +17,10 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
-use rustix::fs::{Advice, AtFlags, Mode, OFlags, StatxFlags, fadvise};
+use rustix::fs::{Advice, Mode, OFlags, fadvise};
 
+use super::capabilities::{self, Protection, block_device_size, direct_alignment, logical_block_size};
+use super::claim::{Claim, claim};
 use super::loss::Losses;
 use super::pool::PAGE;
 
@@ -55,6 +56,8 @@ pub enum StorageError {
         access: Access,
         source: io::Error,
     },
+    #[error("{}: {by}", path.display())]
+    WriteProtected { path: PathBuf, by: Protection },
     #[error("{}: is neither a regular file nor a block device; name the disk's file or device", path.display())]
     NotStorage { path: PathBuf },
     #[error(
@@ -62,6 +65,11 @@ pub enum StorageError {
         path.display()
     )]
     InUse { path: PathBuf },
+    #[error(
+        "{}: the loop device {} stands over it, and through that others may write; detach it (`losetup --detach {1}`), or \
+         name it in the place of what is under it", path.display(), device.display()
+    )]
+    UnderLoop { path: PathBuf, device: PathBuf },
     #[error("{}: cannot be locked, so nothing would keep a second server from it", path.display())]
     Lock { path: PathBuf, source: io::Error },
     #[error("{}: its size cannot be read", path.display())]
@@ -80,23 +88,38 @@ pub struct Backing {
     losses: Arc<Losses>,
     /// See [`Backing::direct`].
     direct: OnceLock<Option<File>>,
+    _claim: Claim,
 }
 
 impl Backing {
     /// Opens and locks `path`.
     ///
     /// # Errors
-    /// Where it cannot be opened, is neither a regular file nor a block device, or is attached elsewhere.
+    /// Where it cannot be opened, is neither a regular file nor a block device, is attached elsewhere, or is to be written
+    /// and takes no writes.
     pub fn open(path: &Path, access: Access) -> Result<Self, StorageError> {
         let flags = match access {
             Access::ReadOnly | Access::Inspect => OFlags::RDONLY,
             Access::ReadWrite => OFlags::RDWR,
         } | OFlags::CLOEXEC
             | OFlags::NOCTTY;
-        let open_error = |error: rustix::io::Errno| StorageError::Open {
+        let protected = |by| StorageError::WriteProtected {
             path: path.into(),
-            access,
-            source: error.into(),
+            by,
+        };
+        let open_error = |error: rustix::io::Errno| {
+            let by = match access {
+                Access::ReadWrite => capabilities::protection(path, error),
+                Access::ReadOnly | Access::Inspect => None,
+            };
+            by.map_or_else(
+                || StorageError::Open {
+                    path: path.into(),
+                    access,
+                    source: error.into(),
+                },
+                protected,
+            )
         };
 
         // O_NONBLOCK, so that a FIFO put in the disk's place cannot hang us.
@@ -131,33 +154,31 @@ impl Backing {
             return Err(StorageError::NotStorage { path: path.into() });
         };
 
-        match lock(&file, access) {
-            Ok(()) => {
-                let witness = match access {
-                    Access::ReadWrite => {
-                        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-                        let opened = rustix::fs::open(fd_path(&file), flags, Mode::empty());
-                        Some(File::from(opened.map_err(open_error)?))
-                    }
-                    Access::ReadOnly | Access::Inspect => None,
-                };
-                Ok(Self {
-                    file,
-                    path: path.into(),
-                    access,
-                    kind,
-                    losses: Arc::new(Losses::new(witness)),
-                    direct: OnceLock::new(),
-                })
-            }
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
-                Err(StorageError::InUse { path: path.into() })
-            }
-            Err(source) => Err(StorageError::Lock {
-                path: path.into(),
-                source,
-            }),
+        // Linux lets it be opened for writing all the same.
+        if access == Access::ReadWrite
+            && kind == Kind::BlockDevice
+            && capabilities::is_read_only(&file).unwrap_or(false)
+        {
+            return Err(protected(Protection::Device));
         }
+        let _claim = claim(&file, path, access)?;
+        let witness = match access {
+            Access::ReadWrite => {
+                let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+                let opened = rustix::fs::open(fd_path(&file), flags, Mode::empty());
+                Some(File::from(opened.map_err(open_error)?))
+            }
+            Access::ReadOnly | Access::Inspect => None,
+        };
+        Ok(Self {
+            file,
+            path: path.into(),
+            access,
+            kind,
+            losses: Arc::new(Losses::new(witness)),
+            direct: OnceLock::new(),
+            _claim,
+        })
     }
 
     /// The file for headers: buffered, without O_DIRECT's alignment rules.
@@ -270,6 +291,7 @@ impl Backing {
             null: false,
             discard_granule: discard_granule.into(),
             losses: Arc::clone(&self.losses),
+            discard_alignment: capabilities::discard_granularity(&self.file, self.kind),
         })
     }
 }
@@ -286,6 +308,7 @@ pub struct DataFile {
     null: bool,
     discard_granule: u64,
     losses: Arc<Losses>,
+    discard_alignment: u64,
 }
 
 impl DataFile {
@@ -303,6 +326,7 @@ impl DataFile {
             null: true,
             discard_granule: 1,
             losses: Arc::new(Losses::new(None)),
+            discard_alignment: 1,
         })
     }
 
@@ -368,6 +392,22 @@ impl DataFile {
         self.null
     }
 
+    /// Whether it takes discards, asked of it: it is open for writing.
+    ///
+    /// # Errors
+    /// Why it takes none.
+    pub fn takes_discards(&self) -> io::Result<()> {
+        match self.null {
+            true => Ok(()),
+            false => capabilities::takes_discards(&self.file, self.kind),
+        }
+    }
+
+    /// What a discard should be aligned to, in bytes, for storage to give anything back.
+    pub fn discard_alignment(&self) -> u64 {
+        self.discard_alignment
+    }
+
     /// What a discard of a range of bytes can be asked of it for, as start and end: the whole blocks in the range.
     pub fn discardable(&self, offset: u64, len: u64) -> Option<(u64, u64)> {
         let granule = self.discard_granule;
@@ -390,91 +430,6 @@ fn fd_path(file: &File) -> PathBuf {
     // Of this thread: one that looks at a place that may not answer has a table of its own.
     PathBuf::from(format!("/proc/thread-self/fd/{}", file.as_raw_fd()))
 }
-
-/// The alignment in bytes that O_DIRECT asks of offsets and lengths, or none where it is not to be had.
-///
-/// Offsets and lengths follow the file (statx(2), `stx_dio_offset_align`); our buffers are aligned to pages, which
-/// satisfies every `stx_dio_mem_align`.
-fn direct_alignment(file: &File, kind: Kind) -> Option<u32> {
-    let statx = rustix::fs::statx(
-        file,
-        "",
-        AtFlags::EMPTY_PATH,
-        StatxFlags::from_bits_retain(STATX_DIOALIGN),
-    );
-    if let Ok(statx) = statx
-        && statx.stx_mask & STATX_DIOALIGN != 0
-    {
-        return (statx.stx_dio_offset_align != 0).then_some(statx.stx_dio_offset_align);
-    }
-    // Before Linux 6.1 nothing tells it for a file: ask a block device for its sector size, and try a file.
-    match kind {
-        Kind::BlockDevice => logical_block_size(file).ok(),
-        Kind::File => [512, 4096]
-            .into_iter()
-            .find(|&align| direct_read_works(file, align)),
-    }
-}
-
-/// Whether a read of `len` bytes at offset `len` is accepted; an offset past the end still tells the alignment.
-fn direct_read_works(file: &File, len: u32) -> bool {
-    #[repr(align(4096))]
-    struct Aligned([u8; 4096]);
-    let mut buffer = Aligned([0; 4096]);
-    rustix::io::pread(file, &mut buffer.0[..len as usize], len.into()).is_ok()
-}
-
-/// statx(2)'s request for the alignment of direct I/O, which rustix does not name yet.
-const STATX_DIOALIGN: u32 = 0x2000;
-
-fn lock(file: &File, access: Access) -> io::Result<()> {
-    let lock = libc::flock {
-        l_type: match access {
-            Access::ReadOnly => libc::F_RDLCK,
-            Access::ReadWrite => libc::F_WRLCK,
-            Access::Inspect => return Ok(()),
-        } as i16,
-        l_whence: libc::SEEK_SET as i16,
-        l_start: 0,
-        l_len: 0,
-        l_pid: 0,
-    };
-    // SAFETY: the descriptor is open for the duration of the call, and `lock` is a valid struct flock that the
-    // kernel only reads for F_OFD_SETLK.
-    let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
-}
-
-fn block_device_size(file: &File) -> io::Result<u64> {
-    let mut size = 0_u64;
-    // SAFETY: BLKGETSIZE64 writes one u64 to the pointer, which is valid for that.
-    let result = unsafe { libc::ioctl(file.as_raw_fd(), BLKGETSIZE64, &raw mut size) };
-    if result == 0 {
-        Ok(size)
-    } else {
-        Err(io::Error::last_os_error())
-    }
-}
-
-fn logical_block_size(file: &File) -> io::Result<u32> {
-    let mut size = 0_i32;
-    // SAFETY: BLKSSZGET writes one int to the pointer, which is valid for that.
-    let result = unsafe { libc::ioctl(file.as_raw_fd(), BLKSSZGET, &raw mut size) };
-    if result == 0 {
-        Ok(size.unsigned_abs())
-    } else {
-        Err(io::Error::last_os_error())
-    }
-}
-
-/// `_IOR(0x12, 114, size_t)` of linux/fs.h.
-const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
-/// `_IO(0x12, 104)` of linux/fs.h.
-const BLKSSZGET: libc::c_ulong = 0x1268;
 
 #[cfg(test)]
 mod tests {

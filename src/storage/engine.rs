@@ -16,6 +16,7 @@ use std::time::Duration;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
 use super::backing::{DataFile, Kind};
+use super::capabilities::BLKDISCARD;
 use super::pool::{Buffer, PAGE, Pool};
 
 /// What came of something that was asked of an [`Engine`].
@@ -531,9 +532,6 @@ fn block_device_discard(file: &DataFile, offset: u64, len: u64) -> io::Result<()
     let result = discard();
     if busy(&result) { Ok(()) } else { result }
 }
-
-/// `_IO(0x12, 119)` of linux/fs.h.
-const BLKDISCARD: libc::c_ulong = 0x1277;
 
 #[cfg(test)]
 mod tests {

@@ -1,10 +1,15 @@
 //! Files and block devices, the io_uring engine, and the buffer pool.
 
 mod backing;
+mod capabilities;
+mod claim;
 mod engine;
 mod loss;
+mod mounts;
 mod pool;
 
 pub use backing::{Access, Backing, DataFile, Kind, StorageError};
+pub use capabilities::Protection;
 pub use engine::{Done, Engine, Event};
+pub use mounts::Mount;
 pub use pool::{Buffer, PAGE};

@@ -84,6 +84,11 @@ impl Server {
         Server::spawn(&mut command, socket, dir)
     }
 
+    /// Runs `command`, which serves at `socket`.
+    pub fn at(command: &mut Command, socket: PathBuf) -> Self {
+        Server::spawn(command, socket, tempfile::tempdir().unwrap())
+    }
+
     fn spawn(command: &mut Command, socket: PathBuf, dir: TempDir) -> Self {
         let mut process = Process::spawn(command);
         let start = Instant::now();

@@ -12,9 +12,14 @@ pub struct LoopDevice(PathBuf);
 impl LoopDevice {
     /// Nothing if this machine gives none.
     pub fn over(file: &Path, logical_block_size: u32) -> Option<Self> {
-        let block_size = logical_block_size.to_string();
+        LoopDevice::with(file, &["--sector-size", &logical_block_size.to_string()])
+    }
+
+    /// The same, with other arguments for losetup.
+    pub fn with(file: &Path, args: &[&str]) -> Option<Self> {
         let output = Command::new("losetup")
-            .args(["--find", "--show", "--sector-size", &block_size])
+            .args(["--find", "--show"])
+            .args(args)
             .arg(file)
             .output()
             .ok()?;
@@ -30,6 +35,12 @@ impl LoopDevice {
         &self.0
     }
 
+    /// Has the device refuse writes, or take them.
+    pub fn set_read_only(&self, read_only: bool) {
+        let option = if read_only { "--setro" } else { "--setrw" };
+        run(Command::new("blockdev").arg(option).arg(&self.0));
+    }
+
     /// Flushes completed (the kernel's `Documentation/block/stat.rst`).
     pub fn flushes(&self) -> u64 {
         let name = self.0.file_name().unwrap();
@@ -40,6 +51,8 @@ impl LoopDevice {
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
+        // That would outlast what it is detached from.
+        let _ = Command::new("blockdev").arg("--setrw").arg(&self.0).status();
         let _ = Command::new("losetup").arg("--detach").arg(&self.0).status();
     }
 }
@@ -59,6 +72,37 @@ impl Filesystem {
             path: at,
             _device: None,
         })
+    }
+
+    /// A ramfs, which makes no holes in its files; nothing if this process may not mount.
+    pub fn ramfs(at: PathBuf) -> Option<Self> {
+        mount(&at, &["-t", "ramfs", "none"]).then_some(Filesystem {
+            path: at,
+            _device: None,
+        })
+    }
+
+    /// An overlayfs of new directories in `dir`: what is written lies in `upper`, and is seen in `merged` too.
+    pub fn overlay(dir: &Path) -> Option<Self> {
+        let [lower, upper, work, merged] = ["lower", "upper", "work", "merged"].map(|name| dir.join(name));
+        for directory in [&lower, &upper, &work] {
+            fs::create_dir_all(directory).unwrap();
+        }
+        let options = format!(
+            "lowerdir={},upperdir={},workdir={}",
+            lower.display(),
+            upper.display(),
+            work.display()
+        );
+        mount(&merged, &["-t", "overlay", "-o", &options, "none"]).then_some(Filesystem {
+            path: merged,
+            _device: None,
+        })
+    }
+
+    /// Mounts it anew, for reading only.
+    pub fn set_read_only(&self) {
+        run(Command::new("mount").args(["-o", "remount,ro"]).arg(&self.path));
     }
 
     /// An ext4 on a device; nothing if this process may not mount.

@@ -1,0 +1,453 @@
+//! What storage can do, and who else has it, is asked before a disk is served: devices that take no writes or no discards,
+//! disks that are attached under another name, and block devices of ordinary users.
+
+mod common;
+
+use common::driver::{Data, F_DISCARD, F_RO, S_OK, SECTOR, T_IN};
+use common::pattern;
+use common::process::{Ended, Process};
+use common::serve::{SEALBLK, Server, serve, serve_fails};
+use common::storage::{Filesystem, LoopDevice};
+use common::volume::{MIB, PASSPHRASE, Volume, run};
+use rustix::fs::{FileType, Mode, mknodat};
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use tempfile::TempDir;
+
+const IN_USE: i32 = 5;
+const STORAGE: i32 = 6;
+/// An ordinary user.
+const NOBODY: u32 = 65534;
+
+/// A loop device of 24 MiB, and the directory that its file lies in; nothing where there are none.
+fn loop_device() -> Option<(TempDir, LoopDevice)> {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("blocks");
+    File::create(&file).unwrap().set_len(24 * MIB).unwrap();
+    let device = LoopDevice::over(&file, 512);
+    if device.is_none() {
+        eprintln!("skipped: no loop device can be had here");
+    }
+    Some((dir, device?))
+}
+
+fn assert_says(ended: &Ended, code: i32, says: &[&str]) {
+    assert_eq!(ended.status.code(), Some(code), "{}", ended.stderr);
+    for text in says {
+        assert!(
+            ended.stderr.contains(text),
+            "nothing of {text:?} in: {}",
+            ended.stderr
+        );
+    }
+}
+
+fn refused(volume: &Volume, args: &[&str], code: i32, says: &[&str]) {
+    assert_says(&serve_fails(volume, args), code, says);
+}
+
+/// The same volume, by another path.
+fn refused_at(volume: &Volume, path: &Path, args: &[&str], code: i32, says: &[&str]) {
+    let mut command = Command::new(SEALBLK);
+    command
+        .arg("serve")
+        .args(&volume.open)
+        .arg("--blk-file")
+        .arg(path)
+        .arg("--socket-path")
+        .arg(volume.beside("second.sock"))
+        .args(args);
+    let ended = Process::spawn(&mut command).wait();
+    assert!(!ended.status.success(), "it served: {}", ended.stderr);
+    assert_says(&ended, code, says);
+}
+
+/// A volume that is there, by another path.
+fn named(mut volume: Volume, path: PathBuf) -> Volume {
+    volume.path = path;
+    volume
+}
+
+fn sealblk(volume: &Volume, verb: &[&str]) -> Output {
+    Command::new(SEALBLK)
+        .args(&volume.open)
+        .args(verb)
+        .output()
+        .unwrap()
+}
+
+fn assert_not_changed_by_verbs(volume: &Volume, why: &str) {
+    let disk = volume.path.to_str().unwrap();
+    let key = volume.beside("recovery");
+    let verbs: [&[&str]; 4] = [
+        &["create", disk, "--force"],
+        &["recovery", "add", disk, "--recovery-key", key.to_str().unwrap()],
+        &["rekey", disk],
+        &["erase", disk, "--confirm", "00000000-0000-0000-0000-000000000000"],
+    ];
+    for verb in verbs {
+        let output = sealblk(volume, verb);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(STORAGE), "{verb:?}: {said}");
+        assert!(said.contains(disk) && said.contains(why), "{verb:?}: {said}");
+    }
+    assert!(!key.exists());
+}
+
+// ---- what storage can do
+
+/// Linux lets a read-only device be opened for writing. So it was served as a writable disk, of which each write failed.
+#[test]
+fn read_only_device_is_served_read_only_alone() {
+    let Some((dir, device)) = loop_device() else {
+        return;
+    };
+    let volume = Volume::created_at(dir, device.path().to_owned(), &[]);
+    let blocks = volume.beside("blocks");
+    let before = fs::read(&blocks).unwrap();
+
+    device.set_read_only(true);
+    refused(
+        &volume,
+        &[],
+        STORAGE,
+        &["the device is read-only", "blockdev --setrw", "--read-only"],
+    );
+    assert_not_changed_by_verbs(&volume, "the device is read-only");
+    let server = Server::with(&volume, &["--read-only"]);
+    let mut driver = server.connect();
+    assert_ne!(driver.features & F_RO, 0);
+    assert_eq!(driver.run(T_IN, 0, Data::In(SECTOR)).status, S_OK);
+    drop(driver);
+    server.stop();
+
+    drop(device);
+    let Some(device) = LoopDevice::with(&blocks, &["--read-only"]) else {
+        return;
+    };
+    let volume = named(volume, device.path().to_owned());
+    refused(&volume, &[], STORAGE, &["the device is read-only", "--read-only"]);
+    assert!(fs::read(&blocks).unwrap() == before);
+    device.set_read_only(false);
+}
+
+#[test]
+fn file_that_takes_no_writes_is_refused_with_the_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(tmpfs) = Filesystem::tmpfs(dir.path().join("mounted"), 64 * MIB) else {
+        eprintln!("skipped: nothing can be mounted here");
+        return;
+    };
+    let mut volume = Volume::created_at(dir, tmpfs.path.join("disk"), &["--size", "1M"]);
+    tmpfs.set_read_only();
+    refused(
+        &volume,
+        &[],
+        STORAGE,
+        &["mounted read-only", "remount", "--read-only"],
+    );
+    assert_not_changed_by_verbs(&volume, "mounted read-only");
+    Server::with(&volume, &["--read-only"]).stop();
+
+    let immutable = volume.beside("immutable");
+    fs::copy(&volume.path, &immutable).unwrap();
+    volume.path = immutable;
+    let set = |attribute: &str| {
+        let output = Command::new("chattr").arg(attribute).arg(&volume.path).output();
+        output.is_ok_and(|output| output.status.success())
+    };
+    if !set("+i") {
+        eprintln!("skipped: no file can be made immutable here");
+        return;
+    }
+    let ended = serve_fails(&volume, &[]);
+    assert!(set("-i"));
+    assert_says(&ended, STORAGE, &["immutable", "chattr -i", "--read-only"]);
+}
+
+/// `--discard` was offered to the guest whatever lay under the disk.
+#[test]
+fn discards_are_not_offered_where_storage_takes_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(ramfs) = Filesystem::ramfs(dir.path().join("mounted")) else {
+        eprintln!("skipped: nothing can be mounted here");
+        return;
+    };
+    let offered = |volume: &Volume| {
+        let server = Server::with(volume, &["--discard"]);
+        let mut driver = server.connect();
+        driver.still_serves();
+        let offered = driver.frontend.features() & F_DISCARD != 0;
+        drop(driver);
+        (offered, server.stop().stderr.contains("takes no discards"))
+    };
+    let volume = Volume::created_at(dir, ramfs.path.join("disk"), &["--size", "1M"]);
+    assert_eq!(offered(&volume), (false, true));
+    // A loop device passes them on to the file under it.
+    let Some(device) = LoopDevice::over(&volume.path, 512) else {
+        return;
+    };
+    let volume = named(volume, device.path().to_owned());
+    assert_eq!(offered(&volume), (false, true));
+    assert_eq!(offered(&Volume::created(MIB, 512)), (true, false));
+    let Some((dir, device)) = loop_device() else {
+        return;
+    };
+    let volume = Volume::created_at(dir, device.path().to_owned(), &[]);
+    assert_eq!(offered(&volume), (true, false));
+}
+
+// ---- who else has it
+
+/// The lock was on what was named alone, and a file and the loop device over it are two inodes.
+#[test]
+fn file_and_loop_device_over_it_exclude_each_other() {
+    let Some((dir, device)) = loop_device() else {
+        return;
+    };
+    let volume = Volume::created_at(dir, device.path().to_owned(), &[]);
+    let blocks = volume.beside("blocks");
+    let loop_over = ["loop device", device.path().to_str().unwrap(), "losetup --detach"];
+
+    // The device is there before the file is named, whether it is served or not.
+    let server = Server::with(&volume, &[]);
+    for args in [&[][..], &["--read-only"]] {
+        refused_at(&volume, &blocks, args, IN_USE, &["in use"]);
+    }
+    server.still_serves();
+    server.stop();
+    for args in [&[][..], &["--read-only"]] {
+        refused_at(&volume, &blocks, args, IN_USE, &loop_over);
+    }
+    drop(device);
+
+    // The file is served before the device is there.
+    let file = named(volume, blocks.clone());
+    let server = Server::with(&file, &[]);
+    let device = LoopDevice::over(&blocks, 512).unwrap();
+    for args in [&[][..], &["--read-only"]] {
+        refused_at(&file, device.path(), args, IN_USE, &["in use"]);
+    }
+    server.stop();
+    drop(device);
+
+    // Where nobody writes, all may read.
+    let device = LoopDevice::with(&blocks, &["--read-only"]).unwrap();
+    let first = Server::with(&file, &["--read-only"]);
+    let by_device = named(file, device.path().to_owned());
+    let second = Server::with(&by_device, &["--read-only"]);
+    for server in [first, second] {
+        assert_eq!(server.connect().run(T_IN, 0, Data::In(SECTOR)).status, S_OK);
+        server.stop();
+    }
+}
+
+#[test]
+fn parts_of_one_file_are_served_side_by_side_and_not_with_the_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("blocks");
+    File::create(&file).unwrap().set_len(48 * MIB).unwrap();
+    let part = |offset: &str| LoopDevice::with(&file, &["--offset", offset, "--sizelimit", "24M"]);
+    let (Some(first), Some(second)) = (part("0"), part("24M")) else {
+        eprintln!("skipped: no loop device can be had here");
+        return;
+    };
+    let first_volume = Volume::created_at(dir, first.path().to_owned(), &[]);
+    let second_volume = Volume::created_at(tempfile::tempdir().unwrap(), second.path().to_owned(), &[]);
+    let (one, other) = (
+        Server::with(&first_volume, &[]),
+        Server::with(&second_volume, &[]),
+    );
+    one.still_serves();
+    other.still_serves();
+    // Over the end of the one and the start of the other, and over both.
+    for args in [&["--offset", "20M", "--sizelimit", "8M"][..], &[]] {
+        let across = LoopDevice::with(&file, args).unwrap();
+        refused_at(
+            &first_volume,
+            across.path(),
+            &["--read-only"],
+            IN_USE,
+            &["in use"],
+        );
+    }
+    one.stop();
+    other.stop();
+}
+
+#[test]
+fn partition_and_its_disk_exclude_each_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("blocks");
+    let disk = File::create(&file).unwrap();
+    disk.set_len(48 * MIB).unwrap();
+    // One partition of Linux, from the first MiB on.
+    let mut entry = [0; 16];
+    entry[4] = 0x83;
+    entry[8..12].copy_from_slice(&2048_u32.to_le_bytes());
+    entry[12..16].copy_from_slice(&(40 * 2048_u32).to_le_bytes());
+    disk.write_all_at(&entry, 446).unwrap();
+    disk.write_all_at(&[0x55, 0xaa], 510).unwrap();
+    let Some(device) = LoopDevice::with(&file, &["--partscan"]) else {
+        eprintln!("skipped: no loop device can be had here");
+        return;
+    };
+    let name = device.path().file_name().unwrap().to_str().unwrap();
+    let Ok(number) = fs::read_to_string(format!("/sys/block/{name}/{name}p1/dev")) else {
+        eprintln!("skipped: this kernel has no partitions here");
+        return;
+    };
+    let (major, minor) = number.trim().split_once(':').unwrap();
+    let number = rustix::fs::makedev(major.parse().unwrap(), minor.parse().unwrap());
+    // Where no udev makes it.
+    let node = dir.path().join("partition");
+    mknodat(
+        rustix::fs::CWD,
+        &node,
+        FileType::BlockDevice,
+        Mode::RUSR | Mode::WUSR,
+        number,
+    )
+    .unwrap();
+
+    let volume = Volume::created_at(dir, node, &[]);
+    let server = Server::with(&volume, &[]);
+    refused_at(&volume, device.path(), &["--read-only"], IN_USE, &["in use"]);
+    server.still_serves();
+    server.stop();
+    let reader = Server::with(&volume, &["--read-only"]);
+    refused_at(&volume, device.path(), &[], IN_USE, &["in use"]);
+    reader.stop();
+}
+
+/// O_EXCL keeps a second writer from a device. But one reads, and the other's lock is on another node's inode.
+#[test]
+fn second_node_of_a_device_is_the_same_device() {
+    let Some((dir, device)) = loop_device() else {
+        return;
+    };
+    let number = fs::metadata(device.path()).unwrap().rdev();
+    let volume = Volume::created_at(dir, device.path().to_owned(), &[]);
+    let node = volume.beside("node");
+    mknodat(
+        rustix::fs::CWD,
+        &node,
+        FileType::BlockDevice,
+        Mode::RUSR | Mode::WUSR,
+        number,
+    )
+    .unwrap();
+
+    let server = Server::with(&volume, &[]);
+    refused_at(&volume, &node, &["--read-only"], IN_USE, &["in use"]);
+    server.stop();
+    let reader = Server::with(&volume, &["--read-only"]);
+    refused_at(&volume, &node, &[], IN_USE, &["in use"]);
+    reader.stop();
+    let by_node = named(volume, node);
+    let server = Server::with(&by_node, &[]);
+    refused_at(&by_node, device.path(), &["--read-only"], IN_USE, &["in use"]);
+    server.stop();
+}
+
+#[test]
+fn file_of_an_overlay_and_that_in_its_upper_directory_exclude_each_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(overlay) = Filesystem::overlay(dir.path()) else {
+        eprintln!("skipped: nothing can be mounted here");
+        return;
+    };
+    fs::create_dir(overlay.path.join("vms")).unwrap();
+    let volume = Volume::created_at(dir, overlay.path.join("vms/disk"), &["--size", "1M"]);
+    let upper = volume.beside("upper/vms/disk");
+    let server = Server::with(&volume, &[]);
+    for args in [&[][..], &["--read-only"]] {
+        refused_at(&volume, &upper, args, IN_USE, &["in use"]);
+    }
+    server.still_serves();
+    server.stop();
+    let merged = volume.path.clone();
+    let by_upper = named(volume, upper);
+    let server = Server::with(&by_upper, &[]);
+    refused_at(&by_upper, &merged, &["--read-only"], IN_USE, &["in use"]);
+    server.stop();
+}
+
+// ---- ordinary users
+
+/// The lock on the metadata of a block device is a file in /run/cryptsetup, which belongs to root: nobody else could serve a
+/// device, though he might read and write it.
+#[test]
+fn ordinary_user_serves_a_device_and_may_not_change_its_metadata() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: it takes root to become somebody else");
+        return;
+    }
+    let Some((dir, device)) = loop_device() else {
+        return;
+    };
+    let made = Volume::cryptsetup(4 * MIB, 512);
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let blocks = File::options().write(true).open(device.path()).unwrap();
+    blocks.write_all_at(&made.bytes(), 0).unwrap();
+    blocks.sync_all().unwrap();
+    let (key, own) = (dir.path().join("key"), dir.path().join("own"));
+    fs::write(&key, PASSPHRASE).unwrap();
+    fs::create_dir(&own).unwrap();
+    let before = fs::metadata(device.path()).unwrap();
+    for path in [&key, &own, device.path()] {
+        chown(path, Some(NOBODY), Some(NOBODY)).unwrap();
+    }
+    // There is a directory, and it lets no others in.
+    let _ = fs::DirBuilder::new().create("/run/cryptsetup");
+    let key = key.to_str().unwrap().to_owned();
+    let volume = Volume::at(
+        dir,
+        device.path().to_owned(),
+        vec!["--passphrase-file".into(), key.clone()],
+    );
+    let as_nobody = |command: &mut Command| {
+        command.uid(NOBODY).gid(NOBODY);
+    };
+
+    let socket = own.join("vhost.sock");
+    let mut command = serve(&volume, &socket, &[]);
+    as_nobody(&mut command);
+    let server = Server::at(&mut command, socket);
+    let mut driver = server.connect();
+    let bytes = pattern(1, MIB as usize);
+    driver.write(64, &bytes);
+    driver.flush();
+    assert!(driver.read(64, bytes.len()) == bytes);
+    drop(driver);
+    server.stop();
+
+    let mut add = Command::new(SEALBLK);
+    let recovery = own.join("recovery");
+    add.args(["recovery", "add"])
+        .arg(device.path())
+        .args(["--unlock-key", &key, "--recovery-key"])
+        .arg(&recovery);
+    as_nobody(&mut add);
+    let output = add.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(STORAGE), "{said}");
+    assert!(
+        said.contains("/run/cryptsetup") && said.contains("as root"),
+        "{said}"
+    );
+    assert!(!recovery.exists());
+
+    // A damaged copy is not repaired, and does not keep the disk from being served.
+    blocks.write_all_at(&[0], 0xa8).unwrap();
+    let mut command = serve(&volume, &own.join("again.sock"), &[]);
+    as_nobody(&mut command);
+    let server = Server::at(&mut command, own.join("again.sock"));
+    server.still_serves();
+    assert!(server.stop().stderr.contains("needs repair"));
+    chown(device.path(), Some(before.uid()), Some(before.gid())).unwrap();
+    run(Command::new(SEALBLK).arg("info").arg(device.path()));
+}
