@@ -6,7 +6,6 @@ use uuid::Uuid;
 use super::copies::{self, Found};
 use super::error::{Reason, VolumeError};
 use super::header_io::HeaderIo;
-use super::lock::LockMode;
 use super::locked::{keyslots_of_segments, layout};
 use super::metadata::{Id, Kdf, Keyslot, Metadata, Segment, SegmentSize, Token};
 use super::token::{self, SealblkToken};
@@ -178,8 +177,7 @@ impl Info {
     /// Where there is no LUKS2 header.
     pub fn read(io: &dyn HeaderIo, payload: Option<&Backing>) -> Result<Self, VolumeError> {
         let read = || {
-            let _lock = io.lock(LockMode::Read).map_err(Reason::Lock)?;
-            let found = copies::read(io)?;
+            let found = copies::read_locked(io)?;
             Ok(Self::of(
                 &found,
                 io,

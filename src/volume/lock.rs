@@ -5,6 +5,10 @@
 //! file is unlinked by the last one to hold it, so whoever gets the lock looks whether the file that he locked is
 //! still the one in the directory.
 //!
+//! Only root may make that file, unless somebody lets others into the directory. Who may not reads without the lock, and
+//! looks again where what is read is not sound ([`copies::read_locked`](super::copies::read_locked)): both copies have checksums
+//! and a sequence number, so that no half-written header passes for one. Nothing is written without the lock.
+//!
 //! The lock is held for the moment of reading or writing metadata, never while a key is derived or a disk is served;
 //! what keeps two servers off one disk is the lock of [`crate::storage::Backing`], which flock(2) does not see.
 
@@ -31,7 +35,8 @@ pub enum LockMode {
 pub struct MetadataLock<'file>(Held<'file>);
 
 impl<'file> MetadataLock<'file> {
-    /// Waits for the lock on `file`, but not for ever.
+    /// Waits for the lock on `file`, but not for ever. To read a block device without being allowed to lock it, it may be
+    /// none: see [`MetadataLock::is_held`].
     ///
     /// # Errors
     /// Where there is no such lock to be had, or somebody else keeps it.
@@ -40,8 +45,19 @@ impl<'file> MetadataLock<'file> {
         if metadata.file_type().is_block_device() {
             let rdev = metadata.rdev();
             let name = format!("L_{}:{}", major(rdev), minor(rdev));
-            return ResourceFile::lock(Path::new(DIRECTORY), &name, mode)
-                .map(|held| Self(Held::Resource(held)));
+            return match ResourceFile::lock(Path::new(DIRECTORY), &name, mode) {
+                Ok(held) => Ok(Self(Held::Resource(held))),
+                Err(error) => match (error.kind(), mode) {
+                    (io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem, LockMode::Read) => {
+                        Ok(Self(Held::Nothing))
+                    }
+                    (
+                        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem,
+                        LockMode::Write,
+                    ) => Err(io::Error::new(io::ErrorKind::PermissionDenied, NOT_PERMITTED)),
+                    _ => Err(error),
+                },
+            };
         }
         wait_for(file.as_fd(), mode)?;
         Ok(Self(Held::File(file.as_fd())))
@@ -49,7 +65,12 @@ impl<'file> MetadataLock<'file> {
 
     /// No lock at all, for what nobody else can open.
     pub fn unshared() -> Self {
-        Self(Held::Nothing)
+        Self(Held::Unshared)
+    }
+
+    /// Whether nobody can be writing meanwhile.
+    pub fn is_held(&self) -> bool {
+        !matches!(self.0, Held::Nothing)
     }
 }
 
@@ -66,6 +87,7 @@ impl Drop for MetadataLock<'_> {
 enum Held<'file> {
     File(BorrowedFd<'file>),
     Resource(#[allow(dead_code, reason = "held for its drop")] ResourceFile),
+    Unshared,
     Nothing,
 }
 
@@ -85,8 +107,23 @@ impl ResourceFile {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let directory_fd = rustix::fs::open(directory, flags, Mode::empty())?;
         loop {
-            let flags = OFlags::CREATE | OFlags::NOFOLLOW | OFlags::RDWR | OFlags::CLOEXEC;
-            let file = openat(&directory_fd, name, flags, Mode::from_raw_mode(0o644))?;
+            let flags = OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let mode_of_new = Mode::from_raw_mode(0o644);
+            let file = match openat(
+                &directory_fd,
+                name,
+                flags | OFlags::CREATE | OFlags::RDWR,
+                mode_of_new,
+            ) {
+                // Another user's, which can be locked all the same, unless it is unlinked meanwhile.
+                Err(Errno::ACCESS) => {
+                    match openat(&directory_fd, name, flags | OFlags::RDONLY, Mode::empty()) {
+                        Err(Errno::NOENT) => continue,
+                        file => file?,
+                    }
+                }
+                file => file?,
+            };
             wait_for(file.as_fd(), mode)?;
             let held = Self {
                 file,
@@ -134,6 +171,10 @@ fn wait_for(file: BorrowedFd<'_>, mode: LockMode) -> io::Result<()> {
         }
     }
 }
+
+const NOT_PERMITTED: &str = "this user may not lock the metadata of a block device, which takes a file in /run/cryptsetup, as \
+    cryptsetup does it: do this as root, or let a group of the user's in (`install -d -m 770 -g GROUP /run/cryptsetup`; \
+    tmpfiles.d(5) does that at each boot)";
 
 /// cryptsetup's own, as compiled into every distribution's.
 const DIRECTORY: &str = "/run/cryptsetup";

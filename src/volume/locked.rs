@@ -2,6 +2,7 @@
 //! it takes to add another way in.
 
 use std::fmt;
+use std::io;
 use std::sync::Arc;
 
 use tracing::warn;
@@ -252,18 +253,23 @@ impl fmt::Debug for Volume {
 /// Reads the header under the lock. What needs recovery is looked at again under the write lock before it is
 /// repaired, because what looked like damage may have been another program's update.
 fn read_and_repair(io: &dyn HeaderIo) -> Result<(Header, HeaderState), Reason> {
-    let found = {
-        let _lock = io.lock(LockMode::Read).map_err(Reason::Lock)?;
-        copies::read(io)?
-    };
+    let found = copies::read_locked(io)?;
     if let Found::Sound(header) = found {
         return Ok((header, HeaderState::Sound));
     }
-    let found = if io.read_only() {
-        found
-    } else {
-        let _lock = io.lock(LockMode::Write).map_err(Reason::Lock)?;
-        match copies::read(io)? {
+    let lock = match io.read_only() {
+        true => None,
+        false => match io.lock(LockMode::Write) {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                warn!("{}: the LUKS2 header needs repair: {error}", io.path().display());
+                None
+            }
+            lock => Some(lock.map_err(Reason::Lock)?),
+        },
+    };
+    let found = match lock {
+        None => found,
+        Some(_lock) => match copies::read(io)? {
             Found::NeedsRecovery(recoverable) => {
                 let copy = recoverable.bad.name();
                 let damage = recoverable.damage.to_string();
@@ -285,7 +291,7 @@ fn read_and_repair(io: &dyn HeaderIo) -> Result<(Header, HeaderState), Reason> {
                 }
             }
             sound => sound,
-        }
+        },
     };
     Ok(match found {
         Found::Sound(header) => (header, HeaderState::Sound),
