@@ -181,6 +181,7 @@ impl Create {
         if !self.force && occupied(&backing)? {
             return Err(Failure::Occupied {
                 path: path.to_owned(),
+                format: volume::format_of(&backing),
             });
         }
         Ok(backing)

@@ -18,7 +18,7 @@ use crate::known::GuardError;
 use crate::served::OpenError;
 use crate::storage::StorageError;
 use crate::toml_file::TomlFileError;
-use crate::volume::{HeaderError, KdfError, KeyslotError, Reason, VolumeError};
+use crate::volume::{Advice, Format, HeaderError, KdfError, KeyslotError, Owner, Reason, VolumeError};
 
 use super::config::ConfigError;
 use super::secret::SecretError;
@@ -60,10 +60,16 @@ pub enum Failure {
         source: io::Error,
     },
     /// There is something to lose.
-    #[error("{} holds data; name another place, or destroy them with --force", path.display())]
+    #[error(
+        "{} holds {}; name another place, or destroy what it holds with --force",
+        path.display(),
+        format.map_or("data".to_owned(), |format| format.to_string())
+    )]
     Occupied {
         /// The file or device.
         path: PathBuf,
+        /// What it is known to hold.
+        format: Option<Format>,
     },
     /// A file has no size of its own.
     #[error("{} is a file: say how large the disk shall be, with --size", disk.display())]
@@ -135,11 +141,7 @@ pub enum Failure {
     #[error(transparent)]
     Volume(#[from] VolumeError),
     /// A disk that is not encrypted.
-    #[error(
-        "{volume}; if its header is in another file, name that with --header; if its header was overwritten, restore a \
-         backup of it with `cryptsetup luksHeaderRestore`; only if it was never encrypted, --allow-unencrypted serves it \
-         as a plain disk"
-    )]
+    #[error("{volume}; {}", unencrypted(volume))]
     Unencrypted {
         /// What it is not.
         volume: VolumeError,
@@ -177,6 +179,15 @@ pub enum Failure {
     /// A sector size for a disk that has its own.
     #[error("{} is a LUKS2 volume, whose header tells its sector size: leave --sector-size out", disk.display())]
     SectorSizeOfVolume {
+        /// The disk.
+        disk: PathBuf,
+    },
+    /// A volume that is said to be none.
+    #[error(
+        "{} is a LUKS2 volume, and is not served as it lies there: leave --format out, and it is served decrypted",
+        disk.display()
+    )]
+    FormatOfVolume {
         /// The disk.
         disk: PathBuf,
     },
@@ -340,6 +351,7 @@ impl Failure {
             | Self::OpensAlready { .. }
             | Self::KeyOfPlainDisk { .. }
             | Self::SectorSizeOfVolume { .. }
+            | Self::FormatOfVolume { .. }
             | Self::NullStorage { .. }
             | Self::Confirm { .. }
             | Self::ConfirmErasure { .. }
@@ -460,6 +472,29 @@ fn broker_code(error: &StateError) -> u8 {
         | StateError::Unknown { .. }
         | StateError::Name(_)
         | StateError::Register(_) => USAGE,
+    }
+}
+
+/// What may be wrong where there is no volume, and what to do.
+fn unencrypted(volume: &VolumeError) -> String {
+    let looks_like = match &*volume.reason {
+        Reason::Header(HeaderError::NotLuks { looks_like }) => *looks_like,
+        _ => None,
+    };
+    match looks_like.map(|format| (format, format.owner())) {
+        Some((format, Owner::Image(_))) => {
+            let path = &volume.path;
+            Advice { path, format }.to_string()
+        }
+        Some((format, Owner::Pool)) => format!(
+            "{}; if it is a plain disk, and its guest has made that of it, --allow-unencrypted --format raw serves it as it lies \
+             there",
+            Advice { path: &volume.path, format }
+        ),
+        Some((_, Owner::Disk)) | None => "if its header is in another file, name that with --header; if its header was \
+            overwritten, restore a backup of it with `cryptsetup luksHeaderRestore`; only if it was never encrypted, \
+            --allow-unencrypted serves it as a plain disk"
+            .to_owned(),
     }
 }
 

@@ -40,7 +40,8 @@ Then start QEMU with memory that it shares, and the disk:
     -device vhost-user-blk-pci,chardev=disk0
 
 A volume is known by its header: with --allow-unencrypted too it is served
-decrypted, and one whose header is damaged not at all.
+decrypted, and one whose header is damaged not at all. An image (qcow2, VMDK, ...),
+and what belongs to LVM, ZFS or a RAID, is no plain disk unless --format raw says so.
 
 Whoever can connect to SOCK reads and writes the disk: it is its owner's alone, or with
 --socket-group that group's too, as a QEMU that runs as another user needs it.
@@ -110,6 +111,10 @@ pub(super) struct Serve {
     /// be: who can wipe the header of one would make it plain
     #[arg(long, conflicts_with = "header")]
     allow_unencrypted: bool,
+    /// The disk is 'raw', though it looks like an image, a member of a pool or a LUKS1 volume: its guest has written that onto
+    /// it. What an image holds is not looked at
+    #[arg(long, value_name = "FORMAT", requires = "allow_unencrypted", value_parser = ["raw"])]
+    format: Option<String>,
     /// The block size of a disk that is not a volume, 512 or 4096 [default: 512]
     #[arg(long, value_name = "BYTES", value_parser = parse_sector_size)]
     sector_size: Option<SectorSize>,
@@ -269,7 +274,7 @@ impl Serve {
                     },
                 }))
             }
-            Err(volume) if header.is_none() && is_no_volume(&volume) => match self.allow_unencrypted {
+            Err(volume) if header.is_none() && self.is_no_volume(&volume) => match self.allow_unencrypted {
                 true => self.plain(disk),
                 false => Err(Failure::Unencrypted { volume }),
             },
@@ -277,10 +282,24 @@ impl Serve {
         }
     }
 
+    /// Whether it is none that sealblk could ever open.
+    fn is_no_volume(&self, error: &VolumeError) -> bool {
+        match &*error.reason {
+            Reason::Header(HeaderError::NotLuks { .. }) => true,
+            Reason::Header(HeaderError::Luks1) => self.format.is_some(),
+            _ => false,
+        }
+    }
+
     /// What is known of the volume without its key.
     fn volume(&self, disk: &Backing, locked: &Locked<'_>) -> Result<Shape, Failure> {
         if self.sector_size.is_some() {
             return Err(Failure::SectorSizeOfVolume {
+                disk: disk.path().to_owned(),
+            });
+        }
+        if self.format.is_some() {
+            return Err(Failure::FormatOfVolume {
                 disk: disk.path().to_owned(),
             });
         }
@@ -320,7 +339,7 @@ impl Serve {
             });
         }
         let sector_size = self.sector_size.unwrap_or_default();
-        let table = plain(&disk, sector_size)?;
+        let table = plain(&disk, sector_size, self.format.is_some())?;
         tracing::warn!("not a LUKS2 volume: it is served as a plain disk, and nothing of it is encrypted");
         let shape = Shape {
             sectors: table.sectors(),
@@ -382,6 +401,7 @@ impl Serve {
         if !shape.file.is_direct() {
             tracing::warn!("no direct I/O with this sector size here; data pass through the page cache");
         }
+        let discard = self.discard && takes_discards(&shape.file);
         let disk = Disk::new(
             shape.sectors,
             Arc::clone(&shape.file),
@@ -395,7 +415,6 @@ impl Serve {
             .with_poll_max(Duration::from_micros(self.poll_max.into()))
             .with_pool_pages(self.pool_size.unwrap_or(DEFAULT_POOL_PAGES)))
     }
-        let discard = self.discard && takes_discards(&shape.file);
 }
 
 /// How long the first try to get a key may hold up the guest.
@@ -465,10 +484,6 @@ impl Shape {
     fn of(self, key: Key) -> Medium {
         Medium { shape: self, key }
     }
-}
-
-fn is_no_volume(error: &VolumeError) -> bool {
-    matches!(*error.reason, Reason::Header(HeaderError::NotLuks { .. }))
 }
 
 /// Whether the guest's discards can be passed on. Where they cannot, it is better off without them: that they fail, a guest

@@ -17,10 +17,11 @@ use tracing::warn;
 
 use super::binary::{self, BinaryError, BinaryHeader, Copy, HEADER_SIZES, checksum_holds};
 use super::error::Reason;
+use super::foreign::{self, Format};
 use super::header_io::HeaderIo;
+use super::lock::LockMode;
 use super::metadata::{Metadata, MetadataError};
 
-use super::lock::LockMode;
 /// A header that both copies hold, or that the sound one of them holds.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Header {
@@ -148,8 +149,6 @@ impl Recoverable {
     }
 }
 
-/// Reads both copies and compares them. The caller holds the lock, for reading at least.
-pub(super) fn read(io: &dyn HeaderIo) -> Result<Found, HeaderError> {
 /// Reads both copies under the lock for reading. Where this process may not have that, what is not sound may be another
 /// program's update on its way, and is looked at again.
 pub(super) fn read_locked(io: &dyn HeaderIo) -> Result<Found, Reason> {
@@ -168,6 +167,8 @@ pub(super) fn read_locked(io: &dyn HeaderIo) -> Result<Found, Reason> {
 const UNLOCKED_LOOKS: u32 = 20;
 const PAUSE: Duration = Duration::from_millis(10);
 
+/// Reads both copies and compares them. The caller holds the lock, for reading at least.
+pub(super) fn read(io: &dyn HeaderIo) -> Result<Found, HeaderError> {
     let primary = read_copy(io, Copy::Primary, 0);
     let secondary = match &primary {
         Ok(primary) => read_copy(io, Copy::Secondary, primary.binary.header_size),
@@ -293,14 +294,13 @@ fn find_secondary(io: &dyn HeaderIo) -> Result<One, Damage> {
 
 /// Tells apart what is no LUKS2 volume from one that is lost.
 fn no_header(io: &dyn HeaderIo, primary: Damage, secondary: Damage) -> HeaderError {
+    let not_luks = || HeaderError::NotLuks {
+        looks_like: foreign::find(io),
+    };
     match (&primary, &secondary) {
         (Damage::Binary(BinaryError::Version { version: 1 }), _) => HeaderError::Luks1,
-        (Damage::Io(error), Damage::NotFound) if error.kind() == io::ErrorKind::UnexpectedEof => {
-            HeaderError::NotLuks { looks_like: None }
-        }
-        (Damage::Binary(BinaryError::Magic), Damage::NotFound) => HeaderError::NotLuks {
-            looks_like: foreign_signature(io),
-        },
+        (Damage::Io(error), Damage::NotFound) if error.kind() == io::ErrorKind::UnexpectedEof => not_luks(),
+        (Damage::Binary(BinaryError::Magic), Damage::NotFound) => not_luks(),
         // Two sound copies that say what we do not know are somebody's good header, which no older backup should replace.
         (Damage::Metadata { source, .. }, Damage::Metadata { .. }) => HeaderError::NotUnderstood {
             copy: Copy::Primary,
@@ -314,20 +314,10 @@ fn no_header(io: &dyn HeaderIo, primary: Damage, secondary: Damage) -> HeaderErr
 /// primary back would destroy what it is now. So, as cryptsetup does, a signature of another format where the primary
 /// was is left for a person to judge.
 fn refuse_foreign(io: &dyn HeaderIo) -> Result<(), HeaderError> {
-    match foreign_signature(io) {
+    match foreign::find(io) {
         Some(format) => Err(HeaderError::ForeignSignature { format }),
         None => Ok(()),
     }
-}
-
-/// What cannot be read has no signature.
-fn foreign_signature(io: &dyn HeaderIo) -> Option<&'static str> {
-    SIGNATURES.iter().find_map(|&(format, offset, signature)| {
-        let mut found = [0; 8];
-        let found = &mut found[..signature.len()];
-        io.read_at(found, offset).ok()?;
-        (found == signature).then_some(format)
-    })
 }
 
 fn salt() -> Result<[u8; 64], HeaderError> {
@@ -335,21 +325,6 @@ fn salt() -> Result<[u8; 64], HeaderError> {
     fill(&mut salt).map_err(HeaderError::Random)?;
     Ok(salt)
 }
-
-/// Format, offset, bytes: what is likely to be made on a disk.
-const SIGNATURES: &[(&str, u64, &[u8])] = &[
-    ("a qcow2 image", 0, b"QFI\xfb"),
-    ("a VMDK image", 0, b"KDMV"),
-    ("a VHDX image", 0, b"vhdxfile"),
-    ("a partition table (GPT)", 512, b"EFI PART"),
-    ("a partition table (GPT)", 4096, b"EFI PART"),
-    ("a partition table or boot sector", 510, b"\x55\xaa"),
-    ("LVM", 512, b"LABELONE"),
-    ("XFS", 0, b"XFSB"),
-    ("ext2, ext3 or ext4", 1080, b"\x53\xef"),
-    ("btrfs", 65600, b"_BHRfS_M"),
-    ("swap space", 4086, b"SWAPSPAC"),
-];
 
 /// What is wrong with one copy.
 #[derive(Debug, thiserror::Error)]
@@ -388,7 +363,7 @@ impl Damage {
 #[derive(Debug, thiserror::Error)]
 pub enum HeaderError {
     #[error("not a LUKS2 volume{}", looks_like.map(|format| format!(", but {format}")).unwrap_or_default())]
-    NotLuks { looks_like: Option<&'static str> },
+    NotLuks { looks_like: Option<Format> },
     #[error("a LUKS1 volume; convert it with `cryptsetup convert --type luks2`")]
     Luks1,
     #[error(
@@ -412,7 +387,7 @@ pub enum HeaderError {
         "the primary copy of the LUKS2 header is damaged, and there is a signature of {format} in its place; if \
          it is a LUKS2 volume nevertheless, run `cryptsetup repair`"
     )]
-    ForeignSignature { format: &'static str },
+    ForeignSignature { format: Format },
     #[error(
         "the LUKS2 header cannot be read: its storage fails, and neither copy is found sound; check the storage, and \
          try again"
@@ -581,7 +556,7 @@ mod tests {
         assert!(matches!(
             read(&io),
             Err(HeaderError::NotLuks {
-                looks_like: Some("a qcow2 image")
+                looks_like: Some(Format::Qcow2)
             })
         ));
         io.front.borrow_mut()[..8].copy_from_slice(b"LUKS\xba\xbe\x00\x01");
@@ -610,9 +585,7 @@ mod tests {
         let error = read(&io).unwrap_err();
         assert!(matches!(
             error,
-            HeaderError::ForeignSignature {
-                format: "ext2, ext3 or ext4"
-            }
+            HeaderError::ForeignSignature { format: Format::Ext }
         ));
     }
 }

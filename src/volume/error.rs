@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
 use super::copies::{Damage, HeaderError};
+use super::foreign::{Format, Owner, Unpack};
 use super::kdf::KdfError;
 use super::keyslot::KeyslotError;
 use super::refusal::Refusal;
@@ -194,6 +195,11 @@ pub enum Reason {
          was never one, copy it to where these bytes are not at that place"
     )]
     TraceOfHeader { offset: u64 },
+    #[error(
+        "it is {format}, and not served as it lies there: {}; if it is a plain disk, and its guest has written that onto it, \
+         say so: --format raw", Advice { path, format: *format }
+    )]
+    Foreign { path: PathBuf, format: Format },
     #[error("it is a LUKS volume already; its data would be lost")]
     AlreadyLuks,
     #[error(
@@ -224,6 +230,36 @@ impl Reason {
         VolumeError {
             path: path.to_owned(),
             reason: Box::new(self),
+        }
+    }
+}
+
+/// What to do with a disk that is of another format.
+#[derive(Debug)]
+pub struct Advice<'a> {
+    /// The disk.
+    pub path: &'a Path,
+    /// What it holds.
+    pub format: Format,
+}
+
+impl fmt::Display for Advice<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let path = self.path.display();
+        match self.format.owner() {
+            Owner::Image(Unpack::QemuImg(format)) => write!(
+                f,
+                "the disk is packed in it, and a guest would see the package and write over it; unpack it with `qemu-img convert \
+                 -f {format} -O raw {path} NEWFILE`, and name NEWFILE"
+            ),
+            Owner::Image(Unpack::Decompress) => f.write_str(
+                "the disk is packed in it, and a guest would see the package and write over it; decompress it to a new file, \
+                 and name that",
+            ),
+            Owner::Pool | Owner::Disk => f.write_str(
+                "if it is one of this host's, or of another that shares the storage, a guest would write over what that host \
+                 has in use: name another disk",
+            ),
         }
     }
 }

@@ -22,6 +22,7 @@
 //! erase                           its end
 //! vault                           a key in a header without a disk
 //! plain                           a disk that is none
+//! foreign                         what else may be on a disk
 //! layout, refusal                 metadata -> segments that can be served, or why not
 //! token, keyslot, kdf, af, hash   wrapped slot secret -> passphrase -> volume key
 //! copies                          the two copies, updates that survive a crash
@@ -39,6 +40,7 @@ mod copies;
 mod create;
 mod erase;
 mod error;
+mod foreign;
 mod hash;
 mod header_io;
 #[cfg(test)]
@@ -64,7 +66,8 @@ pub use bindings::{Bindings, BoundTo, Proof};
 pub use copies::{Damage, HeaderError, HeaderState};
 pub use create::{CreateOptions, create};
 pub use erase::{Erased, erase};
-pub use error::{Reason, VolumeError};
+pub use error::{Advice, Reason, VolumeError};
+pub use foreign::{Format, Owner, Unpack, find as format_of};
 pub use header_io::{BLOCK, HeaderIo};
 pub use info::{CopiesInfo, Info, KdfInfo, KeyslotInfo, Purpose, SegmentInfo, TokenInfo};
 pub use kdf::{Argon2Cost, KdfError};

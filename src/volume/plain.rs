@@ -6,7 +6,10 @@
 //! What a header that was overwritten in full leaves, and the payload of a detached header, cannot be told from noise:
 //! that one is not plain only the operator knows, and so he has to ask for it.
 //!
-//! A guest can write a header onto its plain disk. By that it denies the disk to itself: what it wrote is then taken
+//! What another format is known by refuses a disk too ([`Format`]), unless the operator says that it is raw: an image in which
+//! a disk is packed is nothing to show to a guest, and what a guest has written onto its plain disk is.
+//!
+//! A guest can write a LUKS2 header onto its plain disk. By that it denies the disk to itself: what it wrote is then taken
 //! for a volume, of which nobody has the key.
 
 use std::io;
@@ -15,22 +18,36 @@ use std::sync::Arc;
 use super::binary::{self, Copy, HEADER_SIZES};
 use super::copies::HeaderError;
 use super::error::{Reason, VolumeError};
+use super::foreign::{self, Format};
 use super::header_io::HeaderIo;
 use super::segment::{SegmentTable, Treatment};
 use crate::cipher::{Sector, SectorSize};
 
-/// The whole of `disk` as one linear segment, where [`Locked::open`](super::Locked::open) has found no header.
+/// The whole of `disk` as one linear segment, where [`Locked::open`](super::Locked::open) has found no header. `raw` says that
+/// the operator knows it to be a plain disk, whatever format it looks like.
 ///
 /// # Errors
-/// Where there is a trace of a LUKS header, or the disk is not a whole number of sectors of that size. As a loop device
+/// Where there is a trace of a LUKS header, or another format that is not known to be raw, or the disk is not a whole number of sectors of that size. As a loop device
 /// does, it ends with the last whole sector of 512 bytes.
-pub fn plain(disk: &dyn HeaderIo, sector_size: SectorSize) -> Result<Arc<SegmentTable>, VolumeError> {
+pub fn plain(
+    disk: &dyn HeaderIo,
+    sector_size: SectorSize,
+    raw: bool,
+) -> Result<Arc<SegmentTable>, VolumeError> {
     let table = || {
         let len = disk.size().map_err(Reason::Length)?;
+        let format = foreign::find(disk).filter(|format| format.is_foreign());
         for offset in [0].into_iter().chain(HEADER_SIZES) {
-            if has_trace(disk, offset, len).map_err(HeaderError::Read)? {
+            let is_luks1 = offset == 0 && format == Some(Format::Luks1);
+            if !is_luks1 && has_trace(disk, offset, len).map_err(HeaderError::Read)? {
                 return Err(Reason::TraceOfHeader { offset });
             }
+        }
+        if let Some(format) = format.filter(|_| !raw) {
+            return Err(Reason::Foreign {
+                path: disk.path().to_owned(),
+                format,
+            });
         }
         let unit = sector_size.bytes();
         let capacity = len / Sector::LEN * Sector::LEN;
@@ -87,7 +104,7 @@ mod tests {
     use super::*;
 
     fn trace(io: &Memory) -> Option<u64> {
-        match plain(io, SectorSize::B512) {
+        match plain(io, SectorSize::B512, false) {
             Ok(_) => None,
             Err(error) => match *error.reason {
                 Reason::TraceOfHeader { offset } => Some(offset),
