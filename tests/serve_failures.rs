@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+const HOST: i32 = 1;
 const USAGE: i32 = 2;
 const VOLUME: i32 = 3;
 const KEY: i32 = 4;
@@ -80,6 +81,58 @@ fn wrong_passphrase_is_refused() {
     );
     volume.open[1] = named(&volume.beside("missing")).into();
     refused(&volume, &[], STORAGE, &[named(&volume.beside("missing"))]);
+}
+
+/// MemAvailable is the host's, and of that a control group may have little: the kernel ended the process then, or had it
+/// stand still.
+#[test]
+fn keyslot_that_takes_more_memory_than_the_control_group_has_is_not_tried() {
+    let Some(group) = MemoryGroup::new(96 * MIB) else {
+        eprintln!("skipped: no control group with a memory limit can be had here");
+        return;
+    };
+    let volume = Volume::cryptsetup(4 * MIB, 512);
+    run(Command::new("cryptsetup")
+        .args(["luksConvertKey", "--batch-mode", "--pbkdf", "argon2id"])
+        .args(["--pbkdf-memory", "262144", "--pbkdf-parallel", "1"])
+        .args(["--pbkdf-force-iterations", "4", "--key-file"])
+        .args([&volume.beside("passphrase"), &volume.path]));
+    let mut test = Command::new("sh");
+    test.args(["-c", r#"echo $$ > "$0/cgroup.procs" && exec "$@""#])
+        .arg(&group.0)
+        .args([SEALBLK, "recovery", "test"])
+        .arg(&volume.path)
+        .arg("--recovery-key")
+        .arg(volume.beside("passphrase"));
+    let ended = Process::spawn(&mut test).wait();
+    assert_refusal(&ended, HOST, &["262144 KiB of memory", "control group"]);
+}
+
+/// A control group of its own, until it is dropped.
+struct MemoryGroup(PathBuf);
+
+impl MemoryGroup {
+    fn new(limit: u64) -> Option<Self> {
+        let name = format!("sealblk-test-{}", std::process::id());
+        let places = [
+            ("/sys/fs/cgroup", "memory.max"),
+            ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+        ];
+        places.iter().find_map(|(tree, file)| {
+            let dir = Path::new(tree).join(&name);
+            fs::create_dir(&dir).ok()?;
+            let group = Self(dir);
+            let limited = fs::OpenOptions::new().write(true).open(group.0.join(file));
+            limited.ok()?.write_all(limit.to_string().as_bytes()).ok()?;
+            Some(group)
+        })
+    }
+}
+
+impl Drop for MemoryGroup {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.0);
+    }
 }
 
 #[test]

@@ -195,7 +195,7 @@ impl Claiming<'_> {
         // Nobody looks at other file systems, whose servers may be away.
         let is_near = |path: &Path| {
             Mount::holding(path, mounts)
-                .is_some_and(|mount| mount.kind == "devtmpfs" || Some(&*mount.device) == own)
+                .is_some_and(|mount| mount.is("devtmpfs") || Some(&*mount.device) == own)
         };
         let loops = fs::read_dir("/sys/block").into_iter().flatten().flatten();
         for device in loops.filter(|device| device.file_name().as_encoded_bytes().starts_with(b"loop")) {

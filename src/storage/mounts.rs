@@ -14,11 +14,10 @@ pub struct Mount {
     /// Number of the file system: two mounts of it have the same.
     pub(super) device: String,
     /// What of the file system is mounted.
-    pub(super) root: PathBuf,
+    pub root: PathBuf,
     /// Where it is mounted.
     pub point: PathBuf,
-    /// The type of the file system.
-    pub(super) kind: String,
+    kind: String,
     /// The options of the file system, each as it stands there.
     options: Vec<Vec<u8>>,
 }
@@ -26,7 +25,11 @@ pub struct Mount {
 impl Mount {
     /// All of them, the later over the earlier; none where there is no mountinfo.
     pub fn all() -> Vec<Self> {
-        let table = fs::read("/proc/thread-self/mountinfo").unwrap_or_default();
+        Self::parse_all(&fs::read("/proc/thread-self/mountinfo").unwrap_or_default())
+    }
+
+    /// Those of a text as mountinfo has it.
+    pub fn parse_all(table: &[u8]) -> Vec<Self> {
         table
             .split(|byte| *byte == b'\n')
             .filter_map(Self::parse)
@@ -66,8 +69,18 @@ impl Mount {
         holds.max_by_key(|mount| mount.point.components().count())
     }
 
+    /// Whether its file system is of this type.
+    pub fn is(&self, kind: &str) -> bool {
+        self.kind == kind
+    }
+
+    /// Whether its file system has an option without a value.
+    pub fn has_option(&self, name: &str) -> bool {
+        self.options.iter().any(|option| option == name.as_bytes())
+    }
+
     /// The value of an option of the file system.
-    pub(super) fn option(&self, name: &str) -> Option<OsString> {
+    fn option(&self, name: &str) -> Option<OsString> {
         let value = |option: &Vec<u8>| {
             option
                 .strip_prefix(name.as_bytes())?
@@ -96,7 +109,7 @@ fn unescaped(text: &[u8]) -> OsString {
 /// Where the file of an overlayfs lies once it was written to: the path in the mount stands for one in the upper directory.
 pub(super) fn overlay_upper(file: &File, mounts: &[Mount]) -> Option<PathBuf> {
     let mount = &mounts[Mount::of(file, mounts)?];
-    if mount.kind != "overlay" {
+    if !mount.is("overlay") {
         return None;
     }
     let path = fs::read_link(format!("/proc/thread-self/fd/{}", file.as_raw_fd())).ok()?;

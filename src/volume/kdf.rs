@@ -3,7 +3,6 @@
 //! The costs stand in a header that anybody may have written. cryptsetup writes at most 4 GiB and 4 lanes for argon2;
 //! the caps on time here are far above what it ever picks, and keep a hostile header from hanging an attach.
 
-use std::fs;
 use std::thread;
 
 use argon2::{Algorithm, Block, Params, Version};
@@ -11,6 +10,7 @@ use serde::Serialize;
 use zeroize::Zeroize;
 
 use super::hash::Hash;
+use super::memory::Memory;
 use super::metadata::{self, Base64, Kdf, Other, Pbkdf2};
 use crate::keys::arena::{ArenaError, SecretBytes, on_wiped_stack};
 
@@ -90,12 +90,12 @@ fn argon2(
         lanes: kdf.cpus,
     };
     let params = cost.params()?;
-    if let Some(available) = memory_kib("MemAvailable:")
-        && u64::from(cost.memory_kib) > available
+    if let Some(memory) = Memory::of_this_process()
+        && u64::from(cost.memory_kib) > memory.available
     {
         return Err(KdfError::Memory {
             needed_kib: cost.memory_kib,
-            available_kib: Some(available),
+            available_kib: Some(memory.available),
         });
     }
     let mut memory = Vec::<Block>::new();
@@ -126,12 +126,12 @@ pub struct Argon2Cost {
 }
 
 impl Argon2Cost {
-    /// 1 GiB, but no more than half of the memory that this host has, in 4 passes, and as many lanes as it has
+    /// 1 GiB, but no more than half of the memory that this host has, or the control group of this process, in 4 passes, and as many lanes as it has
     /// processors, up to 4: cryptsetup's ceilings, and its least number of passes. RFC 9106 §4 names 2 GiB in one pass
     /// first, and 64 MiB in three where memory is short; this lies between. What the host is busy with has no say in
     /// it.
     pub fn for_this_host() -> Self {
-        let half = memory_kib("MemTotal:").map_or(MEMORY_CEILING_KIB, |total| total / 2);
+        let half = Memory::of_this_process().map_or(MEMORY_CEILING_KIB, |memory| memory.total / 2);
         let lanes = thread::available_parallelism().map_or(1, |cpus| cpus.get().min(4));
         Self {
             time: 4,
@@ -180,13 +180,6 @@ pub(super) fn fresh_salt() -> Result<Base64, KdfError> {
     Ok(Base64(salt))
 }
 
-/// A line of proc_meminfo(5).
-fn memory_kib(name: &str) -> Option<u64> {
-    let meminfo = fs::read_to_string("/proc/meminfo").ok()?;
-    let line = meminfo.lines().find_map(|line| line.strip_prefix(name))?;
-    line.trim().strip_suffix(" kB")?.trim().parse().ok()
-}
-
 /// Why no key can be derived.
 #[derive(Debug, thiserror::Error)]
 pub enum KdfError {
@@ -211,7 +204,8 @@ pub enum KdfError {
     )]
     Argon2Cost { cost: Argon2Cost },
     #[error(
-        "its argon2 takes {needed_kib} KiB of memory{}; free some, or open the volume on a larger host",
+        "its argon2 takes {needed_kib} KiB of memory{}; free some, raise the limit of this control group if it \
+         has one, or open the volume on a larger host",
         available_kib.map(|kib| format!(", and {kib} KiB are available")).unwrap_or_default()
     )]
     Memory {
@@ -320,7 +314,7 @@ mod tests {
 
     #[test]
     fn the_cost_for_this_host_is_half_its_memory_and_not_what_is_free_of_it() {
-        let total = memory_kib("MemTotal:").unwrap();
+        let total = Memory::of_this_process().unwrap().total;
         let memory_kib = Argon2Cost::for_this_host().memory_kib;
         assert_eq!(
             u64::from(memory_kib),

@@ -24,6 +24,7 @@
 //! plain                           a disk that is none
 //! foreign                         what else may be on a disk
 //! layout, refusal                 metadata -> segments that can be served, or why not
+//! memory                          how much of it a key derivation may take
 //! token, keyslot, kdf, af, hash   wrapped slot secret -> passphrase -> volume key
 //! copies                          the two copies, updates that survive a crash
 //! binary, metadata                bytes and JSON -> types
@@ -51,6 +52,7 @@ mod keyslot;
 mod layout;
 mod lock;
 mod locked;
+mod memory;
 mod metadata;
 mod plain;
 mod refusal;
