@@ -11,10 +11,11 @@ use common::storage::{Filesystem, LoopDevice};
 use common::volume::{MIB, PASSPHRASE, Volume, run};
 use rustix::fs::{FileType, Mode, mknodat};
 use std::fs::{self, File};
+use std::io::Read;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use tempfile::TempDir;
 
 const IN_USE: i32 = 5;
@@ -374,6 +375,51 @@ fn file_of_an_overlay_and_that_in_its_upper_directory_exclude_each_other() {
     let server = Server::with(&by_upper, &[]);
     refused_at(&by_upper, &merged, &["--read-only"], IN_USE, &["in use"]);
     server.stop();
+}
+
+/// They have the same key: whoever sees both storages sees where they differ.
+#[test]
+fn copy_that_is_served_beside_the_original_is_told_of() {
+    let volume = Volume::created(MIB, 512);
+    let original = volume.path.clone();
+    let told = "a copy of this volume";
+    let server = Server::with(&volume, &["--read-only"]);
+    // The same file is no copy.
+    let ended = Server::with(&volume, &["--read-only"]).stop();
+    assert!(!ended.stderr.contains(told), "{}", ended.stderr);
+    let copy = volume.beside("copy");
+    fs::copy(&original, &copy).unwrap();
+    let volume = named(volume, copy);
+    let ended = Server::with(&volume, &[]).stop();
+    assert!(ended.stderr.contains(told), "{}", ended.stderr);
+    server.stop();
+
+    // What an ordinary user says nobody has to believe.
+    let uuid = run(Command::new("cryptsetup").arg("luksUUID").arg(&original)).stdout;
+    let name = format!("sealblk/{}/file-1-2/0", String::from_utf8(uuid).unwrap().trim());
+    for (user, believed) in [(0, true), (NOBODY, false)] {
+        if user != 0 && !rustix::process::geteuid().is_root() {
+            continue;
+        }
+        let listener = "import socket, sys
+s = socket.socket(socket.AF_UNIX)
+s.bind('\\0' + sys.argv[1])
+s.listen()
+print(flush=True)
+sys.stdin.read()";
+        let mut command = Command::new("python3");
+        command.args(["-c", listener, &name]);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        if user != 0 {
+            command.uid(user).gid(user);
+        }
+        let mut other = command.spawn().unwrap();
+        other.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+        let ended = Server::with(&volume, &[]).stop();
+        assert_eq!(ended.stderr.contains(told), believed, "{}", ended.stderr);
+        drop(other.stdin.take());
+        other.wait().unwrap();
+    }
 }
 
 // ---- ordinary users

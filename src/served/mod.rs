@@ -10,6 +10,7 @@
 //! get the key again is kept: the header, and where keys come from.
 
 mod interface;
+mod twins;
 
 use std::fmt;
 use std::io;
@@ -31,6 +32,8 @@ use crate::keys::{KeyError, KeyReason, Providers};
 use crate::mutex::lock;
 use crate::storage::Backing;
 use crate::volume::{Locked, Reason, Rekeyed, Volume, VolumeError};
+
+use twins::Announcement;
 
 pub use interface::{INTERFACE, Interface, LockStatus, LockedBy, State, Status};
 
@@ -170,6 +173,7 @@ pub struct Served {
     disk: Arc<Disk>,
     uuid: Uuid,
     opener: Opener,
+    _announcement: Option<Announcement>,
     /// Held while the key comes, goes or is changed: one of these at a time.
     turn: Mutex<()>,
     order: Mutex<Order>,
@@ -254,10 +258,15 @@ impl Served {
             lock: Some(Lock::Asked),
             ..Order::default()
         };
+        let header = opener.header.as_ref().unwrap_or(&opener.disk);
+        let _announcement = twins::announce(uuid, header)
+            .inspect_err(|error| tracing::warn!(%error, "copies of this volume that are served meanwhile are not told of"))
+            .ok();
         Arc::new(Self {
             disk,
             uuid,
             opener,
+            _announcement,
             turn: Mutex::new(()),
             order: Mutex::new(order),
             changed: Condvar::new(),

@@ -1,0 +1,83 @@
+//! Copies of a volume, byte for byte, that are served on this host at the same time: they have the same UUID, and the same
+//! key. That may be meant, to look into a backup; it is told, since whoever sees both storages learns where they differ,
+//! and the guests take them for one disk.
+//!
+//! Each process that serves a volume has a socket whose abstract name (unix(7)) says which one, and in which file or on
+//! which device its header lies. It needs no directory, and goes with the process. Anybody can make such a name, so that of
+//! another user counts only if that is root. It ends in a random number, so that nobody can take it before.
+//!
+//! What is served in another network name space, as a container's, is not seen.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+
+use rustix::fd::OwnedFd;
+use rustix::net::sockopt::socket_peercred;
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
+};
+use uuid::Uuid;
+
+use crate::hex;
+use crate::storage::Backing;
+
+/// What tells others that the volume is served, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Announcement {
+    _socket: OwnedFd,
+}
+
+/// Tells other processes that the volume of this header is served here, and the log whether a copy of it is.
+pub(super) fn announce(volume: Uuid, header: &Backing) -> io::Result<Announcement> {
+    let volume = format!("sealblk/{volume}/");
+    let own = format!("{volume}{}/", place(header)?);
+    let mut random = [0; 8];
+    getrandom::fill(&mut random)?;
+    let socket = stream()?;
+    let name = own.clone() + &hex::encode(&random);
+    bind(&socket, &SocketAddrUnix::new_abstract_name(name.as_bytes())?)?;
+    listen(&socket, MOST_LOOKS)?;
+    // Of two that start at a time, one at least sees the other.
+    let table = fs::read("/proc/net/unix").unwrap_or_default();
+    let names = String::from_utf8_lossy(&table);
+    let others = names
+        .lines()
+        .filter_map(|line| line.rsplit(' ').next()?.strip_prefix('@'));
+    let of_copies = others.filter(|name| name.starts_with(&volume) && !name.starts_with(&own));
+    if let Some(process) = of_copies.into_iter().find_map(owner) {
+        tracing::warn!(
+            process,
+            "another process serves a copy of this volume, of the same UUID: both have the same key, and guests take them for one \
+             disk; if this is a disk of its own, make it a volume of its own with `sealblk create`, and copy its data"
+        );
+    }
+    Ok(Announcement { _socket: socket })
+}
+
+/// How many may look before an announcement is told of no more: each leaves a connection that nobody takes.
+const MOST_LOOKS: i32 = 1024;
+
+/// The file or device of a header, as it is named in an announcement.
+fn place(header: &Backing) -> io::Result<String> {
+    let metadata = header.file().metadata()?;
+    Ok(match metadata.file_type().is_block_device() {
+        true => format!("device-{:x}", metadata.rdev()),
+        false => format!("file-{:x}-{:x}", metadata.dev(), metadata.ino()),
+    })
+}
+
+/// The process that listens at an abstract name, if it is of this user or root.
+fn owner(name: &str) -> Option<i32> {
+    let socket = stream().ok()?;
+    connect(&socket, &SocketAddrUnix::new_abstract_name(name.as_bytes()).ok()?).ok()?;
+    let owner = socket_peercred(&socket).ok()?;
+    let is_trusted = owner.uid.is_root() || owner.uid == rustix::process::geteuid();
+    is_trusted.then(|| owner.pid.as_raw_nonzero().get())
+}
+
+/// One whose calls do not wait.
+fn stream() -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    Ok(socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?)
+}
