@@ -16,6 +16,7 @@
 //! cipher, storage, keys, tpm
 //! hex, moment, toml_file   how bytes, points in time and settings are written
 //! path_text                how paths are written, of which not all are text
+//! apart                    threads that wait for what may never answer
 //! causes, mutex, deadline  what lies under an error; what outlives a panic; a limit for the whole of a message
 //! parsing                  JSON and TOML, read so that no error quotes them
 //! ```
@@ -24,6 +25,7 @@
 //! [`served`]; what opens a keyslot, [`keys`]; what the agent is asked, [`agent`].
 
 pub mod agent;
+mod apart;
 mod audit;
 pub mod broker;
 mod causes;

@@ -27,6 +27,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::socket::MAX_PATH;
+use crate::apart;
 use crate::deadline::{self, Deadline};
 use crate::keys::arena::{ArenaError, SecretBytes};
 use crate::parsing::{self, NotUnderstood};
@@ -267,11 +268,18 @@ pub enum ReceiveError {
 ///
 /// A hostile sender could keep both ends, write nothing, and clear O_NONBLOCK as often as it is set. So what is in the pipe
 /// moves to one that nobody else has, which splice(2) does without waiting whatever the flags are. (Kernels before 6.4 know no
-/// RWF_NOWAIT for pipes.)
+/// RWF_NOWAIT for pipes, and later ones not for all.)
+///
+/// Nothing helps against a sender that holds the kernel's lock of its pipe, by writing to it from memory whose page does not
+/// come: whatever is done to that pipe waits. So a thread does it that keeps nothing else; who waits for it is the sender's caller.
 ///
 /// # Errors
 /// [`ReceiveError`].
 pub fn take(descriptor: &OwnedFd) -> Result<SecretBytes, ReceiveError> {
+    apart::on(descriptor, take_now)?
+}
+
+fn take_now(descriptor: &OwnedFd) -> Result<SecretBytes, ReceiveError> {
     let stat = rustix::fs::fstat(descriptor).map_err(io::Error::from)?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::Fifo {
         return Err(ReceiveError::NoPipe);

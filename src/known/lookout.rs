@@ -4,10 +4,7 @@
 //! There are at most [`MOST`] such threads in a process. A place that was silent is not asked again as long as the thread that
 //! asked it waits, and neither is what else lies on a file system that is silent itself.
 //!
-//! Such a thread has a table of descriptors of its own, with nothing in it. Where a process cannot end because of it, the
-//! process' sockets and locks, the audit log's above all, are free nevertheless for the one that comes after.
-
-#![allow(unsafe_code)] // close_range has no safe wrapper.
+//! Such a thread has no descriptors of the process' ([`crate::apart`]).
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -19,6 +16,7 @@ use std::time::Duration;
 use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 use tracing::subscriber::{NoSubscriber, with_default};
 
+use crate::apart::let_go_of_descriptors;
 use crate::mutex::lock;
 use crate::storage::Mount;
 
@@ -199,14 +197,6 @@ fn is_silent(place: &Path) -> bool {
         shared.silent.retain(|(_, waits)| waits.strong_count() > 0);
         shared.silent.iter().any(|(silent, _)| silent == place)
     })
-}
-
-/// Gives the calling thread a table of descriptors of its own, with none but the standard ones in it.
-fn let_go_of_descriptors() {
-    // A kernel that cannot do it leaves the table as it is, which harms no look.
-    // SAFETY: CLOSE_RANGE_UNSHARE gives this thread a copy of the table, and what is closed is in the copy alone. Descriptors
-    // that other threads own stay open in theirs, and this one, which has just begun, owns none.
-    unsafe { libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_UNSHARE as libc::c_int) };
 }
 
 #[cfg(test)]
