@@ -25,6 +25,11 @@ impl Deadline {
         Self(Instant::now().checked_add(limit))
     }
 
+    /// At this time.
+    pub(crate) fn at(time: Instant) -> Self {
+        Self(Some(time))
+    }
+
     /// Nobody waits for it.
     pub(crate) const NEVER: Self = Self(None);
 

@@ -1,8 +1,6 @@
 //! One HTTP/1.1 request of a connection: the head is parsed by httparse; how long and how large it may be is decided here.
 
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
-use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
@@ -11,44 +9,6 @@ const HEAD_LIMIT: usize = 8 << 10;
 const MAX_HEADERS: usize = 64;
 /// The longest body: evidence has 4 KiB, and an enrolment as much, with a certificate of 8.
 const BODY_LIMIT: usize = 32 << 10;
-
-/// A socket that is done with at a certain time, however slowly the other side goes on.
-#[derive(Debug)]
-pub(super) struct Timed {
-    socket: TcpStream,
-    ends: Instant,
-}
-
-impl Timed {
-    pub(super) fn new(socket: TcpStream, ends: Instant) -> Self {
-        Self { socket, ends }
-    }
-
-    fn left(&self) -> io::Result<Duration> {
-        match self.ends.saturating_duration_since(Instant::now()) {
-            Duration::ZERO => Err(io::ErrorKind::TimedOut.into()),
-            left => Ok(left),
-        }
-    }
-}
-
-impl Read for Timed {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.socket.set_read_timeout(Some(self.left()?))?;
-        self.socket.read(buffer)
-    }
-}
-
-impl Write for Timed {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.socket.set_write_timeout(Some(self.left()?))?;
-        self.socket.write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.socket.flush()
-    }
-}
 
 /// What is asked.
 #[derive(Debug, PartialEq, Eq)]

@@ -27,7 +27,7 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustls::{ServerConnection, StreamOwned};
 use serde_json::json;
@@ -36,9 +36,9 @@ use crate::audit::{AuditError, AuditLog};
 use crate::control::events::Event;
 use crate::control::places::{Place, Places};
 use crate::control::socket::{listen, termination};
+use crate::deadline::{Deadline, Timed};
 use crate::keys::tls::TlsFileError;
 
-use http::Timed;
 use service::Service;
 pub use settings::{Settings, SettingsError};
 pub use state::{State, StateError};
@@ -171,13 +171,12 @@ fn place_for(connections: &Arc<Places<u64>>, address: IpAddr) -> Option<Place<u6
 }
 
 fn serve(socket: TcpStream, peer: SocketAddr, settings: &Settings, service: &Service) -> io::Result<()> {
-    socket.set_nonblocking(false)?;
     let config = settings.identity().load().map_err(|error| {
         tracing::error!(path = %error.path.display(), "the broker's certificate or key cannot be used any more");
         io::Error::other(error)
     })?;
     let connection = ServerConnection::new(config).map_err(io::Error::other)?;
-    let socket = Timed::new(socket, Instant::now() + DEADLINE);
+    let socket = Timed::new(socket, Deadline::after(DEADLINE));
     let mut stream = StreamOwned::new(connection, socket);
     let answer = match http::read(&mut stream) {
         Ok(request) => service.answer(peer, &request),

@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::deadline::{Deadline, Timed};
+
 /// The kernel's resource manager, which keeps users of the TPM apart.
 pub const DEFAULT_DEVICE: &str = "/dev/tpmrm0";
 
@@ -18,7 +20,7 @@ const SWTPM: &str = "swtpm:path=";
 pub(super) const MAX_MESSAGE: usize = 4096;
 /// The header of an answer: tag, length, response code.
 pub(super) const HEADER: usize = 10;
-/// How long an answer may take: some TPMs make an RSA key in half a minute.
+/// How long a command and its answer may take: some TPMs make an RSA key in half a minute.
 const TIMEOUT: Duration = Duration::from_secs(90);
 
 /// Where a TPM is: `/dev/tpmrm0`, or `swtpm:path=SOCKET`, the data socket of swtpm.
@@ -97,12 +99,7 @@ impl Stream {
     pub(super) fn open(device: &Device) -> io::Result<Self> {
         Ok(match &device.0 {
             Place::File(path) => Self::File(OpenOptions::new().read(true).write(true).open(path)?),
-            Place::Socket(path) => {
-                let stream = UnixStream::connect(path)?;
-                stream.set_read_timeout(Some(TIMEOUT))?;
-                stream.set_write_timeout(Some(TIMEOUT))?;
-                Self::Socket(stream)
-            }
+            Place::Socket(path) => Self::Socket(UnixStream::connect(path)?),
         })
     }
 
@@ -116,6 +113,7 @@ impl Stream {
                 file.read(&mut answer)?
             }
             Self::Socket(stream) => {
+                let mut stream = Timed::new(stream, Deadline::after(TIMEOUT));
                 stream.write_all(command)?;
                 stream.read_exact(&mut answer[..HEADER])?;
                 let len = length(&answer).filter(|len| (HEADER..=MAX_MESSAGE).contains(len));

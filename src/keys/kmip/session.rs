@@ -17,12 +17,13 @@ use rustls::{ClientConfig, ClientConnection, StreamOwned};
 use super::address::Address;
 use super::message::{ANSWER_LIMIT, Answer, AnswerError, Refusal, Request, VERSIONS, Version, tag};
 use super::ttlv::{self, Malformed};
+use crate::deadline::{Deadline, Timed};
 use crate::keys::arena::{ArenaError, SecretBytes};
 use crate::keys::{KeyReason, KeyState, tls};
 
 /// A connection on which requests are answered.
 pub(super) struct Session {
-    stream: StreamOwned<ClientConnection, Timed>,
+    stream: StreamOwned<ClientConnection, Timed<TcpStream>>,
     version: Version,
 }
 
@@ -126,10 +127,7 @@ impl Session {
     ) -> Result<Self, Trouble> {
         let name = ServerName::try_from(address.host().to_owned())
             .map_err(|e| Trouble::Resolve(io::Error::new(io::ErrorKind::InvalidInput, e)))?;
-        let socket = Timed {
-            socket: connect(address, deadline)?,
-            deadline,
-        };
+        let socket = Timed::new(connect(address, deadline)?, Deadline::at(deadline));
         let connection = ClientConnection::new(tls, name).map_err(Trouble::Tls)?;
         let mut stream = StreamOwned::new(connection, socket);
         while stream.conn.is_handshaking() {
@@ -228,30 +226,6 @@ impl Drop for Session {
     }
 }
 
-/// A socket that nobody waits for longer than until the deadline.
-struct Timed {
-    socket: TcpStream,
-    deadline: Instant,
-}
-
-impl Read for Timed {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.socket.set_read_timeout(Some(left(self.deadline)?))?;
-        self.socket.read(buffer)
-    }
-}
-
-impl Write for Timed {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.socket.set_write_timeout(Some(left(self.deadline)?))?;
-        self.socket.write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.socket.flush()
-    }
-}
-
 /// What is left until the deadline, which is not zero.
 fn left(deadline: Instant) -> io::Result<Duration> {
     match deadline.saturating_duration_since(Instant::now()) {
@@ -305,7 +279,7 @@ fn resolve(address: &Address, deadline: Instant) -> Result<Vec<SocketAddr>, Trou
 
 /// Why sending failed. A server that refuses a certificate says so and closes, while this side may still be sending: what it
 /// has said is there to be read.
-fn broken_by(stream: &mut StreamOwned<ClientConnection, Timed>, error: io::Error) -> Trouble {
+fn broken_by(stream: &mut StreamOwned<ClientConnection, Timed<TcpStream>>, error: io::Error) -> Trouble {
     let trouble = trouble(error);
     if matches!(trouble, Trouble::Broken(_)) {
         while let Ok(1..) = stream.conn.read_tls(&mut stream.sock) {
