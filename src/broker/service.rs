@@ -14,7 +14,7 @@ use zeroize::Zeroizing;
 use super::enrolment::{Makers, Unknown};
 use super::evidence::{self, Distrust};
 use super::http::{Answer, Request};
-use super::session::{Issued, NoSession, Session, Sessions};
+use super::session::{Attested, Enrolling, Issued, NoSession, Sessions};
 use super::state::{Host, Kept, State, StateError};
 use super::{BrokerError, Settings};
 use crate::audit::{AuditError, AuditLog};
@@ -222,7 +222,7 @@ impl Service {
             .report_data(&Value::Null)
             .expect("the default is a hash that there is");
         evidence::check(&evidence, &report_data, &key, reference)?;
-        let attested = Session::Attested {
+        let attested = Attested {
             host: name.to_owned(),
             reference: reference.clone(),
             as_known,
@@ -235,7 +235,7 @@ impl Service {
     fn resource(&self, request: &Request, path: &str, caller: &mut Caller) -> Result<Answer, Refusal> {
         // One attestation is for one release.
         let attested = session_of(request).and_then(|id| self.sessions.take(id));
-        let Some(Session::Attested {
+        let Some(Attested {
             host,
             as_known,
             reference,
@@ -274,19 +274,16 @@ impl Service {
         let host = kept.hosts.get(&request.host);
         let candidate = self.makers.check(&request, host)?;
         caller.host = Some(request.host.clone());
-        let mut secret = Zeroizing::new([0; 32]);
-        getrandom::fill(&mut secret[..])?;
+        let as_known = host.ok_or(Unknown::Host)?;
+        let (session, secret) = self.sessions.enrol(&Enrolling {
+            host: request.host,
+            endorsement: candidate.endorsement,
+            attestation: BASE64_STANDARD.encode(&candidate.attestation),
+            as_known: self.sessions.mark(as_known),
+        })?;
         let name = attest::name(&candidate.attestation);
         let credential = credential::make(&candidate.endorsement_key, &name, &secret)
             .map_err(|e| Refusal::Broker(e.into()))?;
-        let as_known = host.cloned().ok_or(Unknown::Host)?;
-        let session = self.sessions.begin(Session::Enrolling {
-            host: request.host,
-            as_known,
-            endorsement: candidate.endorsement,
-            attestation: BASE64_STANDARD.encode(candidate.attestation),
-            secret,
-        })??;
         let challenge = Credential {
             session,
             credential: BASE64_STANDARD.encode(credential.object),
@@ -297,16 +294,14 @@ impl Service {
 
     fn activate(&self, request: &Request, caller: &mut Caller) -> Result<Answer, Refusal> {
         let request: Activate<'_> = parse(request)?;
-        let Some(Session::Enrolling {
+        let begun = self.sessions.enrolling(&request.session);
+        let (enrolling, secret) = begun.ok_or(Refusal::Session)?;
+        let Enrolling {
             host: name,
-            as_known,
             endorsement,
             attestation,
-            secret,
-        }) = self.sessions.take(&request.session)
-        else {
-            return Err(Refusal::Session);
-        };
+            as_known,
+        } = enrolling;
         caller.host = Some(name.clone());
         let opened = BASE64_STANDARD
             .decode(request.secret)
@@ -317,8 +312,8 @@ impl Service {
         }
         self.state.change(|kept| {
             // Somebody else may have enrolled by the same token meanwhile, or the operator may have said something else.
-            let host = kept.hosts.get(&name).ok_or(Unknown::Host)?;
-            if *host != as_known {
+            let host = kept.hosts.get(&name).cloned().ok_or(Unknown::Host)?;
+            if self.sessions.mark(&host) != as_known {
                 return Err(Refusal::from(Unknown::Changed));
             }
             let is_other = |(other, host): (&String, &Host)| {
@@ -334,7 +329,7 @@ impl Service {
                 endorsement: Some(endorsement),
                 attestation: Some(attestation),
                 token: None,
-                ..as_known
+                ..host
             };
             kept.hosts.insert(name, enrolled);
             Ok(())

@@ -264,6 +264,14 @@ impl<'a> Foreign<'a> {
 
     /// Begins to enrol as `node1`; what ends it is to be sent yet.
     fn enrolling_by_tpm2_tools(broker: &Broker, tpm: &Swtpm) -> Value {
+        let mut enrol = Self::enrolment_by_tpm2_tools(tpm);
+        let token = broker.token("node1");
+        enrol["token"] = std::str::from_utf8(&token).unwrap().trim_end().into();
+        Self::begun_by_tpm2_tools(broker, tpm, &enrol)
+    }
+
+    /// The request by which `node1` enrols, if its endorsement key was named.
+    fn enrolment_by_tpm2_tools(tpm: &Swtpm) -> Value {
         let file = |name: &str| fs::read(tpm.path(name)).unwrap();
         let base64 = |bytes: &[u8]| BASE64_STANDARD.encode(bytes);
         tpm.tool("createek", &["-c", "ek.ctx", "-G", "rsa", "-u", "ek.pub"]);
@@ -274,15 +282,17 @@ impl<'a> Foreign<'a> {
         );
         tpm.tool("readpublic", &["-c", "ak.ctx", "-f", "der", "-o", "ak.der"]);
         tpm.tool("nvread", &["0x1c00002", "-o", "ek.der"]);
-        let token = broker.token("node1");
-        let enrol = json!({
+        json!({
             "host": "node1",
-            "token": std::str::from_utf8(&token).unwrap().trim_end(),
             // They write TPM2B_PUBLIC.
             "endorsement-key": base64(&file("ek.pub")[2..]),
             "endorsement-certificate": base64(&file("ek.der")),
             "attestation-key": base64(&file("ak.pub")[2..]),
-        });
+        })
+    }
+
+    /// Begins an enrolment, and opens its credential.
+    fn begun_by_tpm2_tools(broker: &Broker, tpm: &Swtpm, enrol: &Value) -> Value {
         let (status, _, challenge) = broker.request("POST /sealblk/v0/enrol", &enrol.to_string());
         assert_eq!(status, 200, "{challenge}");
         let part = |name: &str| {
@@ -305,7 +315,8 @@ impl<'a> Foreign<'a> {
             &[&activate[..], &["-i", "credential", "-o", "opened"]].concat(),
         );
         tpm.tool("flushcontext", &["session"]);
-        json!({ "session": challenge["session"], "secret": base64(&file("opened")) })
+        let opened = fs::read(tpm.path("opened")).unwrap();
+        json!({ "session": challenge["session"], "secret": BASE64_STANDARD.encode(opened) })
     }
 
     fn challenge(&self) -> (String, Challenge) {
@@ -728,6 +739,44 @@ fn what_was_begun_before_an_operator_changed_something_comes_to_nothing() {
     );
     let hosts = String::from_utf8(broker.does(&["host", "list"]).stdout).unwrap();
     assert!(hosts.contains(&key) && hosts.contains("no "), "{hosts}");
+}
+
+// A host had one enrolment at a time. A public endorsement key is no secret: whoever sent it under the host's name, before the
+// host could answer, cancelled the host's own enrolment, as often as it was tried.
+#[test]
+fn who_has_a_hosts_public_endorsement_key_does_not_keep_it_from_enrolling() {
+    let tpm = Swtpm::new();
+    let broker = Broker::start(&tpm);
+    let enrol = Foreign::enrolment_by_tpm2_tools(&tpm);
+    let public = BASE64_STANDARD.decode(enrol["endorsement-key"].as_str().unwrap());
+    let spki = RsaPublic::endorsement(&public.unwrap()).unwrap().spki();
+    let named = ["--endorsement-key", &hex::encode(&Sha256::digest(&spki))];
+    let admit = [
+        "host",
+        "enrol",
+        "node1",
+        "--reference",
+        "node",
+        "--resource",
+        RESOURCE,
+    ];
+    broker.does(&[&admit[..], &named].concat());
+    let opened = Foreign::begun_by_tpm2_tools(&broker, &tpm, &enrol);
+    let strangers: Vec<_> = (0..3)
+        .map(|_| broker.request("POST /sealblk/v0/enrol", &enrol.to_string()))
+        .collect();
+    let activate = |opened: &Value| broker.request("POST /sealblk/v0/activate", &opened.to_string());
+    let (status, _, told) = activate(&opened);
+    assert_eq!(status, 200, "{told}");
+    // What was begun meanwhile comes to nothing, with the right secret or without.
+    for (status, _, challenge) in strangers {
+        assert_eq!(status, 200, "{challenge}");
+        let guessed = json!({ "session": challenge["session"], "secret": opened["secret"] });
+        assert_eq!(activate(&guessed).0, 403);
+    }
+    let (status, _, told) = activate(&opened);
+    assert_eq!(status, 403, "{told}");
+    assert_eq!(broker.audit("HostEnrolled").len(), 1);
 }
 
 /// The same command, put right, would find the file in its way.
