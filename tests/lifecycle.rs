@@ -6,18 +6,24 @@ use std::fs;
 use std::io::Write;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
 use common::secrets::as_user;
 use common::serve::SEALBLK;
 use common::storage::{LoopDevice, SilentFilesystem};
 use common::volume::run;
+use sealblk::agent::{Client, Erasure, ErasureStep, Purpose};
+use sealblk::keys::arena::SecretBytes;
+use sealblk::keys::{Binding, KeyId, KeyReason, Providers};
 use sealblk::storage::{Access, Backing};
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
+use uuid::Uuid;
 
 const USAGE: i32 = 2;
 const VOLUME: i32 = 3;
@@ -270,6 +276,96 @@ fn the_agent_keeps_what_disks_need_and_tells_the_log() {
     host.does(&["provider", "remove", "native", "--force", "--confirm", "native"]);
     assert_eq!(host.audit("ProviderRemoved")[0]["provider"], "native");
     assert!(host.opens("moved").unwrap_err().contains("no such key provider"));
+}
+
+/// What the header of a disk has for each keyslot: as whoever can read the file sees it.
+fn wrapped_secret(host: &Host, disk: &str) -> Vec<u8> {
+    let mut dump = Command::new("cryptsetup");
+    let dump = run(dump
+        .args(["luksDump", "--dump-json-metadata"])
+        .arg(host.path(disk)));
+    let metadata: Value = serde_json::from_slice(&dump.stdout).unwrap();
+    let tokens = metadata["tokens"].as_object().unwrap();
+    let wrapped = tokens.values().next().unwrap()["wrapped_slot_secret"]
+        .as_str()
+        .unwrap();
+    BASE64_STANDARD.decode(wrapped).unwrap()
+}
+
+// A user with EncryptNew alone had the agent note eight places of another user's volume. They pushed its own note out, and were
+// taken back. The key was revoked without --force then, and the disk opened no more.
+#[test]
+fn who_makes_disks_does_not_have_the_agent_forget_the_disks_of_others() {
+    let host = Host::with_agent(&format!(
+        "[[grant]]\nuser = {SOMEBODY}\nprivileges = [\"EncryptNew\", \"RegisterVM\"]\n"
+    ));
+    host.create("disk", &[]);
+    let key_id = KeyId(host.key_of("disk"));
+    let volume = uuid_of(&host, &["disk"]).parse().unwrap();
+    let wrapped = wrapped_secret(&host, "disk");
+    let socket = host.path("agent.sock");
+    let at = |purpose, path: &Path| Client::new(&socket, purpose).at(path).provider("native").unwrap();
+    let binding = |volume| Binding {
+        volume,
+        provider: "native",
+        key_id: &key_id,
+        keyslot: 0,
+    };
+    let secret = SecretBytes::random(32).unwrap();
+    as_user(SOMEBODY, || {
+        for number in 0..12 {
+            let invented = PathBuf::from(format!("/nowhere/{number}"));
+            for (volume, words) in [(volume, "another user"), (Uuid::new_v4(), "another volume's")] {
+                let maker = at(Purpose::Create, &invented);
+                let error = maker.wrap(&binding(volume), &secret).unwrap_err();
+                let cause = std::error::Error::source(&error).unwrap().to_string();
+                assert!(
+                    error.reason == KeyReason::Refused && cause.contains(words),
+                    "{error}: {cause}"
+                );
+                maker.settle(&binding(volume), true).unwrap();
+                maker.settle(&binding(volume), false).unwrap();
+            }
+            at(Purpose::Attach, &invented)
+                .unwrap(&binding(volume), &wrapped)
+                .unwrap();
+        }
+    });
+    // The places that were named count too, until somebody says that nothing is there.
+    let revoke = ["key", "revoke", &key_id.0, "--provider", "native"];
+    let listed = host.json(&["key", "where-used", &key_id.0, "--json"]);
+    assert_eq!(listed.len(), 9, "{listed:?}");
+    assert_eq!(listed.iter().filter(|row| row["user"] == SOMEBODY).count(), 8);
+    let refused = host.fails(&revoke, IN_USE);
+    assert!(refused.contains(host.path("disk").to_str().unwrap()), "{refused}");
+    host.does(&["key", "scan", "--forget-missing"]);
+    host.fails(&revoke, IN_USE);
+
+    // Nor by saying that it was erased, while its disk is away and something else is in its place.
+    fs::rename(host.path("disk"), host.path("away")).unwrap();
+    fs::write(host.path("disk"), [0; 1 << 20]).unwrap();
+    let erased = Erasure {
+        volume,
+        path: host.path("disk").display().to_string(),
+        step: ErasureStep::Erased {
+            header_sha256: "0".repeat(64),
+            written_sha256: "0".repeat(64),
+        },
+    };
+    as_user(SOMEBODY, || {
+        Client::new(&socket, Purpose::Create).report_erasure(&erased)
+    })
+    .unwrap();
+    host.fails(&revoke, IN_USE);
+
+    // What is being served is known without the list.
+    let served = at(Purpose::Attach, &host.path("away"));
+    served.unwrap(&binding(volume), &wrapped).unwrap();
+    fs::remove_dir_all(host.path("state/volumes")).unwrap();
+    let refused = host.fails(&revoke, IN_USE);
+    let process = format!("served: by process {} of user", std::process::id());
+    assert!(refused.contains(&process), "{refused}");
+    host.opens("away").unwrap();
 }
 
 #[test]

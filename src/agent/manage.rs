@@ -9,14 +9,14 @@ use super::erasure::{Erasure, ErasureStep};
 use super::messages::{
     INTERFACE, InUse, ListVolumes, NotBackedUp, RemoveProvider, RevokeKek, ScanVolumes, Volumes,
 };
-use super::service::{Answered, Service, check_names, failure, with};
+use super::service::{Answered, Service, by, check_names, failure, with};
 use crate::control::events::Event;
 use crate::control::privilege::Privilege;
 use crate::control::varlink::{Answer, MethodError, Request};
 use crate::keys::registry::{Registry, RegistryError};
-use crate::keys::{KeyError, KeyReason, Providers};
+use crate::keys::{KeyError, KeyId, KeyReason, Providers};
 use crate::known::survey::{Scanned, survey};
-use crate::known::{GuardError, Known, Removal, Uses, remove_provider, revoke};
+use crate::known::{By, Disk, GuardError, Known, Removal, Uses, remove_provider, revoke};
 use crate::path_text::from_text;
 
 /// How much of a list one answer has, in bytes of its JSON, and what is told of an entry beside what it holds itself.
@@ -72,7 +72,7 @@ impl Service {
             .iter()
             .map(PathBuf::as_path)
             .filter(|path| path.is_absolute());
-        Ok(Answer::of(self.index.scan(absolute)))
+        Ok(Answer::of(self.index.scan(absolute, by(request.peer))))
     }
 
     pub(super) fn revoke_kek(&self, mut request: Request<'_>) -> Answered {
@@ -93,9 +93,11 @@ impl Service {
             .provider(&provider)
             .map_err(|error| failure(&error))?;
         let take_away = |removal| revoke(&*provider, &self.index, &key_id, revocation, &removal);
+        let served = self.served(|under| under == (provider.name(), &key_id));
         let guarded = Removal {
             force,
             dry_run: true,
+            served: &served,
             ..Removal::default()
         };
         take_away(guarded).map_err(|error| self.guarded(error))?;
@@ -127,10 +129,12 @@ impl Service {
         let mut registry =
             Registry::open(self.providers.dir()).map_err(|error| self.guarded(error.into()))?;
         let mut take_away = |removal| remove_provider(&mut registry, &provider, &removal);
+        let served = self.served(|(under, _)| under == provider);
         let removal = Removal {
             new_default: new_default.as_deref(),
             force,
             dry_run: true,
+            served: &served,
         };
         take_away(removal).map_err(|error| self.guarded(error))?;
         if !dry_run {
@@ -156,9 +160,28 @@ impl Service {
         let (event, fields) = erasure.told();
         self.audited(event, request.peer, fields)?;
         if let ErasureStep::Erased { .. } = erasure.step {
-            self.index.erased(erasure.volume, &from_text(&erasure.path));
+            // Who manages keys could drop any note.
+            let by = match self.grants.allow(request.peer, Privilege::ManageKeys) {
+                true => By::Owner,
+                false => by(request.peer),
+            };
+            self.index.erased(erasure.volume, &from_text(&erasure.path), by);
         }
         Ok(Answer::of(json!({})))
+    }
+
+    /// The volumes that are being served under such keys.
+    fn served(&self, matches: impl Fn((&str, &KeyId)) -> bool) -> Vec<Disk> {
+        let served = self.registered.alive().into_iter();
+        let under = served.filter(|volume| matches((&volume.provider, &volume.key_id)));
+        under
+            .map(|volume| Disk {
+                volume: volume.volume,
+                path: "(served)".to_owned(),
+                standing: "served".to_owned(),
+                why: Some(format!("by process {} of user {}", volume.process, volume.user)),
+            })
+            .collect()
     }
 
     /// A refusal on the wire.

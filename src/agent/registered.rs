@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::control::peer::Peer;
+use crate::control::privilege::has_all;
 use crate::keys::KeyId;
 use crate::keys::private;
 use crate::moment::Moment;
@@ -28,6 +29,8 @@ use crate::parsing;
 
 /// The most volumes that are watched: each takes a descriptor. The KEKs of others go when their time has come.
 const MAX_VOLUMES: usize = 8192;
+/// What a user gets of them at any rate, while there is room.
+const SURE: usize = 64;
 
 /// All of them.
 #[derive(Debug)]
@@ -116,6 +119,13 @@ impl Registrant {
 }
 
 impl All {
+    /// Whether `peer` may have one more: half of what is left, so that the next user finds some.
+    fn have_room_for(&self, peer: &Peer) -> bool {
+        let left = MAX_VOLUMES.saturating_sub(self.served.len());
+        let its = |registration: &&Registration| registration.volume.user == peer.user;
+        left > 0 && (has_all(peer) || self.served.values().filter(its).count() < SURE.max(left / 2))
+    }
+
     fn any_under(&self, kek: (&str, &KeyId)) -> bool {
         self.served
             .values()
@@ -168,7 +178,7 @@ impl Registered {
         };
         let place = volume.place();
         let mut all = self.lock();
-        if all.served.len() >= MAX_VOLUMES && !all.served.contains_key(&place) {
+        if !all.served.contains_key(&place) && !all.have_room_for(peer) {
             return None;
         }
         if let Err(error) = self.file(&volume) {
@@ -204,6 +214,16 @@ impl Registered {
         let mut list: Vec<_> = served.map(|registration| registration.volume.clone()).collect();
         list.sort_by_key(|volume| (volume.since, volume.volume));
         list
+    }
+
+    /// Those whose process has not ended, whether or not that was noticed by [`Registered::take_ended`].
+    pub(super) fn alive(&self) -> Vec<Registrant> {
+        let all = self.lock();
+        let ended = all.ended_places();
+        let served = all.served.iter().filter(|(place, _)| !ended.contains(place));
+        served
+            .map(|(_, registration)| registration.volume.clone())
+            .collect()
     }
 
     /// Writes a registration down. The host's crash ends the process as well, so nothing has to be on the storage.
@@ -312,6 +332,7 @@ mod tests {
         assert_eq!(registered.list().len(), 3);
         assert_eq!(registered.take_ended(), []);
         end(first);
+        assert_eq!((registered.alive().len(), registered.list().len()), (2, 3));
         let ended = registered.take_ended();
         assert_eq!(
             (ended[0].0.volume, ended[0].1, ended.len()),

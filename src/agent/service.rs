@@ -1,6 +1,7 @@
 //! What the agent answers, to whom. Each use of a key, each refusal and each failure goes to the audit log first.
 
 use std::error::Error;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use base64::Engine;
@@ -20,13 +21,13 @@ use super::registered::Registered;
 use crate::audit::AuditLog;
 use crate::control::events::{Event, Events};
 use crate::control::peer::Peer;
-use crate::control::privilege::{Grants, Privilege};
+use crate::control::privilege::{Grants, Privilege, has_all};
 use crate::control::refusals::Refusals;
 use crate::control::varlink::{Answer, Interface, MethodError, Request};
 use crate::control::wire;
 use crate::keys::arena::SecretBytes;
 use crate::keys::{KeyError, KeyId, KeyReason, Providers, SharedProviders};
-use crate::known::{Index, Occasion};
+use crate::known::{By, Index, Occasion};
 use crate::moment::Moment;
 use crate::path_text::from_text;
 
@@ -37,7 +38,7 @@ pub(super) struct Service {
     pub(super) grants: Grants,
     audit: AuditLog,
     events: Events,
-    registered: Registered,
+    pub(super) registered: Registered,
     certificates: Certificates,
     pub(super) index: Index,
     /// By user.
@@ -165,9 +166,15 @@ impl Service {
             .providers
             .provider(&binding.provider)
             .and_then(|provider| provider.wrap(&binding.binding(), &secret));
+        let by = by(request.peer);
+        let (place, bound) = (place(path.as_deref()), binding.binding());
+        let wrapped = wrapped.and_then(|wrapped| {
+            let announced = self.index.announce(&bound, &place, by);
+            announced.map(|()| wrapped).map_err(|error| error.of(&bound))
+        });
         let wrapped = self.judged(request.peer, &subject, wrapped)?;
-        self.audited(Event::KeyBound, request.peer, subject)?;
-        self.note(&binding, path, Occasion::Announced);
+        self.audited(Event::KeyBound, request.peer, subject)
+            .inspect_err(|_| self.index.settle(&bound, &place, false, by))?;
         Ok(Answer::of(json!({ "wrapped": BASE64_STANDARD.encode(wrapped) })))
     }
 
@@ -181,9 +188,9 @@ impl Service {
         check_names(&binding.provider, Some(&binding.key_id))?;
         let subject = about(&binding, purpose);
         self.permit_for(&request, purpose, &[Purpose::Create, Purpose::Recrypt], &subject)?;
-        if is_usable(&path) {
-            self.index.settle(&binding.binding(), &from_text(&path), stored);
-        }
+        let place = place(Some(&path));
+        self.index
+            .settle(&binding.binding(), &place, stored, by(request.peer));
         Ok(Answer::default())
     }
 
@@ -221,7 +228,10 @@ impl Service {
             None => subject,
         };
         self.audited(Event::KeyReleased, request.peer, subject)?;
-        self.note(&binding, path, Occasion::Opened);
+        // The volume's place is what the caller says: whoever opens volumes could say anything.
+        let place = place(path.as_deref());
+        self.index
+            .note(&binding.binding(), &place, Occasion::Opened, by(request.peer));
         if purpose == Purpose::Attach {
             let WireBinding {
                 volume,
@@ -266,13 +276,6 @@ impl Service {
         self.judged(request.peer, &subject, checked)?;
         self.audited(Event::ProviderChecked, request.peer, subject)?;
         Ok(Answer::default())
-    }
-
-    /// The volume's place is what the caller says: whoever opens volumes could say anything, so it is no more than a hint.
-    fn note(&self, binding: &WireBinding, path: Option<String>, occasion: Occasion) {
-        if let Some(path) = path.filter(|path| is_usable(path)) {
-            self.index.note(&binding.binding(), &from_text(&path), occasion);
-        }
     }
 
     /// Lets through who may do this for `purpose`, if that is one of `purposes`.
@@ -417,10 +420,19 @@ impl Interface for Service {
     }
 }
 
-/// Whether a note may name this place.
-fn is_usable(path: &str) -> bool {
-    let path = from_text(path);
-    path.as_os_str().len() <= MAX_PATH && path.is_absolute()
+/// The place that a note names: none, if a caller names none that can be.
+fn place(path: Option<&str>) -> PathBuf {
+    let path = path.map(from_text);
+    let usable = path.filter(|path| path.as_os_str().len() <= MAX_PATH && path.is_absolute());
+    usable.unwrap_or_default()
+}
+
+/// Whose notes a caller's are.
+pub(super) fn by(peer: &Peer) -> By {
+    match has_all(peer) {
+        true => By::Owner,
+        false => By::User(peer.user),
+    }
 }
 
 pub(super) fn failure(error: &KeyError) -> MethodError {

@@ -442,7 +442,7 @@ impl Revoke {
         let removal = Removal {
             force: self.insistence.insists(&self.key_id)?,
             dry_run: self.insistence.dry_run,
-            new_default: None,
+            ..Removal::default()
         };
         let revocation = match self.destroy {
             true => Revocation::Destroy,

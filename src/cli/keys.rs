@@ -10,7 +10,7 @@ use crate::agent::{Client, Erasure, ErasureStep, record_erasure};
 use crate::keys::registry::{Entry, Registry};
 use crate::keys::{KeyError, KeyId, KeyProvider, Providers, Reach, Revocation};
 use crate::known::survey::{Scanned, Sighting, survey};
-use crate::known::{GuardError, Index, Noting, Removal, remove_provider, revoke};
+use crate::known::{By, GuardError, Index, Noting, Removal, remove_provider, revoke};
 use crate::path_text::from_text;
 
 /// Where a verb gets keys.
@@ -67,7 +67,10 @@ impl Keys {
             }
         };
         if full {
-            output::note("the list of known volumes is full: there may be others; see `sealblk key scan`");
+            output::note(
+                "the list of known volumes lacks some, for want of room or since a file of it cannot be read; see `sealblk \
+                 key scan`",
+            );
         }
         Ok(volumes)
     }
@@ -79,7 +82,7 @@ impl Keys {
             Keys::Agent(client) => Ok(client.scan(paths, missing)?),
             Keys::Own(registry, _) => {
                 let index = Index::of(registry.dir());
-                let mut scanned = index.scan(paths.iter().map(PathBuf::as_path));
+                let mut scanned = index.scan(paths.iter().map(PathBuf::as_path), By::Owner);
                 let swept = index.sweep(missing);
                 scanned.dropped = swept.map_err(|source| unreadable(&index, source))?;
                 Ok(scanned)
@@ -119,7 +122,7 @@ impl Keys {
             Keys::Agent(client) => Ok(client.report_erasure(erasure)?),
             Keys::Own(registry, _) => {
                 if let ErasureStep::Erased { .. } = erasure.step {
-                    Index::of(registry.dir()).erased(erasure.volume, &from_text(&erasure.path));
+                    Index::of(registry.dir()).erased(erasure.volume, &from_text(&erasure.path), By::Owner);
                 }
                 // Without a state directory there is no log either.
                 match registry.dir().is_dir() {

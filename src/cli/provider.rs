@@ -470,6 +470,7 @@ impl Remove {
             new_default: self.new_default.as_deref(),
             force: self.insistence.insists(name)?,
             dry_run: self.insistence.dry_run,
+            ..Removal::default()
         };
         host.keys(Purpose::Check)?.remove_provider(name, &removal)?;
         output::print(&match removal.dry_run {

@@ -89,7 +89,7 @@ impl Grants {
 }
 
 /// Root, and the user that this process runs as.
-pub(super) fn has_all(peer: &Peer) -> bool {
+pub fn has_all(peer: &Peer) -> bool {
     peer.user == 0 || peer.user == rustix::process::geteuid().as_raw()
 }
 

@@ -75,11 +75,16 @@ pub struct Disk {
 
 impl From<Sighting> for Disk {
     fn from(sighting: Sighting) -> Self {
+        let mut why = sighting.why.map(|why| harmless(&why, 200));
+        if let Some(user) = sighting.known.user {
+            let noted = format!("user {user} had it noted");
+            why = Some(why.map_or(noted.clone(), |why| format!("{why}; {noted}")));
+        }
         Self {
             volume: sighting.known.volume,
             path: harmless(&sighting.known.path, 1024),
             standing: sighting.standing,
-            why: sighting.why.map(|why| harmless(&why, 200)),
+            why,
         }
     }
 }
@@ -102,16 +107,19 @@ impl Uses {
 
     fn caveat(&self) -> &'static str {
         match self.full {
-            true => ", as far as anybody can tell: the list of volumes has no room for more",
+            true => {
+                ", as far as anybody can tell: the list of volumes lacks some, for want of room or since a file of it cannot \
+                 be read (`sealblk key scan --forget-missing` takes your word that they are not needed)"
+            }
             false => "",
         }
     }
 
-    /// The volumes that have to be taken for bound to what `matches`.
+    /// The volumes that have to be taken for bound to what `matches`, and those that are `served` under it.
     ///
     /// # Errors
     /// If the list cannot be read.
-    pub fn of(index: &Index, matches: impl Fn(&Known) -> bool) -> Result<Self, GuardError> {
+    pub fn of(index: &Index, served: &[Disk], matches: impl Fn(&Known) -> bool) -> Result<Self, GuardError> {
         let mut seen = HashSet::new();
         let mut look = || {
             let listing = index.list().map_err(|source| GuardError::Index {
@@ -127,12 +135,12 @@ impl Uses {
         let (more, full) = look()?;
         sightings.extend(more);
         sightings.retain(Sighting::in_use);
-        let count = sightings.len();
-        Ok(Self {
-            volumes: sightings.into_iter().take(LISTED).map(Disk::from).collect(),
-            count,
-            full,
-        })
+        let is_listed = |disk: &&Disk| !sightings.iter().any(|other| other.known.volume == disk.volume);
+        let mut volumes: Vec<_> = served.iter().filter(is_listed).cloned().collect();
+        let count = volumes.len() + sightings.len();
+        volumes.extend(sightings.into_iter().map(Disk::from));
+        volumes.truncate(LISTED);
+        Ok(Self { volumes, count, full })
     }
 
     fn refuse(self, what: String) -> Result<(), GuardError> {
@@ -152,6 +160,8 @@ pub struct Removal<'a> {
     pub force: bool,
     /// Only see whether it is possible.
     pub dry_run: bool,
+    /// The volumes that are being served under it, which are no hint.
+    pub served: &'a [Disk],
 }
 
 /// Removes a provider of `registry`.
@@ -162,7 +172,7 @@ pub fn remove_provider(registry: &mut Registry, name: &str, removal: &Removal<'_
     registry.check_removal(name, removal.new_default)?;
     let index = Index::of(registry.dir());
     if !removal.force {
-        Uses::of(&index, |known| known.is_under(Some(name), None))?
+        Uses::of(&index, removal.served, |known| known.is_under(Some(name), None))?
             .refuse(format!("key provider {name:?}"))?;
         if matches!(registry.backup(name), Some(Backup::None | Backup::Waived)) {
             return Err(GuardError::NotBackedUp(name.to_owned()));
@@ -187,8 +197,8 @@ pub fn revoke(
 ) -> Result<Option<Reach>, GuardError> {
     if !removal.force {
         let name = provider.name();
-        Uses::of(index, |known| known.is_under(Some(name), Some(key_id)))?
-            .refuse(format!("key {key_id} of provider {name:?}"))?;
+        let is_under = |known: &Known| known.is_under(Some(name), Some(key_id));
+        Uses::of(index, removal.served, is_under)?.refuse(format!("key {key_id} of provider {name:?}"))?;
     }
     match removal.dry_run {
         true => match provider.state(key_id)? {

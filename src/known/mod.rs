@@ -7,25 +7,37 @@
 //! keys from being taken away.
 //!
 //! ```text
-//! volumes/UUID.HASH.json    the volume's UUID; 16 digits of the SHA-256 of path, provider and key ID
+//! volumes/UUID.HASH.json         the volume's UUID; 16 digits of the SHA-256 of path, provider and key ID
+//! volumes/UUID.HASH.USER.json    the same, of what another user than the directory's owner has the agent note
+//! volumes/incomplete             there was no room for a note
 //! ```
 //!
 //! A binding is noted before it is stored, so that no volume is ever unknown, and settled when it is, or could not be. Where
 //! nobody came to settle it within [`SETTLED_BY`], it counts only if the volume says so itself: that is what a killed
-//! `create` leaves.
+//! `create` leaves. What cannot be noted is not bound, and what is bound to one volume is bound to no other
+//! ([`Index::announce`]).
+//!
+//! What others can add to must not decide what cannot be undone. Places are what callers say; so each user's notes have files
+//! and room of their own ([`room`]), and only who announced a binding takes it back. Where room is short, what is not settled
+//! goes before what is; and where something had to go, what is left says so and counts as in use whatever is at its place:
+//! the volume may be at one that is not noted any more. A list that lacks something, or has a file that cannot be read, keeps
+//! every key. Then it takes a person to say that nothing is lost: `--force`, or `key scan --forget-missing`.
 //!
 //! Each file is replaced as a whole, so that any number of processes write them at a time, and a crash leaves the old one
-//! or the new one. No file holds a secret. There are at most [`MOST`] of them, and at most [`PLACES`] for a volume and key.
+//! or the new one. No file holds a secret. There are at most [`MOST`] of them, and at most [`PLACES`] for a volume and key
+//! and user.
 
 mod guard;
 mod lookout;
 mod noting;
+mod room;
 pub mod survey;
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::sync::Mutex;
+use std::time::{Duration, Instant, SystemTime};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -35,16 +47,18 @@ use crate::hex;
 use crate::keys::private;
 use crate::keys::{Binding, KeyId};
 use crate::moment::Moment;
+use crate::mutex::lock;
 use crate::parsing;
 use crate::path_text;
 use survey::{Standing, look};
 
 pub use guard::{Disk, GuardError, Removal, Uses, remove_provider, revoke};
 pub use noting::Noting;
+pub use room::{By, NotAnnounced};
 
 /// The most files.
 pub const MOST: usize = 16384;
-/// The most places of one volume under one key: whoever may open a volume could name any number.
+/// The most places of one volume under one key that a user has noted.
 const PLACES: usize = 8;
 /// How long after it was announced a binding may come about. Who is later notes it anew.
 const SETTLED_BY: Duration = Duration::from_secs(3600);
@@ -78,6 +92,21 @@ pub struct Known {
     /// Whether nobody has said yet that the binding, which was announced, came about.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub unsettled: bool,
+    /// The user who had the agent note it, if that is not the state directory's owner.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<u32>,
+    /// Whether there was another place that is not noted any more.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub elsewhere: bool,
+}
+
+/// Why the place of a note does not tell whether the volume is bound to the key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Remark {
+    /// Nobody has said where the volume is.
+    Untold,
+    /// It was at other places, too, that are not noted any more.
+    Elsewhere,
 }
 
 impl Known {
@@ -96,8 +125,6 @@ impl Known {
 /// What has happened to a volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Occasion {
-    /// It is about to be bound to a key.
-    Announced,
     /// It is bound to a key.
     Bound,
     /// It was opened with a key.
@@ -117,7 +144,7 @@ pub struct Index {
 pub struct Listing {
     /// By volume.
     pub known: Vec<Known>,
-    /// Whether there was no room for more, so that there may be others.
+    /// Whether there may be others: there is or was no room for more, or a file cannot be read.
     pub full: bool,
 }
 
@@ -134,50 +161,52 @@ impl Index {
         &self.dir
     }
 
-    /// Takes note of what has happened to the volume whose header is in `path`. If that fails, it is told in the log: no
-    /// volume stays closed for it.
-    pub fn note(&self, binding: &Binding<'_>, path: &Path, occasion: Occasion) {
+    /// Takes note, for `by`, of what has happened to the volume whose header is in `path`; which is empty if nobody has said:
+    /// then it is noted that there is such a volume, unless that is known. If it cannot be noted, the list says that it lacks
+    /// something, and so does the log: no volume stays closed for it.
+    pub fn note(&self, binding: &Binding<'_>, path: &Path, occasion: Occasion, by: By) {
         let now = Moment::now();
-        let mut known = note_of(binding, path);
+        let mut known = note_of(binding, path, by);
         known.bound = match occasion {
-            Occasion::Announced | Occasion::Bound => Some(now),
+            Occasion::Bound => Some(now),
             Occasion::Opened => None,
             Occasion::Found(bound) => bound,
         };
         known.opened = (occasion == Occasion::Opened).then_some(now);
-        known.unsettled = occasion == Occasion::Announced;
-        let path = known.path.clone();
-        match self.write(known) {
-            Ok(true) => {}
-            Ok(false) => tracing::warn!(
-                "{} is full: the key that {} is bound to is not noted; drop what has gone with `sealblk key scan`",
+        let told = known.path.clone();
+        let unkept = match self.write(known) {
+            Ok(true) => return,
+            Ok(false) => "there is no room for more".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        let marked = self.mark_incomplete();
+        if is_to_be_told() {
+            tracing::warn!(
+                user = by.user(),
+                marked = marked.is_ok(),
+                "{}: it cannot be noted which key {told:?} is bound to: {unkept}; keys and providers are taken away by force alone \
+                 until `sealblk key scan --forget-missing`",
                 self.dir.display(),
-                path
-            ),
-            Err(error) => tracing::warn!(
-                %error,
-                "{}: it cannot be noted which key {} is bound to",
-                self.dir.display(),
-                path
-            ),
+            );
         }
     }
 
     /// Takes note of what became of a binding that was announced. One that came to nothing is noted no more, unless the volume
-    /// itself says otherwise: only what nobody has settled can be taken back.
-    pub fn settle(&self, binding: &Binding<'_>, path: &Path, stored: bool) {
-        let known = note_of(binding, path);
+    /// itself says otherwise: only what nobody has settled can be taken back, and only by who announced it.
+    pub fn settle(&self, binding: &Binding<'_>, path: &Path, stored: bool, by: By) {
+        let known = note_of(binding, path, by);
+        let file = self.file(&known);
         if stored {
             // Who settles could name any volume: it was announced, or it says so itself.
-            if read(&self.file(&known)).is_some() || look(&known) == Standing::Bound {
-                self.note(binding, path, Occasion::Bound);
+            if read(&file).is_some() || look(&known) == Standing::Bound {
+                self.note(binding, path, Occasion::Bound, by);
             }
             return;
         }
-        let noted = read(&self.file(&known)).filter(|noted| noted.unsettled);
+        let noted = read(&file).filter(|noted| noted.unsettled);
         if noted.is_some()
             && look(&known) != Standing::Bound
-            && let Err(error) = self.forget(&known)
+            && let Err(error) = remove(&file)
         {
             tracing::warn!(%error, "{} was not bound, and stays on the list of volumes", known.path);
         }
@@ -186,88 +215,96 @@ impl Index {
     /// Whether there was room for it.
     fn write(&self, mut known: Known) -> io::Result<bool> {
         private::ensure_dir(&self.dir)?;
-        let file = self.file(&known);
-        match read(&file) {
-            Some(earlier) => {
-                let is_news = known.opened.is_none() || earlier.opened.is_none_or(|then| then.age() > NEWS);
-                known.bound = known.bound.or(earlier.bound);
-                known.opened = known.opened.or(earlier.opened);
-                // What is known for sure is not made doubtful again by who could say anything.
-                known.unsettled &= earlier.unsettled;
-                let is_same = (earlier.keyslot, earlier.unsettled) == (known.keyslot, known.unsettled);
-                if !is_news && is_same || earlier == known {
-                    return Ok(true);
-                }
-            }
-            None if !self.make_room(&known)? => return Ok(false),
-            None => {}
+        if self.file(&known).exists() {
+            return self.put(known).map(|()| true);
         }
+        self.drop_contradicted(known.volume)?;
+        let is_same = |other: &Known| other.is_under(Some(&known.provider), Some(&known.key_id));
+        if known.path.is_empty()
+            && self
+                .notes_of(known.volume)?
+                .iter()
+                .any(|(_, other)| is_same(other))
+        {
+            return Ok(true);
+        }
+        let Some(replaced) = self.make_room(&mut known)? else {
+            return Ok(false);
+        };
+        // First the one that says what is lost with the others.
+        self.put(known)?;
+        for file in replaced {
+            remove(&file)?;
+        }
+        Ok(true)
+    }
+
+    /// Writes a note, with what an earlier one of the same user and place has told.
+    fn put(&self, mut known: Known) -> io::Result<()> {
+        let file = self.file(&known);
+        if let Some(earlier) = read(&file) {
+            let is_news = known.opened.is_none() || earlier.opened.is_none_or(|then| then.age() > NEWS);
+            known.bound = known.bound.or(earlier.bound);
+            known.opened = known.opened.or(earlier.opened);
+            known.elsewhere |= earlier.elsewhere;
+            // What is known for sure is not made doubtful again by who could say anything.
+            known.unsettled &= earlier.unsettled;
+            let is_same = (earlier.keyslot, earlier.unsettled) == (known.keyslot, known.unsettled);
+            if !is_news && is_same || earlier == known {
+                return Ok(());
+            }
+        }
+        self.put_anew(&file, known)
+    }
+
+    fn put_anew(&self, file: &Path, known: Known) -> io::Result<()> {
         let text = serde_json::to_vec(&known).expect("texts and numbers are JSON");
         if text.len() as u64 > LONGEST {
             // A header that was found may say anything, and nobody could read the note.
             return Err(io::ErrorKind::FileTooLarge.into());
         }
-        private::replace(&file, &text)?;
-        Ok(true)
+        private::replace(file, &text)
     }
 
-    /// Drops what `known`, which is new, replaces: notes of the same volume that its header contradicts. One that names a
-    /// place where nothing is stays: this may be a copy, and that one's disk away. Tells whether there is room.
-    fn make_room(&self, known: &Known) -> io::Result<bool> {
-        let prefix = format!("{}.", known.volume);
-        let mut count = 0;
-        let mut same_key: Vec<(PathBuf, Known)> = Vec::new();
-        for file in self.files()? {
-            count += 1;
-            let of_volume = |name: &str| name.starts_with(&prefix);
-            if !file
-                .file_name()
-                .and_then(|name| name.to_str())
-                .is_some_and(of_volume)
-            {
-                continue;
-            }
-            let Some(other) = read(&file) else { continue };
-            let is_same = (&other.provider, &other.key_id) == (&known.provider, &known.key_id);
-            if look(&other) == Standing::NotBound {
-                fs::remove_file(&file)?;
-                count -= 1;
-            } else if is_same {
-                same_key.push((file, other));
-            }
-        }
-        if same_key.len() >= PLACES
-            && let Some((file, _)) = same_key
-                .iter()
-                .min_by_key(|(_, other)| other.opened.max(other.bound))
-        {
-            fs::remove_file(file)?;
-            count -= 1;
-        }
-        Ok(count < MOST)
-    }
-
-    /// All of it.
+    /// All of it. What several users have noted of one place is told once.
     ///
     /// # Errors
-    /// If the directory is there and cannot be read. A file that cannot be is passed over.
+    /// If the directory is there and cannot be read. A file that cannot be is passed over, and the list is not complete then.
     pub fn list(&self) -> io::Result<Listing> {
         let files = self.files()?;
-        let full = files.len() >= MOST;
-        let mut known: Vec<_> = files.iter().filter_map(|file| read(file)).collect();
+        let mut full = files.len() >= MOST || self.is_incomplete();
+        let mut known: Vec<Known> = Vec::new();
+        for file in &files {
+            match read(file) {
+                Some(noted) => known.push(noted),
+                // One that has just gone is no doubt.
+                None => full |= file.exists(),
+            }
+        }
         known.sort_by(|a, b| order(a).cmp(&order(b)));
+        known.dedup_by(|later, kept| {
+            let is_same = order(later) == order(kept);
+            if is_same {
+                kept.bound = kept.bound.max(later.bound);
+                kept.opened = kept.opened.max(later.opened);
+                kept.elsewhere |= later.elsewhere;
+            }
+            is_same
+        });
         Ok(Listing { known, full })
     }
 
-    /// Drops a note.
+    /// Drops a note, whoever's.
     ///
     /// # Errors
     /// If the directory cannot be written.
     pub fn forget(&self, known: &Known) -> io::Result<()> {
-        match fs::remove_file(self.file(known)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            result => result,
+        for (file, other) in self.notes_of(known.volume)? {
+            if order(&other) == order(known) {
+                remove(&file)?;
+            }
         }
+        Ok(())
     }
 
     fn file(&self, known: &Known) -> PathBuf {
@@ -277,7 +314,8 @@ impl Index {
             hash.update(text);
         }
         let hash = hex::encode(&hash.finalize()[..8]);
-        self.dir.join(format!("{}.{hash}.json", known.volume))
+        let user = known.user.map(|user| format!(".{user}")).unwrap_or_default();
+        self.dir.join(format!("{}.{hash}{user}.json", known.volume))
     }
 
     /// The files. What a crash has left of others goes.
@@ -302,8 +340,19 @@ impl Index {
     }
 }
 
+/// What a file's name tells: the volume, the hash, and whose it is.
+fn name_of(file: &Path) -> Option<(Uuid, &str, By)> {
+    let mut parts = file.file_name()?.to_str()?.strip_suffix(".json")?.split('.');
+    let (volume, hash) = (parts.next()?.parse().ok()?, parts.next()?);
+    let by = match parts.next() {
+        None => By::Owner,
+        Some(user) => By::User(user.parse().ok()?),
+    };
+    Some((volume, hash, by))
+}
+
 /// A note that says nothing yet but what is where.
-fn note_of(binding: &Binding<'_>, path: &Path) -> Known {
+fn note_of(binding: &Binding<'_>, path: &Path, by: By) -> Known {
     let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
     Known {
         volume: binding.volume,
@@ -314,11 +363,39 @@ fn note_of(binding: &Binding<'_>, path: &Path) -> Known {
         bound: None,
         opened: None,
         unsettled: false,
+        user: by.user(),
+        elsewhere: false,
     }
 }
 
-fn order(known: &Known) -> (Uuid, &str, &str, &str) {
-    (known.volume, &known.path, &known.provider, &known.key_id.0)
+/// What a note is about. An announcement that is still awaited is told apart from what is settled.
+fn order(known: &Known) -> (Uuid, &str, &str, &str, bool) {
+    let awaited = known.unsettled && !known.was_given_up();
+    (
+        known.volume,
+        &known.path,
+        &known.provider,
+        &known.key_id.0,
+        awaited,
+    )
+}
+
+fn remove(file: &Path) -> io::Result<()> {
+    match fs::remove_file(file) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Once a minute: callers can provoke it.
+fn is_to_be_told() -> bool {
+    static TOLD: Mutex<Option<Instant>> = Mutex::new(None);
+    let mut told = lock(&TOLD);
+    let is_due = told.is_none_or(|told| told.elapsed() > Duration::from_secs(60));
+    if is_due {
+        *told = Some(Instant::now());
+    }
+    is_due
 }
 
 fn is_left_behind(path: &Path) -> bool {
@@ -363,9 +440,9 @@ mod tests {
         let (_dir, index) = index();
         assert!(index.list().unwrap().known.is_empty());
         let key_id = KeyId("k".into());
-        index.note(&binding(1, &key_id), Path::new("/a"), Occasion::Bound);
-        index.note(&binding(1, &key_id), Path::new("/a"), Occasion::Opened);
-        index.note(&binding(2, &key_id), Path::new("/b"), Occasion::Opened);
+        index.note(&binding(1, &key_id), Path::new("/a"), Occasion::Bound, By::Owner);
+        index.note(&binding(1, &key_id), Path::new("/a"), Occasion::Opened, By::Owner);
+        index.note(&binding(2, &key_id), Path::new("/b"), Occasion::Opened, By::Owner);
         let listed = index.list().unwrap();
         assert!(!listed.full);
         let [one, two] = &listed.known[..] else {
@@ -384,7 +461,7 @@ mod tests {
         let (_dir, index) = index();
         let key_id = KeyId("k".into());
         for path in ["/nowhere/a", "/nowhere/b"] {
-            index.note(&binding(1, &key_id), Path::new(path), Occasion::Opened);
+            index.note(&binding(1, &key_id), Path::new(path), Occasion::Opened, By::Owner);
         }
         let paths = |index: &Index| -> Vec<String> {
             index
@@ -401,16 +478,143 @@ mod tests {
         for number in 0..2 * PLACES {
             let path = there.path().join(number.to_string());
             fs::create_dir(&path).unwrap();
-            index.note(&binding(1, &key_id), &path, Occasion::Opened);
+            index.note(&binding(1, &key_id), &path, Occasion::Opened, By::Owner);
         }
         assert_eq!(paths(&index).len(), PLACES);
+    }
+
+    // Whoever could make disks could have eight places of another's noted, which pushed its own out, and take them back.
+    #[test]
+    fn no_user_pushes_out_or_takes_back_what_others_have_noted() {
+        let (_dir, index) = index();
+        let [key_id, fresh] = ["k", "fresh"].map(|id| KeyId(id.into()));
+        let [one, other] = [By::User(1), By::User(2)];
+        index.note(
+            &binding(1, &key_id),
+            Path::new("/nowhere/disk"),
+            Occasion::Bound,
+            one,
+        );
+        for number in 0..2 * PLACES {
+            let path = format!("/nowhere/{number}");
+            let refused = index.announce(&binding(1, &key_id), Path::new(&path), other);
+            assert!(matches!(refused, Err(NotAnnounced::OtherUser)), "{refused:?}");
+            // As one does who can read the header, and may open volumes.
+            index.note(&binding(1, &key_id), Path::new(&path), Occasion::Opened, other);
+            index.settle(&binding(1, &key_id), Path::new(&path), false, other);
+        }
+        let of = |by: By| {
+            let notes = index.notes_of(Uuid::from_u128(1)).unwrap().into_iter();
+            let notes = notes.map(|(_, known)| known);
+            notes.filter(|known| known.user == by.user()).collect::<Vec<_>>()
+        };
+        assert_eq!(of(one)[0].path, "/nowhere/disk");
+        assert_eq!(of(other).len(), PLACES);
+        let announced = binding(2, &fresh);
+        let path = Path::new("/nowhere/disk");
+        index.announce(&announced, path, one).unwrap();
+        index.settle(&announced, path, false, other);
+        index.settle(&announced, path, true, other);
+        let awaited = |index: &Index| {
+            let listed = index.list().unwrap().known;
+            listed.into_iter().find(|known| known.volume == announced.volume)
+        };
+        assert!(awaited(&index).unwrap().unsettled);
+        index.settle(&announced, path, false, one);
+        assert_eq!(awaited(&index), None);
+    }
+
+    #[test]
+    fn a_key_is_bound_to_one_volume() {
+        let (_dir, index) = index();
+        let [key_id, stale] = ["k", "stale"].map(|id| KeyId(id.into()));
+        let path = Path::new("/nowhere/disk");
+        for by in [By::User(1), By::Owner] {
+            index.announce(&binding(1, &key_id), path, By::User(1)).unwrap();
+            let refused = index.announce(&binding(2, &key_id), path, by);
+            assert!(matches!(refused, Err(NotAnnounced::OtherVolume)), "{refused:?}");
+        }
+        // To the same volume again, as after a failure; the owner may anyhow.
+        index.announce(&binding(1, &key_id), path, By::User(1)).unwrap();
+        index.announce(&binding(1, &key_id), path, By::Owner).unwrap();
+        // What was given up binds nobody.
+        index.announce(&binding(3, &stale), path, By::User(1)).unwrap();
+        let (file, mut known) = index.notes_of(Uuid::from_u128(3)).unwrap().remove(0);
+        known.bound = Some(Moment::from_unix(0));
+        index.put_anew(&file, known).unwrap();
+        index.announce(&binding(4, &stale), path, By::User(2)).unwrap();
+    }
+
+    // What is not settled pushed out what was, and no trace was left of what had to go.
+    #[test]
+    fn what_is_settled_goes_last_and_what_is_left_says_that_something_went() {
+        let (_dir, index) = index();
+        let key_id = KeyId("k".into());
+        let there = tempfile::tempdir().unwrap();
+        let place = |number: usize| there.path().join(number.to_string());
+        (0..PLACES + 1).for_each(|number| fs::create_dir(place(number)).unwrap());
+        for number in 0..PLACES {
+            index.note(
+                &binding(1, &key_id),
+                &place(number),
+                Occasion::Opened,
+                By::User(1),
+            );
+        }
+        let refused = index.announce(&binding(1, &key_id), &place(PLACES), By::User(1));
+        assert!(matches!(refused, Err(NotAnnounced::Places)), "{refused:?}");
+        index.note(
+            &binding(1, &key_id),
+            &place(PLACES),
+            Occasion::Opened,
+            By::User(1),
+        );
+        let known = index.list().unwrap().known;
+        let last = known
+            .iter()
+            .find(|known| Path::new(&known.path) == place(PLACES))
+            .unwrap();
+        assert!(known.len() == PLACES && last.elsewhere, "{known:?}");
+        index.sweep(true).unwrap();
+        assert!(index.list().unwrap().known.iter().all(|known| !known.elsewhere));
+    }
+
+    #[test]
+    fn a_list_that_lacks_something_says_so_until_somebody_takes_the_blame() {
+        let (_dir, index) = index();
+        let key_id = KeyId("k".into());
+        let opened = |volume, by| {
+            let path = Path::new("/nowhere/disk");
+            index.note(&binding(volume, &key_id), path, Occasion::Opened, by);
+            !index.notes_of(Uuid::from_u128(volume)).unwrap().is_empty()
+        };
+        assert!(opened(1, By::Owner) && !index.list().unwrap().full);
+        let note = fs::read(index.file(&index.list().unwrap().known[0])).unwrap();
+        // A user fills its share.
+        for number in 0..MOST / 2 {
+            let name = format!("{}.{number:016x}.1.json", Uuid::nil());
+            fs::write(index.dir.join(name), &note).unwrap();
+        }
+        assert!(!index.list().unwrap().full);
+        assert!(!opened(2, By::User(1)));
+        assert!(index.list().unwrap().full);
+        let refused = index.announce(&binding(9, &KeyId("n".into())), Path::new("/a"), By::User(1));
+        assert!(matches!(refused, Err(NotAnnounced::NoRoom(_))), "{refused:?}");
+        // Others have room, and what is opened again is noted again.
+        assert!(opened(2, By::User(2)) && opened(3, By::Owner));
+        assert!(index.list().unwrap().full);
+        index.clear_incomplete().unwrap();
+        assert!(!index.list().unwrap().full);
+        // One that nobody can read may be any volume's.
+        fs::write(index.dir.join(format!("{}.0.json", Uuid::nil())), "{").unwrap();
+        assert!(index.list().unwrap().full);
     }
 
     #[test]
     fn files_of_others_and_half_written_ones_do_no_harm() {
         let (_dir, index) = index();
         let key_id = KeyId("k".into());
-        index.note(&binding(1, &key_id), Path::new("/a"), Occasion::Opened);
+        index.note(&binding(1, &key_id), Path::new("/a"), Occasion::Opened, By::Owner);
         let file = index.file(&index.list().unwrap().known[0]);
         let whole = fs::read(&file).unwrap();
         for cut in 0..whole.len() {
@@ -419,7 +623,7 @@ mod tests {
         }
         fs::create_dir(index.dir.join("directory.json")).unwrap();
         fs::write(index.dir.join("x.json.1.new"), "").unwrap();
-        index.note(&binding(1, &key_id), Path::new("/a"), Occasion::Opened);
+        index.note(&binding(1, &key_id), Path::new("/a"), Occasion::Opened, By::Owner);
         assert_eq!(index.list().unwrap().known.len(), 1);
     }
 
@@ -432,9 +636,19 @@ mod tests {
                 scope.spawn(move || {
                     for number in 0..20 {
                         let key_id = KeyId(format!("k{number}"));
-                        index.note(&binding(number, &key_id), Path::new("/a"), Occasion::Bound);
+                        index.note(
+                            &binding(number, &key_id),
+                            Path::new("/a"),
+                            Occasion::Bound,
+                            By::Owner,
+                        );
                         let own = KeyId(format!("k{thread}.{number}"));
-                        index.note(&binding(100 + thread, &own), Path::new("/b"), Occasion::Opened);
+                        index.note(
+                            &binding(100 + thread, &own),
+                            Path::new("/b"),
+                            Occasion::Opened,
+                            By::Owner,
+                        );
                     }
                 });
             }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::{Index, Occasion};
+use super::{By, Index, Occasion};
 use crate::keys::arena::SecretBytes;
 use crate::keys::{Binding, KeyError, KeyId, KeyProvider, KeyState, Providers, Reach, Revocation};
 
@@ -59,18 +59,19 @@ impl KeyProvider for NotingProvider {
     fn wrap(&self, binding: &Binding<'_>, secret: &SecretBytes) -> Result<Vec<u8>, KeyError> {
         let wrapped = self.provider.wrap(binding, secret)?;
         // Before anything is stored: a note too many does less harm than one that is missing.
-        self.index.note(binding, &self.path, Occasion::Announced);
+        let announced = self.index.announce(binding, &self.path, By::Owner);
+        announced.map_err(|error| error.of(binding))?;
         Ok(wrapped)
     }
 
     fn settle(&self, binding: &Binding<'_>, stored: bool) -> Result<(), KeyError> {
-        self.index.settle(binding, &self.path, stored);
+        self.index.settle(binding, &self.path, stored, By::Owner);
         self.provider.settle(binding, stored)
     }
 
     fn unwrap(&self, binding: &Binding<'_>, wrapped: &[u8]) -> Result<SecretBytes, KeyError> {
         let secret = self.provider.unwrap(binding, wrapped)?;
-        self.index.note(binding, &self.path, Occasion::Opened);
+        self.index.note(binding, &self.path, Occasion::Opened, By::Owner);
         Ok(secret)
     }
 

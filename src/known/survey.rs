@@ -13,7 +13,8 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::lookout::Lookout;
-use super::{Index, Known, Occasion};
+use super::room::remark;
+use super::{By, Index, Known, Occasion, Remark, read, remove};
 use crate::keys::Binding;
 use crate::path_text::{from_text, to_text};
 use crate::storage::{Access, Backing};
@@ -137,26 +138,29 @@ pub struct PassedOver {
 
 impl Index {
     /// Drops what is noted of a volume that was erased, at the place where it was, whatever names that has: unless it is there
-    /// still, or that cannot be told.
-    pub fn erased(&self, volume: Uuid, path: &Path) {
+    /// still, or that cannot be told. Users say what they like: of them, only their own notes go.
+    pub fn erased(&self, volume: Uuid, path: &Path, by: By) {
         let mut lookout = Lookout::default();
         if !matches!(Found::by(&mut lookout, path), Found::NoVolume) {
             return;
         }
         let mut place_of = |path: &Path| lookout.at(path, |path| fs::canonicalize(path).ok()).ok()?;
         let place = place_of(path);
-        let listing = self.list().unwrap_or_default();
-        for known in listing.known.iter().filter(|known| known.volume == volume) {
+        let its = |known: &Known| by == By::Owner || known.user == by.user();
+        for (file, known) in self.notes_of(volume).unwrap_or_default() {
             let noted = from_text(&known.path);
             let is_it = noted == path || place.is_some() && place_of(&noted) == place;
-            if is_it && let Err(error) = self.forget(known) {
+            if its(&known)
+                && is_it
+                && let Err(error) = remove(&file)
+            {
                 tracing::warn!(%error, "{} is erased, and stays on the list of volumes", known.path);
             }
         }
     }
 
     /// Looks at the volumes in `paths`, and notes what they are bound to.
-    pub fn scan<'p>(&self, paths: impl Iterator<Item = &'p Path>) -> Scanned {
+    pub fn scan<'p>(&self, paths: impl Iterator<Item = &'p Path>, by: By) -> Scanned {
         let mut scanned = Scanned::default();
         let mut lookout = Lookout::default();
         for path in paths {
@@ -170,7 +174,7 @@ impl Index {
                             key_id: &to.key_id,
                             keyslot: to.keyslot,
                         };
-                        self.note(&binding, path, Occasion::Found(to.since));
+                        self.note(&binding, path, Occasion::Found(to.since), by);
                     }
                     let keys = bindings.to.len();
                     scanned.found.push(Seen { path: told, keys });
@@ -189,18 +193,45 @@ impl Index {
         scanned
     }
 
-    /// Looks at all volumes that are known, and drops what does not hold; with `missing`, also notes of places where the volume
-    /// is not. Tells how many those were.
+    /// Looks at all volumes that are known, and drops what does not hold. With `missing`, somebody says that nothing is needed of
+    /// what nobody can look at: notes of places where the volume is not, what notes say of others, files that cannot be read,
+    /// and that there was no room go as well. Tells how many notes those were.
     ///
     /// # Errors
     /// If the list cannot be read or written.
     pub fn sweep(&self, missing: bool) -> io::Result<usize> {
+        let mut dropped = 0;
+        if missing {
+            self.clear_incomplete()?;
+            for file in self.files()? {
+                match read(&file) {
+                    Some(known) if remark(&known) == Some(Remark::Elsewhere) => {
+                        self.put_anew(
+                            &file,
+                            Known {
+                                elsewhere: false,
+                                ..known
+                            },
+                        )?;
+                    }
+                    Some(_) => {}
+                    None if file.is_file() => {
+                        remove(&file)?;
+                        dropped += 1;
+                    }
+                    None => {}
+                }
+            }
+        }
         let mut sightings = survey(self.list()?.known);
-        sightings.retain(|sighting| !sighting.in_use() || missing && sighting.standing == MISSING);
+        let is_missing = |sighting: &Sighting| {
+            sighting.standing == MISSING || remark(&sighting.known) == Some(Remark::Untold)
+        };
+        sightings.retain(|sighting| !sighting.in_use() || missing && is_missing(sighting));
         for sighting in &sightings {
             self.forget(&sighting.known)?;
         }
-        Ok(sightings.len())
+        Ok(dropped + sightings.len())
     }
 }
 
@@ -222,6 +253,17 @@ impl Found {
     }
 
     fn judge(&self, known: &Known) -> Standing {
+        let standing = self.judge_place(known);
+        match (remark(known), &standing) {
+            (Some(Remark::Untold), _) => Standing::Unknown("nobody has said where it is".to_owned()),
+            (Some(Remark::Elsewhere), Standing::NotBound) => {
+                Standing::Unknown("it was at other places, too, that are not noted any more".to_owned())
+            }
+            _ => standing,
+        }
+    }
+
+    fn judge_place(&self, known: &Known) -> Standing {
         match self {
             Found::Volume(bindings) if bindings.uuid == known.volume => {
                 let to_it = bindings
@@ -273,4 +315,42 @@ fn find(path: &Path) -> Found {
         }
     };
     looked().unwrap_or_else(Found::Nothing)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::keys::KeyId;
+
+    #[test]
+    fn a_place_does_not_tell_of_others_that_were_not_kept() {
+        let known = Known {
+            volume: Uuid::from_u128(1),
+            path: "/a".into(),
+            provider: "native".into(),
+            key_id: KeyId("k".into()),
+            keyslot: 0,
+            bound: None,
+            opened: None,
+            unsettled: false,
+            user: Some(1),
+            elsewhere: false,
+        };
+        let unbound = Found::Volume(Bindings {
+            uuid: known.volume,
+            to: Vec::new(),
+        });
+        assert_eq!(unbound.judge(&known), Standing::NotBound);
+        let elsewhere = Known {
+            elsewhere: true,
+            ..known.clone()
+        };
+        let untold = Known {
+            path: String::new(),
+            ..known
+        };
+        for known in [elsewhere, untold] {
+            assert!(matches!(unbound.judge(&known), Standing::Unknown(_)), "{known:?}");
+        }
+    }
 }
