@@ -37,8 +37,10 @@ pub(crate) mod rule {
     pub(crate) const MODE: &str = "a mode is three octal digits, as in 660";
     /// A user or a group.
     pub(crate) const USER_OR_GROUP: &str = "a user or group is a number or a name";
+    /// A volume.
+    pub(crate) const VOLUME: &str = "a volume is named by its UUID, as `sealblk info` shows it";
 
-    pub(super) const ALL: [&str; 10] = [
+    pub(super) const ALL: [&str; 11] = [
         AGE,
         MODE,
         REGISTERS,
@@ -49,6 +51,7 @@ pub(crate) mod rule {
         SEGMENT_SIZE,
         BASE64,
         USER_OR_GROUP,
+        VOLUME,
     ];
 }
 

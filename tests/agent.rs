@@ -122,7 +122,12 @@ fn a_privilege_allows_its_calls_and_no_others() {
     let wrap = |purpose| -> Call<'_> {
         let (key_id, secret) = (&key_id, &secret);
         let provider = on(purpose);
-        Box::new(move || provider.wrap(&binding(key_id), secret).map(drop))
+        Box::new(move || {
+            // A key is one user's and one volume's: each gets one of its own, as CreateKek names it.
+            let (identity, _) = key_id.0.split_once('.').unwrap();
+            let own = KeyId(format!("{identity}.{}", Uuid::new_v4()));
+            provider.wrap(&binding(&own), secret).map(drop)
+        })
     };
     let create = |purpose| -> Call<'_> {
         let provider = on(purpose);
@@ -228,6 +233,67 @@ fn a_privilege_allows_its_calls_and_no_others() {
                 .contains("WrongPurpose")
         );
     }
+}
+
+// Whoever may serve disks could have the key of any volume whose header it could read.
+#[test]
+fn a_grant_for_some_volumes_opens_no_others() {
+    let volumes = [7, 8].map(Uuid::from_u128);
+    let agent = Agent::new(&format!(
+        "[[grant]]\nuser = {SOMEBODY}\nprivileges = [\"RegisterVM\", \"Recrypt\"]\nvolumes = [\"{}\"]\n\
+         [[grant]]\ngroup = {GROUP}\nprivileges = [\"RegisterVM\"]\n",
+        volumes[0]
+    ));
+    let provider = |purpose| agent.provider(purpose);
+    let secret = SecretBytes::random(32).unwrap();
+    let keys = volumes.map(|volume| {
+        let creator = provider(Purpose::Create);
+        let key_id = creator.create_kek().unwrap();
+        let binding = Binding {
+            volume,
+            ..binding(&key_id)
+        };
+        let wrapped = creator.wrap(&binding, &secret).unwrap();
+        (volume, key_id, wrapped)
+    });
+    let unwrap = |purpose, named: Uuid, (_, key_id, wrapped): &(Uuid, KeyId, Vec<u8>)| {
+        let binding = Binding {
+            volume: named,
+            ..binding(key_id)
+        };
+        provider(purpose).unwrap(&binding, wrapped).map(drop)
+    };
+    let [own, other] = &keys;
+    let not_permitted = |result: Result<(), KeyError>, volume| {
+        let error = result.unwrap_err();
+        assert_eq!(error.reason, KeyReason::NotPermitted, "{error}");
+        std::error::Error::source(&error)
+            .unwrap()
+            .to_string()
+            .contains(&format!("for volume {volume}"))
+    };
+    as_user(SOMEBODY, || {
+        for purpose in [Purpose::Attach, Purpose::Recrypt] {
+            unwrap(purpose, own.0, own).unwrap();
+            assert!(not_permitted(unwrap(purpose, other.0, other), other.0));
+            // Under the name of its own, it does not open.
+            let error = unwrap(purpose, own.0, other).unwrap_err();
+            assert_eq!(error.reason, KeyReason::Unauthentic, "{error}");
+        }
+        assert!(!not_permitted(unwrap(Purpose::Access, own.0, own), own.0));
+        let recrypt = provider(Purpose::Recrypt);
+        let key_id = recrypt.create_kek().unwrap();
+        let wrap = |volume| {
+            let binding = Binding {
+                volume,
+                ..binding(&key_id)
+            };
+            recrypt.wrap(&binding, &secret).map(drop)
+        };
+        assert!(not_permitted(wrap(other.0), other.0));
+        wrap(own.0).unwrap();
+    });
+    as_user(GROUP, || unwrap(Purpose::Attach, other.0, other)).unwrap();
 }
 
 #[test]

@@ -422,6 +422,13 @@ fn strangers_may_look_and_not_lock() {
     for (user, privilege) in [(4_000_001, "RegisterVM"), (4_000_002, "Recrypt")] {
         granted += &format!("[[grant]]\nuser = {user}\nprivileges = [{privilege:?}]\n");
     }
+    let info = run(Command::new(SEALBLK).args(["info", "--json"]).arg(&volume.path));
+    let info: Value = serde_json::from_slice(&info.stdout).unwrap();
+    let other = Value::from(uuid::Uuid::nil().to_string());
+    for (user, volume) in [(4_000_004, &info["uuid"]), (4_000_005, &other)] {
+        granted +=
+            &format!("[[grant]]\nuser = {user}\nprivileges = [\"RegisterVM\"]\nvolumes = [{volume}]\n");
+    }
     let config = config(&granted, &volume);
     let disk = Served::with(volume, &["--config", &config, "--control-socket-mode", "666"]);
     for (user, verb, allowed) in [
@@ -435,6 +442,9 @@ fn strangers_may_look_and_not_lock() {
         (4_000_003, "unlock", false),
         (4_000_003, "rekey", false),
         (4_000_003, "status", true),
+        (4_000_004, "lock", true),
+        (4_000_004, "unlock", true),
+        (4_000_005, "lock", false),
     ] {
         let socket = disk.control.clone();
         let result = common::secrets::as_user(user, move || {

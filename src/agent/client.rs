@@ -11,6 +11,7 @@ use base64::prelude::BASE64_STANDARD;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use uuid::Uuid;
 
 use super::Purpose;
 use super::erasure::Erasure;
@@ -68,8 +69,15 @@ struct Cause {
 /// What the agent's answer makes of a call.
 #[derive(Debug, thiserror::Error)]
 enum Refusal {
-    #[error("user {user} lacks the privilege {privilege}")]
-    NotPermitted { privilege: String, user: u32 },
+    #[error(
+        "user {user} lacks the privilege {privilege}{}",
+        volume.map(|volume| format!(" for volume {volume}")).unwrap_or_default()
+    )]
+    NotPermitted {
+        privilege: String,
+        user: u32,
+        volume: Option<Uuid>,
+    },
     #[error("it gives out nothing that its audit log does not tell of, and that cannot be written: {reason}")]
     NotAudited { reason: String },
     #[error("the agent says {0}")]
@@ -340,7 +348,12 @@ impl Client {
                     .unwrap_or("?")
                     .to_owned();
                 let user = field("user").and_then(Value::as_u64).unwrap_or(0) as u32;
-                let refusal = Refusal::NotPermitted { privilege, user };
+                let volume = field("volume").and_then(Value::as_str);
+                let refusal = Refusal::NotPermitted {
+                    privilege,
+                    user,
+                    volume: volume.and_then(|uuid| uuid.parse().ok()),
+                };
                 return self.fail(provider, KeyReason::NotPermitted).because(refusal);
             }
             ".NotAudited" => {

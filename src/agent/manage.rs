@@ -46,7 +46,7 @@ impl Service {
             from,
         } = request.parameters()?;
         let either = [Privilege::ManageKeys, Privilege::ReadKeyServersInfo];
-        self.permit_any(request.peer, &either, json!({}))?;
+        self.permit_any(request.peer, &either, None, json!({}))?;
         let listing = self.index.list().map_err(|error| unreadable(&error))?;
         let matches = |known: &Known| known.is_under(provider.as_deref(), key_id.as_ref());
         let (known, next) = page(listing.known.into_iter().filter(matches), from);
@@ -59,7 +59,7 @@ impl Service {
 
     pub(super) fn scan_volumes(&self, mut request: Request<'_>) -> Answered {
         let ScanVolumes { paths, missing } = request.parameters()?;
-        self.permit(request.peer, Privilege::ManageKeys, json!({}))?;
+        self.permit(request.peer, Privilege::ManageKeys, None, json!({}))?;
         if paths.is_empty() {
             let dropped = self.index.sweep(missing).map_err(|error| unreadable(&error))?;
             return Ok(Answer::of(Scanned {
@@ -87,7 +87,7 @@ impl Service {
         let subject = json!({
             "provider": provider, "keyId": key_id, "revocation": revocation, "force": force,
         });
-        self.permit(request.peer, Privilege::ManageKeys, subject.clone())?;
+        self.permit(request.peer, Privilege::ManageKeys, None, subject.clone())?;
         let provider = self
             .providers
             .provider(&provider)
@@ -125,7 +125,7 @@ impl Service {
         } = request.parameters()?;
         check_names(&provider, None)?;
         let subject = json!({ "provider": provider, "force": force });
-        self.permit(request.peer, Privilege::ManageKeyServers, subject.clone())?;
+        self.permit(request.peer, Privilege::ManageKeyServers, None, subject.clone())?;
         let mut registry =
             Registry::open(self.providers.dir()).map_err(|error| self.guarded(error.into()))?;
         let mut take_away = |removal| remove_provider(&mut registry, &provider, &removal);
@@ -156,12 +156,12 @@ impl Service {
             return Err(MethodError::invalid_parameter("path"));
         }
         let any = [Privilege::Access, Privilege::ManageKeys, Privilege::EncryptNew];
-        self.permit_any(request.peer, &any, json!({}))?;
+        self.permit_any(request.peer, &any, Some(erasure.volume), json!({}))?;
         let (event, fields) = erasure.told();
         self.audited(event, request.peer, fields)?;
         if let ErasureStep::Erased { .. } = erasure.step {
             // Who manages keys could drop any note.
-            let by = match self.grants.allow(request.peer, Privilege::ManageKeys) {
+            let by = match self.grants.allow(request.peer, Privilege::ManageKeys, None) {
                 true => By::Owner,
                 false => by(request.peer),
             };

@@ -92,13 +92,13 @@ impl Service {
 
     fn list_disks(&self, mut request: Request<'_>) -> Answered {
         let ListDisks { from } = request.parameters()?;
-        self.permit(request.peer, Privilege::ReadKeyServersInfo, json!({}))?;
+        self.permit(request.peer, Privilege::ReadKeyServersInfo, None, json!({}))?;
         let (disks, next) = page(self.registered.list().into_iter(), from);
         Ok(Answer::of(Disks { disks, next }))
     }
 
     fn watch(&self, request: &Request<'_>) -> Answered {
-        self.permit(request.peer, Privilege::ReadKeyServersInfo, json!({}))?;
+        self.permit(request.peer, Privilege::ReadKeyServersInfo, None, json!({}))?;
         request.watch(INTERFACE, &self.events)
     }
 
@@ -110,7 +110,7 @@ impl Service {
         } = request.parameters()?;
         check_names(&provider, Some(&key_id))?;
         let subject = json!({ "provider": provider, "keyId": key_id });
-        self.permit(request.peer, Privilege::ManageKeys, subject.clone())?;
+        self.permit(request.peer, Privilege::ManageKeys, None, subject.clone())?;
         let kek = secret_of(&request, kek, "kek")?;
         let pushed = self.providers.push(&provider, &key_id, kek);
         self.judged(request.peer, &subject, pushed)?;
@@ -121,7 +121,7 @@ impl Service {
     }
 
     fn list_providers(&self, request: &Request<'_>) -> Answered {
-        self.permit(request.peer, Privilege::ReadKeyServersInfo, json!({}))?;
+        self.permit(request.peer, Privilege::ReadKeyServersInfo, None, json!({}))?;
         let entries = self.providers.list().map_err(|error| {
             let error = KeyError::new("", "the agent's settings", KeyReason::Invalid).because(error);
             failure(&error)
@@ -132,7 +132,7 @@ impl Service {
     fn default_provider(&self, mut request: Request<'_>) -> Answered {
         let DefaultProvider { purpose } = request.parameters()?;
         let purposes = [Purpose::Create, Purpose::Recrypt, Purpose::Check];
-        self.permit_for(&request, purpose, &purposes, &json!({ "purpose": purpose }))?;
+        self.permit_for(&request, purpose, &purposes, None, &json!({ "purpose": purpose }))?;
         let name = self.providers.default_name().map_err(|error| failure(&error))?;
         Ok(Answer::of(json!({ "name": name })))
     }
@@ -141,7 +141,8 @@ impl Service {
         let CreateKek { provider, purpose } = request.parameters()?;
         check_names(&provider, None)?;
         let subject = json!({ "provider": provider, "purpose": purpose });
-        self.permit_for(&request, purpose, &[Purpose::Create, Purpose::Recrypt], &subject)?;
+        let purposes = [Purpose::Create, Purpose::Recrypt];
+        self.permit_for(&request, purpose, &purposes, None, &subject)?;
         let made = self
             .providers
             .provider(&provider)
@@ -160,7 +161,8 @@ impl Service {
         } = request.parameters()?;
         check_names(&binding.provider, Some(&binding.key_id))?;
         let subject = about(&binding, purpose);
-        self.permit_for(&request, purpose, &[Purpose::Create, Purpose::Recrypt], &subject)?;
+        let purposes = [Purpose::Create, Purpose::Recrypt];
+        self.permit_for(&request, purpose, &purposes, Some(binding.volume), &subject)?;
         let secret = secret_of(&request, secret, "secret")?;
         let wrapped = self
             .providers
@@ -187,7 +189,8 @@ impl Service {
         } = request.parameters()?;
         check_names(&binding.provider, Some(&binding.key_id))?;
         let subject = about(&binding, purpose);
-        self.permit_for(&request, purpose, &[Purpose::Create, Purpose::Recrypt], &subject)?;
+        let purposes = [Purpose::Create, Purpose::Recrypt];
+        self.permit_for(&request, purpose, &purposes, Some(binding.volume), &subject)?;
         let place = place(Some(&path));
         self.index
             .settle(&binding.binding(), &place, stored, by(request.peer));
@@ -204,7 +207,7 @@ impl Service {
         check_names(&binding.provider, Some(&binding.key_id))?;
         let subject = about(&binding, purpose);
         let purposes = [Purpose::Attach, Purpose::Access, Purpose::Recrypt];
-        self.permit_for(&request, purpose, &purposes, &subject)?;
+        self.permit_for(&request, purpose, &purposes, Some(binding.volume), &subject)?;
         let wrapped = BASE64_STANDARD
             .decode(&wrapped)
             .ok()
@@ -254,7 +257,7 @@ impl Service {
         check_names(&provider, Some(&key_id))?;
         let subject = json!({ "provider": provider, "keyId": key_id });
         let either = [Privilege::Recrypt, Privilege::ManageKeys];
-        self.permit_any(request.peer, &either, subject.clone())?;
+        self.permit_any(request.peer, &either, None, subject.clone())?;
         let state = self
             .providers
             .provider(&provider)
@@ -268,7 +271,7 @@ impl Service {
         let NamedProvider { provider } = request.parameters()?;
         check_names(&provider, None)?;
         let subject = json!({ "provider": provider, "purpose": Purpose::Check });
-        self.permit_for(&request, Purpose::Check, &[Purpose::Check], &subject)?;
+        self.permit_for(&request, Purpose::Check, &[Purpose::Check], None, &subject)?;
         let checked = self
             .providers
             .provider(&provider)
@@ -284,6 +287,7 @@ impl Service {
         request: &Request<'_>,
         purpose: Purpose,
         purposes: &[Purpose],
+        volume: Option<Uuid>,
         subject: &Value,
     ) -> Result<(), MethodError> {
         if !purposes.contains(&purpose) {
@@ -293,26 +297,28 @@ impl Service {
                 json!({ "purpose": purpose }),
             ));
         }
-        self.permit(request.peer, purpose.privilege(), subject.clone())
+        self.permit(request.peer, purpose.privilege(), volume, subject.clone())
     }
 
     pub(super) fn permit(
         &self,
         peer: &Peer,
         privilege: Privilege,
+        volume: Option<Uuid>,
         subject: Value,
     ) -> Result<(), MethodError> {
-        self.permit_any(peer, &[privilege], subject)
+        self.permit_any(peer, &[privilege], volume, subject)
     }
 
-    /// Lets through who has one of the privileges; others are told of the last.
+    /// Lets through who has one of the privileges, for `volume` if it is about one; others are told of the last.
     pub(super) fn permit_any(
         &self,
         peer: &Peer,
         privileges: &[Privilege],
+        volume: Option<Uuid>,
         subject: Value,
     ) -> Result<(), MethodError> {
-        let allowed = |privilege: &Privilege| self.grants.allow(peer, *privilege);
+        let allowed = |privilege: &Privilege| self.grants.allow(peer, *privilege, volume);
         if privileges.iter().any(allowed) {
             return Ok(());
         }
@@ -321,7 +327,13 @@ impl Service {
             let fields = with(subject, "privilege", privilege);
             self.audited(Event::KeyRefused, peer, suppressed.told_in(fields))?;
         }
-        let told = json!({ "privilege": privilege, "user": peer.user });
+        let mut told = json!({ "privilege": privilege, "user": peer.user });
+        // Who has it for others asks in vain for this one alone.
+        if let Some(volume) =
+            volume.filter(|_| privilege.is_some_and(|it| self.grants.allow(peer, *it, None)))
+        {
+            told = with(told, "volume", volume);
+        }
         Err(MethodError::new(INTERFACE, "NotPermitted", told))
     }
 

@@ -15,8 +15,9 @@ Example, in the configuration (/etc/sealblk/config.toml, or --config):
   socket = \"/run/sealblk/agent.sock\"
 
   [[grant]]
-  group = \"kvm\"
+  user = \"sealblk-vm7\"
   privileges = [\"RegisterVM\"]
+  volumes = [\"e2a81bd8-66d8-4f4d-9c2c-f6d4b3e9a001\"]
 
 Where the configuration has an [agent], all verbs that use keys ask it, and need
 neither the state directory nor a provider's credentials. It knows its callers by
@@ -32,7 +33,8 @@ the user and groups that they run as:
   ManageKeyServers    remove a provider: `provider remove`
 
 Root, and the user that the agent runs as, have them all; nobody else has any
-that is not granted. What was asked for, refused and given stands in audit.log in
+that is not granted. RegisterVM, Access and Recrypt can be granted for some
+volumes alone, by UUID. Grant nothing to QEMU's own user or group. What was asked for, refused and given stands in audit.log in
 the state directory; `sealblk audit verify` checks that nothing of it was changed.";
 
 /// Keep this host's keys, for all disks that are served on it

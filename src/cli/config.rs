@@ -9,8 +9,9 @@
 //! max-key-age = "90d"
 //!
 //! [[grant]]
-//! group = "kvm"
+//! user = "sealblk-vm7"
 //! privileges = ["RegisterVM"]
+//! volumes = ["e2a81bd8-66d8-4f4d-9c2c-f6d4b3e9a001"]
 //! ```
 
 use std::collections::BTreeSet;
@@ -18,6 +19,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Deserializer};
+use uuid::Uuid;
 
 use super::socket_args::parse_mode;
 use crate::agent;
@@ -106,6 +108,17 @@ pub enum ConfigError {
         /// The file.
         path: PathBuf,
     },
+    /// A grant for some volumes of what is about none.
+    #[error(
+        "{}: a [[grant]] with `volumes` is for Access, Recrypt and RegisterVM alone: give {privilege} in a [[grant]] without",
+        path.display()
+    )]
+    NotOfVolumes {
+        /// The file.
+        path: PathBuf,
+        /// What cannot be granted so.
+        privilege: Privilege,
+    },
     /// A grant to somebody whom the host does not know.
     #[error("{}: [[grant]] number {number} names a {what} that this host does not have; correct it, or make the {what}", path.display())]
     Unknown {
@@ -180,6 +193,16 @@ struct WrittenGrant {
     user: Option<Id>,
     group: Option<Id>,
     privileges: BTreeSet<Privilege>,
+    #[serde(default, deserialize_with = "volumes")]
+    volumes: Option<BTreeSet<Uuid>>,
+}
+
+fn volumes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<BTreeSet<Uuid>>, D::Error> {
+    let texts = Vec::<String>::deserialize(deserializer)?;
+    let uuids = texts
+        .iter()
+        .map(|text| text.parse().map_err(|_| broken(rule::VOLUME)));
+    uuids.collect::<Result<_, _>>().map(Some)
 }
 
 /// A user or group, by number or by name.
@@ -287,10 +310,21 @@ impl WrittenGrant {
                 });
             }
         };
-        Ok(Grant {
-            to,
-            privileges: self.privileges,
-        })
+        let other = self
+            .privileges
+            .iter()
+            .find(|privilege| !privilege.is_of_volumes());
+        match (other, &self.volumes) {
+            (Some(&privilege), Some(_)) => Err(ConfigError::NotOfVolumes {
+                path: path.to_owned(),
+                privilege,
+            }),
+            _ => Ok(Grant {
+                to,
+                privileges: self.privileges,
+                volumes: self.volumes,
+            }),
+        }
     }
 }
 
@@ -327,7 +361,8 @@ mod tests {
     fn users_and_groups_have_names_or_numbers() {
         let config = read(
             "[agent]\nsocket = \"/run/a\"\nkek-time-to-live = 5\n[[grant]]\nuser = \"root\"\nprivileges = \
-             [\"Access\"]\n[[grant]]\ngroup = 7\nprivileges = [\"RegisterVM\", \"Recrypt\"]",
+             [\"Access\"]\n[[grant]]\ngroup = 7\nprivileges = [\"RegisterVM\", \"Recrypt\"]\nvolumes = \
+             [\"00000000-0000-0000-0000-000000000001\"]",
         )
         .unwrap();
         assert_eq!(config.agent.unwrap().time_to_live, Duration::from_secs(5));
@@ -335,10 +370,12 @@ mod tests {
             Grant {
                 to: Grantee::User(0),
                 privileges: [Privilege::Access].into(),
+                volumes: None,
             },
             Grant {
                 to: Grantee::Group(7),
                 privileges: [Privilege::RegisterVM, Privilege::Recrypt].into(),
+                volumes: Some([Uuid::from_u128(1)].into()),
             },
         ]);
         assert_eq!(config.grants, expected);
@@ -360,6 +397,14 @@ mod tests {
             (
                 "[[grant]]\nuser = 1\ngroup = 1\nprivileges = []",
                 "either a user or a group",
+            ),
+            (
+                "[[grant]]\nuser = 1\nprivileges = [\"RegisterVM\"]\nvolumes = [\"vm7\"]",
+                "cannot be understood",
+            ),
+            (
+                "[[grant]]\nuser = 1\nprivileges = [\"RegisterVM\", \"EncryptNew\"]\nvolumes = []",
+                "give EncryptNew in a [[grant]] without",
             ),
             (
                 "[[grant]]\nuser = \"no one at all\"\nprivileges = []",

@@ -409,6 +409,7 @@ impl Failure {
                 ConfigError::Tpm { .. }
                 | ConfigError::SocketGroup { .. }
                 | ConfigError::Grantee { .. }
+                | ConfigError::NotOfVolumes { .. }
                 | ConfigError::Unknown { .. } => USAGE,
             },
             Self::Guard(error) => match error {

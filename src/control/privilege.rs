@@ -2,11 +2,16 @@
 //!
 //! Nobody has a privilege that was not granted, except root and the user that the asked process runs as, who could have
 //! it anyhow.
+//!
+//! A grant can be for some volumes alone, by UUID: a wrapped key is bound to its volume's UUID, so what a grant is not for does
+//! not open, whatever header a caller shows. Paths would enforce nothing: whoever serves a disk can write to it, and so could
+//! put another volume's header at the place that was granted.
 
 use std::collections::BTreeSet;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use super::peer::Peer;
 
@@ -30,6 +35,13 @@ pub enum Privilege {
     RegisterVM,
 }
 
+impl Privilege {
+    /// Whether it is about volumes that are there, so that it can be granted for some of them.
+    pub fn is_of_volumes(self) -> bool {
+        matches!(self, Self::Access | Self::Recrypt | Self::RegisterVM)
+    }
+}
+
 impl fmt::Display for Privilege {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Debug::fmt(self, f)
@@ -43,6 +55,18 @@ pub struct Grant {
     pub to: Grantee,
     /// What.
     pub privileges: BTreeSet<Privilege>,
+    /// For which volumes; none if for all.
+    pub volumes: Option<BTreeSet<Uuid>>,
+}
+
+impl Grant {
+    /// What is about no volume takes the privilege alone.
+    fn is_for(&self, volume: Option<Uuid>) -> bool {
+        match (&self.volumes, volume) {
+            (Some(volumes), Some(volume)) => volumes.contains(&volume),
+            _ => true,
+        }
+    }
 }
 
 /// Who is granted something.
@@ -78,13 +102,12 @@ impl Grants {
         has_all(peer) || self.0.iter().any(|grant| grant.to.is(peer))
     }
 
-    /// Whether `peer` may do what takes `privilege`.
-    pub fn allow(&self, peer: &Peer, privilege: Privilege) -> bool {
-        has_all(peer)
-            || self
-                .0
-                .iter()
-                .any(|grant| grant.to.is(peer) && grant.privileges.contains(&privilege))
+    /// Whether `peer` may do what takes `privilege`, to `volume` if it is about one.
+    pub fn allow(&self, peer: &Peer, privilege: Privilege, volume: Option<Uuid>) -> bool {
+        let allows = |grant: &Grant| {
+            grant.to.is(peer) && grant.privileges.contains(&privilege) && grant.is_for(volume)
+        };
+        has_all(peer) || self.0.iter().any(allows)
     }
 }
 
@@ -111,10 +134,12 @@ mod tests {
             Grant {
                 to: Grantee::User(4_000_001),
                 privileges: [Privilege::Access].into(),
+                volumes: None,
             },
             Grant {
                 to: Grantee::Group(4_000_002),
                 privileges: [Privilege::RegisterVM, Privilege::Recrypt].into(),
+                volumes: None,
             },
         ]);
         let stranger = peer(4_000_003, &[4_000_001]);
@@ -128,9 +153,37 @@ mod tests {
             (Privilege::EncryptNew, [false; 4]),
             (Privilege::ManageKeys, [false; 4]),
         ] {
-            let found = [&stranger, &user, &member, &both].map(|peer| grants.allow(peer, privilege));
+            let found = [&stranger, &user, &member, &both].map(|peer| grants.allow(peer, privilege, None));
             assert_eq!(found, allowed, "{privilege}");
-            assert!(grants.allow(&peer(0, &[0]), privilege));
+            assert!(grants.allow(&peer(0, &[0]), privilege, None));
         }
+    }
+
+    #[test]
+    fn a_grant_for_some_volumes_is_for_no_others() {
+        let [own, shared, other] = [1, 2, 3].map(Uuid::from_u128);
+        let grant = |to, privilege, volumes: &[Uuid]| Grant {
+            to,
+            privileges: [privilege].into(),
+            volumes: Some(volumes.iter().copied().collect()),
+        };
+        let (user, group) = (Grantee::User(4_000_001), Grantee::Group(4_000_002));
+        let grants = Grants::new(vec![
+            grant(user, Privilege::RegisterVM, &[own]),
+            grant(group, Privilege::RegisterVM, &[shared]),
+            grant(user, Privilege::Recrypt, &[]),
+        ]);
+        let (single, member) = (peer(4_000_001, &[4_000_001]), peer(4_000_001, &[4_000_002]));
+        let may = |peer, volume| grants.allow(peer, Privilege::RegisterVM, Some(volume));
+        assert_eq!(
+            [own, shared, other].map(|volume| may(&single, volume)),
+            [true, false, false]
+        );
+        assert_eq!(
+            [own, shared, other].map(|volume| may(&member, volume)),
+            [true, true, false]
+        );
+        assert!(!grants.allow(&single, Privilege::Recrypt, Some(own)));
+        assert!(grants.know(&single) && grants.allow(&single, Privilege::Recrypt, None));
     }
 }

@@ -194,7 +194,7 @@ impl Interface {
 
     fn permit(&self, peer: &Peer, privilege: Privilege) -> Result<(), MethodError> {
         let used = json!({ "user": peer.user, "process": peer.process, "privilege": privilege });
-        if self.grants.allow(peer, privilege) {
+        if self.grants.allow(peer, privilege, Some(self.served.uuid)) {
             self.served.tell(Event::PrivilegeUsed, used);
             return Ok(());
         }
