@@ -9,7 +9,7 @@ use common::serve::{SEALBLK, serve};
 use common::volume::{MIB, Volume};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::process::Signal;
-use sealblk::control::socket::{BindError, Permissions, bind};
+use sealblk::control::socket::{BindError, Permissions, accept, bind};
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
@@ -314,4 +314,46 @@ fn a_group_that_one_does_not_belong_to_or_nobody_knows_is_told() {
     assert!(matches!(error, BindError::Group { .. }), "{error}");
     assert!(error.to_string().contains("member of that group"), "{error}");
     assert!(!socket.exists());
+}
+
+/// Whoever connected before the socket was found to be ours was taken for somebody who had replaced it.
+#[test]
+fn callers_may_come_as_soon_as_the_socket_is_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("socket");
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            // By another process, as a front-end is one.
+            let script = r#"
+import socket, sys
+while True:
+    s = socket.socket(socket.AF_UNIX)
+    try:
+        s.connect(sys.argv[1])
+    except OSError:
+        pass
+"#;
+            let mut caller = Command::new("python3")
+                .args(["-c", script])
+                .arg(&socket)
+                .spawn()
+                .unwrap();
+            while !done.load(Ordering::Relaxed) {
+                thread::sleep(Duration::from_millis(5));
+            }
+            caller.kill().unwrap();
+            caller.wait().unwrap();
+        });
+        let (start, mut came, mut failure) = (Instant::now(), 0, None);
+        while came < 20 && failure.is_none() && start.elapsed() < DEADLINE {
+            match bind(&socket, Permissions::new(None, None)) {
+                Ok((listener, _bound)) => came += u32::from(accept(&listener).is_ok()),
+                Err(error) => failure = Some(error),
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+        assert!(failure.is_none(), "{failure:?}");
+        assert!(came > 0, "nobody came");
+    });
 }

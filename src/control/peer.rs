@@ -1,6 +1,6 @@
 //! Who is at the other end of a Unix socket, as the kernel knows it: credentials of the moment when it connected.
 
-#![allow(unsafe_code)] // SO_PEERGROUPS has no safe wrapper.
+#![allow(unsafe_code)] // SO_PEERCRED and SO_PEERGROUPS have no wrapper that takes all that the kernel may answer.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -13,7 +13,7 @@ pub struct Peer {
     pub user: u32,
     /// Its effective group, and the supplementary ones.
     pub groups: Vec<u32>,
-    /// Its number, for people: it may have ended since.
+    /// Its number, for people: it may have ended since. 0 is that of a process outside of our namespace.
     pub process: i32,
 }
 
@@ -23,17 +23,41 @@ impl Peer {
     /// # Errors
     /// If it is no Unix socket.
     pub fn of(stream: &UnixStream) -> io::Result<Self> {
-        let credentials = rustix::net::sockopt::socket_peercred(stream)?;
+        let credentials = credentials(stream)?;
         let mut groups = groups(stream)?;
-        let group = credentials.gid.as_raw();
-        if !groups.contains(&group) {
-            groups.insert(0, group);
+        if !groups.contains(&credentials.gid) {
+            groups.insert(0, credentials.gid);
         }
         Ok(Self {
-            user: credentials.uid.as_raw(),
+            user: credentials.uid,
             groups,
-            process: credentials.pid.as_raw_nonzero().get(),
+            process: credentials.pid,
         })
+    }
+}
+
+/// rustix takes the process for a number that is not 0, which it is for a caller outside of our namespace.
+fn credentials(stream: &UnixStream) -> io::Result<libc::ucred> {
+    let mut credentials = libc::ucred {
+        pid: 0,
+        uid: 0,
+        gid: 0,
+    };
+    let mut bytes = size_of::<libc::ucred>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `bytes` bytes to the structure, which is as long, and the length to `bytes`.
+    let result = unsafe {
+        libc::getsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut credentials).cast(),
+            &raw mut bytes,
+        )
+    };
+    match result {
+        0 if bytes as usize == size_of::<libc::ucred>() => Ok(credentials),
+        0 => Err(io::ErrorKind::InvalidData.into()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 

@@ -42,7 +42,7 @@ pub fn run(
 ) -> io::Result<()> {
     let callers = Arc::new(Callers::default());
     socket::listen(listener, ending, tick, || {
-        let (stream, _) = listener.accept()?;
+        let stream = socket::accept(listener)?;
         answer(stream, service, &callers);
         Ok(())
     })

@@ -6,7 +6,7 @@ use std::ffi::{OsStr, OsString};
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -260,9 +260,10 @@ fn connect(file: &OwnedFd) -> rustix::io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Whether who connects to `file` comes to `listener`, which nobody else can reach yet.
+/// Whether who connects to `file` comes to `listener`. The connection stays in its queue, where others may be before it;
+/// [`accept`] passes it over.
 fn leads_to(file: &OwnedFd, listener: &UnixListener) -> io::Result<bool> {
-    let _caller = match connect(file) {
+    let caller = match connect(file) {
         // It is no socket, nobody listens there, or somebody else does.
         Err(
             Errno::NOTSOCK
@@ -276,10 +277,26 @@ fn leads_to(file: &OwnedFd, listener: &UnixListener) -> io::Result<bool> {
         }
         caller => caller?,
     };
-    match listener.accept() {
-        Ok((stream, _)) => Ok(u32::try_from(Peer::of(&stream)?.process) == Ok(std::process::id())),
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
-        Err(error) => Err(error),
+    let mut fds = [PollFd::new(listener, PollFlags::IN)];
+    let waiting = poll(&mut fds, Some(&Timespec::default()))? > 0;
+    // Of a socket that listens, the peer is who had it listen.
+    Ok(waiting && is_own(&caller.into()))
+}
+
+fn is_own(stream: &UnixStream) -> bool {
+    Peer::of(stream).is_ok_and(|peer| u32::try_from(peer.process) == Ok(std::process::id()))
+}
+
+/// Takes the next caller of a socket, be it one of [`bind`].
+///
+/// # Errors
+/// `WouldBlock`, if there is none, and if descriptors are exhausted.
+pub fn accept(listener: &UnixListener) -> io::Result<UnixStream> {
+    loop {
+        let (stream, _) = listener.accept()?;
+        if !is_own(&stream) {
+            return Ok(stream);
+        }
     }
 }
 

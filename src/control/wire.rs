@@ -106,6 +106,10 @@ impl Connection {
     /// # Errors
     /// If nobody listens, or takes the connection in time.
     pub fn to(path: &Path, timeout: Duration) -> io::Result<Self> {
+        let len = path.as_os_str().len();
+        if len > MAX_PATH {
+            return Err(io::Error::new(io::ErrorKind::InvalidFilename, TooLong(len)));
+        }
         let socket = socket_with(
             AddressFamily::UNIX,
             SocketType::STREAM,
@@ -113,13 +117,7 @@ impl Connection {
             None,
         )?;
         sockopt::set_socket_timeout(&socket, Timeout::Send, Some(timeout))?;
-        let address = SocketAddrUnix::new(path).map_err(|error| match error {
-            Errno::NAMETOOLONG => {
-                io::Error::new(io::ErrorKind::InvalidFilename, TooLong(path.as_os_str().len()))
-            }
-            error => error.into(),
-        })?;
-        connect(&socket, &address).map_err(|error| match error {
+        connect(&socket, &SocketAddrUnix::new(path)?).map_err(|error| match error {
             Errno::AGAIN => io::ErrorKind::TimedOut.into(),
             error => io::Error::from(error),
         })?;

@@ -23,7 +23,7 @@ use super::rings;
 use super::session::{self, Link};
 use super::uring;
 use crate::control::manager;
-use crate::control::socket::{BindError, Bound, Permissions, bind, termination};
+use crate::control::socket::{BindError, Bound, Permissions, accept, bind, termination};
 
 /// Where front-ends come from.
 #[derive(Debug)]
@@ -247,14 +247,13 @@ impl MutEventSubscriber for Control {
 impl Control {
     fn accept(&mut self) {
         let Some(listener) = &self.listener else { return };
-        let stream = match listener.accept() {
-            Ok((stream, _)) => stream,
+        let stream = match accept(listener) {
+            Ok(stream) => stream,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
             Err(error) => {
                 tracing::warn!(%error, "a front-end cannot be accepted");
                 // Out of descriptors: the connection waits, and must not keep this thread busy.
-                if error.kind() != io::ErrorKind::WouldBlock {
-                    std::thread::sleep(Duration::from_millis(100));
-                }
+                std::thread::sleep(Duration::from_millis(100));
                 return;
             }
         };
