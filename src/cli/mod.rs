@@ -16,6 +16,7 @@ mod info;
 mod key;
 mod keys;
 mod list;
+mod log;
 mod made;
 pub mod output;
 mod primary_key;
@@ -190,26 +191,27 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(refusal) => return ExitCode::from(usage::refuse(refusal)),
     };
-    match run(cli) {
+    let code = match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             output::complain_of(&failure);
             ExitCode::from(failure.exit_code())
         }
-    }
+    };
+    log::flush();
+    code
 }
 
 fn run(cli: Cli) -> Result<(), Failure> {
     process::prepare().map_err(Failure::Process)?;
     harden::process().map_err(Failure::Process)?;
     cipher::self_test()?;
-    output::log_events(
-        if matches!(cli.verb, Verb::Serve(_) | Verb::Agent(_) | Verb::Broker(_)) {
-            "info"
-        } else {
-            "warn"
-        },
-    );
+    if matches!(cli.verb, Verb::Serve(_) | Verb::Agent(_) | Verb::Broker(_)) {
+        log::begin();
+        output::log_events("info");
+    } else {
+        output::log_events("warn");
+    }
     let host = Host {
         state_dir: cli.state_dir,
         config: cli.config,

@@ -16,6 +16,7 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use super::failure::Failure;
+use super::log::{self, Limit, Lines};
 use crate::causes::causes;
 use crate::keys::harmless;
 
@@ -65,10 +66,10 @@ pub fn shown(path: &Path) -> String {
 
 /// Tells the user something beside the answer, on one line. If standard error is closed, nobody is told.
 pub fn note(text: &str) {
-    let _ = writeln!(io::stderr(), "sealblk: {}", printable(text));
+    log::write(format!("sealblk: {}\n", printable(text)).as_bytes());
 }
 
-/// Lets events go to standard error, which is the journal's for a service; SEALBLK_LOG says which, else `level` and up.
+/// Lets the log go to standard error, which is the journal's for a service; SEALBLK_LOG says which, else `level` and up.
 pub(super) fn log_events(level: &str) {
     let wanted = std::env::var("SEALBLK_LOG").unwrap_or_default();
     let filter = match wanted.parse() {
@@ -82,11 +83,11 @@ pub(super) fn log_events(level: &str) {
             EnvFilter::new(level)
         }
     };
-    let registry = tracing_subscriber::registry().with(filter);
+    let registry = tracing_subscriber::registry().with(filter).with(Limit::new());
     match journal() {
         Some(journal) => registry.with(journal).init(),
         None => {
-            let lines = tracing_subscriber::fmt::layer().with_writer(|| OneLine(io::stderr()));
+            let lines = tracing_subscriber::fmt::layer().with_writer(|| OneLine(Lines));
             registry.with(lines.with_target(false)).init();
         }
     }
@@ -139,7 +140,7 @@ fn names_levels(filter: &str) -> bool {
 
 /// Prints an error, and what lies under it, a line each.
 pub fn complain(error: &dyn Error) {
-    let _ = writeln!(io::stderr(), "sealblk: {}", describe(error));
+    log::write(format!("sealblk: {}\n", describe(error)).as_bytes());
 }
 
 /// The same of a failure, with the list that goes with it.
@@ -149,7 +150,7 @@ pub(super) fn complain_of(failure: &Failure) {
         .iter()
         .map(|line| format!("\n    {}", printable(line)))
         .collect();
-    let _ = writeln!(io::stderr(), "sealblk: {}{list}", describe(failure));
+    log::write(format!("sealblk: {}{list}\n", describe(failure)).as_bytes());
 }
 
 /// Rows of text as columns, each as wide as its widest cell.

@@ -260,6 +260,9 @@ impl Watch {
     }
 }
 
+/// The target of these records.
+pub const TARGET: &str = module_path!();
+
 /// A record of the log has its fields apart, so that the journal can be searched by them.
 fn log(event: Event, fields: &Value) {
     let text = |name: &str| fields.get(name).and_then(Value::as_str);

@@ -64,6 +64,11 @@ impl<K: Eq + Hash> Refusals<K> {
 }
 
 impl Suppressed {
+    /// How many.
+    pub fn count(self) -> u64 {
+        self.0
+    }
+
     /// `fields`, and how many others there were.
     pub fn told_in(self, mut fields: Value) -> Value {
         if self.0 > 0 {
