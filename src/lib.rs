@@ -17,7 +17,8 @@
 //! hex, moment, toml_file   how bytes, points in time and settings are written
 //! path_text                how paths are written, of which not all are text
 //! apart                    threads that wait for what may never answer
-//! causes, mutex, deadline  what lies under an error; what outlives a panic; a limit for the whole of a message
+//! causes, mutex, deadline, closer   what lies under an error; what outlives a panic; a limit for the whole of a message;
+//!                                   closing what others can hold up
 //! parsing                  JSON and TOML, read so that no error quotes them
 //! ```
 //!
@@ -31,6 +32,7 @@ pub mod broker;
 mod causes;
 pub mod cipher;
 pub mod cli;
+mod closer;
 pub mod control;
 mod deadline;
 pub mod device;

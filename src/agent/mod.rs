@@ -30,6 +30,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::closer::ClosedElsewhere;
 use crate::control::events::Event;
 use crate::control::privilege::{Grants, Privilege};
 use crate::control::server;
@@ -129,7 +130,7 @@ pub enum AgentError {
 /// An agent whose socket answers from now on.
 #[derive(Debug)]
 pub struct Agent {
-    listener: UnixListener,
+    listener: ClosedElsewhere<UnixListener>,
     ending: OwnedFd,
     service: Arc<Service>,
     _bound: Bound,
@@ -166,7 +167,7 @@ impl Agent {
             &serde_json::json!({ "process": std::process::id() }),
         )?;
         Ok(Self {
-            listener,
+            listener: listener.into(),
             ending,
             service: Arc::new(Service::new(providers, settings.grants, audit)),
             _bound: bound,

@@ -20,6 +20,7 @@ use super::socket_args::{differ, parse_group, parse_mode, warn_of_others};
 use super::{Host, output, process};
 use crate::agent::Purpose;
 use crate::cipher::{KEY_LEN, KernelChoice, Sector, SectorCipher, SectorSize};
+use crate::closer::ClosedElsewhere;
 use crate::control::privilege::Grants;
 use crate::control::socket::{self, Bound, Permissions};
 use crate::control::{manager, server, varlink};
@@ -231,7 +232,7 @@ impl Serve {
         let permissions = Permissions::new(Some(mode), self.control_socket_group);
         let (listener, bound) = socket::bind(path, permissions)?;
         Ok(Some(ControlSocket {
-            listener,
+            listener: listener.into(),
             grants,
             _bound: bound,
         }))
@@ -428,7 +429,7 @@ const CONTROL_MODE: u32 = 0o660;
 
 /// A control socket that is bound, and goes with this.
 struct ControlSocket {
-    listener: UnixListener,
+    listener: ClosedElsewhere<UnixListener>,
     grants: Grants,
     _bound: Bound,
 }

@@ -11,6 +11,7 @@ use super::places::{Place, Places};
 use super::privilege::has_all;
 use super::socket;
 use super::varlink::{self, Interface};
+use crate::closer::ClosedElsewhere;
 
 /// The most callers at a time of those who stand so; what is more is turned away. Each kind has places of its own.
 const fn places(standing: Standing) -> usize {
@@ -43,12 +44,12 @@ pub fn run(
     let callers = Arc::new(Callers::default());
     socket::listen(listener, ending, tick, || {
         let stream = socket::accept(listener)?;
-        answer(stream, service, &callers);
+        answer(stream.into(), service, &callers);
         Ok(())
     })
 }
 
-fn answer(stream: UnixStream, service: &Arc<dyn Interface>, callers: &Arc<Callers>) {
+fn answer(stream: ClosedElsewhere<UnixStream>, service: &Arc<dyn Interface>, callers: &Arc<Callers>) {
     let Ok(peer) = Peer::of(&stream) else { return };
     let standing = match () {
         () if has_all(&peer) => Standing::Own,
@@ -64,7 +65,7 @@ fn answer(stream: UnixStream, service: &Arc<dyn Interface>, callers: &Arc<Caller
         .name("caller".into())
         .stack_size(STACK);
     let spawned = thread.spawn(move || {
-        if let Err(error) = varlink::serve(stream, &peer, &*service, CALLER_TIMEOUT) {
+        if let Err(error) = varlink::serve(stream.into_inner(), &peer, &*service, CALLER_TIMEOUT) {
             tracing::debug!(%error, user = peer.user, "a caller was left");
         }
         drop(place);

@@ -181,7 +181,7 @@ impl Disk {
         tables.unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Is readable when the disk was locked or unlocked since [`Disk::take_change`].
+    /// Is readable when the disk was locked or unlocked, or a worker wants to be heard, since [`Disk::take_change`].
     pub(super) fn changed(&self) -> &OwnedFd {
         &self.changed
     }
@@ -191,7 +191,8 @@ impl Disk {
         let _ = rustix::io::read(&self.changed, &mut [0; 8]);
     }
 
-    fn tell(&self) {
+    /// Wakes the session.
+    pub(super) fn tell(&self) {
         // A counter that is full has told already.
         let _ = rustix::io::write(&self.changed, &1_u64.to_ne_bytes());
     }

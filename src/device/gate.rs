@@ -19,43 +19,74 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags};
-use rustix::fs::FileType;
 use vhost::vhost_user::VhostUserProtocolFeatures;
 use vhost::vhost_user::message::FrontendReq;
 
 use super::config::{self, Agreed, ConfigError, NotOffered};
 use super::disk::Disk;
+use super::foreign::{Foreign, Kind};
 use super::message::{Incoming, Message, MessageError, Progress};
 use super::rings::{Rings, Scope};
-use super::sigbus::MAX_REGIONS;
+use super::sigbus::{self, MAX_REGIONS};
 
 /// Why a session ended other than by the front-end's leave.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum GateError {
     #[error("messages cannot be waited for")]
     Wait(#[source] io::Error),
-    #[error("the front-end does not speak vhost-user")]
+    #[error("the front-end does not speak vhost-user; give this socket to a vhost-user-blk device alone")]
     FrontEnd(#[source] MessageError),
-    #[error("the front-end takes no reply")]
+    #[error("the front-end takes no reply: it hangs, or has ended")]
     Reply(#[source] io::Error),
-    #[error("message {0} of the front-end is not valid or not offered")]
+    #[error("{} is not valid, or asks for what was not offered; the front-end has to be a vhost-user-blk device, as of QEMU 7.2", named(*.0))]
     Refused(u32),
     #[error(transparent)]
     Features(#[from] NotOffered),
-    #[error("a memory region reaches beyond the end of its file")]
+    #[error("{} has a descriptor that is not {wanted}: {found}", named(*.message))]
+    Descriptor {
+        message: u32,
+        wanted: &'static str,
+        found: String,
+    },
+    #[error(
+        "guest memory is in {found}, which is neither a memfd, nor a file of tmpfs or hugetlbfs, nor a DAX device; {SHARED}"
+    )]
+    MemoryFile { found: String },
+    #[error("guest memory is in {found}, which the front-end has opened read-only; {SHARED}")]
+    MemoryReadOnly { found: String },
+    #[error("a memory region does not lie within its file, or is not made of whole huge pages; {SHARED}")]
     MemoryBeyondFile,
-    #[error("more than {MAX_REGIONS} memory regions")]
+    #[error("a queue does not lie in guest memory that the front-end has shared; {SHARED}")]
+    MemoryNotShared,
+    #[error(
+        "guest memory is gone: its file was truncated, or there is no page left for it; look for free memory and huge pages"
+    )]
+    MemoryLost,
+    #[error("more than {MAX_REGIONS} memory regions; have fewer NUMA nodes or DIMMs")]
     TooManyRegions,
     #[error("queue {index} is one too many: there are {queues} (--num-queues)")]
     QueueIndex { index: usize, queues: usize },
     #[error("a queue of {0} descriptors, which is not a power of two")]
     QueueSize(u32),
-    #[error("there is no room for the descriptors of a message")]
+    #[error("there is no room for the descriptors of a message; raise the limit on open files")]
     Descriptors(#[source] io::Error),
-    #[error("a queue cannot be served: descriptors, threads or memory are exhausted")]
+    #[error("a queue cannot be served: descriptors, threads or memory are exhausted; raise their limits")]
     Rings(#[source] io::Error),
     #[error("the protocol handler cannot be reached")]
     Handler(#[source] io::Error),
+}
+
+/// How all of a guest's memory comes to be shared.
+pub(super) const SHARED: &str = "all memory of the guest has to be shared: in QEMU, \"-object memory-backend-memfd,id=mem,size=SIZE,share=on \
+     -machine memory-backend=mem\", and share=on for each NUMA node and DIMM; in libvirt, \
+     \"<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>\"";
+
+/// A message as the specification names it.
+fn named(message: u32) -> String {
+    FrontendReq::try_from(message).map_or_else(
+        |_| format!("message {message} of the front-end"),
+        |known| format!("message {known:?} of the front-end"),
+    )
 }
 
 /// Passes messages between the front-end and the handler until one of them leaves. When it returns, every ring is
@@ -78,13 +109,18 @@ fn pass_messages(
     rings: &mut Rings,
 ) -> Result<(), GateError> {
     agree_on_acknowledgements(handler)?;
-    // Whether the front-end has agreed on them.
-    let mut acknowledging = false;
     let (mut asked_for_queues, mut agreed) = (false, false);
+    // The protocol features that the front-end has agreed on.
+    let mut protocol = VhostUserProtocolFeatures::empty();
+    // Nothing is said on it yet, but it stays open: QEMU takes its end for an error.
+    let mut _back_end_channel = None;
     let mut incoming = Incoming::new(MESSAGE_TIMEOUT);
     loop {
         if !wait_for_bytes(front_end, &incoming, disk)? {
             disk.take_change();
+            if sigbus::is_lost() {
+                return Err(GateError::MemoryLost);
+            }
             rings.start().map_err(GateError::Rings)?;
             continue;
         }
@@ -109,14 +145,19 @@ fn pass_messages(
         if message.code() == Some(FrontendReq::SET_PROTOCOL_FEATURES)
             && let Some(features) = message.number_in_body()
         {
-            acknowledging = features & REPLY_ACK != 0;
+            protocol = VhostUserProtocolFeatures::from_bits_truncate(features) & config::protocol_features();
             message.body = (features | REPLY_ACK).to_ne_bytes().to_vec();
         }
         if !asks {
             message.demand_reply();
         }
-        let reply = apply(handler, message, disk, rings)?;
-        if asks || (acknowledging && wants_acknowledgement) {
+        let reply = if message.code() == Some(FrontendReq::SET_BACKEND_REQ_FD) {
+            _back_end_channel = Some(back_end_channel(&mut message, protocol)?);
+            message.reply(&0_u64.to_ne_bytes())
+        } else {
+            apply(handler, message, disk, rings)?
+        };
+        if asks || (protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) && wants_acknowledgement) {
             reply.send(front_end, REPLY_TIMEOUT).map_err(GateError::Reply)?;
         }
     }
@@ -166,8 +207,24 @@ fn apply(
     Ok(reply)
 }
 
+/// The socket for what a back-end has to say. We keep it ourselves: the handler would close it where others can hold it up.
+fn back_end_channel(
+    message: &mut Message,
+    protocol: VhostUserProtocolFeatures,
+) -> Result<Foreign, GateError> {
+    match message.take_fds().pop() {
+        Some(socket)
+            if protocol.contains(VhostUserProtocolFeatures::BACKEND_REQ) && message.body.is_empty() =>
+        {
+            Ok(socket)
+        }
+        _ => Err(GateError::Refused(message.number())),
+    }
+}
+
 /// Refuses what the handler would accept, or accept and ignore, and we cannot live with.
 fn check(message: &Message, rings: &Rings) -> Result<(), GateError> {
+    check_descriptors(message)?;
     if let Some(Scope::One(index @ 0..=0xff)) = scope_of(message)
         && index >= rings.count()
     {
@@ -201,6 +258,41 @@ fn check(message: &Message, rings: &Rings) -> Result<(), GateError> {
     }
 }
 
+/// Refuses descriptors of another kind than the message has. Nothing else is done with a descriptor before.
+fn check_descriptors(message: &Message) -> Result<(), GateError> {
+    let wrong = |fd: &Foreign, wanted| GateError::Descriptor {
+        message: message.number(),
+        wanted,
+        found: fd.name(),
+    };
+    message
+        .fds()
+        .iter()
+        .try_for_each(|fd| match (message.code(), fd.kind()) {
+            (
+                Some(FrontendReq::SET_MEM_TABLE | FrontendReq::ADD_MEM_REG | FrontendReq::REM_MEM_REG),
+                Kind::Memory | Kind::Dax { .. },
+            ) => match fd.is_writable() {
+                true => Ok(()),
+                false => Err(GateError::MemoryReadOnly { found: fd.name() }),
+            },
+            (Some(FrontendReq::SET_MEM_TABLE | FrontendReq::ADD_MEM_REG | FrontendReq::REM_MEM_REG), _) => {
+                Err(GateError::MemoryFile { found: fd.name() })
+            }
+            (
+                Some(FrontendReq::SET_VRING_KICK | FrontendReq::SET_VRING_CALL | FrontendReq::SET_VRING_ERR),
+                Kind::Event,
+            )
+            | (Some(FrontendReq::SET_BACKEND_REQ_FD), Kind::Socket) => Ok(()),
+            (
+                Some(FrontendReq::SET_VRING_KICK | FrontendReq::SET_VRING_CALL | FrontendReq::SET_VRING_ERR),
+                _,
+            ) => Err(wrong(fd, "an eventfd")),
+            (Some(FrontendReq::SET_BACKEND_REQ_FD), _) => Err(wrong(fd, "a Unix stream socket")),
+            _ => Err(GateError::Refused(message.number())),
+        })
+}
+
 /// The flag of a message about a ring's descriptor that there is none.
 const NO_FD: u64 = 1 << 8;
 
@@ -227,7 +319,8 @@ fn set_config(agreed: Agreed, message: &Message) -> Message {
     message.reply(&u64::from(result.is_err()).to_ne_bytes())
 }
 
-/// Whether each memory region of a message lies within its file: to touch what lies beyond would be a SIGBUS.
+/// Whether each memory region of a message lies within its file, and is made of whole pages of it: to touch what lies beyond
+/// would be a SIGBUS, and a part of a huge page cannot be unmapped.
 fn regions_are_mappable(message: &Message) -> bool {
     // A number of regions or padding, 64 bits in all, then the regions: guest address, size, user address, offset in
     // the file, each of 64 bits ("Memory regions description", "Single memory region description"). What else may be
@@ -240,14 +333,32 @@ fn regions_are_mappable(message: &Message) -> bool {
                 .copied()
                 .map_or(u64::MAX, u64::from_ne_bytes)
         };
-        let end = field(8).checked_add(field(24));
-        rustix::fs::fstat(fd).is_ok_and(|stat| {
-            // A device for persistent memory has no size that fstat(2) would tell.
-            FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile
-                || end.is_some_and(|end| end <= stat.st_size as u64)
-        })
+        let (size, offset) = (field(8), field(24));
+        let end = size.checked_add(offset);
+        let within = |len| end.is_some_and(|end| end <= len);
+        match fd.kind() {
+            Kind::Memory => huge_page(fd).is_some_and(|page| {
+                rustix::fs::fstat(fd).is_ok_and(|stat| within(stat.st_size as u64))
+                    && size.is_multiple_of(page)
+                    && offset.is_multiple_of(page)
+            }),
+            Kind::Dax { size } => within(size),
+            _ => false,
+        }
     })
 }
+
+/// The size of the huge pages that a memory file is made of; 1 if it is not.
+fn huge_page(file: &Foreign) -> Option<u64> {
+    let stat = rustix::fs::fstatfs(file).ok()?;
+    match stat.f_type {
+        HUGETLBFS_MAGIC => u64::try_from(stat.f_bsize).ok().filter(|page| *page > 0),
+        _ => Some(1),
+    }
+}
+
+/// What statfs(2) says of hugetlbfs.
+const HUGETLBFS_MAGIC: libc::__fsword_t = 0x9584_58f6;
 
 /// How long the front-end may take over a message that it has begun.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -273,20 +384,31 @@ fn agree_on_acknowledgements(handler: &UnixStream) -> Result<(), GateError> {
 
 fn ask(handler: &UnixStream, message: Message) -> Result<Message, GateError> {
     let number = message.number();
+    let is_acknowledged = message.needs_reply() && !asks_for_data(&message);
     // The handler would lose descriptors that it has no room for without a word, and wait for the next message.
     message.duplicate_fds().map_err(GateError::Descriptors)?;
     message
         .send(handler, HANDLER_TIMEOUT)
-        .map_err(|_| GateError::Refused(number))?;
+        .map_err(|_| refused(number))?;
     match Message::receive(handler, HANDLER_TIMEOUT) {
+        // It leaves then too.
+        Ok(Some(reply)) if is_acknowledged && reply.number_in_body() != Some(0) => Err(refused(number)),
         Ok(Some(reply)) if reply.replies_to(number) => Ok(reply),
         // The handler leaves when it does not like a message.
-        Ok(None) | Err(MessageError::Cut) => Err(GateError::Refused(number)),
+        Ok(None) | Err(MessageError::Cut) => Err(refused(number)),
         Ok(Some(_)) => Err(GateError::Handler(io::ErrorKind::InvalidData.into())),
         Err(MessageError::Io(error)) if error.kind() == io::ErrorKind::ConnectionReset => {
-            Err(GateError::Refused(number))
+            Err(refused(number))
         }
         Err(error) => Err(GateError::Handler(io::Error::other(error))),
+    }
+}
+
+/// What is wrong with a message that the handler does not like.
+fn refused(message: u32) -> GateError {
+    match FrontendReq::try_from(message) {
+        Ok(FrontendReq::SET_VRING_ADDR) => GateError::MemoryNotShared,
+        _ => GateError::Refused(message),
     }
 }
 

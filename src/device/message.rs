@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, SendAncillaryBuffer, SendAncillaryMessage};
 use vhost::vhost_user::message::{FrontendReq, MAX_ATTACHED_FD_ENTRIES, MAX_MSG_SIZE};
 
+use super::foreign::Foreign;
 use crate::deadline::{self, Deadline};
 
 /// The bits of a header's flags.
@@ -29,7 +30,7 @@ pub(super) struct Message {
     request: u32,
     flags: u32,
     pub body: Vec<u8>,
-    fds: Vec<OwnedFd>,
+    fds: Vec<Foreign>,
 }
 
 /// Why no message can be had.
@@ -69,13 +70,21 @@ impl Message {
     }
 
     /// Its descriptors.
-    pub(super) fn fds(&self) -> &[OwnedFd] {
+    pub(super) fn fds(&self) -> &[Foreign] {
         &self.fds
+    }
+
+    /// Its descriptors, which it has no more.
+    pub(super) fn take_fds(&mut self) -> Vec<Foreign> {
+        std::mem::take(&mut self.fds)
     }
 
     /// Its descriptors once more, as whoever receives it will have them.
     pub(super) fn duplicate_fds(&self) -> io::Result<Vec<OwnedFd>> {
-        self.fds.iter().map(OwnedFd::try_clone).collect()
+        self.fds
+            .iter()
+            .map(|fd| fd.as_fd().try_clone_to_owned())
+            .collect()
     }
 
     /// Which request it is, or replies to; none for one that the protocol library does not know.
@@ -145,7 +154,7 @@ pub(super) struct Incoming {
     header: [u8; HEADER],
     /// As long as the header says, once that is there.
     body: Vec<u8>,
-    fds: Vec<OwnedFd>,
+    fds: Vec<Foreign>,
     /// How many bytes of both there are.
     received: usize,
     limit: Duration,
@@ -189,8 +198,7 @@ impl Incoming {
                 None => receive_with_fds(stream, &mut self.header[self.received..], &mut self.fds),
                 Some(of_body) if of_body < self.body.len() => {
                     // Descriptors that come with a later byte than the header's are closed.
-                    let none = &mut RecvAncillaryBuffer::default();
-                    deadline::receive_now(stream, &mut self.body[of_body..], none).map(|body| body.bytes)
+                    receive_with_fds(stream, &mut self.body[of_body..], &mut Vec::new())
                 }
                 Some(_) => {
                     let message = std::mem::replace(self, Self::new(self.limit));
@@ -245,17 +253,21 @@ impl Incoming {
     }
 }
 
+/// The most descriptors that the kernel passes at once. There is room for all of them: the kernel closes those that find none
+/// in our call, and that close can wait for the peer.
+const SCM_MAX_FD: usize = 253;
+
 fn receive_with_fds(
     stream: &UnixStream,
     bytes: &mut [u8],
-    fds: &mut Vec<OwnedFd>,
+    fds: &mut Vec<Foreign>,
 ) -> rustix::io::Result<usize> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_ATTACHED_FD_ENTRIES))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(SCM_MAX_FD))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let received = deadline::receive_now(stream, bytes, &mut ancillary)?;
     for message in ancillary.drain() {
         if let RecvAncillaryMessage::ScmRights(rights) = message {
-            fds.extend(rights);
+            fds.extend(rights.map(Foreign::new));
         }
     }
     // One message never carries more; what comes with later bytes of the header is closed.

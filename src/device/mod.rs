@@ -6,16 +6,19 @@
 //! server    accepts front-ends, one at a time, and handles signals
 //! session   one front-end's connection
 //! gate      its messages: stops the rings before a message that changes what I/O stands on
+//! foreign   its descriptors, and what is behind each
 //! rings     which rings are served
 //! worker    one thread for each: the data path
-//! polling   when it looks for work, and when it sleeps
+//! polling   when it looks for work, and when it sleeps          bell      how it notifies the driver
 //! request   descriptor chain -> validated request        guest     its buffers
 //! uring     what to do where io_uring cannot be set up
 //! config    features and configuration space             disk      what all workers share
 //! ```
 
+mod bell;
 mod config;
 mod disk;
+mod foreign;
 mod gate;
 mod guest;
 mod message;

@@ -22,6 +22,7 @@ use super::disk::Disk;
 use super::rings;
 use super::session::{self, Link};
 use super::uring;
+use crate::closer::ClosedElsewhere;
 use crate::control::manager;
 use crate::control::socket::{BindError, Bound, Permissions, accept, bind, termination};
 
@@ -103,9 +104,9 @@ impl Server {
         let (listener, next, bound) = match source {
             Source::Listener { listener, bound } => {
                 listener.set_nonblocking(true).map_err(ServeError::Control)?;
-                (Some(listener), None, bound)
+                (Some(listener.into()), None, bound)
             }
-            Source::Connected(stream) => (None, Some(stream), None),
+            Source::Connected(stream) => (None, Some(stream.into()), None),
         };
         let control = Control {
             host: Arc::new(host),
@@ -196,11 +197,11 @@ impl Host {
 #[derive(Debug)]
 struct Control {
     host: Arc<Host>,
-    listener: Option<UnixListener>,
+    listener: Option<ClosedElsewhere<UnixListener>>,
     signals: OwnedFd,
     session: Option<Session>,
     /// A front-end that is to be served next: it came while the one before was leaving, or with the process.
-    next: Option<UnixStream>,
+    next: Option<ClosedElsewhere<UnixStream>>,
     finished: bool,
     /// Why the only front-end was not served.
     failure: Option<io::Error>,
@@ -208,7 +209,7 @@ struct Control {
 
 #[derive(Debug)]
 struct Session {
-    stream: UnixStream,
+    stream: ClosedElsewhere<UnixStream>,
     thread: JoinHandle<()>,
 }
 
@@ -248,7 +249,7 @@ impl Control {
     fn accept(&mut self) {
         let Some(listener) = &self.listener else { return };
         let stream = match accept(listener) {
-            Ok(stream) => stream,
+            Ok(stream) => ClosedElsewhere::from(stream),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
             Err(error) => {
                 tracing::warn!(%error, "a front-end cannot be accepted");
@@ -264,7 +265,7 @@ impl Control {
         }
     }
 
-    fn begin(&mut self, stream: UnixStream) {
+    fn begin(&mut self, stream: ClosedElsewhere<UnixStream>) {
         let host = Arc::clone(&self.host);
         let session = stream.try_clone().and_then(|front_end| {
             let thread = std::thread::Builder::new()

@@ -5,10 +5,10 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use rustix::fs::{Mode, OFlags};
-use vhost::vhost_user::{Backend as BackendChannel, VhostUserProtocolFeatures};
+use vhost::vhost_user::VhostUserProtocolFeatures;
 use vhost_user_backend::{VhostUserBackend, VhostUserDaemon};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::EventSet;
@@ -42,7 +42,6 @@ pub(super) fn run(
     let backend = Arc::new(Backend {
         disk: Arc::clone(disk),
         num_queues,
-        channel: Mutex::new(None),
     });
     let (daemon, vrings) =
         vring::collect(|| VhostUserDaemon::new("vhost-user".into(), backend, memory.clone()));
@@ -115,8 +114,6 @@ fn tempdir() -> io::Result<(PathBuf, OwnedFd)> {
 struct Backend {
     disk: Arc<Disk>,
     num_queues: u16,
-    /// The backend channel. Nothing is said on it yet, but it stays open: QEMU takes its end for an error.
-    channel: Mutex<Option<BackendChannel>>,
 }
 
 impl VhostUserBackend for Backend {
@@ -141,10 +138,6 @@ impl VhostUserBackend for Backend {
 
     /// The handler sets it in the vrings, from where it comes to the workers.
     fn set_event_idx(&self, _enabled: bool) {}
-
-    fn set_backend_req_fd(&self, channel: BackendChannel) {
-        *self.channel.lock().unwrap_or_else(PoisonError::into_inner) = Some(channel);
-    }
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
         config::read(&self.disk, self.num_queues, offset, size)

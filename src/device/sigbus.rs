@@ -1,11 +1,11 @@
-//! A front-end can shrink the file of a memory region that we have mapped, and a file system can have no page for it;
-//! to touch what is not there raises SIGBUS, which would end the process. The handler here puts an anonymous page in
-//! the place of the missing one, so that the access goes on, and notes that guest memory [was lost](is_lost): from then
-//! on nothing that was read from it may reach storage, and no request may be reported as done. Wayland compositors
-//! guard the pools that clients share with them the same way.
+//! A front-end can shrink the file of a memory region that we have mapped, and a file system can have no page for it, of
+//! huge ones above all; to touch what is not there raises SIGBUS, which would end the process. The handler here puts
+//! anonymous memory in the place of the whole region, so that the access goes on, and notes that guest memory
+//! [was lost](is_lost): from then on nothing that was read from it may reach storage, no request may be reported as done,
+//! and the session ends. Wayland compositors guard the pools that clients share with them the same way.
 //!
-//! Memory that fails (BUS_MCEERR_AR), and a SIGBUS anywhere else, end the process as ever. So does a lost huge page,
-//! which no small page can take the place of.
+//! The whole region, since a part of a huge page or of a DAX device cannot be replaced, and since there is a limit to the
+//! number of mappings. Memory that fails (BUS_MCEERR_AR), and a SIGBUS anywhere else, end the process as ever.
 
 #![allow(unsafe_code)] // A signal handler, and the mapping that it makes.
 
@@ -14,8 +14,6 @@ use std::sync::Once;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
-
-use crate::storage::PAGE;
 
 /// The most regions that a front-end may have mapped: what vhost-user-backend tells it (GET_MAX_MEM_SLOTS).
 pub(super) const MAX_REGIONS: usize = 509;
@@ -79,14 +77,14 @@ extern "C" fn handle(_signal: libc::c_int, info: *mut libc::siginfo_t, _context:
     // SAFETY: that of a SIGBUS has an address.
     let address = unsafe { info.si_addr() }.addr();
     let is_missing = info.si_code == libc::BUS_ADRERR;
-    let is_guest_memory = REGIONS.iter().any(|[start, end]| {
-        let (start, end) = (start.load(Ordering::SeqCst), end.load(Ordering::SeqCst));
-        (start..end).contains(&address)
-    });
-    if is_missing && is_guest_memory {
-        // Before the page is there: another worker may read its zeros without a fault.
+    let region = REGIONS
+        .iter()
+        .map(|[start, end]| (start.load(Ordering::SeqCst), end.load(Ordering::SeqCst)))
+        .find(|(start, end)| (*start..*end).contains(&address));
+    if let (true, Some((start, end))) = (is_missing, region) {
+        // Before the memory is there: another worker may read its zeros without a fault.
         LOST.store(true, Ordering::SeqCst);
-        if replace(address & !(PAGE - 1)) {
+        if replace(start, end - start) {
             return;
         }
     }
@@ -94,16 +92,16 @@ extern "C" fn handle(_signal: libc::c_int, info: *mut libc::siginfo_t, _context:
     unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
 }
 
-/// Maps an anonymous page over a lost one.
-fn replace(page: usize) -> bool {
-    // SAFETY: the page lies within a mapping of guest memory, which nobody holds a reference into; what replaces it
-    // has the same length and protection. mmap is a bare system call here.
+/// Maps anonymous memory over a region.
+fn replace(start: usize, len: usize) -> bool {
+    // SAFETY: the range is a mapping of guest memory, which nobody holds a reference into; what replaces it has the same
+    // length and protection. mmap is a bare system call here.
     let mapped = unsafe {
         libc::mmap(
-            std::ptr::with_exposed_provenance_mut(page),
-            PAGE,
+            std::ptr::with_exposed_provenance_mut(start),
+            len,
             libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_ANONYMOUS,
+            libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
             -1,
             0,
         )
@@ -114,6 +112,7 @@ fn replace(page: usize) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::storage::PAGE;
     use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
     use std::fs::File;
     use vm_memory::{Bytes, FileOffset, GuestAddress};
@@ -134,7 +133,6 @@ mod tests {
         let mut content = [1; 4 * PAGE];
         memory.read_slice(&mut content, GuestAddress(0)).unwrap();
         assert!(is_lost());
-        assert!(content[..PAGE].iter().all(|&byte| byte == 7));
         assert!(content[PAGE..].iter().all(|&byte| byte == 0));
         memory
             .write_slice(&[9; 100], GuestAddress(3 * PAGE as u64))

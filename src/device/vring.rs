@@ -9,14 +9,15 @@
 use std::cell::RefCell;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::MutexGuard;
 
-use rustix::fs::FileType;
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::{Error, Queue, QueueT};
 use vm_memory::GuestAddressSpace;
 
+use super::bell::Bell;
+use super::gate::SHARED;
 use super::guest::SharedMemory;
 use super::worker::Ring;
 
@@ -55,8 +56,9 @@ impl Vring {
             return Err(StartError::NotInMemory);
         }
         let queue = Queue::try_from(queue.state()).map_err(StartError::Queue)?;
-        let kick = clone_of(kick)?;
-        let call = state.get_call().as_ref().map(clone_of).transpose()?;
+        let kick = borrow(kick).try_clone_to_owned()?;
+        let call = state.get_call().as_ref();
+        let call = call.map(|call| Bell::new(&borrow(call))).transpose()?;
         Ok(Some(Ring {
             index,
             queue,
@@ -76,26 +78,18 @@ impl Vring {
 /// Why a ring is not served.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum StartError {
-    #[error("its descriptor table, available ring or used ring does not lie in the guest's memory")]
+    #[error("its descriptor table, available ring or used ring does not lie in the guest's memory; {SHARED}")]
     NotInMemory,
     #[error("its size or addresses are not valid: {0}")]
     Queue(Error),
-    #[error("its kick or call is a file, not an eventfd")]
-    NotAnEventfd,
     #[error(transparent)]
     Io(#[from] io::Error),
 }
 
-/// A second descriptor of a kick or call. It is the front-end's file as well, so its flags are left alone.
-fn clone_of(fd: &impl AsRawFd) -> Result<OwnedFd, StartError> {
-    // SAFETY: the descriptor belongs to `fd`, which is borrowed meanwhile.
-    let fd = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
-    let fd = fd.try_clone_to_owned()?;
-    // A file that is always readable would keep the worker awake for ever. An eventfd has no type.
-    match FileType::from_raw_mode(rustix::fs::fstat(&fd).map_err(io::Error::from)?.st_mode) {
-        FileType::Unknown | FileType::Fifo | FileType::Socket => Ok(fd),
-        _ => Err(StartError::NotAnEventfd),
-    }
+/// The eventfd behind one of vmm-sys-util's types. It is the front-end's as well, which can change its flags at any time.
+fn borrow(event: &impl AsRawFd) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor belongs to `event`, which is borrowed as long.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
 impl<'a> VringStateGuard<'a, SharedMemory> for Vring {

@@ -24,14 +24,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use rustix::fs::OFlags;
+use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::{Errno, ReadWriteFlags};
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Error as QueueError, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, Permissions, VolatileSlice};
 
+use super::bell::Bell;
 use super::disk::Disk;
+use super::gate::SHARED;
 use super::guest::{Memory, Pieces, Position, pieces};
 use super::polling::Polling;
 use super::request::{Kind, Refusal, Request, Status};
@@ -55,8 +56,8 @@ const ROUND: usize = 4;
 const ENOUGH_IN_FLIGHT: usize = 4;
 /// After how long without anything to do a worker goes on in a new thread.
 const REST: Duration = Duration::from_secs(1);
-/// How often at most a queue's storage errors are logged.
-const ERROR_LOG_INTERVAL: Duration = Duration::from_secs(1);
+/// So many kicks that find nothing are too many: one is the front-end's own, at the start.
+const VAIN_KICKS: u64 = 2;
 
 /// The numbers of the watched descriptors.
 const KICK: u32 = 0;
@@ -69,7 +70,7 @@ pub(super) struct Ring {
     pub queue: Queue,
     pub memory: Memory,
     pub kick: OwnedFd,
-    pub call: Option<OwnedFd>,
+    pub call: Option<Bell>,
 }
 
 impl Ring {
@@ -316,11 +317,11 @@ struct Worker {
     /// The zeros that write-zeroes encrypts.
     zeros: Vec<u8>,
     workspace: Workspace,
-    /// Whether a write to the call may block, because the front-end made it so.
-    call_blocks: bool,
+    /// How often the driver kicked and had offered nothing yet.
+    vain_kicks: u64,
     /// Whether something was put into the used ring since the driver was last notified.
     published: bool,
-    /// Whether an earlier server of this ring may have died between the two.
+    /// Whether an earlier server of this ring may have died between the two, or the call failed.
     owes_notification: bool,
     stopping: bool,
     /// Set for good when the ring itself makes no sense.
@@ -328,7 +329,6 @@ struct Worker {
     /// Whether this thread has done anything, and whether it has then been idle for long enough to end.
     worked: bool,
     rests: bool,
-    errors: ErrorLog,
     /// The looks for the driver's next request, and for what storage brings.
     polling_driver: Polling,
     polling_storage: Polling,
@@ -342,11 +342,6 @@ impl Worker {
         engine: Engine<Piece>,
         write_through: bool,
     ) -> io::Result<Self> {
-        let flags = ring
-            .call
-            .as_ref()
-            .and_then(|call| rustix::fs::fcntl_getfl(call).ok());
-        let call_blocks = flags.is_some_and(|flags| !flags.contains(OFlags::NONBLOCK));
         let owes_notification = ring.queue.next_used() != 0;
         let heads = vec![0; usize::from(ring.queue.size()).div_ceil(u64::BITS as usize)];
         let polling = || Polling::new(disk.poll_max);
@@ -369,14 +364,13 @@ impl Worker {
             current: None,
             heads,
             zeros: vec![0; PAGE],
-            call_blocks,
+            vain_kicks: 0,
             published: false,
             owes_notification,
             stopping: false,
             broken: false,
             worked: false,
             rests: false,
-            errors: ErrorLog::default(),
         })
     }
 
@@ -389,7 +383,7 @@ impl Worker {
             let completed = self.complete();
             let taken = self.take();
             self.notify();
-            if completed || taken || self.look() {
+            if completed || taken || self.owes_notification || self.look() {
                 self.worked = true;
                 self.enter(Engine::submit);
             } else if !self.has_more() {
@@ -407,6 +401,11 @@ impl Worker {
     /// Takes chains off the available ring and issues them, while there is room: no more than a round's, since a driver
     /// that gets chains back can offer them again for ever.
     fn take(&mut self) -> bool {
+        if !self.broken && sigbus::is_lost() {
+            // Each access to what is not there costs a page of our own. The session ends.
+            self.broken = true;
+            self.disk.tell();
+        }
         if let Some(place) = self.current.take() {
             self.issue(place);
         }
@@ -602,8 +601,24 @@ impl Worker {
         // Without waiting, if somebody else was faster, whatever the front-end's flags say.
         let buffers = &mut [IoSliceMut::new(&mut count)];
         match rustix::io::preadv2(&self.ring.kick, buffers, u64::MAX, ReadWriteFlags::NOWAIT) {
-            Ok(8) | Err(Errno::AGAIN | Errno::INTR) => {}
+            Ok(8) => self.kicked(u64::from_ne_bytes(count)),
+            Err(Errno::AGAIN | Errno::INTR) => {}
             result => self.retire(&format_args!("its kick cannot be read: {result:?}")),
+        }
+    }
+
+    /// Looks whether a driver that kicks has ever offered anything. A front-end's own kick at the start may find nothing;
+    /// but if the driver's finds nothing either, what it writes to its memory does not reach us.
+    fn kicked(&mut self, times: u64) {
+        if self.ring.queue.next_avail() == 0 && !self.ring.has_chain() {
+            let before = self.vain_kicks;
+            self.vain_kicks = before.saturating_add(times);
+            if before < VAIN_KICKS && self.vain_kicks >= VAIN_KICKS {
+                tracing::warn!(
+                    queue = self.ring.index,
+                    "the driver kicks and its queue is empty: the guest's memory may be private to the front-end; {SHARED}"
+                );
+            }
         }
     }
 
@@ -632,6 +647,7 @@ impl Worker {
 
     /// Decrypts what a read brought into the guest's buffers.
     fn deliver(&mut self, piece: Piece, buffer: Option<&Buffer>) -> io::Result<()> {
+        memory_is_whole()?;
         let request = &self.tasks[usize::from(piece.place)].request;
         if let (Kind::Read, Some(buffer)) = (request.kind, buffer) {
             let plain = pieces(
@@ -661,16 +677,21 @@ impl Worker {
         } else {
             Status::IoError
         });
-        if !unsupported && let Some(suppressed) = self.errors.admit() {
+        if !unsupported {
             let (kind, zone) = (task.request.kind, task.request.zones.first());
-            tracing::error!(queue = self.ring.index, ?kind, ?zone, %error, suppressed, "I/O error on storage");
+            tracing::error!(queue = self.ring.index, ?kind, ?zone, %error, "I/O error on storage");
         }
     }
 
     /// Answers a chain that is not carried out.
     fn refuse(&mut self, place: u16, refusal: Refusal) {
-        // The guest's fault is not the operator's concern, and must not fill the log.
-        tracing::debug!(queue = self.ring.index, %refusal, "request refused");
+        if refusal == Refusal::BadAddress {
+            // The guest's fault, or not: it may have memory that the front-end did not tell us of.
+            tracing::warn!(queue = self.ring.index, %refusal, "request refused; {SHARED}");
+        } else {
+            // The guest's fault is not the operator's concern.
+            tracing::debug!(queue = self.ring.index, %refusal, "request refused");
+        }
         if refusal.may_be_of_another_disk() && !self.disk.mismatch_told.swap(true, Ordering::Relaxed) {
             tracing::warn!(
                 queue = self.ring.index,
@@ -717,11 +738,11 @@ impl Worker {
         match self.ring.needs_notification() {
             // Without an event index the driver has said whether it waits for one.
             Ok(wanted) if wanted || owed && self.ring.queue.event_idx_enabled() => {
-                if let Some(call) = &self.ring.call
-                    && (!self.call_blocks || is_writable(call))
+                if let Some(call) = &mut self.ring.call
+                    && let Err(error) = call.ring()
                 {
-                    // A full counter has notified already.
-                    let _ = rustix::io::write(call, &1_u64.to_ne_bytes());
+                    self.owes_notification = true;
+                    self.complain(&error);
                 }
             }
             Ok(_) => {}
@@ -804,11 +825,14 @@ impl Worker {
     /// Has the kernel take submissions, or sleeps. An error is not expected; it must not become a busy loop.
     fn enter(&mut self, call: impl Fn(&mut Engine<Piece>) -> io::Result<()>) {
         if let Err(error) = call(&mut self.engine) {
-            if let Some(suppressed) = self.errors.admit() {
-                tracing::error!(queue = self.ring.index, %error, suppressed, "io_uring fails");
-            }
-            std::thread::sleep(Duration::from_millis(10));
+            self.complain(&error);
         }
+    }
+
+    /// Tells of an error of io_uring, and keeps this thread from meeting the next one at once.
+    fn complain(&mut self, error: &io::Error) {
+        tracing::error!(queue = self.ring.index, %error, "io_uring fails");
+        std::thread::sleep(Duration::from_millis(10));
     }
 }
 
@@ -831,33 +855,6 @@ fn memory_is_whole() -> io::Result<()> {
     Ok(())
 }
 
-fn is_writable(fd: &OwnedFd) -> bool {
-    poll(&mut [PollFd::new(fd, PollFlags::OUT)], Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
-}
-
 fn bit(head: u16) -> u64 {
     1 << (head % 64)
-}
-
-/// Keeps errors that come by the thousand from filling the log.
-#[derive(Debug, Default)]
-struct ErrorLog {
-    last: Option<Instant>,
-    suppressed: u32,
-}
-
-impl ErrorLog {
-    /// The number of errors that were not logged before this one, or none if this one is not to be either.
-    fn admit(&mut self) -> Option<u32> {
-        let now = Instant::now();
-        if self
-            .last
-            .is_some_and(|last| now.duration_since(last) < ERROR_LOG_INTERVAL)
-        {
-            self.suppressed = self.suppressed.saturating_add(1);
-            return None;
-        }
-        self.last = Some(now);
-        Some(std::mem::take(&mut self.suppressed))
-    }
 }

@@ -14,6 +14,7 @@ pub mod aes;
 pub mod agent;
 pub mod driver;
 pub mod frontend;
+pub mod fuse;
 pub mod memory;
 pub mod process;
 pub mod queue;

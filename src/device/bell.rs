@@ -1,0 +1,89 @@
+//! The call of a queue, by which the driver is notified (vhost-user, VHOST_USER_SET_VRING_CALL).
+//!
+//! It is an eventfd that the front-end has too. A write(2) to it waits while its counter is full, if O_NONBLOCK is not set;
+//! that flag belongs to the open file description, so the front-end can clear it at any time, also between a look at it and
+//! the write. What never waits is the kernel's own signal, which leaves a full counter full. io_uring gives it to an eventfd
+//! that is registered with a ring whenever an operation of that ring ends: so each call has a ring, whose only operation
+//! does nothing.
+
+#![allow(unsafe_code)] // Submission to io_uring.
+
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+
+use io_uring::{IoUring, opcode};
+
+/// An eventfd that is signalled without waiting for anybody.
+pub(super) struct Bell(IoUring);
+
+impl Bell {
+    /// # Errors
+    /// If `eventfd` is none, or descriptors or memory are exhausted.
+    pub(super) fn new(eventfd: &impl AsFd) -> io::Result<Self> {
+        let ring = IoUring::builder().dontfork().build(1)?;
+        // The ring holds it from then on.
+        ring.submitter().register_eventfd(eventfd.as_fd().as_raw_fd())?;
+        Ok(Self(ring))
+    }
+
+    /// Adds one to the counter, unless that is full.
+    ///
+    /// # Errors
+    /// If the kernel has no memory for an operation. It can be tried again.
+    pub(super) fn ring(&mut self) -> io::Result<()> {
+        let nothing = opcode::Nop::new().build();
+        let mut submission = self.0.submission();
+        if submission.is_empty() {
+            // SAFETY: the operation refers to no memory.
+            let pushed = unsafe { submission.push(&nothing) };
+            pushed.expect("the queue was made to hold it, and is empty");
+        }
+        drop(submission);
+        while let Err(error) = self.0.submit() {
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
+            }
+        }
+        // It has ended.
+        self.0.completion().for_each(drop);
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Bell {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Bell").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::event::{EventfdFlags, eventfd};
+
+    #[test]
+    fn an_eventfd_counts_each_signal_and_a_full_one_stays_full() {
+        let fd = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        let mut bell = Bell::new(&fd).unwrap();
+        let count = || {
+            let mut count = [0; 8];
+            rustix::io::read(&fd, &mut count).unwrap();
+            u64::from_ne_bytes(count)
+        };
+        for _ in 0..100 {
+            bell.ring().unwrap();
+        }
+        assert_eq!(count(), 100);
+        rustix::io::write(&fd, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+        bell.ring().unwrap();
+        bell.ring().unwrap();
+        assert_eq!(count(), u64::MAX);
+    }
+
+    #[test]
+    fn what_is_no_eventfd_is_refused() {
+        let (_reader, writer) = io::pipe().unwrap();
+        assert_eq!(Bell::new(&writer).unwrap_err().raw_os_error(), Some(libc::EINVAL));
+    }
+}
