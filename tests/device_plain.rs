@@ -206,7 +206,8 @@ fn assert_create_names(volume: &Volume, name: &str) {
 /// blkid is the judge of what is made here, each by the description of its format.
 #[test]
 fn what_belongs_to_a_pool_is_served_only_if_it_is_said_to_be_raw() {
-    const LEN: u64 = 32 * MIB;
+    // libblkid looks for ZFS on nothing smaller.
+    const LEN: u64 = 64 * MIB;
     let md = |magic: [u8; 4], major: u32, sector: u64| {
         let mut superblock = vec![0; 4096];
         superblock[..4].copy_from_slice(&magic);
@@ -279,10 +280,19 @@ fn what_belongs_to_a_pool_is_served_only_if_it_is_said_to_be_raw() {
             .args(["-p", "-o", "value", "-s", "TYPE"])
             .arg(&volume.path));
         assert_eq!(String::from_utf8(blkid.stdout).unwrap().trim(), kind);
-        volume.open = vec!["--allow-unencrypted".into()];
-        refused(&volume, &[], VOLUME, &[name, "--format raw"]);
-        volume.open = Vec::new();
-        refused(&volume, &[], VOLUME, &[name, "--allow-unencrypted --format raw"]);
+        for (open, says) in [
+            (vec!["--allow-unencrypted".into()], "--format raw"),
+            (Vec::new(), "--allow-unencrypted --format raw"),
+        ] {
+            volume.open = open;
+            let ended = serve_fails(&volume, &[]);
+            assert_eq!(ended.status.code(), Some(VOLUME), "{}", ended.stderr);
+            assert!(
+                ended.stderr.contains(name) && ended.stderr.contains(says),
+                "{}",
+                ended.stderr
+            );
+        }
     }
     volume.open = vec!["--allow-unencrypted".into()];
     let server = Server::with(&volume, &["--format", "raw"]);
