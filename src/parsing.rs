@@ -355,7 +355,7 @@ mod tests {
     }
 
     /// What calls a parser whose errors quote, or names such an error, and where that is allowed.
-    const QUOTING: [(&str, &[&str]); 14] = [
+    const QUOTING: [(&str, &[&str]); 15] = [
         ("serde_json::from_", &["parsing.rs", "volume/testing.rs"]),
         ("serde_json::Error", &["parsing.rs"]),
         ("serde_json::error", &["parsing.rs"]),
@@ -367,6 +367,7 @@ mod tests {
         ("from_pem_", &[]),
         ("pem_slice_iter", &["keys/tls/pem.rs"]),
         ("pem::Error", &[]),
+        ("rustls::Error", &[]),
         ("FromUtf8Error", &[]),
         ("DecodeError", &[]),
         (

@@ -10,11 +10,8 @@ use std::time::Duration;
 
 use rustls::pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
-use x509_cert::certificate::{CertificateInner, Raw};
-use x509_cert::der::Decode;
 
-use super::harmless;
-use super::tls::{Identity, TlsFiles, certificates};
+use super::tls::{Certificate, Identity, TlsFiles, certificates};
 use crate::moment::Moment;
 
 const DAY: u64 = 86_400;
@@ -121,7 +118,7 @@ fn in_file(path: &Path, whose: Whose) -> impl Iterator<Item = Expiring> {
     let path = path.display().to_string();
     let told = lasting.into_iter().map(move |(subject, until)| Expiring {
         path: path.clone(),
-        subject: harmless(&subject, 128),
+        subject,
         whose,
         until,
     });
@@ -130,11 +127,9 @@ fn in_file(path: &Path, whose: Whose) -> impl Iterator<Item = Expiring> {
 
 /// Whom a certificate is for, and until when.
 fn validity(certificate: &CertificateDer<'_>) -> Option<(String, Moment)> {
-    // What RFC 5280 forbids, as a long serial number, is no reason to be silent.
-    let certificate = CertificateInner::<Raw>::from_der(certificate).ok()?;
-    let tbs = certificate.tbs_certificate();
-    let until = tbs.validity().not_after.to_unix_duration();
-    Some((tbs.subject().to_string(), Moment::from_unix(until.as_secs())))
+    let certificate = Certificate::parse(certificate)?;
+    let (_, until) = certificate.validity();
+    Some((certificate.subject(), until))
 }
 
 #[cfg(test)]

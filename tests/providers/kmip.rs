@@ -328,12 +328,12 @@ fn certificates_that_are_wrong_are_not_trusted() {
         ..settings(&[server.address()])
     };
     for (settings, cause) in [
-        (settings(&[stranger.address()]), "UnknownIssuer"),
+        (settings(&[stranger.address()]), "leads to \"CN=stranger\""),
         (settings(&[expired.address()]), "expired"),
-        (settings(&[future.address()]), "not valid yet"),
-        (as_client("stranger-client"), "UnknownCA"),
-        (as_client("expired-client"), "CertificateExpired"),
-        (as_client("future-client"), "BadCertificate"),
+        (settings(&[future.address()]), "is not valid before"),
+        (as_client("stranger-client"), "which has signed it"),
+        (as_client("expired-client"), "it has expired"),
+        (as_client("future-client"), "it is not valid before"),
     ] {
         assert_fails(open(&settings).create_kek(), KeyReason::Untrusted, cause);
     }
@@ -365,7 +365,7 @@ fn server_under_another_name_is_not_trusted() {
     assert_fails(
         open(&renamed).create_kek(),
         KeyReason::Untrusted,
-        "not valid for name",
+        "and the settings call the server 127.0.0.2",
     );
 }
 
@@ -402,7 +402,7 @@ fn files_that_cannot_be_used_are_named() {
                 ..good.clone()
             },
             &other_key,
-            "does not go with the rest",
+            "it is not the key of the first certificate in ",
         ),
         (
             Settings {
@@ -438,7 +438,7 @@ fn renewed_certificate_needs_no_restart() {
         key: dir.path().join("key"),
         ..settings(&[server.address()])
     });
-    assert_fails(provider.create_kek(), KeyReason::Untrusted, "CertificateExpired");
+    assert_fails(provider.create_kek(), KeyReason::Untrusted, "it has expired");
     install("client");
     provider.create_kek().unwrap();
 }

@@ -2,19 +2,21 @@
 //! its key do not belong together.
 
 use std::fmt;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::sync::Arc;
 
 use rustls::pki_types::ServerName;
-use rustls::{ClientConfig, ClientConnection, StreamOwned};
+use rustls::{ClientConnection, StreamOwned};
 use ureq::Error;
 use ureq::unversioned::transport::time::{Duration, Instant};
 use ureq::unversioned::transport::{
     Buffers, ConnectionDetails, Connector, LazyBuffers, NextTimeout, Transport, TransportAdapter,
 };
 
+use crate::keys::tls::Client;
+
 /// Puts TLS on a connection that is there.
-pub(super) struct TlsConnector(pub(super) Arc<ClientConfig>);
+pub(super) struct TlsConnector(pub(super) Client);
 
 impl<In: Transport> Connector<In> for TlsConnector {
     type Out = TlsTransport<In>;
@@ -33,11 +35,12 @@ impl<In: Transport> Connector<In> for TlsConnector {
             .and_then(|host| host.strip_suffix(']'))
             .unwrap_or(host);
         let name = ServerName::try_from(bare.to_owned()).map_err(|e| Error::Other(e.into()))?;
-        let mut connection =
-            ClientConnection::new(Arc::clone(&self.0), name).map_err(|e| Error::Other(e.into()))?;
+        let mut connection = self.0.connect(name).map_err(|e| Error::Other(e.into()))?;
         let mut socket = TransportAdapter::new(transport, Arc::clone(&details.current_time));
         socket.set_timeout(left(details));
-        connection.complete_io(&mut socket)?;
+        connection
+            .complete_io(&mut socket)
+            .map_err(|e| told(&self.0, e))?;
         let (input, output) = (
             details.config.input_buffer_size(),
             details.config.output_buffer_size(),
@@ -45,7 +48,16 @@ impl<In: Transport> Connector<In> for TlsConnector {
         Ok(Some(TlsTransport {
             buffers: LazyBuffers::new(input, output),
             stream: StreamOwned::new(connection, socket),
+            client: self.0.clone(),
         }))
+    }
+}
+
+/// What an error of the connection means, if it is one of TLS.
+fn told(client: &Client, error: io::Error) -> Error {
+    match client.explain_io(&error) {
+        Some(failure) => Error::Other(failure.into()),
+        None => error.into(),
     }
 }
 
@@ -70,6 +82,7 @@ impl fmt::Debug for TlsConnector {
 pub(super) struct TlsTransport<In: Transport> {
     buffers: LazyBuffers,
     stream: StreamOwned<ClientConnection, TransportAdapter<In>>,
+    client: Client,
 }
 
 impl<In: Transport> Transport for TlsTransport<In> {
@@ -79,13 +92,14 @@ impl<In: Transport> Transport for TlsTransport<In> {
 
     fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), Error> {
         self.stream.get_mut().set_timeout(timeout);
-        self.stream.write_all(&self.buffers.output()[..amount])?;
-        Ok(())
+        let written = self.stream.write_all(&self.buffers.output()[..amount]);
+        written.map_err(|e| told(&self.client, e))
     }
 
     fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, Error> {
         self.stream.get_mut().set_timeout(timeout);
-        let read = self.stream.read(self.buffers.input_append_buf())?;
+        let read = self.stream.read(self.buffers.input_append_buf());
+        let read = read.map_err(|e| told(&self.client, e))?;
         self.buffers.input_appended(read);
         Ok(read > 0)
     }

@@ -7,7 +7,7 @@ use rustls::pki_types::InvalidDnsNameError;
 
 use crate::keys::KeyReason;
 use crate::keys::arena::ArenaError;
-use crate::keys::tls::{self, TlsFileError};
+use crate::keys::tls::{TlsFailure, TlsFileError};
 use crate::parsing::NotUnderstood;
 
 /// A request that failed, and what an operator would act on.
@@ -97,6 +97,13 @@ impl From<TlsFileError> for Failure {
 impl From<ureq::Error> for Failure {
     fn from(error: ureq::Error) -> Self {
         use ureq::Error as Http;
+        let error = match error {
+            Http::Other(cause) => match cause.downcast::<TlsFailure>() {
+                Ok(failure) => return Self::new(failure.reason, *failure),
+                Err(cause) => Http::Other(cause),
+            },
+            error => error,
+        };
         match error {
             Http::Io(error) => Self::from(error),
             Http::Timeout(_) => Self::new(KeyReason::Unreachable, Trouble::Timeout),
@@ -115,9 +122,6 @@ impl From<ureq::Error> for Failure {
 impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
         let inner = error.get_ref();
-        if let Some(tls) = inner.and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
-            return Self::new(tls::reason(tls), error);
-        }
         if inner.is_some_and(|inner| inner.is::<ureq::Error>()) {
             return Self::from(ureq::Error::from(error));
         }

@@ -178,7 +178,7 @@ impl Kmip {
             let at = (first + turn) % count;
             let address = &self.servers[at];
             let deadline = share(deadline, count - turn);
-            match Session::open(address, tls.clone(), deadline).and_then(|mut session| work(&mut session)) {
+            match Session::open(address, &tls, deadline).and_then(|mut session| work(&mut session)) {
                 Ok(done) => {
                     self.preferred.store(at, Ordering::Relaxed);
                     return Ok(done);

@@ -6,25 +6,26 @@
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustls::pki_types::ServerName;
-use rustls::{ClientConfig, ClientConnection, StreamOwned};
+use rustls::{ClientConnection, StreamOwned};
 
 use super::address::Address;
 use super::message::{ANSWER_LIMIT, Answer, AnswerError, Refusal, Request, VERSIONS, Version, tag};
 use super::ttlv::{self, Malformed};
 use crate::deadline::{Deadline, Timed};
 use crate::keys::arena::{ArenaError, SecretBytes};
-use crate::keys::{KeyReason, KeyState, tls};
+use crate::keys::tls::{Client, TlsFailure};
+use crate::keys::{KeyReason, KeyState};
 
 /// A connection on which requests are answered.
 pub(super) struct Session {
     stream: StreamOwned<ClientConnection, Timed<TcpStream>>,
     version: Version,
+    tls: Client,
 }
 
 /// Why a server did not do what it was asked for.
@@ -41,7 +42,7 @@ pub(super) enum Trouble {
     #[error("it closed the connection without an answer")]
     Closed,
     #[error("TLS failed")]
-    Tls(#[source] rustls::Error),
+    Tls(#[source] TlsFailure),
     #[error("the answer to {0} ends too early")]
     Truncated(&'static str),
     #[error("the answer to {request} is no message of KMIP")]
@@ -81,7 +82,7 @@ impl Trouble {
             Self::Resolve(_) | Self::Connect(_) | Self::Timeout | Self::Broken(_) | Self::Closed => {
                 KeyReason::Unreachable
             }
-            Self::Tls(error) => tls::reason(error),
+            Self::Tls(failure) => failure.reason,
             Self::Truncated(_) | Self::Malformed { .. } | Self::Answer { .. } | Self::NoKek(_) => {
                 KeyReason::Garbled
             }
@@ -120,24 +121,21 @@ fn refusal_reason(refusal: &Refusal) -> KeyReason {
 
 impl Session {
     /// Connects to a server and agrees with it on a version.
-    pub(super) fn open(
-        address: &Address,
-        tls: Arc<ClientConfig>,
-        deadline: Instant,
-    ) -> Result<Self, Trouble> {
+    pub(super) fn open(address: &Address, tls: &Client, deadline: Instant) -> Result<Self, Trouble> {
         let name = ServerName::try_from(address.host().to_owned())
             .map_err(|e| Trouble::Resolve(io::Error::new(io::ErrorKind::InvalidInput, e)))?;
         let socket = Timed::new(connect(address, deadline)?, Deadline::at(deadline));
-        let connection = ClientConnection::new(tls, name).map_err(Trouble::Tls)?;
+        let connection = tls.connect(name).map_err(Trouble::Tls)?;
         let mut stream = StreamOwned::new(connection, socket);
         while stream.conn.is_handshaking() {
             if let Err(e) = stream.conn.complete_io(&mut stream.sock) {
-                return Err(broken_by(&mut stream, e));
+                return Err(broken_by(tls, &mut stream, e));
             }
         }
         let mut session = Self {
             stream,
             version: VERSIONS[0],
+            tls: tls.clone(),
         };
         session.version = session.negotiate()?;
         Ok(session)
@@ -196,14 +194,16 @@ impl Session {
     fn exchange(&mut self, request: &Request<'_>) -> Result<SecretBytes, Trouble> {
         let asked = request.encode(self.version)?;
         if let Err(e) = self.stream.write_all(&asked).and_then(|()| self.stream.flush()) {
-            return Err(broken_by(&mut self.stream, e));
+            return Err(broken_by(&self.tls, &mut self.stream, e));
         }
         let truncated = |e: io::Error| match e.kind() {
             io::ErrorKind::UnexpectedEof => Trouble::Truncated(request.name()),
-            _ => trouble(e),
+            _ => trouble(&self.tls, e),
         };
         let mut header = [0; ttlv::HEADER_LEN];
-        self.stream.read_exact(&mut header[..1]).map_err(trouble)?;
+        self.stream
+            .read_exact(&mut header[..1])
+            .map_err(|e| trouble(&self.tls, e))?;
         self.stream.read_exact(&mut header[1..]).map_err(truncated)?;
         let len = ttlv::announced(&header, tag::RESPONSE_MESSAGE, ANSWER_LIMIT).map_err(|source| {
             let request = request.name();
@@ -279,12 +279,16 @@ fn resolve(address: &Address, deadline: Instant) -> Result<Vec<SocketAddr>, Trou
 
 /// Why sending failed. A server that refuses a certificate says so and closes, while this side may still be sending: what it
 /// has said is there to be read.
-fn broken_by(stream: &mut StreamOwned<ClientConnection, Timed<TcpStream>>, error: io::Error) -> Trouble {
-    let trouble = trouble(error);
+fn broken_by(
+    tls: &Client,
+    stream: &mut StreamOwned<ClientConnection, Timed<TcpStream>>,
+    error: io::Error,
+) -> Trouble {
+    let trouble = trouble(tls, error);
     if matches!(trouble, Trouble::Broken(_)) {
         while let Ok(1..) = stream.conn.read_tls(&mut stream.sock) {
             if let Err(e) = stream.conn.process_new_packets() {
-                return Trouble::Tls(e);
+                return Trouble::Tls(tls.explain(&e));
             }
         }
     }
@@ -292,13 +296,13 @@ fn broken_by(stream: &mut StreamOwned<ClientConnection, Timed<TcpStream>>, error
 }
 
 /// What an error of the connection is.
-fn trouble(error: io::Error) -> Trouble {
+fn trouble(tls: &Client, error: io::Error) -> Trouble {
     match error.kind() {
         io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => Trouble::Timeout,
         io::ErrorKind::UnexpectedEof => Trouble::Closed,
-        _ => match error.downcast::<rustls::Error>() {
-            Ok(error) => Trouble::Tls(error),
-            Err(error) => Trouble::Broken(error),
+        _ => match tls.explain_io(&error) {
+            Some(failure) => Trouble::Tls(failure),
+            None => Trouble::Broken(error),
         },
     }
 }

@@ -2,7 +2,17 @@
 //!
 //! The operator names PEM files. They are read at each new connection, so that a renewed certificate needs no restart.
 //! TLS 1.2 and 1.3.
+//!
+//! ```text
+//! client       connections to a server, whose certificate is checked
+//! failure      what goes wrong with them: the one place where errors of rustls are understood
+//! certificate  what can be told of a certificate
+//! pem          files of certificates and keys
+//! ```
 
+mod certificate;
+mod client;
+mod failure;
 mod pem;
 
 use std::fs::File;
@@ -10,10 +20,13 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustls::client::Resumption;
+use rustls::ServerConfig;
+use rustls::crypto::CryptoProvider;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::{AlertDescription, ClientConfig, RootCertStore, ServerConfig};
 
+pub(super) use self::certificate::Certificate;
+pub(super) use self::client::Client;
+pub(super) use self::failure::TlsFailure;
 use self::pem::BadPem;
 use super::KeyReason;
 use super::private::{self, Unreadable};
@@ -62,8 +75,8 @@ pub(super) enum Unusable {
     TooLarge(u64),
     #[error(transparent)]
     Pem(#[from] BadPem),
-    #[error("it does not go with the rest")]
-    Tls(#[source] rustls::Error),
+    #[error(transparent)]
+    Tls(TlsFailure),
 }
 
 impl TlsFiles {
@@ -71,27 +84,8 @@ impl TlsFiles {
     ///
     /// # Errors
     /// [`TlsFileError`], with the file that is at fault.
-    pub(super) fn load(&self) -> Result<Arc<ClientConfig>, TlsFileError> {
-        let mut roots = RootCertStore::empty();
-        for certificate in at(&self.ca, certificates(&self.ca))? {
-            at(&self.ca, roots.add(certificate).map_err(Unusable::Tls))?;
-        }
-        let config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-            .with_safe_default_protocol_versions()
-            .expect("ring has cipher suites for every version of TLS that is built in")
-            .with_root_certificates(roots);
-        let mut config = match &self.identity {
-            None => config.with_no_client_auth(),
-            Some(Identity { certificate, key }) => {
-                let chain = at(certificate, certificates(certificate))?;
-                let private_key = at(key, private_key(key))?;
-                let config = config.with_client_auth_cert(chain, private_key);
-                at(key, config.map_err(Unusable::Tls))?
-            }
-        };
-        // Each connection reads the files anew, and has no session to go on with.
-        config.resumption = Resumption::disabled();
-        Ok(Arc::new(config))
+    pub(super) fn load(&self) -> Result<Client, TlsFileError> {
+        Client::load(self)
     }
 }
 
@@ -102,14 +96,21 @@ impl Identity {
     /// [`TlsFileError`], with the file that is at fault.
     pub(crate) fn load(&self) -> Result<Arc<ServerConfig>, TlsFileError> {
         let chain = at(&self.certificate, certificates(&self.certificate))?;
-        let private_key = at(&self.key, private_key(&self.key))?;
-        let config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        let key = at(&self.key, private_key(&self.key))?;
+        let own = chain.first().cloned().unwrap_or_else(|| Vec::new().into());
+        let config = ServerConfig::builder_with_provider(provider())
             .with_safe_default_protocol_versions()
             .expect("ring has cipher suites for every version of TLS that is built in")
             .with_no_client_auth()
-            .with_single_cert(chain, private_key);
-        Ok(Arc::new(at(&self.key, config.map_err(Unusable::Tls))?))
+            .with_single_cert(chain, key);
+        let failure = |e| Unusable::Tls(TlsFailure::of_identity(&e, self, &own));
+        Ok(Arc::new(at(&self.key, config.map_err(failure))?))
     }
+}
+
+/// What all TLS here is done by.
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(rustls::crypto::ring::default_provider())
 }
 
 /// The certificates in a PEM file.
@@ -124,30 +125,6 @@ impl TlsFileError {
             Unusable::PrivateKey(error) => error.reason(),
             _ => KeyReason::Invalid,
         }
-    }
-}
-
-/// What a failure of TLS means to an operator.
-pub(super) fn reason(error: &rustls::Error) -> KeyReason {
-    use AlertDescription as Alert;
-    match error {
-        rustls::Error::InvalidCertificate(_) | rustls::Error::NoCertificatesPresented => KeyReason::Untrusted,
-        rustls::Error::AlertReceived(
-            Alert::BadCertificate
-            | Alert::UnsupportedCertificate
-            | Alert::CertificateRevoked
-            | Alert::CertificateExpired
-            | Alert::CertificateUnknown
-            | Alert::UnknownCA
-            | Alert::CertificateRequired
-            | Alert::NoCertificate
-            | Alert::DecryptError,
-        ) => KeyReason::Untrusted,
-        rustls::Error::AlertReceived(Alert::AccessDenied) => KeyReason::Refused,
-        // It speaks TLS, and something that this host does not.
-        rustls::Error::AlertReceived(_) | rustls::Error::PeerIncompatible(_) => KeyReason::Failed,
-        rustls::Error::FailedToGetRandomBytes => KeyReason::Host,
-        _ => KeyReason::Garbled,
     }
 }
 
