@@ -338,7 +338,7 @@ fn what_is_in_a_file_of_settings_or_state_is_in_no_error() {
             "broker.toml",
             brokers.replace("/k", pem),
             &broker,
-            "files are named by absolute paths",
+            "named by absolute paths",
         ),
         (
             "broker/broker.json",
