@@ -105,7 +105,7 @@ impl OpenError {
     pub fn key(&self) -> Option<&KeyError> {
         match self {
             Self::Volume(error) => match &*error.reason {
-                Reason::Provider { source, .. } => Some(source),
+                Reason::Provider { source, .. } | Reason::Wrap(source) | Reason::Kek(source) => Some(source),
                 _ => None,
             },
             _ => None,

@@ -16,6 +16,7 @@ pub mod driver;
 pub mod frontend;
 pub mod fuse;
 pub mod memory;
+pub mod mistakes;
 pub mod process;
 pub mod queue;
 pub mod secrets;

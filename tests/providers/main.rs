@@ -12,6 +12,7 @@ mod expiry;
 mod kmip;
 mod kmip_mock;
 mod lifecycle;
+mod mistakes;
 mod mock;
 mod native;
 mod openbao;
