@@ -325,6 +325,9 @@ fn front_ends() {
     log(&mut m, "comes while another is served", before);
     drop((first, second));
 
+    // It printed the path that `serve` was given, whoever asked from wherever.
+    let status = m.does("sealblk status --control-socket control");
+    assert!(status.contains(m.path("vm.luks").to_str().unwrap()), "{status}");
     m.mistake("sealblk serve --blk-file vm.luks --socket-path other");
     m.mistake("sealblk rekey vm.luks");
     m.mistake("sealblk status --control-socket sock.control");

@@ -139,8 +139,10 @@ impl Interface {
     fn status(&self) -> Answered {
         let served = &self.served;
         let (state, lock) = served.state();
+        let path = served.opener.disk.path();
         Ok(Answer::of(Status {
-            disk: path_text::to_text(served.opener.disk.path()),
+            // Who asks may be in another directory.
+            disk: path_text::to_text(&std::path::absolute(path).unwrap_or_else(|_| path.to_owned())),
             volume: served.uuid,
             state,
             lock,
