@@ -151,7 +151,19 @@ fn a_key_without_a_backup_and_another_providers_backup_are_not_sealed() {
     host.fails(
         &["provider", "seal", "fresh", "--tpm", &device],
         KEY,
-        "not backed up",
+        "has no backup",
+    );
+    // Somebody did without a backup, as `create --recovery-key` does on a new host: the TPM would hold the only copy.
+    let before = fs::read(host.path("state/providers/fresh/primary.key")).unwrap();
+    host.does(&["provider", "backup", "fresh", "--waive"]);
+    host.fails(
+        &["provider", "seal", "fresh", "--tpm", &device],
+        KEY,
+        "has no backup",
+    );
+    assert_eq!(
+        fs::read(host.path("state/providers/fresh/primary.key")).unwrap(),
+        before
     );
     host.does(&[
         "provider",

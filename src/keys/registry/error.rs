@@ -96,6 +96,12 @@ pub enum RegistryError {
     /// Only a primary key can be backed up here.
     #[error("provider {0:?} is no native one: its keys are its server's, and are backed up there")]
     NotNative(String),
+    /// The TPM would have the only copy of a primary key.
+    #[error(
+        "the primary key of {0:?} has no backup, and a TPM that breaks or is cleared, or a host that boots otherwise, would \
+         take it along: take one with `sealblk provider backup {0} --to FILE --passphrase-file FILE` first"
+    )]
+    SealWithoutBackup(String),
     /// Only a host that proves what it has booted is enrolled.
     #[error("provider {0:?} is no trusted one: its servers know this host by other means")]
     NotTrusted(String),

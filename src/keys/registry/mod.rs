@@ -167,7 +167,7 @@ impl Registry {
     /// `primary`, that of its backup, where the TPM does not give it back any more.
     ///
     /// # Errors
-    /// [`RegistryError`], above all [`KeyReason::NotBackedUp`]: a TPM that breaks takes the key with it.
+    /// [`RegistryError`], above all [`RegistryError::SealWithoutBackup`]: a TPM that breaks takes the key with it.
     pub fn seal(
         &self,
         name: &str,
@@ -177,8 +177,9 @@ impl Registry {
     ) -> Result<(), RegistryError> {
         let _lock = self.lock()?;
         let path = primary_key(&self.dir_of(name));
-        if self.backup(name) == Some(Backup::None) {
-            return Err(KeyError::new(name, path.display(), KeyReason::NotBackedUp).into());
+        // A waiver covers the loss of this host's file, not a TPM that is cleared or a host that boots otherwise.
+        if primary.is_none() && matches!(self.backup(name), Some(Backup::None | Backup::Waived)) {
+            return Err(RegistryError::SealWithoutBackup(name.to_owned()));
         }
         let own;
         let primary = match primary {
