@@ -21,6 +21,7 @@ fuzz_target!(|input: &[u8]| {
         let _ = answer.unique_identifier();
         let _ = answer.located();
         let _ = answer.state();
+        let _ = answer.identifier();
         let _ = answer.encrypted(32);
         let _ = answer.decrypted();
         let _ = answer.key();

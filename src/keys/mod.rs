@@ -195,6 +195,12 @@ pub trait KeyProvider: Send + Sync + fmt::Debug {
     /// [`KeyError`]; on this host nothing has changed then.
     fn revoke(&self, key_id: &KeyId, revocation: Revocation) -> Result<Reach, KeyError>;
 
+    /// Whether a revocation of `key_id` may take `other` along, which was noted under any provider of this host: the same key of
+    /// the same server can have several names. A provider that revokes on this host alone takes nothing along.
+    fn takes_along(&self, _key_id: &KeyId, _other: &KeyId) -> bool {
+        false
+    }
+
     /// Proves that the provider works, by making a KEK, wrapping under it, and unwrapping.
     ///
     /// # Errors

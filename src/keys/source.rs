@@ -51,6 +51,11 @@ pub(super) trait KekSource: Send + Sync + fmt::Debug {
     /// [`KeyError`], if the source cannot tell. That a KEK is missing is not an error here.
     fn state(&self, key_id: &KeyId) -> Result<KeyState, KeyError>;
 
+    /// As [`KeyProvider::takes_along`].
+    fn takes_along(&self, _key_id: &KeyId, _other: &KeyId) -> bool {
+        false
+    }
+
     /// Has the source's server take a KEK out of use, if it has a record of it. The caller sees to this host.
     ///
     /// # Errors
@@ -229,6 +234,10 @@ impl KeyProvider for HostProvider {
             (Some(_), Ok(KeyState::Active | KeyState::PreActive) | Err(_)) => Ok(KeyState::Deactivated),
             (_, state) => state,
         }
+    }
+
+    fn takes_along(&self, key_id: &KeyId, other: &KeyId) -> bool {
+        self.source.takes_along(key_id, other)
     }
 
     fn revoke(&self, key_id: &KeyId, revocation: Revocation) -> Result<Reach, KeyError> {

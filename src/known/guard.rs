@@ -197,8 +197,10 @@ pub fn revoke(
 ) -> Result<Option<Reach>, GuardError> {
     if !removal.force {
         let name = provider.name();
-        let is_under = |known: &Known| known.is_under(Some(name), Some(key_id));
-        Uses::of(index, removal.served, is_under)?.refuse(format!("key {key_id} of provider {name:?}"))?;
+        let needs_it = |known: &Known| {
+            known.is_under(Some(name), Some(key_id)) || provider.takes_along(key_id, &known.key_id)
+        };
+        Uses::of(index, removal.served, needs_it)?.refuse(format!("key {key_id} of provider {name:?}"))?;
     }
     match removal.dry_run {
         true => match provider.state(key_id)? {

@@ -83,6 +83,10 @@ impl KeyProvider for NotingProvider {
         self.provider.check()
     }
 
+    fn takes_along(&self, key_id: &KeyId, other: &KeyId) -> bool {
+        self.provider.takes_along(key_id, other)
+    }
+
     fn revoke(&self, key_id: &KeyId, revocation: Revocation) -> Result<Reach, KeyError> {
         self.provider.revoke(key_id, revocation)
     }

@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use crate::kmip::open;
 use crate::pykmip::{Server, settings};
+use sealblk::keys::kmip::Settings;
 
 const SEALBLK: &str = env!("CARGO_BIN_EXE_sealblk");
 const IN_USE: i32 = 5;
@@ -37,6 +38,26 @@ fn is_refused_for(disk: &str, dir: &Path, args: &[&str]) {
     );
 }
 
+fn add_kmip(dir: &Path, settings: &Settings, name: &str, more: &[&str]) {
+    let file = |path: &Path| path.to_str().unwrap().to_owned();
+    let (ca, certificate, key) = (
+        file(&settings.ca),
+        file(&settings.certificate),
+        file(&settings.key),
+    );
+    let add = [
+        "provider",
+        "add",
+        "kmip",
+        "--name",
+        name,
+        "--server",
+        &settings.servers[0],
+    ];
+    let files = ["--ca", &ca, "--certificate", &certificate, "--key", &key];
+    does(dir, &[&add[..], &files, more].concat());
+}
+
 fn key_of(dir: &Path, disk: &str) -> String {
     let info: Value = serde_json::from_str(&does(dir, &["info", "--json", disk])).unwrap();
     info["tokens"][0]["keyId"].as_str().unwrap().to_owned()
@@ -59,25 +80,8 @@ fn a_key_of_a_kmip_server_ends_there_when_no_disk_needs_it() {
     let settings = settings(&[server.address()]);
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
-    let file = |path: &Path| path.to_str().unwrap().to_owned();
     does(dir, &["provider", "add", "native", "--no-backup"]);
-    let (ca, certificate, key_file) = (
-        file(&settings.ca),
-        file(&settings.certificate),
-        file(&settings.key),
-    );
-    let add = [
-        "provider",
-        "add",
-        "kmip",
-        "--name",
-        "kms",
-        "--server",
-        &settings.servers[0],
-        "--default",
-    ];
-    let files = ["--ca", &ca, "--certificate", &certificate, "--key", &key_file];
-    does(dir, &[&add[..], &files].concat());
+    add_kmip(dir, &settings, "kms", &["--default"]);
     does(dir, &["create", "vm", "--size", "1M"]);
     let key = key_of(dir, "vm");
     assert_eq!(state_of(dir, &key), "active");
@@ -128,4 +132,56 @@ fn a_key_of_a_kmip_server_ends_there_when_no_disk_needs_it() {
     assert!(!dir.join("state/providers/kms").exists());
     does(dir, &["create", "new", "--size", "1M"]);
     assert_ne!(key_of(dir, "new"), key);
+}
+
+/// What a revocation destroys is the server's key, whatever it is called here: by another provider of the same server, with
+/// another ciphertext behind it, or by another spelling that the server takes for the same.
+#[test]
+fn a_key_that_a_disk_needs_is_not_revoked_by_another_name() {
+    let server = Server::start();
+    let settings = settings(&[server.address()]);
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    add_kmip(dir, &settings, "kms", &["--default"]);
+    add_kmip(dir, &settings, "kms-old", &[]);
+    add_kmip(dir, &settings, "wrapped", &["--wrap", "server"]);
+    does(dir, &["create", "vm", "--size", "1M"]);
+    does(
+        dir,
+        &["create", "sensitive", "--size", "1M", "--provider", "wrapped"],
+    );
+    let (key, wrapped) = (key_of(dir, "vm"), key_of(dir, "sensitive"));
+    let (by, kek) = wrapped.rsplit_once('.').unwrap();
+    let first = if kek.starts_with('A') { 'B' } else { 'A' };
+    let other = format!("{by}.{first}{}", &kek[1..]);
+
+    let revoke = |key: &str, provider: &str| {
+        ["key", "revoke", key, "--provider", provider, "--destroy"].map(str::to_owned)
+    };
+    for (disk, key, provider) in [
+        ("vm", key.as_str(), "kms-old"),
+        ("sensitive", by, "kms"),
+        ("sensitive", &other, "wrapped"),
+    ] {
+        let revoke = revoke(key, provider);
+        is_refused_for(disk, dir, &revoke.each_ref().map(String::as_str));
+    }
+    let output = sealblk(
+        dir,
+        &revoke(&format!("0{key}"), "kms").each_ref().map(String::as_str),
+    );
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        !output.status.success() && stderr.contains(&format!("the server calls this key {key:?}")),
+        "{stderr}"
+    );
+    for key in [key.as_str(), by] {
+        assert!(
+            server
+                .operator(&["attributes", key])
+                .contains("State=State.ACTIVE")
+        );
+    }
+    does(dir, &["rekey", "vm"]);
+    does(dir, &["rekey", "sensitive"]);
 }

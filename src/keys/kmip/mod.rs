@@ -275,12 +275,8 @@ impl Kmip {
     /// A key ID's parts, unless no provider with these settings would make it.
     fn recognise<'a>(&self, key_id: &'a KeyId) -> Option<Identifier<'a>> {
         match self.wrap {
-            Wrap::Client => identifies(&key_id.0).then_some(Identifier::Key(&key_id.0)),
-            Wrap::Server => {
-                let (by, kek) = key_id.0.rsplit_once('.')?;
-                let kek = URL_SAFE_NO_PAD.decode(kek).ok()?.try_into().ok()?;
-                identifies(by).then_some(Identifier::Wrapped { by, kek })
-            }
+            Wrap::Client => Identifier::key_of(key_id),
+            Wrap::Server => Identifier::wrapped_of(key_id),
         }
     }
 }
@@ -365,6 +361,13 @@ impl KekSource for Kmip {
         }
     }
 
+    /// The server's key is what a revocation is of, and all KEKs under it go along: under which provider of this host they were
+    /// noted does not matter, since several can name one server, by several addresses.
+    fn takes_along(&self, key_id: &KeyId, other: &KeyId) -> bool {
+        let own = self.recognise(key_id);
+        own.is_some_and(|own| server_keys(other).any(|key| key == own.key()))
+    }
+
     /// A key that is not active any more is not revoked again, which servers refuse.
     fn revoke(&self, key_id: &KeyId, revocation: Revocation) -> Result<Reach, KeyError> {
         let Some(identifier) = self.recognise(key_id) else {
@@ -375,6 +378,13 @@ impl KekSource for Kmip {
         let key = identifier.key();
         self.with_server(Some(key_id), |session| {
             let state = key_state(session, key)?;
+            // A server may take "01" for "1": what else is bound to the key is known by the server's own spelling alone.
+            let spelled = session.ask(&Request::GetIdentifier(key), |answer| {
+                answer.identifier().map(str::to_owned)
+            })?;
+            if spelled != key {
+                return Err(Trouble::Spelled(spelled));
+            }
             if state == KeyState::Active {
                 session.order(&Request::Revoke(key))?;
             }
@@ -403,7 +413,23 @@ impl KekSource for Kmip {
 #[error("no provider with these settings makes key IDs like this")]
 struct Foreign;
 
+/// The keys of a server that `key_id` can be about, whichever way of wrapping it was made for.
+fn server_keys(key_id: &KeyId) -> impl Iterator<Item = &str> {
+    let forms = [Identifier::key_of(key_id), Identifier::wrapped_of(key_id)];
+    forms.into_iter().flatten().map(|identifier| identifier.key())
+}
+
 impl<'a> Identifier<'a> {
+    fn key_of(key_id: &'a KeyId) -> Option<Self> {
+        identifies(&key_id.0).then_some(Identifier::Key(&key_id.0))
+    }
+
+    fn wrapped_of(key_id: &'a KeyId) -> Option<Self> {
+        let (by, kek) = key_id.0.rsplit_once('.')?;
+        let kek = URL_SAFE_NO_PAD.decode(kek).ok()?.try_into().ok()?;
+        identifies(by).then_some(Identifier::Wrapped { by, kek })
+    }
+
     /// The server's key.
     fn key(&self) -> &'a str {
         match self {

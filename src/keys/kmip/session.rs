@@ -63,6 +63,8 @@ pub(super) enum Trouble {
     NoWrapping(Version),
     #[error("its state is {0:?}")]
     State(KeyState),
+    #[error("the server calls this key {0:?}: name it so")]
+    Spelled(String),
     #[error(
         "the key does not come out of its wrapping: {} holds another key than the server has as {id:?}, or the answer was \
          altered",
@@ -90,6 +92,7 @@ impl Trouble {
             Self::NotUnwrapped { .. } => KeyReason::Invalid,
             Self::NoCommonVersion | Self::NoWrapping(_) => KeyReason::Failed,
             Self::State(KeyState::Missing | KeyState::Destroyed) => KeyReason::Missing,
+            Self::Spelled(_) => KeyReason::Missing,
             Self::State(_) => KeyReason::NotActive,
             Self::Arena(_) => KeyReason::Host,
         }

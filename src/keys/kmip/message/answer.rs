@@ -147,22 +147,8 @@ impl<'a> Answer<'a> {
     /// # Errors
     /// [`AnswerError`], if the answer has no state, or one that is unknown.
     pub fn state(&self) -> Result<KeyState, AnswerError> {
-        let lacks = AnswerError::Lacks(tag::STATE);
-        let from_attribute = |item: &Item<'a>| match item {
-            Item {
-                tag: tag::ATTRIBUTE,
-                value: Value::Structure(items),
-            } if find(items, tag::ATTRIBUTE_NAME) == Some(&Value::TextString("State")) => {
-                find(items, tag::ATTRIBUTE_VALUE).cloned()
-            }
-            Item {
-                tag: tag::ATTRIBUTES,
-                value: Value::Structure(items),
-            } => find(items, tag::STATE).cloned(),
-            _ => None,
-        };
-        let Some(Value::Enumeration(state)) = self.0.iter().find_map(from_attribute) else {
-            return Err(lacks);
+        let Some(Value::Enumeration(state)) = self.attribute("State", tag::STATE) else {
+            return Err(AnswerError::Lacks(tag::STATE));
         };
         Ok(match state {
             1 => KeyState::PreActive,
@@ -171,6 +157,35 @@ impl<'a> Answer<'a> {
             4 => KeyState::Compromised,
             5 | 6 => KeyState::Destroyed,
             state => return Err(AnswerError::State(state)),
+        })
+    }
+
+    /// A key's Unique Identifier as its server spells it: the attribute, or else what the answer is about.
+    ///
+    /// # Errors
+    /// [`AnswerError`], if the answer has neither, or a text that [`identifies`] does not let through.
+    pub fn identifier(&self) -> Result<&'a str, AnswerError> {
+        match self.attribute("Unique Identifier", tag::UNIQUE_IDENTIFIER) {
+            Some(Value::TextString(text)) if identifies(text) => Ok(text),
+            Some(_) => Err(AnswerError::Identifier),
+            None => self.unique_identifier(),
+        }
+    }
+
+    /// An attribute among those that were asked for: by its name up to KMIP 1.4, by its tag from 2.0 on.
+    fn attribute(&self, name: &str, tag: Tag) -> Option<Value<'a>> {
+        self.0.iter().find_map(|item| match item {
+            Item {
+                tag: tag::ATTRIBUTE,
+                value: Value::Structure(items),
+            } if find(items, tag::ATTRIBUTE_NAME) == Some(&Value::TextString(name)) => {
+                find(items, tag::ATTRIBUTE_VALUE).cloned()
+            }
+            Item {
+                tag: tag::ATTRIBUTES,
+                value: Value::Structure(items),
+            } => find(items, tag).cloned(),
+            _ => None,
         })
     }
 

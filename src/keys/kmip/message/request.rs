@@ -43,6 +43,8 @@ pub enum Request<'a> {
     Activate(&'a str),
     /// The State among a key's attributes.
     GetState(&'a str),
+    /// The Unique Identifier among them, which tells how the server itself spells it.
+    GetIdentifier(&'a str),
     /// A key in format Raw; by NISTKeyWrap, if it is to be wrapped.
     Get {
         key: &'a str,
@@ -92,7 +94,7 @@ impl Request<'_> {
             Request::Create { .. } => (0x01, "Create"),
             Request::Locate { .. } => (0x08, "Locate"),
             Request::Get { .. } => (0x0a, "Get"),
-            Request::GetState(_) => (0x0b, "Get Attributes"),
+            Request::GetState(_) | Request::GetIdentifier(_) => (0x0b, "Get Attributes"),
             Request::AddAttribute { .. } => (0x0d, "Add Attribute"),
             Request::Activate(_) => (0x12, "Activate"),
             Request::Revoke(_) => (0x13, "Revoke"),
@@ -141,12 +143,9 @@ impl Request<'_> {
                 payload.extend(wrapped_by.map(key_wrap));
                 payload
             }
-            Request::GetState(key) => {
-                let wanted = match version.has_attribute_items() {
-                    true => enumeration(tag::ATTRIBUTE_REFERENCE, tag::STATE.0),
-                    false => text(tag::ATTRIBUTE_NAME, "State"),
-                };
-                vec![unique_identifier(key), wanted]
+            Request::GetState(key) => get_attribute(version, key, "State", tag::STATE),
+            Request::GetIdentifier(key) => {
+                get_attribute(version, key, "Unique Identifier", tag::UNIQUE_IDENTIFIER)
             }
             Request::AddAttribute { key, attribute } => add_attribute(version, key, attribute),
             Request::Activate(key) | Request::Destroy(key) => vec![unique_identifier(key)],
@@ -174,6 +173,14 @@ impl Request<'_> {
             }
         }
     }
+}
+
+fn get_attribute<'a>(version: Version, key: &'a str, name: &'a str, tag: Tag) -> Vec<Item<'a>> {
+    let wanted = match version.has_attribute_items() {
+        true => enumeration(tag::ATTRIBUTE_REFERENCE, tag.0),
+        false => text(tag::ATTRIBUTE_NAME, name),
+    };
+    vec![unique_identifier(key), wanted]
 }
 
 fn create(version: Version, name: &str, mark: Mark, sensitive: bool) -> Vec<Item<'_>> {
