@@ -20,11 +20,12 @@ use std::os::unix::fs::FileExt;
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
-use super::copies::{self, Found, HeaderError};
+use super::copies::{self, Found, Header, HeaderError};
 use super::error::{Reason, VolumeError};
 use super::header_io::{BLOCK, HeaderIo};
 use super::lock::{LockMode, MetadataLock};
-use super::metadata::{Other, Requirements};
+use super::metadata::{Other, Requirements, Token};
+use super::token::SealblkToken;
 use crate::hex;
 
 /// What the header of a volume requires that is being erased.
@@ -90,13 +91,7 @@ impl<'io> Erasure<'io> {
             Found::NeedsRecovery(recoverable) => recoverable.recover(io)?,
         };
         if !marked.metadata.config.mandatory().iter().any(|name| name == MARK) {
-            let requirements = marked.metadata.config.requirements.get_or_insert(Requirements {
-                mandatory: None,
-                other: Other::new(),
-            });
-            let mandatory = requirements.mandatory.get_or_insert_default();
-            mandatory.push(MARK.to_owned());
-            marked.commit(io)?;
+            mark(&mut marked, io)?;
         }
         Ok(Self {
             surface,
@@ -135,6 +130,35 @@ impl<'io> Erasure<'io> {
             direct: self.surface.direct.is_some(),
             discarded,
         })
+    }
+}
+
+/// Has the header say that the volume is being erased. What is in the header must not keep the volume from its erasure: tokens
+/// make room, others' before ours, which tell what key to revoke; and without room for the mark it is gone without.
+fn mark(header: &mut Header, io: &dyn HeaderIo) -> Result<(), Reason> {
+    let requirements = header.metadata.config.requirements.get_or_insert(Requirements {
+        mandatory: None,
+        other: Other::new(),
+    });
+    requirements
+        .mandatory
+        .get_or_insert_default()
+        .push(MARK.to_owned());
+    let kept: [fn(&Token) -> bool; 3] = [|_| true, |token| SealblkToken::of(token).is_some(), |_| false];
+    let mut committed = Ok(());
+    for keeps in kept {
+        header.metadata.tokens.retain(|_, token| keeps(token));
+        committed = header.commit(io).map(drop);
+        if !matches!(committed, Err(HeaderError::Unwritable(_))) {
+            break;
+        }
+    }
+    match committed {
+        Err(error @ (HeaderError::Unwritable(_) | HeaderError::SequenceEnds)) => {
+            tracing::warn!(%error, "{}: cannot be marked as being erased, and is erased all the same", io.path().display());
+            Ok(())
+        }
+        committed => Ok(committed?),
     }
 }
 
@@ -226,9 +250,11 @@ const PIECE: u64 = 1 << 20;
 
 #[cfg(test)]
 mod tests {
-    use super::super::copies::Header;
-    use super::super::testing::{COPY, HEADER, Memory, sample};
+    use super::super::binary;
+    use super::super::metadata::Id;
+    use super::super::testing::{COPY, HEADER, Memory, sample, sample_with};
     use super::*;
+    use serde_json::{Value, json};
     use std::io;
     use std::path::Path;
 
@@ -244,7 +270,10 @@ mod tests {
 
     impl Stubborn {
         fn new(keeps: Range<u64>) -> Self {
-            let memory = Memory::of(&sample());
+            Self::over(Memory::of(&sample()), keeps)
+        }
+
+        fn over(memory: Memory, keeps: Range<u64>) -> Self {
             // Something to be erased, in all of the keyslots area.
             memory
                 .write_at(&[0x5a; (HEADER - 2 * COPY) as usize], 2 * COPY)
@@ -343,5 +372,41 @@ mod tests {
         assert_eq!(medium.kept(), 0);
         let begun_anew = medium.erase().unwrap_err().reason;
         assert!(matches!(*begun_anew, Reason::Header(HeaderError::NotLuks { .. })));
+    }
+
+    /// Metadata with a token of others that leaves no room for the mark.
+    fn full() -> Value {
+        let with = |len| {
+            sample_with(
+                "/tokens/1",
+                json!({ "type": "clevis", "keyslots": [], "jwe": "x".repeat(len) }),
+            )
+        };
+        let room = (COPY as usize - binary::LEN) - with(0).to_string().len();
+        with(room - 8)
+    }
+
+    /// Who can write a header could keep a disk from the erasure at the end of its life.
+    #[test]
+    fn what_fills_a_header_does_not_keep_it_from_being_erased() {
+        let (full, sample) = (full().to_string(), sample().to_string());
+        for (seqid, json) in [(3, &full), (u64::MAX, &sample)] {
+            let copy = (seqid, json.as_bytes());
+            let medium = Stubborn::over(Memory::holding(copy, copy), 0..0);
+            medium.erase().unwrap();
+            assert_eq!(medium.kept(), 0);
+            assert!(matches!(medium.header(), Err(HeaderError::NotLuks { .. })));
+        }
+    }
+
+    #[test]
+    fn a_full_header_says_all_the_same_that_its_erasure_was_begun() {
+        let part = 2 * COPY + (3 << 20);
+        let medium = Stubborn::over(Memory::of(&full()), part..part + 1);
+        assert!(matches!(*medium.erase().unwrap_err().reason, Reason::NotErased));
+        let marked = medium.header().unwrap().metadata;
+        assert!(marked.config.mandatory().iter().any(|name| name == MARK));
+        // Which key is to be revoked is still known.
+        assert!(marked.tokens.contains_key(&Id(0)) && marked.tokens.len() == 1);
     }
 }
