@@ -2,9 +2,10 @@
 
 mod common;
 
-use std::fs;
+use std::fs::{self, OpenOptions};
+use std::io::Write;
 use std::path::PathBuf;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use common::serve::SEALBLK;
 use common::volume::run;
@@ -234,4 +235,42 @@ fn what_is_no_backup_and_what_cannot_be_backed_up_is_told() {
     host.does(&["create", "disk", "--size", "1M", "--recovery-key", "key"]);
     fs::rename(host.path("disk"), host.path("backup")).unwrap();
     host.fails_on("second", &RESTORE, VOLUME, "no backup");
+}
+
+/// The passphrase is waited for, and argon2id takes its time: meanwhile the provider is replaced by another one.
+#[test]
+fn a_backup_of_one_primary_key_is_none_of_another() {
+    let host = Host::new();
+    let fifo = host.path("fifo");
+    run(Command::new("mkfifo").arg(&fifo));
+    let mut command = Command::new(SEALBLK);
+    command.current_dir(host.0.path()).args(["--state-dir", "state"]);
+    command.args([
+        "provider",
+        "backup",
+        "native",
+        "--to",
+        "backup",
+        "--passphrase-file",
+        "fifo",
+    ]);
+    let backup = command.stderr(Stdio::piped()).spawn().unwrap();
+    // Opening it to write waits for the reader, who has the primary key by then.
+    let mut passphrase = OpenOptions::new().write(true).open(&fifo).unwrap();
+    host.does(&["provider", "remove", "native", "--force", "--confirm", "native"]);
+    host.does(&["provider", "add", "native"]);
+    passphrase.write_all(PASSPHRASE.as_bytes()).unwrap();
+    drop(passphrase);
+    let output = backup.wait_with_output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        !output.status.success() && stderr.contains("was replaced"),
+        "{stderr}"
+    );
+    host.fails_on(
+        "state",
+        &["create", "vm.luks", "--size", "1M"],
+        KEY,
+        "provider backup",
+    );
 }

@@ -137,7 +137,7 @@ impl Backup {
             });
         }
         made.keep();
-        registry.set_backup(&self.name, Taken::Taken)?;
+        registry.was_backed_up(&self.name, &primary)?;
         output::print(&format!(
             "{}: the primary key of {:?}, read back and opened; keep it and its passphrase apart, and from the disks\n",
             output::shown(path),

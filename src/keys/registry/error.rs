@@ -102,6 +102,12 @@ pub enum RegistryError {
          take it along: take one with `sealblk provider backup {0} --to FILE --passphrase-file FILE` first"
     )]
     SealWithoutBackup(String),
+    /// A backup is of a primary key that the provider has no more.
+    #[error(
+        "the primary key of {0:?} was replaced while its backup was taken, so the backup is of another one: keep it for the disks \
+         of that one, and take a new backup"
+    )]
+    BackupOfAnother(String),
     /// Only a host that proves what it has booted is enrolled.
     #[error("provider {0:?} is no trusted one: its servers know this host by other means")]
     NotTrusted(String),

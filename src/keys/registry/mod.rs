@@ -295,6 +295,10 @@ impl Registry {
     /// [`RegistryError`]; the settings are as they were then.
     pub fn set_backup(&mut self, name: &str, taken: Backup) -> Result<(), RegistryError> {
         let _lock = self.lock()?;
+        self.record_backup(name, taken)
+    }
+
+    fn record_backup(&mut self, name: &str, taken: Backup) -> Result<(), RegistryError> {
         let mut settings = Settings::read(&self.dir)?;
         match settings.provider.get_mut(name) {
             Some(Source::Native { backup }) => *backup = taken,
@@ -304,6 +308,19 @@ impl Registry {
         settings.write(&self.dir)?;
         self.settings = settings;
         Ok(())
+    }
+
+    /// Records that there is a backup of `primary`, which is still the provider's primary key.
+    ///
+    /// # Errors
+    /// [`RegistryError`]; above all [`RegistryError::BackupOfAnother`], if the provider was replaced meanwhile.
+    pub fn was_backed_up(&mut self, name: &str, primary: &SecretBytes) -> Result<(), RegistryError> {
+        let _lock = self.lock()?;
+        self.settings = Settings::read(&self.dir)?;
+        if !self.export(name)?.ct_eq(primary) {
+            return Err(RegistryError::BackupOfAnother(name.to_owned()));
+        }
+        self.record_backup(name, Backup::Taken)
     }
 
     fn lock(&self) -> Result<File, RegistryError> {
