@@ -4,6 +4,7 @@ mod common;
 
 use std::fs;
 use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
@@ -586,4 +587,38 @@ fn a_storm_of_attaches_is_answered() {
         after < before + 64 * 1024,
         "{before} KiB before, {after} KiB after"
     );
+}
+
+/// The agent has the primary key in memory: what is bound to it then opens until the agent ends, and never again.
+#[test]
+fn no_disk_is_bound_to_a_primary_key_whose_file_is_gone() {
+    let agent = Agent::new("");
+    run(&mut agent.verb(&["create", "vm", "--size", "1M", "--recovery-key", "vm.key"]));
+    let file = agent.path("state/providers/native/primary.key");
+    let content = fs::read(&file).unwrap();
+    let mut damaged = content.clone();
+    damaged[20] ^= 1;
+    for broken in [None, Some(damaged)] {
+        fs::remove_file(&file).unwrap();
+        if let Some(content) = broken {
+            fs::write(&file, content).unwrap();
+            fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+        }
+        for verb in [
+            &["create", "new", "--size", "1M"][..],
+            &["rekey", "vm"],
+            &["provider", "check", "native"],
+            &["recovery", "remove", "vm", "--recovery-key", "vm.key"],
+        ] {
+            let output = agent.verb(verb).output().unwrap();
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            assert!(
+                !output.status.success() && stderr.contains(file.to_str().unwrap()),
+                "{verb:?}: {stderr}"
+            );
+        }
+    }
+    fs::write(&file, &content).unwrap();
+    run(&mut agent.verb(&["rekey", "vm"]));
+    run(&mut agent.verb(&["recovery", "remove", "vm", "--recovery-key", "vm.key"]));
 }

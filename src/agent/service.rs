@@ -256,8 +256,8 @@ impl Service {
         let Kek { provider, key_id } = request.parameters()?;
         check_names(&provider, Some(&key_id))?;
         let subject = json!({ "provider": provider, "keyId": key_id });
-        let either = [Privilege::Recrypt, Privilege::ManageKeys];
-        self.permit_any(request.peer, &either, None, subject.clone())?;
+        let any = [Privilege::Recrypt, Privilege::Access, Privilege::ManageKeys];
+        self.permit_any(request.peer, &any, None, subject.clone())?;
         let state = self
             .providers
             .provider(&provider)

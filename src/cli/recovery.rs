@@ -144,7 +144,7 @@ impl Remove {
             Some(key) => Some(key.read_key()?),
             None => None,
         };
-        let other = self.unlock.open(&locked, || {
+        let other = self.unlock.open_for_good(&locked, || {
             host.keys_of(self.volume.header_path(), Purpose::Access)
         })?;
         let mut keyslot = match (&key, self.which.keyslot) {

@@ -97,4 +97,19 @@ impl Unlock {
             None => Ok(locked.unlock_with_provider(&keys()?)?),
         }
     }
+
+    /// The same, by a way in that stays: not only by a KEK that is in some memory.
+    pub(super) fn open_for_good(
+        &self,
+        locked: &Locked<'_>,
+        keys: impl FnOnce() -> Result<Keys, Failure>,
+    ) -> Result<Volume, Failure> {
+        if self.unlock_key.is_some() {
+            return self.open(locked, keys);
+        }
+        let keys = keys()?;
+        let volume = locked.unlock_with_provider(&keys)?;
+        locked.check_way_in(&volume, &keys)?;
+        Ok(volume)
+    }
 }

@@ -77,6 +77,8 @@ enum FileError {
     Damaged,
     #[error("the backup is of the primary key {0}, and this provider's is {1}")]
     OtherKey(String, String),
+    #[error("it holds the primary key {0} by now, and {1} is in use: restart the agent, or restore the file")]
+    Replaced(String, String),
 }
 
 /// Why a key ID is not one of this provider's.
@@ -119,29 +121,13 @@ impl Native {
     /// [`KeyError`]: [`KeyReason::Missing`] without a file, [`KeyReason::Invalid`] if the file is damaged or others
     /// than its owner can get at it.
     pub(super) fn open(name: &str, path: &Path, backup: Backup) -> Result<Self, KeyError> {
-        let fail = |reason, source: Box<dyn Error + Send + Sync>| {
-            KeyError::new(name, path.display(), reason).because(source)
-        };
-        let invalid = |source: Box<dyn Error + Send + Sync>| fail(KeyReason::Invalid, source);
-        let content = private::read(path, MAX_FILE).map_err(|e| match &e {
-            Unreadable::Io(io) if io.kind() == io::ErrorKind::NotFound => fail(KeyReason::Missing, e.into()),
-            _ => fail(e.reason(), e.into()),
-        })?;
-        let (primary, written) = match content.strip_prefix(MAGIC) {
-            Some(key) if content.len() == FILE_LEN => {
-                let (key, written) = key.split_at(PRIMARY_LEN);
-                let primary = SecretBytes::copy_of(key).map_err(|e| fail(KeyReason::Host, e.into()))?;
-                (primary, hex::encode(written))
-            }
-            Some(_) => return Err(invalid(FileError::Magic.into())),
-            None => {
-                let sealed = SealedKey::parse(&content).ok_or_else(|| invalid(FileError::Magic.into()))?;
-                (sealed.unseal(name)?, sealed.identity)
-            }
+        let (primary, written) = match Content::read(name, path)? {
+            Content::Plain { primary, identity } => (primary, identity),
+            Content::Sealed(sealed) => (sealed.unseal(name)?, sealed.identity),
         };
         let identity = identity(&primary);
         if written != hex::encode(&identity) {
-            return Err(invalid(FileError::Damaged.into()));
+            return Err(KeyError::new(name, path.display(), KeyReason::Invalid).because(FileError::Damaged));
         }
         Ok(Self {
             name: name.to_owned(),
@@ -213,6 +199,20 @@ impl Native {
         }
     }
 
+    /// Makes sure that the file still has the primary key that is in memory: what is bound to that one alone is lost with this
+    /// process. A sealed key is not asked of its TPM again.
+    fn check_file(&self) -> Result<(), KeyError> {
+        let there = match Content::read(&self.name, &self.path)? {
+            Content::Plain { primary, .. } => hex::encode(&identity(&primary)),
+            Content::Sealed(sealed) => sealed.identity,
+        };
+        match there == self.identity {
+            true => Ok(()),
+            false => Err(KeyError::new(&self.name, self.path.display(), KeyReason::Invalid)
+                .because(FileError::Replaced(there, self.identity.clone()))),
+        }
+    }
+
     fn fail(&self, key_id: &KeyId, reason: KeyReason) -> KeyError {
         KeyError::new(&self.name, self.path.display(), reason).of(key_id)
     }
@@ -235,6 +235,7 @@ impl KekSource for Native {
                 KeyReason::NotBackedUp,
             ));
         }
+        self.check_file()?;
         Ok(KeyId(format!("{}.{}", self.identity, Uuid::new_v4())))
     }
 
@@ -247,10 +248,11 @@ impl KekSource for Native {
     }
 
     fn state(&self, key_id: &KeyId) -> Result<KeyState, KeyError> {
-        Ok(match self.recognise(key_id) {
-            Ok(()) => KeyState::Active,
-            Err(_) => KeyState::Missing,
-        })
+        if self.recognise(key_id).is_err() {
+            return Ok(KeyState::Missing);
+        }
+        self.check_file().map_err(|e| e.of(key_id))?;
+        Ok(KeyState::Active)
     }
 }
 
@@ -260,6 +262,36 @@ impl fmt::Debug for Native {
             .field("name", &self.name)
             .field("identity", &self.identity)
             .finish_non_exhaustive()
+    }
+}
+
+/// What a primary key's file holds.
+enum Content {
+    Plain { primary: SecretBytes, identity: String },
+    Sealed(SealedKey),
+}
+
+impl Content {
+    fn read(name: &str, path: &Path) -> Result<Self, KeyError> {
+        let fail = |reason, source: Box<dyn Error + Send + Sync>| {
+            KeyError::new(name, path.display(), reason).because(source)
+        };
+        let invalid = || fail(KeyReason::Invalid, FileError::Magic.into());
+        let content = private::read(path, MAX_FILE).map_err(|e| match &e {
+            Unreadable::Io(io) if io.kind() == io::ErrorKind::NotFound => fail(KeyReason::Missing, e.into()),
+            _ => fail(e.reason(), e.into()),
+        })?;
+        match content.strip_prefix(MAGIC) {
+            Some(key) if content.len() == FILE_LEN => {
+                let (key, identity) = key.split_at(PRIMARY_LEN);
+                Ok(Self::Plain {
+                    primary: SecretBytes::copy_of(key).map_err(|e| fail(KeyReason::Host, e.into()))?,
+                    identity: hex::encode(identity),
+                })
+            }
+            Some(_) => Err(invalid()),
+            None => SealedKey::parse(&content).map(Self::Sealed).ok_or_else(invalid),
+        }
     }
 }
 

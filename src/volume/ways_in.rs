@@ -19,7 +19,7 @@ use super::metadata::{AREA_ALIGNMENT, Base64, Digest, Id, Keyslot, MAX_OBJECTS, 
 use super::refusal;
 use super::token::{self, SLOT_SECRET_LEN, SealblkToken};
 use crate::keys::arena::SecretBytes;
-use crate::keys::{Binding, KeyProvider, KeyReason, Providers};
+use crate::keys::{Binding, KeyProvider, KeyReason, KeyState, Providers};
 use crate::moment::Moment;
 
 impl Locked<'_> {
@@ -135,8 +135,31 @@ impl Locked<'_> {
         add().map_err(|reason| self.failed(reason))
     }
 
+    /// Makes sure that the way by which `opened` was unlocked will be there tomorrow: a KEK that is still in memory opens the
+    /// volume also when its provider has lost it.
+    ///
+    /// # Errors
+    /// [`Reason::KekState`] if the provider does not have the KEK ready for use, or [`Reason::Kek`] if it cannot tell.
+    pub fn check_way_in(&self, opened: &Volume, providers: &dyn Providers) -> Result<(), VolumeError> {
+        let keyslot = Id(opened.keyslot());
+        let tokens = self.header.metadata.tokens.values();
+        let bound = tokens
+            .filter(|token| token.keyslots.contains(&keyslot))
+            .filter_map(|token| SealblkToken::of(token)?.ok());
+        for sealblk in bound {
+            let state = providers
+                .provider(&sealblk.provider)
+                .and_then(|provider| provider.state(&sealblk.key_id))
+                .map_err(|source| self.failed(Reason::Kek(source)))?;
+            if state != KeyState::Active {
+                return Err(self.failed(Reason::KekState { state }));
+            }
+        }
+        Ok(())
+    }
+
     /// Removes the keyslot of a recovery key, and its material: no copy of the header opens with the key any more.
-    /// `other` is this volume, unlocked in another way, which so is known to work.
+    /// `other` is this volume, unlocked in another way, which so is known to work; see [`Locked::check_way_in`].
     ///
     /// # Errors
     /// Where the keyslot is none of a recovery key, opened `other`, or is not what it was when this header was read.

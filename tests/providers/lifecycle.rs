@@ -6,11 +6,13 @@ use std::process::{Command, Output};
 use sealblk::keys::{KeyId, KeyState};
 use serde_json::Value;
 
+use crate::common::agent::Agent;
 use crate::kmip::open;
 use crate::pykmip::{Server, settings};
 use sealblk::keys::kmip::Settings;
 
 const SEALBLK: &str = env!("CARGO_BIN_EXE_sealblk");
+const KEY: i32 = 4;
 const IN_USE: i32 = 5;
 
 fn sealblk(dir: &Path, args: &[&str]) -> Output {
@@ -184,4 +186,37 @@ fn a_key_that_a_disk_needs_is_not_revoked_by_another_name() {
     }
     does(dir, &["rekey", "vm"]);
     does(dir, &["rekey", "sensitive"]);
+}
+
+/// The agent has the key in memory for a while, and opens the disk with it; that proves no way in.
+#[test]
+fn a_recovery_key_is_not_removed_while_only_a_memory_opens_the_disk() {
+    let server = Server::start();
+    let mut agent = Agent::new("");
+    let dir = agent.path("");
+    agent.stop();
+    add_kmip(&dir, &settings(&[server.address()]), "kms", &["--default"]);
+    agent.start();
+    let verb = |args: &[&str]| agent.verb(args).output().unwrap();
+    let succeeds = |args: &[&str]| {
+        let output = verb(args);
+        assert!(
+            output.status.success(),
+            "{args:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    };
+    succeeds(&["create", "vm", "--size", "1M", "--recovery-key", "vm.key"]);
+    let key = key_of(&dir, "vm");
+    let remove = ["recovery", "remove", "vm", "--recovery-key", "vm.key"];
+    server.operator(&["destroy", &key]);
+    let output = verb(&remove);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(KEY), "{stderr}");
+    assert!(stderr.contains("state is"), "{stderr}");
+    succeeds(&["recovery", "test", "vm", "--recovery-key", "vm.key"]);
+
+    // Another key opens it, which its server has: the recovery key may go.
+    succeeds(&["rekey", "vm", "--unlock-key", "vm.key"]);
+    succeeds(&remove);
 }

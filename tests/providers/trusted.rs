@@ -14,7 +14,7 @@ use kbs_types::{
 use sealblk::hex;
 use sealblk::keys::arena::SecretBytes;
 use sealblk::keys::registry::RegistryError;
-use sealblk::keys::{Binding, KeyError, KeyId, KeyProvider, KeyReason};
+use sealblk::keys::{Binding, KeyError, KeyId, KeyProvider, KeyReason, KeyState};
 use sealblk::rcar::jwe::OneTimeKey;
 use sealblk::rcar::{self, Evidence};
 use sealblk::tpm::attest::{AttestationKey, Quote, RsaPublic};
@@ -92,21 +92,42 @@ fn a_storm_makes_one_attestation_and_without_hold_each_use_is_one() {
     let tpm = Swtpm::new();
     let broker = Broker::start(&tpm);
     let host = Host::enrolled(&tpm, &broker);
+    let secret = SecretBytes::random(32).unwrap();
+    let fresh = host.other(|settings| settings.hold = 0).provider();
+    let made: Vec<_> = (0..3).map(|_| fresh.create_kek().unwrap()).collect();
+    assert_eq!(broker.audit("ResourceReleased").len(), 3);
+    assert_eq!(broker.audit("ResourceReleased")[2]["resource"], RESOURCE);
+    let wrapped = fresh.wrap(&binding(&made[0]), &secret).unwrap();
+    assert_eq!(broker.audit("ResourceReleased").len(), 4);
+    // What one made the other opens.
     let provider = host.provider();
     thread::scope(|scope| {
         for _ in 0..8 {
-            scope.spawn(|| provider.create_kek().unwrap());
+            scope.spawn(|| unwrap(&*provider, &made[0], &wrapped).unwrap());
         }
     });
-    assert_eq!(broker.audit("ResourceReleased").len(), 1);
-    let fresh = host.other(|settings| settings.hold = 0).provider();
-    let made: Vec<_> = (0..3).map(|_| fresh.create_kek().unwrap()).collect();
-    assert_eq!(broker.audit("ResourceReleased").len(), 4);
-    assert_eq!(broker.audit("ResourceReleased")[3]["resource"], RESOURCE);
-    // What one made the other opens.
+    assert_eq!(broker.audit("ResourceReleased").len(), 5);
+}
+
+/// A rekey takes the provider's word that it has the KEK, and removes the old way in: what was released before proves nothing.
+#[test]
+fn what_is_held_opens_volumes_and_proves_no_key() {
+    let tpm = Swtpm::new();
+    let broker = Broker::start(&tpm);
+    let host = Host::enrolled(&tpm, &broker);
+    let provider = host.provider();
+    let key_id = provider.create_kek().unwrap();
     let secret = SecretBytes::random(32).unwrap();
-    let wrapped = fresh.wrap(&binding(&made[0]), &secret).unwrap();
-    unwrap(&*provider, &made[0], &wrapped).unwrap();
+    let wrapped = provider.wrap(&binding(&key_id), &secret).unwrap();
+    assert_eq!(provider.state(&key_id).unwrap(), KeyState::Active);
+    broker.does(&["resource", "remove", RESOURCE, "--confirm", RESOURCE]);
+    unwrap(&*provider, &key_id, &wrapped).unwrap();
+    assert_eq!(provider.state(&key_id).unwrap(), KeyState::Missing);
+    assert_eq!(told(provider.create_kek().unwrap_err()).0, KeyReason::Missing);
+
+    // Another one of the same name has not wrapped it.
+    broker.does(&["resource", "add", RESOURCE]);
+    assert_eq!(provider.state(&key_id).unwrap(), KeyState::Missing);
 }
 
 #[test]

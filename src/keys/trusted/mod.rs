@@ -6,7 +6,9 @@
 //! the TPM signs both together with its registers ([`release`]).
 //!
 //! So that hundreds of disks attached at once make one attestation, a released resource may be held for a short while. What
-//! a host has been released it may use; a host whose state has changed since is found out when that while has passed.
+//! a host has been released it may use; a host whose state has changed since is found out when that while has passed. What is
+//! held opens volumes and does nothing else: before a volume is bound to a KEK, or loses another way in for one, the broker
+//! has to release the resource again.
 //!
 //! Brokers are tried in their order, as key servers of transit are.
 
@@ -196,6 +198,22 @@ impl Trusted {
         Ok(resource)
     }
 
+    /// The resource as a broker gives it out now, whatever is held.
+    fn resource_anew(&self) -> Result<Arc<Kek>, KeyError> {
+        self.released.forget(&KeyId(self.settings.resource.to_string()));
+        self.resource()
+    }
+
+    fn unwrapped(&self, key_id: &KeyId, kek: &WrappedKek, resource: &Kek) -> Result<Kek, KeyError> {
+        kek.open(resource).map_err(|e| {
+            let reason = match e {
+                UnwrapError::Arena(_) => KeyReason::Host,
+                _ => KeyReason::Unauthentic,
+            };
+            self.fail(reason).of(key_id).because(e)
+        })
+    }
+
     fn recognise(&self, key_id: &KeyId) -> Result<WrappedKek, KeyError> {
         let foreign = || self.fail(KeyReason::Missing).of(key_id);
         let kek = WrappedKek::parse(key_id).map_err(|e| foreign().because(e))?;
@@ -224,27 +242,22 @@ impl KekSource for Trusted {
     }
 
     fn create_kek(&self) -> Result<KeyId, KeyError> {
-        let kek = WrappedKek::new(&self.settings.resource, &*self.resource()?);
+        let kek = WrappedKek::new(&self.settings.resource, &*self.resource_anew()?);
         Ok(kek.map_err(|e| self.fail(KeyReason::Host).because(e))?.key_id())
     }
 
     fn fetch(&self, key_id: &KeyId) -> Result<Kek, KeyError> {
         let kek = self.recognise(key_id)?;
         let resource = self.resource().map_err(|e| e.of(key_id))?;
-        kek.open(&resource).map_err(|e| {
-            let reason = match e {
-                UnwrapError::Arena(_) => KeyReason::Host,
-                _ => KeyReason::Unauthentic,
-            };
-            self.fail(reason).of(key_id).because(e)
-        })
+        self.unwrapped(key_id, &kek, &resource)
     }
 
     fn state(&self, key_id: &KeyId) -> Result<KeyState, KeyError> {
-        if self.recognise(key_id).is_err() {
+        let Ok(kek) = self.recognise(key_id) else {
             return Ok(KeyState::Missing);
-        }
-        match self.fetch(key_id) {
+        };
+        let resource = self.resource_anew().map_err(|e| e.of(key_id));
+        match resource.and_then(|resource| self.unwrapped(key_id, &kek, &resource)) {
             Ok(_) => Ok(KeyState::Active),
             Err(e) if matches!(e.reason, KeyReason::Missing | KeyReason::Unauthentic) => {
                 Ok(KeyState::Missing)
