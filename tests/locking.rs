@@ -5,6 +5,7 @@ mod common;
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::thread;
@@ -104,6 +105,43 @@ fn front_ends_come_and_go_while_the_disk_is_locked() {
     disk.server.still_serves();
     disk.does("lock");
     assert!(disk.server.stop().stderr.contains("locked"));
+}
+
+/// A header of the same UUID and passphrase that has another volume key: what the guest wrote before would be noise to it, and
+/// what it writes from then on would be under a key of somebody else's choice.
+#[test]
+fn a_header_with_another_volume_key_is_not_gone_on_with() {
+    let volume = Volume::cryptsetup(4 * MIB, 512);
+    let info = |volume: &Volume| -> Value {
+        let output = run(Command::new(SEALBLK).args(["info", "--json"]).arg(&volume.path));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let other = Volume::cryptsetup(4 * MIB, 512);
+    let uuid = info(&volume)["uuid"].as_str().unwrap().to_owned();
+    run(Command::new("cryptsetup")
+        .args(["luksUUID", "--batch-mode", "--uuid", &uuid])
+        .arg(&other.path));
+    let (path, len) = (volume.path.clone(), 16 * MIB as usize);
+    let (header, others) = (volume.stored(0, len), other.stored(0, len));
+    let overwrite = |header: &[u8]| {
+        let file = fs::File::options().write(true).open(&path).unwrap();
+        file.write_all_at(header, 0).unwrap();
+        file.sync_all().unwrap();
+    };
+    let disk = Served::of(volume);
+    disk.server.still_serves();
+    disk.does("lock");
+    overwrite(&others);
+    let output = disk.run("unlock");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        !output.status.success() && stderr.contains("another volume key"),
+        "{stderr}"
+    );
+    assert_eq!(disk.status()["state"], "locked");
+    overwrite(&header);
+    disk.does("unlock");
+    disk.server.still_serves();
 }
 
 // Each piece of a message had a time of its own: a front-end that sent a byte every few seconds kept its rings, and the key

@@ -65,6 +65,27 @@ fn named(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
+// ---- which volume
+
+#[test]
+fn another_volume_than_the_one_that_is_named_is_refused() {
+    let (volume, other) = (small(), small());
+    let uuid = |volume: &Volume| {
+        let header = volume.stored(0xa8, 36);
+        String::from_utf8(header).unwrap()
+    };
+    let (own, others) = (uuid(&volume), uuid(&other));
+    refused(
+        &volume,
+        &["--volume", &others],
+        VOLUME,
+        &[named(&volume.path), &own, &others, "--volume"],
+    );
+    let server = Server::with(&volume, &["--volume", &own]);
+    server.still_serves();
+    server.stop();
+}
+
 // ---- keys
 
 #[test]

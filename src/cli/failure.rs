@@ -152,6 +152,20 @@ pub enum Failure {
         /// Why not.
         source: StorageError,
     },
+    /// Another volume lies where one is expected.
+    #[error(
+        "{}: holds volume {found}, and not {expected}, which --volume names: name the disk of that one, or restore its header, \
+         which somebody may have replaced",
+        disk.display()
+    )]
+    OtherVolume {
+        /// The disk or its header.
+        disk: PathBuf,
+        /// By the command line.
+        expected: Uuid,
+        /// By the header.
+        found: Uuid,
+    },
     /// A key for a disk that is not encrypted.
     #[error(
         "{} is a plain disk, to which no key belongs: leave --passphrase-file out, or name the volume that it opens",
@@ -360,7 +374,10 @@ impl Failure {
             | Self::OneDisk
             | Self::NotDue
             | Self::OwnHeader { .. } => USAGE,
-            Self::Unencrypted { .. } | Self::Backup { .. } | Self::NoReceipt { .. } => CONTENT,
+            Self::OtherVolume { .. }
+            | Self::Unencrypted { .. }
+            | Self::Backup { .. }
+            | Self::NoReceipt { .. } => CONTENT,
             Self::NoProvider | Self::Unusable { .. } => KEY,
             Self::MayBeServed { .. } | Self::Occupied { .. } => IN_USE,
             Self::Output(_) | Self::WriteProtected { .. } | Self::Make { .. } | Self::Look { .. } => STORAGE,
@@ -372,7 +389,7 @@ impl Failure {
                 OpenError::Volume(VolumeError { reason, .. }) => volume_code(reason),
                 OpenError::Passphrase(error) => error.downcast_ref().map_or(KEY, secret_code),
                 OpenError::LockedMeanwhile => ASKED,
-                OpenError::Replaced { .. } | OpenError::Reshaped => CONTENT,
+                OpenError::Replaced { .. } | OpenError::Altered => CONTENT,
             },
             Self::Serve(error) => match error {
                 ServeError::Socket(error) => socket_code(error),
@@ -512,6 +529,7 @@ fn registry_code(error: &RegistryError) -> u8 {
         | RegistryError::NotTrusted(_) => USAGE,
         RegistryError::File(error) => toml_code(error),
         RegistryError::Io { .. } | RegistryError::Exposed { .. } | RegistryError::NotWiped { .. } => STORAGE,
+        RegistryError::SealWithoutBackup(_) | RegistryError::BackupOfAnother(_) => KEY,
         RegistryError::Key(error) | RegistryError::NotAdded(error) => key_code(error.reason),
     }
 }

@@ -30,7 +30,7 @@ use crate::keys::arena::{self, SecretBytes};
 use crate::served::{By, Interface, OpenError, Opener, Served};
 use crate::storage::{Access, Backing, DataFile, PAGE, StorageError};
 use crate::volume::segment::{SegmentTable, Treatment};
-use crate::volume::{HeaderError, Locked, MATERIAL_LEN, Reason, VolumeError, plain};
+use crate::volume::{HeaderError, Identity, Locked, MATERIAL_LEN, Reason, VolumeError, plain};
 
 const AFTER_HELP: &str = "\
 Then start QEMU with memory that it shares, and the disk:
@@ -105,6 +105,9 @@ pub(super) struct Serve {
     /// The volume's header, if it is not on the disk
     #[arg(long, value_name = "FILE")]
     header: Option<PathBuf>,
+    /// Serve this volume and no other: a header that was put in its place is refused. `sealblk info` tells the UUID
+    #[arg(long, value_name = "UUID", conflicts_with_all = ["null_storage", "allow_unencrypted"])]
+    volume: Option<Uuid>,
     /// Open the volume with a passphrase, recovery key or key file instead of a key provider
     #[arg(long, value_name = "FILE|-|fd:N|cred:NAME", visible_alias = "key-file")]
     passphrase_file: Option<SecretSource>,
@@ -197,9 +200,9 @@ impl Serve {
         let server = Server::new(Arc::clone(&disk), self.num_queues, endpoint)?;
         let control = self.control_socket(host)?;
         let (served, _claim) = match medium.key {
-            Key::Volume { opener, uuid } => {
+            Key::Volume { opener, identity } => {
                 arena::reserve(&SECRETS).map_err(SecretError::from)?;
-                let served = Served::new(opener, disk, uuid);
+                let served = Served::new(opener, disk, identity);
                 if self.get_key(&server, &served)? == Waited::Stopped {
                     return Ok(());
                 }
@@ -265,8 +268,18 @@ impl Serve {
             Ok(locked) => {
                 let volume = self.volume(&disk, &locked)?;
                 let by = self.unlocked_by(host, header.as_ref().unwrap_or(&disk).path())?;
+                let identity = locked.identity()?;
+                if let Some(expected) = self.volume
+                    && identity.uuid() != expected
+                {
+                    return Err(Failure::OtherVolume {
+                        disk: header.as_ref().unwrap_or(&disk).path().to_owned(),
+                        expected,
+                        found: identity.uuid(),
+                    });
+                }
                 Ok(volume.of(Key::Volume {
-                    uuid: locked.uuid(),
+                    identity,
                     opener: Opener {
                         disk,
                         header,
@@ -473,7 +486,7 @@ struct Shape {
 /// Where its segment table comes from.
 enum Key {
     /// From the volume, which has to be unlocked for it.
-    Volume { opener: Opener, uuid: Uuid },
+    Volume { opener: Opener, identity: Identity },
     /// It is there, and stays.
     Known {
         table: Arc<SegmentTable>,

@@ -143,7 +143,7 @@ impl Interface {
         Ok(Answer::of(Status {
             // Who asks may be in another directory.
             disk: path_text::to_text(&std::path::absolute(path).unwrap_or_else(|_| path.to_owned())),
-            volume: served.uuid,
+            volume: served.identity.uuid(),
             state,
             lock,
             capacity: served.disk.sectors() * Sector::LEN,

@@ -31,7 +31,7 @@ use crate::device::Disk;
 use crate::keys::{KeyError, KeyReason, Providers};
 use crate::mutex::lock;
 use crate::storage::Backing;
-use crate::volume::{Locked, Reason, Rekeyed, Volume, VolumeError};
+use crate::volume::{Identity, Locked, Reason, Rekeyed, Volume, VolumeError};
 
 use twins::Announcement;
 
@@ -90,11 +90,12 @@ pub enum OpenError {
         /// The volume that is there now.
         found: Uuid,
     },
-    /// A guest sees the capacity that the volume had.
+    /// What the guest has written would be read by another key, or at another place.
     #[error(
-        "the header tells another capacity or sector size than the guest was told; restart `sealblk serve`"
+        "the header has the UUID of this volume, and another volume key, place or size than it had when the disk was attached: \
+         restore the header from a backup (`cryptsetup luksHeaderRestore`), or restart `sealblk serve` if the change was meant"
     )]
-    Reshaped,
+    Altered,
     /// Somebody has locked it since it was asked for.
     #[error("the disk was locked while its key was fetched")]
     LockedMeanwhile,
@@ -171,7 +172,7 @@ impl fmt::Debug for Opener {
 #[derive(Debug)]
 pub struct Served {
     disk: Arc<Disk>,
-    uuid: Uuid,
+    identity: Identity,
     opener: Opener,
     _announcement: Option<Announcement>,
     /// Held while the key comes, goes or is changed: one of these at a time.
@@ -253,18 +254,18 @@ impl AsFd for FirstTry {
 
 impl Served {
     /// `disk`, which is locked, as that of the volume that `opener` opens. Nothing is asked for its key yet.
-    pub fn new(opener: Opener, disk: Arc<Disk>, uuid: Uuid) -> Arc<Self> {
+    pub fn new(opener: Opener, disk: Arc<Disk>, identity: Identity) -> Arc<Self> {
         let order = Order {
             lock: Some(Lock::Asked),
             ..Order::default()
         };
         let header = opener.header.as_ref().unwrap_or(&opener.disk);
-        let _announcement = twins::announce(uuid, header)
+        let _announcement = twins::announce(identity.uuid(), header)
             .inspect_err(|error| tracing::warn!(%error, "copies of this volume that are served meanwhile are not told of"))
             .ok();
         Arc::new(Self {
             disk,
-            uuid,
+            identity,
             opener,
             _announcement,
             turn: Mutex::new(()),
@@ -427,15 +428,15 @@ impl Served {
     /// Reads the header anew, which has to be of the volume that the guest sees.
     fn read_header(&self) -> Result<Locked<'_>, OpenError> {
         let locked = self.opener.locked()?;
-        if locked.uuid() != self.uuid {
+        let expected = self.identity.uuid();
+        if locked.uuid() != expected {
             return Err(OpenError::Replaced {
-                expected: self.uuid,
+                expected,
                 found: locked.uuid(),
             });
         }
-        let capacity = self.disk.sectors() * crate::cipher::Sector::LEN;
-        if locked.capacity() != capacity || locked.sector_size() != self.disk.sector_size {
-            return Err(OpenError::Reshaped);
+        if locked.identity()? != self.identity {
+            return Err(OpenError::Altered);
         }
         Ok(locked)
     }
@@ -490,7 +491,7 @@ impl Served {
 
     /// Tells of an event of this disk.
     fn tell(&self, event: Event, mut fields: Value) {
-        fields["volume"] = self.uuid.to_string().into();
+        fields["volume"] = self.identity.uuid().to_string().into();
         self.events.tell(event, &fields);
     }
 }

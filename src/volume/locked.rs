@@ -16,7 +16,7 @@ use super::kdf::Budget;
 use super::keyslot::{self, KeyslotError};
 use super::layout::Layout;
 use super::lock::{LockMode, MetadataLock};
-use super::metadata::{Id, Keyslot, Luks2Keyslot, Metadata, Pbkdf2Digest};
+use super::metadata::{Base64, Id, Keyslot, Luks2Keyslot, Metadata, Pbkdf2Digest};
 use super::refusal;
 use super::segment::SegmentTable;
 use crate::cipher::{KernelChoice, SectorCipher, SectorSize};
@@ -31,6 +31,23 @@ pub struct Locked<'header> {
     state: HeaderState,
     layout: Layout,
     kernel: KernelChoice,
+}
+
+/// What a guest knows a volume by: two headers of the same identity give it the same data. A header that was put in another
+/// one's place has another identity, also if it has the same UUID.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Identity {
+    uuid: Uuid,
+    layout: Layout,
+    /// Of the volume key.
+    digest: (String, u32, Base64, Base64),
+}
+
+impl Identity {
+    /// The UUID in the header.
+    pub fn uuid(&self) -> Uuid {
+        self.uuid
+    }
 }
 
 impl<'header> Locked<'header> {
@@ -63,6 +80,26 @@ impl<'header> Locked<'header> {
     /// The UUID in its header.
     pub fn uuid(&self) -> Uuid {
         self.header.binary.uuid
+    }
+
+    /// What the guest knows it by.
+    ///
+    /// # Errors
+    /// If sealblk does not serve what the header describes.
+    pub fn identity(&self) -> Result<Identity, VolumeError> {
+        let served = refusal::check(&self.header.metadata).map_err(|refusal| self.failed(refusal.into()))?;
+        let Pbkdf2Digest {
+            hash,
+            iterations,
+            salt,
+            digest,
+            ..
+        } = served.digest;
+        Ok(Identity {
+            uuid: self.uuid(),
+            layout: self.layout,
+            digest: (hash.clone(), *iterations, salt.clone(), digest.clone()),
+        })
     }
 
     /// The KEKs that open it.
