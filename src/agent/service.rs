@@ -42,10 +42,10 @@ pub(super) struct Service {
     certificates: Certificates,
     pub(super) index: Index,
     /// By user.
-    refusals: Refusals<u32>,
+    refusals: Refusals<Option<u32>, ()>,
     /// Of those who have a privilege, since what they ask for need not be there. All disks of a host may be one user's, and of each
     /// it has to be told why it has no key.
-    failures: Refusals<(u32, Option<Uuid>, KeyReason)>,
+    failures: Refusals<u32, (Option<Uuid>, KeyReason)>,
 }
 
 pub(super) type Answered = Result<Answer, MethodError>;
@@ -323,7 +323,7 @@ impl Service {
             return Ok(());
         }
         let privilege = privileges.last();
-        if let Some(suppressed) = self.refusals.admit(peer.user) {
+        if let Some(suppressed) = self.refusals.admit(self.grants.caller(peer), ()) {
             let fields = with(subject, "privilege", privilege);
             self.audited(Event::KeyRefused, peer, suppressed.told_in(fields))?;
         }
@@ -359,7 +359,7 @@ impl Service {
             _ => Event::KeyFailed,
         };
         let volume = subject["volume"].as_str().and_then(|uuid| uuid.parse().ok());
-        if let Some(suppressed) = self.failures.admit((peer.user, volume, told.reason)) {
+        if let Some(suppressed) = self.failures.admit(peer.user, (volume, told.reason)) {
             self.audited(event, peer, suppressed.told_in(fields))?;
         }
         Err(failure(&error))

@@ -29,7 +29,7 @@ const INTERVAL: Duration = Duration::from_secs(60);
 /// Limits how often each line of the code is heard. An operator who asks for more than `info` gets all of that; events
 /// have limits of their own, and each of the others was asked for by somebody with a privilege.
 #[derive(Debug)]
-pub(super) struct Limit(Refusals<Identifier>);
+pub(super) struct Limit(Refusals<Identifier, ()>);
 
 impl Limit {
     pub(super) fn new() -> Self {
@@ -43,7 +43,7 @@ impl<S: Subscriber> Layer<S> for Limit {
         if *metadata.level() > Level::INFO || metadata.target() == events::TARGET {
             return true;
         }
-        let Some(suppressed) = self.0.admit(metadata.callsite()) else {
+        let Some(suppressed) = self.0.admit(metadata.callsite(), ()) else {
             return false;
         };
         if suppressed.count() > 0 {

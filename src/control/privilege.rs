@@ -102,6 +102,11 @@ impl Grants {
         has_all(peer) || self.0.iter().any(|grant| grant.to.is(peer))
     }
 
+    /// Whom a refusal is counted for: a user that something was granted to, or all others together.
+    pub fn caller(&self, peer: &Peer) -> Option<u32> {
+        self.know(peer).then_some(peer.user)
+    }
+
     /// Whether `peer` may do what takes `privilege`, to `volume` if it is about one.
     pub fn allow(&self, peer: &Peer, privilege: Privilege, volume: Option<Uuid>) -> bool {
         let allows = |grant: &Grant| {

@@ -1,22 +1,31 @@
-//! Which refusals and failures are told: whoever asks for what is not to be had could fill a log with them.
+//! Rate limit for refusals and failures, so that callers cannot fill a log with what they ask for in vain.
+//!
+//! Each caller has a share of the table, and what does not fit is counted together: nobody can have what others ask for left
+//! out by asking for enough himself, and nothing is left out without being counted.
 
 use std::collections::HashMap;
 use std::hash::Hash;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-/// How many kinds are told apart. Beyond them, a new one is told when an old one has been quiet for long enough.
-const MAX_KINDS: usize = 4096;
+use crate::mutex::lock;
 
-/// What was told of each kind of refusal: of each user, say.
+/// The most kinds of one caller that are told apart; all others of his are one kind.
+const MAX_KINDS: usize = 64;
+/// The most callers that are told apart; all others are one caller.
+const MAX_CALLERS: usize = 256;
+
+/// What was told of each caller, and of each kind of refusal.
 #[derive(Debug)]
-pub struct Refusals<K> {
+pub struct Refusals<C, K> {
     at_once: u32,
     interval: Duration,
-    kinds: Mutex<HashMap<K, Told>>,
+    told: Mutex<HashMap<Option<C>, Kinds<K>>>,
 }
+
+type Kinds<K> = HashMap<Option<K>, Told>;
 
 /// How many refusals of the same kind were not told since the last one that was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,28 +40,27 @@ struct Told {
     suppressed: u64,
 }
 
-impl<K: Eq + Hash> Refusals<K> {
+impl<C: Eq + Hash, K: Eq + Hash> Refusals<C, K> {
     /// So many of a kind are told at once, and one more after each interval.
     pub fn new(at_once: u32, interval: Duration) -> Self {
         Self {
             at_once,
             interval,
-            kinds: Mutex::default(),
+            told: Mutex::default(),
         }
     }
 
     /// What goes with a refusal that is to be told, or none if it is not to be.
-    pub fn admit(&self, kind: K) -> Option<Suppressed> {
-        let mut kinds = self.kinds.lock().unwrap_or_else(PoisonError::into_inner);
-        if kinds.len() >= MAX_KINDS && !kinds.contains_key(&kind) {
-            kinds.retain(|_, told| {
-                told.make_room(self.at_once, self.interval);
-                told.room < self.at_once
-            });
-            if kinds.len() >= MAX_KINDS {
-                return None;
-            }
-        }
+    pub fn admit(&self, caller: C, kind: K) -> Option<Suppressed> {
+        let mut told = lock(&self.told);
+        let caller = own_place(&mut told, caller, MAX_CALLERS, |kinds| {
+            kinds.retain(|_, told| !told.is_quiet(self.at_once, self.interval));
+            kinds.is_empty()
+        });
+        let kinds = told.entry(caller).or_default();
+        let kind = own_place(kinds, kind, MAX_KINDS, |told| {
+            told.is_quiet(self.at_once, self.interval)
+        });
         let told = kinds.entry(kind).or_insert_with(|| Told {
             room: self.at_once,
             since: Instant::now(),
@@ -61,6 +69,24 @@ impl<K: Eq + Hash> Refusals<K> {
         told.make_room(self.at_once, self.interval);
         told.admit()
     }
+}
+
+/// The place of `key` in `map`: its own if it has one, or if there is room for it, without those that `is_over` says so of;
+/// else the one of all others.
+fn own_place<K: Eq + Hash, V>(
+    map: &mut HashMap<Option<K>, V>,
+    key: K,
+    limit: usize,
+    mut is_over: impl FnMut(&mut V) -> bool,
+) -> Option<K> {
+    let key = Some(key);
+    if map.len() >= limit && !map.contains_key(&key) {
+        map.retain(|_, value| !is_over(value));
+        if map.len() >= limit {
+            return None;
+        }
+    }
+    key
 }
 
 impl Suppressed {
@@ -79,6 +105,12 @@ impl Suppressed {
 }
 
 impl Told {
+    /// Whether nothing is lost if it is forgotten.
+    fn is_quiet(&mut self, at_once: u32, interval: Duration) -> bool {
+        self.make_room(at_once, interval);
+        self.room == at_once && self.suppressed == 0
+    }
+
     fn make_room(&mut self, at_once: u32, interval: Duration) {
         let passed = self.since.elapsed().as_secs() / interval.as_secs();
         if passed > 0 {
@@ -108,35 +140,57 @@ mod tests {
 
     const INTERVAL: Duration = Duration::from_secs(60);
 
+    /// Lets time go by.
+    fn later<C, K>(refusals: &Refusals<C, K>, intervals: u32) {
+        let mut told = refusals.told.lock().unwrap();
+        for told in told.values_mut().flat_map(HashMap::values_mut) {
+            told.since -= intervals * INTERVAL;
+        }
+    }
+
     #[test]
     fn refusals_are_told_until_they_are_too_many_and_counted_then() {
         let refusals = Refusals::new(3, INTERVAL);
-        let later = |intervals: u32| {
-            let mut kinds = refusals.kinds.lock().unwrap();
-            kinds
-                .values_mut()
-                .for_each(|told| told.since -= intervals * INTERVAL);
-        };
-        let admit = |times: usize| (0..times).map(|_| refusals.admit(7)).collect::<Vec<_>>();
+        let admit = |times: usize| (0..times).map(|_| refusals.admit(7, ())).collect::<Vec<_>>();
         let told = |suppressed| Some(Suppressed(suppressed));
         assert_eq!(admit(5), [told(0), told(0), told(0), None, None]);
         // Others have room of their own.
-        assert_eq!(refusals.admit(8), told(0));
-        later(2);
+        assert_eq!(refusals.admit(8, ()), told(0));
+        later(&refusals, 2);
         assert_eq!(admit(3), [told(2), told(0), None]);
-        later(10_000);
+        later(&refusals, 10_000);
         assert_eq!(admit(4), [told(1), told(0), told(0), None]);
     }
 
     #[test]
-    fn kinds_without_end_take_no_memory_without_end() {
+    fn a_caller_who_asks_for_everything_takes_nothing_from_others_and_is_counted() {
         let refusals = Refusals::new(1, INTERVAL);
-        let told = (0..2 * MAX_KINDS).filter(|kind| refusals.admit(*kind).is_some());
-        assert_eq!(told.count(), MAX_KINDS);
-        let mut kinds = refusals.kinds.lock().unwrap();
-        kinds.values_mut().for_each(|told| told.since -= INTERVAL);
-        drop(kinds);
-        assert!(refusals.admit(2 * MAX_KINDS).is_some());
-        assert_eq!(refusals.kinds.lock().unwrap().len(), 1);
+        let told = (0..2 * MAX_KINDS).filter(|kind| refusals.admit(1, *kind).is_some());
+        // And one for all the others.
+        assert_eq!(told.count(), MAX_KINDS + 1);
+        assert_eq!(refusals.admit(2, 0), Some(Suppressed(0)));
+        later(&refusals, 1);
+        let rest = 2 * MAX_KINDS;
+        assert_eq!(
+            refusals.admit(1, rest),
+            Some(Suppressed(0)),
+            "an old one made room"
+        );
+        for kind in rest + 1..rest + MAX_KINDS {
+            refusals.admit(1, kind);
+        }
+        let suppressed = MAX_KINDS as u64 - 1;
+        assert_eq!(refusals.admit(1, 9999), Some(Suppressed(suppressed)));
+    }
+
+    #[test]
+    fn callers_without_end_take_no_memory_without_end_and_are_counted() {
+        let refusals = Refusals::new(1, INTERVAL);
+        let told = (0..2 * MAX_CALLERS).filter(|caller| refusals.admit(*caller, ()).is_some());
+        assert_eq!(told.count(), MAX_CALLERS + 1);
+        later(&refusals, 1);
+        assert_eq!(refusals.admit(9999, ()), Some(Suppressed(0)));
+        // What was counted is not forgotten.
+        assert_eq!(refusals.told.lock().unwrap().len(), 2);
     }
 }

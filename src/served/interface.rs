@@ -114,7 +114,7 @@ pub struct Interface {
     served: Arc<Served>,
     grants: Grants,
     /// By user.
-    refusals: Refusals<u32>,
+    refusals: Refusals<Option<u32>, ()>,
 }
 
 #[derive(Deserialize)]
@@ -196,11 +196,14 @@ impl Interface {
 
     fn permit(&self, peer: &Peer, privilege: Privilege) -> Result<(), MethodError> {
         let used = json!({ "user": peer.user, "process": peer.process, "privilege": privilege });
-        if self.grants.allow(peer, privilege, Some(self.served.uuid)) {
+        if self
+            .grants
+            .allow(peer, privilege, Some(self.served.identity.uuid()))
+        {
             self.served.tell(Event::PrivilegeUsed, used);
             return Ok(());
         }
-        if let Some(suppressed) = self.refusals.admit(peer.user) {
+        if let Some(suppressed) = self.refusals.admit(self.grants.caller(peer), ()) {
             self.served
                 .tell(Event::PrivilegeRefused, suppressed.told_in(used));
         }
