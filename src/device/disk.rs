@@ -53,9 +53,10 @@ struct Tables {
 
 /// A disk's table on its way back. See [`Disk::withdraw`].
 #[derive(Debug)]
+#[must_use = "the table counts as withdrawn until somebody has waited for it"]
 pub struct Withdrawal<'disk> {
     disk: &'disk Disk,
-    /// None for somebody who came second; he waits for the first.
+    /// None if another withdrawal has the table; then that one is waited for.
     grant: Option<Grant>,
 }
 
