@@ -427,7 +427,7 @@ fn names_are_shown_on_one_line_and_control_no_terminal() {
             for begin in ["key", "y", "missing", "sealblk: b", "body", "tive", "z", "ck"] {
                 let rest = line.strip_prefix(begin);
                 assert!(
-                    !rest.is_some_and(|rest| !rest.starts_with(char::is_alphabetic)),
+                    rest.is_none_or(|rest| rest.starts_with(char::is_alphabetic)),
                     "{verb:?}: {line:?} in {all}"
                 );
             }

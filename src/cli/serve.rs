@@ -202,7 +202,7 @@ impl Serve {
         let (served, _claim) = match medium.key {
             Key::Volume { opener, identity } => {
                 arena::reserve(&SECRETS).map_err(SecretError::from)?;
-                let served = Served::new(opener, disk, identity);
+                let served = Served::new(*opener, disk, identity);
                 if self.get_key(&server, &served)? == Waited::Stopped {
                     return Ok(());
                 }
@@ -280,12 +280,12 @@ impl Serve {
                 }
                 Ok(volume.of(Key::Volume {
                     identity,
-                    opener: Opener {
+                    opener: Box::new(Opener {
                         disk,
                         header,
                         by,
                         kernel: self.cipher_kernel,
-                    },
+                    }),
                 }))
             }
             Err(volume) if header.is_none() && self.is_no_volume(&volume) => match self.allow_unencrypted {
@@ -486,7 +486,7 @@ struct Shape {
 /// Where its segment table comes from.
 enum Key {
     /// From the volume, which has to be unlocked for it.
-    Volume { opener: Opener, identity: Identity },
+    Volume { opener: Box<Opener>, identity: Identity },
     /// It is there, and stays.
     Known {
         table: Arc<SegmentTable>,

@@ -49,7 +49,7 @@ impl Losses {
     /// Records what the witness was told of since it was asked last.
     pub(super) fn look(&self) {
         let witness = lock(&self.witness);
-        if witness.as_ref().is_some_and(|witness| write_back_failed(witness)) {
+        if witness.as_ref().is_some_and(write_back_failed) {
             // Before the next one asks the witness, which is told once only.
             self.record();
         }

@@ -306,7 +306,10 @@ fn no_header(io: &dyn HeaderIo, primary: Damage, secondary: Damage) -> HeaderErr
             copy: Copy::Primary,
             source: source.clone(),
         },
-        _ => HeaderError::BothDamaged { primary, secondary },
+        _ => HeaderError::BothDamaged {
+            primary: Box::new(primary),
+            secondary: Box::new(secondary),
+        },
     }
 }
 
@@ -370,7 +373,10 @@ pub enum HeaderError {
         "both copies of the LUKS2 header are damaged (primary: {primary}; secondary: {secondary}); restore a backup \
          of the header with `cryptsetup luksHeaderRestore`"
     )]
-    BothDamaged { primary: Damage, secondary: Damage },
+    BothDamaged {
+        primary: Box<Damage>,
+        secondary: Box<Damage>,
+    },
     #[error(
         "both copies of the LUKS2 header have sequence number {seqid} and sound checksums, but differ; somebody \
          wrote one of them alone: restore a backup of the header with `cryptsetup luksHeaderRestore`"
@@ -540,12 +546,12 @@ mod tests {
         io.spoil(100);
         io.spoil(COPY + 100);
         let error = read(&io).unwrap_err();
+        let HeaderError::BothDamaged { primary, secondary } = error else {
+            panic!("{error}");
+        };
         assert!(matches!(
-            error,
-            HeaderError::BothDamaged {
-                primary: Damage::Checksum,
-                secondary: Damage::Checksum
-            }
+            (*primary, *secondary),
+            (Damage::Checksum, Damage::Checksum)
         ));
         io.front.borrow_mut().fill(0);
         assert!(matches!(

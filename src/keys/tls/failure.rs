@@ -272,9 +272,9 @@ fn of_certificate(
             }
         }
         CertificateError::UnhandledCriticalExtension => critical(&certificate),
-        CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => format!(
+        CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => String::from(
             "is not for servers: its extended key usage lacks serverAuth; have it made anew with `extendedKeyUsage=serverAuth`, or \
-             without that extension"
+             without that extension",
         ),
         CertificateError::BadSignature => format!(
             "is not signed by the key of {:?}: it is damaged or forged; copy it anew, or have it made anew",
