@@ -87,9 +87,13 @@ fn no_new_volume_relies_on_a_provider_that_was_not_backed_up() {
     let create = ["create", "vm.luks", "--size", "1M"];
     host.fails_on("state", &create, KEY, "provider backup");
     assert!(!host.path("vm.luks").exists());
-    assert!(host.does(&["provider", "list"]).contains("not backed up"));
-    let listed =
-        || serde_json::from_str::<serde_json::Value>(&host.does(&["provider", "list", "--json"])).unwrap();
+    let list = host.on("state", &["provider", "list"]);
+    assert_eq!(list.status.code(), Some(KEY));
+    assert!(String::from_utf8(list.stdout).unwrap().contains("not backed up"));
+    let listed = || {
+        let output = host.on("state", &["provider", "list", "--json"]);
+        serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap()
+    };
     let before = &listed()[0];
     assert_eq!(
         (&before["name"], &before["usable"]),

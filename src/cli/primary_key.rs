@@ -118,11 +118,11 @@ impl Backup {
         })?;
         made.extend([path.clone()]);
         let file = Backing::open(path, Access::ReadWrite)?;
-        let primary = with_check(&primary)?;
+        let checked = with_check(&primary)?;
         let about = [("provider", self.name.as_str())];
         vault::seal(
             &file,
-            &primary,
+            &checked,
             passphrase,
             Argon2Cost::for_this_host(),
             BACKUP,
@@ -130,7 +130,7 @@ impl Backup {
         )?;
         // It counts once it was restored.
         let unsealed = vault::unseal(&file, passphrase, BACKUP)?;
-        if !unsealed.key.ct_eq(&primary) {
+        if !unsealed.key.ct_eq(&checked) {
             return Err(Failure::Backup {
                 path: path.clone(),
                 what: "read back from storage, the backup holds another key; check the storage",

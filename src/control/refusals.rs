@@ -12,10 +12,10 @@ use serde_json::Value;
 
 use crate::mutex::lock;
 
-/// The most kinds of one caller that are told apart; all others of his are one kind.
-const MAX_KINDS: usize = 64;
+/// The most kinds of one caller that are told apart; all others of his are one kind. All disks of a large host may be one user's.
+const MAX_KINDS: usize = 1024;
 /// The most callers that are told apart; all others are one caller.
-const MAX_CALLERS: usize = 256;
+const MAX_CALLERS: usize = 128;
 
 /// What was told of each caller, and of each kind of refusal.
 #[derive(Debug)]
@@ -176,7 +176,7 @@ mod tests {
             Some(Suppressed(0)),
             "an old one made room"
         );
-        for kind in rest + 1..rest + MAX_KINDS {
+        for kind in rest + 1..rest + MAX_KINDS - 1 {
             refusals.admit(1, kind);
         }
         let suppressed = MAX_KINDS as u64 - 1;
