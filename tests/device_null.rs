@@ -65,7 +65,6 @@ fn what_makes_no_sense_with_null_storage_is_refused() {
         &["--blk-file", "/dev/null"][..],
         &["--header", "/dev/null"],
         &["--passphrase-file", "/dev/null"],
-        &["--key-file", "/dev/null"],
         &["--sector-size", "1024"],
         &["--null-storage", "1G"],
     ] {

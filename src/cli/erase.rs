@@ -291,7 +291,9 @@ fn revoke_keys(keys: &Keys, named: Vec<Proof>) -> Vec<Revoked> {
             }
             Err(failure) => {
                 output::complain_of(&failure);
-                (None, Some(failure.to_string()))
+                let mut why = vec![failure.to_string()];
+                why.extend(failure.list());
+                (None, Some(why.join("; ")))
             }
         };
         Revoked {
