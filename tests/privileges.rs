@@ -323,25 +323,28 @@ impl Host {
             .uid(user)
             .gid(user)
             .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
+            .stderr(fs::File::create(dir.path().join("said")).unwrap());
+        let said = || fs::read(dir.path().join("said")).unwrap();
         let mut child = command.spawn().unwrap();
         let begun = Instant::now();
+        let mut told = false;
         while child.try_wait().unwrap().is_none() {
             assert!(begun.elapsed() < DEADLINE, "{args:?} does not end");
-            let serves = dir.path().join("vhost.sock").exists();
+            let serves = args[0] == "serve" && String::from_utf8_lossy(&said()).contains("INFO serving");
             let watches = args[0] == "events" && begun.elapsed() > Duration::from_secs(2);
-            if serves || watches {
+            if !told && (serves || watches) {
                 let pid = rustix::process::Pid::from_child(&child);
                 rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
-                let mut ended = child.wait_with_output().unwrap();
-                if watches {
-                    // A signal is how it is to end.
-                    ended.status = std::os::unix::process::ExitStatusExt::from_raw(0);
-                }
-                return ended;
+                told = true;
             }
             thread::sleep(Duration::from_millis(5));
         }
-        child.wait_with_output().unwrap()
+        let mut ended = child.wait_with_output().unwrap();
+        ended.stderr = said();
+        if told && args[0] == "events" {
+            // A signal is how it is to end.
+            ended.status = std::os::unix::process::ExitStatusExt::from_raw(0);
+        }
+        ended
     }
 }
