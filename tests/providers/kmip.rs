@@ -473,7 +473,7 @@ fn settings_of_the_wrong_form_are_refused_when_they_are_made() {
                 ca: "ca.pem".into(),
                 ..good.clone()
             },
-            "the whole path",
+            "whole path",
         ),
         (
             Settings {
@@ -490,7 +490,7 @@ fn settings_of_the_wrong_form_are_refused_when_they_are_made() {
             "timeout = 101",
         ),
         (wrapping("key 1", "/wrapping.key"), "is no Unique Identifier"),
-        (wrapping("1", "wrapping.key"), "the whole path"),
+        (wrapping("1", "wrapping.key"), "whole path"),
         (
             Settings {
                 wrap: Wrap::Server,

@@ -31,7 +31,8 @@ fn conforms() {
 
 #[test]
 fn conforms_with_its_primary_key_sealed_to_a_tpm() {
-    let (_dir, registry) = host();
+    let (_dir, mut registry) = host();
+    registry.set_backup("native", Backup::Taken).unwrap();
     let tpm = Swtpm::new();
     let device = Device::from(tpm.device());
     registry
