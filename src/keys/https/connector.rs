@@ -93,7 +93,17 @@ impl<In: Transport> Transport for TlsTransport<In> {
     fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), Error> {
         self.stream.get_mut().set_timeout(timeout);
         let written = self.stream.write_all(&self.buffers.output()[..amount]);
-        written.map_err(|e| told(&self.client, e))
+        written.map_err(|e| {
+            let StreamOwned { conn, sock } = &mut self.stream;
+            match self
+                .client
+                .explain_io(&e)
+                .or_else(|| self.client.last_words(conn, sock))
+            {
+                Some(failure) => Error::Other(failure.into()),
+                None => e.into(),
+            }
+        })
     }
 
     fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, Error> {

@@ -280,22 +280,18 @@ fn resolve(address: &Address, deadline: Instant) -> Result<Vec<SocketAddr>, Trou
     resolved.map_err(Trouble::Resolve)
 }
 
-/// Why sending failed. A server that refuses a certificate says so and closes, while this side may still be sending: what it
-/// has said is there to be read.
+/// Why sending failed.
 fn broken_by(
     tls: &Client,
     stream: &mut StreamOwned<ClientConnection, Timed<TcpStream>>,
     error: io::Error,
 ) -> Trouble {
-    let trouble = trouble(tls, error);
-    if matches!(trouble, Trouble::Broken(_)) {
-        while let Ok(1..) = stream.conn.read_tls(&mut stream.sock) {
-            if let Err(e) = stream.conn.process_new_packets() {
-                return Trouble::Tls(tls.explain(&e));
-            }
-        }
+    match trouble(tls, error) {
+        broken @ Trouble::Broken(_) => tls
+            .last_words(&mut stream.conn, &mut stream.sock)
+            .map_or(broken, Trouble::Tls),
+        trouble => trouble,
     }
-    trouble
 }
 
 /// What an error of the connection is.

@@ -1,6 +1,7 @@
 //! Connections to a server: its certificate is checked as webpki does it, and what is wrong with it is told.
 
 use std::fmt;
+use std::io::Read;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
@@ -100,6 +101,21 @@ impl Client {
     pub(in crate::keys) fn explain_io(&self, error: &std::io::Error) -> Option<TlsFailure> {
         let error = error.get_ref()?.downcast_ref::<Error>()?;
         Some(self.explain(error))
+    }
+
+    /// What the server had to say before a write to it failed. A server that refuses a certificate says so and closes, while this
+    /// side may still be sending: what it has said is there to be read.
+    pub(in crate::keys) fn last_words(
+        &self,
+        connection: &mut ClientConnection,
+        socket: &mut impl Read,
+    ) -> Option<TlsFailure> {
+        while let Ok(1..) = connection.read_tls(socket) {
+            if let Err(error) = connection.process_new_packets() {
+                return Some(self.explain(&error));
+            }
+        }
+        None
     }
 }
 
