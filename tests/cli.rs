@@ -599,7 +599,7 @@ fn provider_that_does_not_work_is_added_by_insistence_alone_and_found_wanting_by
             .map(|s| s.to_string())
             .collect::<Vec<_>>()
     };
-    bench.fails(&add("https://kms1"), USAGE, &["https://kms1", "HOST:PORT"]);
+    bench.fails(&add("https://kms1"), USAGE, &["servers: number 1", "HOST:PORT"]);
     assert!(!bench.path("state/providers.toml").exists());
     // Success was told of what cannot work.
     bench.fails(
