@@ -135,6 +135,7 @@ impl Uses {
         let (more, full) = look()?;
         sightings.extend(more);
         sightings.retain(Sighting::in_use);
+        sightings.sort_by(|a, b| a.known.path.cmp(&b.known.path));
         let is_listed = |disk: &&Disk| !sightings.iter().any(|other| other.known.volume == disk.volume);
         let mut volumes: Vec<_> = served.iter().filter(is_listed).cloned().collect();
         let count = volumes.len() + sightings.len();

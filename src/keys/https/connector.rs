@@ -38,9 +38,9 @@ impl<In: Transport> Connector<In> for TlsConnector {
         let mut connection = self.0.connect(name).map_err(|e| Error::Other(e.into()))?;
         let mut socket = TransportAdapter::new(transport, Arc::clone(&details.current_time));
         socket.set_timeout(left(details));
-        connection
-            .complete_io(&mut socket)
-            .map_err(|e| told(&self.0, e))?;
+        if let Err(error) = connection.complete_io(&mut socket) {
+            return Err(broken_by(&self.0, &mut connection, &mut socket, error));
+        }
         let (input, output) = (
             details.config.input_buffer_size(),
             details.config.output_buffer_size(),
@@ -58,6 +58,22 @@ fn told(client: &Client, error: io::Error) -> Error {
     match client.explain_io(&error) {
         Some(failure) => Error::Other(failure.into()),
         None => error.into(),
+    }
+}
+
+/// Why sending failed.
+fn broken_by(
+    client: &Client,
+    connection: &mut ClientConnection,
+    socket: &mut impl Read,
+    error: io::Error,
+) -> Error {
+    match client.explain_io(&error) {
+        Some(failure) => Error::Other(failure.into()),
+        None => match client.last_words(connection, socket) {
+            Some(failure) => Error::Other(failure.into()),
+            None => error.into(),
+        },
     }
 }
 
@@ -93,17 +109,8 @@ impl<In: Transport> Transport for TlsTransport<In> {
     fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), Error> {
         self.stream.get_mut().set_timeout(timeout);
         let written = self.stream.write_all(&self.buffers.output()[..amount]);
-        written.map_err(|e| {
-            let StreamOwned { conn, sock } = &mut self.stream;
-            match self
-                .client
-                .explain_io(&e)
-                .or_else(|| self.client.last_words(conn, sock))
-            {
-                Some(failure) => Error::Other(failure.into()),
-                None => e.into(),
-            }
-        })
+        let StreamOwned { conn, sock } = &mut self.stream;
+        written.map_err(|e| broken_by(&self.client, conn, sock, e))
     }
 
     fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, Error> {
