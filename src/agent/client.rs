@@ -475,14 +475,10 @@ impl KeyProvider for AgentProvider {
     }
 
     fn settle(&self, binding: &Binding<'_>, stored: bool) -> Result<(), KeyError> {
-        // Without a place the agent has noted nothing.
-        let Some(path) = self.client.path.clone() else {
-            return Ok(());
-        };
         let parameters = SettleBinding {
             binding: self.on_the_wire(binding)?,
             purpose: self.client.purpose,
-            path,
+            path: self.client.path.clone(),
             stored,
         };
         self.ask::<Nothing>("SettleBinding", parameters, &[]).map(drop)

@@ -79,7 +79,8 @@ pub(super) struct Wrap {
 pub(super) struct SettleBinding {
     pub(super) binding: WireBinding,
     pub(super) purpose: Purpose,
-    pub(super) path: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) path: Option<String>,
     pub(super) stored: bool,
 }
 

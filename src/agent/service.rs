@@ -191,7 +191,7 @@ impl Service {
         let subject = about(&binding, purpose);
         let purposes = [Purpose::Create, Purpose::Recrypt];
         self.permit_for(&request, purpose, &purposes, Some(binding.volume), &subject)?;
-        let place = place(Some(&path));
+        let place = place(path.as_deref());
         self.index
             .settle(&binding.binding(), &place, stored, by(request.peer));
         Ok(Answer::default())
