@@ -53,27 +53,19 @@ impl<In: Transport> Connector<In> for TlsConnector {
     }
 }
 
-/// What an error of the connection means, if it is one of TLS.
-fn told(client: &Client, error: io::Error) -> Error {
-    match client.explain_io(&error) {
-        Some(failure) => Error::Other(failure.into()),
-        None => error.into(),
-    }
-}
-
-/// Why sending failed.
+/// What an error of the connection means. Reading sends as well what is still to be sent, and so can fail by that.
 fn broken_by(
     client: &Client,
     connection: &mut ClientConnection,
     socket: &mut impl Read,
     error: io::Error,
 ) -> Error {
-    match client.explain_io(&error) {
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset};
+    let left = matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset);
+    let last_words = || left.then(|| client.last_words(connection, socket)).flatten();
+    match client.explain_io(&error).or_else(last_words) {
         Some(failure) => Error::Other(failure.into()),
-        None => match client.last_words(connection, socket) {
-            Some(failure) => Error::Other(failure.into()),
-            None => error.into(),
-        },
+        None => error.into(),
     }
 }
 
@@ -116,7 +108,8 @@ impl<In: Transport> Transport for TlsTransport<In> {
     fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, Error> {
         self.stream.get_mut().set_timeout(timeout);
         let read = self.stream.read(self.buffers.input_append_buf());
-        let read = read.map_err(|e| told(&self.client, e))?;
+        let StreamOwned { conn, sock } = &mut self.stream;
+        let read = read.map_err(|e| broken_by(&self.client, conn, sock, e))?;
         self.buffers.input_appended(read);
         Ok(read > 0)
     }
