@@ -176,7 +176,7 @@ impl Mistakes {
         for (real, name) in &self.names {
             text = text.replace(real, name);
         }
-        text = wrapped_named(&uuids_named(&text));
+        text = times_named(&wrapped_named(&uuids_named(&text)));
         text.lines()
             .filter_map(|line| match line.split_once("Z ") {
                 // A record of the log. What goes well is no part of it, nor what depends on where the test runs.
@@ -278,6 +278,30 @@ fn words(line: &str) -> Vec<String> {
         }
     }
     words
+}
+
+/// Each point in time, as in 2026-11-23T10:44:14Z, as TIME.
+fn times_named(text: &str) -> String {
+    const FORM: &str = "0000-00-00T00:00:00Z";
+    let is_time = |piece: &str| {
+        piece.len() == FORM.len()
+            && piece.bytes().zip(FORM.bytes()).all(|(byte, form)| match form {
+                b'0' => byte.is_ascii_digit(),
+                form => byte == form,
+            })
+    };
+    let mut named = String::new();
+    let mut rest = text;
+    while let Some(c) = rest.chars().next() {
+        if rest.get(..FORM.len()).is_some_and(is_time) {
+            named += "TIME";
+            rest = &rest[FORM.len()..];
+        } else {
+            named.push(c);
+            rest = &rest[c.len_utf8()..];
+        }
+    }
+    named
 }
 
 /// What a Transit engine has wrapped, which is another text each time, as WRAPPED.
