@@ -69,6 +69,7 @@ fn a_ring_that_starts_calls_the_driver_once_for_what_an_earlier_server_may_owe()
     for _ in 0..2 {
         driver.write(0, &[1; SECTOR]);
         let base = driver.frontend.stop_vring(0);
+        driver.queue().take_call(); // That of the write.
         driver.restart(0, base);
         driver.queue().wait_call();
         let_it_work(&mut driver);
