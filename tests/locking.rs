@@ -510,6 +510,30 @@ fn strangers_may_look_and_not_lock() {
     disk.server.still_serves();
 }
 
+/// It was locked, and then nothing could unlock it.
+#[test]
+fn a_disk_whose_passphrase_can_be_read_once_is_not_locked() {
+    let mut volume = Volume::cryptsetup(MIB, 512);
+    let passphrase = std::mem::replace(&mut volume.open[1], "-".into());
+    let (socket, control) = (volume.beside("sock"), volume.beside("control"));
+    let direct = serve(&volume, &socket, &["--control-socket", control.to_str().unwrap()]);
+    let mut command = Command::new("sh");
+    command.args(["-c", r#"exec "$@" <"$0""#, &passphrase]);
+    command.arg(direct.get_program()).args(direct.get_args());
+    let disk = Served {
+        server: Server::at(&mut command, socket),
+        control,
+    };
+    let refused = disk.run("lock");
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(
+        !refused.status.success() && said.contains("end `sealblk serve` (SIGTERM)"),
+        "{said}"
+    );
+    assert_eq!(disk.status()["state"], "open");
+    disk.server.still_serves();
+}
+
 /// A volume that is served with a control socket.
 struct Served {
     server: Server,

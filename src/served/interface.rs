@@ -153,7 +153,7 @@ impl Interface {
 
     fn lock(&self, peer: &Peer) -> Answered {
         self.permit(peer, Privilege::RegisterVM)?;
-        self.served.lock();
+        self.served.lock().map_err(|error| failed(&error))?;
         Ok(Answer::default())
     }
 

@@ -64,7 +64,12 @@ pub enum By {
         recrypt: Box<dyn Providers + Send + Sync>,
     },
     /// A passphrase, which is read each time.
-    Passphrase(Box<Unlock>),
+    Passphrase {
+        /// Reads it, and opens the volume.
+        unlock: Box<Unlock>,
+        /// It can be read once, so that a lock would have no way back.
+        once: bool,
+    },
 }
 
 /// Unlocks a volume.
@@ -144,7 +149,7 @@ impl Opener {
     pub fn unlock(&self, locked: &Locked<'_>) -> Result<Volume, OpenError> {
         Ok(match &self.by {
             By::Providers { attach, .. } => locked.unlock_with_provider(&**attach)?,
-            By::Passphrase(unlock) => unlock(locked)?,
+            By::Passphrase { unlock, .. } => unlock(locked)?,
         })
     }
 }
@@ -153,7 +158,7 @@ impl fmt::Debug for By {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             By::Providers { .. } => "Providers",
-            By::Passphrase(_) => "Passphrase",
+            By::Passphrase { .. } => "Passphrase",
         })
     }
 }
@@ -225,6 +230,12 @@ pub enum ServedError {
     /// Nobody to ask for a KEK.
     #[error("the disk is served by a passphrase, without key providers; rekey it while it is not served")]
     NoProviders,
+    /// It could not be unlocked again.
+    #[error(
+        "the passphrase came by standard input or another inherited descriptor, which gives it once, so that nothing could unlock \
+         the disk again; to take the key away, end `sealblk serve` (SIGTERM): its guest waits until it is started again"
+    )]
+    NoWayBack,
 }
 
 /// The first try to get the key of a volume that is being served.
@@ -327,7 +338,13 @@ impl Served {
     }
 
     /// Takes the key away. When this returns, nothing of it is in this process.
-    pub fn lock(&self) {
+    ///
+    /// # Errors
+    /// [`ServedError::NoWayBack`]; the disk stays open.
+    pub fn lock(&self) -> Result<(), ServedError> {
+        if let By::Passphrase { once: true, .. } = self.opener.by {
+            return Err(ServedError::NoWayBack);
+        }
         // It is in force at once, also while a rekey or an unlock waits for a server.
         let withdrawal = {
             let mut order = lock(&self.order);
@@ -344,6 +361,7 @@ impl Served {
         lock(&self.order).locking -= 1;
         self.changed.notify_all();
         self.tell_manager();
+        Ok(())
     }
 
     /// Fetches the key, and has the disk served again, once the locks that were asked for before are done.
