@@ -1,8 +1,30 @@
 //! What lies under an error.
 
 use std::error::Error;
+use std::io;
 
 /// The cause of `error`, the cause of that, and so on.
 pub(crate) fn causes<'e>(error: &'e (dyn Error + 'e)) -> impl Iterator<Item = &'e (dyn Error + 'static)> {
     std::iter::successors(error.source(), |error| (*error).source())
+}
+
+/// What an operator can do about the answer of the system to something that names a file; it stands behind what failed.
+pub(crate) fn remedy(error: &io::Error) -> &'static str {
+    if error.raw_os_error() == Some(libc::EIO) {
+        return "; the device or file system fails: see the kernel's log (`dmesg`)";
+    }
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => "; run this as a user who may, or have its owner let this one in",
+        io::ErrorKind::NotFound => "; is the name right, and is there such a directory?",
+        io::ErrorKind::IsADirectory => "; name a file or a block device",
+        io::ErrorKind::NotADirectory => "; a part of this path is no directory: is the name right?",
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "; make room there, and try again",
+        io::ErrorKind::ReadOnlyFilesystem => {
+            "; remount the file system for writing, or name a place elsewhere"
+        }
+        io::ErrorKind::FileTooLarge => {
+            "; lift the limit on the size of files (`ulimit -f`), or name a file system that takes larger ones"
+        }
+        _ => "",
+    }
 }

@@ -13,7 +13,7 @@ use sealblk::cipher::{Reader, Sector, SectorSize, Workspace};
 use sealblk::keys::arena::SecretBytes;
 use sealblk::keys::registry::{Backup, Registry, Source};
 use sealblk::keys::{KeyProvider, Providers};
-use sealblk::storage::{Access, Backing, StorageError};
+use sealblk::storage::{Access, Backing, FileLock, StorageError};
 use sealblk::volume::segment::Treatment;
 use sealblk::volume::{
     Argon2Cost, CopiesInfo, CreateOptions, HeaderError, HeaderState, Info, LockMode, Locked, MetadataLock,
@@ -314,7 +314,7 @@ fn a_keyslot_to_be_ignored_is_not_tried() {
 fn cryptsetup_waits_for_our_lock_and_we_wait_for_theirs() {
     let disk = Disk::created(SectorSize::B512);
     let file = File::options().read(true).write(true).open(&disk.path).unwrap();
-    let lock = MetadataLock::acquire(&file, LockMode::Write).unwrap();
+    let lock = MetadataLock::acquire(&file, LockMode::Write, FileLock::Flock).unwrap();
     let mut child = Command::new("cryptsetup")
         .args(["luksDump", disk.path.to_str().unwrap()])
         .stdout(Stdio::null())

@@ -20,9 +20,10 @@ use std::sync::{Arc, OnceLock};
 use rustix::fs::{Advice, Mode, OFlags, fadvise};
 
 use super::capabilities::{self, Protection, block_device_size, direct_alignment, logical_block_size};
-use super::claim::{Claim, claim};
+use super::claim::{self, Claim};
 use super::loss::Losses;
 use super::pool::PAGE;
+use crate::causes::remedy;
 
 /// What a [`Backing`] is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,13 +45,24 @@ pub enum Kind {
     BlockDevice,
 }
 
+/// What keeps others from the metadata in a file while they are read or written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileLock {
+    /// flock(2).
+    Flock,
+    /// The claim on the file, which keeps out flock(2) too.
+    Claimed,
+    /// Nothing: there is no claim, and flock(2) would wait for that of who serves the disk.
+    None,
+}
+
 /// Why a file or block device cannot be used as storage.
 #[derive(Debug, thiserror::Error)]
 pub enum StorageError {
-    #[error("{}: cannot be opened for {}", path.display(), match access {
+    #[error("{}: cannot be opened for {}{}", path.display(), match access {
         Access::ReadOnly | Access::Inspect => "reading",
         Access::ReadWrite => "reading and writing",
-    })]
+    }, remedy(source))]
     Open {
         path: PathBuf,
         access: Access,
@@ -70,11 +82,14 @@ pub enum StorageError {
          name it in the place of what is under it", path.display(), device.display()
     )]
     UnderLoop { path: PathBuf, device: PathBuf },
-    #[error("{}: cannot be locked, so nothing would keep a second server from it", path.display())]
+    #[error(
+        "{}: cannot be locked, so nothing would keep a second server from it; mount its file system with locks, or put the disk \
+         elsewhere", path.display()
+    )]
     Lock { path: PathBuf, source: io::Error },
-    #[error("{}: its size cannot be read", path.display())]
+    #[error("{}: its size cannot be read{}", path.display(), remedy(source))]
     Size { path: PathBuf, source: io::Error },
-    #[error("{}: cannot be opened a second time for the data path", path.display())]
+    #[error("{}: cannot be opened a second time for the data path{}", path.display(), remedy(source))]
     Reopen { path: PathBuf, source: io::Error },
 }
 
@@ -161,7 +176,7 @@ impl Backing {
         {
             return Err(protected(Protection::Device));
         }
-        let _claim = claim(&file, path, access)?;
+        let _claim = claim::claim(&file, path, access)?;
         let witness = match access {
             Access::ReadWrite => {
                 let flags = OFlags::RDONLY | OFlags::CLOEXEC;
@@ -217,6 +232,15 @@ impl Backing {
             self.losses.record();
         }
         result
+    }
+
+    /// How to lock metadata, which lie in a file: by flock(2), or not at all.
+    pub fn metadata_lock(&self) -> FileLock {
+        match (claim::one_kind_of_lock(&self.file), self.access) {
+            (false, _) => FileLock::Flock,
+            (true, Access::ReadOnly | Access::ReadWrite) => FileLock::Claimed,
+            (true, Access::Inspect) => FileLock::None,
+        }
     }
 
     /// The path that it was opened by, for messages.

@@ -14,6 +14,9 @@
 //! Loop devices over a file or device are looked for too, since whoever uses one takes no lock of this kind. On a block
 //! device that is to be written, O_EXCL excludes mounts, device-mapper, and other nodes of the device in other containers.
 //!
+//! A network file system may have one kind of lock alone ([`one_kind_of_lock`]); then a claim keeps out flock(2), too, and
+//! nobody may take that by the same open file description: the one would take the place of the other.
+//!
 //! What is left, because Linux tells nobody of it, or gives nothing to lock:
 //! - a device that two numbers lead to (paths of a LUN without multipath), or two hosts; a network file system whose
 //!   server keeps no locks;
@@ -57,6 +60,16 @@ pub(super) fn claim(file: &File, path: &Path, access: Access) -> Result<Claim, S
         claiming.below(file, WHOLE, None, MOST_LAYERS)?;
     }
     Ok(claiming.claim)
+}
+
+/// Whether flock(2) is a lock of the whole file by fcntl(2) here: on NFS and SMB (flock(2), "NFS details", "CIFS details"), and
+/// on 9p (`v9fs_file_flock_dotl` in Linux' fs/9p/vfs_file.c).
+pub(super) fn one_kind_of_lock(file: &File) -> bool {
+    const NFS: u64 = 0x6969;
+    const SMB: [u64; 3] = [0x517b, 0xfe53_4d42, 0xff53_4d42];
+    const V9FS: u64 = 0x0102_1997;
+    let kind = rustix::fs::fstatfs(file).map_or(0, |stat| stat.f_type as u32 as u64);
+    kind == NFS || SMB.contains(&kind) || kind == V9FS
 }
 
 /// The range of bytes of a file or device that is wholly taken: up to the end of what a lock can name.

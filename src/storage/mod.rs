@@ -8,7 +8,7 @@ mod loss;
 mod mounts;
 mod pool;
 
-pub use backing::{Access, Backing, DataFile, Kind, StorageError};
+pub use backing::{Access, Backing, DataFile, FileLock, Kind, StorageError};
 pub use capabilities::Protection;
 pub use engine::{Done, Engine, Event};
 pub use mounts::Mount;

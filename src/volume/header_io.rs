@@ -81,6 +81,9 @@ impl HeaderIo for Backing {
     }
 
     fn set_size(&self, size: u64) -> io::Result<()> {
+        if i64::try_from(size).is_err() {
+            return Err(Errno::FBIG.into());
+        }
         self.file().set_len(size)
     }
 
@@ -125,7 +128,7 @@ impl HeaderIo for Backing {
     }
 
     fn lock(&self, mode: LockMode) -> io::Result<MetadataLock<'_>> {
-        MetadataLock::acquire(self.file(), mode)
+        MetadataLock::acquire(self.file(), mode, self.metadata_lock())
     }
 }
 

@@ -23,6 +23,8 @@ use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, fstat, major, minor, mkdir, openat, stat, unlink};
 use rustix::io::Errno;
 
+use crate::storage::FileLock;
+
 /// What is done under the lock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LockMode {
@@ -35,12 +37,12 @@ pub enum LockMode {
 pub struct MetadataLock<'file>(Held<'file>);
 
 impl<'file> MetadataLock<'file> {
-    /// Waits for the lock on `file`, but not for ever. To read a block device without being allowed to lock it, it may be
-    /// none: see [`MetadataLock::is_held`].
+    /// Waits for the lock on `file`, but not for ever; a regular file is locked as `by` says. To read a block device without
+    /// being allowed to lock it, it may be none: see [`MetadataLock::is_held`].
     ///
     /// # Errors
     /// Where there is no such lock to be had, or somebody else keeps it.
-    pub fn acquire(file: &'file File, mode: LockMode) -> io::Result<Self> {
+    pub fn acquire(file: &'file File, mode: LockMode, by: FileLock) -> io::Result<Self> {
         let metadata = file.metadata()?;
         if metadata.file_type().is_block_device() {
             let rdev = metadata.rdev();
@@ -59,8 +61,14 @@ impl<'file> MetadataLock<'file> {
                 },
             };
         }
-        wait_for(file.as_fd(), mode)?;
-        Ok(Self(Held::File(file.as_fd())))
+        match by {
+            FileLock::Flock => {
+                wait_for(file.as_fd(), mode)?;
+                Ok(Self(Held::File(file.as_fd())))
+            }
+            FileLock::Claimed => Ok(Self(Held::Unshared)),
+            FileLock::None => Ok(Self(Held::Nothing)),
+        }
     }
 
     /// No lock at all, for what nobody else can open.
@@ -195,14 +203,14 @@ mod tests {
             file.reopen().unwrap(),
             file.reopen().unwrap(),
         );
-        let first = MetadataLock::acquire(&one, LockMode::Read).unwrap();
-        let second = MetadataLock::acquire(&two, LockMode::Read).unwrap();
+        let first = MetadataLock::acquire(&one, LockMode::Read, FileLock::Flock).unwrap();
+        let second = MetadataLock::acquire(&two, LockMode::Read, FileLock::Flock).unwrap();
         assert_eq!(
             flock(&three, FlockOperation::NonBlockingLockExclusive),
             Err(Errno::AGAIN)
         );
         drop((first, second));
-        let _third = MetadataLock::acquire(&three, LockMode::Write).unwrap();
+        let _third = MetadataLock::acquire(&three, LockMode::Write, FileLock::Flock).unwrap();
         assert_eq!(
             flock(&one, FlockOperation::NonBlockingLockShared),
             Err(Errno::AGAIN)
