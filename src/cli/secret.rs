@@ -16,6 +16,7 @@ use clap::builder::{OsStringValueParser, TypedValueParser, ValueParser, ValuePar
 
 use super::output;
 use crate::keys::arena::{ArenaError, SecretBytes};
+use crate::keys::private::{self, Exposed, Forbid};
 
 /// The longest secret that is read, in bytes: that of cryptsetup's key files.
 const MAX_LEN: usize = 8 << 20;
@@ -145,8 +146,15 @@ impl SecretSource {
             source,
         };
         let mut file = self.open(&location)?;
+        let metadata = file.metadata().map_err(io)?;
+        if let Self::File(path) = self
+            && metadata.is_file()
+            && let Err(open_to_others @ Exposed::Mode { .. }) = private::check(path, &metadata, Forbid::All)
+        {
+            output::note(&format!("{location}: {open_to_others}"));
+        }
         // A file tells how long it is. One byte more is for its end.
-        let expected = file.metadata().map_or(0, |metadata| metadata.len());
+        let expected = metadata.len();
         let expected = usize::try_from(expected).unwrap_or(MAX_LEN).min(MAX_LEN) + 1;
         let mut secret = SecretBytes::zeroed(expected.max(PIECE))?;
         let mut len = 0;
@@ -182,6 +190,11 @@ impl SecretSource {
             },
             Some(error) => error.into(),
         })
+    }
+
+    /// Whether it is gone once it has been read: an inherited descriptor's offset stays at the end of what was read.
+    pub fn can_be_read_once(&self) -> bool {
+        matches!(self, Self::Descriptor(_))
     }
 
     fn open(&self, location: &str) -> Result<File, SecretError> {
