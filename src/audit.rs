@@ -17,12 +17,15 @@ use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
-use std::time::SystemTime;
+use std::thread;
+use std::time::{Duration, SystemTime};
 
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
+use crate::causes::remedy;
 use crate::control::events::Event;
 use crate::keys::private;
 use crate::parsing;
@@ -59,7 +62,7 @@ struct Known {
 #[derive(Debug, thiserror::Error)]
 pub enum AuditError {
     /// The file system.
-    #[error("the audit log {} cannot be {action}", path.display())]
+    #[error("the audit log {} cannot be {action}{}", path.display(), remedy(source))]
     Io {
         /// "opened", "written" …
         action: &'static str,
@@ -101,7 +104,7 @@ pub enum AuditError {
         path: PathBuf,
     },
     /// The end is not what it was.
-    #[error("{}: no line has the hash {head}: the log was cut, or this head is another log's", path.display())]
+    #[error("{}: no line has the hash {head}: the log was cut, or this head is another log's; keep the file for whoever looks into it", path.display())]
     HeadNotFound {
         /// The log.
         path: PathBuf,
@@ -162,8 +165,7 @@ impl AuditLog {
     /// Does `work` at the end of the log, which no other process changes meanwhile.
     fn locked<T>(&self, work: impl FnOnce(&mut End) -> Result<T, AuditError>) -> Result<T, AuditError> {
         let mut end = self.end.lock().unwrap_or_else(PoisonError::into_inner);
-        claim(&end.file, FlockOperation::LockExclusive)
-            .map_err(|error| self.failed("locked")(error.into()))?;
+        claim(&end.file).map_err(|error| self.failed("locked")(error.into()))?;
         let done = self
             .is_in_place(&end.file)
             .and_then(|()| self.catch_up(&mut end))
@@ -318,16 +320,25 @@ pub fn verify_each(
 /// How long the log is while no record is being written: so much of it does not change any more. Nobody has to wait while it is
 /// read.
 fn settled_len(file: &File) -> io::Result<u64> {
-    // A copy may lie where there are no locks, and nobody writes it.
-    let _ = claim(file, FlockOperation::LockShared);
+    // A copy may lie where there are no locks, or be locked by who has made it, and nobody writes it.
+    for _ in 0..WRITES {
+        match flock(file, FlockOperation::NonBlockingLockShared) {
+            Err(Errno::AGAIN | Errno::INTR) => thread::sleep(WRITE),
+            Ok(()) | Err(_) => break,
+        }
+    }
     let len = file.metadata().map(|metadata| metadata.len());
     let _ = flock(file, FlockOperation::Unlock);
     len
 }
 
+/// How long a record takes to be written, with the sync of a slow disk; and how many are waited for.
+const WRITE: Duration = Duration::from_millis(10);
+const WRITES: u32 = 200;
+
 /// Waits for the file's lock, behind those who came before. All who take it have it for a moment.
-fn claim(file: &File, how: FlockOperation) -> rustix::io::Result<()> {
-    rustix::io::retry_on_intr(|| flock(file, how))
+fn claim(file: &File) -> rustix::io::Result<()> {
+    rustix::io::retry_on_intr(|| flock(file, FlockOperation::LockExclusive))
 }
 
 /// A chain, up to somewhere in a log.
@@ -441,6 +452,17 @@ mod tests {
                 .unwrap();
         }
         path
+    }
+
+    /// Whoever had made the copy could have kept who verified it waiting for ever.
+    #[test]
+    fn a_copy_that_somebody_keeps_locked_is_verified() {
+        let dir = tempfile::tempdir().unwrap();
+        let copy = dir.path().join("copy");
+        fs::copy(log_of(&dir, 3), &copy).unwrap();
+        let keeper = File::open(&copy).unwrap();
+        flock(&keeper, FlockOperation::LockExclusive).unwrap();
+        assert_eq!(verify(&copy, None).unwrap().records, 3);
     }
 
     #[test]

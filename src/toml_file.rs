@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 
+use crate::causes::remedy;
 use crate::keys::private::{self, Forbid};
 use crate::parsing::{self, NotUnderstood};
 
@@ -13,7 +14,7 @@ use crate::parsing::{self, NotUnderstood};
 #[derive(Debug, thiserror::Error)]
 pub enum TomlFileError {
     /// The file system refused.
-    #[error("cannot read {}", path.display())]
+    #[error("cannot read {}{}", path.display(), remedy(source))]
     Read {
         /// The file.
         path: PathBuf,

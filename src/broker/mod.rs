@@ -79,7 +79,9 @@ pub enum BrokerError {
     #[error("the broker cannot be set up")]
     Random(#[source] getrandom::Error),
     /// Its address.
-    #[error("the broker cannot listen on {address}")]
+    #[error(
+        "the broker cannot listen on {address}; name an address of this host that nothing else listens on"
+    )]
     Listen {
         /// The address.
         address: SocketAddr,

@@ -138,7 +138,7 @@ pub enum Failure {
     #[error(transparent)]
     Registry(#[from] RegistryError),
     /// The volume.
-    #[error(transparent)]
+    #[error("{error}{remedy}", error = .0, remedy = where_else(.0))]
     Volume(#[from] VolumeError),
     /// A disk that is not encrypted.
     #[error("{volume}; {}", unencrypted(volume))]
@@ -490,6 +490,16 @@ fn broker_code(error: &StateError) -> u8 {
         | StateError::Unknown { .. }
         | StateError::Name(_)
         | StateError::Register(_) => USAGE,
+    }
+}
+
+/// Where a volume may be that was looked for in the wrong place.
+fn where_else(volume: &VolumeError) -> &'static str {
+    match &*volume.reason {
+        Reason::Header(HeaderError::NotLuks { .. }) => {
+            "; name the disk that holds the volume, or the file of its header if that is detached"
+        }
+        _ => "",
     }
 }
 

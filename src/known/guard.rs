@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use super::survey::{Sighting, survey};
 use super::{Index, Known};
+use crate::causes::remedy;
 use crate::keys::registry::{Backup, Registry, RegistryError};
 use crate::keys::{KeyError, KeyId, KeyProvider, KeyReason, KeyState, Reach, Revocation, harmless};
 
@@ -44,7 +45,7 @@ pub enum GuardError {
     )]
     NotBackedUp(String),
     /// The list of volumes cannot be read.
-    #[error("what volumes there are cannot be told: {}", path.display())]
+    #[error("what volumes there are cannot be told: {}{}", path.display(), remedy(source))]
     Index {
         /// The list.
         path: PathBuf,

@@ -13,6 +13,7 @@ use rustix::fs::{FlockOperation, flock};
 
 use super::survey::{Standing, look};
 use super::{Index, Known, MOST, PLACES, Remark, name_of, note_of, read};
+use crate::causes::remedy;
 use crate::keys::{Binding, KeyError, KeyReason, private};
 use std::path::Path;
 
@@ -60,7 +61,7 @@ pub enum NotAnnounced {
     #[error("{}: there is no room to note which key the volume is bound to; drop what is gone with `sealblk key scan`", .0.display())]
     NoRoom(PathBuf),
     /// The list cannot be written.
-    #[error("{}: it cannot be noted which key the volume is bound to", path.display())]
+    #[error("{}: it cannot be noted which key the volume is bound to{}", path.display(), remedy(source))]
     Io {
         /// The list.
         path: PathBuf,

@@ -264,7 +264,14 @@ fn read_copy(io: &dyn HeaderIo, copy: Copy, offset: u64) -> Result<One, Damage> 
     io.read_at(&mut block, offset)?;
     let binary = BinaryHeader::decode(&block, copy, offset)?;
     let mut whole = vec![0; binary.header_size as usize];
-    io.read_at(&mut whole, offset)?;
+    io.read_at(&mut whole, offset)
+        .map_err(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => Damage::CutShort {
+                // That of both copies.
+                end: 2 * binary.header_size,
+            },
+            _ => error.into(),
+        })?;
     // What was decoded first must be what the checksum covers.
     if whole[..binary::LEN] != block || !checksum_holds(binary.checksum, &whole) {
         return Err(Damage::Checksum);
@@ -301,6 +308,10 @@ fn no_header(io: &dyn HeaderIo, primary: Damage, secondary: Damage) -> HeaderErr
         (Damage::Binary(BinaryError::Version { version: 1 }), _) => HeaderError::Luks1,
         (Damage::Io(error), Damage::NotFound) if error.kind() == io::ErrorKind::UnexpectedEof => not_luks(),
         (Damage::Binary(BinaryError::Magic), Damage::NotFound) => not_luks(),
+        (&Damage::CutShort { end }, _) => match io.size() {
+            Ok(len) => HeaderError::Truncated { len, end },
+            Err(error) => HeaderError::Length(error),
+        },
         // Two sound copies that say what we do not know are somebody's good header, which no older backup should replace.
         (Damage::Metadata { source, .. }, Damage::Metadata { .. }) => HeaderError::NotUnderstood {
             copy: Copy::Primary,
@@ -336,6 +347,8 @@ pub enum Damage {
     Io(#[from] io::Error),
     #[error(transparent)]
     Binary(#[from] BinaryError),
+    #[error("it goes on behind the end")]
+    CutShort { end: u64 },
     #[error("its checksum is wrong")]
     Checksum,
     #[error("its metadata are not understood: {source}")]
@@ -387,7 +400,9 @@ pub enum HeaderError {
          a later version of cryptsetup may have written it"
     )]
     NotUnderstood { copy: Copy, source: MetadataError },
-    #[error("the LUKS2 header takes {end} bytes, and there are only {len}; the file or device was cut short")]
+    #[error(
+        "the LUKS2 header takes {end} bytes, and there are only {len}: the file or device was cut short; bring it back from a backup, or make the device as long as it was"
+    )]
     Truncated { len: u64, end: u64 },
     #[error(
         "the primary copy of the LUKS2 header is damaged, and there is a signature of {format} in its place; if \

@@ -12,6 +12,7 @@ use super::foreign::{Format, Owner, Unpack};
 use super::kdf::KdfError;
 use super::keyslot::KeyslotError;
 use super::refusal::Refusal;
+use crate::causes::remedy;
 use crate::cipher::CipherError;
 use crate::keys::arena::ArenaError;
 use crate::keys::{KeyError, KeyId, KeyState};
@@ -213,13 +214,13 @@ pub enum Reason {
         "a disk of {capacity} bytes is not possible: it must be a multiple of the sector size, {sector_size}"
     )]
     Capacity { capacity: u64, sector_size: usize },
-    #[error("{len} bytes are too few: {needed} are needed")]
+    #[error("{len} bytes are too few: {needed} are needed; make it longer, or ask for a smaller disk")]
     TooSmall { len: u64, needed: u64 },
-    #[error("label {label:?} does not fit: it can be 47 bytes long")]
+    #[error("label {label:?} does not fit: it can be 47 bytes long; give a shorter one")]
     Label { label: String },
-    #[error("it cannot be made {len} bytes long")]
+    #[error("it cannot be made {len} bytes long{}", remedy(source))]
     Grow { len: u64, source: io::Error },
-    #[error("its header area cannot be written")]
+    #[error("its header area cannot be written{}", remedy(.0))]
     Prepare(#[source] io::Error),
     #[error("the kernel's random source failed")]
     Random(#[source] getrandom::Error),

@@ -155,8 +155,8 @@ pub enum Refusal {
     )]
     Detached { segment: Id },
     #[error(
-        "segment {segment} needs the payload to be {needed} bytes long, and it has {payload_len}; the file or \
-         device was cut short"
+        "segment {segment} needs the payload to be {needed} bytes long, and it has {payload_len}: the file or \
+         device was cut short; bring it back from a backup, or make the device as long as it was"
     )]
     PayloadTruncated {
         segment: Id,
