@@ -16,7 +16,7 @@
 //! cipher, storage, keys, tpm
 //! hex, moment, toml_file   how bytes, points in time and settings are written
 //! path_text                how paths are written, of which not all are text
-//! apart                    threads that wait for what may never answer
+//! apart, lookout           threads that wait for what may never answer; looks at places by such threads
 //! causes, mutex, deadline, closer   what lies under an error; what outlives a panic; a limit for the whole of a message;
 //!                                   closing what others can hold up
 //! parsing                  JSON and TOML, read so that no error quotes them
@@ -39,6 +39,7 @@ pub mod device;
 pub mod hex;
 pub mod keys;
 pub mod known;
+mod lookout;
 pub mod moment;
 mod mutex;
 mod parsing;

@@ -1,6 +1,5 @@
 //! TOML files that an operator writes: read strictly, and only where nobody else could have written them.
 
-use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
@@ -46,7 +45,7 @@ pub enum TomlFileError {
 pub(crate) fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, TomlFileError> {
     let own = || path.to_owned();
     let failed = |source| TomlFileError::Read { path: own(), source };
-    let mut file = match File::open(path) {
+    let mut file = match private::open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         file => file.map_err(failed)?,
     };

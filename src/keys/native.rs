@@ -18,7 +18,6 @@
 
 use std::error::Error;
 use std::fmt;
-use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
@@ -321,7 +320,7 @@ fn tpm_failed(name: &str, tpm: &Device, error: TpmError) -> KeyError {
 /// The identity of the key in a file, as far as that can be told without the key.
 fn read_identity(path: &Path) -> io::Result<Option<String>> {
     let mut content = SecretBytes::zeroed(MAX_FILE).map_err(io::Error::other)?;
-    let len = File::open(path)?.read(&mut content)?;
+    let len = private::open(path)?.read(&mut content)?;
     Ok(match content[..len].strip_prefix(MAGIC) {
         Some(key) => key.get(PRIMARY_LEN..).map(hex::encode),
         None => SealedKey::parse(&content[..len]).map(|sealed| sealed.identity),

@@ -1,5 +1,8 @@
 //! Files that hold keys or say which keys count: readable by their owner alone, written whole or not at all.
 //!
+//! Files that settings name are read as such that may never answer: what is no regular file is not read, and neither is one
+//! whose storage is away ([`crate::lookout`]).
+//!
 //! A new file is written beside its final place, synced, renamed, and the directory synced: after a crash at any
 //! moment there is the old file, or none, or the whole new one.
 
@@ -13,6 +16,7 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::KeyReason;
 use super::arena::{ArenaError, SecretBytes};
+use crate::lookout::{Lookout, OF_SETTINGS, Silence};
 
 /// A file or directory that others than its owner can get at.
 #[derive(Debug, thiserror::Error)]
@@ -33,11 +37,18 @@ pub(crate) enum Exposed {
     Owner { path: String, owner: u32, user: u32 },
 }
 
-/// A private file that cannot be used.
+/// A FIFO, a device or a directory.
+#[derive(Debug, thiserror::Error)]
+#[error("it is not a regular file")]
+struct NotAFile;
+
+/// A file that settings name and that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Unreadable {
     #[error("it cannot be read")]
     Io(#[from] io::Error),
+    #[error(transparent)]
+    Silent(#[from] Silence),
     #[error(transparent)]
     Exposed(#[from] Exposed),
     #[error("it is longer than {0} bytes")]
@@ -51,6 +62,7 @@ impl Unreadable {
     pub(super) fn reason(&self) -> KeyReason {
         match self {
             Self::Arena(_) => KeyReason::Host,
+            Self::Silent(_) => KeyReason::Unreachable,
             Self::Io(_) | Self::Exposed(_) | Self::TooLong(_) => KeyReason::Invalid,
         }
     }
@@ -93,31 +105,60 @@ pub(crate) fn check(path: &Path, metadata: &fs::Metadata, forbid: Forbid) -> Res
     }
 }
 
+/// Opens a file to read it. What is not a regular file is not waited for.
+pub(crate) fn open(path: &Path) -> io::Result<File> {
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path)?;
+    match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(io::Error::new(io::ErrorKind::InvalidInput, NotAFile)),
+    }
+}
+
+/// What `read` brings of a file, unless its storage does not answer.
+fn answered<T: Send + 'static>(
+    path: &Path,
+    read: impl FnOnce(&Path, File) -> Result<T, Unreadable> + Send + 'static,
+) -> Result<T, Unreadable> {
+    Lookout::of(&OF_SETTINGS).at(path, |path| read(path, open(path)?))?
+}
+
+/// Reads a file that has at most `longest` bytes, and that anybody may know.
+pub(crate) fn read_public(path: &Path, longest: usize) -> Result<Vec<u8>, Unreadable> {
+    answered(path, move |_, file| {
+        let mut content = Vec::new();
+        file.take(longest as u64 + 1).read_to_end(&mut content)?;
+        match content.len() > longest {
+            true => Err(Unreadable::TooLong(longest)),
+            false => Ok(content),
+        }
+    })
+}
+
 /// Reads a file that its owner alone can get at, and that has at most `longest` bytes, into the key arena.
 pub(crate) fn read(path: &Path, longest: usize) -> Result<SecretBytes, Unreadable> {
-    let mut file = File::open(path)?;
-    let metadata = file.metadata()?;
-    check(path, &metadata, Forbid::All)?;
-    // What is no file tells no length.
-    let expected = match metadata.is_file() {
-        true => longest.min(metadata.len() as usize),
-        false => longest,
-    };
-    // One byte more shows that there are too many.
-    let mut content = SecretBytes::zeroed(expected + 1)?;
-    let mut len = 0;
-    while len <= expected {
-        match file.read(&mut content[len..]) {
-            Ok(0) => {
-                content.truncate(len);
-                return Ok(content);
+    answered(path, move |path, mut file| {
+        let metadata = file.metadata()?;
+        check(path, &metadata, Forbid::All)?;
+        let expected = longest.min(metadata.len() as usize);
+        // One byte more shows that there are too many.
+        let mut content = SecretBytes::zeroed(expected + 1)?;
+        let mut len = 0;
+        while len <= expected {
+            match file.read(&mut content[len..]) {
+                Ok(0) => {
+                    content.truncate(len);
+                    return Ok(content);
+                }
+                Ok(read) => len += read,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e.into()),
             }
-            Ok(read) => len += read,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e.into()),
         }
-    }
-    Err(Unreadable::TooLong(longest))
+        Err(Unreadable::TooLong(longest))
+    })
 }
 
 /// Makes a directory with mode 0700, and its parents; one that exists is left as it is.

@@ -28,7 +28,6 @@
 //! and user.
 
 mod guard;
-mod lookout;
 mod noting;
 mod room;
 pub mod survey;

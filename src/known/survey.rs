@@ -12,10 +12,10 @@ use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::lookout::Lookout;
 use super::room::remark;
 use super::{By, Index, Known, Occasion, Remark, read, remove};
 use crate::keys::Binding;
+use crate::lookout::{Lookout, OF_CALLERS};
 use crate::path_text::{from_text, to_text};
 use crate::storage::{Access, Backing};
 use crate::volume::{Bindings, BoundTo, HeaderError};
@@ -80,7 +80,7 @@ const UNKNOWN: &str = "unknown";
 /// What each of `notes` is worth. A place is looked at once. Since when a volume is bound to its key, its own header tells.
 pub fn survey(notes: impl IntoIterator<Item = Known>) -> Vec<Sighting> {
     let began = Instant::now();
-    let mut lookout = Lookout::default();
+    let mut lookout = Lookout::of(&OF_CALLERS);
     let mut seen: HashMap<String, Found> = HashMap::new();
     let judge = |mut known: Known| {
         if !seen.contains_key(&known.path) {
@@ -103,7 +103,7 @@ pub fn survey(notes: impl IntoIterator<Item = Known>) -> Vec<Sighting> {
 
 /// What one note is worth.
 pub(super) fn look(known: &Known) -> Standing {
-    Found::by(&mut Lookout::default(), &from_text(&known.path)).judge(known)
+    Found::by(&mut Lookout::of(&OF_CALLERS), &from_text(&known.path)).judge(known)
 }
 
 /// What a look at volumes has brought.
@@ -140,7 +140,7 @@ impl Index {
     /// Drops what is noted of a volume that was erased, at the place where it was, whatever names that has: unless it is there
     /// still, or that cannot be told. Users say what they like: of them, only their own notes go.
     pub fn erased(&self, volume: Uuid, path: &Path, by: By) {
-        let mut lookout = Lookout::default();
+        let mut lookout = Lookout::of(&OF_CALLERS);
         if !matches!(Found::by(&mut lookout, path), Found::NoVolume) {
             return;
         }
@@ -162,7 +162,7 @@ impl Index {
     /// Looks at the volumes in `paths`, and notes what they are bound to.
     pub fn scan<'p>(&self, paths: impl Iterator<Item = &'p Path>, by: By) -> Scanned {
         let mut scanned = Scanned::default();
-        let mut lookout = Lookout::default();
+        let mut lookout = Lookout::of(&OF_CALLERS);
         for path in paths {
             let told = to_text(path);
             match Found::by(&mut lookout, path) {

@@ -15,8 +15,6 @@ mod client;
 mod failure;
 mod pem;
 
-use std::fs::File;
-use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -32,7 +30,7 @@ use super::KeyReason;
 use super::private::{self, Unreadable};
 
 /// The most that is read of a file of certificates; a bundle of all public authorities has a fifth of that.
-const CERTIFICATES_LIMIT: u64 = 1 << 20;
+const CERTIFICATES_LIMIT: usize = 1 << 20;
 /// The most that is read of a key's file.
 const KEY_LIMIT: usize = 64 << 10;
 
@@ -67,12 +65,8 @@ pub(crate) struct TlsFileError {
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Unusable {
-    #[error("it cannot be read")]
-    Io(#[from] io::Error),
     #[error(transparent)]
-    PrivateKey(#[from] Unreadable),
-    #[error("it is larger than {0} bytes")]
-    TooLarge(u64),
+    Unreadable(#[from] Unreadable),
     #[error(transparent)]
     Pem(#[from] BadPem),
     #[error(transparent)]
@@ -122,7 +116,7 @@ impl TlsFileError {
     /// What an operator would act on.
     pub(super) fn reason(&self) -> KeyReason {
         match &self.cause {
-            Unusable::PrivateKey(error) => error.reason(),
+            Unusable::Unreadable(error) => error.reason(),
             _ => KeyReason::Invalid,
         }
     }
@@ -136,14 +130,10 @@ fn at<T>(path: &Path, result: Result<T, Unusable>) -> Result<T, TlsFileError> {
 }
 
 pub(super) fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Unusable> {
-    let mut file = Vec::new();
-    let read = File::open(path)?
-        .take(CERTIFICATES_LIMIT + 1)
-        .read_to_end(&mut file)?;
-    if read as u64 > CERTIFICATES_LIMIT {
-        return Err(Unusable::TooLarge(CERTIFICATES_LIMIT));
-    }
-    Ok(pem::certificates(&file)?)
+    Ok(pem::certificates(&private::read_public(
+        path,
+        CERTIFICATES_LIMIT,
+    )?)?)
 }
 
 fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, Unusable> {

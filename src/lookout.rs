@@ -1,15 +1,16 @@
 //! A look at places that may never answer: a file system whose server is away, a device that has lost its paths. What waits for
 //! one of these may not even be killed, so each look is a thread's, which can be left behind.
 //!
-//! There are at most [`MOST`] such threads in a process. A place that was silent is not asked again as long as the thread that
-//! asked it waits, and neither is what else lies on a file system that is silent itself.
+//! There are at most [`MOST`] such threads for each [`Pool`]: places that callers name cannot use up those for the files that this
+//! host's settings name. A place is asked by one thread at a time. One that was silent is not asked again as long as the thread
+//! that asked it waits, and neither is what else lies on a file system that is silent itself.
 //!
 //! Such a thread has no descriptors of the process' ([`crate::apart`]).
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Sender};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::Duration;
 
@@ -22,12 +23,17 @@ use crate::storage::Mount;
 
 /// How long a place may take: longer than a disk that has to spin up, on most days.
 const LIMIT: Duration = Duration::from_secs(5);
-/// The most threads that look, or wait in vain.
+/// The most threads of a pool that look, or wait in vain.
 const MOST: usize = 8;
+
+/// Places that callers of this process name.
+pub(crate) static OF_CALLERS: Pool = Pool::new();
+/// Files that the settings of this host name.
+pub(crate) static OF_SETTINGS: Pool = Pool::new();
 
 /// Why nothing is known of a place.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Silence {
+pub(crate) enum Silence {
     #[error("it does not answer")]
     Place,
     #[error("{} does not answer", .0.display())]
@@ -37,8 +43,9 @@ pub(super) enum Silence {
 }
 
 /// Somebody who looks at one place after the other.
-#[derive(Debug, Default)]
-pub(super) struct Lookout {
+#[derive(Debug)]
+pub(crate) struct Lookout {
+    pool: &'static Pool,
     looker: Option<Looker>,
     /// Where something is mounted; read once.
     mounts: Option<Vec<PathBuf>>,
@@ -54,23 +61,37 @@ type Job = Box<dyn FnOnce() + Send>;
 #[derive(Debug)]
 struct Looker(Sender<Job>);
 
-/// What all of a process' lookouts share.
+/// What lookouts share.
+#[derive(Debug)]
+pub(crate) struct Pool {
+    shared: Mutex<Shared>,
+    /// A looker has ended, or a place was asked.
+    freed: Condvar,
+}
+
 #[derive(Debug)]
 struct Shared {
     lookers: usize,
+    /// What is being asked just now.
+    asked: Vec<PathBuf>,
     /// What did not answer, each with what its thread lets go of when it comes back.
     silent: Vec<(PathBuf, Weak<()>)>,
 }
 
-static SHARED: Mutex<Shared> = Mutex::new(Shared {
-    lookers: 0,
-    silent: Vec::new(),
-});
-static FREED: Condvar = Condvar::new();
-
 impl Lookout {
+    /// One that shares with the others of `pool`.
+    pub(crate) fn of(pool: &'static Pool) -> Self {
+        Self {
+            pool,
+            looker: None,
+            mounts: None,
+            answers: HashMap::new(),
+            busy: false,
+        }
+    }
+
     /// What `look` sees at `place`.
-    pub(super) fn at<T: Send + 'static>(
+    pub(crate) fn at<T: Send + 'static>(
         &mut self,
         place: &Path,
         look: impl FnOnce(&Path) -> T + Send + 'static,
@@ -105,9 +126,7 @@ impl Lookout {
         place: &Path,
         look: impl FnOnce(&Path) -> T + Send + 'static,
     ) -> Result<T, Silence> {
-        if is_silent(place) {
-            return Err(Silence::Place);
-        }
+        let _turn = self.pool.turn(place)?;
         let waits = Arc::new(());
         let still_waits = Arc::downgrade(&waits);
         let (reply, answer) = mpsc::sync_channel(1);
@@ -122,14 +141,16 @@ impl Lookout {
         }
         answer.recv_timeout(LIMIT).map_err(|_| {
             self.looker = None;
-            shared(|shared| shared.silent.push((place.to_owned(), still_waits)));
+            lock(&self.pool.shared)
+                .silent
+                .push((place.to_owned(), still_waits));
             Silence::Place
         })
     }
 
     fn looker(&mut self) -> Result<&Looker, Silence> {
         if self.looker.is_none() && !self.busy {
-            self.looker = Looker::new();
+            self.looker = Looker::new(self.pool);
             self.busy = self.looker.is_none();
         }
         self.looker.as_ref().ok_or(Silence::Busy)
@@ -147,8 +168,8 @@ impl Lookout {
 
 impl Looker {
     /// Nothing, if there are as many as there may be, and stay so.
-    fn new() -> Option<Self> {
-        let seat = Seat::take()?;
+    fn new(pool: &'static Pool) -> Option<Self> {
+        let seat = pool.seat()?;
         let (jobs, given) = mpsc::channel::<Job>();
         let work = move || {
             let _seat = seat;
@@ -165,38 +186,75 @@ impl Looker {
     }
 }
 
-/// One of [`MOST`].
-struct Seat;
+impl Pool {
+    const fn new() -> Self {
+        Self {
+            shared: Mutex::new(Shared {
+                lookers: 0,
+                asked: Vec::new(),
+                silent: Vec::new(),
+            }),
+            freed: Condvar::new(),
+        }
+    }
 
-impl Seat {
-    fn take() -> Option<Self> {
-        let shared = lock(&SHARED);
-        let (mut shared, _) = FREED
-            .wait_timeout_while(shared, LIMIT, |shared| shared.lookers >= MOST)
-            .unwrap_or_else(PoisonError::into_inner);
+    fn seat(&'static self) -> Option<Seat> {
+        let mut shared = self.wait_while(|shared| shared.lookers >= MOST);
         let free = shared.lookers < MOST;
         shared.lookers += usize::from(free);
-        free.then_some(Self)
+        free.then_some(Seat(self))
+    }
+
+    /// The turn to ask `place`, unless it is silent.
+    fn turn(&self, place: &Path) -> Result<Turn<'_>, Silence> {
+        let mut shared = self.wait_while(|shared| shared.asked.iter().any(|asked| asked == place));
+        let is_asked = shared.asked.iter().any(|asked| asked == place);
+        if is_asked || shared.is_silent(place) {
+            return Err(Silence::Place);
+        }
+        shared.asked.push(place.to_owned());
+        Ok(Turn {
+            pool: self,
+            place: place.to_owned(),
+        })
+    }
+
+    /// What all share, when that is over, or after the time that a place may take.
+    fn wait_while(&self, waits: impl FnMut(&mut Shared) -> bool) -> MutexGuard<'_, Shared> {
+        let waited = self.freed.wait_timeout_while(lock(&self.shared), LIMIT, waits);
+        waited.unwrap_or_else(PoisonError::into_inner).0
     }
 }
+
+impl Shared {
+    /// Whether a thread still waits for this place.
+    fn is_silent(&mut self, place: &Path) -> bool {
+        self.silent.retain(|(_, waits)| waits.strong_count() > 0);
+        self.silent.iter().any(|(silent, _)| silent == place)
+    }
+}
+
+/// One of [`MOST`].
+struct Seat(&'static Pool);
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        shared(|shared| shared.lookers -= 1);
-        FREED.notify_one();
+        lock(&self.0.shared).lookers -= 1;
+        self.0.freed.notify_all();
     }
 }
 
-fn shared<T>(with: impl FnOnce(&mut Shared) -> T) -> T {
-    with(&mut lock(&SHARED))
+/// The asking of a place.
+struct Turn<'p> {
+    pool: &'p Pool,
+    place: PathBuf,
 }
 
-/// Whether a thread still waits for this place.
-fn is_silent(place: &Path) -> bool {
-    shared(|shared| {
-        shared.silent.retain(|(_, waits)| waits.strong_count() > 0);
-        shared.silent.iter().any(|(silent, _)| silent == place)
-    })
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        lock(&self.pool.shared).asked.retain(|asked| *asked != self.place);
+        self.pool.freed.notify_all();
+    }
 }
 
 #[cfg(test)]
@@ -213,21 +271,44 @@ mod tests {
         // To open a pipe that nobody writes to takes for ever.
         mknodat(CWD, &pipe, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
         let open = |path: &Path| File::open(path).is_ok();
-        let mut lookout = Lookout::default();
+        let mut lookout = Lookout::of(&OF_CALLERS);
         assert!(matches!(lookout.at(&pipe, open), Err(Silence::Place)));
         let asked = Instant::now();
         assert!(matches!(lookout.at(&pipe, open), Err(Silence::Place)));
-        assert!(matches!(Lookout::default().at(&pipe, open), Err(Silence::Place)));
+        assert!(matches!(
+            Lookout::of(&OF_CALLERS).at(&pipe, open),
+            Err(Silence::Place)
+        ));
         assert!(lookout.at(dir.path(), open).unwrap());
         assert!(asked.elapsed() < LIMIT);
 
         // Now it answers, and so does a second one, once the thread that had waited for the first is told.
         let _both = OpenOptions::new().read(true).write(true).open(&pipe).unwrap();
-        while is_silent(&pipe) {
+        while lock(&OF_CALLERS.shared).is_silent(&pipe) {
             assert!(asked.elapsed() < 4 * LIMIT);
             thread::sleep(Duration::from_millis(5));
         }
         assert!(lookout.at(&pipe, open).unwrap());
+    }
+
+    // Each of those who asked one silent place at a time took a thread, and nothing else was looked at any more.
+    #[test]
+    fn any_number_who_ask_a_silent_place_take_one_thread() {
+        static POOL: Pool = Pool::new();
+        let dir = tempfile::tempdir().unwrap();
+        let pipe = dir.path().join("pipe");
+        mknodat(CWD, &pipe, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+        let open = |path: &Path| File::open(path).is_ok();
+        thread::scope(|scope| {
+            for _ in 0..=MOST {
+                scope.spawn(|| {
+                    let asked = Lookout::of(&POOL).at(&pipe, open);
+                    assert!(matches!(asked, Err(Silence::Place)), "{asked:?}");
+                });
+            }
+        });
+        assert!(Lookout::of(&POOL).at(dir.path(), open).unwrap());
+        assert_eq!(lock(&POOL.shared).silent.len(), 1);
     }
 
     #[test]
@@ -239,19 +320,19 @@ mod tests {
             numbers.filter_map(|number| number.parse::<u32>().ok()).max()
         };
         // That of the directory is the first after the standard ones.
-        let most = Lookout::default().at(Path::new("/"), held).unwrap();
+        let most = Lookout::of(&OF_CALLERS).at(Path::new("/"), held).unwrap();
         assert!(most <= Some(3), "{most:?}");
     }
 
     #[test]
     fn mounts_are_found_by_name() {
         assert_eq!(
-            Lookout::default().mount_of(Path::new("/proc/self/mountinfo")),
+            Lookout::of(&OF_CALLERS).mount_of(Path::new("/proc/self/mountinfo")),
             Some("/proc".into())
         );
         let mut lookout = Lookout {
             mounts: Some(["/", "/srv", "/srv/vms"].map(PathBuf::from).to_vec()),
-            ..Lookout::default()
+            ..Lookout::of(&OF_CALLERS)
         };
         for (place, mount) in [("/srv/vms/a", "/srv/vms"), ("/srv/vmsa", "/srv"), ("/a", "/")] {
             assert_eq!(lookout.mount_of(Path::new(place)), Some(mount.into()), "{place}");
