@@ -11,7 +11,9 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use common::DEADLINE;
 use common::agent::Agent;
+use common::fuse::Fuse;
 use common::secrets::as_user;
 use common::serve::{SEALBLK, Server};
 use common::volume::run;
@@ -89,6 +91,77 @@ fn disks_are_made_opened_and_rekeyed_without_the_state_directory() {
         "{said}"
     );
     agent.start();
+}
+
+/// Settings of a KMIP provider whose certificates of authorities are there.
+fn kmip_with(ca: &Path) -> String {
+    format!(
+        "\n[provider.kms]\nkind = \"kmip\"\nservers = [\"127.0.0.1:1\"]\nca = {ca:?}\ncertificate = {ca:?}\nkey = {ca:?}\n"
+    )
+}
+
+// One certificate on storage that did not answer held up the thread that accepts callers: no provider's key was to be had, and
+// the agent did not end.
+#[test]
+fn a_certificate_that_does_not_answer_holds_up_no_other_provider_and_not_the_end() {
+    let mut agent = Agent::new("");
+    let Some(fuse) = Fuse::mount() else {
+        eprintln!("skipped: no FUSE file system can be mounted here");
+        return;
+    };
+    fuse.ignore_all();
+    agent.stop();
+    let mut settings = fs::OpenOptions::new()
+        .append(true)
+        .open(agent.path("state/providers.toml"))
+        .unwrap();
+    settings.write_all(kmip_with(&fuse.path()).as_bytes()).unwrap();
+    agent.start();
+    let started = Instant::now();
+    while !fuse.is_asked() {
+        assert!(started.elapsed() < DEADLINE, "nobody looks at the certificate");
+        thread::sleep(Duration::from_millis(10));
+    }
+    run(&mut agent.verb(&["create", "vm.luks", "--size", "1M", "--provider", "native"]));
+    // Whoever asks for the other one's keys learns why there are none.
+    let refused = agent.verb(&["provider", "list"]).output().unwrap();
+    let said = String::from_utf8([refused.stdout, refused.stderr].concat()).unwrap();
+    assert_eq!(refused.status.code(), Some(4), "{said}");
+    assert!(
+        said.contains("usable") && said.contains("does not answer"),
+        "{said}"
+    );
+    // A process whose thread the kernel has wait is there until the answer comes, and holds nothing that the next one needs.
+    agent.terminate();
+    let ending = Instant::now();
+    while agent.path("agent.sock").exists() {
+        assert!(ending.elapsed() < DEADLINE, "the agent goes on");
+        thread::sleep(Duration::from_millis(10));
+    }
+    let mut first = agent.replace();
+    run(&mut agent.verb(&["rekey", "vm.luks"]));
+    fuse.answer();
+    assert!(first.wait().unwrap().success());
+}
+
+// A FIFO in a certificate's, key's or token's place was waited for, for ever.
+#[test]
+fn what_settings_name_is_read_only_if_it_is_a_file() {
+    let agent = Agent::new("");
+    let fifo = agent.path("fifo");
+    run(Command::new("mkfifo").arg(&fifo));
+    let mut settings = fs::OpenOptions::new()
+        .append(true)
+        .open(agent.path("state/providers.toml"))
+        .unwrap();
+    settings.write_all(kmip_with(&fifo).as_bytes()).unwrap();
+    let refused = agent.verb(&["provider", "check", "kms"]).output().unwrap();
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert_eq!(refused.status.code(), Some(4), "{said}");
+    assert!(
+        said.contains("fifo") && said.contains("is not a regular file"),
+        "{said}"
+    );
 }
 
 /// Every privilege against every call that takes one, by a real user who has that privilege and no other.

@@ -26,6 +26,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -53,6 +54,13 @@ pub const DEFAULT_TIME_TO_LIVE: Duration = Duration::from_secs(600);
 
 /// How often KEKs are looked at for their time, and processes for their end.
 const TICK: Duration = Duration::from_secs(1);
+
+/// What is done so often. Each may have to wait for storage: the audit log's, or that of a certificate.
+const CHORES: [(&str, fn(&Service)); 3] = [
+    ("keys", Service::drop_expired),
+    ("ended", Service::tell_ended),
+    ("certificates", Service::tell_expiring),
+];
 
 /// What a key is asked for. The interface describes which calls and privileges go with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -179,9 +187,19 @@ impl Agent {
     /// # Errors
     /// If it cannot wait for callers.
     pub fn run(self) -> io::Result<()> {
+        for (name, chore) in CHORES {
+            let service = Arc::downgrade(&self.service);
+            // Nobody waits for it: what holds it up holds up no other chore, no caller and not the end.
+            thread::Builder::new().name(name.to_owned()).spawn(move || {
+                loop {
+                    thread::sleep(TICK);
+                    let Some(service) = service.upgrade() else { return };
+                    chore(&service);
+                }
+            })?;
+        }
         let service: Arc<dyn Interface> = Arc::<Service>::clone(&self.service);
-        let tick = || self.service.tick();
-        server::run(&self.listener, &self.ending, &service, Some((TICK, &tick)))
+        server::run(&self.listener, &self.ending, &service)
     }
 }
 

@@ -65,9 +65,13 @@ impl Service {
         }
     }
 
-    /// Lets go of KEKs whose time has come, and of those whose last volume is not served any more.
-    pub(super) fn tick(&self) {
+    /// Lets go of KEKs whose time has come.
+    pub(super) fn drop_expired(&self) {
         self.providers.drop_expired();
+    }
+
+    /// Tells of certificates that are about to expire.
+    pub(super) fn tell_expiring(&self) {
         let expiring = self
             .certificates
             .due(|| self.providers.list().unwrap_or_default());
@@ -79,10 +83,15 @@ impl Service {
                 with(with(fields, "provider", provider), "days", days),
             );
         }
-        for (volume, last) in self.registered.take_ended() {
-            if last {
-                self.providers.forget(&volume.provider, &volume.key_id);
-            }
+    }
+
+    /// Lets go of KEKs whose last volume is not served any more, and tells of all volumes that are not.
+    pub(super) fn tell_ended(&self) {
+        let ended = self.registered.take_ended();
+        for (volume, _) in ended.iter().filter(|(_, last)| *last) {
+            self.providers.forget(&volume.provider, &volume.key_id);
+        }
+        for (volume, last) in ended {
             let mut fields = serde_json::to_value(&volume).expect("texts and numbers are JSON");
             fields = with(fields, "keyDropped", last);
             // There is nobody to tell that the log cannot be written.

@@ -133,7 +133,7 @@ impl Broker {
     /// # Errors
     /// If it cannot wait for hosts.
     pub fn run(self) -> io::Result<()> {
-        listen(&self.listener, &self.ending, None, || {
+        listen(&self.listener, &self.ending, || {
             let (socket, peer) = self.listener.accept()?;
             self.answer(socket, peer);
             Ok(())

@@ -460,7 +460,7 @@ impl ControlSocket {
         thread::scope(|scope| {
             let control = thread::Builder::new().name("control".into());
             let spawned = control.spawn_scoped(scope, || {
-                if let Err(error) = server::run(&self.listener, &ended, &interface, None) {
+                if let Err(error) = server::run(&self.listener, &ended, &interface) {
                     tracing::error!(%error, "the control socket is answered no more");
                 }
             });

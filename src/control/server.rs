@@ -31,18 +31,13 @@ const CALLER_TIMEOUT: Duration = Duration::from_secs(30);
 const STACK: usize = 1 << 20;
 
 /// Answers callers of `listener`, which does not block, until `ending` is readable. Whoever can connect may ask; what a caller
-/// may have is decided by who it is. Meanwhile `tick` is called about as often as it says.
+/// may have is decided by who it is.
 ///
 /// # Errors
 /// If it cannot wait for callers.
-pub fn run(
-    listener: &UnixListener,
-    ending: &OwnedFd,
-    service: &Arc<dyn Interface>,
-    tick: Option<(Duration, &dyn Fn())>,
-) -> io::Result<()> {
+pub fn run(listener: &UnixListener, ending: &OwnedFd, service: &Arc<dyn Interface>) -> io::Result<()> {
     let callers = Arc::new(Callers::default());
-    socket::listen(listener, ending, tick, || {
+    socket::listen(listener, ending, || {
         let stream = socket::accept(listener)?;
         answer(stream.into(), service, &callers);
         Ok(())

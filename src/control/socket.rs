@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Stat};
@@ -300,40 +300,23 @@ pub fn accept(listener: &UnixListener) -> io::Result<UnixStream> {
     }
 }
 
-/// Has `accept` take each caller of `listener`, which does not block, until `ending` is readable. Meanwhile `tick` is called
-/// about as often as it says.
+/// Has `accept`, which must not block, take each caller of `listener` until `ending` is readable.
 ///
 /// # Errors
 /// If it cannot wait for callers.
-pub fn listen(
-    listener: &impl AsFd,
-    ending: &OwnedFd,
-    tick: Option<(Duration, &dyn Fn())>,
-    accept: impl Fn() -> io::Result<()>,
-) -> io::Result<()> {
-    let mut ticked = Instant::now();
-    let timeout = tick.map(|(interval, _)| Timespec {
-        tv_sec: interval.as_secs() as i64,
-        tv_nsec: interval.subsec_nanos().into(),
-    });
+pub fn listen(listener: &impl AsFd, ending: &OwnedFd, accept: impl Fn() -> io::Result<()>) -> io::Result<()> {
     loop {
         let mut fds = [
             PollFd::new(ending, PollFlags::IN),
             PollFd::new(listener, PollFlags::IN),
         ];
-        match poll(&mut fds, timeout.as_ref()) {
+        match poll(&mut fds, None) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
         let [ended, called] = fds.map(|fd| !fd.revents().is_empty());
         if ended {
             return Ok(());
-        }
-        if let Some((interval, tick)) = tick
-            && ticked.elapsed() >= interval
-        {
-            tick();
-            ticked = Instant::now();
         }
         if !called {
             continue;

@@ -136,8 +136,8 @@ impl SharedProviders {
 
     /// Lets go of what the settings do not have any more.
     pub fn refresh(&self) {
-        let mut open = lock(&self.open);
-        open.follow(self.settings());
+        let settings = self.settings();
+        lock(&self.open).follow(settings);
     }
 
     /// Drops the KEKs whose time has come.
@@ -161,13 +161,24 @@ impl SharedProviders {
 
     /// The place of a provider that the settings have.
     fn place(&self, name: &str) -> Result<Arc<Place>, KeyError> {
-        let mut open = lock(&self.open);
-        open.follow(self.settings());
-        if let Some(place) = open.providers.get(name) {
-            return Ok(Arc::clone(place));
+        loop {
+            // Their storage may not answer, and KEKs have to go all the same when their time has come.
+            let settings = self.settings();
+            let known = {
+                let mut open = lock(&self.open);
+                open.follow(settings);
+                open.providers.get(name).map(Arc::clone)
+            };
+            if let Some(place) = known {
+                return Ok(place);
+            }
+            self.registry(name)?.look_up(name)?;
+            let mut open = lock(&self.open);
+            // Else what was looked up may be there no more.
+            if open.settings == settings {
+                return Ok(Arc::clone(open.providers.entry(name.to_owned()).or_default()));
+            }
         }
-        self.registry(name)?.look_up(name)?;
-        Ok(Arc::clone(open.providers.entry(name.to_owned()).or_default()))
     }
 
     fn registry(&self, name: &str) -> Result<Registry, KeyError> {

@@ -48,9 +48,19 @@ impl Agent {
         self.child = start(&self.dir);
     }
 
-    pub fn stop(&mut self) {
+    /// Starts another one, and gives back the one before, which may not have ended.
+    pub fn replace(&mut self) -> Child {
+        std::mem::replace(&mut self.child, start(&self.dir))
+    }
+
+    /// Has it end.
+    pub fn terminate(&self) {
         let pid = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    }
+
+    pub fn stop(&mut self) {
+        self.terminate();
         assert!(self.child.wait().unwrap().success());
     }
 

@@ -18,6 +18,9 @@ const INIT: u32 = 26;
 
 const ROOT: u64 = 1;
 
+/// No process has this number.
+const ALL: u32 = u32::MAX;
+
 #[derive(Debug)]
 pub struct Fuse {
     dir: TempDir,
@@ -61,10 +64,25 @@ impl Fuse {
         })
     }
 
-    /// The file, opened.
+    /// The file.
+    pub fn path(&self) -> PathBuf {
+        self.dir.path().join("file")
+    }
+
+    /// The same, opened.
     pub fn open(&self) -> OwnedFd {
-        let path: PathBuf = self.dir.path().join("file");
+        let path = self.path();
         File::options().read(true).write(true).open(path).unwrap().into()
+    }
+
+    /// Gives nobody an answer any more.
+    pub fn ignore_all(&self) {
+        self.ignore(ALL);
+    }
+
+    /// Whether somebody waits for an answer.
+    pub fn is_asked(&self) -> bool {
+        !self.waiting.requests.lock().unwrap().is_empty()
     }
 
     /// Gives that process no answer any more.
@@ -105,7 +123,8 @@ fn serve(device: &File, waiting: &Waiting) {
         // struct fuse_in_header: len, opcode, unique, nodeid, uid, gid, pid, which is the thread.
         let (opcode, unique, node, thread) = (word(4), long(8), long(16), word(32));
         let process = waiting.process.load(Ordering::SeqCst);
-        if Path::new(&format!("/proc/{process}/task/{thread}")).exists() {
+        let is_theirs = || Path::new(&format!("/proc/{process}/task/{thread}")).exists();
+        if process == ALL && opcode != INIT || is_theirs() {
             waiting.requests.lock().unwrap().push(unique);
             continue;
         }
