@@ -3,14 +3,17 @@
 mod common;
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use common::DEADLINE;
 use common::agent::Agent;
+use common::secrets::as_user;
 use common::serve::{SEALBLK, Server};
 use common::volume::{Volume, run};
 use serde_json::Value;
@@ -111,6 +114,41 @@ fn what_the_agent_does_is_told_to_who_watches() {
     let (code, complaint) = watcher.ended();
     assert_eq!(code, Some(7), "{complaint}");
     assert!(complaint.contains("agent.sock"), "{complaint}");
+}
+
+// One user took all places of watchers, and root's alarm heard nothing any more. Who had left kept its place until something happened.
+#[test]
+fn who_watches_in_number_keeps_nobody_else_from_it() {
+    let users = [4_000_001, 4_000_002];
+    let grant = |user| format!("[[grant]]\nuser = {user}\nprivileges = [\"ReadKeyServersInfo\"]\n");
+    let agent = Agent::new(&users.map(grant).concat());
+    let watch = |user| {
+        let mut stream = as_user(user, || UnixStream::connect(agent.path("agent.sock")).unwrap());
+        stream
+            .write_all(b"{\"method\":\"org.sealblk.Agent.Watch\",\"more\":true}\0")
+            .unwrap();
+        let mut reply = Vec::new();
+        BufReader::new(&stream).read_until(0, &mut reply).unwrap();
+        let reply = String::from_utf8(reply).unwrap();
+        match reply.contains("TooManyWatchers") {
+            true => None,
+            false => Some((stream, reply)),
+        }
+    };
+    let watches = users.map(|user| std::iter::from_fn(|| watch(user)).collect::<Vec<_>>());
+    let counts = watches.each_ref().map(Vec::len);
+    assert!(counts[0] > counts[1] && counts[1] > 0, "{counts:?}");
+    let watcher = Watcher::of(&mut agent.verb(&["events"]));
+    until(&watcher, "ProviderChecked", || {
+        run(&mut agent.verb(&["provider", "check", "native"]));
+    });
+    drop(watcher);
+    drop(watches);
+    let left = Instant::now();
+    while watch(users[0]).is_none() {
+        assert!(left.elapsed() < DEADLINE, "who has left keeps its place");
+        thread::sleep(Duration::from_millis(50));
+    }
 }
 
 #[test]

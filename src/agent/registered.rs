@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::control::peer::Peer;
+use crate::control::places::is_fair;
 use crate::control::privilege::has_all;
 use crate::keys::KeyId;
 use crate::keys::private;
@@ -123,7 +124,8 @@ impl All {
     fn have_room_for(&self, peer: &Peer) -> bool {
         let left = MAX_VOLUMES.saturating_sub(self.served.len());
         let its = |registration: &&Registration| registration.volume.user == peer.user;
-        left > 0 && (has_all(peer) || self.served.values().filter(its).count() < SURE.max(left / 2))
+        let own = self.served.values().filter(its).count();
+        left > 0 && has_all(peer) || is_fair(own, left, SURE)
     }
 
     fn any_under(&self, kek: (&str, &KeyId)) -> bool {

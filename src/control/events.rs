@@ -6,10 +6,14 @@
 
 use std::fmt;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::{Duration, SystemTime};
 
 use serde_json::{Map, Value};
+
+use super::peer::Peer;
+use super::places::{Places, Rooms, Standing, UserPlace, UserPlaces};
+use crate::mutex::lock;
 
 /// Everything that is told of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -188,17 +192,36 @@ impl fmt::Display for Event {
     }
 }
 
-/// The most that watch at a time, and the most events that one may be behind.
-const MAX_WATCHERS: usize = 64;
+/// The most that watch at a time.
+const ROOMS: Rooms = Rooms {
+    own: 64,
+    granted: 64,
+    stranger: 0,
+    sure: 4,
+};
+/// The most events that one may be behind.
 const MAX_BEHIND: usize = 1024;
 
 /// Where a process tells its events.
 #[derive(Debug, Default)]
-pub struct Events(Mutex<Vec<SyncSender<Arc<Value>>>>);
+pub struct Events {
+    watchers: Mutex<Vec<Watcher>>,
+    places: Arc<UserPlaces>,
+}
+
+#[derive(Debug)]
+struct Watcher {
+    sender: SyncSender<Arc<Value>>,
+    /// Gone with its [`Watch`].
+    place: Weak<UserPlace>,
+}
 
 /// The events from now on.
 #[derive(Debug)]
-pub struct Watch(Receiver<Arc<Value>>);
+pub struct Watch {
+    events: Receiver<Arc<Value>>,
+    _place: Arc<UserPlace>,
+}
 
 /// What a watcher gets next.
 #[derive(Debug)]
@@ -227,32 +250,38 @@ impl Events {
             told.extend(fields.clone());
         }
         let told = Arc::new(Value::Object(told));
-        watchers.retain(|watcher| match watcher.try_send(Arc::clone(&told)) {
+        watchers.retain(|watcher| match watcher.sender.try_send(Arc::clone(&told)) {
             Ok(()) => true,
             Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => false,
         });
     }
 
-    /// Hears all events from now on, unless too many do.
-    pub fn watch(&self) -> Option<Watch> {
+    /// Hears all events from now on for `peer`, who may, unless too many do.
+    pub fn watch(&self, peer: &Peer) -> Option<Watch> {
+        let standing = Standing::of(peer, |_| true);
+        let place = Arc::new(Places::take_of(&self.places, ROOMS, peer.user, standing)?);
+        let (sender, events) = sync_channel(MAX_BEHIND);
         let mut watchers = self.lock();
-        if watchers.len() >= MAX_WATCHERS {
-            return None;
-        }
-        let (sender, receiver) = sync_channel(MAX_BEHIND);
-        watchers.push(sender);
-        Some(Watch(receiver))
+        watchers.retain(|watcher| watcher.place.strong_count() > 0);
+        watchers.push(Watcher {
+            sender,
+            place: Arc::downgrade(&place),
+        });
+        Some(Watch {
+            events,
+            _place: place,
+        })
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<SyncSender<Arc<Value>>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Vec<Watcher>> {
+        lock(&self.watchers)
     }
 }
 
 impl Watch {
     /// Waits for the next event.
     pub fn next(&self, timeout: Duration) -> Next {
-        match self.0.recv_timeout(timeout) {
+        match self.events.recv_timeout(timeout) {
             Ok(event) => Next::Event(event),
             Err(RecvTimeoutError::Timeout) => Next::Quiet,
             Err(RecvTimeoutError::Disconnected) => Next::Behind,
@@ -301,11 +330,19 @@ mod tests {
     use super::*;
     use serde_json::json;
 
+    fn peer(user: u32) -> Peer {
+        Peer {
+            user,
+            groups: Vec::new(),
+            process: 1,
+        }
+    }
+
     #[test]
     fn who_watches_hears_everything_and_who_does_not_listen_is_let_go() {
         let events = Events::default();
         events.tell(Event::KeyCreated, &json!({}));
-        let [quick, slow] = [(); 2].map(|()| events.watch().unwrap());
+        let [quick, slow] = [1, 2].map(|user| events.watch(&peer(user)).unwrap());
         for n in 0..=MAX_BEHIND {
             events.tell(Event::KeyReleased, &json!({ "n": n }));
             let Next::Event(told) = quick.next(Duration::ZERO) else {
@@ -325,13 +362,15 @@ mod tests {
     }
 
     #[test]
-    fn no_more_watch_than_may() {
+    fn no_more_watch_than_may_and_who_leaves_makes_room() {
         let events = Events::default();
-        let watches: Vec<_> = (0..MAX_WATCHERS).map(|_| events.watch().unwrap()).collect();
-        assert!(events.watch().is_none());
-        drop(watches);
-        events.tell(Event::KeyCreated, &json!({}));
-        assert!(events.watch().is_some());
+        let all = |user| std::iter::from_fn(|| events.watch(&peer(user))).collect::<Vec<_>>();
+        let [one, other, root] = [4_000_001, 4_000_002, 0].map(all);
+        assert!(one.len() > other.len() && !other.is_empty());
+        assert_eq!(root.len(), ROOMS.own);
+        drop((one, other, root));
+        let watches = all(0);
+        assert_eq!((watches.len(), events.lock().len()), (ROOMS.own, ROOMS.own));
     }
 
     #[test]

@@ -138,7 +138,7 @@ impl Request<'_> {
         if !self.more {
             return Err(MethodError::new(SERVICE, "ExpectedMore", json!({})));
         }
-        let watch = events.watch();
+        let watch = events.watch(self.peer);
         let watch = watch.ok_or_else(|| MethodError::new(interface, "TooManyWatchers", json!({})))?;
         Ok(Answer::stream(watch))
     }
