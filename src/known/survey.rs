@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -17,7 +17,7 @@ use super::{By, Index, Known, Occasion, Remark, read, remove};
 use crate::keys::Binding;
 use crate::lookout::{Lookout, OF_CALLERS};
 use crate::path_text::{from_text, to_text};
-use crate::storage::{Access, Backing};
+use crate::storage::{Access, Backing, opening_acts};
 use crate::volume::{Bindings, BoundTo, HeaderError};
 
 /// How long a look at all volumes may take. Those that it has not come to are unknown.
@@ -43,7 +43,8 @@ pub struct Sighting {
     /// The note.
     #[serde(flatten)]
     pub known: Known,
-    /// Whether it holds: `bound`, `not_bound`, `missing` or `unknown`.
+    /// Whether it holds: `bound`, `not_bound`, `missing` or `unknown`; or `untold`, to who may not know what is at places that
+    /// others have named.
     pub standing: String,
     /// If it is missing or unknown: why, for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -65,6 +66,20 @@ impl Sighting {
         }
     }
 
+    /// A note for who may not know what is at its place: nobody looks there.
+    pub fn untold(known: Known) -> Self {
+        Self {
+            known,
+            standing: UNTOLD.to_owned(),
+            why: None,
+        }
+    }
+
+    /// Whether it is [`Sighting::untold`].
+    pub fn is_untold(&self) -> bool {
+        self.standing == UNTOLD
+    }
+
     /// Whether the volume has to be taken for bound to the key: also where nobody can tell, since it may be on a disk that
     /// is not there just now.
     pub fn in_use(&self) -> bool {
@@ -76,21 +91,22 @@ const BOUND: &str = "bound";
 const NOT_BOUND: &str = "not_bound";
 const MISSING: &str = "missing";
 const UNKNOWN: &str = "unknown";
+pub(super) const UNTOLD: &str = "untold";
 
 /// What each of `notes` is worth. A place is looked at once. Since when a volume is bound to its key, its own header tells.
 pub fn survey(notes: impl IntoIterator<Item = Known>) -> Vec<Sighting> {
     let began = Instant::now();
     let mut lookout = Lookout::of(&OF_CALLERS);
-    let mut seen: HashMap<String, Found> = HashMap::new();
+    let mut seen: HashMap<(String, Caution), Found> = HashMap::new();
     let judge = |mut known: Known| {
-        if !seen.contains_key(&known.path) {
-            let found = match began.elapsed() < PATIENCE {
-                true => Found::by(&mut lookout, &from_text(&known.path)),
-                false => Found::Nothing("there was no time to look at it".to_owned()),
-            };
-            seen.insert(known.path.clone(), found);
-        }
-        let found = &seen[&known.path];
+        let caution = Caution::with(&known);
+        let found =
+            seen.entry((known.path.clone(), caution))
+                .or_insert_with(|| match began.elapsed() < PATIENCE {
+                    true => Found::at(&mut lookout, &from_text(&known.path), caution),
+                    false => Found::Nothing("there was no time to look at it".to_owned()),
+                });
+        let found = &*found;
         let standing = found.judge(&known);
         if let (Found::Volume(bindings), Standing::Bound) = (found, &standing) {
             let to_it = |to: &&BoundTo| (&to.provider, &to.key_id) == (&known.provider, &known.key_id);
@@ -103,7 +119,8 @@ pub fn survey(notes: impl IntoIterator<Item = Known>) -> Vec<Sighting> {
 
 /// What one note is worth.
 pub(super) fn look(known: &Known) -> Standing {
-    Found::by(&mut Lookout::of(&OF_CALLERS), &from_text(&known.path)).judge(known)
+    let mut lookout = Lookout::of(&OF_CALLERS);
+    Found::at(&mut lookout, &from_text(&known.path), Caution::with(known)).judge(known)
 }
 
 /// What a look at volumes has brought.
@@ -141,7 +158,7 @@ impl Index {
     /// still, or that cannot be told. Users say what they like: of them, only their own notes go.
     pub fn erased(&self, volume: Uuid, path: &Path, by: By) {
         let mut lookout = Lookout::of(&OF_CALLERS);
-        if !matches!(Found::by(&mut lookout, path), Found::NoVolume) {
+        if !matches!(Found::at(&mut lookout, path, Caution::of(by)), Found::NoVolume) {
             return;
         }
         let mut place_of = |path: &Path| lookout.at(path, |path| fs::canonicalize(path).ok()).ok()?;
@@ -165,7 +182,7 @@ impl Index {
         let mut lookout = Lookout::of(&OF_CALLERS);
         for path in paths {
             let told = to_text(path);
-            match Found::by(&mut lookout, path) {
+            match Found::at(&mut lookout, path, Caution::of(by)) {
                 Found::Volume(bindings) => {
                     for to in &bindings.to {
                         let binding = Binding {
@@ -237,6 +254,28 @@ impl Index {
 
 const NO_VOLUME: &str = "no LUKS2 volume is there";
 
+/// How a place is looked at, which is done with the rights of this process, whoever has named it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Caution {
+    /// The owner of the state directory has named it.
+    None,
+    /// Somebody else has: no device is opened where that may do something.
+    Others,
+}
+
+impl Caution {
+    fn of(by: By) -> Self {
+        match by {
+            By::Owner => Self::None,
+            By::User(_) => Self::Others,
+        }
+    }
+
+    fn with(known: &Known) -> Self {
+        Self::of(known.user.map_or(By::Owner, By::User))
+    }
+}
+
 /// What is at a place.
 enum Found {
     Volume(Bindings),
@@ -247,8 +286,8 @@ enum Found {
 }
 
 impl Found {
-    fn by(lookout: &mut Lookout, path: &Path) -> Self {
-        let found = lookout.at(path, find);
+    fn at(lookout: &mut Lookout, path: &Path, caution: Caution) -> Self {
+        let found = lookout.at(path, move |path| find(path, caution));
         found.unwrap_or_else(|silence| Self::Nothing(silence.to_string()))
     }
 
@@ -289,18 +328,25 @@ impl Found {
     }
 }
 
-/// Reads the header at `path`, which others may have named: what is neither a file nor a block device is not opened, since
-/// with some devices that alone does something. It may never come back; it is a [`Lookout`]'s to run.
-fn find(path: &Path) -> Found {
+/// Reads the header at `path`: what is neither a file nor a block device is not opened, since with some devices that alone does
+/// something. It may never come back; it is a [`Lookout`]'s to run.
+fn find(path: &Path, caution: Caution) -> Found {
     let there = match rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()) {
         Ok(there) => File::from(there),
         Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => return Found::Missing,
         Err(error) => return Found::Nothing(io::Error::from(error).to_string()),
     };
     let looked = || -> Result<Found, String> {
-        let kind = there.metadata().map_err(|error| error.to_string())?.file_type();
+        let metadata = there.metadata().map_err(|error| error.to_string())?;
+        let kind = metadata.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err("it is neither a file nor a block device".to_owned());
+        }
+        if kind.is_block_device() && caution == Caution::Others && opening_acts(metadata.rdev()) {
+            return Err(
+                "it is a removable or network block device, which is not opened at the word of another user"
+                    .to_owned(),
+            );
         }
         // The very thing that was looked at, whatever its path names by now.
         let same = format!("/proc/thread-self/fd/{}", there.as_raw_fd());

@@ -150,6 +150,9 @@ impl Backing {
             .file_type();
         let (file, kind) = if file_type.is_file() {
             (file, Kind::File)
+        } else if file_type.is_block_device() && access == Access::Inspect {
+            // A drive is not asked for its medium.
+            (file, Kind::BlockDevice)
         } else if file_type.is_block_device() {
             // The claim of O_EXCL belongs to the open file, so it has to be opened anew, by what is open already.
             let exclusive = if access == Access::ReadWrite {
@@ -216,10 +219,12 @@ impl Backing {
     }
 
     fn data_flags(&self) -> OFlags {
-        match self.read_only() {
-            true => OFlags::RDONLY | OFlags::CLOEXEC,
-            false => OFlags::RDWR | OFlags::CLOEXEC,
-        }
+        OFlags::CLOEXEC
+            | match self.access {
+                Access::Inspect => OFlags::RDONLY | OFlags::NONBLOCK,
+                Access::ReadOnly => OFlags::RDONLY,
+                Access::ReadWrite => OFlags::RDWR,
+            }
     }
 
     /// Puts on stable storage all that was written.

@@ -171,6 +171,18 @@ fn queue_limit(device: u64, name: &str) -> Option<u64> {
     text.ok()?.trim().parse().ok()
 }
 
+/// Whether to open and close a block device can do something beside that: close a tray, spin a medium up, or, as the last who had
+/// it open, end a connection of nbd.
+pub fn opening_acts(device: u64) -> bool {
+    const NBD: u32 = 43;
+    let dir = sysfs(device);
+    let removable = [dir.join("removable"), dir.join("../removable")]
+        .iter()
+        .find_map(|file| fs::read_to_string(file).ok());
+    // Of what the kernel does not know it cannot be told.
+    major(device) == NBD || removable.is_none_or(|text| text.trim() != "0")
+}
+
 /// Where the kernel tells of a block device.
 pub(super) fn sysfs(device: u64) -> PathBuf {
     PathBuf::from(format!("/sys/dev/block/{}:{}", major(device), minor(device)))

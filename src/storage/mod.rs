@@ -9,7 +9,7 @@ mod mounts;
 mod pool;
 
 pub use backing::{Access, Backing, DataFile, FileLock, Kind, StorageError};
-pub use capabilities::Protection;
+pub use capabilities::{Protection, opening_acts};
 pub use engine::{Done, Engine, Event};
 pub use mounts::Mount;
 pub use pool::{Buffer, PAGE};
