@@ -368,6 +368,92 @@ fn who_makes_disks_does_not_have_the_agent_forget_the_disks_of_others() {
     host.opens("away").unwrap();
 }
 
+// Whoever may make disks and see the list could learn what is in directories that are closed to it: the agent looked there, and told
+// whether there was a file, a directory or nothing.
+#[test]
+fn what_is_at_places_is_told_to_who_manages_keys_alone() {
+    let users = [SOMEBODY, SOMEBODY + 1, SOMEBODY + 2];
+    let privileges = [
+        "\"EncryptNew\", \"ReadKeyServersInfo\"",
+        "\"ManageKeys\"",
+        "\"ManageKeyServers\"",
+    ];
+    let grant = |(user, privileges)| format!("[[grant]]\nuser = {user}\nprivileges = [{privileges}]\n");
+    let host = Host::with_agent(&users.into_iter().zip(privileges).map(grant).collect::<String>());
+    fs::set_permissions(host.path("config.toml"), fs::Permissions::from_mode(0o644)).unwrap();
+    let secret = host.path("secret");
+    fs::create_dir(&secret).unwrap();
+    fs::set_permissions(&secret, fs::Permissions::from_mode(0o700)).unwrap();
+    let [file, dir, missing, device] = ["file", "dir", "missing", "device"].map(|name| secret.join(name));
+    fs::write(&file, "text").unwrap();
+    fs::create_dir(&dir).unwrap();
+    let mut node = Command::new("mknod");
+    // The first of nbd, which is not opened, be it there or not.
+    let has_device = node
+        .arg(&device)
+        .args(["b", "43", "0"])
+        .status()
+        .unwrap()
+        .success();
+    let mut places = vec![
+        (&file, "missing", "no LUKS2 volume is there"),
+        (&dir, "unknown", "it is neither a file nor a block device"),
+        (&missing, "missing", ""),
+    ];
+    if has_device {
+        places.push((&device, "unknown", "it is a removable or network block device"));
+    }
+    as_user(SOMEBODY, || {
+        for (place, ..) in &places {
+            let maker = Client::new(&host.path("agent.sock"), Purpose::Create).at(place);
+            let provider = maker.provider("native").unwrap();
+            let key_id = provider.create_kek().unwrap();
+            let binding = Binding {
+                volume: Uuid::new_v4(),
+                provider: "native",
+                key_id: &key_id,
+                keyslot: 0,
+            };
+            provider
+                .wrap(&binding, &SecretBytes::random(32).unwrap())
+                .unwrap();
+        }
+    });
+    let told_to = |user| {
+        let list = ["key", "where-used", "--provider", "native", "--json"];
+        let output = as_user(user, || host.command(&list).output().unwrap());
+        assert!(output.status.success(), "{}", said(&output));
+        let rows: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
+        let told = |(place, ..): &(&PathBuf, &str, &str)| {
+            let row = rows
+                .iter()
+                .find(|row| row["path"] == place.to_str().unwrap())
+                .unwrap();
+            let text = |name: &str| row[name].as_str().unwrap_or_default().to_owned();
+            (text("standing"), text("why"))
+        };
+        places.iter().map(told).collect::<Vec<_>>()
+    };
+    assert_eq!(
+        told_to(SOMEBODY),
+        vec![("untold".into(), String::new()); places.len()]
+    );
+    for user in [0, SOMEBODY + 1] {
+        for ((standing, why), (place, expected, reason)) in told_to(user).iter().zip(&places) {
+            assert!(
+                standing == expected && why.contains(reason),
+                "{place:?}: {standing}, {why}"
+            );
+        }
+    }
+    let remove = ["provider", "remove", "native"];
+    for (user, tells) in [(SOMEBODY + 2, false), (0, true)] {
+        let refused = said(&as_user(user, || host.command(&remove).output().unwrap()));
+        assert!(refused.contains(file.to_str().unwrap()), "{refused}");
+        assert_eq!(refused.contains("no LUKS2 volume"), tells, "{refused}");
+    }
+}
+
 #[test]
 fn managing_takes_its_privileges() {
     let host = Host::with_agent(&format!(

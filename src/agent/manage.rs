@@ -11,12 +11,13 @@ use super::messages::{
 };
 use super::service::{Answered, Service, by, check_names, failure, with};
 use crate::control::events::Event;
+use crate::control::peer::Peer;
 use crate::control::privilege::Privilege;
 use crate::control::varlink::{Answer, MethodError, Request};
 use crate::keys::registry::{Registry, RegistryError};
 use crate::keys::{KeyError, KeyId, KeyReason, Providers};
-use crate::known::survey::{Scanned, survey};
-use crate::known::{By, Disk, GuardError, Known, Removal, Uses, remove_provider, revoke};
+use crate::known::survey::{Scanned, Sighting, survey};
+use crate::known::{By, Disk, GuardError, Known, Removal, SERVED, Uses, remove_provider, revoke};
 use crate::path_text::from_text;
 
 /// How much of a list one answer has, in bytes of its JSON, and what is told of an entry beside what it holds itself.
@@ -50,11 +51,20 @@ impl Service {
         let listing = self.index.list().map_err(|error| unreadable(&error))?;
         let matches = |known: &Known| known.is_under(provider.as_deref(), key_id.as_ref());
         let (known, next) = page(listing.known.into_iter().filter(matches), from);
+        let volumes = match self.may_know_places(request.peer) {
+            true => survey(known),
+            false => known.into_iter().map(Sighting::untold).collect(),
+        };
         Ok(Answer::of(Volumes {
-            volumes: survey(known),
+            volumes,
             next,
             full: listing.full,
         }))
+    }
+
+    /// Whether somebody is told what is at the places of notes. Others have named them, and the agent may look where they may not.
+    fn may_know_places(&self, peer: &Peer) -> bool {
+        self.grants.allow(peer, Privilege::ManageKeys, None)
     }
 
     pub(super) fn scan_volumes(&self, mut request: Request<'_>) -> Answered {
@@ -100,7 +110,7 @@ impl Service {
             served: &served,
             ..Removal::default()
         };
-        take_away(guarded).map_err(|error| self.guarded(error))?;
+        take_away(guarded).map_err(|error| self.guarded(request.peer, error))?;
         if dry_run {
             return Ok(Answer::of(json!({})));
         }
@@ -111,7 +121,7 @@ impl Service {
             ..Removal::default()
         }) {
             Err(GuardError::Key(error)) => self.judged(request.peer, &subject, Err(error))?,
-            result => result.map_err(|error| self.guarded(error))?,
+            result => result.map_err(|error| self.guarded(request.peer, error))?,
         };
         Ok(Answer::of(json!({ "reach": reach })))
     }
@@ -127,7 +137,7 @@ impl Service {
         let subject = json!({ "provider": provider, "force": force });
         self.permit(request.peer, Privilege::ManageKeyServers, None, subject.clone())?;
         let mut registry =
-            Registry::open(self.providers.dir()).map_err(|error| self.guarded(error.into()))?;
+            Registry::open(self.providers.dir()).map_err(|error| self.guarded(request.peer, error.into()))?;
         let mut take_away = |removal| remove_provider(&mut registry, &provider, &removal);
         let served = self.served(|(under, _)| under == provider);
         let removal = Removal {
@@ -136,14 +146,14 @@ impl Service {
             dry_run: true,
             served: &served,
         };
-        take_away(removal).map_err(|error| self.guarded(error))?;
+        take_away(removal).map_err(|error| self.guarded(request.peer, error))?;
         if !dry_run {
             self.audited(Event::ProviderRemoved, request.peer, subject)?;
             take_away(Removal {
                 dry_run: false,
                 ..removal
             })
-            .map_err(|error| self.guarded(error))?;
+            .map_err(|error| self.guarded(request.peer, error))?;
             self.providers.refresh();
         }
         Ok(Answer::of(json!({})))
@@ -161,7 +171,7 @@ impl Service {
         self.audited(event, request.peer, fields)?;
         if let ErasureStep::Erased { .. } = erasure.step {
             // Who manages keys could drop any note.
-            let by = match self.grants.allow(request.peer, Privilege::ManageKeys, None) {
+            let by = match self.may_know_places(request.peer) {
                 true => By::Owner,
                 false => by(request.peer),
             };
@@ -178,17 +188,20 @@ impl Service {
             .map(|volume| Disk {
                 volume: volume.volume,
                 path: "(served)".to_owned(),
-                standing: "served".to_owned(),
+                standing: SERVED.to_owned(),
                 why: Some(format!("by process {} of user {}", volume.process, volume.user)),
             })
             .collect()
     }
 
     /// A refusal on the wire.
-    fn guarded(&self, error: GuardError) -> MethodError {
+    fn guarded(&self, peer: &Peer, error: GuardError) -> MethodError {
         match error {
             GuardError::InUse { what, uses } => {
-                let Uses { volumes, count, full } = uses;
+                let Uses { volumes, count, full } = match self.may_know_places(peer) {
+                    true => uses,
+                    false => uses.untold(),
+                };
                 let told = InUse {
                     what,
                     volumes,

@@ -72,6 +72,12 @@ impl Keys {
                  key scan`",
             );
         }
+        if volumes.iter().any(Sighting::is_untold) {
+            output::note(
+                "whether these notes hold is told to who has the privilege ManageKeys: to tell it, the agent looks where others may \
+                 not",
+            );
+        }
         Ok(volumes)
     }
 

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::survey::{Sighting, survey};
+use super::survey::{Sighting, UNTOLD, survey};
 use super::{Index, Known};
 use crate::causes::remedy;
 use crate::keys::registry::{Backup, Registry, RegistryError};
@@ -15,6 +15,9 @@ use crate::keys::{KeyError, KeyId, KeyProvider, KeyReason, KeyState, Reach, Revo
 
 /// How many volumes a refusal lists.
 const LISTED: usize = 10;
+
+/// The [`Disk::standing`] of a volume that is being served, which no look has found.
+pub const SERVED: &str = "served";
 
 /// The volumes that a key or a provider opens.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -91,6 +94,15 @@ impl From<Sighting> for Disk {
 }
 
 impl Uses {
+    /// The same without what looks at places have found.
+    pub fn untold(mut self) -> Self {
+        for disk in self.volumes.iter_mut().filter(|disk| disk.standing != SERVED) {
+            disk.standing = UNTOLD.to_owned();
+            disk.why = None;
+        }
+        self
+    }
+
     /// The volumes, one a line.
     pub fn lines(&self) -> Vec<String> {
         let disk = |disk: &Disk| {

@@ -51,7 +51,7 @@ use crate::parsing;
 use crate::path_text;
 use survey::{Standing, look};
 
-pub use guard::{Disk, GuardError, Removal, Uses, remove_provider, revoke};
+pub use guard::{Disk, GuardError, Removal, SERVED, Uses, remove_provider, revoke};
 pub use noting::Noting;
 pub use room::{By, NotAnnounced};
 
