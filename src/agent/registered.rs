@@ -7,7 +7,7 @@
 //! that is restarted knows what is being served, and what ended meanwhile. A process is told from a later one of the same
 //! number by when it was started.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -137,7 +137,7 @@ impl All {
 
 impl Registered {
     /// What the state directory `state_dir` says is being served, of which all that has ended is told by
-    /// [`Registered::take_ended`]. If it cannot be read, it is told in the log.
+    /// [`Registered::ended`]. If it cannot be read, it is told in the log.
     pub(super) fn open(state_dir: &Path) -> Self {
         let dir = state_dir.join("served");
         let mut all = All::default();
@@ -190,23 +190,32 @@ impl Registered {
         (!all.any_under(before.volume.kek())).then_some(before.volume)
     }
 
-    /// Those whose process has ended since the last call, each with whether it was the last one under its KEK.
-    pub(super) fn take_ended(&self) -> Vec<(Registrant, bool)> {
+    /// Those whose process has ended, each with whether it was the last one under its KEK. They stay until [`Registered::forget`].
+    pub(super) fn ended(&self) -> Vec<(Registrant, bool)> {
+        let all = self.lock();
+        let ended = all.ended_places();
+        let (gone, alive): (Vec<_>, Vec<_>) = all.served.iter().partition(|(place, _)| ended.contains(place));
+        let under: HashSet<_> = alive
+            .iter()
+            .map(|(_, registration)| registration.volume.kek())
+            .collect();
+        let gone = gone.into_iter().map(|(_, registration)| &registration.volume);
+        let told = |volume: &Registrant| (volume.clone(), !under.contains(&volume.kek()));
+        all.ended.iter().chain(gone).map(told).collect()
+    }
+
+    /// Lets go of one whose process has ended.
+    pub(super) fn forget(&self, volume: &Registrant) {
         let mut all = self.lock();
-        let mut gone = std::mem::take(&mut all.ended);
-        for place in all.ended_places() {
-            gone.extend(all.served.remove(&place).map(|registration| registration.volume));
+        all.ended.retain(|ended| ended != volume);
+        let place = volume.place();
+        match all.served.get(&place) {
+            // A later process of the same number serves the same volume.
+            Some(registration) if registration.volume != *volume => return,
+            _ => drop(all.served.remove(&place)),
         }
-        for volume in &gone {
-            // One that stays is taken up by the next agent, and found to have ended.
-            let _ = fs::remove_file(self.path(volume.place()));
-        }
-        gone.into_iter()
-            .map(|volume| {
-                let last = !all.any_under(volume.kek());
-                (volume, last)
-            })
-            .collect()
+        // One that stays is taken up by the next agent, and found to have ended.
+        let _ = fs::remove_file(self.path(place));
     }
 
     /// All of them, by the time since when they are served.
@@ -218,7 +227,7 @@ impl Registered {
         list
     }
 
-    /// Those whose process has not ended, whether or not that was noticed by [`Registered::take_ended`].
+    /// Those whose process has not ended, whether or not that was told of.
     pub(super) fn alive(&self) -> Vec<Registrant> {
         let all = self.lock();
         let ended = all.ended_places();
@@ -272,7 +281,7 @@ impl All {
         }
     }
 
-    fn ended_places(&self) -> Vec<Place> {
+    fn ended_places(&self) -> HashSet<Place> {
         let (mut fds, mut places) = (Vec::new(), Vec::new());
         for (place, registration) in &self.served {
             places.push(*place);
@@ -283,7 +292,7 @@ impl All {
             tv_nsec: 0,
         };
         if !matches!(poll(&mut fds, Some(&at_once)), Ok(ended) if ended > 0) {
-            return Vec::new();
+            return HashSet::new();
         }
         let ended = fds.iter().map(|fd| !fd.revents().is_empty());
         let places = places.into_iter().zip(ended).filter(|(_, ended)| *ended);
@@ -320,6 +329,13 @@ mod tests {
         child.wait().unwrap();
     }
 
+    fn take_ended(registered: &Registered) -> Vec<(Registrant, bool)> {
+        let ended = registered.ended();
+        assert_eq!(registered.ended().len(), ended.len());
+        ended.iter().for_each(|(volume, _)| registered.forget(volume));
+        ended
+    }
+
     #[test]
     fn a_kek_is_let_go_with_the_last_process_that_serves_a_volume_under_it() {
         let dir = tempfile::tempdir().unwrap();
@@ -332,16 +348,16 @@ mod tests {
         registered.add(&two, volumes[2], ("kms", &own), None);
         registered.add(&two, volumes[2], ("kms", &own), None);
         assert_eq!(registered.list().len(), 3);
-        assert_eq!(registered.take_ended(), []);
+        assert_eq!(take_ended(&registered), []);
         end(first);
         assert_eq!((registered.alive().len(), registered.list().len()), (2, 3));
-        let ended = registered.take_ended();
+        let ended = take_ended(&registered);
         assert_eq!(
             (ended[0].0.volume, ended[0].1, ended.len()),
             (volumes[0], false, 1)
         );
         end(second);
-        let ended = registered.take_ended();
+        let ended = take_ended(&registered);
         assert!(
             ended.len() == 2 && ended.iter().all(|(_, last)| *last),
             "{ended:?}"
@@ -379,7 +395,7 @@ mod tests {
         let registered = Registered::open(dir.path());
         assert_eq!(registered.list().len(), 1);
         assert!(list.contains(&registered.list()[0]) && registered.list()[0].volume == volumes[0]);
-        let mut ended = registered.take_ended();
+        let mut ended = take_ended(&registered);
         ended.sort_by_key(|(volume, _)| volume.volume != volumes[1]);
         let ended: Vec<_> = ended
             .into_iter()
@@ -388,9 +404,9 @@ mod tests {
         assert_eq!(ended, [(volumes[1], false), (volumes[2], false)]);
         end(other);
         end(lives);
-        assert!(matches!(&*registered.take_ended(), [(_, true)]));
+        assert!(matches!(&*take_ended(&registered), [(_, true)]));
         assert_eq!(fs::read_dir(dir.path().join("served")).unwrap().count(), 0);
-        assert!(Registered::open(dir.path()).take_ended().is_empty());
+        assert!(take_ended(&Registered::open(dir.path())).is_empty());
     }
 
     #[test]

@@ -87,15 +87,17 @@ impl Service {
 
     /// Lets go of KEKs whose last volume is not served any more, and tells of all volumes that are not.
     pub(super) fn tell_ended(&self) {
-        let ended = self.registered.take_ended();
+        let ended = self.registered.ended();
         for (volume, _) in ended.iter().filter(|(_, last)| *last) {
             self.providers.forget(&volume.provider, &volume.key_id);
         }
-        for (volume, last) in ended {
-            let mut fields = serde_json::to_value(&volume).expect("texts and numbers are JSON");
+        for (volume, last) in &ended {
+            let mut fields = serde_json::to_value(volume).expect("texts and numbers are JSON");
             fields = with(fields, "keyDropped", last);
             // There is nobody to tell that the log cannot be written.
             let _ = self.audit(Event::DiskUnregistered, fields);
+            // Until it is told, it is listed, also after a crash.
+            self.registered.forget(volume);
         }
     }
 
