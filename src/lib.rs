@@ -15,6 +15,7 @@
 //! volume   LUKS2 on storage, and the segment table that maps sectors to it
 //! cipher, storage, keys, tpm
 //! hex, moment, toml_file   how bytes, points in time and settings are written
+//! boot_time                what limits the life of secrets
 //! path_text                how paths are written, of which not all are text
 //! apart, lookout           threads that wait for what may never answer; looks at places by such threads
 //! causes, mutex, deadline, closer   what lies under an error; what outlives a panic; a limit for the whole of a message;
@@ -28,6 +29,7 @@
 pub mod agent;
 mod apart;
 mod audit;
+mod boot_time;
 pub mod broker;
 mod causes;
 pub mod cipher;

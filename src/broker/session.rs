@@ -10,7 +10,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use base64::Engine;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD;
@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 use super::state::{Host, Reference};
+use crate::boot_time::BootTime;
 use crate::mutex::lock;
 use crate::parsing;
 use crate::rcar::jwe::PublicKey;
@@ -41,7 +42,7 @@ const HOST: &[u8] = b"host\0";
 #[derive(Debug)]
 pub(super) struct Sessions {
     lifetime: Duration,
-    started: Instant,
+    started: BootTime,
     /// Of this process alone.
     key: hmac::Key,
     /// By name.
@@ -50,7 +51,7 @@ pub(super) struct Sessions {
 
 #[derive(Debug)]
 struct Kept {
-    until: Instant,
+    until: BootTime,
     host: String,
     /// One that was taken leaves nothing but its name.
     session: Option<Attested>,
@@ -105,7 +106,7 @@ impl Sessions {
         getrandom::fill(&mut key[..])?;
         Ok(Self {
             lifetime,
-            started: Instant::now(),
+            started: BootTime::now(),
             key: hmac::Key::new(hmac::HMAC_SHA256, &key[..]),
             sessions: Mutex::default(),
         })
@@ -182,7 +183,7 @@ impl Sessions {
 
     /// Keeps what a host has reached in a session, once.
     pub(super) fn put(&self, name: &str, session: Attested) -> Result<(), NoSession> {
-        let now = Instant::now();
+        let now = BootTime::now();
         let mut sessions = self.lock();
         if sessions.contains_key(name) {
             return Err(NoSession::Used);
@@ -214,7 +215,7 @@ impl Sessions {
         let mut sessions = self.lock();
         let kept = sessions.get_mut(name)?;
         let session = kept.session.take()?;
-        (kept.until > Instant::now()).then_some(session)
+        (kept.until > BootTime::now()).then_some(session)
     }
 
     fn nonce(&self, issued: &[u8]) -> String {

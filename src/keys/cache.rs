@@ -6,10 +6,11 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use super::wrap::Kek;
 use super::{KeyError, KeyId};
+use crate::boot_time::BootTime;
 use crate::mutex::lock;
 
 /// The most KEKs of a provider that are kept at a time: one for each VM of a large host.
@@ -48,13 +49,13 @@ struct Slot(Mutex<Held>);
 struct Held {
     kek: Option<Kept>,
     /// Why the last fetch brought none, with the time when it ended.
-    failure: Option<(KeyError, Instant)>,
+    failure: Option<(KeyError, BootTime)>,
 }
 
 #[derive(Debug)]
 struct Kept {
     kek: Arc<Kek>,
-    until: Instant,
+    until: BootTime,
     origin: Origin,
 }
 
@@ -118,7 +119,7 @@ impl KekCache {
         if self.time_to_live.is_zero() {
             return fetch().map(shared);
         }
-        let came = Instant::now();
+        let came = BootTime::now();
         let slot = {
             let mut slots = lock(&self.slots);
             // Whoever asks for keys that nothing is wrapped under must not fill the memory for keys.
@@ -130,7 +131,7 @@ impl KekCache {
         };
         let mut held = lock(&slot.0);
         if let Some(kept) = &held.kek
-            && kept.until > Instant::now()
+            && kept.until > BootTime::now()
             && wanted.is(kept.origin)
         {
             return Ok((Arc::clone(&kept.kek), kept.origin));
@@ -140,10 +141,10 @@ impl KekCache {
             _ => held.failure = None,
         }
         // One that will not do here may do for who comes next, should none be to be had.
-        let now = Instant::now();
+        let now = BootTime::now();
         held.kek.take_if(|kept| kept.until <= now);
         let fetched = fetch();
-        let now = Instant::now();
+        let now = BootTime::now();
         match fetched {
             Ok((kek, origin)) => {
                 let kek = Arc::new(kek);
@@ -175,7 +176,7 @@ impl KekCache {
             Arc::clone(slots.entry(key_id.clone()).or_default())
         };
         let mut held = lock(&slot.0);
-        let now = Instant::now();
+        let now = BootTime::now();
         if !matches!(&held.kek, Some(kept) if kept.origin == Origin::Fetched && kept.until > now) {
             held.kek = Some(Kept {
                 kek: Arc::new(kek),
@@ -204,7 +205,7 @@ impl KekCache {
 
     /// Drops the KEKs whose time has come.
     pub(super) fn drop_expired(&self) {
-        let now = Instant::now();
+        let now = BootTime::now();
         lock(&self.slots).retain(|_, slot| match slot.0.try_lock() {
             // Somebody who has found it waits for what is in it.
             Ok(_) if Arc::strong_count(slot) > 1 => true,

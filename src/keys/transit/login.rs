@@ -1,12 +1,13 @@
 //! How this host makes itself known, and the token that it gets for that.
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use super::failure::{Nonsense, Refusal};
 use super::http::Server;
+use crate::boot_time::BootTime;
 use crate::keys::KeyReason;
 use crate::keys::arena::SecretBytes;
 use crate::keys::https::Failure;
@@ -56,7 +57,7 @@ pub enum Login {
 pub(super) struct Token {
     pub(super) secret: SecretBytes,
     /// When it is too old to begin something with.
-    until: Option<Instant>,
+    until: Option<BootTime>,
 }
 
 /// A file with a credential that cannot be used.
@@ -131,13 +132,13 @@ impl Login {
 
 impl Token {
     pub(super) fn is_fresh(&self) -> bool {
-        self.until.is_none_or(|until| Instant::now() < until)
+        self.until.is_none_or(|until| BootTime::now() < until)
     }
 }
 
 fn token(server: &Server<'_>, mount: &str, credentials: &impl Serialize) -> Result<Token, Failure> {
     // The lease runs from when the server grants it, which is after this.
-    let asked = Instant::now();
+    let asked = BootTime::now();
     let answer = server.post(&format!("auth/{mount}/login"), None, credentials)?;
     let body = answer.body().map_err(Refusal::of_a_login)?;
     let Auth {
