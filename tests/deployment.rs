@@ -33,6 +33,22 @@ fn setting<'u>(unit: &'u [(String, String)], key: &str) -> Option<&'u str> {
         .map(|(_, value)| value.as_str())
 }
 
+/// An attribute of an element of qemu/libvirt.xml, as a parser of XML reads it.
+fn domain(element: &str, attribute: &str) -> String {
+    const READ: &str = "import sys, xml.etree.ElementTree as tree\n\
+        file, element, attribute = sys.argv[1:]\n\
+        print(tree.parse(file).find(element).attrib[attribute])";
+    let mut python = Command::new("python3");
+    python.args(["-c", READ]).arg(repository("qemu/libvirt.xml"));
+    let output = python.args([element, attribute]).output().unwrap();
+    assert!(
+        output.status.success(),
+        "{element}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).unwrap().trim_end().to_owned()
+}
+
 /// The sockets that a command line or a domain names under /run.
 fn sockets(text: &str) -> Vec<String> {
     let words = text.split(|c: char| c.is_whitespace() || "'\"".contains(c));
@@ -55,16 +71,9 @@ fn no_units_end_takes_the_sockets_of_another() {
         assert_eq!(of_disk.len(), 2, "{command}");
         owned.extend(of_disk.into_iter().map(|socket| (instance, socket)));
     }
-    let domain = fs::read_to_string(repository("qemu/libvirt.xml")).unwrap();
-    let path = domain
-        .split("<source type='unix' path='")
-        .nth(1)
-        .unwrap()
-        .split('\'')
-        .next()
-        .unwrap();
+    let path = domain("devices/disk[@type='vhostuser']/source", "path");
     assert!(
-        owned.contains(&("vm7", path.to_owned())),
+        owned.contains(&("vm7", path.clone())),
         "{path}: no unit serves it: {owned:?}"
     );
 
@@ -95,6 +104,17 @@ fn no_units_end_takes_the_sockets_of_another() {
         assert!(own.clone().count() > 0 && own.clone().all(|(_, socket)| socket.starts_with(&directory)));
         assert_eq!(setting(unit, "Type"), Some("notify"), "{name}");
     }
+}
+
+/// A double hyphen in the domain's comment kept `virsh define` from reading it.
+#[test]
+fn domain_is_xml_and_shares_the_guests_memory() {
+    assert_eq!(domain("memoryBacking/source", "type"), "memfd");
+    assert_eq!(domain("memoryBacking/access", "mode"), "shared");
+    assert_eq!(
+        domain("devices/disk[@type='vhostuser']/source/reconnect", "enabled"),
+        "yes"
+    );
 }
 
 /// The shell told of the QEMU that had aborted on its own, in the middle of what the quick start prints.
