@@ -217,8 +217,17 @@ fn a_backup_with_one_flipped_bit_or_another_passphrase_is_refused() {
     }
     fs::write(host.path("backup"), &whole).unwrap();
     let wrong = ["provider", "restore", "backup", "--passphrase-file", "wrong"];
-    host.fails_on("second", &wrong, KEY, "no keyslot opens with this passphrase");
-    host.does_on("second", &RESTORE);
+    let said = "backup: this passphrase does not open it; try another one";
+    host.fails_on("second", &wrong, KEY, said);
+
+    // The name was taken without a word, and disks that look for the one that they know stayed locked.
+    let restored = host.on("second", &[&RESTORE[..], &["--name", "other"]].concat());
+    let said = String::from_utf8(restored.stderr).unwrap();
+    assert!(restored.status.success(), "{said}");
+    assert!(
+        said.contains("bound to provider \"native\" look for that name, and not for \"other\""),
+        "{said}"
+    );
 }
 
 #[test]

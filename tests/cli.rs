@@ -785,7 +785,7 @@ fn what_exists_is_overwritten_by_force_alone() {
     bench.fails(
         &["create", "vm.luks", "--size", "1M"],
         IN_USE,
-        &["vm.luks holds data"],
+        &["vm.luks holds a LUKS2 volume"],
     );
     let stored = fs::read(bench.path("vm.luks")).unwrap();
     assert!(
@@ -810,7 +810,7 @@ fn block_device_is_taken_whole_and_what_it_holds_is_noticed() {
     let disk = device.0.as_str();
     let made = bench.succeeds(&["create", disk]);
     assert!(made.out.contains("a disk of 1 MiB"), "{made:?}");
-    bench.fails(&["create", disk], IN_USE, &[disk, "holds data"]);
+    bench.fails(&["create", disk], IN_USE, &[disk, "holds a LUKS2 volume"]);
     bench.fails(
         &["create", disk, "--force", "--size", "2M"],
         STORAGE,
@@ -1130,6 +1130,12 @@ fn second_name_of_the_binary_serves() {
     let told = outcome(command);
     let capabilities: Value = serde_json::from_str(&told.out).unwrap();
     assert_eq!(capabilities["type"], "block", "{told:?}");
+
+    // Its help named a verb that nobody may give with it.
+    let mut command = Command::new(&second_name);
+    command.arg("--help");
+    let help = outcome(command).out;
+    assert!(help.contains("Usage: vhost-user-sealblk [OPTIONS]\n"), "{help}");
 }
 
 /// A directory to work in, with a state directory of its own.

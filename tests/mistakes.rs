@@ -46,6 +46,7 @@ fn arguments() {
     m.write("pass", "a passphrase of some length");
 
     m.mistake("sealblk resize vm.luks");
+    m.mistake("sealblk help create serve");
     m.mistake("sealblk provider add vault");
     m.mistake("sealblk key delete 4711");
     m.mistake("sealblk info vm.luks other.luks");
@@ -93,6 +94,8 @@ fn arguments() {
     m.mistake("sealblk provider enrol native --host node1");
     m.mistake("sealblk provider backup native --to vm.luks --passphrase-file pass");
     m.mistake("sealblk provider restore vm.luks --passphrase-file pass");
+    m.mistake("sealblk list");
+    m.mistake("sealblk events");
     m.mistake("sealblk serve --blk-file vm.luks");
     m.mistake("sealblk serve --socket-path sock");
     m.mistake("sealblk serve --blk-file vm.luks --socket-path sock --fd 3");

@@ -32,7 +32,7 @@ use crate::tpm::Device;
 use crate::tpm::pcr::Selection;
 
 /// Where the configuration is, if nobody says otherwise; it need not be there.
-const DEFAULT_PATH: &str = "/etc/sealblk/config.toml";
+pub(super) const DEFAULT_PATH: &str = "/etc/sealblk/config.toml";
 
 /// How long what is kept for a reboot is good, if nobody says otherwise.
 const DEFAULT_GRACE: Duration = Duration::from_secs(24 * 60 * 60);

@@ -22,7 +22,7 @@ use crate::cipher::SectorSize;
 use crate::keys::registry::Backup;
 use crate::keys::{KeyProvider, Providers};
 use crate::storage::{Access, Backing, Kind};
-use crate::volume::{self, Argon2Cost, CreateOptions, HeaderIo, Locked};
+use crate::volume::{self, Argon2Cost, Content, CreateOptions, HeaderIo, Locked};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -105,7 +105,7 @@ impl Create {
 
         let provider = match named {
             Some(provider) => provider,
-            None => default_provider(&mut keys, recovery_key.is_some())?,
+            None => default_provider(host, &mut keys, recovery_key.is_some())?,
         };
         let key_id = provider.create_kek()?;
         let (header_io, payload) = match &header {
@@ -131,9 +131,10 @@ impl Create {
             && registry.backup(provider.name()) == Some(Backup::Waived)
         {
             output::note(&format!(
-                "nothing but the primary key of provider {0:?} opens this disk, and there is no backup of that: `sealblk provider \
-                 backup {0} --to FILE`, or `sealblk recovery add`",
-                provider.name()
+                "nothing but the primary key of provider {:?} opens this disk, and there is no backup of that: {}, or \
+                 `sealblk recovery add`",
+                provider.name(),
+                provider::backup_command(host, provider.name())
             ));
         }
 
@@ -181,7 +182,7 @@ impl Create {
         if !self.force && occupied(&backing)? {
             return Err(Failure::Occupied {
                 path: path.to_owned(),
-                format: volume::format_of(&backing),
+                content: Content::of(&backing),
             });
         }
         Ok(backing)
@@ -190,12 +191,16 @@ impl Create {
 
 /// The provider of volumes for which none is named. A host without one gets a native one, if the volume has a recovery key
 /// too: it is not lost with a primary key that nobody has backed up.
-fn default_provider(keys: &mut Keys, recovery_key: bool) -> Result<Arc<dyn KeyProvider>, Failure> {
+fn default_provider(
+    host: &Host,
+    keys: &mut Keys,
+    recovery_key: bool,
+) -> Result<Arc<dyn KeyProvider>, Failure> {
     if let Keys::Own(registry, _) = keys
         && recovery_key
         && registry.default_name()?.is_none()
     {
-        provider::add_native(registry, "native", true, Backup::Waived)?;
+        provider::add_native(host, registry, "native", true, Backup::Waived)?;
     }
     let name = keys.default_name()?.ok_or(Failure::NoProvider)?;
     Ok(keys.provider(&name)?)

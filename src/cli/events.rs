@@ -29,7 +29,7 @@ impl Events {
     pub(super) fn run(self, host: &Host) -> Result<(), Failure> {
         let (socket, interface) = match self.control_socket {
             Some(socket) => (socket, disk::INTERFACE),
-            None => (host.config()?.agent.unwrap_or_default().socket, agent::INTERFACE),
+            None => (host.agent_socket()?, agent::INTERFACE),
         };
         match print(&socket, interface)? {
             Ended::Reader => Ok(()),

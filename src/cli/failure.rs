@@ -18,7 +18,7 @@ use crate::known::GuardError;
 use crate::served::OpenError;
 use crate::storage::StorageError;
 use crate::toml_file::TomlFileError;
-use crate::volume::{Advice, Format, HeaderError, KdfError, KeyslotError, Owner, Reason, VolumeError};
+use crate::volume::{Advice, Content, HeaderError, KdfError, KeyslotError, Owner, Reason, VolumeError};
 
 use super::config::ConfigError;
 use super::secret::SecretError;
@@ -63,13 +63,13 @@ pub enum Failure {
     #[error(
         "{} holds {}; name another place, or destroy what it holds with --force",
         path.display(),
-        format.map_or("data".to_owned(), |format| format.to_string())
+        content
     )]
     Occupied {
         /// The file or device.
         path: PathBuf,
-        /// What it is known to hold.
-        format: Option<Format>,
+        /// What it holds.
+        content: Content,
     },
     /// A file has no size of its own.
     #[error("{} is a file: say how large the disk shall be, with --size", disk.display())]
@@ -316,6 +316,16 @@ pub enum Failure {
         /// Why.
         source: CallError,
     },
+    /// There is no agent to ask.
+    #[error(
+        "this host has no key agent to ask: start `sealblk agent`, and write [agent] into the configuration, {}; or ask one disk, \
+         by `sealblk status` or `sealblk events` and its --control-socket",
+        config.display()
+    )]
+    NoAgent {
+        /// The configuration.
+        config: PathBuf,
+    },
     /// A served disk says no.
     #[error("{}: {message}", socket.display())]
     Refused {
@@ -381,7 +391,7 @@ impl Failure {
             Self::NoProvider | Self::Unusable { .. } => KEY,
             Self::MayBeServed { .. } | Self::Occupied { .. } => IN_USE,
             Self::Output(_) | Self::WriteProtected { .. } | Self::Make { .. } | Self::Look { .. } => STORAGE,
-            Self::Control { .. } => ASKED,
+            Self::Control { .. } | Self::NoAgent { .. } => ASKED,
             Self::Refused { reason, .. } => reason.map_or(ASKED, key_code),
             Self::Storage(error) => storage_code(error),
             Self::Volume(VolumeError { reason, .. }) => volume_code(reason),
@@ -555,6 +565,7 @@ fn volume_code(reason: &Reason) -> u8 {
         // Whether one of those that were not tried would have opened only a host that can try them tells.
         Reason::WrongPassphrase { untried } if untried.iter().any(|(_, error)| lacks_memory(error)) => HOST,
         Reason::WrongPassphrase { .. }
+        | Reason::WrongBackupPassphrase
         | Reason::NoToken
         | Reason::NoProvider
         | Reason::KekState { .. }

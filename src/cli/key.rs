@@ -301,7 +301,7 @@ impl WhereUsed {
             }
             return output::print("no volume is known to be bound to it\n");
         }
-        let mut table = vec![["DISK", "VOLUME", "IS IT", "LAST OPENED", "KEY"].map(str::to_owned)];
+        let mut table = vec![["DISK", "VOLUME", "STATE", "LAST OPENED", "KEY"].map(str::to_owned)];
         for sighting in sightings {
             let standing = match &sighting.why {
                 Some(why) => format!("{}: {}", sighting.standing, output::printable(why)),

@@ -7,8 +7,13 @@ use super::failure::Failure;
 use super::{Host, output};
 use crate::agent::{Client, Purpose};
 
+const AFTER_HELP: &str = "\
+The agent knows the volumes that it has given the key of. A disk that waits for its
+key is not among them; `sealblk status --control-socket SOCK` shows that one.";
+
 /// Show which volumes are being served on this host, as its key agent knows it
 #[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
 pub(super) struct List {
     /// Print JSON, as the interface org.sealblk.Agent has it
     #[arg(long)]
@@ -17,19 +22,21 @@ pub(super) struct List {
 
 impl List {
     pub(super) fn run(self, host: &Host) -> Result<(), Failure> {
-        let socket = host.config()?.agent.unwrap_or_default().socket;
-        let disks = Client::new(&socket, Purpose::Check).disks()?;
+        let disks = Client::new(&host.agent_socket()?, Purpose::Check).disks()?;
         if self.json {
             return output::print_json(&json!({ "disks": disks }));
         }
+        if disks.is_empty() {
+            return output::print("no volume that the agent has given the key of is being served\n");
+        }
         let head = [
-            "volume",
-            "provider",
-            "key",
-            "user",
-            "process",
-            "since",
-            "grace until",
+            "VOLUME",
+            "PROVIDER",
+            "KEY",
+            "USER",
+            "PROCESS",
+            "SINCE",
+            "GRACE UNTIL",
         ]
         .map(str::to_owned);
         let rows = disks.into_iter().map(|disk| {

@@ -38,7 +38,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::agent::{Client, Purpose};
 use crate::cipher;
@@ -96,7 +96,7 @@ struct Cli {
     )]
     state_dir: Option<PathBuf>,
 
-    /// The configuration [default: /etc/sealblk/config.toml, if it exists]
+    /// The configuration [default: /etc/sealblk/config.toml, if it exists; of `broker`: /etc/sealblk/broker.toml]
     #[arg(
         long,
         global = true,
@@ -143,6 +143,27 @@ impl Host {
         Config::read(self.config.as_deref())
     }
 
+    /// Where the configuration is, or would be.
+    fn config_path(&self) -> PathBuf {
+        self.config.clone().unwrap_or_else(|| config::DEFAULT_PATH.into())
+    }
+
+    /// The socket of the host's agent, for verbs that ask nobody else.
+    ///
+    /// # Errors
+    /// [`Failure::NoAgent`], if the configuration has none, and none listens at the usual place.
+    fn agent_socket(&self) -> Result<PathBuf, Failure> {
+        let configured = self.config()?.agent;
+        let is_configured = configured.is_some();
+        let socket = configured.unwrap_or_default().socket;
+        if is_configured || socket.exists() {
+            return Ok(socket);
+        }
+        Err(Failure::NoAgent {
+            config: self.config_path(),
+        })
+    }
+
     /// The state directory.
     ///
     /// # Errors
@@ -187,7 +208,7 @@ fn absolute(path: PathBuf) -> Result<PathBuf, Failure> {
 
 /// Runs the command named by the process' arguments.
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse_from(arguments(std::env::args_os())) {
+    let cli = match parse(std::env::args_os()) {
         Ok(cli) => cli,
         Err(refusal) => return ExitCode::from(usage::refuse(refusal)),
     };
@@ -236,20 +257,38 @@ fn run(cli: Cli) -> Result<(), Failure> {
     }
 }
 
-/// The arguments, whichever name the binary was called by: QEMU's descriptors name a binary and hold no arguments.
+/// What the arguments ask for.
+fn parse(given: impl Iterator<Item = OsString>) -> Result<Cli, clap::Error> {
+    let given: Vec<_> = given.collect();
+    let mut command = Cli::command();
+    if is_second_name(given.first()) {
+        // Nobody typed the verb.
+        command = command.mut_subcommand("serve", |serve| {
+            serve.override_usage(format!("{SECOND_NAME} [OPTIONS]"))
+        });
+    }
+    let matches = command.try_get_matches_from_mut(arguments(given.into_iter()))?;
+    Cli::from_arg_matches(&matches).map_err(|error| error.format(&mut command))
+}
+
+/// The binary's name as a back-end of QEMU's conventions: QEMU's descriptors name a binary and hold no arguments.
+const SECOND_NAME: &str = "vhost-user-sealblk";
+
+fn is_second_name(name: Option<&OsString>) -> bool {
+    let file = name.and_then(|name| Path::new(name).file_name());
+    file.is_some_and(|file| file == SECOND_NAME)
+}
+
+/// The arguments, whichever name the binary was called by.
 fn arguments(mut given: impl Iterator<Item = OsString>) -> impl Iterator<Item = OsString> {
     let name = given.next().unwrap_or_else(|| "sealblk".into());
-    let second_name = PathBuf::from(&name)
-        .file_name()
-        .is_some_and(|name| name == "vhost-user-sealblk");
-    let verb = second_name.then(|| "serve".into());
+    let verb = is_second_name(Some(&name)).then(|| "serve".into());
     [name].into_iter().chain(verb).chain(given)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn arguments_are_consistent() {

@@ -150,13 +150,20 @@ impl Restore {
     pub(super) fn run(self, host: &Host) -> Result<(), Failure> {
         let mut registry = host.registry()?;
         let (primary, known) = open(&self.file, &self.passphrase_file)?;
-        let Some(name) = self.name.or(known) else {
+        let Some(name) = self.name.or_else(|| known.clone()) else {
             return Err(Failure::Backup {
                 path: self.file,
                 what: "it does not tell the provider's name; give one with --name",
             });
         };
         registry.import(&name, &primary, self.default)?;
+        if let Some(known) = known.filter(|known| *known != name) {
+            output::note(&format!(
+                "volumes that were bound to provider {known:?} look for that name, and not for {name:?}: serve them with a state \
+                 directory of their own (`--state-dir DIR`), into which the backup is restored as {known:?}; or bind them to this \
+                 provider by their recovery keys (`sealblk rekey DISK --provider {name} --unlock-key FILE`)"
+            ));
+        }
         output::print(&format!("key provider {name:?} was restored\n"))
     }
 }

@@ -1,5 +1,6 @@
 //! `sealblk provider`: the key providers of this host.
 
+use std::convert::Infallible;
 use std::path::PathBuf;
 
 use base64::Engine;
@@ -129,7 +130,7 @@ enum Add {
 #[derive(Debug, Args)]
 struct TrustedArgs {
     /// A broker; give it again for others that are asked, in this order, where one does not answer
-    #[arg(long, value_name = "https://HOST:PORT", required = true)]
+    #[arg(long, value_name = "https://HOST:PORT", required = true, value_parser = parse_address)]
     address: Vec<String>,
     /// PEM file with the authority's certificate that the brokers' certificates are to be checked against
     #[arg(long, value_name = "FILE")]
@@ -229,7 +230,7 @@ struct KmipArgs {
 #[command(group = ArgGroup::new("login").required(true).args(["role_id", "certificate", "token_file"]))]
 struct TransitArgs {
     /// A server; give it again for others that are asked, in this order, where one does not answer
-    #[arg(long, value_name = "https://HOST:PORT", required = true)]
+    #[arg(long, value_name = "https://HOST:PORT", required = true, value_parser = parse_address)]
     address: Vec<String>,
     /// PEM file with the authority's certificate that the servers' certificates are to be checked against
     #[arg(long, value_name = "FILE")]
@@ -317,7 +318,13 @@ impl Add {
         match self {
             Add::Native(NativeArgs { no_backup, common }) => {
                 let backup = if no_backup { Backup::Waived } else { Backup::None };
-                add_native(&mut registry, common.named("native"), common.default, backup)
+                add_native(
+                    host,
+                    &mut registry,
+                    common.named("native"),
+                    common.default,
+                    backup,
+                )
             }
             Add::Kmip(args) => {
                 let (common, no_check) = (args.common.clone(), args.no_check);
@@ -449,6 +456,7 @@ impl Common {
 
 /// Adds a native provider, and says what is to be done with it.
 pub(super) fn add_native(
+    host: &Host,
     registry: &mut Registry,
     name: &str,
     default: bool,
@@ -457,10 +465,23 @@ pub(super) fn add_native(
     registry.add(name, Source::Native { backup }, default)?;
     let dir = output::shown(registry.dir());
     output::note(&format!(
-        "added key provider {name:?}; its primary key is in {dir}: back it up with `sealblk provider backup {name}`, since \
-         volumes bound to this provider open with it or with their recovery key, and with nothing else"
+        "added key provider {name:?}; its primary key is in {dir}: back it up with {}, since volumes bound to this provider \
+         open with it or with their recovery key, and with nothing else",
+        backup_command(host, name)
     ));
     Ok(())
+}
+
+/// The command that backs up a native provider.
+pub(super) fn backup_command(host: &Host, name: &str) -> String {
+    let state_dir = host.state_dir.as_deref().map(output::shown);
+    let option = state_dir.map_or(String::new(), |dir| format!(" --state-dir {dir}"));
+    format!("`sealblk{option} provider backup {name} --to FILE --passphrase-file FILE`")
+}
+
+/// An address as `BAO_ADDR` and its like have it, too: a slash at its end says nothing.
+fn parse_address(text: &str) -> Result<String, Infallible> {
+    Ok(text.strip_suffix('/').unwrap_or(text).to_owned())
 }
 
 impl Remove {
@@ -542,16 +563,26 @@ impl List {
         let mut rows = vec![["NAME", "KIND", "DEFAULT", "KEYS", "LOCATION"].map(str::to_owned)];
         for (entry, reason) in listed {
             tell_expiring(&entry);
-            let usable = reason.map_or("usable", KeyReason::what);
+            // By its name alone: it was told in full above.
+            let usable = match json!(reason).as_str() {
+                Some(reason) => reason.replace('_', " "),
+                None => "usable".to_owned(),
+            };
             let default = if entry.default { "yes" } else { "no" };
-            rows.push([
-                entry.name,
-                entry.kind,
-                default.to_owned(),
-                usable.to_owned(),
-                entry.location,
-            ]);
+            rows.push([entry.name, entry.kind, default.to_owned(), usable, entry.location]);
         }
         output::print(&output::table(&rows))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slash_at_the_end_of_an_address_is_no_part_of_it() {
+        for text in ["https://bao1:8200", "https://bao1:8200/"] {
+            assert_eq!(parse_address(text).unwrap(), "https://bao1:8200");
+        }
     }
 }

@@ -43,13 +43,15 @@ fn no_such_verb(wrong: &str, arguments: impl Iterator<Item = OsString>) -> Strin
     let root = Cli::command();
     let (mut command, mut path) = (&root, root.get_name().to_owned());
     for argument in arguments.skip(1) {
-        if argument.to_str() == Some(wrong) {
-            break;
-        }
         if let Some(verb) = command.find_subcommand(&argument) {
             command = verb;
             path = format!("{path} {}", verb.get_name());
+        } else if argument.to_str() == Some(wrong) {
+            break;
         }
+    }
+    if !command.has_subcommands() {
+        return format!("`{path}` has no verbs, so {wrong:?} is none; see `{path} --help`\n");
     }
     let about = |verb: &Command| verb.get_about().map(ToString::to_string).unwrap_or_default();
     let verbs = command.get_subcommands().filter(|verb| !verb.is_hide_set());
@@ -75,6 +77,10 @@ mod tests {
             top.starts_with("`sealblk` has no verb \"resize\"; it has:\n  create "),
             "{top}"
         );
+        // The list of the verbs was empty.
+        let none = said("serve", &["sealblk", "help", "create", "serve"]);
+        let expected = "`sealblk create` has no verbs, so \"serve\" is none; see `sealblk create --help`\n";
+        assert_eq!(none, expected);
         let kinds = said("vault", &["sealblk", "provider", "add", "vault"]);
         assert!(
             kinds.starts_with("`sealblk provider add` has no verb \"vault\""),

@@ -137,10 +137,14 @@ impl KeyReason {
             Self::NoAgent => {
                 "start `sealblk agent`, or correct its `socket` under [agent] in the configuration"
             }
-            Self::NotPermitted => "grant the privilege that the cause names, in the agent's configuration",
+            Self::NotPermitted => {
+                "grant the privilege that the cause names, in the agent's configuration, and restart the agent, which reads it when \
+                 it starts"
+            }
             Self::Invalid => "mend it as the cause says, or restore the provider's files from a backup",
             Self::NotBackedUp => {
-                "take a backup with `sealblk provider backup`, or do without with its --waive"
+                "take a backup with `sealblk provider backup NAME --to FILE --passphrase-file FILE`, or do without: `sealblk provider \
+                 backup NAME --waive`"
             }
             Self::Unreachable => "check the server and the network, then try again",
             Self::Untrusted => {

@@ -83,7 +83,10 @@ enum FileError {
 /// Why a key ID is not one of this provider's.
 #[derive(Debug, thiserror::Error)]
 enum ForeignKey {
-    #[error("the key belongs to the primary key {wanted}, and this provider has {held}")]
+    #[error(
+        "the key belongs to the primary key {wanted}, and this provider has {held}: point --state-dir at the directory that \
+         has it, or restore its backup with `sealblk provider restore`"
+    )]
     OtherPrimary { wanted: String, held: String },
     #[error("no native provider makes key IDs like this")]
     Form,

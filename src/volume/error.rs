@@ -81,6 +81,8 @@ pub enum Reason {
         /// Keyslots that could not be tried, and why.
         untried: Vec<(u32, KeyslotError)>,
     },
+    #[error("this passphrase does not open it; try another one")]
+    WrongBackupPassphrase,
     #[error(
         "it has no keyslot to try a passphrase on; one of priority \"ignore\" is tried after `cryptsetup config \
          --priority normal --key-slot`"

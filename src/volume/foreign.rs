@@ -120,7 +120,7 @@ impl fmt::Display for Format {
 }
 
 /// What `io` holds, if it is known. What cannot be read has no signature.
-pub fn find(io: &dyn HeaderIo) -> Option<Format> {
+pub(super) fn find(io: &dyn HeaderIo) -> Option<Format> {
     let len = io.size().ok()?;
     let at_start = SIGNATURES.iter().filter(|(format, ..)| format.is_foreign());
     let is_there = |(_, offset, signature): &&(Format, u64, &[u8])| has(io, *offset, signature);

@@ -22,7 +22,7 @@
 //! erase                           its end
 //! vault                           a key in a header without a disk
 //! plain                           a disk that is none
-//! foreign                         what else may be on a disk
+//! foreign, content                what else may be on a disk, and what it holds that is to be overwritten
 //! layout, refusal                 metadata -> segments that can be served, or why not
 //! memory                          how much of it a key derivation may take
 //! token, keyslot, kdf, af, hash   wrapped slot secret -> passphrase -> volume key
@@ -37,6 +37,7 @@
 mod af;
 mod binary;
 mod bindings;
+mod content;
 mod copies;
 mod create;
 mod erase;
@@ -65,11 +66,12 @@ pub mod vault;
 mod ways_in;
 
 pub use bindings::{Bindings, BoundTo, Proof};
+pub use content::Content;
 pub use copies::{Damage, HeaderError, HeaderState};
 pub use create::{CreateOptions, create};
 pub use erase::{Erased, erase};
 pub use error::{Advice, Reason, VolumeError};
-pub use foreign::{Format, Owner, Unpack, find as format_of};
+pub use foreign::{Format, Owner, Unpack};
 pub use header_io::{BLOCK, HeaderIo};
 pub use info::{CopiesInfo, Info, KdfInfo, KeyslotInfo, Purpose, SegmentInfo, TokenInfo};
 pub use kdf::{Argon2Cost, KdfError};

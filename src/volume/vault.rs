@@ -101,7 +101,7 @@ pub fn seal(
 /// Takes the key out of what [`seal`] has made with the same `kind`, read anew from storage.
 ///
 /// # Errors
-/// [`Reason::NoVault`] if it is none, or was damaged; [`Reason::WrongPassphrase`].
+/// [`Reason::NoVault`] if it is none, or was damaged; [`Reason::WrongBackupPassphrase`].
 pub fn unseal(io: &dyn HeaderIo, passphrase: &SecretBytes, kind: &str) -> Result<Unsealed, VolumeError> {
     let unseal = || {
         let no_vault = |what| Reason::NoVault { what };
@@ -134,7 +134,7 @@ pub fn unseal(io: &dyn HeaderIo, passphrase: &SecretBytes, kind: &str) -> Result
             .map_err(|source| failed(source.into()))?;
         let key = keyslot::open(io, slot, passphrase).map_err(failed)?;
         if !keyslot::verify(served.digest, &key).map_err(failed)? {
-            return Err(Reason::WrongPassphrase { untried: Vec::new() });
+            return Err(Reason::WrongBackupPassphrase);
         }
         let texts = fields
             .iter()
