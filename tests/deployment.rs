@@ -1,30 +1,54 @@
 //! What an operator takes from the docs and scripts: units and domains fit together, and scripts say what they mean to.
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use common::process::Process;
+use common::serve::SEALBLK;
+use common::volume::run;
+
 fn repository(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
-/// The units of docs/agent.md by their names, each with its settings; a line that ends in a backslash goes on.
-fn units() -> BTreeMap<String, Vec<(String, String)>> {
-    let text = fs::read_to_string(repository("docs/agent.md")).unwrap();
-    let mut units = BTreeMap::new();
-    for block in text.split("```ini\n").skip(1) {
-        let block = block.split("```").next().unwrap().replace("\\\n", " ");
-        let name = block.lines().next().unwrap();
-        let name = name
+/// What a page of the docs shows in this language, block by block.
+fn blocks(page: &str, language: &str) -> Vec<String> {
+    let text = fs::read_to_string(repository(page)).unwrap();
+    let fence = format!("```{language}\n");
+    let blocks = text.split(&fence).skip(1);
+    blocks
+        .map(|block| block.split("```").next().unwrap().to_owned())
+        .collect()
+}
+
+/// The units and drop-ins of the docs, by their names.
+fn unit_files() -> BTreeMap<String, String> {
+    let blocks = ["docs/libvirt.md", "docs/agent.md"].map(|page| blocks(page, "ini"));
+    let named = blocks.into_iter().flatten().map(|block| {
+        let path = block.lines().next().unwrap();
+        let name = path
             .strip_prefix("# /etc/systemd/system/")
             .expect("a unit's first line is its path");
-        let settings = block.lines().filter_map(|line| line.split_once('='));
+        (name.to_owned(), block)
+    });
+    named.collect()
+}
+
+/// The units by their names, each with its settings; a line that ends in a backslash goes on.
+fn units() -> BTreeMap<String, Vec<(String, String)>> {
+    let settings = |text: String| {
+        let text = text.replace("\\\n", " ");
+        let settings = text.lines().filter_map(|line| line.split_once('='));
         let settings = settings.map(|(key, value)| (key.to_owned(), value.to_owned()));
-        units.insert(name.to_owned(), settings.collect());
-    }
-    units
+        settings.collect()
+    };
+    let files = unit_files().into_iter();
+    files.map(|(name, text)| (name, settings(text))).collect()
 }
 
 fn setting<'u>(unit: &'u [(String, String)], key: &str) -> Option<&'u str> {
@@ -104,6 +128,116 @@ fn no_units_end_takes_the_sockets_of_another() {
         assert!(own.clone().count() > 0 && own.clone().all(|(_, socket)| socket.starts_with(&directory)));
         assert_eq!(setting(unit, "Type"), Some("notify"), "{name}");
     }
+}
+
+/// Five failures within half a second used up all starts that systemd allows, and a disk stayed down after its cause was mended.
+#[test]
+fn units_are_ones_that_systemd_knows_and_starts_again() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, text) in unit_files() {
+        let path = dir.path().join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text.replace("/usr/local/bin/sealblk", SEALBLK)).unwrap();
+    }
+    let mut verify = Command::new("systemd-analyze");
+    verify.env("SYSTEMD_UNIT_PATH", format!("{}:", dir.path().display()));
+    verify.args(["verify", "--man=no"]);
+    let services = ["sealblk-agent.service", "sealblk@vm7.service"];
+    fs::copy(
+        dir.path().join("sealblk@.service"),
+        dir.path().join("sealblk@vm7.service"),
+    )
+    .unwrap();
+    let output = verify
+        .args(services.map(|service| dir.path().join(service)))
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && !said.contains("sealblk"), "{output:?}");
+
+    for (name, unit) in units().iter().filter(|(name, _)| name.ends_with(".service")) {
+        assert_eq!(setting(unit, "Restart"), Some("on-failure"), "{name}");
+        assert_eq!(setting(unit, "StartLimitIntervalSec"), Some("0"), "{name}");
+        let pause: u32 = setting(unit, "RestartSec").unwrap().parse().unwrap();
+        assert!(pause > 0, "{name}");
+        // Wrong settings and a damaged disk: the two of docs/cli.md that no time mends.
+        assert_eq!(setting(unit, "RestartPreventExitStatus"), Some("2 3"), "{name}");
+    }
+}
+
+/// The configuration that the docs began with named a user that no host has, so that the agent did not start.
+#[test]
+fn commands_for_a_libvirt_host_work_in_their_order() {
+    let host = tempfile::tempdir().unwrap();
+    let path = |name: &str| host.path().join(name);
+    let config = blocks("docs/libvirt.md", "toml").remove(0);
+    assert!(
+        config.starts_with("# /etc/sealblk/config.toml\n[agent]\n"),
+        "{config}"
+    );
+    // The usual socket is the host's own.
+    fs::write(
+        path("config.toml"),
+        format!("{config}socket = {:?}\n", path("agent.sock")),
+    )
+    .unwrap();
+    // systemd makes it, by StateDirectory.
+    fs::create_dir(host.path().join("state")).unwrap();
+    let mut agent = Command::new(SEALBLK);
+    agent.args(["--config", "config.toml", "--state-dir", "state", "agent"]);
+    let agent = Process::spawn(agent.current_dir(&host).env_remove("SEALBLK_LOG"));
+    agent.wait_stderr("the agent answers");
+
+    let dir = Path::new(SEALBLK).parent().unwrap().display();
+    let search = format!("{dir}:{}", std::env::var("PATH").unwrap());
+    let mut ran = Vec::new();
+    for line in blocks("docs/libvirt.md", "sh").remove(0).lines() {
+        let line = line.split("  #").next().unwrap().replace("/srv/", "srv/");
+        let Some(word) = line.split_whitespace().next() else {
+            continue;
+        };
+        if ["systemctl", "virsh"].contains(&word) {
+            continue;
+        }
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &line]).current_dir(&host);
+        shell.env("PATH", &search).env("SEALBLK_CONFIG", "config.toml");
+        if line.starts_with("sealblk provider") {
+            // The usual one is the host's own; other verbs would pass the agent by if it were named to them.
+            shell.env("SEALBLK_STATE_DIR", "state");
+        }
+        run(&mut shell);
+        ran.push(line);
+    }
+    assert!(
+        ran.iter().any(|line| line.starts_with("sealblk create")),
+        "{ran:?}"
+    );
+    let audit = fs::read_to_string(path("state/audit.log")).unwrap();
+    assert!(audit.contains("KeyBound"), "{audit}");
+    assert!(
+        !agent.stderr().contains("nobody asks this agent"),
+        "{}",
+        agent.stderr()
+    );
+}
+
+/// An agent that no configuration names answered, and nobody asked it; nothing told of that.
+#[test]
+fn agent_that_nobody_asks_says_so() {
+    let host = tempfile::tempdir().unwrap();
+    fs::write(
+        host.path().join("config.toml"),
+        "[policy]\nmax-key-age = \"90d\"\n",
+    )
+    .unwrap();
+    // systemd makes it, by StateDirectory.
+    fs::create_dir(host.path().join("state")).unwrap();
+    let mut agent = Command::new(SEALBLK);
+    agent.args(["--config", "config.toml", "--state-dir", "state"]);
+    agent.args(["agent", "--socket-path", "agent.sock"]);
+    let agent = Process::spawn(agent.current_dir(&host).env_remove("SEALBLK_LOG"));
+    agent.wait_stderr("nobody asks this agent: write [agent] into the configuration");
 }
 
 /// A double hyphen in the domain's comment kept `virsh define` from reading it.

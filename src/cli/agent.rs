@@ -28,8 +28,9 @@ the user and groups that they run as:
   EncryptNew          make a disk, or erase one
   Recrypt             give a volume another key: `rekey`
   ReadKeyServersInfo  see providers, what they open, served volumes and events:
-                      `provider list`, `key where-used`, `list`, `events`
-  ManageKeys          see, push and revoke keys: `key list`, `scan`, `revoke`
+                      `provider list`, `check`, `key where-used`, `due`, `list`,
+                      `events`
+  ManageKeys          see, push and revoke keys: `key list`, `scan`, `push`, `revoke`
   ManageKeyServers    remove a provider: `provider remove`
 
 Root, and the user that the agent runs as, have them all; nobody else has any
@@ -50,6 +51,7 @@ impl Agent {
     pub(super) fn run(self, host: &Host) -> Result<(), Failure> {
         process::raise_descriptor_limit();
         let config = host.config()?;
+        let is_asked = config.agent.is_some();
         let settings = config.agent.unwrap_or_default();
         let agent = agent::Agent::new(agent::Settings {
             state_dir: host.state_dir()?,
@@ -60,6 +62,12 @@ impl Agent {
             grants: config.grants,
         })?;
         tracing::info!("the agent answers");
+        if !is_asked {
+            tracing::warn!(
+                config = %host.config_path().display(),
+                "nobody asks this agent: write [agent] into the configuration, which `serve` and the other verbs read, too"
+            );
+        }
         manager::ready("answering");
         let result = agent.run();
         manager::stopping();
