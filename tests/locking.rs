@@ -11,7 +11,7 @@ use std::process::{Command, Output};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::driver::{Data, Driver, S_OK, T_IN, T_OUT};
+use common::driver::{Data, Driver, S_IOERR, S_OK, T_IN, T_OUT};
 use common::frontend::{SET_CONFIG, VERSION};
 use common::pattern;
 use common::process::Process;
@@ -142,6 +142,46 @@ fn a_header_with_another_volume_key_is_not_gone_on_with() {
     overwrite(&header);
     disk.does("unlock");
     disk.server.still_serves();
+}
+
+/// The disk stayed locked, and who did as the error said put an old header back, without the keys of today.
+#[test]
+fn a_disk_that_has_become_longer_is_unlocked_and_a_shorter_one_is_not() {
+    let volume = Volume::cryptsetup(4 * MIB, 512);
+    let path = volume.path.clone();
+    let len = fs::metadata(&path).unwrap().len();
+    let set_len = |len| {
+        fs::File::options()
+            .write(true)
+            .open(&path)
+            .unwrap()
+            .set_len(len)
+            .unwrap()
+    };
+    let disk = Served::of(volume);
+    let mut driver = disk.server.connect();
+    let bytes = pattern(1, 64 * 1024);
+    driver.write(0, &bytes);
+    for longer in [MIB, 3 * MIB + 512] {
+        disk.does("lock");
+        set_len(len + longer);
+        disk.does("unlock");
+        assert_eq!(disk.status()["capacity"], 4 * MIB);
+        assert!(driver.read(0, bytes.len()) == bytes);
+        let beyond = driver.run(T_IN, 4 * MIB / 512, Data::In(512));
+        assert_eq!(beyond.status, S_IOERR);
+    }
+
+    disk.does("lock");
+    set_len(len - MIB);
+    let output = disk.run("unlock");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let said = "had 4194304 bytes when it was attached, and has 3145728";
+    assert!(!output.status.success() && stderr.contains(said), "{stderr}");
+    set_len(len);
+    disk.does("unlock");
+    assert!(driver.read(0, bytes.len()) == bytes);
+    disk.server.still_serves_both(driver);
 }
 
 // Each piece of a message had a time of its own: a front-end that sent a byte every few seconds kept its rings, and the key

@@ -399,7 +399,7 @@ impl Failure {
                 OpenError::Volume(VolumeError { reason, .. }) => volume_code(reason),
                 OpenError::Passphrase(error) => error.downcast_ref().map_or(KEY, secret_code),
                 OpenError::LockedMeanwhile => ASKED,
-                OpenError::Replaced { .. } | OpenError::Altered => CONTENT,
+                OpenError::Changed(_) => CONTENT,
             },
             Self::Serve(error) => match error {
                 ServeError::Socket(error) => socket_code(error),

@@ -22,7 +22,6 @@ use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 use serde_json::{Value, json};
-use uuid::Uuid;
 
 use crate::cipher::KernelChoice;
 use crate::control::events::{Event, Events};
@@ -31,7 +30,7 @@ use crate::device::Disk;
 use crate::keys::{KeyError, KeyReason, Providers};
 use crate::mutex::lock;
 use crate::storage::Backing;
-use crate::volume::{Identity, Locked, Reason, Rekeyed, Volume, VolumeError};
+use crate::volume::{Changed, Identity, Locked, Reason, Rekeyed, Volume, VolumeError};
 
 use twins::Announcement;
 
@@ -87,20 +86,9 @@ pub enum OpenError {
     /// What unlocks it.
     #[error("the passphrase cannot be read")]
     Passphrase(#[source] Unreadable),
-    /// Somebody has put another volume in its place.
-    #[error("the header was replaced: it was that of volume {expected}, and is that of {found}; restore it")]
-    Replaced {
-        /// The volume that is being served.
-        expected: Uuid,
-        /// The volume that is there now.
-        found: Uuid,
-    },
-    /// What the guest has written would be read by another key, or at another place.
-    #[error(
-        "the header has the UUID of this volume, and another volume key, place or size than it had when the disk was attached: \
-         restore the header from a backup (`cryptsetup luksHeaderRestore`), or restart `sealblk serve` if the change was meant"
-    )]
-    Altered,
+    /// The guest would notice.
+    #[error(transparent)]
+    Changed(#[from] Changed),
     /// Somebody has locked it since it was asked for.
     #[error("the disk was locked while its key was fetched")]
     LockedMeanwhile,
@@ -445,18 +433,7 @@ impl Served {
 
     /// Reads the header anew, which has to be of the volume that the guest sees.
     fn read_header(&self) -> Result<Locked<'_>, OpenError> {
-        let locked = self.opener.locked()?;
-        let expected = self.identity.uuid();
-        if locked.uuid() != expected {
-            return Err(OpenError::Replaced {
-                expected,
-                found: locked.uuid(),
-            });
-        }
-        if locked.identity()? != self.identity {
-            return Err(OpenError::Altered);
-        }
-        Ok(locked)
+        self.opener.locked()?.as_before(&self.identity)
     }
 
     /// While the disk is locked for want of its key, tries again and again.

@@ -62,6 +62,11 @@ impl Layout {
         })
     }
 
+    /// Whether the data lie at the same place as those of `other`, however many they are.
+    pub(super) fn is_where(&self, other: &Self) -> bool {
+        (self.offset, self.sector_size, self.iv) == (other.offset, other.sector_size, other.iv)
+    }
+
     /// The largest power of two, up to `limit`, that divides where the segment starts in the payload: transfers of that
     /// many bytes stay aligned to it there.
     pub(super) fn alignment(&self, limit: u32) -> u32 {

@@ -48,6 +48,63 @@ impl Identity {
     pub fn uuid(&self) -> Uuid {
         self.uuid
     }
+
+    /// What of it the guest would notice if `found` were in its place. A disk that has become longer is none the worse.
+    fn changed_to(&self, found: &Self) -> Option<Changed> {
+        let (was, now) = (self.layout, found.layout);
+        if self.uuid != found.uuid {
+            return Some(Changed::Volume {
+                expected: self.uuid,
+                found: found.uuid,
+            });
+        }
+        if self.digest != found.digest {
+            return Some(Changed::Key);
+        }
+        if !was.is_where(&now) {
+            return Some(Changed::Place);
+        }
+        (was.capacity > now.capacity).then_some(Changed::Shrunk {
+            was: was.capacity,
+            now: now.capacity,
+        })
+    }
+}
+
+/// Why a header that is read anew gives the guest no more what it had.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Changed {
+    /// Another volume.
+    #[error("the header was replaced: it was that of volume {expected}, and is that of {found}; restore it")]
+    Volume {
+        /// The volume that is being served.
+        expected: Uuid,
+        /// The volume that is there now.
+        found: Uuid,
+    },
+    /// What the guest has written would be read under another key.
+    #[error(
+        "the header has the UUID of this volume, and another volume key than when the disk was attached: if that was meant, start \
+         `sealblk serve` anew; if not, somebody has altered it: restore the header from a backup (`cryptsetup luksHeaderRestore`)"
+    )]
+    Key,
+    /// What the guest has written would be read at another place.
+    #[error(
+        "the header has the UUID of this volume, and tells another place or sector size of its data than when the disk was \
+         attached: if that was meant, start `sealblk serve` anew; if not, somebody has altered it: restore the header from a backup \
+         (`cryptsetup luksHeaderRestore`)"
+    )]
+    Place,
+    /// The guest would see an end where there was none.
+    #[error(
+        "the disk had {was} bytes when it was attached, and has {now}; make its file or device as long as it was"
+    )]
+    Shrunk {
+        /// When it was attached, in bytes.
+        was: u64,
+        /// Now.
+        now: u64,
+    },
 }
 
 impl<'header> Locked<'header> {
@@ -100,6 +157,25 @@ impl<'header> Locked<'header> {
             layout: self.layout,
             digest: (hash.clone(), *iterations, salt.clone(), digest.clone()),
         })
+    }
+
+    /// The same for a guest that has had the volume as `expected` before: it has the length that it had then, too.
+    ///
+    /// # Errors
+    /// What has changed, if the guest would notice; or as for [`Locked::identity`].
+    pub fn as_before<E: From<Changed> + From<VolumeError>>(mut self, expected: &Identity) -> Result<Self, E> {
+        let found = self.identity()?;
+        if let Some(changed) = expected.changed_to(&found) {
+            return Err(changed.into());
+        }
+        if found != *expected {
+            tracing::warn!(
+                bytes = found.layout.capacity,
+                "the disk is longer than when it was attached; its guest sees that when `sealblk serve` is started anew"
+            );
+        }
+        self.layout = expected.layout;
+        Ok(self)
     }
 
     /// The KEKs that open it.

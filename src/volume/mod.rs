@@ -77,7 +77,7 @@ pub use info::{CopiesInfo, Info, KdfInfo, KeyslotInfo, Purpose, SegmentInfo, Tok
 pub use kdf::{Argon2Cost, KdfError};
 pub use keyslot::{KeyslotError, MATERIAL_LEN};
 pub use lock::{LockMode, MetadataLock};
-pub use locked::{Identity, Locked, Volume};
+pub use locked::{Changed, Identity, Locked, Volume};
 pub use plain::plain;
 pub use refusal::Refusal;
 pub use rekey::Rekeyed;
