@@ -392,6 +392,17 @@ fn copy_that_is_served_beside_the_original_is_told_of() {
     let volume = named(volume, copy);
     let ended = Server::with(&volume, &[]).stop();
     assert!(ended.stderr.contains(told), "{}", ended.stderr);
+    // In a container whose processes have numbers of their own: that of the original's is 0 there.
+    if rustix::process::geteuid().is_root() {
+        let direct = serve(&volume, &volume.beside("sock"), &[]);
+        let mut contained = Command::new("unshare");
+        contained.args(["--pid", "--fork", "--kill-child"]);
+        contained.arg(direct.get_program()).args(direct.get_args());
+        let mut contained = Process::spawn(&mut contained);
+        contained.wait_stderr(told);
+        contained.signal(rustix::process::Signal::KILL);
+        contained.wait();
+    }
     server.stop();
 
     // What an ordinary user says nobody has to believe.

@@ -36,8 +36,9 @@ impl Peer {
     }
 }
 
-/// rustix takes the process for a number that is not 0, which it is for a caller outside of our namespace.
-fn credentials(stream: &UnixStream) -> io::Result<libc::ucred> {
+/// Who made the other end of `socket`. rustix takes the process for a number that is not 0, which it is for one outside of our
+/// namespace.
+pub(crate) fn credentials(socket: &impl AsRawFd) -> io::Result<libc::ucred> {
     let mut credentials = libc::ucred {
         pid: 0,
         uid: 0,
@@ -47,7 +48,7 @@ fn credentials(stream: &UnixStream) -> io::Result<libc::ucred> {
     // SAFETY: the kernel writes at most `bytes` bytes to the structure, which is as long, and the length to `bytes`.
     let result = unsafe {
         libc::getsockopt(
-            stream.as_raw_fd(),
+            socket.as_raw_fd(),
             libc::SOL_SOCKET,
             libc::SO_PEERCRED,
             (&raw mut credentials).cast(),

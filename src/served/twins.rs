@@ -13,12 +13,12 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 use rustix::fd::OwnedFd;
-use rustix::net::sockopt::socket_peercred;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
 };
 use uuid::Uuid;
 
+use crate::control::peer::credentials;
 use crate::hex;
 use crate::storage::Backing;
 
@@ -67,13 +67,13 @@ fn place(header: &Backing) -> io::Result<String> {
     })
 }
 
-/// The process that listens at an abstract name, if it is of this user or root.
+/// The process that listens at an abstract name, if it is of this user or root: 0 if it is in a PID name space of its own.
 fn owner(name: &str) -> Option<i32> {
     let socket = stream().ok()?;
     connect(&socket, &SocketAddrUnix::new_abstract_name(name.as_bytes()).ok()?).ok()?;
-    let owner = socket_peercred(&socket).ok()?;
-    let is_trusted = owner.uid.is_root() || owner.uid == rustix::process::geteuid();
-    is_trusted.then(|| owner.pid.as_raw_nonzero().get())
+    let owner = credentials(&socket).ok()?;
+    let is_trusted = owner.uid == 0 || owner.uid == rustix::process::geteuid().as_raw();
+    is_trusted.then_some(owner.pid)
 }
 
 /// One whose calls do not wait.
