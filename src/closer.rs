@@ -2,25 +2,48 @@
 //!
 //! The close(2) of a descriptor that another process has passed to us can wait for that process: a file of a FUSE file
 //! system is flushed by its daemon, a TCP socket lingers until its peer has taken all that was sent, and messages that
-//! nobody has read from a Unix socket hold descriptors of either kind. So such descriptors are closed on a thread of their
-//! own, which nobody waits for. It is there only while it has something to close.
+//! nobody has read from a Unix socket hold descriptors that may linger so. Nobody here waits for that:
+//!
+//! - A socket goes with a thread that ends: no socket lingers for a thread that is about to be gone (`PF_EXITING` in Linux'
+//!   `inet_release`). For that the thread has a table of descriptors of its own, with the last reference to the socket.
+//! - Whatever else is closed on a thread that is there for this alone, and may have to wait for ever. [`waiting`] tells how many
+//!   are behind it; whoever takes descriptors from others takes no more of them when these are too many.
+
+#![allow(unsafe_code)] // close_range(2) has no safe interface.
 
 use std::fmt;
+use std::fs::File;
+use std::io;
 use std::ops::Deref;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Mutex;
+use std::sync::mpsc;
 use std::thread;
+
+use rustix::io::{DupFlags, dup3};
 
 use crate::mutex::lock;
 
 /// Closes `fd`, and does not wait for it.
 pub(crate) fn close(fd: OwnedFd) {
+    let fd = match is_socket(&fd) {
+        true => match close_with_a_thread(fd) {
+            Ok(()) => return,
+            Err(fd) => fd,
+        },
+        false => fd,
+    };
     let mut queue = lock(&QUEUE);
     queue.fds.push(fd);
     if !queue.closing {
         // Without a thread they stay open, until the next one finds one.
         queue.closing = thread::Builder::new().name("closer".into()).spawn(run).is_ok();
     }
+}
+
+/// How many descriptors are not closed yet, but for the one that holds up the others.
+pub(crate) fn waiting() -> usize {
+    lock(&QUEUE).fds.len()
 }
 
 static QUEUE: Mutex<Queue> = Mutex::new(Queue {
@@ -44,6 +67,92 @@ fn run() {
         drop(queue);
         drop(fd);
     }
+}
+
+/// The link in /proc shows sockets by a name that no path can have, and no file system is asked for it.
+fn is_socket(fd: &OwnedFd) -> bool {
+    let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+    link.is_ok_and(|link| link.to_string_lossy().starts_with("socket:"))
+}
+
+/// The kernel copies as many descriptors at least for a thread that wants a table of its own (`BITS_PER_LONG` in `dup_fd`).
+const COPIED: RawFd = 64;
+
+/// The place by which a socket is handed over.
+struct Slot {
+    /// One of the numbers that are copied; of /dev/null, but for the moment when a socket is handed over.
+    low: OwnedFd,
+    /// What goes back there.
+    null: OwnedFd,
+    /// They keep what others pass out of the numbers that are copied: the copy of a FUSE file is flushed, too, when it is closed.
+    _taken: Vec<OwnedFd>,
+}
+
+static SLOT: Mutex<Option<Slot>> = Mutex::new(None);
+
+/// To be called before others can pass descriptors to this process. Where it may have too few, or has no /dev/null, its sockets
+/// are closed as all else is.
+pub(crate) fn prepare() {
+    let mut slot = lock(&SLOT);
+    if slot.is_none() {
+        *slot = Slot::new().ok().flatten();
+    }
+}
+
+impl Slot {
+    fn new() -> io::Result<Option<Self>> {
+        let null = OwnedFd::from(File::open("/dev/null")?);
+        let mut taken = Vec::new();
+        let null = loop {
+            let next = null.try_clone()?;
+            if next.as_raw_fd() >= COPIED {
+                break next;
+            }
+            taken.push(next);
+        };
+        let low = taken.pop();
+        Ok(low.map(|low| Self {
+            low,
+            null,
+            _taken: taken,
+        }))
+    }
+}
+
+/// Gives the last reference to `socket` to a thread that ends; gives it back if there is no such thread.
+fn close_with_a_thread(socket: OwnedFd) -> Result<(), OwnedFd> {
+    prepare();
+    let mut slot = lock(&SLOT);
+    let Some(Slot { low, null, .. }) = slot.as_mut() else {
+        return Err(socket);
+    };
+    if dup3(&socket, low, DupFlags::CLOEXEC).is_err() {
+        return Err(socket);
+    }
+    let (has_it, it_has) = mpsc::sync_channel(1);
+    let (let_go, may_end) = mpsc::sync_channel::<()>(1);
+    let spawned = thread::Builder::new().name("closer".into()).spawn(move || {
+        let (copied, flags) = (COPIED.cast_unsigned(), libc::CLOSE_RANGE_UNSHARE.cast_signed());
+        // SAFETY: from here on this thread has a table of its own, of the lowest descriptors alone; that of the others stays as it
+        // is. Nothing is done then but to wait, and to end.
+        let apart = unsafe { libc::close_range(copied, u32::MAX, flags) };
+        let _ = has_it.send(apart == 0);
+        let _ = may_end.recv();
+    });
+    let handed_over = spawned.is_ok() && it_has.recv() == Ok(true);
+    let result = match handed_over {
+        true => {
+            drop(socket);
+            Ok(())
+        }
+        false => Err(socket),
+    };
+    if dup3(null, low, DupFlags::CLOEXEC).is_err() {
+        // Should it ever happen: another slot is looked for the next time.
+        *slot = None;
+    }
+    drop(let_go);
+    result
 }
 
 /// A socket or another descriptor whose close nobody waits for.
@@ -81,5 +190,54 @@ impl<T: Into<OwnedFd>> Drop for ClosedElsewhere<T> {
 impl<T: Into<OwnedFd> + fmt::Debug> fmt::Debug for ClosedElsewhere<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+    use std::os::unix::net::UnixStream;
+    use std::time::Duration;
+
+    use rustix::net::sockopt::set_socket_linger;
+
+    /// A socket whose close would wait for its peer, which is the second one.
+    fn lingering() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let lingering = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let peer = listener.accept().unwrap().0;
+        set_socket_linger(&lingering, Some(Duration::from_secs(3600))).unwrap();
+        lingering.set_nonblocking(true).unwrap();
+        while (&lingering).write(&[0; 65536]).is_ok() {}
+        (lingering, peer)
+    }
+
+    /// With one of them, no later one was ever closed.
+    #[test]
+    fn a_socket_that_lingers_is_closed_and_so_are_those_behind_it() {
+        let (first, mut peer) = lingering();
+        close(first.into());
+        let (second, mut other) = UnixStream::pair().unwrap();
+        close(second.into());
+        other.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        assert_eq!(other.read(&mut [0]).unwrap(), 0);
+        assert_eq!(waiting(), 0);
+        // What was sent arrives all the same.
+        io::copy(&mut peer, &mut io::sink()).unwrap();
+    }
+
+    #[test]
+    fn what_is_closed_leaves_the_descriptors_of_other_threads_as_they_are() {
+        let (mut mine, mut theirs) = UnixStream::pair().unwrap();
+        for _ in 0..100 {
+            let (one, mut other) = UnixStream::pair().unwrap();
+            let number = one.as_raw_fd();
+            close(one.into());
+            assert_eq!(other.read(&mut [0]).unwrap(), 0, "descriptor {number}");
+            mine.write_all(b"x").unwrap();
+            theirs.read_exact(&mut [0]).unwrap();
+        }
     }
 }

@@ -6,7 +6,7 @@ mod common;
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -166,6 +166,40 @@ fn files_whose_file_system_never_answers_delay_no_lock() {
     disk.server.stop();
 }
 
+/// Behind one that cannot be closed, all others stayed open, until there was none left for who wanted to lock the disk.
+#[test]
+fn front_ends_whose_descriptors_cannot_be_closed_are_turned_away() {
+    let Some(fuse) = Fuse::mount() else {
+        eprintln!("skipped: FUSE cannot be mounted");
+        return;
+    };
+    let disk = Lockable::new();
+    fuse.ignore(disk.server.process.pid());
+    let pass = |fds: &[BorrowedFd<'_>]| {
+        let frontend = Frontend::over(UnixStream::connect(disk.server.socket()).unwrap());
+        frontend.send(SET_VRING_KICK, 0, &[0; 8], fds);
+        frontend.wait_closed();
+    };
+    pass(&[fuse.open().as_fd()]);
+    let zero = File::open("/dev/zero").unwrap();
+    let many = [zero.as_fd(); 250];
+    pass(&many);
+    pass(&many);
+    let turned_away = Frontend::over(UnixStream::connect(disk.server.socket()).unwrap());
+    turned_away.wait_closed();
+    disk.server
+        .process
+        .wait_stderr("descriptors that cannot be closed");
+    let open = disk.server.facts().descriptors;
+    assert!(open < 1000, "{open} descriptors are open");
+    disk.verb("lock");
+    disk.verb("unlock");
+    fuse.answer();
+    disk.server.wait_idle();
+    disk.server.still_serves();
+    disk.server.stop();
+}
+
 /// A TCP socket that lingers, in a message that nobody reads, is closed with the connection that it came by. The thread that
 /// does that waited for the peer of that socket.
 #[test]
@@ -186,6 +220,8 @@ fn sockets_that_linger_in_unread_messages_delay_no_end() {
     drop(lingering);
     server.process.signal(Signal::CONT);
     server.process.wait_stderr("a second front-end is turned away");
+    // Nor of the next one that is turned away.
+    Frontend::over(UnixStream::connect(server.socket()).unwrap()).wait_closed();
     server.stop();
 }
 

@@ -7,6 +7,7 @@ use clap::Args;
 use super::failure::Failure;
 use super::{Host, process};
 use crate::agent;
+use crate::closer;
 use crate::control::manager;
 
 const AFTER_HELP: &str = "\
@@ -50,6 +51,7 @@ pub(super) struct Agent {
 impl Agent {
     pub(super) fn run(self, host: &Host) -> Result<(), Failure> {
         process::raise_descriptor_limit();
+        closer::prepare();
         let config = host.config()?;
         let is_asked = config.agent.is_some();
         let settings = config.agent.unwrap_or_default();

@@ -20,7 +20,7 @@ use super::socket_args::{differ, parse_group, parse_mode, warn_of_others};
 use super::{Host, output, process};
 use crate::agent::Purpose;
 use crate::cipher::{KEY_LEN, KernelChoice, Sector, SectorCipher, SectorSize};
-use crate::closer::ClosedElsewhere;
+use crate::closer::{self, ClosedElsewhere};
 use crate::control::privilege::Grants;
 use crate::control::socket::{self, Bound, Permissions};
 use crate::control::{manager, server, varlink};
@@ -173,6 +173,7 @@ impl Serve {
             differ(front_ends, control)?;
         }
         process::raise_descriptor_limit();
+        closer::prepare();
         let access = if self.read_only {
             Access::ReadOnly
         } else {

@@ -28,6 +28,7 @@ use super::foreign::{Foreign, Kind};
 use super::message::{Incoming, Message, MessageError, Progress};
 use super::rings::{Rings, Scope};
 use super::sigbus::{self, MAX_REGIONS};
+use super::uring;
 
 /// Why a session ended other than by the front-end's leave.
 #[derive(Debug, thiserror::Error)]
@@ -49,7 +50,8 @@ pub(super) enum GateError {
         found: String,
     },
     #[error(
-        "guest memory is in {found}, which is neither a memfd, nor a file of tmpfs or hugetlbfs, nor a DAX device; {SHARED}"
+        "guest memory is in {found}, which is neither a memfd, nor a file of tmpfs or hugetlbfs, nor a DAX device; take one of these \
+         in its place, for a virtual NVDIMM, too: {SHARED}"
     )]
     MemoryFile { found: String },
     #[error("guest memory is in {found}, which the front-end has opened read-only; {SHARED}")]
@@ -70,7 +72,10 @@ pub(super) enum GateError {
     QueueSize(u32),
     #[error("there is no room for the descriptors of a message; raise the limit on open files")]
     Descriptors(#[source] io::Error),
-    #[error("a queue cannot be served: descriptors, threads or memory are exhausted; raise their limits")]
+    #[error("a queue cannot be served: {}", match .0.raw_os_error() {
+        Some(libc::ENOMEM | libc::EAGAIN | libc::EMFILE | libc::ENFILE) => uring::remedy(.0),
+        _ => "descriptors, threads or memory are exhausted; raise their limits".into(),
+    })]
     Rings(#[source] io::Error),
     #[error("the protocol handler cannot be reached")]
     Handler(#[source] io::Error),

@@ -2,7 +2,6 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
 
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 
@@ -10,6 +9,7 @@ use super::config::Agreed;
 use super::disk::{Disk, Grant};
 use super::guest::SharedMemory;
 use super::sigbus;
+use super::uring;
 use super::vring::{StartError, Vring};
 use super::worker::{self, Piece};
 use crate::storage::Engine;
@@ -170,21 +170,6 @@ impl Drop for Rings {
 }
 
 /// An engine as each queue gets one.
-///
-/// io_uring gives up on memory that the kernel would have to reclaim first, and that of a ring that just went comes back
-/// a while later, so a lack of it is looked at again before it ends a session.
 pub(super) fn engine(disk: &Disk) -> io::Result<Engine<Piece>> {
-    let mut tries = 1..=ENGINE_TRIES;
-    loop {
-        match Engine::new(Arc::clone(&disk.file), disk.pool_pages) {
-            Err(error) if error.raw_os_error() == Some(libc::ENOMEM) && tries.next().is_some() => {
-                std::thread::sleep(ENGINE_RETRY);
-            }
-            result => return result,
-        }
-    }
+    uring::patiently(|| Engine::new(Arc::clone(&disk.file), disk.pool_pages))
 }
-
-/// How often, and after what time, an engine that found no memory is tried again.
-const ENGINE_TRIES: u32 = 10;
-const ENGINE_RETRY: Duration = Duration::from_millis(20);

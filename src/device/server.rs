@@ -22,7 +22,7 @@ use super::disk::Disk;
 use super::rings;
 use super::session::{self, Link};
 use super::uring;
-use crate::closer::ClosedElsewhere;
+use crate::closer::{self, ClosedElsewhere};
 use crate::control::manager;
 use crate::control::socket::{BindError, Bound, Permissions, accept, bind, termination};
 
@@ -214,6 +214,9 @@ struct Session {
 }
 
 /// The numbers of the control thread's events.
+/// The most descriptors of earlier front-ends that may wait to be closed while a new one comes: far below what a process may have.
+const MOST_UNCLOSED: usize = 256;
+
 const SIGNAL: u32 = 0;
 const CONNECTION: u32 = 1;
 const SESSION_ENDED: u32 = 2;
@@ -258,6 +261,15 @@ impl Control {
                 return;
             }
         };
+        let unclosed = closer::waiting();
+        if unclosed > MOST_UNCLOSED {
+            tracing::warn!(
+                unclosed,
+                "a front-end is turned away: earlier ones have passed descriptors that cannot be closed, since what is behind them, \
+                 as a FUSE file system, does not answer; end that, or restart `sealblk serve`"
+            );
+            return;
+        }
         match &self.session {
             None => self.begin(stream),
             Some(session) if has_hung_up(&session.stream) => self.next = Some(stream),

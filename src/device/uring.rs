@@ -1,8 +1,28 @@
-//! What an operator does where io_uring cannot be set up: each of the kernel's answers has a cause of its own.
+//! How io_uring is set up, and what an operator does where it cannot be: each of the kernel's answers has a cause of its own.
 
 use std::io;
+use std::thread;
+use std::time::Duration;
 
 use rustix::process::{Resource, getrlimit};
+
+/// Makes what needs a ring. io_uring gives up on memory that the kernel would have to reclaim first, and that of a ring that just
+/// went comes back a while later, so a lack of it is looked at again before it ends a session.
+pub(super) fn patiently<T>(mut make: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    let mut tries = 1..=TRIES;
+    loop {
+        match make() {
+            Err(error) if error.raw_os_error() == Some(libc::ENOMEM) && tries.next().is_some() => {
+                thread::sleep(RETRY);
+            }
+            result => return result,
+        }
+    }
+}
+
+/// How often, and after what time, it is tried again.
+const TRIES: u32 = 10;
+const RETRY: Duration = Duration::from_millis(20);
 
 /// What is wrong on this host, and what to do.
 pub(super) fn remedy(error: &io::Error) -> String {

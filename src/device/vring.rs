@@ -19,6 +19,7 @@ use vm_memory::GuestAddressSpace;
 use super::bell::Bell;
 use super::gate::SHARED;
 use super::guest::SharedMemory;
+use super::uring;
 use super::worker::Ring;
 
 thread_local! {
@@ -58,7 +59,9 @@ impl Vring {
         let queue = Queue::try_from(queue.state()).map_err(StartError::Queue)?;
         let kick = borrow(kick).try_clone_to_owned()?;
         let call = state.get_call().as_ref();
-        let call = call.map(|call| Bell::new(&borrow(call))).transpose()?;
+        let call = call
+            .map(|call| uring::patiently(|| Bell::new(&borrow(call))))
+            .transpose()?;
         Ok(Some(Ring {
             index,
             queue,
