@@ -508,6 +508,10 @@ impl KeyProvider for AgentProvider {
     }
 
     fn state(&self, key_id: &KeyId) -> Result<KeyState, KeyError> {
+        self.state_within(key_id, Duration::ZERO)
+    }
+
+    fn state_within(&self, key_id: &KeyId, age: Duration) -> Result<KeyState, KeyError> {
         #[derive(Deserialize)]
         struct State {
             state: KeyState,
@@ -515,9 +519,11 @@ impl KeyProvider for AgentProvider {
         if !may_be(key_id) {
             return Ok(KeyState::Missing);
         }
+        let age = u64::try_from(age.as_millis()).unwrap_or(u64::MAX);
         let parameters = Kek {
             provider: self.name.clone(),
             key_id: key_id.clone(),
+            max_age: (age > 0).then_some(age),
         };
         Ok(self.ask::<State>("GetKekState", parameters, &[])?.0.state)
     }

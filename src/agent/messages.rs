@@ -98,6 +98,9 @@ pub(super) struct Unwrap {
 pub(super) struct Kek {
     pub(super) provider: String,
     pub(super) key_id: KeyId,
+    /// In milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) max_age: Option<u64>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]

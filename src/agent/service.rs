@@ -264,7 +264,12 @@ impl Service {
     }
 
     fn kek_state(&self, mut request: Request<'_>) -> Answered {
-        let Kek { provider, key_id } = request.parameters()?;
+        let Kek {
+            provider,
+            key_id,
+            max_age,
+        } = request.parameters()?;
+        let max_age = Duration::from_millis(max_age.unwrap_or(0));
         check_names(&provider, Some(&key_id))?;
         let subject = json!({ "provider": provider, "keyId": key_id });
         let any = [Privilege::Recrypt, Privilege::Access, Privilege::ManageKeys];
@@ -272,7 +277,7 @@ impl Service {
         let state = self
             .providers
             .provider(&provider)
-            .and_then(|provider| provider.state(&key_id));
+            .and_then(|provider| provider.state_within(&key_id, max_age));
         let state = self.judged(request.peer, &subject, state)?;
         self.audited(Event::KeyLookedUp, request.peer, with(subject, "state", state))?;
         Ok(Answer::of(json!({ "state": state })))

@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use clap::{ArgGroup, Args, Subcommand};
 use serde::Serialize;
@@ -14,7 +15,7 @@ use super::failure::Failure;
 use super::secret::SecretSource;
 use super::{Host, Keys, absolute, output};
 use crate::agent::Purpose;
-use crate::keys::{KeyError, KeyId, KeyReason, KeyState, Providers, Reach, Revocation};
+use crate::keys::{KeyError, KeyId, KeyProvider, KeyReason, KeyState, Providers, Reach, Revocation};
 use crate::known::survey::Sighting;
 use crate::known::{Known, Removal};
 use crate::moment::Moment;
@@ -197,13 +198,13 @@ struct Row {
 impl List {
     fn run(self, host: &Host) -> Result<(), Failure> {
         let keys = host.keys(Purpose::Check)?;
+        let mut states = States::new();
         let mut by_key: BTreeMap<(String, String), Vec<Sighting>> = BTreeMap::new();
         for sighting in keys.volumes(self.provider.as_deref(), None)? {
             let Known { provider, key_id, .. } = &sighting.known;
             let key = (provider.clone(), key_id.0.clone());
             by_key.entry(key).or_default().push(sighting);
         }
-        let mut states = States::default();
         let rows = by_key.into_iter().map(|((provider, key_id), sightings)| {
             let key_id = KeyId(key_id);
             let used: Vec<_> = sightings.iter().filter(|sighting| sighting.in_use()).collect();
@@ -244,21 +245,37 @@ impl List {
     }
 }
 
-/// What providers say of keys. One that cannot be asked is not asked for each of its keys.
-#[derive(Default)]
-struct States(HashMap<String, KeyError>);
+/// What providers say of keys from some point in time on.
+struct States {
+    began: Instant,
+    /// By name. One that cannot be asked is not asked for each of its keys.
+    providers: HashMap<String, Result<Arc<dyn KeyProvider>, KeyError>>,
+}
 
 impl States {
-    fn ask(&mut self, keys: &Keys, provider: &str, key_id: &KeyId) -> Result<KeyState, KeyError> {
-        if let Some(error) = self.0.get(provider) {
-            return Err(error.clone());
+    fn new() -> Self {
+        Self {
+            began: Instant::now(),
+            providers: HashMap::new(),
         }
-        keys.provider(provider)
-            .and_then(|provider| provider.state(key_id))
-            .inspect_err(|error| {
-                output::complain(error);
-                self.0.insert(provider.to_owned(), error.clone());
-            })
+    }
+
+    fn ask(&mut self, keys: &Keys, provider: &str, key_id: &KeyId) -> Result<KeyState, KeyError> {
+        // What is told for one key will do for the next one. The call takes its time, too.
+        let age = self.began.elapsed() + Duration::from_secs(1);
+        let asked = match self.providers.get(provider) {
+            Some(Err(error)) => return Err(error.clone()),
+            Some(Ok(known)) => known.state_within(key_id, age),
+            None => keys.provider(provider).and_then(|opened| {
+                let state = opened.state_within(key_id, age);
+                self.providers.insert(provider.to_owned(), Ok(opened));
+                state
+            }),
+        };
+        asked.inspect_err(|error| {
+            output::complain(error);
+            self.providers.insert(provider.to_owned(), Err(error.clone()));
+        })
     }
 }
 

@@ -55,6 +55,8 @@ struct Held {
 #[derive(Debug)]
 struct Kept {
     kek: Arc<Kek>,
+    /// When it was asked for.
+    since: BootTime,
     until: BootTime,
     origin: Origin,
 }
@@ -141,8 +143,8 @@ impl KekCache {
             _ => held.failure = None,
         }
         // One that will not do here may do for who comes next, should none be to be had.
-        let now = BootTime::now();
-        held.kek.take_if(|kept| kept.until <= now);
+        let since = BootTime::now();
+        held.kek.take_if(|kept| kept.until <= since);
         let fetched = fetch();
         let now = BootTime::now();
         match fetched {
@@ -154,6 +156,7 @@ impl KekCache {
                 };
                 held.kek = Some(Kept {
                     kek: Arc::clone(&kek),
+                    since,
                     until: now + self.time_to_live.min(good_for),
                     origin,
                 });
@@ -180,6 +183,7 @@ impl KekCache {
         if !matches!(&held.kek, Some(kept) if kept.origin == Origin::Fetched && kept.until > now) {
             held.kek = Some(Kept {
                 kek: Arc::new(kek),
+                since: now,
                 until: now + self.time_to_live,
                 origin: Origin::Pushed,
             });
@@ -201,6 +205,16 @@ impl KekCache {
     /// Drops a KEK before its time; whoever uses it just now goes on.
     pub(super) fn forget(&self, key_id: &KeyId) {
         lock(&self.slots).remove(key_id);
+    }
+
+    /// The same, unless it was asked for within the last `age`, and is here.
+    pub(super) fn forget_older(&self, key_id: &KeyId, age: Duration) {
+        let mut slots = lock(&self.slots);
+        let is_young = |held: &Held| held.kek.as_ref().is_some_and(|kept| kept.since.elapsed() < age);
+        let keep = |slot: &Arc<Slot>| slot.0.try_lock().is_ok_and(|held| is_young(&held));
+        if !slots.get(key_id).is_some_and(keep) {
+            slots.remove(key_id);
+        }
     }
 
     /// Drops the KEKs whose time has come.

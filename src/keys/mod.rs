@@ -42,6 +42,7 @@ pub(crate) mod wrap;
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -187,6 +188,14 @@ pub trait KeyProvider: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`KeyError`], if the provider cannot tell. That a KEK is missing is not an error here.
     fn state(&self, key_id: &KeyId) -> Result<KeyState, KeyError>;
+
+    /// The same for who only shows it: what the KEK's source has told within the last `age` will do.
+    ///
+    /// # Errors
+    /// As for [`KeyProvider::state`].
+    fn state_within(&self, key_id: &KeyId, _age: Duration) -> Result<KeyState, KeyError> {
+        self.state(key_id)
+    }
 
     /// Takes a KEK out of use: from then on its state is not [`KeyState::Active`], and it neither wraps nor unwraps on this
     /// host. Volumes that it alone opens are lost. What was done already is no error.

@@ -51,6 +51,11 @@ pub(super) trait KekSource: Send + Sync + fmt::Debug {
     /// [`KeyError`], if the source cannot tell. That a KEK is missing is not an error here.
     fn state(&self, key_id: &KeyId) -> Result<KeyState, KeyError>;
 
+    /// As [`KeyProvider::state_within`].
+    fn state_within(&self, key_id: &KeyId, _age: Duration) -> Result<KeyState, KeyError> {
+        self.state(key_id)
+    }
+
     /// As [`KeyProvider::takes_along`].
     fn takes_along(&self, _key_id: &KeyId, _other: &KeyId) -> bool {
         false
@@ -229,8 +234,12 @@ impl KeyProvider for HostProvider {
     }
 
     fn state(&self, key_id: &KeyId) -> Result<KeyState, KeyError> {
+        self.state_within(key_id, Duration::ZERO)
+    }
+
+    fn state_within(&self, key_id: &KeyId, age: Duration) -> Result<KeyState, KeyError> {
         let revoked = self.revoked.find(key_id).map_err(|e| self.host(key_id, e))?;
-        match (revoked, self.source.state(key_id)) {
+        match (revoked, self.source.state_within(key_id, age)) {
             (Some(_), Ok(KeyState::Active | KeyState::PreActive) | Err(_)) => Ok(KeyState::Deactivated),
             (_, state) => state,
         }

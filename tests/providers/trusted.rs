@@ -13,7 +13,7 @@ use kbs_types::{
 };
 use sealblk::hex;
 use sealblk::keys::arena::SecretBytes;
-use sealblk::keys::registry::RegistryError;
+use sealblk::keys::registry::{Registry, RegistryError, Source};
 use sealblk::keys::{Binding, KeyError, KeyId, KeyProvider, KeyReason, KeyState};
 use sealblk::rcar::jwe::OneTimeKey;
 use sealblk::rcar::{self, Evidence};
@@ -25,6 +25,7 @@ use sha2::{Digest, Sha256, Sha384};
 use uuid::Uuid;
 
 use crate::broker::{Broker, Host, RESOURCE, nobody};
+use crate::common::agent::Agent;
 use crate::common::serve::{SEALBLK, Server};
 use crate::common::swtpm::Swtpm;
 use crate::common::volume::{Volume, run};
@@ -107,6 +108,36 @@ fn a_storm_makes_one_attestation_and_without_hold_each_use_is_one() {
         }
     });
     assert_eq!(broker.audit("ResourceReleased").len(), 5);
+}
+
+// Each key of a list cost an attestation.
+#[test]
+fn a_list_of_keys_makes_one_attestation() {
+    let tpm = Swtpm::new();
+    let broker = Broker::start(&tpm);
+    let host = Host::enrolled(&tpm, &broker);
+    let agent = Agent::new("");
+    let source = Source::Trusted(host.settings.clone());
+    let mut registry = Registry::open(&agent.path("state")).unwrap();
+    registry.add("trusted", source, true).unwrap();
+    let key = "providers/trusted/attestation.key";
+    fs::copy(host.state.path().join(key), agent.path("state").join(key)).unwrap();
+    for disk in ["one", "two", "three"] {
+        run(&mut agent.verb(&["create", disk, "--size", "1M"]));
+    }
+    let list = ["key", "list", "--json"];
+    let mut own = std::process::Command::new(SEALBLK);
+    own.arg("--state-dir").arg(agent.path("state")).args(list);
+    for mut list in [agent.verb(&list), own] {
+        let before = broker.audit("ResourceReleased").len();
+        let rows: Vec<Value> = serde_json::from_slice(&run(&mut list).stdout).unwrap();
+        assert!(
+            rows.len() == 3 && rows.iter().all(|row| row["state"] == "active"),
+            "{rows:?}"
+        );
+        let released = broker.audit("ResourceReleased").len() - before;
+        assert!(released <= 1, "{released}");
+    }
 }
 
 /// A rekey takes the provider's word that it has the KEK, and removes the old way in: what was released before proves nothing.

@@ -8,7 +8,7 @@
 //! So that hundreds of disks attached at once make one attestation, a released resource may be held for a short while. What
 //! a host has been released it may use; a host whose state has changed since is found out when that while has passed. What is
 //! held opens volumes and does nothing else: before a volume is bound to a KEK, or loses another way in for one, the broker
-//! has to release the resource again.
+//! has to release the resource again. A list of keys takes one release for all of them.
 //!
 //! Brokers are tried in their order, as key servers of transit are.
 
@@ -198,9 +198,10 @@ impl Trusted {
         Ok(resource)
     }
 
-    /// The resource as a broker gives it out now, whatever is held.
-    fn resource_anew(&self) -> Result<Arc<Kek>, KeyError> {
-        self.released.forget(&KeyId(self.settings.resource.to_string()));
+    /// The resource as a broker gives it out now, or has within the last `age`, whatever else is held.
+    fn resource_within(&self, age: Duration) -> Result<Arc<Kek>, KeyError> {
+        let id = KeyId(self.settings.resource.to_string());
+        self.released.forget_older(&id, age);
         self.resource()
     }
 
@@ -242,7 +243,7 @@ impl KekSource for Trusted {
     }
 
     fn create_kek(&self) -> Result<KeyId, KeyError> {
-        let kek = WrappedKek::new(&self.settings.resource, &*self.resource_anew()?);
+        let kek = WrappedKek::new(&self.settings.resource, &*self.resource_within(Duration::ZERO)?);
         Ok(kek.map_err(|e| self.fail(KeyReason::Host).because(e))?.key_id())
     }
 
@@ -253,10 +254,14 @@ impl KekSource for Trusted {
     }
 
     fn state(&self, key_id: &KeyId) -> Result<KeyState, KeyError> {
+        self.state_within(key_id, Duration::ZERO)
+    }
+
+    fn state_within(&self, key_id: &KeyId, age: Duration) -> Result<KeyState, KeyError> {
         let Ok(kek) = self.recognise(key_id) else {
             return Ok(KeyState::Missing);
         };
-        let resource = self.resource_anew().map_err(|e| e.of(key_id));
+        let resource = self.resource_within(age).map_err(|e| e.of(key_id));
         match resource.and_then(|resource| self.unwrapped(key_id, &kek, &resource)) {
             Ok(_) => Ok(KeyState::Active),
             Err(e) if matches!(e.reason, KeyReason::Missing | KeyReason::Unauthentic) => {
