@@ -55,8 +55,11 @@ pub const DEFAULT_TIME_TO_LIVE: Duration = Duration::from_secs(600);
 /// How often KEKs are looked at for their time, and processes for their end.
 const TICK: Duration = Duration::from_secs(1);
 
+/// Its name, and what it is.
+type Chore = (&'static str, fn(&Service));
+
 /// What is done so often. Each may have to wait for storage: the audit log's, or that of a certificate.
-const CHORES: [(&str, fn(&Service)); 3] = [
+const CHORES: [Chore; 3] = [
     ("keys", Service::drop_expired),
     ("ended", Service::tell_ended),
     ("certificates", Service::tell_expiring),
