@@ -91,10 +91,10 @@ fn argon2(
     };
     let params = cost.params()?;
     if let Some(memory) = Memory::of_this_process()
-        && u64::from(cost.memory_kib) > memory.available
+        && cost.needed_kib() > memory.available
     {
         return Err(KdfError::Memory {
-            needed_kib: cost.memory_kib,
+            needed_kib: cost.needed_kib(),
             available_kib: Some(memory.available),
         });
     }
@@ -102,7 +102,7 @@ fn argon2(
     memory
         .try_reserve_exact(params.block_count())
         .map_err(|_| KdfError::Memory {
-            needed_kib: cost.memory_kib,
+            needed_kib: cost.needed_kib(),
             available_kib: None,
         })?;
     memory.resize(params.block_count(), Block::new());
@@ -150,6 +150,13 @@ impl Argon2Cost {
             salt: fresh_salt()?,
             other: Other::new(),
         }))
+    }
+
+    /// What the process grows by, in KiB: the blocks, the page tables that map them (8 bytes for each 4 KiB), and what the
+    /// process touches besides.
+    fn needed_kib(self) -> u64 {
+        let blocks = u64::from(self.memory_kib);
+        blocks + blocks.div_ceil(512) + REST_KIB
     }
 
     fn params(self) -> Result<Params, KdfError> {
@@ -209,7 +216,7 @@ pub enum KdfError {
         available_kib.map(|kib| format!(", and {kib} KiB are available")).unwrap_or_default()
     )]
     Memory {
-        needed_kib: u32,
+        needed_kib: u64,
         available_kib: Option<u64>,
     },
     #[error("the kernel's random source failed")]
@@ -241,6 +248,10 @@ const ITERATIONS_PER_BLOCK: u64 = 4;
 /// cryptsetup measures what takes it an eighth of a second, whatever its `--iter-time`: about a million on the fastest
 /// of machines.
 const MAX_DIGEST_ITERATIONS: u32 = 1 << 24;
+
+/// What a derivation takes beside its blocks and their page tables: stacks, and what each processor holds of a control group's
+/// memory in advance. Less than 1 MiB was seen.
+const REST_KIB: u64 = 2 << 10;
 
 const MEMORY_CEILING_KIB: u64 = 1 << 20;
 const MEMORY_FLOOR_KIB: u64 = 64 << 10;
@@ -282,6 +293,24 @@ mod tests {
             let error = pbkdf2(Hash::Sha256, b"", b"", iterations, &mut [0; 32]).unwrap_err();
             assert!(matches!(error, KdfError::Iterations { .. }));
         }
+    }
+
+    // The blocks alone were counted: in a control group that had room for these and not for their page tables, the kernel ended
+    // the process.
+    #[test]
+    fn page_tables_and_the_rest_of_the_process_need_memory_too() {
+        let needed = |memory_kib| {
+            Argon2Cost {
+                time: 4,
+                memory_kib,
+                lanes: 4,
+            }
+            .needed_kib()
+                - u64::from(memory_kib)
+        };
+        assert_eq!(needed(1 << 20), (2 << 10) + REST_KIB);
+        assert_eq!(needed(MAX_MEMORY_KIB), (8 << 10) + REST_KIB);
+        assert_eq!(needed(8), 1 + REST_KIB);
     }
 
     #[test]
