@@ -32,6 +32,7 @@ mod noting;
 mod room;
 pub mod survey;
 
+use std::collections::HashSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -293,13 +294,14 @@ impl Index {
         Ok(Listing { known, full })
     }
 
-    /// Drops a note, whoever's.
+    /// Drops notes, whoever's.
     ///
     /// # Errors
     /// If the directory cannot be written.
-    pub fn forget(&self, known: &Known) -> io::Result<()> {
-        for (file, other) in self.notes_of(known.volume)? {
-            if order(&other) == order(known) {
+    pub fn forget<'k>(&self, known: impl IntoIterator<Item = &'k Known>) -> io::Result<()> {
+        let gone: HashSet<_> = known.into_iter().map(order).collect();
+        for file in self.files()? {
+            if read(&file).is_some_and(|noted| gone.contains(&order(&noted))) {
                 remove(&file)?;
             }
         }
@@ -450,8 +452,8 @@ mod tests {
         assert_eq!((one.volume, one.path.as_str()), (Uuid::from_u128(1), "/a"));
         assert!(one.bound.is_some() && one.opened.is_some());
         assert!(two.bound.is_none() && two.opened.is_some());
-        index.forget(one).unwrap();
-        index.forget(one).unwrap();
+        index.forget([one]).unwrap();
+        index.forget([one]).unwrap();
         assert_eq!(index.list().unwrap().known, std::slice::from_ref(two));
     }
 

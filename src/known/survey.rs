@@ -245,9 +245,7 @@ impl Index {
             sighting.standing == MISSING || remark(&sighting.known) == Some(Remark::Untold)
         };
         sightings.retain(|sighting| !sighting.in_use() || missing && is_missing(sighting));
-        for sighting in &sightings {
-            self.forget(&sighting.known)?;
-        }
+        self.forget(sightings.iter().map(|sighting| &sighting.known))?;
         Ok(dropped + sightings.len())
     }
 }
