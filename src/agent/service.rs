@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::Purpose;
 use super::certificates::Certificates;
-use super::manage::page;
+use super::manage::{LastListing, page};
 use super::messages::{
     CreateKek, DefaultProvider, Disks, INTERFACE, Kek, KeyFailure, ListDisks, MAX_PATH, MAX_WRAPPED,
     NamedProvider, PushKek, SettleBinding, Unwrap, WireBinding, Wrap, may_be,
@@ -41,6 +41,7 @@ pub(super) struct Service {
     pub(super) registered: Registered,
     certificates: Certificates,
     pub(super) index: Index,
+    pub(super) listing: LastListing,
     /// By user.
     refusals: Refusals<Option<u32>, ()>,
     /// Of those who have a privilege, since what they ask for need not be there. All disks of a host may be one user's, and of each
@@ -54,6 +55,7 @@ impl Service {
     pub(super) fn new(providers: SharedProviders, grants: Grants, audit: AuditLog) -> Self {
         Self {
             index: Index::of(providers.dir()),
+            listing: LastListing::default(),
             registered: Registered::open(providers.dir()),
             providers,
             grants,
