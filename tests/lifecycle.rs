@@ -595,6 +595,60 @@ fn a_file_system_that_does_not_answer_keeps_its_disks_keys_and_nobody_waiting() 
     check(&known(), "bound");
 }
 
+// The notes of disks that were deleted filled the list: no disk could be made and no key be changed, the error blamed the
+// provider's files, and what it named did not help. What would have helped took longer than a client of the agent waits.
+#[test]
+fn a_list_without_room_keeps_no_key_from_being_changed_and_says_what_helps() {
+    const MOST: usize = 16384;
+    let host = Host::with_agent("");
+    host.create("vm.luks", &[]);
+    let old = host.key_of("vm.luks");
+    for number in 1..MOST {
+        let volume = Uuid::from_u128(number as u128);
+        let note = json!({
+            "volume": volume, "path": format!("/nowhere/{number}"), "provider": "native", "keyId": format!("k{number}"), "keyslot": 0,
+        });
+        fs::write(
+            host.path(&format!("state/volumes/{volume}.0.json")),
+            note.to_string(),
+        )
+        .unwrap();
+    }
+    let refused = host.fails(&["create", "more.luks", "--size", "1M"], KEY);
+    for (text, told) in [
+        ("`sealblk key scan --forget-missing`", true),
+        ("attach disks that are only away", true),
+        ("restore", false),
+        ("own state", false),
+    ] {
+        assert_eq!(refused.contains(text), told, "{refused}");
+    }
+    host.does(&["rekey", "vm.luks"]);
+    let new = host.key_of("vm.luks");
+    assert_ne!(new, old);
+    let used = host.json(&["key", "where-used", &old, "--json"]);
+    assert_eq!(texts(&used, "standing"), ["not_bound"]);
+    // The next one drops that note, which the header contradicts, so that it needs no more room either.
+    host.does(&["rekey", "vm.luks"]);
+    assert!(host.json(&["key", "where-used", &old, "--json"]).is_empty());
+    let (old, new) = (new, host.key_of("vm.luks"));
+    let used = host.json(&["key", "where-used", &new, "--json"]);
+    assert_eq!(texts(&used, "standing"), ["bound"]);
+    let listed = host.command(&["key", "where-used", &new]).output().unwrap();
+    assert!(
+        said(&listed).contains("room for 16384 volumes, and 16384 are noted"),
+        "{}",
+        said(&listed)
+    );
+    host.fails(&["key", "revoke", &new, "--provider", "native"], IN_USE);
+
+    let told = host.does(&["key", "scan", "--forget-missing"]);
+    assert!(told.contains("16384 notes dropped"), "{told}");
+    host.create("more.luks", &[]);
+    host.fails(&["key", "revoke", &new, "--provider", "native"], IN_USE);
+    host.does(&["key", "revoke", &old, "--provider", "native"]);
+}
+
 #[test]
 fn a_disk_that_could_not_be_made_is_on_no_list() {
     for host in [Host::new(), Host::with_agent("")] {

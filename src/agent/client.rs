@@ -27,7 +27,7 @@ use crate::keys::arena::SecretBytes;
 use crate::keys::registry::Entry;
 use crate::keys::{Binding, KeyError, KeyId, KeyProvider, KeyReason, KeyState, Providers, Reach, Revocation};
 use crate::known::survey::{Scanned, Sighting};
-use crate::known::{GuardError, Removal, Uses};
+use crate::known::{GuardError, Removal, Share, Uses};
 use crate::parsing;
 use crate::path_text;
 
@@ -152,7 +152,7 @@ impl Client {
         Ok(())
     }
 
-    /// The volumes that are known, of one provider or one KEK, and whether there may be others.
+    /// The volumes that are known, of one provider or one KEK, whether there may be others, and whose room runs out.
     ///
     /// # Errors
     /// [`KeyError`].
@@ -160,8 +160,8 @@ impl Client {
         &self,
         provider: Option<&str>,
         key_id: Option<&KeyId>,
-    ) -> Result<(Vec<Sighting>, bool), KeyError> {
-        let mut full = false;
+    ) -> Result<(Vec<Sighting>, bool, Vec<Share>), KeyError> {
+        let (mut full, mut crowded) = (false, Vec::new());
         let all = all_pages(|from| {
             let parameters = ListVolumes {
                 provider: provider.map(str::to_owned),
@@ -169,10 +169,10 @@ impl Client {
                 from,
             };
             let (page, _) = self.ask::<Volumes>("", "ListVolumes", parameters, &[])?;
-            full = page.full;
+            (full, crowded) = (page.full, page.crowded);
             Ok((page.volumes, page.next))
         })?;
-        Ok((all, full))
+        Ok((all, full, crowded))
     }
 
     /// Has the agent look at the volumes in `paths`, which are absolute, and at all that it knows.

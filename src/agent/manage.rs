@@ -88,6 +88,7 @@ impl Service {
             volumes,
             next,
             full: listing.full,
+            crowded: listing.crowded.clone(),
         }))
     }
 

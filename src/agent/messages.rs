@@ -8,8 +8,8 @@ use super::registered::Registrant;
 use crate::causes::causes;
 use crate::control::wire;
 use crate::keys::{Binding, KeyError, KeyId, KeyReason, Revocation};
-use crate::known::Disk;
 use crate::known::survey::Sighting;
+use crate::known::{Disk, Share};
 
 /// The interface's name.
 pub const INTERFACE: &str = "org.sealblk.Agent";
@@ -156,6 +156,8 @@ pub(super) struct Volumes {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) next: Option<usize>,
     pub(super) full: bool,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) crowded: Vec<Share>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]

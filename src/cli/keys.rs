@@ -56,20 +56,20 @@ impl Keys {
         provider: Option<&str>,
         key_id: Option<&KeyId>,
     ) -> Result<Vec<Sighting>, Failure> {
-        let (volumes, full) = match self {
+        let (volumes, full, crowded) = match self {
             Keys::Agent(client) => client.volumes(provider, key_id)?,
             Keys::Own(registry, _) => {
                 let index = Index::of(registry.dir());
                 let listing = index.list().map_err(|source| unreadable(&index, source))?;
                 let known = listing.known.into_iter();
                 let matches = known.filter(|known| known.is_under(provider, key_id));
-                (survey(matches), listing.full)
+                (survey(matches), listing.full, listing.crowded)
             }
         };
         if full {
             output::note(
-                "the list of known volumes lacks some, for want of room or since a file of it cannot be read; see `sealblk \
-                 key scan`",
+                "the list of known volumes lacks some, for want of room or since a file of it cannot be read; note the \
+                 disks that you have with `sealblk key scan`, then drop what is gone with `sealblk key scan --forget-missing`",
             );
         }
         if volumes.iter().any(Sighting::is_untold) {
@@ -77,6 +77,9 @@ impl Keys {
                 "whether these notes hold is told to who has the privilege ManageKeys: to tell it, the agent looks where others may \
                  not",
             );
+        }
+        for share in crowded {
+            output::note(&share.to_string());
         }
         Ok(volumes)
     }

@@ -37,6 +37,8 @@ pub enum KeyReason {
     NotPermitted,
     /// The provider exists, but its configuration or its own files cannot be used.
     Invalid,
+    /// This host's list of volumes cannot take the note of which key a volume gets; what is not noted is not bound.
+    NotNoted,
     /// The provider gives no key to new volumes before there is a backup of it.
     NotBackedUp,
     /// The provider does not answer.
@@ -89,11 +91,12 @@ impl KeyError {
 
 impl KeyReason {
     #[cfg(test)]
-    pub(crate) const ALL: [Self; 15] = [
+    pub(crate) const ALL: [Self; 16] = [
         Self::UnknownProvider,
         Self::NoAgent,
         Self::NotPermitted,
         Self::Invalid,
+        Self::NotNoted,
         Self::NotBackedUp,
         Self::Unreachable,
         Self::Untrusted,
@@ -114,6 +117,7 @@ impl KeyReason {
             Self::NoAgent => "this host's key agent does not answer",
             Self::NotPermitted => "this host's key agent does not let this user do that",
             Self::Invalid => "the key provider's own state cannot be used",
+            Self::NotNoted => "this host cannot note which key the volume gets, so it gets none",
             Self::NotBackedUp => "the key provider was not backed up yet, so it gives no keys to new volumes",
             Self::Unreachable => "the key provider does not answer",
             Self::Untrusted => "this host and the key provider do not trust each other's certificates",
@@ -142,6 +146,7 @@ impl KeyReason {
                  it starts"
             }
             Self::Invalid => "mend it as the cause says, or restore the provider's files from a backup",
+            Self::NotNoted => "make room in the list of volumes, or mend it, as the cause says",
             Self::NotBackedUp => {
                 "take a backup with `sealblk provider backup NAME --to FILE --passphrase-file FILE`, or do without: `sealblk provider \
                  backup NAME --waive`"

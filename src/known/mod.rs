@@ -15,7 +15,8 @@
 //! A binding is noted before it is stored, so that no volume is ever unknown, and settled when it is, or could not be. Where
 //! nobody came to settle it within [`SETTLED_BY`], it counts only if the volume says so itself: that is what a killed
 //! `create` leaves. What cannot be noted is not bound, and what is bound to one volume is bound to no other
-//! ([`Index::announce`]).
+//! ([`Index::announce`]). A rekey adds a note: that of the old key goes at the next one, or by a look, if the header does not
+//! name it any more, so that neither a crash nor a failure leaves a key that opens the volume without one.
 //!
 //! What others can add to must not decide what cannot be undone. Places are what callers say; so each user's notes have files
 //! and room of their own ([`room`]), and only who announced a binding takes it back. Where room is short, what is not settled
@@ -24,8 +25,8 @@
 //! every key. Then it takes a person to say that nothing is lost: `--force`, or `key scan --forget-missing`.
 //!
 //! Each file is replaced as a whole, so that any number of processes write them at a time, and a crash leaves the old one
-//! or the new one. No file holds a secret. There are at most [`MOST`] of them, and at most [`PLACES`] for a volume and key
-//! and user.
+//! or the new one. No file holds a secret. There is room for [`MOST`] volumes ([`room`]), and at most [`PLACES`] notes
+//! of a volume, key and user.
 
 mod guard;
 mod noting;
@@ -50,13 +51,14 @@ use crate::moment::Moment;
 use crate::mutex::lock;
 use crate::parsing;
 use crate::path_text;
+use room::Counts;
 use survey::{Standing, look};
 
 pub use guard::{Disk, GuardError, Removal, SERVED, Uses, remove_provider, revoke};
 pub use noting::Noting;
-pub use room::{By, NotAnnounced};
+pub use room::{By, NotAnnounced, Share};
 
-/// The most files.
+/// The most volumes; those of different users count apart.
 pub const MOST: usize = 16384;
 /// The most places of one volume under one key that a user has noted.
 const PLACES: usize = 8;
@@ -146,6 +148,8 @@ pub struct Listing {
     pub known: Vec<Known>,
     /// Whether there may be others: there is or was no room for more, or a file cannot be read.
     pub full: bool,
+    /// Whose room runs out.
+    pub crowded: Vec<Share>,
 }
 
 impl Index {
@@ -180,7 +184,8 @@ impl Index {
             Err(error) => error.to_string(),
         };
         let marked = self.mark_incomplete();
-        if is_to_be_told() {
+        static TOLD: Rarely = Rarely::every(Duration::from_secs(60));
+        if TOLD.is_due() {
             tracing::warn!(
                 user = by.user(),
                 marked = marked.is_ok(),
@@ -272,7 +277,8 @@ impl Index {
     /// If the directory is there and cannot be read. A file that cannot be is passed over, and the list is not complete then.
     pub fn list(&self) -> io::Result<Listing> {
         let files = self.files()?;
-        let mut full = files.len() >= MOST || self.is_incomplete();
+        let counts = Counts::of(&files);
+        let mut full = counts.are_full() || self.is_incomplete();
         let mut known: Vec<Known> = Vec::new();
         for file in &files {
             match read(file) {
@@ -291,7 +297,8 @@ impl Index {
             }
             is_same
         });
-        Ok(Listing { known, full })
+        let crowded = counts.crowded();
+        Ok(Listing { known, full, crowded })
     }
 
     /// Drops notes, whoever's.
@@ -388,15 +395,28 @@ fn remove(file: &Path) -> io::Result<()> {
     }
 }
 
-/// Once a minute: callers can provoke it.
-fn is_to_be_told() -> bool {
-    static TOLD: Mutex<Option<Instant>> = Mutex::new(None);
-    let mut told = lock(&TOLD);
-    let is_due = told.is_none_or(|told| told.elapsed() > Duration::from_secs(60));
-    if is_due {
-        *told = Some(Instant::now());
+/// What is told no more often, since callers can provoke it.
+struct Rarely {
+    told: Mutex<Option<Instant>>,
+    every: Duration,
+}
+
+impl Rarely {
+    const fn every(every: Duration) -> Self {
+        Self {
+            told: Mutex::new(None),
+            every,
+        }
     }
-    is_due
+
+    fn is_due(&self) -> bool {
+        let mut told = lock(&self.told);
+        let is_due = told.is_none_or(|told| told.elapsed() > self.every);
+        if is_due {
+            *told = Some(Instant::now());
+        }
+        is_due
+    }
 }
 
 fn is_left_behind(path: &Path) -> bool {
@@ -420,6 +440,9 @@ fn read(file: &Path) -> Option<Known> {
 mod tests {
     use super::*;
     use std::thread;
+
+    /// As many volumes as one user can have noted, while no other has any.
+    const MOST_OF_ONE: usize = MOST / 4;
 
     fn binding<'a>(volume: u128, key_id: &'a KeyId) -> Binding<'a> {
         Binding {
@@ -592,15 +615,15 @@ mod tests {
         assert!(opened(1, By::Owner) && !index.list().unwrap().full);
         let note = fs::read(index.file(&index.list().unwrap().known[0])).unwrap();
         // A user fills its share.
-        for number in 0..MOST / 2 {
-            let name = format!("{}.{number:016x}.1.json", Uuid::nil());
+        for number in 0..MOST_OF_ONE {
+            let name = format!("{}.0.1.json", Uuid::from_u128(1000 + number as u128));
             fs::write(index.dir.join(name), &note).unwrap();
         }
         assert!(!index.list().unwrap().full);
         assert!(!opened(2, By::User(1)));
         assert!(index.list().unwrap().full);
         let refused = index.announce(&binding(9, &KeyId("n".into())), Path::new("/a"), By::User(1));
-        assert!(matches!(refused, Err(NotAnnounced::NoRoom(_))), "{refused:?}");
+        assert!(matches!(refused, Err(NotAnnounced::NoRoom { .. })), "{refused:?}");
         // Others have room, and what is opened again is noted again.
         assert!(opened(2, By::User(2)) && opened(3, By::Owner));
         assert!(index.list().unwrap().full);
@@ -609,6 +632,39 @@ mod tests {
         // One that nobody can read may be any volume's.
         fs::write(index.dir.join(format!("{}.0.json", Uuid::nil())), "{").unwrap();
         assert!(index.list().unwrap().full);
+    }
+
+    // A rekey was refused for want of room: a key that somebody had got hold of could not be changed.
+    #[test]
+    fn a_rekey_finds_room_in_a_full_list_and_takes_no_note_away_before_the_header_does() {
+        let (_dir, index) = index();
+        let [old, new, other] = ["old", "new", "other"].map(|id| KeyId(id.into()));
+        let place = Path::new("/nowhere/disk");
+        let by = By::User(1);
+        index.note(&binding(1, &old), place, Occasion::Bound, by);
+        let note = fs::read(index.file(&index.list().unwrap().known[0])).unwrap();
+        for number in 0..MOST_OF_ONE {
+            let name = format!("{}.0.1.json", Uuid::from_u128(1000 + number as u128));
+            fs::write(index.dir.join(name), &note).unwrap();
+        }
+        let refused = index.announce(&binding(2, &other), place, by);
+        assert!(matches!(refused, Err(NotAnnounced::NoRoom { .. })), "{refused:?}");
+        let keys = || {
+            let notes = index.notes_of(Uuid::from_u128(1)).unwrap().into_iter();
+            let mut keys: Vec<_> = notes.map(|(_, known)| known.key_id.0).collect();
+            keys.sort_unstable();
+            keys
+        };
+        index.announce(&binding(1, &new), place, by).unwrap();
+        assert_eq!(keys(), ["new", "old"]);
+        // It is stored, and nothing at the place says that the old one is gone.
+        index.settle(&binding(1, &new), place, true, by);
+        assert_eq!(keys(), ["new", "old"]);
+        // One that came to nothing takes its own note away, and no other.
+        index.announce(&binding(1, &other), place, by).unwrap();
+        assert_eq!(keys(), ["new", "old", "other"]);
+        index.settle(&binding(1, &other), place, false, by);
+        assert_eq!(keys(), ["new", "old"]);
     }
 
     #[test]

@@ -3,24 +3,35 @@
 //! Others add notes: whoever may open or make a volume can name any number of places. So each user who asks the agent has notes
 //! of its own, in files of its own, and a share of the room; one user's never push out another's. Nobody else's notes touch
 //! those of the state directory's owner, for whom room is kept.
+//!
+//! Room is counted by volumes. A volume that is rekeyed has a note of the new key and one of the old, which no rekey drops before
+//! the header says that the old way in is gone; so the first [`IN_ONE`] notes of a volume take the room of one, and no rekey is
+//! refused for want of room. From [`CROWDED`] on, the log and `sealblk key list` tell.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::fs::{self, File};
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use super::survey::{Standing, look};
-use super::{Index, Known, MOST, PLACES, Remark, name_of, note_of, read};
+use super::{Index, Known, MOST, PLACES, Rarely, Remark, name_of, note_of, read, remove};
 use crate::causes::remedy;
 use crate::keys::{Binding, KeyError, KeyReason, private};
-use std::path::Path;
 
 /// What users have at most, all together: the rest is the owner's.
 const MOST_OF_USERS: usize = MOST / 4 * 3;
 /// What a user gets at any rate, while there is room.
 const SURE: usize = 64;
+/// How many notes of one volume and user take the room of one: those of a rekey, of one that was killed, and of another place.
+const IN_ONE: usize = 4;
+/// The part of the room, in hundredths, from which on it is told that it runs out.
+const CROWDED: usize = 75;
 /// Says that a note was not kept.
 const INCOMPLETE: &str = "incomplete";
 
@@ -58,8 +69,13 @@ pub enum NotAnnounced {
     )]
     Places,
     /// There is no room for another note.
-    #[error("{}: there is no room to note which key the volume is bound to; drop what is gone with `sealblk key scan`", .0.display())]
-    NoRoom(PathBuf),
+    #[error("{}: {share}", dir.display())]
+    NoRoom {
+        /// The list.
+        dir: PathBuf,
+        /// What was noted.
+        share: Share,
+    },
     /// The list cannot be written.
     #[error("{}: it cannot be noted which key the volume is bound to{}", path.display(), remedy(source))]
     Io {
@@ -75,7 +91,7 @@ impl NotAnnounced {
     pub fn of(self, binding: &Binding<'_>) -> KeyError {
         let reason = match self {
             Self::OtherVolume | Self::OtherUser => KeyReason::Refused,
-            Self::Places | Self::NoRoom(_) | Self::Io { .. } => KeyReason::Invalid,
+            Self::Places | Self::NoRoom { .. } | Self::Io { .. } => KeyReason::NotNoted,
         };
         KeyError::new(binding.provider, "the list of volumes", reason)
             .of(binding.key_id)
@@ -83,35 +99,113 @@ impl NotAnnounced {
     }
 }
 
-/// How many notes there are of each.
+/// How much of the room the notes of one user take.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Share {
+    /// The user, if that is not the state directory's owner.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<u32>,
+    /// How many volumes are noted.
+    pub volumes: usize,
+    /// For how many there is room, as long as other users note no more.
+    pub most: usize,
+}
+
+impl Share {
+    fn is_crowded(&self) -> bool {
+        self.volumes * 100 >= self.most * CROWDED
+    }
+}
+
+impl fmt::Display for Share {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { user, volumes, most } = self;
+        let whose = user.map(|user| format!(" of user {user}")).unwrap_or_default();
+        write!(
+            f,
+            "the list of volumes has room for {most} volumes{whose}, and {volumes} are noted; attach disks that are only away, \
+             then drop the notes of deleted ones with `sealblk key scan --forget-missing`: the keys of volumes whose notes \
+             are dropped can be revoked"
+        )
+    }
+}
+
+/// How much of the room is taken.
 #[derive(Default)]
-struct Counts(HashMap<By, usize>);
+pub(super) struct Counts {
+    /// How many notes a user has of a volume.
+    notes: HashMap<(By, Uuid), usize>,
+    /// How much room the notes of a user take.
+    taken: HashMap<By, usize>,
+}
 
 impl Counts {
-    fn of(files: &[PathBuf]) -> Self {
+    pub(super) fn of(files: &[PathBuf]) -> Self {
         let mut counts = Self::default();
-        for file in files {
-            if let Some((_, _, by)) = name_of(file) {
-                *counts.0.entry(by).or_default() += 1;
-            }
+        for (volume, _, by) in files.iter().filter_map(|file| name_of(file)) {
+            *counts.notes.entry((by, volume)).or_default() += 1;
+        }
+        for ((by, _), notes) in &counts.notes {
+            *counts.taken.entry(*by).or_default() += notes.div_ceil(IN_ONE);
         }
         counts
     }
 
-    /// Whether `by` may have one more: half of what is left for users, so that the next one finds some.
-    fn have_room_for(&self, by: By) -> bool {
-        let all: usize = self.0.values().sum();
-        match by {
-            By::Owner => all < MOST,
+    /// Whether there is room for no more.
+    pub(super) fn are_full(&self) -> bool {
+        self.all() >= MOST
+    }
+
+    /// Those who have little room left.
+    pub(super) fn crowded(&self) -> Vec<Share> {
+        let shares = self.taken.keys().map(|by| self.share(*by));
+        let mut crowded: Vec<_> = shares.filter(Share::is_crowded).collect();
+        crowded.sort_by_key(|share| share.user);
+        crowded
+    }
+
+    /// Whether `by` may have one more note of `volume`.
+    fn have_room_for(&self, by: By, volume: Uuid) -> bool {
+        let notes = |by| self.notes.get(&(by, volume)).copied().unwrap_or(0);
+        // The owner may rekey what is a user's, too.
+        let is_known = || self.notes.keys().any(|(_, known)| *known == volume);
+        let own = notes(by);
+        !own.is_multiple_of(IN_ONE) || by == By::Owner && own == 0 && is_known() || self.has_room(by)
+    }
+
+    fn has_room(&self, by: By) -> bool {
+        let share = self.share(by);
+        share.volumes < share.most
+    }
+
+    /// What `by` has, and gets: a user, half of what is left for users, so that the next one finds some.
+    fn share(&self, by: By) -> Share {
+        let all = self.all();
+        let of_owner = self.taken(By::Owner);
+        let own = self.taken(by);
+        let most = match by {
+            By::Owner => MOST.saturating_sub(all - of_owner),
             By::User(_) => {
-                let owner = self.0.get(&By::Owner).copied().unwrap_or(0);
                 let left = MOST_OF_USERS
-                    .saturating_sub(all - owner)
+                    .saturating_sub(all - of_owner)
                     .min(MOST.saturating_sub(all));
-                let own = self.0.get(&by).copied().unwrap_or(0);
-                left > 0 && own < SURE.max(left / 2)
+                // As many as there are when it has half of what is left then.
+                SURE.max((left + own) / 3).min(own + left)
             }
+        };
+        Share {
+            user: by.user(),
+            volumes: own,
+            most,
         }
+    }
+
+    fn all(&self) -> usize {
+        self.taken.values().sum()
+    }
+
+    fn taken(&self, by: By) -> usize {
+        self.taken.get(&by).copied().unwrap_or(0)
     }
 }
 
@@ -157,8 +251,16 @@ impl Index {
             if own.len() >= PLACES {
                 return Err(NotAnnounced::Places);
             }
-            if !Counts::of(&files).have_room_for(by) {
-                return Err(NotAnnounced::NoRoom(self.dir.clone()));
+            let counts = Counts::of(&files);
+            let share = counts.share(by);
+            if !counts.have_room_for(by, binding.volume) {
+                return Err(NotAnnounced::NoRoom {
+                    dir: self.dir.clone(),
+                    share,
+                });
+            }
+            if share.is_crowded() && WARNED.is_due() {
+                tracing::warn!("{}: {share}", self.dir.display());
             }
         }
         self.put(known).map_err(unwritable)
@@ -166,10 +268,10 @@ impl Index {
 
     /// Drops notes of a volume that its header contradicts. One that names a place where nothing is stays: this may be a copy,
     /// and that one's disk away.
-    pub(super) fn drop_contradicted(&self, volume: uuid::Uuid) -> io::Result<()> {
+    pub(super) fn drop_contradicted(&self, volume: Uuid) -> io::Result<()> {
         for (file, known) in self.notes_of(volume)? {
             if look(&known) == Standing::NotBound {
-                fs::remove_file(file)?;
+                remove(&file)?;
             }
         }
         Ok(())
@@ -184,7 +286,7 @@ impl Index {
         });
         let files = self.files()?;
         let by = known.user.map_or(By::Owner, By::User);
-        let fits = alike.len() < PLACES && Counts::of(&files).have_room_for(by);
+        let fits = alike.len() < PLACES && Counts::of(&files).have_room_for(by, known.volume);
         if fits {
             return Ok(Some(Vec::new()));
         }
@@ -216,7 +318,7 @@ impl Index {
     }
 
     /// The notes of a volume, each with its file.
-    pub(super) fn notes_of(&self, volume: uuid::Uuid) -> io::Result<Vec<(PathBuf, Known)>> {
+    pub(super) fn notes_of(&self, volume: Uuid) -> io::Result<Vec<(PathBuf, Known)>> {
         let files = self.files()?.into_iter();
         let of_volume = files.filter(|file| name_of(file).is_some_and(|(of, _, _)| of == volume));
         Ok(of_volume
@@ -224,6 +326,9 @@ impl Index {
             .collect())
     }
 }
+
+/// Callers can provoke it.
+static WARNED: Rarely = Rarely::every(Duration::from_secs(3600));
 
 /// What is known of a place that nobody has named, or of places that were not kept.
 pub(super) fn remark(known: &Known) -> Option<Remark> {
@@ -238,8 +343,55 @@ pub(super) fn remark(known: &Known) -> Option<Remark> {
 mod tests {
     use super::*;
 
+    #[test]
+    fn who_has_used_three_quarters_of_the_room_is_told() {
+        let crowded = |taken: &[(By, usize)]| counts(taken).crowded();
+        let most = MOST_OF_USERS / 3;
+        assert_eq!(crowded(&[(By::Owner, MOST / 4 * 3 - 1), (By::User(1), 1)]), []);
+        assert_eq!(crowded(&[(By::User(1), most / 4 * 3 - 1)]), []);
+        let shares = crowded(&[
+            (By::Owner, MOST / 2),
+            (By::User(1), most / 4 * 3),
+            (By::User(2), 10),
+        ]);
+        let [share] = &shares[..] else {
+            panic!("{shares:?}")
+        };
+        assert_eq!((share.user, share.volumes), (Some(1), most / 4 * 3));
+        // The owner has what users leave.
+        let shares = crowded(&[(By::Owner, MOST / 4 * 3), (By::User(1), 1)]);
+        assert_eq!(shares[0].most, MOST - 1);
+        assert!(
+            shares[0].to_string().contains("--forget-missing"),
+            "{}",
+            shares[0]
+        );
+    }
+
+    #[test]
+    fn the_notes_of_one_volume_take_the_room_of_one() {
+        let files = |user: u32, notes: usize| -> Vec<PathBuf> {
+            let name = |note| format!("{}.{note:x}.{user}.json", Uuid::nil());
+            (0..notes).map(|note| name(note).into()).collect()
+        };
+        let taken = |notes| Counts::of(&files(1, notes)).taken(By::User(1));
+        assert_eq!([0, 1, IN_ONE, IN_ONE + 1].map(taken), [0, 1, 1, 2]);
+        // A user's note gives the owner room for the same volume, and no other user.
+        let mut counts = Counts::of(&files(1, 1));
+        counts.taken.insert(By::Owner, MOST);
+        let room = |by| counts.have_room_for(by, Uuid::nil());
+        assert_eq!(
+            [By::User(1), By::User(2), By::Owner].map(room),
+            [true, false, true]
+        );
+        assert!(!counts.have_room_for(By::Owner, Uuid::from_u128(1)));
+    }
+
     fn counts(counts: &[(By, usize)]) -> Counts {
-        Counts(counts.iter().copied().collect())
+        Counts {
+            taken: counts.iter().copied().collect(),
+            ..Counts::default()
+        }
     }
 
     #[test]
@@ -248,7 +400,7 @@ mod tests {
         for user in 1..=300 {
             let by = By::User(user);
             let mut own = 0;
-            while counts(&[&taken[..], &[(by, own)]].concat()).have_room_for(by) {
+            while counts(&[&taken[..], &[(by, own)]].concat()).has_room(by) {
                 own += 1;
             }
             let all: usize = taken.iter().map(|(_, own)| own).sum();
@@ -262,6 +414,6 @@ mod tests {
         assert_eq!(all, MOST_OF_USERS);
         assert!(taken[0].1 <= MOST_OF_USERS / 3 + 1);
         taken.push((By::Owner, MOST - all - 1));
-        assert!(counts(&taken).have_room_for(By::Owner));
+        assert!(counts(&taken).has_room(By::Owner));
     }
 }
