@@ -235,5 +235,61 @@ fn in_the_journal_events_keep_their_fields() {
         (&"native".into(), &"create".into())
     );
     assert_eq!(records[0]["PRIORITY"], "6");
+    // Who reads the journal without looking for fields is told all the same.
+    let message = records[0]["MESSAGE"].as_str().unwrap();
+    assert!(
+        message.contains("native") && message.contains("create"),
+        "{message}"
+    );
     assert_eq!(fs::read_to_string(dir.path().join("stderr")).unwrap(), "");
+}
+
+/// Each record was sent by who had something to tell: a journal that hung kept an operator from `lock`, and the process from its end.
+#[test]
+fn a_journal_that_reads_nothing_holds_up_nobody() {
+    const SCRIPT: &str = r#"
+        set -eu
+        mount -t tmpfs none /run
+        mkdir -p /run/systemd/journal
+        python3 -c '
+import socket, time
+journal = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+journal.bind("/run/systemd/journal/socket")
+time.sleep(1000)' &
+        journal=$!
+        for _ in $(seq 100); do [ -S /run/systemd/journal/socket ] && break; sleep 0.1; done
+        : >"$DIR/stderr"
+        export JOURNAL_STREAM=$(stat -c %d:%i "$DIR/stderr")
+        cd "$DIR"
+        "$SEALBLK" --state-dir state provider add native --no-backup >&2
+        "$SEALBLK" --state-dir state create disk --size 1M >&2
+        "$SEALBLK" --state-dir state serve --blk-file disk --socket-path sock --control-socket control 2>>"$DIR/stderr" &
+        serve=$!
+        for _ in $(seq 100); do [ -S control ] && break; sleep 0.1; done
+        # More records than a socket's queue takes.
+        for _ in $(seq $(($(cat /proc/sys/net/unix/max_dgram_qlen) + 20))); do
+            "$SEALBLK" lock --control-socket control
+            "$SEALBLK" unlock --control-socket control
+        done
+        kill $serve
+        wait $serve
+        kill $journal
+    "#;
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: only root can have a /run of its own");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut script = Command::new("timeout");
+    script.args([
+        "--kill-after=1",
+        "120",
+        "unshare",
+        "--mount",
+        "--pid",
+        "--fork",
+        "--kill-child",
+    ]);
+    script.args(["sh", "-c", SCRIPT]);
+    run(script.env("DIR", dir.path()).env("SEALBLK", SEALBLK));
 }

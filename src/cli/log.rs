@@ -1,11 +1,12 @@
 //! The log of a process that others can make talk: a guest, a front-end, a caller, a host that asks a broker.
 //!
 //! None of them can fill it, and none can hold up this process by it. Each kind of line has a limit of its own, and how many
-//! were left out is told with the next one. Lines go to standard error on a thread of their own, which is the only one to
-//! wait if nobody reads them; then some are lost, and that is told too.
+//! were left out is told with the next one. Lines go to standard error, or records to the journal, on a thread of their own, which
+//! is the only one to wait if nobody reads them; then some are lost, and that is told too.
 
 #![allow(unsafe_code)] // Signal masks have no safe interface.
 
+use std::fmt;
 use std::io::{self, Write};
 use std::mem::MaybeUninit;
 use std::sync::OnceLock;
@@ -15,25 +16,42 @@ use std::thread;
 use std::time::Duration;
 
 use tracing::callsite::Identifier;
+use tracing::field::{Field, Visit};
 use tracing::{Level, Subscriber};
 use tracing_subscriber::Layer;
 use tracing_subscriber::layer::Context;
 
+use super::journal;
 use crate::control::events;
 use crate::control::refusals::Refusals;
 
 /// How many lines of a kind are written at once, and after what time one more is.
 const AT_ONCE: u32 = 10;
 const INTERVAL: Duration = Duration::from_secs(60);
+/// How many errors of a line are told apart.
+const ERRORS: usize = 4;
 
 /// Limits how often each line of the code is heard. An operator who asks for more than `info` gets all of that; events
-/// have limits of their own, and each of the others was asked for by somebody with a privilege.
+/// have limits of their own, and each of the others was asked for by somebody with a privilege. A line with another error is
+/// another one, as long as there are not too many of them.
 #[derive(Debug)]
-pub(super) struct Limit(Refusals<Identifier, ()>);
+pub(super) struct Limit(Refusals<Identifier, String>);
 
 impl Limit {
     pub(super) fn new() -> Self {
-        Self(Refusals::new(AT_ONCE, INTERVAL))
+        Self(Refusals::new(AT_ONCE, INTERVAL).with_kinds(ERRORS))
+    }
+}
+
+/// The error of a record.
+#[derive(Default)]
+struct ErrorOf(String);
+
+impl Visit for ErrorOf {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        if field.name() == "error" {
+            self.0 = format!("{value:?}");
+        }
     }
 }
 
@@ -43,7 +61,9 @@ impl<S: Subscriber> Layer<S> for Limit {
         if *metadata.level() > Level::INFO || metadata.target() == events::TARGET {
             return true;
         }
-        let Some(suppressed) = self.0.admit(metadata.callsite(), ()) else {
+        let mut error = ErrorOf::default();
+        event.record(&mut error);
+        let Some(suppressed) = self.0.admit(metadata.callsite(), error.0) else {
             return false;
         };
         if suppressed.count() > 0 {
@@ -67,6 +87,8 @@ struct Waiting {
 
 enum Told {
     Line(Vec<u8>),
+    /// For the journal.
+    Record(Vec<u8>),
     /// All lines before it are written.
     Flush(SyncSender<()>),
 }
@@ -95,14 +117,36 @@ pub(super) fn begin() {
 
 /// Writes a line to standard error, without waiting where a thread does it.
 pub(super) fn write(line: &[u8]) {
+    tell(Told::Line(line.to_vec()));
+}
+
+/// Sends a record to the journal, without waiting where a thread does it.
+pub(super) fn record(record: Vec<u8>) {
+    tell(Told::Record(record));
+}
+
+fn tell(told: Told) {
     match WAITING.get() {
         Some(waiting) => {
-            if waiting.send.try_send(Told::Line(line.to_vec())).is_err() {
+            if waiting.send.try_send(told).is_err() {
                 waiting.lost.fetch_add(1, Ordering::Relaxed);
             }
         }
-        // If standard error is closed, nobody is told.
-        None => drop(io::stderr().write_all(line)),
+        // If nobody can be told, nobody is.
+        None => drop(told.out()),
+    }
+}
+
+impl Told {
+    fn out(self) -> io::Result<()> {
+        match self {
+            Self::Line(line) => io::stderr().write_all(&line),
+            Self::Record(record) => journal::send(&record),
+            Self::Flush(done) => {
+                let _ = done.try_send(());
+                Ok(())
+            }
+        }
     }
 }
 
@@ -118,13 +162,11 @@ pub(super) fn flush() {
 
 fn run(receive: &Receiver<Told>) {
     for told in receive {
-        match told {
-            Told::Line(line) => drop(io::stderr().write_all(&line)),
-            Told::Flush(done) => drop(done.try_send(())),
-        }
-        let lost = WAITING
+        let lost_now = u64::from(told.out().is_err());
+        let lost_before = WAITING
             .get()
             .map_or(0, |waiting| waiting.lost.swap(0, Ordering::Relaxed));
+        let lost = lost_before + lost_now;
         if lost > 0 {
             let text = format!("sealblk: {lost} lines of the log were lost, since nobody read them\n");
             drop(io::stderr().write_all(text.as_bytes()));
@@ -180,17 +222,22 @@ mod tests {
             for _ in 0..100 {
                 tracing::warn!("the guest breaks its queue");
                 tracing::debug!("a request is refused");
+                tracing::error!(error = %"the guest's memory is gone", "the session has ended");
                 tracing::info!(target: events::TARGET, "a key was released");
             }
-            tracing::error!("storage fails");
+            // Another cause is not hidden by that; one that is another one each time fills no log.
+            tracing::error!(error = %"the front-end hangs", "the session has ended");
+            for n in 0..100 {
+                tracing::warn!(error = %n, "the queue is broken");
+            }
         });
         let heard = heard.lock().unwrap();
         let times = |level| heard.iter().filter(|heard| **heard == level).count();
         let expected = [
-            (Level::WARN, 10),
+            (Level::WARN, 10 + 4 + 10),
             (Level::DEBUG, 100),
             (Level::INFO, 100),
-            (Level::ERROR, 1),
+            (Level::ERROR, 10 + 1),
         ];
         for (level, count) in expected {
             assert_eq!(times(level), count, "{level}");

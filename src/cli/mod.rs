@@ -13,6 +13,7 @@ mod erase;
 mod events;
 pub mod failure;
 mod info;
+mod journal;
 mod key;
 mod keys;
 mod list;

@@ -9,13 +9,13 @@ use std::io::{self, Write};
 use std::path::Path;
 
 use serde::Serialize;
-use tracing_journald::{Priority, PriorityMappings};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use super::failure::Failure;
+use super::journal::{self, Journal};
 use super::log::{self, Limit, Lines};
 use crate::causes::causes;
 use crate::keys::harmless;
@@ -84,12 +84,11 @@ pub(super) fn log_events(level: &str) {
         }
     };
     let registry = tracing_subscriber::registry().with(filter).with(Limit::new());
-    match journal() {
-        Some(journal) => registry.with(journal).init(),
-        None => {
-            let lines = tracing_subscriber::fmt::layer().with_writer(|| OneLine(Lines));
-            registry.with(lines.with_target(false)).init();
-        }
+    if journal::is_standard_error() {
+        registry.with(Journal).init();
+    } else {
+        let lines = tracing_subscriber::fmt::layer().with_writer(|| OneLine(Lines));
+        registry.with(lines.with_target(false)).init();
     }
 }
 
@@ -108,24 +107,6 @@ impl<W: Write> Write for OneLine<W> {
     fn flush(&mut self) -> io::Result<()> {
         self.0.flush()
     }
-}
-
-/// The journal, if standard error goes there (systemd.exec, "JOURNAL_STREAM"): it keeps the fields of records apart.
-fn journal() -> Option<tracing_journald::Layer> {
-    let stream = std::env::var("JOURNAL_STREAM").ok()?;
-    let (device, inode) = stream.split_once(':')?;
-    let stderr = rustix::fs::fstat(io::stderr()).ok()?;
-    if (device.parse(), inode.parse()) != (Ok(stderr.st_dev), Ok(stderr.st_ino)) {
-        return None;
-    }
-    let layer = tracing_journald::layer().ok()?;
-    // The levels of syslog that have the same names: its own choice takes what is merely told for a notice.
-    let priorities = PriorityMappings {
-        info: Priority::Informational,
-        ..PriorityMappings::new()
-    };
-    let prefix = Some("SEALBLK".to_owned());
-    Some(layer.with_field_prefix(prefix).with_priority_mappings(priorities))
 }
 
 /// Whether each part of a filter has a level: a slip of the pen would be a target's name, and silence all others.

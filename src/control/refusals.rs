@@ -22,6 +22,8 @@ const MAX_CALLERS: usize = 128;
 pub struct Refusals<C, K> {
     at_once: u32,
     interval: Duration,
+    /// The most kinds of one caller.
+    kinds: usize,
     told: Mutex<HashMap<Option<C>, Kinds<K>>>,
 }
 
@@ -46,8 +48,15 @@ impl<C: Eq + Hash, K: Eq + Hash> Refusals<C, K> {
         Self {
             at_once,
             interval,
+            kinds: MAX_KINDS,
             told: Mutex::default(),
         }
+    }
+
+    /// With so many kinds of one caller told apart at most.
+    pub fn with_kinds(mut self, most: usize) -> Self {
+        self.kinds = most;
+        self
     }
 
     /// What goes with a refusal that is to be told, or none if it is not to be.
@@ -58,7 +67,7 @@ impl<C: Eq + Hash, K: Eq + Hash> Refusals<C, K> {
             kinds.is_empty()
         });
         let kinds = told.entry(caller).or_default();
-        let kind = own_place(kinds, kind, MAX_KINDS, |told| {
+        let kind = own_place(kinds, kind, self.kinds, |told| {
             told.is_quiet(self.at_once, self.interval)
         });
         let told = kinds.entry(kind).or_insert_with(|| Told {
