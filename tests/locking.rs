@@ -324,6 +324,26 @@ fn a_disk_whose_key_is_away_is_locked_with_the_reason_and_unlocks_by_itself() {
     assert_eq!(disk.status()["state"], "open");
 }
 
+/// A guest whose QEMU could not connect hung, and the status was as with one that runs.
+#[test]
+fn status_tells_whether_a_front_end_is_connected() {
+    let disk = Served::of(Volume::new());
+    assert_eq!(disk.status()["frontEnd"]["connected"], false);
+    assert!(disk.verb("status").contains("not connected"));
+    let driver = disk.server.connect();
+    let told = disk.status();
+    assert_eq!(told["frontEnd"]["connected"], true, "{told}");
+    let since = told["frontEnd"]["since"].as_str().unwrap();
+    let text = disk.verb("status");
+    assert!(text.contains(&format!("connected since {since}")), "{text}");
+    drop(driver);
+    disk.server.wait_idle();
+    assert_eq!(
+        disk.status()["frontEnd"],
+        serde_json::json!({ "connected": false, "since": null })
+    );
+}
+
 #[test]
 fn an_operators_lock_stands_when_the_key_comes_back() {
     let volume = Volume::new();

@@ -14,7 +14,7 @@ use super::size::Size;
 use crate::control::varlink::{CallError, MethodError, call};
 use crate::control::wire::Connection;
 use crate::parsing;
-use crate::served::{self, LockedBy, State};
+use crate::served::{self, FrontEnd, LockedBy, State};
 
 /// How long an answer may take: a lock waits for storage, a rekey for key servers.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(300);
@@ -90,6 +90,15 @@ fn text(status: &served::Status) -> String {
         }
         .to_owned(),
     );
+    if let Some(FrontEnd { connected, since }) = status.front_end {
+        let since = since.map_or(String::new(), |since| format!(" since {since}"));
+        let told = if connected {
+            format!("connected{since}")
+        } else {
+            "not connected".to_owned()
+        };
+        row("front-end", told);
+    }
     match status.state {
         State::Open => row("state", "open".to_owned()),
         State::Locking => row("state", "locking: waits for the requests in flight".to_owned()),

@@ -14,6 +14,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use super::{polling, worker};
 use crate::cipher::SectorSize;
+use crate::moment::Moment;
 use crate::mutex::lock;
 use crate::storage::DataFile;
 use crate::volume::segment::SegmentTable;
@@ -100,6 +101,8 @@ pub struct Disk {
     pub poll_max: Duration,
     /// The pages of each queue's pool.
     pub pool_pages: u32,
+    /// Since when a front-end is connected.
+    front_end: Mutex<Option<Moment>>,
     /// Whether it was told that a driver takes this disk for another: a driver can bring that about at any time.
     pub(super) mismatch_told: AtomicBool,
 }
@@ -133,6 +136,7 @@ impl Disk {
             serial: padded,
             poll_max: polling::DEFAULT_MAX,
             pool_pages: worker::DEFAULT_POOL_PAGES,
+            front_end: Mutex::default(),
             mismatch_told: AtomicBool::new(false),
         })
     }
@@ -196,6 +200,16 @@ impl Disk {
     pub(super) fn tell(&self) {
         // A counter that is full has told already.
         let _ = rustix::io::write(&self.changed, &1_u64.to_ne_bytes());
+    }
+
+    /// Since when a front-end is connected; none while none is.
+    pub fn front_end(&self) -> Option<Moment> {
+        *lock(&self.front_end)
+    }
+
+    /// Takes note that a front-end has come or left.
+    pub(super) fn set_front_end(&self, since: Option<Moment>) {
+        *lock(&self.front_end) = since;
     }
 
     /// The same disk, whose workers look for work for so long at most before they sleep; zero has them sleep at once.

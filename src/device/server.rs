@@ -25,6 +25,7 @@ use super::uring;
 use crate::closer::{self, ClosedElsewhere};
 use crate::control::manager;
 use crate::control::socket::{BindError, Bound, Permissions, accept, bind, termination};
+use crate::moment::Moment;
 
 /// Where front-ends come from.
 #[derive(Debug)]
@@ -284,7 +285,10 @@ impl Control {
                 .name("session".into())
                 .spawn(move || {
                     tracing::info!("a front-end has connected");
-                    match session::run(&front_end, &host.disk, host.num_queues, &host.link) {
+                    host.disk.set_front_end(Some(Moment::now()));
+                    let ended = session::run(&front_end, &host.disk, host.num_queues, &host.link);
+                    host.disk.set_front_end(None);
+                    match ended {
                         Ok(()) => tracing::info!("the front-end has left"),
                         Err(error) => {
                             let error: &dyn std::error::Error = &error;

@@ -17,6 +17,7 @@ use crate::control::privilege::{Grants, Privilege};
 use crate::control::refusals::Refusals;
 use crate::control::varlink::{self, Answer, MethodError, Request};
 use crate::keys::{KeyId, KeyReason};
+use crate::moment::Moment;
 use crate::path_text;
 
 /// The interface's name.
@@ -38,6 +39,17 @@ pub struct Status {
     pub capacity: u64,
     /// Whether writes are refused.
     pub read_only: bool,
+    /// Whether a front-end is connected. A process of an earlier version does not tell.
+    pub front_end: Option<FrontEnd>,
+}
+
+/// Whether a front-end is connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FrontEnd {
+    /// Whether one is.
+    pub connected: bool,
+    /// Then: since when.
+    pub since: Option<Moment>,
 }
 
 /// Whether a disk has its key.
@@ -140,6 +152,7 @@ impl Interface {
         let served = &self.served;
         let (state, lock) = served.state();
         let path = served.opener.disk.path();
+        let since = served.disk.front_end();
         Ok(Answer::of(Status {
             // Who asks may be in another directory.
             disk: path_text::to_text(&std::path::absolute(path).unwrap_or_else(|_| path.to_owned())),
@@ -148,6 +161,10 @@ impl Interface {
             lock,
             capacity: served.disk.sectors() * Sector::LEN,
             read_only: served.disk.read_only,
+            front_end: Some(FrontEnd {
+                connected: since.is_some(),
+                since,
+            }),
         }))
     }
 

@@ -34,7 +34,7 @@ use crate::volume::{Changed, Identity, Locked, Reason, Rekeyed, Volume, VolumeEr
 
 use twins::Announcement;
 
-pub use interface::{INTERFACE, Interface, LockStatus, LockedBy, State, Status};
+pub use interface::{FrontEnd, INTERFACE, Interface, LockStatus, LockedBy, State, Status};
 
 /// How soon a key that was not to be had is tried again, and how much later at most: a server that is back is found
 /// within this time, and one that is away is not worn down by hundreds of disks.
