@@ -7,9 +7,9 @@ use common::driver::{
     F_SEG_MAX, F_SIZE_MAX, F_TOPOLOGY, F_VERSION_1, F_WRITE_ZEROES, S_IOERR, S_OK, Setup, T_IN, T_OUT,
 };
 use common::frontend::{
-    F_PROTOCOL_FEATURES, Frontend, GET_CONFIG, GET_MAX_MEM_SLOTS, GET_QUEUE_NUM, PROTOCOL_BACKEND_REQ,
-    PROTOCOL_CONFIG, PROTOCOL_CONFIGURE_MEM_SLOTS, PROTOCOL_MQ, PROTOCOL_REPLY_ACK, PROTOCOL_RESET_DEVICE,
-    SET_CONFIG, SET_FEATURES, SET_VRING_NUM, config, vring_state,
+    F_PROTOCOL_FEATURES, Frontend, GET_CONFIG, GET_FEATURES, GET_MAX_MEM_SLOTS, GET_QUEUE_NUM,
+    PROTOCOL_BACKEND_REQ, PROTOCOL_CONFIG, PROTOCOL_CONFIGURE_MEM_SLOTS, PROTOCOL_MQ, PROTOCOL_REPLY_ACK,
+    PROTOCOL_RESET_DEVICE, SET_CONFIG, SET_FEATURES, SET_VRING_NUM, config, vring_state,
 };
 use common::serve::Server;
 use common::volume::{MIB, Volume};
@@ -238,6 +238,22 @@ fn requests_of_a_guest_that_was_told_of_another_disk_are_refused_and_it_is_told_
         told.contains("the disk is read-only") && told.contains("--read-only"),
         "{told}"
     );
+}
+
+/// It was advised to have more queues served, as was each QEMU whose guest had never used the disk.
+#[test]
+fn a_front_end_that_leaves_later_is_told_nothing_of_queues() {
+    let server = Server::of(Volume::new(), &[]);
+    let mut frontend = Frontend::connect(server.socket());
+    frontend.negotiate_protocol(!0, !0);
+    frontend.ask(GET_QUEUE_NUM, &[]);
+    frontend.ask(GET_FEATURES, &[]);
+    drop(frontend);
+    server.wait_idle();
+    server.still_serves();
+    let told = server.stop().stderr;
+    assert!(told.contains("the front-end has left"), "{told}");
+    assert!(!told.contains("it may stay"), "{told}");
 }
 
 /// QEMU says so itself and gives up; sealblk said that a front-end had left.

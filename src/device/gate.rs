@@ -114,7 +114,7 @@ fn pass_messages(
     rings: &mut Rings,
 ) -> Result<(), GateError> {
     agree_on_acknowledgements(handler)?;
-    let (mut asked_for_queues, mut agreed) = (false, false);
+    let mut last = None;
     // The protocol features that the front-end has agreed on.
     let mut protocol = VhostUserProtocolFeatures::empty();
     // Nothing is said on it yet, but it stays open: QEMU takes its end for an error.
@@ -133,7 +133,8 @@ fn pass_messages(
             Progress::Message(message) => message,
             Progress::Waiting => continue,
             Progress::End => {
-                if asked_for_queues && !agreed {
+                // Whoever goes on after that answer leaves for another reason.
+                if last == Some(FrontendReq::GET_QUEUE_NUM) {
                     let queues = rings.count();
                     tracing::info!(
                         queues,
@@ -143,8 +144,7 @@ fn pass_messages(
                 return Ok(());
             }
         };
-        asked_for_queues |= message.code() == Some(FrontendReq::GET_QUEUE_NUM);
-        agreed |= message.code() == Some(FrontendReq::SET_FEATURES);
+        last = message.code();
         check(&message, rings)?;
         let (asks, wants_acknowledgement) = (asks_for_data(&message), message.needs_reply());
         if message.code() == Some(FrontendReq::SET_PROTOCOL_FEATURES)
