@@ -1,5 +1,7 @@
 //! What a server's refusals mean.
 
+use std::path::{Path, PathBuf};
+
 use crate::keys::https::Failure;
 use crate::keys::{KeyReason, harmless};
 use crate::parsing;
@@ -10,6 +12,17 @@ use crate::parsing;
 pub(super) struct Refusal {
     pub(super) status: u16,
     pub(super) words: String,
+}
+
+/// A login by AppRole that the server does not take.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the login by AppRole fails; the secret ID in {} may have expired: put a new one there, and see that the role ID is right",
+    secret_id_file.display()
+)]
+struct WrongSecretId {
+    secret_id_file: PathBuf,
+    source: Refusal,
 }
 
 /// An answer that makes no sense. The place alone is told: what is there may be a secret.
@@ -67,6 +80,23 @@ impl Refusal {
             _ => KeyReason::Failed,
         };
         Failure::new(reason, self)
+    }
+}
+
+impl Refusal {
+    /// What it means when this host logs in by AppRole, with the secret ID of that file.
+    pub(super) fn of_an_approle(self, secret_id_file: &Path) -> Failure {
+        // OpenBao says "invalid role or secret ID", and Vault "invalid secret id" as well.
+        if !self.words.to_lowercase().contains("secret id") {
+            return self.of_a_login();
+        }
+        Failure::new(
+            KeyReason::Refused,
+            WrongSecretId {
+                secret_id_file: secret_id_file.to_owned(),
+                source: self,
+            },
+        )
     }
 }
 

@@ -115,12 +115,13 @@ impl Login {
                 }
                 let secret_id = read_credential(secret_id_file)?;
                 let secret_id = std::str::from_utf8(&secret_id).expect("what is read is ASCII");
-                token(server, mount, &Role { role_id, secret_id })
+                let refused = |refusal: Refusal| refusal.of_an_approle(secret_id_file);
+                token(server, mount, &Role { role_id, secret_id }, refused)
             }
             Login::Cert { mount, .. } => {
                 #[derive(Serialize)]
                 struct Empty {}
-                token(server, mount, &Empty {})
+                token(server, mount, &Empty {}, Refusal::of_a_login)
             }
             Login::Token { token_file } => Ok(Token {
                 secret: read_credential(token_file)?,
@@ -136,11 +137,16 @@ impl Token {
     }
 }
 
-fn token(server: &Server<'_>, mount: &str, credentials: &impl Serialize) -> Result<Token, Failure> {
+fn token(
+    server: &Server<'_>,
+    mount: &str,
+    credentials: &impl Serialize,
+    refused: impl FnOnce(Refusal) -> Failure,
+) -> Result<Token, Failure> {
     // The lease runs from when the server grants it, which is after this.
     let asked = BootTime::now();
     let answer = server.post(&format!("auth/{mount}/login"), None, credentials)?;
-    let body = answer.body().map_err(Refusal::of_a_login)?;
+    let body = answer.body().map_err(refused)?;
     let Auth {
         client_token,
         lease_duration,
