@@ -201,6 +201,37 @@ fn keys_and_providers_in_use_are_kept(host: &Host) {
         assert!(refused.contains(host.path("one").to_str().unwrap()), "{refused}");
         assert!(!refused.contains(host.path("two").to_str().unwrap()), "{refused}");
     }
+    // With --force, a dry run said that no volume was known to need them.
+    for (what, force) in [
+        (
+            "one",
+            [
+                "key",
+                "revoke",
+                &key,
+                "--provider",
+                "native",
+                "--force",
+                "--confirm",
+                &key,
+            ]
+            .as_slice(),
+        ),
+        (
+            "two",
+            &["provider", "remove", "native", "--force", "--confirm", "native"],
+        ),
+    ] {
+        let told = host.does(&[force, &["--dry-run"]].concat());
+        assert!(told.contains("--force would take it away all the same"), "{told}");
+        assert!(told.contains(host.path("one").to_str().unwrap()), "{told}");
+        assert_eq!(
+            told.contains(host.path("two").to_str().unwrap()),
+            what == "two",
+            "{told}"
+        );
+        assert!(!told.contains("no volume is known"), "{told}");
+    }
     host.opens("one").unwrap();
 
     // A disk that is not to be found is not known to be free.
@@ -241,22 +272,17 @@ fn keys_and_providers_in_use_are_kept(host: &Host) {
         .iter()
         .map(|row| (row["keyId"] == *needed, &row["state"]))
         .collect();
-    assert!(states.contains(&(true, &"deactivated".into())), "{listed:?}");
-    let why = host.fails(
-        &[
-            "key",
-            "revoke",
-            &host.key_of("moved"),
-            "--provider",
-            "native",
-            "--destroy",
-            "--force",
-            "--confirm",
-            &host.key_of("moved"),
-        ],
-        KEY,
-    );
-    assert!(why.contains("none of them can be destroyed alone"), "{why}");
+    assert!(states.contains(&(true, &"revoked".into())), "{listed:?}");
+    // It was said that the provider failed, and to see its log.
+    let key = host.key_of("moved");
+    let destroy = ["key", "revoke", &key, "--provider", "native", "--destroy"];
+    for more in [&["--force", "--confirm", &key][..], &["--dry-run"]] {
+        let why = host.fails(&[&destroy[..], more].concat(), USAGE);
+        assert!(
+            why.contains("cannot destroy a single key") && why.contains("leave --destroy out"),
+            "{why}"
+        );
+    }
     host.opens("moved").unwrap();
 }
 
@@ -270,7 +296,8 @@ fn the_agent_keeps_what_disks_need_and_tells_the_log() {
     let host = Host::with_agent("");
     keys_and_providers_in_use_are_kept(&host);
     let revoked = host.audit("KeyRevoked");
-    assert_eq!(revoked.len(), 3);
+    // One that cannot be destroyed is refused before the log is told.
+    assert_eq!(revoked.len(), 2);
     assert_eq!(revoked[1]["keyId"], host.key_of("two").as_str());
     assert_eq!(revoked[1]["force"], true);
     host.does(&["provider", "remove", "native", "--force", "--confirm", "native"]);
@@ -814,6 +841,9 @@ fn a_provider_goes_with_its_files_and_comes_back_from_its_backup() {
     );
     host.does(&["provider", "remove", "native", "--new-default", "second"]);
     assert!(!host.path("state/providers/native").exists());
+    // The list complained of its keys until the next scan.
+    let listed = host.json(&["key", "list", "--json"]);
+    assert_eq!(texts(&listed, "provider"), ["second"]);
     assert!(!host.does(&["provider", "list"]).contains("native.backup"));
     host.create("new", &[]);
     host.does(&[
@@ -838,6 +868,9 @@ fn a_provider_goes_with_its_files_and_comes_back_from_its_backup() {
         "second",
     ]);
     assert!(host.opens("disk").unwrap_err().contains("no such key provider"));
+    // What a disk needs stays on the list.
+    let listed = host.json(&["key", "where-used", "--provider", "second", "--json"]);
+    assert_eq!(texts(&listed, "standing"), ["bound", "bound"]);
 }
 
 /// The SHA-256 of bytes, by another program.
@@ -1169,6 +1202,53 @@ fn the_key_goes_with_its_last_disk() {
     assert_eq!(receipt["keys"][0]["revoked"], "host");
     assert_eq!(host.audit("VolumeErased").len(), 2);
     assert_eq!(host.audit("KeyRevoked").len(), 1);
+}
+
+/// The first key that a sealed server told nothing of was taken to tell of all of them.
+#[test]
+fn a_revoked_key_is_told_whether_its_provider_answers_or_not() {
+    for host in [Host::new(), Host::with_agent("")] {
+        fs::write(host.path("ca.pem"), "").unwrap();
+        fs::write(host.path("token"), "token").unwrap();
+        fs::set_permissions(host.path("token"), fs::Permissions::from_mode(0o600)).unwrap();
+        let add = Command::new(SEALBLK)
+            .current_dir(host.dir.path())
+            .args(["--state-dir", "state", "provider", "add", "transit", "--no-check"])
+            .args(["--address", "https://127.0.0.1:1", "--ca", "ca.pem"])
+            .args(["--transit-key", "sealblk", "--token-file", "token"])
+            .output()
+            .unwrap();
+        assert!(add.status.success(), "{}", said(&add));
+        let keys = ["sealblk:vault:v1:AAAA", "sealblk:vault:v1:BBBB"];
+        fs::create_dir_all(host.path("state/volumes")).unwrap();
+        fs::create_dir_all(host.path("state/revoked")).unwrap();
+        for (number, key) in keys.into_iter().enumerate() {
+            let volume = Uuid::from_u128(number as u128);
+            let note = json!({
+                "volume": volume, "path": "/nowhere", "provider": "transit", "keyId": key, "keyslot": 0,
+            });
+            fs::write(
+                host.path(&format!("state/volumes/{volume}.0000000000000000.json")),
+                note.to_string(),
+            )
+            .unwrap();
+        }
+        // As `key revoke` leaves it: the SHA-256 of provider and key ID.
+        let mut named = 7_u64.to_be_bytes().to_vec();
+        named.extend(b"transit");
+        named.extend(keys[1].as_bytes());
+        fs::write(host.path(&format!("state/revoked/{}.json", sha256(&named))), "").unwrap();
+
+        let listed = host.json(&["key", "list", "--json"]);
+        let states: Vec<_> = listed.iter().map(|row| (&row["keyId"], &row["state"])).collect();
+        assert_eq!(
+            states,
+            [
+                (&json!(keys[0]), &Value::Null),
+                (&json!(keys[1]), &json!("revoked")),
+            ]
+        );
+    }
 }
 
 #[test]

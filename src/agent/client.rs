@@ -152,18 +152,20 @@ impl Client {
         Ok(())
     }
 
-    /// The volumes that are known, of one provider or one KEK, whether there may be others, and whose room runs out.
+    /// The volumes that are known, or one of them, of one provider or one KEK, whether there may be others, and whose room runs out.
     ///
     /// # Errors
     /// [`KeyError`].
     pub fn volumes(
         &self,
+        volume: Option<Uuid>,
         provider: Option<&str>,
         key_id: Option<&KeyId>,
     ) -> Result<(Vec<Sighting>, bool, Vec<Share>), KeyError> {
         let (mut full, mut crowded) = (false, Vec::new());
         let all = all_pages(|from| {
             let parameters = ListVolumes {
+                volume,
                 provider: provider.map(str::to_owned),
                 key_id: key_id.cloned(),
                 from,
@@ -524,6 +526,24 @@ impl KeyProvider for AgentProvider {
             provider: self.name.clone(),
             key_id: key_id.clone(),
             max_age: (age > 0).then_some(age),
+            here: false,
+        };
+        Ok(self.ask::<State>("GetKekState", parameters, &[])?.0.state)
+    }
+
+    fn state_here(&self, key_id: &KeyId) -> Result<Option<KeyState>, KeyError> {
+        #[derive(Deserialize)]
+        struct State {
+            state: Option<KeyState>,
+        }
+        if !may_be(key_id) {
+            return Ok(None);
+        }
+        let parameters = Kek {
+            provider: self.name.clone(),
+            key_id: key_id.clone(),
+            max_age: None,
+            here: true,
         };
         Ok(self.ask::<State>("GetKekState", parameters, &[])?.0.state)
     }

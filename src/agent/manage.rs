@@ -69,6 +69,7 @@ impl LastListing {
 impl Service {
     pub(super) fn list_volumes(&self, mut request: Request<'_>) -> Answered {
         let ListVolumes {
+            volume,
             provider,
             key_id,
             from,
@@ -77,7 +78,10 @@ impl Service {
         self.permit_any(request.peer, &either, None, json!({}))?;
         let listing = self.listing.from(from, || self.index.list());
         let listing = listing.map_err(|error| unreadable(&error))?;
-        let matches = |known: &&Known| known.is_under(provider.as_deref(), key_id.as_ref());
+        let matches = |known: &&Known| {
+            volume.is_none_or(|volume| known.volume == volume)
+                && known.is_under(provider.as_deref(), key_id.as_ref())
+        };
         let (known, next) = page(listing.known.iter().filter(matches), from);
         let known = known.into_iter().cloned();
         let volumes = match self.may_know_places(request.peer) {

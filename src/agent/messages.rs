@@ -101,6 +101,9 @@ pub(super) struct Kek {
     /// In milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) max_age: Option<u64>,
+    /// Only what the agent knows without asking the provider.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(super) here: bool,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -143,6 +146,8 @@ impl KeyFailure {
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub(super) struct ListVolumes {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) volume: Option<Uuid>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) provider: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -270,16 +270,18 @@ impl Service {
             provider,
             key_id,
             max_age,
+            here,
         } = request.parameters()?;
         let max_age = Duration::from_millis(max_age.unwrap_or(0));
         check_names(&provider, Some(&key_id))?;
         let subject = json!({ "provider": provider, "keyId": key_id });
         let any = [Privilege::Recrypt, Privilege::Access, Privilege::ManageKeys];
         self.permit_any(request.peer, &any, None, subject.clone())?;
-        let state = self
-            .providers
-            .provider(&provider)
-            .and_then(|provider| provider.state_within(&key_id, max_age));
+        let provider = self.providers.provider(&provider);
+        let state = provider.and_then(|provider| match here {
+            true => provider.state_here(&key_id),
+            false => provider.state_within(&key_id, max_age).map(Some),
+        });
         let state = self.judged(request.peer, &subject, state)?;
         self.audited(Event::KeyLookedUp, request.peer, with(subject, "state", state))?;
         Ok(Answer::of(json!({ "state": state })))

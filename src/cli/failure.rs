@@ -456,6 +456,7 @@ fn key_code(reason: KeyReason) -> u8 {
     match reason {
         KeyReason::Host => HOST,
         KeyReason::NoAgent | KeyReason::NotPermitted => ASKED,
+        KeyReason::Indestructible => USAGE,
         _ => KEY,
     }
 }

@@ -17,7 +17,7 @@ use super::{Host, Keys, absolute, output};
 use crate::agent::Purpose;
 use crate::keys::{KeyError, KeyId, KeyProvider, KeyReason, KeyState, Providers, Reach, Revocation};
 use crate::known::survey::Sighting;
-use crate::known::{Known, Removal};
+use crate::known::{GuardError, Known, Removal};
 use crate::moment::Moment;
 
 const AFTER_HELP: &str = "\
@@ -162,6 +162,52 @@ impl Insistence {
             _ => Ok(self.force),
         }
     }
+
+    /// What a dry run finds: `subject` can be taken away, or --force would go past what stands in the way. `ask` is told whether
+    /// to go past it, and does nothing.
+    ///
+    /// # Errors
+    /// What stands in the way, unless somebody insists; with --force, what that does not go past.
+    pub(super) fn foresee(
+        &self,
+        subject: &str,
+        done: &str,
+        mut ask: impl FnMut(bool) -> Result<(), Failure>,
+    ) -> Result<String, Failure> {
+        let in_the_way = match ask(false) {
+            Ok(()) => {
+                return Ok(format!(
+                    "{subject}: no volume is known to need it; it can be {done}\n"
+                ));
+            }
+            Err(Failure::Guard(error)) if self.force => error,
+            Err(failure) => return Err(failure),
+        };
+        ask(true)?;
+        Ok(match in_the_way {
+            GuardError::InUse { uses, .. } => {
+                let lacks = match uses.full {
+                    true => "the list of volumes lacks some, and others may need it; ",
+                    false => "",
+                };
+                let disks = uses
+                    .lines()
+                    .into_iter()
+                    .map(|disk| format!("  {}\n", output::printable(&disk)));
+                let needed = match uses.count {
+                    0 => format!("{subject}: {lacks}--force would take it away all the same\n"),
+                    _ => format!(
+                        "{subject}: {lacks}these disks need it, and --force would take it away all the same:\n"
+                    ),
+                };
+                disks.fold(needed, |told, disk| told + &disk)
+            }
+            GuardError::NotBackedUp(_) => format!(
+                "{subject}: there is no backup of its primary key, and --force would take it away all the same\n"
+            ),
+            _ => format!("{subject}: it can be {done} with --force\n"),
+        })
+    }
 }
 
 impl Key {
@@ -264,7 +310,13 @@ impl States {
         // What is told for one key will do for the next one. The call takes its time, too.
         let age = self.began.elapsed() + Duration::from_secs(1);
         let asked = match self.providers.get(provider) {
-            Some(Err(error)) => return Err(error.clone()),
+            Some(Err(error)) => {
+                // What this host has revoked is revoked whoever answers.
+                let known = keys
+                    .provider(provider)
+                    .and_then(|opened| opened.state_here(key_id));
+                return known.ok().flatten().ok_or_else(|| error.clone());
+            }
             Some(Ok(known)) => known.state_within(key_id, age),
             None => keys.provider(provider).and_then(|opened| {
                 let state = opened.state_within(key_id, age);
@@ -284,6 +336,7 @@ fn state_text(state: KeyState) -> &'static str {
         KeyState::PreActive => "pre-active",
         KeyState::Active => "active",
         KeyState::Deactivated => "deactivated",
+        KeyState::Revoked => "revoked",
         KeyState::Compromised => "compromised",
         KeyState::Destroyed => "destroyed",
         KeyState::Missing => "missing",
@@ -456,23 +509,28 @@ impl Push {
 
 impl Revoke {
     fn run(self, host: &Host) -> Result<(), Failure> {
-        let removal = Removal {
-            force: self.insistence.insists(&self.key_id)?,
-            dry_run: self.insistence.dry_run,
-            ..Removal::default()
-        };
+        let force = self.insistence.insists(&self.key_id)?;
         let revocation = match self.destroy {
             true => Revocation::Destroy,
             false => Revocation::Deactivate,
         };
         let key_id = KeyId(self.key_id);
         let keys = host.keys(Purpose::Check)?;
-        let reach = keys.revoke(&self.provider, &key_id, revocation, &removal)?;
+        let revoke = |force, dry_run| {
+            let removal = Removal {
+                force,
+                dry_run,
+                ..Removal::default()
+            };
+            keys.revoke(&self.provider, &key_id, revocation, &removal)
+        };
         let key = format!("key {key_id} of provider {:?}", self.provider);
-        output::print(&match reach {
-            None => format!("{key}: no volume is known to need it; it can be revoked\n"),
-            Some(reach) => format!("{key}: {}\n", revoked_text(reach, revocation)),
-        })
+        if self.insistence.dry_run {
+            let ask = |force| revoke(force, true).map(drop);
+            return output::print(&self.insistence.foresee(&key, "revoked", ask)?);
+        }
+        let reach = revoke(force, false)?.unwrap_or(Reach::Host);
+        output::print(&format!("{key}: {}\n", revoked_text(reach, revocation)))
     }
 }
 

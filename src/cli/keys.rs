@@ -57,7 +57,7 @@ impl Keys {
         key_id: Option<&KeyId>,
     ) -> Result<Vec<Sighting>, Failure> {
         let (volumes, full, crowded) = match self {
-            Keys::Agent(client) => client.volumes(provider, key_id)?,
+            Keys::Agent(client) => client.volumes(None, provider, key_id)?,
             Keys::Own(registry, _) => {
                 let index = Index::of(registry.dir());
                 let listing = index.list().map_err(|source| unreadable(&index, source))?;
@@ -117,10 +117,10 @@ impl Keys {
     }
 
     /// Removes a provider, unless volumes need it.
-    pub(super) fn remove_provider(self, name: &str, removal: &Removal<'_>) -> Result<(), Failure> {
+    pub(super) fn remove_provider(&mut self, name: &str, removal: &Removal<'_>) -> Result<(), Failure> {
         match self {
             Keys::Agent(client) => client.remove_provider(name, removal)?,
-            Keys::Own(mut registry, _) => remove_provider(&mut registry, name, removal)?,
+            Keys::Own(registry, _) => remove_provider(registry, name, removal)?,
         }
         Ok(())
     }

@@ -487,17 +487,24 @@ fn parse_address(text: &str) -> Result<String, Infallible> {
 impl Remove {
     fn run(self, host: &Host) -> Result<(), Failure> {
         let name = &self.name;
-        let removal = Removal {
-            new_default: self.new_default.as_deref(),
-            force: self.insistence.insists(name)?,
-            dry_run: self.insistence.dry_run,
-            ..Removal::default()
+        let force = self.insistence.insists(name)?;
+        let mut keys = host.keys(Purpose::Check)?;
+        let mut remove = |force, dry_run| {
+            let removal = Removal {
+                new_default: self.new_default.as_deref(),
+                force,
+                dry_run,
+                ..Removal::default()
+            };
+            keys.remove_provider(name, &removal)
         };
-        host.keys(Purpose::Check)?.remove_provider(name, &removal)?;
-        output::print(&match removal.dry_run {
-            true => format!("key provider {name:?}: no volume is known to need it; it can be removed\n"),
-            false => format!("key provider {name:?} was removed\n"),
-        })
+        let provider = format!("key provider {name:?}");
+        if self.insistence.dry_run {
+            let ask = |force| remove(force, true);
+            return output::print(&self.insistence.foresee(&provider, "removed", ask)?);
+        }
+        remove(force, false)?;
+        output::print(&format!("{provider} was removed\n"))
     }
 }
 

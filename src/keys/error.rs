@@ -58,6 +58,8 @@ pub enum KeyReason {
     Missing,
     /// The provider has the KEK, in a state that forbids its use.
     NotActive,
+    /// The provider makes its KEKs anew whenever they are needed, so that it cannot destroy one of them.
+    Indestructible,
     /// What was to be unwrapped was altered, or belongs to another volume or keyslot.
     Unauthentic,
     /// This host cannot hold the key: it has no memory or no random numbers for it.
@@ -91,7 +93,7 @@ impl KeyError {
 
 impl KeyReason {
     #[cfg(test)]
-    pub(crate) const ALL: [Self; 16] = [
+    pub(crate) const ALL: [Self; 17] = [
         Self::UnknownProvider,
         Self::NoAgent,
         Self::NotPermitted,
@@ -106,6 +108,7 @@ impl KeyReason {
         Self::Attestation,
         Self::Missing,
         Self::NotActive,
+        Self::Indestructible,
         Self::Unauthentic,
         Self::Host,
     ];
@@ -127,6 +130,7 @@ impl KeyReason {
             Self::Refused => "the key provider refuses this host",
             Self::Missing => "the key provider has no such key",
             Self::NotActive => "the key is not active",
+            Self::Indestructible => "the key provider cannot destroy a single key",
             Self::Unauthentic => "the wrapped key was altered, or belongs to another volume or keyslot",
             Self::Host => "this host cannot hold the key",
         }
@@ -163,6 +167,7 @@ impl KeyReason {
             Self::NotActive => {
                 "activate the key at the provider; one that was revoked stays so: open the volume with a recovery key"
             }
+            Self::Indestructible => "revoke the key on this host alone: leave --destroy out",
             Self::Unauthentic => "restore the volume's header from a backup, or open it with a recovery key",
             Self::Host => "remove the cause, then try again",
         }

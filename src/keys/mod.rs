@@ -109,7 +109,7 @@ pub struct Binding<'a> {
 }
 
 /// What a KEK can be used for, as its provider sees it: the states that KMIP has (its attribute State), for
-/// every provider.
+/// every provider, and what this host has done itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum KeyState {
@@ -119,6 +119,8 @@ pub enum KeyState {
     Active,
     /// It must not be used any more.
     Deactivated,
+    /// This host does not use it any more, whatever its provider says.
+    Revoked,
     /// Others may have it.
     Compromised,
     /// It was there; its record is.
@@ -197,6 +199,14 @@ pub trait KeyProvider: Send + Sync + fmt::Debug {
         self.state(key_id)
     }
 
+    /// What this host knows of a KEK's state by itself, whether its provider answers or not.
+    ///
+    /// # Errors
+    /// [`KeyError`], if this host's own record cannot be read.
+    fn state_here(&self, _key_id: &KeyId) -> Result<Option<KeyState>, KeyError> {
+        Ok(None)
+    }
+
     /// Takes a KEK out of use: from then on its state is not [`KeyState::Active`], and it neither wraps nor unwraps on this
     /// host. Volumes that it alone opens are lost. What was done already is no error.
     ///
@@ -208,6 +218,11 @@ pub trait KeyProvider: Send + Sync + fmt::Debug {
     /// the same server can have several names. A provider that revokes on this host alone takes nothing along.
     fn takes_along(&self, _key_id: &KeyId, _other: &KeyId) -> bool {
         false
+    }
+
+    /// Whether it can destroy a single KEK: [`Revocation::Destroy`].
+    fn destroys_keys(&self) -> bool {
+        true
     }
 
     /// Proves that the provider works, by making a KEK, wrapping under it, and unwrapping.

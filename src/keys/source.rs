@@ -64,14 +64,14 @@ pub(super) trait KekSource: Send + Sync + fmt::Debug {
     /// Has the source's server take a KEK out of use, if it has a record of it. The caller sees to this host.
     ///
     /// # Errors
-    /// [`KeyError`]: [`KeyReason::Failed`] if the source cannot destroy a single KEK, and is to.
-    fn revoke(&self, key_id: &KeyId, revocation: Revocation) -> Result<Reach, KeyError> {
-        match revocation {
-            Revocation::Deactivate => Ok(Reach::Host),
-            Revocation::Destroy => Err(KeyError::new(self.name(), self.location(), KeyReason::Failed)
-                .of(key_id)
-                .because(Indestructible)),
-        }
+    /// [`KeyError`]. It is not asked to destroy a KEK that it cannot destroy.
+    fn revoke(&self, _key_id: &KeyId, _revocation: Revocation) -> Result<Reach, KeyError> {
+        Ok(Reach::Host)
+    }
+
+    /// As [`KeyProvider::destroys_keys`].
+    fn destroys_keys(&self) -> bool {
+        false
     }
 
     /// Takes note that a secret was wrapped for `binding`, if it has a place for that where its operator looks. That it
@@ -102,13 +102,6 @@ pub(super) struct HostProvider {
 #[derive(Debug, thiserror::Error)]
 #[error("what was wrapped a moment ago unwraps to something else")]
 struct Fickle;
-
-/// A KEK that comes back whenever it is asked for.
-#[derive(Debug, thiserror::Error)]
-#[error(
-    "its keys are made anew from one secret, so none of them can be destroyed alone; revoke it without that"
-)]
-struct Indestructible;
 
 impl HostProvider {
     /// A provider that keeps a KEK for `time_to_live` after it was fetched.
@@ -240,16 +233,31 @@ impl KeyProvider for HostProvider {
     fn state_within(&self, key_id: &KeyId, age: Duration) -> Result<KeyState, KeyError> {
         let revoked = self.revoked.find(key_id).map_err(|e| self.host(key_id, e))?;
         match (revoked, self.source.state_within(key_id, age)) {
-            (Some(_), Ok(KeyState::Active | KeyState::PreActive) | Err(_)) => Ok(KeyState::Deactivated),
+            (Some(_), Ok(KeyState::Active | KeyState::PreActive | KeyState::Deactivated) | Err(_)) => {
+                Ok(KeyState::Revoked)
+            }
             (_, state) => state,
         }
+    }
+
+    fn state_here(&self, key_id: &KeyId) -> Result<Option<KeyState>, KeyError> {
+        let revoked = self.revoked.find(key_id).map_err(|e| self.host(key_id, e))?;
+        Ok(revoked.map(|_| KeyState::Revoked))
     }
 
     fn takes_along(&self, key_id: &KeyId, other: &KeyId) -> bool {
         self.source.takes_along(key_id, other)
     }
 
+    fn destroys_keys(&self) -> bool {
+        self.source.destroys_keys()
+    }
+
     fn revoke(&self, key_id: &KeyId, revocation: Revocation) -> Result<Reach, KeyError> {
+        if revocation == Revocation::Destroy && !self.destroys_keys() {
+            let name = self.source.name();
+            return Err(KeyError::new(name, name, KeyReason::Indestructible).of(key_id));
+        }
         if self.source.state(key_id)? == KeyState::Missing {
             return Err(self.fail(key_id, KeyReason::Missing));
         }

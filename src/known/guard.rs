@@ -192,9 +192,23 @@ pub fn remove_provider(registry: &mut Registry, name: &str, removal: &Removal<'_
             return Err(GuardError::NotBackedUp(name.to_owned()));
         }
     }
-    match removal.dry_run {
-        true => Ok(()),
-        false => Ok(registry.remove(name, removal.new_default)?),
+    if removal.dry_run {
+        return Ok(());
+    }
+    registry.remove(name, removal.new_default)?;
+    if !removal.force {
+        forget_keys_of(&index, name);
+    }
+    Ok(())
+}
+
+/// Drops the notes of a provider that is gone: no volume needs its keys. A note that a volume has come to need meanwhile stays.
+fn forget_keys_of(index: &Index, provider: &str) {
+    let known = index.list().unwrap_or_default().known.into_iter();
+    let sightings = survey(known.filter(|known| known.is_under(Some(provider), None)));
+    let gone = sightings.iter().filter(|sighting| !sighting.in_use());
+    if let Err(error) = index.forget(gone.map(|sighting| &sighting.known)) {
+        tracing::warn!(%error, "{provider:?} is removed, and keys of it stay on the list of volumes");
     }
 }
 
@@ -209,6 +223,12 @@ pub fn revoke(
     revocation: Revocation,
     removal: &Removal<'_>,
 ) -> Result<Option<Reach>, GuardError> {
+    if revocation == Revocation::Destroy && !provider.destroys_keys() {
+        let name = provider.name();
+        return Err(KeyError::new(name, name, KeyReason::Indestructible)
+            .of(key_id)
+            .into());
+    }
     if !removal.force {
         let name = provider.name();
         let needs_it = |known: &Known| {

@@ -79,6 +79,14 @@ impl KeyProvider for NotingProvider {
         self.provider.state(key_id)
     }
 
+    fn state_here(&self, key_id: &KeyId) -> Result<Option<KeyState>, KeyError> {
+        self.provider.state_here(key_id)
+    }
+
+    fn destroys_keys(&self) -> bool {
+        self.provider.destroys_keys()
+    }
+
     fn check(&self) -> Result<(), KeyError> {
         self.provider.check()
     }

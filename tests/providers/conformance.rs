@@ -149,7 +149,7 @@ fn revoked_keys_are_used_no_more(provider: &dyn KeyProvider) {
     provider.revoke(&revoked, Revocation::Deactivate).unwrap();
     // Once more is no error.
     provider.revoke(&revoked, Revocation::Deactivate).unwrap();
-    assert_eq!(provider.state(&revoked).unwrap(), KeyState::Deactivated);
+    assert_eq!(provider.state(&revoked).unwrap(), KeyState::Revoked);
     let binding_of = |key_id| binding(provider, key_id);
     for error in [
         provider.unwrap(&binding_of(&revoked), &wrapped).unwrap_err(),

@@ -368,6 +368,10 @@ impl KekSource for Kmip {
         own.is_some_and(|own| server_keys(other).any(|key| key == own.key()))
     }
 
+    fn destroys_keys(&self) -> bool {
+        true
+    }
+
     /// A key that is not active any more is not revoked again, which servers refuse.
     fn revoke(&self, key_id: &KeyId, revocation: Revocation) -> Result<Reach, KeyError> {
         let Some(identifier) = self.recognise(key_id) else {

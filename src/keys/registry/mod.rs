@@ -580,7 +580,7 @@ mod tests {
             Reach::Host
         );
         let failed = provider.revoke(&other, Revocation::Destroy).unwrap_err();
-        assert_eq!(failed.reason, KeyReason::Failed);
+        assert_eq!(failed.reason, KeyReason::Indestructible);
         let missing = provider
             .revoke(&KeyId("x".into()), Revocation::Deactivate)
             .unwrap_err();
@@ -590,7 +590,7 @@ mod tests {
         registry.import("native", &primary, false).unwrap();
         let provider = registry.provider("native").unwrap();
         let secret = SecretBytes::random(32).unwrap();
-        for (key_id, state) in [(&revoked, KeyState::Deactivated), (&other, KeyState::Active)] {
+        for (key_id, state) in [(&revoked, KeyState::Revoked), (&other, KeyState::Active)] {
             assert_eq!(provider.state(key_id).unwrap(), state);
             let binding = Binding {
                 volume: Uuid::nil(),
