@@ -1204,6 +1204,63 @@ fn the_key_goes_with_its_last_disk() {
     assert_eq!(host.audit("KeyRevoked").len(), 1);
 }
 
+/// The disk was erased, its key was not revoked, and the exit code was 0.
+#[test]
+fn a_disk_stays_whose_key_cannot_go_with_it() {
+    let host = Host::with_agent(&format!(
+        "[[grant]]\nuser = {SOMEBODY}\nprivileges = [\"EncryptNew\"]\n[[grant]]\nuser = {}\nprivileges = [\"EncryptNew\", \
+         \"Access\"]\n",
+        SOMEBODY + 1,
+    ));
+    fs::set_permissions(host.path("config.toml"), fs::Permissions::from_mode(0o644)).unwrap();
+    host.create("disk", &[]);
+    fs::set_permissions(host.path("disk"), fs::Permissions::from_mode(0o666)).unwrap();
+    let uuid = uuid_of(&host, &["disk"]);
+    let erase = ["erase", "disk", "--confirm", &uuid, "--revoke-key"];
+    for user in [SOMEBODY, SOMEBODY + 1] {
+        let refused = as_user(user, || host.command(&erase).output().unwrap());
+        let said = said(&refused);
+        assert_eq!(refused.status.code(), Some(ASKED), "{said}");
+        assert!(
+            said.contains("nothing was erased") && said.contains("lacks the privilege"),
+            "{said}"
+        );
+        host.opens("disk").unwrap();
+    }
+
+    // What shows only when the disk is gone is told, too.
+    std::os::unix::fs::symlink("nowhere/at/all", host.path("state/revoked")).unwrap();
+    let output = host.command(&erase).output().unwrap();
+    let said = said(&output);
+    assert_eq!(output.status.code(), Some(KEY), "{said}");
+    assert!(
+        said.contains("was left as it is") && said.contains("was not revoked"),
+        "{said}"
+    );
+    let receipt: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(receipt["keys"][0]["revoked"], Value::Null);
+    host.fails(&["info", "disk"], VOLUME);
+}
+
+/// A backup of the header from before a rekey opened the erased disk.
+#[test]
+fn the_key_that_a_rekey_replaced_goes_with_its_disk() {
+    for host in [Host::new(), Host::with_agent("")] {
+        host.create("disk", &[]);
+        let old = host.key_of("disk");
+        fs::copy(host.path("disk"), host.path("backup")).unwrap();
+        host.does(&["rekey", "disk"]);
+        let new = host.key_of("disk");
+        let uuid = uuid_of(&host, &["disk"]);
+        let told = host.does(&["erase", "disk", "--confirm", &uuid, "--revoke-key"]);
+        let receipt: Value = serde_json::from_str(&told).unwrap();
+        let keys = receipt["keys"].as_array().unwrap();
+        assert_eq!(texts(keys, "keyId"), [new, old]);
+        assert_eq!(texts(keys, "revoked"), ["host", "host"]);
+        assert!(host.opens("backup").unwrap_err().contains("not active"));
+    }
+}
+
 /// The first key that a sealed server told nothing of was taken to tell of all of them.
 #[test]
 fn a_revoked_key_is_told_whether_its_provider_answers_or_not() {

@@ -20,8 +20,8 @@ use super::{Host, Keys, output};
 use crate::agent::{Erasure, ErasureStep, Purpose};
 use crate::hex;
 use crate::keys::private;
-use crate::keys::{KeyId, Reach, Revocation};
-use crate::known::Removal;
+use crate::keys::{KeyError, KeyId, KeyReason, Reach, Revocation};
+use crate::known::{GuardError, Removal};
 use crate::moment::Moment;
 use crate::path_text;
 use crate::storage::{Access, Backing, Kind};
@@ -40,7 +40,9 @@ and given back to the device where it takes that. The disk must not be in use.
 What no tool can promise: copies and backups of the header open with the keys of
 their time; flash, file systems and snapshots may keep blocks that were written
 over; a process that has the disk open still has its key. Where that matters,
-revoke the key too (--revoke-key), and destroy the backups.";
+revoke the key too (--revoke-key), and destroy the backups. Backups from before
+a rekey open with the key of then: `sealblk rekey` has told it, and the agent's
+log has it as KeyBound; revoke it with `sealblk key revoke`.";
 
 /// Destroy a disk for good, by destroying what opens it
 #[derive(Debug, Args)]
@@ -54,7 +56,8 @@ pub(super) struct Erase {
     /// Write the receipt to this file, which is made, and not to standard output
     #[arg(long, value_name = "FILE")]
     receipt: Option<PathBuf>,
-    /// Take the keys out of use that opened it, each if no other volume is known to need it
+    /// Take the keys out of use that opened it, each if no other volume is known to need it; nothing is erased if they cannot be
+    /// revoked just now
     #[arg(long)]
     revoke_key: bool,
 }
@@ -123,7 +126,7 @@ struct Revoked {
 /// The form of the receipt.
 const FORM: &str = "sealblk-erase-2";
 const NOT_COVERED: [&str; 3] = [
-    "copies and backups of the header: they open with the keys of their time",
+    "copies and backups of the header: they open with the keys of their time, also with those that a rekey has replaced",
     "blocks that flash, a file system or a snapshot keeps of what was written over",
     "the volume key in the memory of a process that has the disk open elsewhere",
 ];
@@ -145,7 +148,7 @@ impl Erase {
         // So is the record: nothing is erased that the log does not tell of, with who it was.
         let keys = host.keys(Purpose::Access)?;
         let named = match self.revoke_key {
-            true => Bindings::prove(header, &keys)?,
+            true => self.keys_to_revoke(header, before.uuid, &keys)?,
             false => Vec::new(),
         };
         keys.report_erasure(&step(ErasureStep::Begun))?;
@@ -159,9 +162,12 @@ impl Erase {
             header_sha256: erased.header_sha256.clone(),
             written_sha256: erased.written_sha256.clone(),
         }));
-        let revoked = match &logged {
+        let (revoked, left) = match &logged {
             Ok(()) => revoke_keys(&keys, named),
-            Err(_) => Vec::new(),
+            Err(_) => {
+                named.iter().for_each(tell_left);
+                (Vec::new(), None)
+            }
         };
         let receipt = Receipt {
             receipt: FORM,
@@ -188,7 +194,61 @@ impl Erase {
         for text in NOT_COVERED {
             output::note(&format!("not covered: {text}"));
         }
-        logged
+        logged?;
+        left.map_or(Ok(()), Err)
+    }
+
+    /// The keys that opened the volume: those that its header names, and those that were replaced, as far as this host has noted
+    /// that they opened it. What is known to be in the way of their revocation is told while nothing is erased.
+    fn keys_to_revoke(&self, header: &Backing, volume: Uuid, keys: &Keys) -> Result<Vec<Opened>, Failure> {
+        // First, since a proof is noted, too, and the note of a key that was replaced makes room for it.
+        let noted = keys.opened(volume);
+        let named = Bindings::prove(header, keys)?.into_iter();
+        let mut opened: Vec<_> = named.map(Opened::from).collect();
+        for Opened {
+            provider,
+            key_id,
+            proved,
+        } in &opened
+        {
+            let in_the_way = match proved {
+                Err(error) => Some(error.clone()),
+                Ok(()) => {
+                    let removal = Removal {
+                        dry_run: true,
+                        ..Removal::default()
+                    };
+                    match keys.revoke(provider, key_id, Revocation::Deactivate, &removal) {
+                        Err(Failure::Guard(GuardError::Key(error))) => Some(error),
+                        // This disk is in the way itself.
+                        _ => None,
+                    }
+                }
+            };
+            if let Some(source) = in_the_way.filter(|error| !is_final(error.reason)) {
+                return Err(Failure::NotRevocable {
+                    disk: self.volume.disk.clone(),
+                    provider: provider.clone(),
+                    key_id: key_id.clone(),
+                    source,
+                });
+            }
+        }
+        if !opened.is_empty() {
+            for (provider, key_id) in noted? {
+                if !opened
+                    .iter()
+                    .any(|key| key.provider == provider && key.key_id == key_id)
+                {
+                    opened.push(Opened {
+                        provider,
+                        key_id,
+                        proved: Ok(()),
+                    });
+                }
+            }
+        }
+        Ok(opened)
     }
 
     /// The receipt's file, empty.
@@ -271,15 +331,51 @@ pub(super) fn sha256(bytes: &[u8]) -> String {
     hex::encode(&Sha256::digest(bytes))
 }
 
-/// Takes the keys out of use that opened the volume and no other one.
-fn revoke_keys(keys: &Keys, named: Vec<Proof>) -> Vec<Revoked> {
-    let revoke = |Proof { to, proved }: Proof| {
+/// A key that opened the volume, or is said to have.
+struct Opened {
+    provider: String,
+    key_id: KeyId,
+    /// Whoever wrote to the header could have named another disk's key.
+    proved: Result<(), KeyError>,
+}
+
+impl From<Proof> for Opened {
+    fn from(Proof { to, proved }: Proof) -> Self {
         let BoundTo { provider, key_id, .. } = to;
+        Self {
+            provider,
+            key_id,
+            proved,
+        }
+    }
+}
+
+/// Whether nothing is left to be revoked, or nothing that is this volume's.
+fn is_final(reason: KeyReason) -> bool {
+    use KeyReason::{Missing, NotActive, Unauthentic, UnknownProvider};
+    matches!(reason, Missing | NotActive | Unauthentic | UnknownProvider)
+}
+
+fn tell_left(Opened { provider, key_id, .. }: &Opened) {
+    output::note(&format!(
+        "key {key_id} of provider {provider:?} was left as it is: where it is active, it opens backups of the header"
+    ));
+}
+
+/// Takes the keys out of use that opened the volume and no other one; tells the first that was left though it should have gone.
+fn revoke_keys(keys: &Keys, named: Vec<Opened>) -> (Vec<Revoked>, Option<Failure>) {
+    let mut left = None;
+    let revoke = |key: Opened| {
+        let Opened {
+            provider,
+            key_id,
+            proved,
+        } = &key;
         let revocation = Revocation::Deactivate;
-        // Whoever wrote to the header could have named another disk's key.
         let result = proved
+            .clone()
             .map_err(Failure::from)
-            .and_then(|()| keys.revoke(&provider, &key_id, revocation, &Removal::default()));
+            .and_then(|()| keys.revoke(provider, key_id, revocation, &Removal::default()));
         let (revoked, why) = match result {
             Ok(reach) => {
                 let reach = reach.unwrap_or(Reach::Host);
@@ -291,11 +387,25 @@ fn revoke_keys(keys: &Keys, named: Vec<Proof>) -> Vec<Revoked> {
             }
             Err(failure) => {
                 output::complain_of(&failure);
+                tell_left(&key);
                 let mut why = vec![failure.to_string()];
                 why.extend(failure.list());
+                let is_meant = match &failure {
+                    Failure::Guard(GuardError::InUse { .. }) => true,
+                    Failure::Key(error) | Failure::Guard(GuardError::Key(error)) => is_final(error.reason),
+                    _ => false,
+                };
+                if !is_meant && left.is_none() {
+                    left = Some(Failure::NotRevoked {
+                        provider: provider.clone(),
+                        key_id: key_id.clone(),
+                        why: Box::new(failure),
+                    });
+                }
                 (None, Some(why.join("; ")))
             }
         };
+        let Opened { provider, key_id, .. } = key;
         Revoked {
             provider,
             key_id,
@@ -303,7 +413,8 @@ fn revoke_keys(keys: &Keys, named: Vec<Proof>) -> Vec<Revoked> {
             why,
         }
     };
-    named.into_iter().map(revoke).collect()
+    let revoked = named.into_iter().map(revoke).collect();
+    (revoked, left)
 }
 
 impl Device {

@@ -13,7 +13,7 @@ use crate::control::socket::BindError;
 use crate::control::varlink::CallError;
 use crate::device::ServeError;
 use crate::keys::registry::RegistryError;
-use crate::keys::{KeyError, KeyReason};
+use crate::keys::{KeyError, KeyId, KeyReason};
 use crate::known::GuardError;
 use crate::served::OpenError;
 use crate::storage::StorageError;
@@ -238,6 +238,35 @@ pub enum Failure {
         /// What was confirmed.
         confirmed: String,
     },
+    /// A key that is to go with its disk, and would not.
+    #[error(
+        "{}: nothing was erased, since key {key_id} of provider {provider:?} cannot be revoked; mend what the cause names, or leave \
+         --revoke-key out",
+        disk.display()
+    )]
+    NotRevocable {
+        /// The disk.
+        disk: PathBuf,
+        /// The key's provider.
+        provider: String,
+        /// The key.
+        key_id: KeyId,
+        /// Why not.
+        source: KeyError,
+    },
+    /// A key that was to go with its disk.
+    #[error(
+        "the disk was erased, and key {key_id} of provider {provider:?} was not revoked, for the reason above; revoke it with \
+         `sealblk key revoke`"
+    )]
+    NotRevoked {
+        /// The key's provider.
+        provider: String,
+        /// The key.
+        key_id: KeyId,
+        /// Why not, which was told.
+        why: Box<Failure>,
+    },
     /// Nobody can be asked whether the volume is to go.
     #[error(
         "{}: nothing was erased, since nobody confirmed it; add --confirm UUID, with the UUID that `sealblk info` shows",
@@ -392,6 +421,8 @@ impl Failure {
             Self::MayBeServed { .. } | Self::Occupied { .. } => IN_USE,
             Self::Output(_) | Self::WriteProtected { .. } | Self::Make { .. } | Self::Look { .. } => STORAGE,
             Self::Control { .. } | Self::NoAgent { .. } => ASKED,
+            Self::NotRevocable { source, .. } => key_code(source.reason),
+            Self::NotRevoked { why, .. } => why.exit_code(),
             Self::Refused { reason, .. } => reason.map_or(ASKED, key_code),
             Self::Storage(error) => storage_code(error),
             Self::Volume(VolumeError { reason, .. }) => volume_code(reason),

@@ -1,8 +1,11 @@
 //! Where a verb gets keys, and what it can do with them: the host's agent, or this process' own providers.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+
+use uuid::Uuid;
 
 use super::failure::Failure;
 use super::output;
@@ -10,7 +13,7 @@ use crate::agent::{Client, Erasure, ErasureStep, record_erasure};
 use crate::keys::registry::{Entry, Registry};
 use crate::keys::{KeyError, KeyId, KeyProvider, Providers, Reach, Revocation};
 use crate::known::survey::{Scanned, Sighting, survey};
-use crate::known::{By, GuardError, Index, Noting, Removal, remove_provider, revoke};
+use crate::known::{By, GuardError, Index, Known, Noting, Removal, remove_provider, revoke};
 use crate::path_text::from_text;
 
 /// Where a verb gets keys.
@@ -82,6 +85,29 @@ impl Keys {
             output::note(&share.to_string());
         }
         Ok(volumes)
+    }
+
+    /// The keys that have opened a volume on this host, as far as that is noted.
+    pub(super) fn opened(&self, volume: Uuid) -> Result<Vec<(String, KeyId)>, Failure> {
+        let known: Vec<Known> = match self {
+            Keys::Agent(client) => {
+                let (sightings, ..) = client.volumes(Some(volume), None, None)?;
+                sightings.into_iter().map(|sighting| sighting.known).collect()
+            }
+            Keys::Own(registry, _) => {
+                let index = Index::of(registry.dir());
+                index.list().map_err(|source| unreadable(&index, source))?.known
+            }
+        };
+        // That somebody has said so is no proof; that the key has unwrapped the volume's secret is.
+        let opened = known
+            .into_iter()
+            .filter(|known| known.volume == volume && known.opened.is_some());
+        let keys: BTreeSet<_> = opened.map(|known| (known.provider, known.key_id.0)).collect();
+        Ok(keys
+            .into_iter()
+            .map(|(provider, key_id)| (provider, KeyId(key_id)))
+            .collect())
     }
 
     /// Looks at the volumes in `paths` and at all that are known; drops notes that do not hold, with `missing` also of those that
