@@ -71,11 +71,11 @@ Exit codes:
   2  the arguments, the configuration or other settings are wrong
   3  what the disk, backup, receipt or log holds is wrong: no volume, damaged, not
      supported, changed
-  4  the key is not available: the provider does not give it, or the passphrase or
-     recovery key opens nothing
+  4  the key is not available: the provider does not give it or cannot be used, or
+     the passphrase or recovery key opens nothing
   5  the disk, socket, key or provider is in use, or something would be lost
   6  a file, device or socket cannot be made, opened, read or written, or is full
-  7  the agent or `sealblk serve` does not answer, or refuses this user
+  7  the agent or `sealblk serve` does not answer, or refuses
 
 Environment:
   SEALBLK_STATE_DIR  as --state-dir
