@@ -18,14 +18,7 @@ const STORAGE: i32 = 6;
 fn refused(volume: &Volume, args: &[&str], code: i32, says: &[&str]) {
     let before = volume.bytes();
     let ended = serve_fails(volume, args);
-    assert_eq!(ended.status.code(), Some(code), "{}", ended.stderr);
-    for text in says {
-        assert!(
-            ended.stderr.contains(text),
-            "nothing of {text:?} in: {}",
-            ended.stderr
-        );
-    }
+    ended.assert_says(code, says);
     assert!(volume.bytes() == before, "the file changed");
 }
 

@@ -38,14 +38,7 @@ fn no_key_is_asked_for_if_the_disk_cannot_be_served() {
     let socket = volume.beside("vhost");
     let refused = |mut command: Command, stdin: Stdio, code: i32, says: &[&str]| {
         let ended = Process::spawn_with_stdin(&mut command, stdin).wait();
-        assert_eq!(ended.status.code(), Some(code), "{}", ended.stderr);
-        for text in says {
-            assert!(
-                ended.stderr.contains(text),
-                "nothing of {text:?} in: {}",
-                ended.stderr
-            );
-        }
+        ended.assert_says(code, says);
         assert!(!ended.stderr.contains("serving"), "{}", ended.stderr);
         assert_eq!(asked(&agent), 0, "{}", ended.stderr);
         assert!(!socket.exists());

@@ -8,7 +8,7 @@ use common::driver::{
 };
 use common::frontend::Frontend;
 use common::pattern;
-use common::process::{Ended, Process};
+use common::process::Process;
 use common::serve::{SEALBLK, Server, serve, serve_fails};
 use common::storage::{Filesystem, LoopDevice};
 use common::volume::{MIB, Volume, run};
@@ -35,30 +35,12 @@ fn small() -> Volume {
 fn refused(volume: &Volume, args: &[&str], code: i32, says: &[&str]) -> String {
     let before = volume.path.is_file().then(|| volume.bytes());
     let ended = serve_fails(volume, args);
-    assert_refusal(&ended, code, says);
+    ended.assert_says(code, says);
     assert!(
         volume.path.is_file().then(|| volume.bytes()) == before,
         "the file changed"
     );
     ended.stderr
-}
-
-fn assert_refusal(ended: &Ended, code: i32, says: &[&str]) {
-    assert_eq!(
-        ended.status.code(),
-        Some(code),
-        "{}: {}",
-        ended.status,
-        ended.stderr
-    );
-    for text in says {
-        assert!(
-            ended.stderr.contains(text),
-            "nothing of {text:?} in: {}",
-            ended.stderr
-        );
-    }
-    assert!(!ended.stderr.contains("panicked"), "{}", ended.stderr);
 }
 
 fn named(path: &Path) -> &str {
@@ -126,7 +108,7 @@ fn keyslot_that_takes_more_memory_than_the_control_group_has_is_not_tried() {
         .arg("--recovery-key")
         .arg(volume.beside("passphrase"));
     let ended = Process::spawn(&mut test).wait();
-    assert_refusal(&ended, HOST, &["262144 KiB of memory", "control group"]);
+    ended.assert_says(HOST, &["262144 KiB of memory", "control group"]);
 }
 
 /// A control group of its own, until it is dropped.
@@ -385,7 +367,7 @@ fn volume_that_is_attached_already_is_refused() {
             .collect();
         command = Command::new(command.get_program());
         let ended = Process::spawn(command.args(args)).wait();
-        assert_refusal(&ended, IN_USE, &[named(path), "in use"]);
+        ended.assert_says(IN_USE, &[named(path), "in use"]);
     };
     for path in [&volume.path, &soft, &hard] {
         second(path, &[]);
@@ -408,7 +390,7 @@ fn socket_of_a_living_server_is_refused() {
     let (first, second) = (small(), small());
     let server = Server::with(&first, &[]);
     let ended = Process::spawn(&mut serve(&second, server.socket(), &[])).wait();
-    assert_refusal(&ended, IN_USE, &[named(server.socket())]);
+    ended.assert_says(IN_USE, &[named(server.socket())]);
     server.still_serves();
     server.stop();
 }

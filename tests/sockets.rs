@@ -44,14 +44,7 @@ fn serving(volume: &Volume, socket: &Path, args: &[&str]) -> Process {
 
 fn refused(volume: &Volume, socket: &Path, args: &[&str], code: i32, says: &[&str]) -> Ended {
     let ended = Process::spawn(&mut serve(volume, socket, args)).wait();
-    assert_eq!(ended.status.code(), Some(code), "{}", ended.stderr);
-    for text in says {
-        assert!(
-            ended.stderr.contains(text),
-            "nothing of {text:?} in: {}",
-            ended.stderr
-        );
-    }
+    ended.assert_says(code, says);
     ended
 }
 

@@ -5,7 +5,7 @@ mod common;
 
 use common::driver::{Data, F_DISCARD, F_RO, S_OK, SECTOR, T_IN};
 use common::pattern;
-use common::process::{Ended, Process};
+use common::process::Process;
 use common::serve::{SEALBLK, Server, serve, serve_fails};
 use common::storage::{Filesystem, LoopDevice};
 use common::volume::{MIB, PASSPHRASE, Volume, run};
@@ -23,6 +23,12 @@ const STORAGE: i32 = 6;
 /// An ordinary user.
 const NOBODY: u32 = 65534;
 
+/// A node where no udev makes it.
+fn make_node(path: &Path, number: u64) {
+    let mode = Mode::RUSR | Mode::WUSR;
+    mknodat(rustix::fs::CWD, path, FileType::BlockDevice, mode, number).unwrap();
+}
+
 /// A loop device of 24 MiB, and the directory that its file lies in; nothing where there are none.
 fn loop_device() -> Option<(TempDir, LoopDevice)> {
     let dir = tempfile::tempdir().unwrap();
@@ -35,19 +41,8 @@ fn loop_device() -> Option<(TempDir, LoopDevice)> {
     Some((dir, device?))
 }
 
-fn assert_says(ended: &Ended, code: i32, says: &[&str]) {
-    assert_eq!(ended.status.code(), Some(code), "{}", ended.stderr);
-    for text in says {
-        assert!(
-            ended.stderr.contains(text),
-            "nothing of {text:?} in: {}",
-            ended.stderr
-        );
-    }
-}
-
 fn refused(volume: &Volume, args: &[&str], code: i32, says: &[&str]) {
-    assert_says(&serve_fails(volume, args), code, says);
+    serve_fails(volume, args).assert_says(code, says);
 }
 
 /// The same volume, by another path.
@@ -63,7 +58,7 @@ fn refused_at(volume: &Volume, path: &Path, args: &[&str], code: i32, says: &[&s
         .args(args);
     let ended = Process::spawn(&mut command).wait();
     assert!(!ended.status.success(), "it served: {}", ended.stderr);
-    assert_says(&ended, code, says);
+    ended.assert_says(code, says);
 }
 
 /// A volume that is there, by another path.
@@ -166,7 +161,7 @@ fn file_that_takes_no_writes_is_refused_with_the_reason() {
     }
     let ended = serve_fails(&volume, &[]);
     assert!(set("-i"));
-    assert_says(&ended, STORAGE, &["immutable", "chattr -i", "--read-only"]);
+    ended.assert_says(STORAGE, &["immutable", "chattr -i", "--read-only"]);
 }
 
 /// `--discard` was offered to the guest whatever lay under the disk.
@@ -303,16 +298,8 @@ fn partition_and_its_disk_exclude_each_other() {
     };
     let (major, minor) = number.trim().split_once(':').unwrap();
     let number = rustix::fs::makedev(major.parse().unwrap(), minor.parse().unwrap());
-    // Where no udev makes it.
     let node = dir.path().join("partition");
-    mknodat(
-        rustix::fs::CWD,
-        &node,
-        FileType::BlockDevice,
-        Mode::RUSR | Mode::WUSR,
-        number,
-    )
-    .unwrap();
+    make_node(&node, number);
 
     let volume = Volume::created_at(dir, node, &[]);
     let server = Server::with(&volume, &[]);
@@ -333,14 +320,7 @@ fn second_node_of_a_device_is_the_same_device() {
     let number = fs::metadata(device.path()).unwrap().rdev();
     let volume = Volume::created_at(dir, device.path().to_owned(), &[]);
     let node = volume.beside("node");
-    mknodat(
-        rustix::fs::CWD,
-        &node,
-        FileType::BlockDevice,
-        Mode::RUSR | Mode::WUSR,
-        number,
-    )
-    .unwrap();
+    make_node(&node, number);
 
     let server = Server::with(&volume, &[]);
     refused_at(&volume, &node, &["--read-only"], IN_USE, &["in use"]);

@@ -24,6 +24,18 @@ pub struct Ended {
     pub stderr: String,
 }
 
+impl Ended {
+    /// It ended with this exit code, by no panic, and has said all of this.
+    pub fn assert_says(&self, code: i32, says: &[&str]) {
+        let Ended { status, stderr } = self;
+        assert_eq!(status.code(), Some(code), "{status}: {stderr}");
+        for text in says {
+            assert!(stderr.contains(text), "nothing of {text:?} in: {stderr}");
+        }
+        assert!(!stderr.contains("panicked"), "{stderr}");
+    }
+}
+
 /// What must be the same before and after something that should leave nothing behind.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Facts {
