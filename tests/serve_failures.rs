@@ -90,11 +90,12 @@ fn wrong_passphrase_is_refused() {
 /// stand still.
 #[test]
 fn keyslot_that_takes_more_memory_than_the_control_group_has_is_not_tried() {
-    let Some(group) = MemoryGroup::new(96 * MIB) else {
+    let Some(group) = MemoryGroup::new(48 * MIB) else {
         eprintln!("skipped: no control group with a memory limit can be had here");
         return;
     };
     let volume = Volume::cryptsetup(4 * MIB, 512);
+    // It takes less itself where less of the host's memory is free.
     run(Command::new("cryptsetup")
         .args(["luksConvertKey", "--batch-mode", "--pbkdf", "argon2id"])
         .args(["--pbkdf-memory", "262144", "--pbkdf-parallel", "1"])
@@ -108,7 +109,7 @@ fn keyslot_that_takes_more_memory_than_the_control_group_has_is_not_tried() {
         .arg("--recovery-key")
         .arg(volume.beside("passphrase"));
     let ended = Process::spawn(&mut test).wait();
-    ended.assert_says(HOST, &["262144 KiB of memory", "control group"]);
+    ended.assert_says(HOST, &["KiB of memory", "control group"]);
 }
 
 /// A control group of its own, until it is dropped.

@@ -148,8 +148,9 @@ impl Server {
             }
             assert!(
                 start.elapsed() < DEADLINE,
-                "left behind: {facts:?}, at first it was {:?}",
-                self.fresh
+                "left behind: {facts:?}, at first it was {:?}; {:?}",
+                self.fresh,
+                self.process.threads()
             );
             std::thread::sleep(Duration::from_millis(1));
         }
