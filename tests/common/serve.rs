@@ -105,6 +105,12 @@ impl Server {
             // Who connects before that waits; but not all of its threads are there.
             process.wait_stderr("serving");
         }
+        while command.get_args().any(|arg| arg == "--control-socket")
+            && !process.threads().iter().any(|thread| thread.name == "control")
+        {
+            assert!(start.elapsed() < DEADLINE, "nobody answers on the control socket");
+            std::thread::sleep(Duration::from_millis(1));
+        }
         // The socket is there, and now it also waits for front-ends.
         let fresh = process.settled_facts();
         Server {
