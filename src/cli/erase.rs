@@ -228,9 +228,7 @@ impl Erase {
             if let Some(source) = in_the_way.filter(|error| !is_final(error.reason)) {
                 return Err(Failure::NotRevocable {
                     disk: self.volume.disk.clone(),
-                    provider: provider.clone(),
-                    key_id: key_id.clone(),
-                    source,
+                    source: Box::new(source),
                 });
             }
         }

@@ -240,19 +240,15 @@ pub enum Failure {
     },
     /// A key that is to go with its disk, and would not.
     #[error(
-        "{}: nothing was erased, since key {key_id} of provider {provider:?} cannot be revoked; mend what the cause names, or leave \
+        "{}: nothing was erased, since a key of it cannot be revoked; mend what the cause names, or leave \
          --revoke-key out",
         disk.display()
     )]
     NotRevocable {
         /// The disk.
         disk: PathBuf,
-        /// The key's provider.
-        provider: String,
-        /// The key.
-        key_id: KeyId,
-        /// Why not.
-        source: KeyError,
+        /// Why not, and which key.
+        source: Box<KeyError>,
     },
     /// A key that was to go with its disk.
     #[error(
