@@ -273,7 +273,12 @@ impl Control {
         }
         match &self.session {
             None => self.begin(stream),
-            Some(session) if has_hung_up(&session.stream) => self.next = Some(stream),
+            Some(session)
+                if has_hung_up(&session.stream)
+                    && self.next.as_ref().is_none_or(|next| has_hung_up(next)) =>
+            {
+                self.next = Some(stream);
+            }
             Some(_) => tracing::warn!("a second front-end is turned away: the disk has one"),
         }
     }
