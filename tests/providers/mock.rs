@@ -1,8 +1,10 @@
 //! A server that acts as a test says: as no honest one would, or as the real ones of the other tests never do.
 
-use std::net::TcpListener;
+use std::io;
+use std::net::{Shutdown, TcpListener};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -41,6 +43,10 @@ impl Mock {
                 act(&mut stream);
                 stream.conn.send_close_notify();
                 let _ = stream.conn.complete_io(&mut stream.sock);
+                // A socket that is closed before all was read resets the connection, and takes what was sent with it.
+                let _ = stream.sock.shutdown(Shutdown::Write);
+                let _ = stream.sock.set_read_timeout(Some(Duration::from_secs(10)));
+                let _ = io::copy(&mut stream.sock, &mut io::sink());
             }
         });
         Self {
