@@ -202,7 +202,8 @@ impl Pool {
         let mut shared = self.wait_while(|shared| shared.lookers >= MOST);
         let free = shared.lookers < MOST;
         shared.lookers += usize::from(free);
-        free.then_some(Seat(self))
+        // None is made only to be dropped, which would lock what is locked here.
+        free.then(|| Seat(self))
     }
 
     /// The turn to ask `place`, unless it is silent.
@@ -300,7 +301,7 @@ mod tests {
         mknodat(CWD, &pipe, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
         let open = |path: &Path| File::open(path).is_ok();
         thread::scope(|scope| {
-            for _ in 0..=MOST {
+            for _ in 0..MOST {
                 scope.spawn(|| {
                     let asked = Lookout::of(&POOL).at(&pipe, open);
                     assert!(matches!(asked, Err(Silence::Place)), "{asked:?}");
@@ -309,6 +310,20 @@ mod tests {
         });
         assert!(Lookout::of(&POOL).at(dir.path(), open).unwrap());
         assert_eq!(lock(&POOL.shared).silent.len(), 1);
+    }
+
+    /// Whoever found no seat hung, and all others with him.
+    #[test]
+    fn who_finds_no_seat_is_told_and_leaves_the_others_as_they_are() {
+        static POOL: Pool = Pool::new();
+        let mut seats: Vec<_> = (0..MOST).map(|_| POOL.seat().unwrap()).collect();
+        assert!(POOL.seat().is_none());
+        assert!(matches!(
+            Lookout::of(&POOL).at(Path::new("/"), |_| ()),
+            Err(Silence::Busy)
+        ));
+        seats.pop();
+        Lookout::of(&POOL).at(Path::new("/"), |_| ()).unwrap();
     }
 
     #[test]
