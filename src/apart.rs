@@ -36,21 +36,28 @@ pub(crate) fn on<T: Send>(descriptor: &OwnedFd, work: impl FnOnce(&OwnedFd) -> T
 
 /// Gives the calling thread, which has just begun, a table with none but the standard descriptors in it.
 pub(crate) fn let_go_of_descriptors() {
-    let_go_of(FIRST, RawFd::MAX);
+    let_go_of_all_from(FIRST);
+}
+
+/// Gives the calling thread, which has just begun, a table with none but the descriptors below `first` in it; tells whether it has
+/// one.
+pub(crate) fn let_go_of_all_from(first: RawFd) -> bool {
+    let_go_of(first, RawFd::MAX)
 }
 
 /// Closes these descriptors in a table of the calling thread's own.
-fn let_go_of(first: RawFd, last: RawFd) {
+fn let_go_of(first: RawFd, last: RawFd) -> bool {
     let (Ok(first), Ok(last)) = (libc::c_uint::try_from(first), libc::c_uint::try_from(last)) else {
-        return;
+        return false;
     };
     if first > last {
-        return;
+        return false;
     }
     // A kernel that cannot do it leaves the table as it is, which harms nothing but what this is for.
     // SAFETY: CLOSE_RANGE_UNSHARE gives this thread a copy of the table first, and what is closed is in the copy alone.
     // Descriptors that other threads own stay open in theirs, and this one, which has just begun, owns none of these.
-    unsafe { libc::close_range(first, last, libc::CLOSE_RANGE_UNSHARE as libc::c_int) };
+    let result = unsafe { libc::close_range(first, last, libc::CLOSE_RANGE_UNSHARE as libc::c_int) };
+    result == 0
 }
 
 #[cfg(test)]

@@ -9,8 +9,6 @@
 //! - Whatever else is closed on a thread that is there for this alone, and may have to wait for ever. [`waiting`] tells how many
 //!   are behind it; whoever takes descriptors from others takes no more of them when these are too many.
 
-#![allow(unsafe_code)] // close_range(2) has no safe interface.
-
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -22,6 +20,7 @@ use std::thread;
 
 use rustix::io::{DupFlags, dup3};
 
+use crate::apart::let_go_of_all_from;
 use crate::mutex::lock;
 
 /// Closes `fd`, and does not wait for it.
@@ -132,11 +131,8 @@ fn close_with_a_thread(socket: OwnedFd) -> Result<(), OwnedFd> {
     let (has_it, it_has) = mpsc::sync_channel(1);
     let (let_go, may_end) = mpsc::sync_channel::<()>(1);
     let spawned = thread::Builder::new().name("closer".into()).spawn(move || {
-        let (copied, flags) = (COPIED.cast_unsigned(), libc::CLOSE_RANGE_UNSHARE.cast_signed());
-        // SAFETY: from here on this thread has a table of its own, of the lowest descriptors alone; that of the others stays as it
-        // is. Nothing is done then but to wait, and to end.
-        let apart = unsafe { libc::close_range(copied, u32::MAX, flags) };
-        let _ = has_it.send(apart == 0);
+        // Nothing is done from here on but to wait, and to end.
+        let _ = has_it.send(let_go_of_all_from(COPIED));
         let _ = may_end.recv();
     });
     let handed_over = spawned.is_ok() && it_has.recv() == Ok(true);
