@@ -6,7 +6,7 @@
 //! open so is tried the other way, too.
 
 use std::fmt;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::{BorrowedFd, RawFd};
 use std::path::{Component, Path, PathBuf};
@@ -192,9 +192,14 @@ impl SecretSource {
         })
     }
 
-    /// Whether it is gone once it has been read: an inherited descriptor's offset stays at the end of what was read.
+    /// Whether it is gone once it has been read: an inherited descriptor's offset stays at the end of what was read, and a pipe, as
+    /// a shell's `<(...)` is, gives nothing more.
     pub fn can_be_read_once(&self) -> bool {
-        matches!(self, Self::Descriptor(_))
+        match self {
+            Self::Descriptor(_) => true,
+            Self::File(path) => fs::metadata(path).is_ok_and(|metadata| !metadata.is_file()),
+            Self::Credential(_) => false,
+        }
     }
 
     fn open(&self, location: &str) -> Result<File, SecretError> {
@@ -313,6 +318,22 @@ mod tests {
         ] {
             assert!(parse(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn pipes_and_descriptors_can_be_read_once() {
+        let (file, source) = file(b"open sesame");
+        assert!(!source.can_be_read_once());
+        let (reader, _writer) = io::pipe().unwrap();
+        let number = reader.as_raw_fd();
+        for once in [
+            "-".to_owned(),
+            format!("fd:{number}"),
+            format!("/dev/fd/{number}"),
+        ] {
+            assert!(once.parse::<SecretSource>().unwrap().can_be_read_once(), "{once}");
+        }
+        drop(file);
     }
 
     #[test]
