@@ -9,6 +9,7 @@ use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::{BorrowedFd, RawFd};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 
@@ -192,12 +193,16 @@ impl SecretSource {
         })
     }
 
-    /// Whether it is gone once it has been read: an inherited descriptor's offset stays at the end of what was read, and a pipe, as
-    /// a shell's `<(...)` is, gives nothing more.
+    /// Whether it is gone once it has been read: an inherited descriptor's offset stays at the end of what was read, and the pipe
+    /// of a shell's `<(...)` gives nothing more. A FIFO that has a name is opened anew, by its next writer too.
     pub fn can_be_read_once(&self) -> bool {
         match self {
             Self::Descriptor(_) => true,
-            Self::File(path) => fs::metadata(path).is_ok_and(|metadata| !metadata.is_file()),
+            Self::File(path) => match fs::metadata(path).map(|metadata| metadata.file_type()) {
+                Ok(kind) if kind.is_fifo() => !has_name(path),
+                Ok(kind) => !kind.is_file(),
+                Err(_) => false,
+            },
             Self::Credential(_) => false,
         }
     }
@@ -276,6 +281,13 @@ pub(super) fn is_text(secret: &[u8]) -> bool {
     std::str::from_utf8(line).is_ok_and(|line| !line.chars().any(char::is_control))
 }
 
+/// Whether a file system keeps this FIFO, and not the kernel alone (pipe(7)).
+fn has_name(fifo: &Path) -> bool {
+    /// What statfs(2) says of pipes without a name.
+    const PIPEFS_MAGIC: u32 = 0x5049_5045;
+    rustix::fs::statfs(fifo).is_ok_and(|stat| stat.f_type as u32 != PIPEFS_MAGIC)
+}
+
 /// Another descriptor of what an inherited one refers to; that one stays open.
 #[allow(unsafe_code)] // Borrows a descriptor by the number that the user gave.
 fn duplicate(fd: RawFd) -> io::Result<File> {
@@ -321,9 +333,14 @@ mod tests {
     }
 
     #[test]
-    fn pipes_and_descriptors_can_be_read_once() {
+    fn pipes_without_a_name_and_descriptors_can_be_read_once() {
         let (file, source) = file(b"open sesame");
         assert!(!source.can_be_read_once());
+        let directory = tempfile::tempdir().unwrap();
+        let fifo = directory.path().join("fifo");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::RWXU).unwrap();
+        let named: SecretSource = fifo.to_str().unwrap().parse().unwrap();
+        assert!(!named.can_be_read_once());
         let (reader, _writer) = io::pipe().unwrap();
         let number = reader.as_raw_fd();
         for once in [

@@ -108,8 +108,8 @@ pub(super) struct Serve {
     /// Serve this volume and no other: a header that was put in its place is refused. `sealblk info` tells the UUID
     #[arg(long, value_name = "UUID", conflicts_with_all = ["null_storage", "allow_unencrypted"])]
     volume: Option<Uuid>,
-    /// Open the volume with a passphrase, recovery key or key file instead of a key provider; `-`, fd:N and pipes give it once,
-    /// so that `sealblk lock` is refused
+    /// Open the volume with a passphrase, recovery key or key file instead of a key provider; `-`, fd:N and a shell's
+    /// `<(...)` give it once, so that `sealblk lock` is refused
     #[arg(long, value_name = "FILE|-|fd:N|cred:NAME", visible_alias = "key-file")]
     passphrase_file: Option<SecretSource>,
     /// Serve a disk that holds no LUKS2 volume too, as it lies there: nothing of it is encrypted. Not for disks that are to

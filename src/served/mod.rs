@@ -220,8 +220,8 @@ pub enum ServedError {
     NoProviders,
     /// It could not be unlocked again.
     #[error(
-        "the passphrase came by standard input, another inherited descriptor or a pipe, which gives it once, so that nothing could \
-         unlock the disk again; to take the key away, end `sealblk serve` (SIGTERM): its guest waits until it is started again"
+        "the passphrase came by standard input, another inherited descriptor or a pipe without a name, which gives it once, so \
+         that nothing could unlock the disk again; to take the key away, end `sealblk serve` (SIGTERM): its guest waits until it is started again"
     )]
     NoWayBack,
 }
