@@ -1,4 +1,4 @@
-//! vhost-user messages as bytes with descriptors, for the gate to pass on
+//! vhost-user messages as bytes with descriptors, for the interceptor to pass on
 //! (vhost-user specification, "Message Specification").
 
 use std::io;

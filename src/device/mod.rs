@@ -5,7 +5,7 @@
 //! ```text
 //! server    accepts front-ends, one at a time, and handles signals
 //! session   one front-end's connection
-//! gate      its messages: stops the rings before a message that changes what I/O stands on
+//! interceptor  its messages: stops the rings before a message that changes what I/O stands on
 //! foreign   its descriptors, and what is behind each
 //! rings     which rings are served
 //! worker    one thread for each: the data path
@@ -19,8 +19,8 @@ mod bell;
 mod config;
 mod disk;
 mod foreign;
-mod gate;
 mod guest;
+mod interceptor;
 mod message;
 mod polling;
 mod request;

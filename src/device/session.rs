@@ -1,4 +1,4 @@
-//! A front-end's connection, from its first message to its leave: the protocol handler, the gate in front of it, and
+//! A front-end's connection, from its first message to its leave: the protocol handler, the interceptor in front of it, and
 //! the rings behind it. The next connection gets a new one of each.
 
 use std::io;
@@ -15,8 +15,8 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::config;
 use super::disk::Disk;
-use super::gate::{self, GateError};
 use super::guest::SharedMemory;
+use super::interceptor::{self, InterceptError};
 use super::rings::Rings;
 use super::vring::{self, Vring};
 
@@ -28,7 +28,7 @@ pub(super) enum SessionError {
     #[error("the protocol handler cannot be set up: {0}")]
     Handler(vhost_user_backend::Error),
     #[error(transparent)]
-    Gate(#[from] GateError),
+    Interceptor(#[from] InterceptError),
 }
 
 /// Serves `disk` to a front-end until it leaves.
@@ -49,7 +49,7 @@ pub(super) fn run(
     let handler = link.connect(&mut daemon)?;
 
     let mut rings = Rings::new(Arc::clone(disk), memory, vrings);
-    let result = gate::relay(front_end, &handler, disk, &mut rings);
+    let result = interceptor::relay(front_end, &handler, disk, &mut rings);
     drop(handler);
     if let Err(error) = daemon.wait() {
         tracing::debug!(%error, "the protocol handler ended");
@@ -57,7 +57,7 @@ pub(super) fn run(
     Ok(result?)
 }
 
-/// The socket by which a session's protocol handler and its gate find each other. The crate connects by path only;
+/// The socket by which a session's protocol handler and its interceptor find each other. The crate connects by path only;
 /// this path leads through a descriptor of ours, so that nobody else can come by it.
 #[derive(Debug)]
 pub(super) struct Link {
@@ -80,7 +80,7 @@ impl Link {
         link
     }
 
-    /// Starts the handler, and gives the gate's end of its connection.
+    /// Starts the handler, and gives the interceptor's end of its connection.
     fn connect(&self, daemon: &mut VhostUserDaemon<Arc<Backend>>) -> Result<UnixStream, SessionError> {
         // A session that could not accept its handler, for want of descriptors, leaves that connection behind.
         while self.listener.accept().is_ok() {}
@@ -143,7 +143,7 @@ impl VhostUserBackend for Backend {
         config::read(&self.disk, self.num_queues, offset, size)
     }
 
-    /// The gate starts the rings anew after each change, with the memory of then.
+    /// The interceptor starts the rings anew after each change, with the memory of then.
     fn update_memory(&self, _memory: SharedMemory) -> io::Result<()> {
         Ok(())
     }

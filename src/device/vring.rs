@@ -17,8 +17,8 @@ use virtio_queue::{Error, Queue, QueueT};
 use vm_memory::GuestAddressSpace;
 
 use super::bell::Bell;
-use super::gate::SHARED;
 use super::guest::SharedMemory;
+use super::interceptor::SHARED;
 use super::uring;
 use super::worker::Ring;
 

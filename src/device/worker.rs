@@ -32,8 +32,8 @@ use vm_memory::{Bytes, GuestAddress, Permissions, VolatileSlice};
 
 use super::bell::Bell;
 use super::disk::Disk;
-use super::gate::SHARED;
 use super::guest::{Memory, Pieces, Position, pieces};
+use super::interceptor::SHARED;
 use super::polling::Polling;
 use super::request::{Kind, Refusal, Request, Status};
 use super::sigbus;

@@ -1,17 +1,17 @@
-//! The gate: every message of the front-end passes here before vhost-user-backend's handler sees it.
+//! The interceptor: every message of the front-end passes here before vhost-user-backend's handler sees it.
 //!
 //! Some messages change what I/O stands on: a ring's addresses, its kick and call, the memory table, features,
-//! whether it is enabled at all. The crate's handler applies them at once and tells us of few. So the gate stops the
+//! whether it is enabled at all. The crate's handler applies them at once and tells us of few. So the interceptor stops the
 //! rings that a message concerns, which drains them, lets the message through, waits until the handler has applied
 //! it, and starts the rings that should run by then. A message that changes nothing of the kind just passes.
 //!
-//! To know when the handler is done the gate has it acknowledge each message (REPLY_ACK, "Communication"), and keeps
+//! To know when the handler is done the interceptor has it acknowledge each message (REPLY_ACK, "Communication"), and keeps
 //! the acknowledgement to itself unless the front-end asked for one. What the handler would get wrong is answered here.
 //!
 //! ```text
-//! front-end  <-- socket -->  gate  <-- socket -->  handler (its own thread)
-//!                             |                       |
-//!                             +------ the vrings -----+
+//! front-end  <-- socket -->  interceptor  <-- socket -->  handler (its own thread)
+//!                                 |                          |
+//!                                 +-------- the vrings ------+
 //! ```
 
 use std::io;
@@ -32,7 +32,7 @@ use super::uring;
 
 /// Why a session ended other than by the front-end's leave.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum GateError {
+pub(super) enum InterceptError {
     #[error("messages cannot be waited for")]
     Wait(#[source] io::Error),
     #[error("the front-end does not speak vhost-user; give this socket to a vhost-user-blk device alone")]
@@ -101,7 +101,7 @@ pub(super) fn relay(
     handler: &UnixStream,
     disk: &Disk,
     rings: &mut Rings,
-) -> Result<(), GateError> {
+) -> Result<(), InterceptError> {
     let result = pass_messages(front_end, handler, disk, rings);
     rings.stop(Scope::All);
     result
@@ -112,7 +112,7 @@ fn pass_messages(
     handler: &UnixStream,
     disk: &Disk,
     rings: &mut Rings,
-) -> Result<(), GateError> {
+) -> Result<(), InterceptError> {
     agree_on_acknowledgements(handler)?;
     let mut last = None;
     // The protocol features that the front-end has agreed on.
@@ -124,12 +124,12 @@ fn pass_messages(
         if !wait_for_bytes(front_end, &incoming, disk)? {
             disk.take_change();
             if sigbus::is_lost() {
-                return Err(GateError::MemoryLost);
+                return Err(InterceptError::MemoryLost);
             }
-            rings.start().map_err(GateError::Rings)?;
+            rings.start().map_err(InterceptError::Rings)?;
             continue;
         }
-        let mut message = match incoming.advance(front_end).map_err(GateError::FrontEnd)? {
+        let mut message = match incoming.advance(front_end).map_err(InterceptError::FrontEnd)? {
             Progress::Message(message) => message,
             Progress::Waiting => continue,
             Progress::End => {
@@ -163,21 +163,25 @@ fn pass_messages(
             apply(handler, message, disk, rings)?
         };
         if asks || (protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) && wants_acknowledgement) {
-            reply.send(front_end, REPLY_TIMEOUT).map_err(GateError::Reply)?;
+            reply
+                .send(front_end, REPLY_TIMEOUT)
+                .map_err(InterceptError::Reply)?;
         }
     }
 }
 
 /// Waits for the front-end, also in the middle of a message; it is not its turn if the disk was locked or unlocked.
-fn wait_for_bytes(front_end: &UnixStream, incoming: &Incoming, disk: &Disk) -> Result<bool, GateError> {
+fn wait_for_bytes(front_end: &UnixStream, incoming: &Incoming, disk: &Disk) -> Result<bool, InterceptError> {
     let mut fds = [
         PollFd::new(disk.changed(), PollFlags::IN),
         PollFd::new(front_end, PollFlags::IN),
     ];
     match incoming.deadline().poll(&mut fds) {
         Ok(()) => Ok(fds[0].revents().is_empty()),
-        Err(error) if error.kind() == io::ErrorKind::TimedOut => Err(GateError::FrontEnd(MessageError::Slow)),
-        Err(error) => Err(GateError::Wait(error)),
+        Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+            Err(InterceptError::FrontEnd(MessageError::Slow))
+        }
+        Err(error) => Err(InterceptError::Wait(error)),
     }
 }
 
@@ -187,7 +191,7 @@ fn apply(
     mut message: Message,
     disk: &Disk,
     rings: &mut Rings,
-) -> Result<Message, GateError> {
+) -> Result<Message, InterceptError> {
     let (code, scope) = (message.code(), scope_of(&message));
     if let Some(scope) = scope {
         rings.stop(scope);
@@ -207,7 +211,7 @@ fn apply(
         rings.memory_changed();
     }
     if scope.is_some() {
-        rings.start().map_err(GateError::Rings)?;
+        rings.start().map_err(InterceptError::Rings)?;
     }
     Ok(reply)
 }
@@ -216,38 +220,38 @@ fn apply(
 fn back_end_channel(
     message: &mut Message,
     protocol: VhostUserProtocolFeatures,
-) -> Result<Foreign, GateError> {
+) -> Result<Foreign, InterceptError> {
     match message.take_fds().pop() {
         Some(socket)
             if protocol.contains(VhostUserProtocolFeatures::BACKEND_REQ) && message.body.is_empty() =>
         {
             Ok(socket)
         }
-        _ => Err(GateError::Refused(message.number())),
+        _ => Err(InterceptError::Refused(message.number())),
     }
 }
 
 /// Refuses what the handler would accept, or accept and ignore, and we cannot live with.
-fn check(message: &Message, rings: &Rings) -> Result<(), GateError> {
+fn check(message: &Message, rings: &Rings) -> Result<(), InterceptError> {
     check_descriptors(message)?;
     if let Some(Scope::One(index @ 0..=0xff)) = scope_of(message)
         && index >= rings.count()
     {
         let queues = rings.count();
-        return Err(GateError::QueueIndex { index, queues });
+        return Err(InterceptError::QueueIndex { index, queues });
     }
     match message.code() {
         Some(FrontendReq::SET_MEM_TABLE | FrontendReq::ADD_MEM_REG) if !regions_are_mappable(message) => {
-            Err(GateError::MemoryBeyondFile)
+            Err(InterceptError::MemoryBeyondFile)
         }
         Some(FrontendReq::ADD_MEM_REG) if rings.memory_regions() >= MAX_REGIONS => {
-            Err(GateError::TooManyRegions)
+            Err(InterceptError::TooManyRegions)
         }
         Some(FrontendReq::SET_VRING_NUM) => match message.body.as_slice() {
             // The ring's index, then its size.
             &[_, _, _, _, s0, s1, s2, s3] => match u32::from_ne_bytes([s0, s1, s2, s3]) {
                 size if size.is_power_of_two() => Ok(()),
-                size => Err(GateError::QueueSize(size)),
+                size => Err(InterceptError::QueueSize(size)),
             },
             _ => Ok(()),
         },
@@ -264,8 +268,8 @@ fn check(message: &Message, rings: &Rings) -> Result<(), GateError> {
 }
 
 /// Refuses descriptors of another kind than the message has. Nothing else is done with a descriptor before.
-fn check_descriptors(message: &Message) -> Result<(), GateError> {
-    let wrong = |fd: &Foreign, wanted| GateError::Descriptor {
+fn check_descriptors(message: &Message) -> Result<(), InterceptError> {
+    let wrong = |fd: &Foreign, wanted| InterceptError::Descriptor {
         message: message.number(),
         wanted,
         found: fd.name(),
@@ -279,10 +283,10 @@ fn check_descriptors(message: &Message) -> Result<(), GateError> {
                 Kind::Memory | Kind::Dax { .. },
             ) => match fd.is_writable() {
                 true => Ok(()),
-                false => Err(GateError::MemoryReadOnly { found: fd.name() }),
+                false => Err(InterceptError::MemoryReadOnly { found: fd.name() }),
             },
             (Some(FrontendReq::SET_MEM_TABLE | FrontendReq::ADD_MEM_REG | FrontendReq::REM_MEM_REG), _) => {
-                Err(GateError::MemoryFile { found: fd.name() })
+                Err(InterceptError::MemoryFile { found: fd.name() })
             }
             (
                 Some(FrontendReq::SET_VRING_KICK | FrontendReq::SET_VRING_CALL | FrontendReq::SET_VRING_ERR),
@@ -294,7 +298,7 @@ fn check_descriptors(message: &Message) -> Result<(), GateError> {
                 _,
             ) => Err(wrong(fd, "an eventfd")),
             (Some(FrontendReq::SET_BACKEND_REQ_FD), _) => Err(wrong(fd, "a Unix stream socket")),
-            _ => Err(GateError::Refused(message.number())),
+            _ => Err(InterceptError::Refused(message.number())),
         })
 }
 
@@ -378,7 +382,7 @@ const HANDLER_TIMEOUT: Duration = Duration::from_secs(10);
 const REPLY_ACK: u64 = VhostUserProtocolFeatures::REPLY_ACK.bits();
 
 /// Has the handler acknowledge messages from the first one on, whatever the front-end will want.
-fn agree_on_acknowledgements(handler: &UnixStream) -> Result<(), GateError> {
+fn agree_on_acknowledgements(handler: &UnixStream) -> Result<(), InterceptError> {
     // The handler accepts protocol features once it has been asked for its features.
     ask(handler, Message::request(FrontendReq::GET_FEATURES, &[]))?;
     let mut features = Message::request(FrontendReq::SET_PROTOCOL_FEATURES, &REPLY_ACK.to_ne_bytes());
@@ -387,11 +391,11 @@ fn agree_on_acknowledgements(handler: &UnixStream) -> Result<(), GateError> {
     Ok(())
 }
 
-fn ask(handler: &UnixStream, message: Message) -> Result<Message, GateError> {
+fn ask(handler: &UnixStream, message: Message) -> Result<Message, InterceptError> {
     let number = message.number();
     let is_acknowledged = message.needs_reply() && !asks_for_data(&message);
     // The handler would lose descriptors that it has no room for without a word, and wait for the next message.
-    message.duplicate_fds().map_err(GateError::Descriptors)?;
+    message.duplicate_fds().map_err(InterceptError::Descriptors)?;
     message
         .send(handler, HANDLER_TIMEOUT)
         .map_err(|_| refused(number))?;
@@ -401,19 +405,19 @@ fn ask(handler: &UnixStream, message: Message) -> Result<Message, GateError> {
         Ok(Some(reply)) if reply.replies_to(number) => Ok(reply),
         // The handler leaves when it does not like a message.
         Ok(None) | Err(MessageError::Cut) => Err(refused(number)),
-        Ok(Some(_)) => Err(GateError::Handler(io::ErrorKind::InvalidData.into())),
+        Ok(Some(_)) => Err(InterceptError::Handler(io::ErrorKind::InvalidData.into())),
         Err(MessageError::Io(error)) if error.kind() == io::ErrorKind::ConnectionReset => {
             Err(refused(number))
         }
-        Err(error) => Err(GateError::Handler(io::Error::other(error))),
+        Err(error) => Err(InterceptError::Handler(io::Error::other(error))),
     }
 }
 
 /// What is wrong with a message that the handler does not like.
-fn refused(message: u32) -> GateError {
+fn refused(message: u32) -> InterceptError {
     match FrontendReq::try_from(message) {
-        Ok(FrontendReq::SET_VRING_ADDR) => GateError::MemoryNotShared,
-        _ => GateError::Refused(message),
+        Ok(FrontendReq::SET_VRING_ADDR) => InterceptError::MemoryNotShared,
+        _ => InterceptError::Refused(message),
     }
 }
 
