@@ -9,13 +9,13 @@
 //! foreign   its descriptors, and what is behind each
 //! rings     which rings are served
 //! worker    one thread for each: the data path
-//! polling   when it looks for work, and when it sleeps          bell      how it notifies the driver
+//! polling   when it looks for work, and when it sleeps          call      how it notifies the driver
 //! request   descriptor chain -> validated request        guest     its buffers
 //! uring     what to do where io_uring cannot be set up
 //! config    features and configuration space             disk      what all workers share
 //! ```
 
-mod bell;
+mod call;
 mod config;
 mod disk;
 mod foreign;

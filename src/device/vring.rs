@@ -16,7 +16,7 @@ use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutG
 use virtio_queue::{Error, Queue, QueueT};
 use vm_memory::GuestAddressSpace;
 
-use super::bell::Bell;
+use super::call::Call;
 use super::guest::SharedMemory;
 use super::interceptor::SHARED;
 use super::uring;
@@ -60,7 +60,7 @@ impl Vring {
         let kick = borrow(kick).try_clone_to_owned()?;
         let call = state.get_call().as_ref();
         let call = call
-            .map(|call| uring::patiently(|| Bell::new(&borrow(call))))
+            .map(|call| uring::patiently(|| Call::new(&borrow(call))))
             .transpose()?;
         Ok(Some(Ring {
             index,

@@ -30,7 +30,7 @@ use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Error as QueueError, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, Permissions, VolatileSlice};
 
-use super::bell::Bell;
+use super::call::Call;
 use super::disk::Disk;
 use super::guest::{Memory, Pieces, Position, pieces};
 use super::interceptor::SHARED;
@@ -70,7 +70,7 @@ pub(super) struct Ring {
     pub queue: Queue,
     pub memory: Memory,
     pub kick: OwnedFd,
-    pub call: Option<Bell>,
+    pub call: Option<Call>,
 }
 
 impl Ring {
@@ -739,7 +739,7 @@ impl Worker {
             // Without an event index the driver has said whether it waits for one.
             Ok(wanted) if wanted || owed && self.ring.queue.event_idx_enabled() => {
                 if let Some(call) = &mut self.ring.call
-                    && let Err(error) = call.ring()
+                    && let Err(error) = call.signal()
                 {
                     self.owes_notification = true;
                     self.complain(&error);

@@ -15,9 +15,9 @@ use std::os::fd::{AsFd, AsRawFd};
 use io_uring::{IoUring, opcode};
 
 /// An eventfd that is signalled without waiting for anybody.
-pub(super) struct Bell(IoUring);
+pub(super) struct Call(IoUring);
 
-impl Bell {
+impl Call {
     /// # Errors
     /// If `eventfd` is none, or descriptors or memory are exhausted.
     pub(super) fn new(eventfd: &impl AsFd) -> io::Result<Self> {
@@ -31,7 +31,7 @@ impl Bell {
     ///
     /// # Errors
     /// If the kernel has no memory for an operation. It can be tried again.
-    pub(super) fn ring(&mut self) -> io::Result<()> {
+    pub(super) fn signal(&mut self) -> io::Result<()> {
         let nothing = opcode::Nop::new().build();
         let mut submission = self.0.submission();
         if submission.is_empty() {
@@ -51,9 +51,9 @@ impl Bell {
     }
 }
 
-impl fmt::Debug for Bell {
+impl fmt::Debug for Call {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Bell").finish_non_exhaustive()
+        f.debug_tuple("Call").finish_non_exhaustive()
     }
 }
 
@@ -65,25 +65,25 @@ mod tests {
     #[test]
     fn an_eventfd_counts_each_signal_and_a_full_one_stays_full() {
         let fd = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
-        let mut bell = Bell::new(&fd).unwrap();
+        let mut call = Call::new(&fd).unwrap();
         let count = || {
             let mut count = [0; 8];
             rustix::io::read(&fd, &mut count).unwrap();
             u64::from_ne_bytes(count)
         };
         for _ in 0..100 {
-            bell.ring().unwrap();
+            call.signal().unwrap();
         }
         assert_eq!(count(), 100);
         rustix::io::write(&fd, &(u64::MAX - 1).to_ne_bytes()).unwrap();
-        bell.ring().unwrap();
-        bell.ring().unwrap();
+        call.signal().unwrap();
+        call.signal().unwrap();
         assert_eq!(count(), u64::MAX);
     }
 
     #[test]
     fn what_is_no_eventfd_is_refused() {
         let (_reader, writer) = io::pipe().unwrap();
-        assert_eq!(Bell::new(&writer).unwrap_err().raw_os_error(), Some(libc::EINVAL));
+        assert_eq!(Call::new(&writer).unwrap_err().raw_os_error(), Some(libc::EINVAL));
     }
 }
