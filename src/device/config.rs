@@ -143,21 +143,20 @@ pub(super) fn read(disk: &Disk, num_queues: u16, offset: u32, size: u32) -> Vec<
     }
 }
 
-/// Why a write to the configuration space is refused.
+/// A write to the configuration space is refused.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum ConfigError {
-    #[error("{len} bytes at offset {offset} are not writable")]
-    NotWritable { offset: u32, len: usize },
-    #[error("a message of {len} bytes does not hold what it says")]
-    Malformed { len: usize },
+#[error("{len} bytes at offset {offset} are not writable")]
+pub(super) struct NotWritable {
+    offset: u32,
+    len: usize,
 }
 
 /// A write to the configuration space. All that a driver can write is `writeback`, if it has CONFIG_WCE; it makes no
 /// difference, since each of its writes is put on stable storage anyway.
-pub(super) fn write(agreed: Agreed, offset: u32, bytes: &[u8]) -> Result<(), ConfigError> {
+pub(super) fn write(agreed: Agreed, offset: u32, bytes: &[u8]) -> Result<(), NotWritable> {
     match bytes {
         [0 | 1] if offset as usize == offset_of!(virtio_blk_config, wce) && agreed.has_config_wce() => Ok(()),
-        _ => Err(ConfigError::NotWritable {
+        _ => Err(NotWritable {
             offset,
             len: bytes.len(),
         }),

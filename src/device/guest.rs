@@ -21,6 +21,11 @@ pub(super) type SharedMemory = GuestMemoryAtomic<GuestMemoryMmap>;
 /// Pieces of guest memory; as many as most requests have fit without an allocation.
 pub(super) type Pieces<'m> = SmallVec<[VolatileSlice<'m>; 64]>;
 
+/// What an operator does about guest memory that is not shared with us, or not all of it.
+pub(super) const HOW_TO_SHARE: &str = "all memory of the guest has to be shared: in QEMU, \"-object memory-backend-memfd,id=mem,size=SIZE,share=on \
+     -machine memory-backend=mem\", and share=on for each NUMA node and DIMM; in libvirt, \
+     \"<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>\"";
+
 /// A range of guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct GuestRange {

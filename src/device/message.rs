@@ -1,5 +1,5 @@
-//! vhost-user messages as bytes with descriptors, for the interceptor to pass on
-//! (vhost-user specification, "Message Specification").
+//! vhost-user messages as bytes with descriptors, on their way between two sockets (vhost-user specification, "Message
+//! Specification").
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -33,7 +33,7 @@ pub(super) struct Message {
     fds: Vec<Foreign>,
 }
 
-/// Why no message can be had.
+/// Why no message can be received.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum MessageError {
     #[error("the connection ended in the middle of a message")]
@@ -87,11 +87,6 @@ impl Message {
             .collect()
     }
 
-    /// Which request it is, or replies to; none for one that the protocol library does not know.
-    pub(super) fn code(&self) -> Option<FrontendReq> {
-        FrontendReq::try_from(self.request).ok()
-    }
-
     /// The number of the request.
     pub(super) fn number(&self) -> u32 {
         self.request
@@ -105,6 +100,12 @@ impl Message {
     /// Asks to hear how it went.
     pub(super) fn demand_reply(&mut self) {
         self.flags |= NEED_REPLY;
+    }
+
+    /// The same message with this number as its body.
+    pub(super) fn with_number(mut self, number: u64) -> Self {
+        self.body = number.to_ne_bytes().to_vec();
+        self
     }
 
     /// The body as a number of 64 bits, if it is one.

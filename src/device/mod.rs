@@ -16,10 +16,13 @@
 //! ```
 
 mod call;
+mod checks;
 mod config;
 mod disk;
 mod foreign;
+mod frontend_message;
 mod guest;
+mod handler;
 mod interceptor;
 mod message;
 mod polling;

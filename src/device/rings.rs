@@ -7,25 +7,13 @@ use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 
 use super::config::Agreed;
 use super::disk::{Disk, Grant};
+use super::frontend_message::Scope;
 use super::guest::SharedMemory;
 use super::sigbus;
 use super::uring;
 use super::vring::{StartError, Vring};
 use super::worker::{self, Piece};
 use crate::storage::Engine;
-
-/// Which rings a change concerns.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Scope {
-    All,
-    One(usize),
-}
-
-impl Scope {
-    fn contains(self, index: usize) -> bool {
-        self == Scope::All || self == Scope::One(index)
-    }
-}
 
 /// A ring that is being served, and the generation of the table by which it is.
 struct Running {
@@ -58,12 +46,18 @@ impl Rings {
         }
     }
 
-    /// Stops the rings of `scope`: when it returns, nothing of theirs is in flight, and the vrings know how far they
-    /// were served.
-    pub(super) fn stop(&mut self, scope: Scope) {
+    /// Stops the rings of `scope`, and gives the guard by which what they stand on can be changed.
+    pub(super) fn pause(&mut self, scope: Scope) -> Paused<'_> {
         self.stop_those(|index, _| scope.contains(index));
+        Paused { rings: self, scope }
     }
 
+    /// Stops all rings.
+    pub(super) fn stop(&mut self) {
+        self.stop_those(|_, _| true);
+    }
+
+    /// Stops rings: when it returns, nothing of theirs is in flight, and the vrings know how far they were served.
     fn stop_those(&mut self, chosen: impl Fn(usize, &Running) -> bool) {
         // All are told before one is waited for, so that they drain together.
         for (index, running) in self.running.iter().enumerate() {
@@ -88,28 +82,6 @@ impl Rings {
     /// What the front-end has agreed on.
     pub(super) fn agreed(&self) -> Agreed {
         self.agreed
-    }
-
-    /// Takes into account what the front-end has agreed on. Call it while all rings are stopped.
-    pub(super) fn agree(&mut self, agreed: Agreed) {
-        if agreed.has_config_wce() && !self.agreed.has_config_wce() {
-            tracing::info!(
-                "the guest agreed with an earlier build that it may switch the write cache off: each of its writes is on \
-                 stable storage before it is answered, until QEMU is started anew"
-            );
-        }
-        self.agreed = agreed;
-        if agreed.write_through() && !self.disk.read_only {
-            // What others wrote before this driver, it takes to be on stable storage as well.
-            if let Err(error) = self.disk.file.sync() {
-                tracing::error!(%error, "what was written before cannot be put on stable storage; the next flush will fail");
-            }
-        }
-    }
-
-    /// Takes into account that the handler has mapped other memory. Call it while all rings are stopped.
-    pub(super) fn memory_changed(&self) {
-        sigbus::protect(&self.memory.memory());
     }
 
     /// The number of memory regions that are mapped.
@@ -163,9 +135,56 @@ impl Rings {
     }
 }
 
+/// Rings that are stopped, and stay so until [`Paused::resume`]. What their I/O stands on is changed while this is there, and
+/// at no other time.
+#[must_use = "the rings stay stopped"]
+pub(super) struct Paused<'r> {
+    rings: &'r mut Rings,
+    scope: Scope,
+}
+
+impl Paused<'_> {
+    /// The disk that the rings serve.
+    pub(super) fn disk(&self) -> &Disk {
+        &self.rings.disk
+    }
+
+    /// Takes into account what front-end and driver have agreed on. All rings are paused.
+    pub(super) fn agree(&mut self, agreed: Agreed) {
+        debug_assert_eq!(self.scope, Scope::All);
+        if agreed.has_config_wce() && !self.rings.agreed.has_config_wce() {
+            tracing::info!(
+                "the guest agreed with an earlier build that it may switch the write cache off: each of its writes is on \
+                 stable storage before it is answered, until QEMU is started anew"
+            );
+        }
+        self.rings.agreed = agreed;
+        if agreed.write_through() && !self.disk().read_only {
+            // What others wrote before this driver, it takes to be on stable storage as well.
+            if let Err(error) = self.disk().file.sync() {
+                tracing::error!(%error, "what was written before cannot be put on stable storage; the next flush will fail");
+            }
+        }
+    }
+
+    /// Takes into account that the handler has mapped other memory. All rings are paused.
+    pub(super) fn memory_changed(&mut self) {
+        debug_assert_eq!(self.scope, Scope::All);
+        sigbus::protect(&self.rings.memory.memory());
+    }
+
+    /// Starts the rings that the front-end wants served by now.
+    ///
+    /// # Errors
+    /// Those of [`Rings::start`].
+    pub(super) fn resume(self) -> io::Result<()> {
+        self.rings.start()
+    }
+}
+
 impl Drop for Rings {
     fn drop(&mut self) {
-        self.stop(Scope::All);
+        self.stop();
     }
 }
 

@@ -49,8 +49,7 @@ pub(super) fn run(
     let handler = link.connect(&mut daemon)?;
 
     let mut rings = Rings::new(Arc::clone(disk), memory, vrings);
-    let result = interceptor::relay(front_end, &handler, disk, &mut rings);
-    drop(handler);
+    let result = interceptor::relay(front_end, handler, disk, &mut rings);
     if let Err(error) = daemon.wait() {
         tracing::debug!(%error, "the protocol handler ended");
     }

@@ -17,8 +17,7 @@ use virtio_queue::{Error, Queue, QueueT};
 use vm_memory::GuestAddressSpace;
 
 use super::call::Call;
-use super::guest::SharedMemory;
-use super::interceptor::SHARED;
+use super::guest::{HOW_TO_SHARE, SharedMemory};
 use super::uring;
 use super::worker::Ring;
 
@@ -81,7 +80,9 @@ impl Vring {
 /// Why a ring is not served.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum StartError {
-    #[error("its descriptor table, available ring or used ring does not lie in the guest's memory; {SHARED}")]
+    #[error(
+        "its descriptor table, available ring or used ring does not lie in the guest's memory; {HOW_TO_SHARE}"
+    )]
     NotInMemory,
     #[error("its size or addresses are not valid: {0}")]
     Queue(Error),

@@ -32,8 +32,7 @@ use vm_memory::{Bytes, GuestAddress, Permissions, VolatileSlice};
 
 use super::call::Call;
 use super::disk::Disk;
-use super::guest::{Memory, Pieces, Position, pieces};
-use super::interceptor::SHARED;
+use super::guest::{HOW_TO_SHARE, Memory, Pieces, Position, pieces};
 use super::polling::Polling;
 use super::request::{Kind, Refusal, Request, Status};
 use super::sigbus;
@@ -616,7 +615,7 @@ impl Worker {
             if before < VAIN_KICKS && self.vain_kicks >= VAIN_KICKS {
                 tracing::warn!(
                     queue = self.ring.index,
-                    "the driver kicks and its queue is empty: the guest's memory may be private to the front-end; {SHARED}"
+                    "the driver kicks and its queue is empty: the guest's memory may be private to the front-end; {HOW_TO_SHARE}"
                 );
             }
         }
@@ -687,7 +686,7 @@ impl Worker {
     fn refuse(&mut self, place: u16, refusal: Refusal) {
         if refusal == Refusal::BadAddress {
             // The guest's fault, or not: it may have memory that the front-end did not tell us of.
-            tracing::warn!(queue = self.ring.index, %refusal, "request refused; {SHARED}");
+            tracing::warn!(queue = self.ring.index, %refusal, "request refused; {HOW_TO_SHARE}");
         } else {
             // The guest's fault is not the operator's concern.
             tracing::debug!(queue = self.ring.index, %refusal, "request refused");

@@ -1,0 +1,205 @@
+//! The messages of a front-end, decoded once (vhost-user specification, "Front-end message types").
+//!
+//! [`FrontendMessage::rule`] is the table of what each message pauses, and how it is answered. A message that no feature of
+//! ours leads to is not decoded, and ends the session: the protocol handler would end it as well.
+
+use vhost::vhost_user::message::{
+    FrontendReq, VhostUserConfig, VhostUserMemory, VhostUserMemoryRegion, VhostUserSingleMemoryRegion,
+    VhostUserU64, VhostUserVringAddr, VhostUserVringState,
+};
+use vm_memory::ByteValued;
+
+use super::message::Message;
+
+/// A message of the front-end, with the protocol crate's structures. Descriptors stay with the [`Message`].
+pub(super) enum FrontendMessage {
+    GetFeatures,
+    SetFeatures(u64),
+    SetOwner,
+    ResetOwner,
+    ResetDevice,
+    GetProtocolFeatures,
+    SetProtocolFeatures(u64),
+    GetQueueNum,
+    GetMaxMemSlots,
+    SetMemTable(Vec<VhostUserMemoryRegion>),
+    AddMemReg(VhostUserSingleMemoryRegion),
+    RemMemReg,
+    SetVringNum(VhostUserVringState),
+    SetVringAddr(VhostUserVringAddr),
+    SetVringBase(VhostUserVringState),
+    GetVringBase(VhostUserVringState),
+    SetVringEnable(VhostUserVringState),
+    SetVringKick(VringDescriptor),
+    SetVringCall(VringDescriptor),
+    SetVringErr(VringDescriptor),
+    GetConfig,
+    SetConfig { offset: u32, bytes: Vec<u8> },
+    SetBackendReqFd,
+}
+
+/// What a message says of a ring's kick, call or error descriptor.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct VringDescriptor {
+    /// The ring.
+    pub index: u8,
+    /// Whether there is a descriptor; if not, the ring has to be polled.
+    pub is_there: bool,
+}
+
+impl From<VhostUserU64> for VringDescriptor {
+    fn from(message: VhostUserU64) -> Self {
+        // Bits 0 to 7 are the index, bit 8 says that there is no descriptor. The others are reserved.
+        let [index, flags, ..] = message.value.to_le_bytes();
+        Self {
+            index,
+            is_there: flags & 1 == 0,
+        }
+    }
+}
+
+/// Which rings a message concerns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Scope {
+    All,
+    One(usize),
+}
+
+impl Scope {
+    /// Whether it concerns the ring `index`.
+    pub(super) fn contains(self, index: usize) -> bool {
+        self == Scope::All || self == Scope::One(index)
+    }
+
+    /// The ring that a message names. No vector is so long that the conversion would matter.
+    fn one(index: u32) -> Self {
+        Scope::One(usize::try_from(index).unwrap_or(usize::MAX))
+    }
+}
+
+/// What a message is answered with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reply {
+    /// Data, always.
+    Data,
+    /// Whether it succeeded, if its sender has asked to know (REPLY_ACK).
+    Acknowledgement,
+}
+
+/// A line of the table.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rule {
+    /// The rings that are stopped while the message is applied; none if no I/O stands on what it changes.
+    pub pauses: Option<Scope>,
+    pub reply: Reply,
+}
+
+/// A message is malformed, or belongs to a feature that is not offered.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("{} is not valid, or asks for what was not offered; the front-end has to be a vhost-user-blk device, as of QEMU 7.2", named(*.0))]
+pub(super) struct Refused(pub u32);
+
+/// A message as the specification names it.
+pub(super) fn named(message: u32) -> String {
+    FrontendReq::try_from(message).map_or_else(
+        |_| format!("message {message} of the front-end"),
+        |known| format!("message {known:?} of the front-end"),
+    )
+}
+
+impl FrontendMessage {
+    /// Decodes `message`. Whether its values make sense is not looked at.
+    pub(super) fn decode(message: &Message) -> Result<Self, Refused> {
+        let body = message.body.as_slice();
+        let state = || structure::<VhostUserVringState>(body);
+        let number = || structure::<VhostUserU64>(body);
+        let descriptor = || number().map(VringDescriptor::from);
+        let code = FrontendReq::try_from(message.number()).map_err(|_| Refused(message.number()))?;
+        let decoded = match code {
+            FrontendReq::GET_FEATURES => Some(Self::GetFeatures),
+            FrontendReq::SET_FEATURES => number().map(|features| Self::SetFeatures(features.value)),
+            FrontendReq::SET_OWNER => Some(Self::SetOwner),
+            FrontendReq::RESET_OWNER => Some(Self::ResetOwner),
+            FrontendReq::RESET_DEVICE => Some(Self::ResetDevice),
+            FrontendReq::GET_PROTOCOL_FEATURES => Some(Self::GetProtocolFeatures),
+            FrontendReq::SET_PROTOCOL_FEATURES => {
+                number().map(|features| Self::SetProtocolFeatures(features.value))
+            }
+            FrontendReq::GET_QUEUE_NUM => Some(Self::GetQueueNum),
+            FrontendReq::GET_MAX_MEM_SLOTS => Some(Self::GetMaxMemSlots),
+            FrontendReq::SET_MEM_TABLE => memory_table(body).map(Self::SetMemTable),
+            FrontendReq::ADD_MEM_REG => structure(body).map(Self::AddMemReg),
+            FrontendReq::REM_MEM_REG => Some(Self::RemMemReg),
+            FrontendReq::SET_VRING_NUM => state().map(Self::SetVringNum),
+            FrontendReq::SET_VRING_ADDR => structure(body).map(Self::SetVringAddr),
+            FrontendReq::SET_VRING_BASE => state().map(Self::SetVringBase),
+            FrontendReq::GET_VRING_BASE => state().map(Self::GetVringBase),
+            FrontendReq::SET_VRING_ENABLE => state().map(Self::SetVringEnable),
+            FrontendReq::SET_VRING_KICK => descriptor().map(Self::SetVringKick),
+            FrontendReq::SET_VRING_CALL => descriptor().map(Self::SetVringCall),
+            FrontendReq::SET_VRING_ERR => descriptor().map(Self::SetVringErr),
+            FrontendReq::GET_CONFIG => Some(Self::GetConfig),
+            FrontendReq::SET_CONFIG => config(body),
+            FrontendReq::SET_BACKEND_REQ_FD => Some(Self::SetBackendReqFd),
+            _ => None,
+        };
+        decoded.ok_or(Refused(message.number()))
+    }
+
+    /// The table: what is paused while the message is applied, and how it is answered.
+    pub(super) fn rule(&self) -> Rule {
+        use Reply::{Acknowledgement, Data};
+        let (pauses, reply) = match self {
+            Self::GetFeatures | Self::GetProtocolFeatures | Self::GetQueueNum => (None, Data),
+            Self::GetMaxMemSlots | Self::GetConfig => (None, Data),
+            Self::SetOwner | Self::SetProtocolFeatures(_) => (None, Acknowledgement),
+            Self::SetConfig { .. } | Self::SetBackendReqFd => (None, Acknowledgement),
+            // An answer with the base says that nothing is in flight.
+            Self::GetVringBase(ring) => (Some(Scope::one(ring.index)), Data),
+            Self::SetVringNum(ring) | Self::SetVringBase(ring) | Self::SetVringEnable(ring) => {
+                (Some(Scope::one(ring.index)), Acknowledgement)
+            }
+            Self::SetVringAddr(ring) => (Some(Scope::one(ring.index)), Acknowledgement),
+            Self::SetVringKick(ring) | Self::SetVringCall(ring) | Self::SetVringErr(ring) => {
+                (Some(Scope::one(ring.index.into())), Acknowledgement)
+            }
+            Self::SetMemTable(_) | Self::AddMemReg(_) | Self::RemMemReg => {
+                (Some(Scope::All), Acknowledgement)
+            }
+            Self::SetFeatures(_) | Self::ResetOwner | Self::ResetDevice => {
+                (Some(Scope::All), Acknowledgement)
+            }
+        };
+        Rule { pauses, reply }
+    }
+}
+
+/// The structure that `bytes` are, if they are as many as it has.
+fn structure<T: ByteValued + Default>(bytes: &[u8]) -> Option<T> {
+    let mut structure = T::default();
+    let target = structure.as_mut_slice();
+    if target.len() != bytes.len() {
+        return None;
+    }
+    target.copy_from_slice(bytes);
+    Some(structure)
+}
+
+/// The regions of a memory table ("Memory regions description").
+fn memory_table(body: &[u8]) -> Option<Vec<VhostUserMemoryRegion>> {
+    let (head, regions) = body.split_at_checked(size_of::<VhostUserMemory>())?;
+    let head: VhostUserMemory = structure(head)?;
+    let regions = regions.chunks(size_of::<VhostUserMemoryRegion>());
+    let regions: Vec<_> = regions.map(structure).collect::<Option<_>>()?;
+    (regions.len() == usize::try_from(head.num_regions).ok()?).then_some(regions)
+}
+
+/// A write to the configuration space ("Virtio device config space"). Its flags say who caused it, which makes no difference.
+fn config(body: &[u8]) -> Option<FrontendMessage> {
+    let (head, bytes) = body.split_at_checked(size_of::<VhostUserConfig>())?;
+    let head: VhostUserConfig = structure(head)?;
+    (bytes.len() == usize::try_from(head.size).ok()?).then(|| FrontendMessage::SetConfig {
+        offset: head.offset,
+        bytes: bytes.to_vec(),
+    })
+}
