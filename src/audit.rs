@@ -25,9 +25,9 @@ use rustix::io::Errno;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::causes::remedy;
 use crate::control::events::Event;
-use crate::keys::private;
+use crate::error_chain::remedy;
+use crate::keys::private_file;
 use crate::parsing;
 
 /// The record behind what a crash has left by half.
@@ -140,7 +140,7 @@ impl AuditLog {
             .open(path)
             .map_err(error("opened"))?;
         // It is there after a crash of the host, too.
-        private::sync_dir_of(path).map_err(error("opened"))?;
+        private_file::sync_dir_of(path).map_err(error("opened"))?;
         // A long log is read while others may write; what they add is little, and is read under the lock.
         let len = settled_len(&file).map_err(error("read"))?;
         let mut known = Known::default();

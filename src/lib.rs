@@ -17,7 +17,7 @@
 //! hex, moment, toml_file   how bytes, points in time and settings are written
 //! boot_time                what limits the life of secrets
 //! path_text                how paths are written, of which not all are text
-//! apart, lookout           threads that wait for what may never answer; looks at places by such threads
+//! apart, probe           threads that wait for what may never answer; looks at places by such threads
 //! causes, mutex, deadline, closer   what lies under an error; what outlives a panic; a limit for the whole of a message;
 //!                                   closing what others can hold up
 //! parsing                  JSON and TOML, read so that no error quotes them
@@ -31,24 +31,24 @@ mod apart;
 mod audit;
 mod boot_time;
 pub mod broker;
-mod causes;
 pub mod cipher;
 pub mod cli;
 mod closer;
 pub mod control;
 mod deadline;
 pub mod device;
+mod error_chain;
 pub mod hex;
+pub mod kbs;
 pub mod keys;
 pub mod known;
-mod lookout;
-pub mod moment;
 mod mutex;
 mod parsing;
 pub mod path_text;
-pub mod rcar;
+mod probe;
 pub mod served;
 pub mod storage;
+pub mod timestamp;
 mod toml_file;
 pub mod tpm;
 pub mod volume;

@@ -24,7 +24,7 @@ pub(crate) mod rule {
     pub(crate) const RESOURCE: &str =
         "a resource's path is REPOSITORY/TYPE/TAG, each of up to 64 letters, digits, '-', '_' and '.'";
     /// A point in time.
-    pub(crate) const MOMENT: &str = "a point in time is written as in 2026-11-23T10:44:14Z";
+    pub(crate) const TIMESTAMP: &str = "a point in time is written as in 2026-11-23T10:44:14Z";
     /// An object of LUKS2's.
     pub(crate) const NO_TYPE: &str = "an object has no `type`";
     /// A number of LUKS2's.
@@ -45,7 +45,7 @@ pub(crate) mod rule {
         MODE,
         REGISTERS,
         RESOURCE,
-        MOMENT,
+        TIMESTAMP,
         NO_TYPE,
         NUMBER,
         SEGMENT_SIZE,

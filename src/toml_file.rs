@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 
-use crate::causes::remedy;
-use crate::keys::private::{self, Forbid};
+use crate::error_chain::remedy;
+use crate::keys::private_file::{self, Forbid};
 use crate::parsing::{self, NotUnderstood};
 
 /// Why such a file cannot be used.
@@ -45,12 +45,12 @@ pub enum TomlFileError {
 pub(crate) fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, TomlFileError> {
     let own = || path.to_owned();
     let failed = |source| TomlFileError::Read { path: own(), source };
-    let mut file = match private::open(path) {
+    let mut file = match private_file::open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         file => file.map_err(failed)?,
     };
     let metadata = file.metadata().map_err(failed)?;
-    private::check(path, &metadata, Forbid::Write).map_err(|error| TomlFileError::Exposed {
+    private_file::check(path, &metadata, Forbid::Write).map_err(|error| TomlFileError::Exposed {
         path: own(),
         source: error.into(),
     })?;

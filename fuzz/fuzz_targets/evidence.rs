@@ -8,7 +8,7 @@
 use libfuzzer_sys::fuzz_target;
 use sealblk::broker::evidence;
 use sealblk::broker::state::Reference;
-use sealblk::rcar::{Attestation, Evidence};
+use sealblk::kbs::{Attestation, Evidence};
 use sealblk::tpm::attest::{Attested, RsaPublic};
 use sealblk::tpm::credential;
 

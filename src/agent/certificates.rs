@@ -61,7 +61,7 @@ impl State {
 mod tests {
     use super::*;
     use crate::keys::Whose;
-    use crate::moment::Moment;
+    use crate::timestamp::Timestamp;
 
     fn provider(until: u64) -> Vec<Entry> {
         vec![Entry {
@@ -73,7 +73,7 @@ mod tests {
                 path: "/host.pem".into(),
                 subject: "CN=host".into(),
                 whose: Whose::Host,
-                until: Moment::from_unix(until),
+                until: Timestamp::from_unix(until),
             }],
         }]
     }

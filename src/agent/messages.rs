@@ -5,8 +5,8 @@ use uuid::Uuid;
 
 use super::Purpose;
 use super::registered::Registrant;
-use crate::causes::causes;
 use crate::control::wire;
+use crate::error_chain::causes;
 use crate::keys::{Binding, KeyError, KeyId, KeyReason, Revocation};
 use crate::known::survey::Sighting;
 use crate::known::{Disk, Share};

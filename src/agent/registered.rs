@@ -20,13 +20,13 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::control::peer::Peer;
-use crate::control::places::is_fair;
 use crate::control::privilege::has_all;
+use crate::control::quota::is_fair;
 use crate::keys::KeyId;
-use crate::keys::private;
-use crate::moment::Moment;
+use crate::keys::private_file;
 use crate::mutex::lock;
 use crate::parsing;
+use crate::timestamp::Timestamp;
 
 /// The most volumes that are watched: each takes a descriptor. The KEKs of others go when their time has come.
 const MAX_VOLUMES: usize = 8192;
@@ -72,10 +72,10 @@ pub struct Registrant {
     /// See [`Registrant::user`].
     pub process: i32,
     /// Since when.
-    pub since: Moment,
+    pub since: Timestamp,
     /// Until when its KEK was good, if it came from what is kept for a reboot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub grace: Option<Moment>,
+    pub grace: Option<Timestamp>,
 }
 
 /// What a registration's file holds.
@@ -141,7 +141,7 @@ impl Registered {
     pub(super) fn open(state_dir: &Path) -> Self {
         let dir = state_dir.join("served");
         let mut all = All::default();
-        let files = private::ensure_dir(&dir).and_then(|()| fs::read_dir(&dir));
+        let files = private_file::ensure_dir(&dir).and_then(|()| fs::read_dir(&dir));
         match files {
             Ok(files) => {
                 for path in files.flatten().map(|file| file.path()) {
@@ -165,7 +165,7 @@ impl Registered {
         peer: &Peer,
         volume: Uuid,
         (provider, key_id): (&str, &KeyId),
-        grace: Option<Moment>,
+        grace: Option<Timestamp>,
     ) -> Option<Registrant> {
         // Should the number be another process' by now, the KEK is kept until its time has come.
         let ending = wait_for(peer.process)?;
@@ -176,7 +176,7 @@ impl Registered {
             user: peer.user,
             process: peer.process,
             grace,
-            since: Moment::now(),
+            since: Timestamp::now(),
         };
         let place = volume.place();
         let mut all = self.lock();
@@ -378,7 +378,7 @@ mod tests {
         let list = {
             let registered = Registered::open(dir.path());
             for (volume, peer) in volumes.iter().zip([&one, &two, &three]) {
-                registered.add(peer, *volume, ("kms", &key), Some(Moment::from_unix(7)));
+                registered.add(peer, *volume, ("kms", &key), Some(Timestamp::from_unix(7)));
             }
             registered.list()
         };

@@ -22,14 +22,14 @@ use crate::audit::AuditLog;
 use crate::control::events::{Event, Events};
 use crate::control::peer::Peer;
 use crate::control::privilege::{Grants, Privilege, has_all};
-use crate::control::refusals::Refusals;
+use crate::control::rate_limit::RateLimit;
 use crate::control::varlink::{Answer, Interface, MethodError, Request};
 use crate::control::wire;
 use crate::keys::arena::SecretBytes;
 use crate::keys::{KeyError, KeyId, KeyReason, Providers, SharedProviders};
 use crate::known::{By, Index, Occasion};
-use crate::moment::Moment;
 use crate::path_text::from_text;
+use crate::timestamp::Timestamp;
 
 /// The agent's side of its socket.
 #[derive(Debug)]
@@ -43,10 +43,10 @@ pub(super) struct Service {
     pub(super) index: Index,
     pub(super) listing: LastListing,
     /// By user.
-    refusals: Refusals<Option<u32>, ()>,
+    refusals: RateLimit<Option<u32>, ()>,
     /// Of those who have a privilege, since what they ask for need not be there. All disks of a host may be one user's, and of each
     /// it has to be told why it has no key.
-    failures: Refusals<u32, (Option<Uuid>, KeyReason)>,
+    failures: RateLimit<u32, (Option<Uuid>, KeyReason)>,
 }
 
 pub(super) type Answered = Result<Answer, MethodError>;
@@ -62,8 +62,8 @@ impl Service {
             audit,
             events: Events::default(),
             certificates: Certificates::default(),
-            refusals: Refusals::new(100, Duration::from_secs(60)),
-            failures: Refusals::new(10, Duration::from_secs(3600)),
+            refusals: RateLimit::new(100, Duration::from_secs(60)),
+            failures: RateLimit::new(10, Duration::from_secs(3600)),
         }
     }
 
@@ -238,7 +238,7 @@ impl Service {
         let grace = self
             .providers
             .grace(&binding.provider, &binding.key_id)
-            .map(Moment::of);
+            .map(Timestamp::of);
         let subject = match grace {
             Some(grace) => with(subject, "grace", grace),
             None => subject,

@@ -12,8 +12,8 @@ use webpki::{EndEntityCert, KeyUsage, anchor_from_trusted_cert};
 
 use super::state::Host;
 use crate::hex;
+use crate::kbs::enrolment::Enrol;
 use crate::keys::tls::{self, TlsFileError};
-use crate::rcar::enrolment::Enrol;
 use crate::tpm::attest::{NotAttested, RsaPublic};
 
 /// tcg-kp-EKCertificate, 2.23.133.8.1: what the certificate of an endorsement key is for.

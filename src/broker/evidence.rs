@@ -5,7 +5,7 @@ use ring::signature::{RSA_PKCS1_2048_8192_SHA256, RsaPublicKeyComponents};
 
 use super::state::Reference;
 use crate::hex;
-use crate::rcar::{Evidence, Malformed, ReportData};
+use crate::kbs::{Evidence, Malformed, ReportData};
 use crate::tpm::attest::{Attested, NotAttested, RsaPublic};
 
 /// Why evidence is not believed.

@@ -6,7 +6,7 @@
 //! state      what it keeps: sealed resources, hosts, reference values
 //! http       one request of a connection, bounded in time and size
 //! session    nonces: single-use and short-lived, and nothing is kept of them before they are answered
-//! service    what is answered to whom (crate::rcar has the messages)
+//! service    what is answered to whom (crate::kbs has the messages)
 //! evidence   whether a quote is what it has to be
 //! enrolment  whether a TPM is one, and which host's
 //! ```
@@ -34,7 +34,7 @@ use serde_json::json;
 
 use crate::audit::{AuditError, AuditLog};
 use crate::control::events::Event;
-use crate::control::places::{Place, Places};
+use crate::control::quota::{Quota, Share};
 use crate::control::socket::{listen, termination};
 use crate::deadline::{Deadline, Timed};
 use crate::keys::tls::TlsFileError;
@@ -57,7 +57,7 @@ pub struct Broker {
     ending: OwnedFd,
     settings: Arc<Settings>,
     service: Arc<Service>,
-    connections: Arc<Places<u64>>,
+    connections: Arc<Quota<u64>>,
 }
 
 /// Why there is no broker.
@@ -161,12 +161,12 @@ impl Broker {
 }
 
 /// A place for one more connection of `address`, if there is one.
-fn place_for(connections: &Arc<Places<u64>>, address: IpAddr) -> Option<Place<u64>> {
+fn place_for(connections: &Arc<Quota<u64>>, address: IpAddr) -> Option<Share<u64>> {
     let owner = match address.to_canonical() {
         IpAddr::V4(address) => address.to_bits().into(),
         IpAddr::V6(address) => (address.to_bits() >> 64) as u64,
     };
-    Places::take(connections, owner, |taken| {
+    Quota::take(connections, owner, |taken| {
         let all: usize = taken.values().sum();
         all < MAX_CONNECTIONS && taken.get(&owner).is_none_or(|own| *own < MAX_OF_ADDRESS)
     })

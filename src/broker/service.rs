@@ -19,10 +19,10 @@ use super::state::{Host, Kept, State, StateError};
 use super::{BrokerError, Settings};
 use crate::audit::{AuditError, AuditLog};
 use crate::control::events::{Event, Events};
+use crate::kbs::enrolment::{ACTIVATE, Activate, Challenge as Credential, ENROL, Enrol};
+use crate::kbs::{self, ATTEST, AUTH, Attestation, COOKIE, Challenge, ErrorInformation, RESOURCE, jwe};
 use crate::mutex::lock;
 use crate::parsing;
-use crate::rcar::enrolment::{ACTIVATE, Activate, Challenge as Credential, ENROL, Enrol};
-use crate::rcar::{self, ATTEST, AUTH, Attestation, COOKIE, Challenge, ErrorInformation, RESOURCE, jwe};
 use crate::tpm::attest::{self, RsaPublic};
 use crate::tpm::credential;
 
@@ -37,11 +37,11 @@ pub(super) struct Service {
     sessions: Sessions,
     audit: AuditLog,
     events: Events,
-    refusals: Mutex<Refusals>,
+    refusals: Mutex<RateLimit>,
 }
 
 #[derive(Debug, Default)]
-struct Refusals {
+struct RateLimit {
     told: Option<Instant>,
     suppressed: u64,
 }
@@ -188,8 +188,8 @@ impl Service {
     }
 
     fn challenge(&self, request: &Request) -> Result<Answer, Refusal> {
-        let request: rcar::Request = parse(request)?;
-        if request.tee != rcar::TEE {
+        let request: kbs::Request = parse(request)?;
+        if request.tee != kbs::TEE {
             return Err(Refusal::Tee(crate::keys::harmless(&request.tee, 32)));
         }
         let Issued { session, nonce } = self.sessions.challenge()?;
@@ -229,7 +229,7 @@ impl Service {
             key: runtime_data.tee_pubkey,
         };
         self.sessions.put(id, attested)?;
-        Ok(Answer::new(200, &rcar::Token { token: id.to_owned() }))
+        Ok(Answer::new(200, &kbs::Token { token: id.to_owned() }))
     }
 
     fn resource(&self, request: &Request, path: &str, caller: &mut Caller) -> Result<Answer, Refusal> {

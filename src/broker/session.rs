@@ -20,9 +20,9 @@ use zeroize::Zeroizing;
 
 use super::state::{Host, Reference};
 use crate::boot_time::BootTime;
+use crate::kbs::jwe::PublicKey;
 use crate::mutex::lock;
 use crate::parsing;
-use crate::rcar::jwe::PublicKey;
 
 /// The most that are kept at a time, and how many of them a host gets at any rate, while there is room.
 const MAX_SESSIONS: usize = 4096;

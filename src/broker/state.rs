@@ -18,11 +18,11 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
 use crate::hex;
+use crate::kbs::ResourcePath;
 use crate::keys::arena::{ArenaError, SecretBytes};
-use crate::keys::private::{self, Forbid, Unreadable};
+use crate::keys::private_file::{self, Forbid, Unreadable};
 use crate::keys::wrap::{self, KEK_LEN, Kek};
 use crate::parsing;
-use crate::rcar::ResourcePath;
 
 /// The file of everything but the master key.
 const KEPT: &str = "broker.json";
@@ -156,7 +156,7 @@ impl State {
             let path = path.to_owned();
             move |source| StateError::Io { action, path, source }
         };
-        private::ensure_dir(dir).map_err(io("make", dir))?;
+        private_file::ensure_dir(dir).map_err(io("make", dir))?;
         let path = dir.join("master.key");
         if !path.try_exists().map_err(io("look for", &path))? {
             // With a new key, what is sealed would be lost as soon as something is sealed beside it.
@@ -165,14 +165,14 @@ impl State {
                 return Err(unusable(&path, NoMaster));
             }
             let new = SecretBytes::random(KEK_LEN)?;
-            match private::create(&path, &new) {
+            match private_file::create(&path, &new) {
                 Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
                 created => created.map_err(io("make", &path))?,
             }
         }
         let metadata = fs::metadata(dir).map_err(io("look at", dir))?;
-        private::check(dir, &metadata, Forbid::Write).map_err(|e| unusable(dir, e))?;
-        let master = private::read(&path, KEK_LEN).map_err(|e| match e {
+        private_file::check(dir, &metadata, Forbid::Write).map_err(|e| unusable(dir, e))?;
+        let master = private_file::read(&path, KEK_LEN).map_err(|e| match e {
             Unreadable::Io(source) => io("read", &path)(source),
             Unreadable::Arena(e) => e.into(),
             e => unusable(&path, e),
@@ -215,7 +215,7 @@ impl State {
         let mut kept = self.read()?;
         let done = change(&mut kept)?;
         let json = serde_json::to_vec_pretty(&kept).expect("texts are JSON");
-        private::replace(&self.file(), &json).map_err(io("write", self.file()))?;
+        private_file::replace(&self.file(), &json).map_err(io("write", self.file()))?;
         Ok(done)
     }
 

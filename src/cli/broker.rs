@@ -19,9 +19,9 @@ use crate::broker::{Broker as Server, Settings, State, StateError, audit_log};
 use crate::control::events::Event;
 use crate::control::manager;
 use crate::hex;
+use crate::kbs::ResourcePath;
 use crate::keys::arena::SecretBytes;
-use crate::keys::private;
-use crate::rcar::ResourcePath;
+use crate::keys::private_file;
 
 /// Where the broker's settings are, if nobody says otherwise.
 const DEFAULT_SETTINGS: &str = "/etc/sealblk/broker.toml";
@@ -300,7 +300,7 @@ fn new_token(path: &std::path::Path) -> Result<Token, Failure> {
     BASE64_URL_SAFE_NO_PAD
         .encode_slice(&*random, &mut text)
         .expect("24 bytes are 32 characters");
-    private::create(path, &text).map_err(|source| Failure::Make {
+    private_file::create(path, &text).map_err(|source| Failure::Make {
         path: path.to_owned(),
         source,
     })?;

@@ -19,12 +19,12 @@ use super::volume_args::VolumeArgs;
 use super::{Host, Keys, output};
 use crate::agent::{Erasure, ErasureStep, Purpose};
 use crate::hex;
-use crate::keys::private;
+use crate::keys::private_file;
 use crate::keys::{KeyError, KeyId, KeyReason, Reach, Revocation};
 use crate::known::{GuardError, Removal};
-use crate::moment::Moment;
 use crate::path_text;
 use crate::storage::{Access, Backing, Kind};
+use crate::timestamp::Timestamp;
 use crate::volume::{Bindings, BoundTo, Erased, Info, Proof, erase};
 
 const AFTER_HELP: &str = "\
@@ -70,8 +70,8 @@ struct Receipt<'a> {
     volume: Uuid,
     path: String,
     device: Device,
-    started: Moment,
-    finished: Moment,
+    started: Timestamp,
+    finished: Timestamp,
     by: By,
     before: &'a Info,
     header_sha256: &'a str,
@@ -152,10 +152,10 @@ impl Erase {
             false => Vec::new(),
         };
         keys.report_erasure(&step(ErasureStep::Begun))?;
-        let started = Moment::now();
+        let started = Timestamp::now();
         let erased = erase(header, before.uuid)?;
         made.keep();
-        let finished = Moment::now();
+        let finished = Timestamp::now();
 
         // The log has it before anything else can fail. There is a receipt whatever fails.
         let logged = keys.report_erasure(&step(ErasureStep::Erased {
@@ -256,9 +256,9 @@ impl Erase {
             // An earlier one that was interrupted has left it empty.
             let is_left = fs::symlink_metadata(path).is_ok_and(|file| file.is_file() && file.len() == 0);
             let make = if is_left {
-                private::replace
+                private_file::replace
             } else {
-                private::create
+                private_file::create
             };
             make(path, &[]).map_err(|source| Failure::Make {
                 path: path.clone(),
@@ -273,7 +273,7 @@ impl Erase {
     fn hand_over(&self, text: &str, volume: Uuid) -> Result<(), Failure> {
         match &self.receipt {
             Some(path) => {
-                if let Err(source) = private::replace(path, text.as_bytes()) {
+                if let Err(source) = private_file::replace(path, text.as_bytes()) {
                     // There will be no other.
                     output::print(text)?;
                     return Err(Failure::Make {

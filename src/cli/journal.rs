@@ -15,7 +15,7 @@ use tracing_subscriber::layer::Context;
 
 use super::log;
 use super::output::printable;
-use crate::causes::causes;
+use crate::error_chain::causes;
 
 /// Where the journal takes records.
 const SOCKET: &str = "/run/systemd/journal/socket";

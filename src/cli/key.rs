@@ -18,7 +18,7 @@ use crate::agent::Purpose;
 use crate::keys::{KeyError, KeyId, KeyProvider, KeyReason, KeyState, Providers, Reach, Revocation};
 use crate::known::survey::Sighting;
 use crate::known::{GuardError, Known, Removal};
-use crate::moment::Moment;
+use crate::timestamp::Timestamp;
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -236,7 +236,7 @@ struct Row {
     /// How many volumes it opens, as far as is known.
     volumes: usize,
     /// When the first of them was bound to it, if that is known.
-    bound: Option<Moment>,
+    bound: Option<Timestamp>,
     /// How long ago that was, in seconds.
     age: Option<u64>,
 }
@@ -344,7 +344,7 @@ fn state_text(state: KeyState) -> &'static str {
 }
 
 /// The age of what was bound then, for people.
-pub(super) fn age_text(bound: Option<Moment>) -> String {
+pub(super) fn age_text(bound: Option<Timestamp>) -> String {
     const DAY: u64 = 86_400;
     match bound.map(|bound| bound.age().as_secs()) {
         None => "unknown".to_owned(),
@@ -403,7 +403,7 @@ struct DueVolume {
     key_id: KeyId,
     standing: String,
     /// Null if nobody knows since when.
-    bound: Option<Moment>,
+    bound: Option<Timestamp>,
     age: Option<u64>,
 }
 

@@ -23,7 +23,7 @@ use tracing_subscriber::layer::Context;
 
 use super::journal;
 use crate::control::events;
-use crate::control::refusals::Refusals;
+use crate::control::rate_limit::RateLimit;
 
 /// How many lines of a kind are written at once, and after what time one more is.
 const AT_ONCE: u32 = 10;
@@ -35,11 +35,11 @@ const ERRORS: usize = 4;
 /// have limits of their own, and each of the others was asked for by somebody with a privilege. A line with another error is
 /// another one, as long as there are not too many of them.
 #[derive(Debug)]
-pub(super) struct Limit(Refusals<Identifier, String>);
+pub(super) struct Limit(RateLimit<Identifier, String>);
 
 impl Limit {
     pub(super) fn new() -> Self {
-        Self(Refusals::new(AT_ONCE, INTERVAL).with_kinds(ERRORS))
+        Self(RateLimit::new(AT_ONCE, INTERVAL).with_kinds(ERRORS))
     }
 }
 

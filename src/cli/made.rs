@@ -4,7 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use super::output;
-use crate::keys::private;
+use crate::keys::private_file;
 
 /// Removes the files it holds when it is dropped, unless they are kept.
 #[derive(Debug, Default)]
@@ -18,7 +18,7 @@ impl Made {
     /// Leaves them where they are, by names that a crash of the host does not take back.
     pub(super) fn keep(mut self) {
         for path in self.0.drain(..) {
-            if let Err(e) = private::sync_dir_of(&path) {
+            if let Err(e) = private_file::sync_dir_of(&path) {
                 output::note(&format!(
                     "{} was made, but a crash now may lose it: {e}",
                     path.display()

@@ -17,7 +17,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use super::failure::Failure;
 use super::journal::{self, Journal};
 use super::log::{self, Limit, Lines};
-use crate::causes::causes;
+use crate::error_chain::causes;
 use crate::keys::harmless;
 
 /// Prints a verb's whole answer. A reader that closed the pipe has seen enough: that is no failure.

@@ -11,7 +11,7 @@ use super::secret::{SecretError, SecretSource};
 use super::{Host, output, strength};
 use crate::keys::arena::{SecretBytes, on_wiped_stack};
 use crate::keys::registry::Backup as Taken;
-use crate::keys::{PRIMARY_LEN, private};
+use crate::keys::{PRIMARY_LEN, private_file};
 use crate::storage::{Access, Backing};
 use crate::tpm::pcr::Selection;
 use crate::tpm::{DEFAULT_DEVICE, Device};
@@ -112,7 +112,7 @@ impl Backup {
         let passphrase = key.first();
         strength::demand(passphrase, source, self.weak)?;
         let mut made = Made::default();
-        private::create(path, &[]).map_err(|source| Failure::Make {
+        private_file::create(path, &[]).map_err(|source| Failure::Make {
             path: path.clone(),
             source,
         })?;

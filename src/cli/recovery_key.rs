@@ -10,7 +10,7 @@ use super::failure::Failure;
 use super::secret::{Key, SecretError, SecretSource};
 use super::strength;
 use crate::keys::arena::{ArenaError, SecretBytes};
-use crate::keys::private;
+use crate::keys::private_file;
 
 const MODHEX: &[u8; 16] = b"cbdefghijklnrtuv";
 const RANDOM_LEN: usize = 32;
@@ -30,7 +30,7 @@ impl RecoveryKey {
         match source {
             SecretSource::File(path) if !exists(path) => {
                 let passphrase = generate().map_err(SecretError::from)?;
-                private::create(path, &passphrase).map_err(|e| SecretError::Io {
+                private_file::create(path, &passphrase).map_err(|e| SecretError::Io {
                     action: "write",
                     location: path.display().to_string(),
                     source: e,

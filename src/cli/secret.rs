@@ -17,7 +17,7 @@ use clap::builder::{OsStringValueParser, TypedValueParser, ValueParser, ValuePar
 
 use super::output;
 use crate::keys::arena::{ArenaError, SecretBytes};
-use crate::keys::private::{self, Exposed, Forbid};
+use crate::keys::private_file::{self, Exposed, Forbid};
 
 /// The longest secret that is read, in bytes: that of cryptsetup's key files.
 const MAX_LEN: usize = 8 << 20;
@@ -150,7 +150,8 @@ impl SecretSource {
         let metadata = file.metadata().map_err(io)?;
         if let Self::File(path) = self
             && metadata.is_file()
-            && let Err(open_to_others @ Exposed::Mode { .. }) = private::check(path, &metadata, Forbid::All)
+            && let Err(open_to_others @ Exposed::Mode { .. }) =
+                private_file::check(path, &metadata, Forbid::All)
         {
             output::note(&format!("{location}: {open_to_others}"));
         }

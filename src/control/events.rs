@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime};
 use serde_json::{Map, Value};
 
 use super::peer::Peer;
-use super::places::{Places, Rooms, Standing, UserPlace, UserPlaces};
+use super::quota::{Limits, Quota, Standing, UserQuota, UserShare};
 use crate::mutex::lock;
 
 /// Everything that is told of.
@@ -193,7 +193,7 @@ impl fmt::Display for Event {
 }
 
 /// The most that watch at a time.
-const ROOMS: Rooms = Rooms {
+const ROOMS: Limits = Limits {
     own: 64,
     granted: 64,
     stranger: 0,
@@ -206,21 +206,21 @@ const MAX_BEHIND: usize = 1024;
 #[derive(Debug, Default)]
 pub struct Events {
     watchers: Mutex<Vec<Watcher>>,
-    places: Arc<UserPlaces>,
+    places: Arc<UserQuota>,
 }
 
 #[derive(Debug)]
 struct Watcher {
     sender: SyncSender<Arc<Value>>,
     /// Gone with its [`Watch`].
-    place: Weak<UserPlace>,
+    place: Weak<UserShare>,
 }
 
 /// The events from now on.
 #[derive(Debug)]
 pub struct Watch {
     events: Receiver<Arc<Value>>,
-    _place: Arc<UserPlace>,
+    _place: Arc<UserShare>,
 }
 
 /// What a watcher gets next.
@@ -259,7 +259,7 @@ impl Events {
     /// Hears all events from now on for `peer`, who may, unless too many do.
     pub fn watch(&self, peer: &Peer) -> Option<Watch> {
         let standing = Standing::of(peer, |_| true);
-        let place = Arc::new(Places::take_of(&self.places, ROOMS, peer.user, standing)?);
+        let place = Arc::new(Quota::take_of(&self.places, ROOMS, peer.user, standing)?);
         let (sender, events) = sync_channel(MAX_BEHIND);
         let mut watchers = self.lock();
         watchers.retain(|watcher| watcher.place.strong_count() > 0);

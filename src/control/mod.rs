@@ -17,9 +17,9 @@
 pub mod events;
 pub mod manager;
 pub mod peer;
-pub mod places;
 pub mod privilege;
-pub mod refusals;
+pub mod quota;
+pub mod rate_limit;
 pub mod server;
 pub mod socket;
 pub mod varlink;

@@ -7,13 +7,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::peer::Peer;
-use super::places::{Places, Rooms, Standing, UserPlaces};
+use super::quota::{Limits, Quota, Standing, UserQuota};
 use super::socket;
 use super::varlink::{self, Interface};
 use crate::closer::ClosedElsewhere;
 
 /// The most callers at a time; what is more is turned away. Strangers have nothing to wait for.
-const ROOMS: Rooms = Rooms {
+const ROOMS: Limits = Limits {
     own: 512,
     granted: 1024,
     stranger: 64,
@@ -38,10 +38,10 @@ pub fn run(listener: &UnixListener, ending: &OwnedFd, service: &Arc<dyn Interfac
     })
 }
 
-fn answer(stream: ClosedElsewhere<UnixStream>, service: &Arc<dyn Interface>, callers: &Arc<UserPlaces>) {
+fn answer(stream: ClosedElsewhere<UnixStream>, service: &Arc<dyn Interface>, callers: &Arc<UserQuota>) {
     let Ok(peer) = Peer::of(&stream) else { return };
     let standing = Standing::of(&peer, |peer| service.knows(peer));
-    let Some(place) = Places::take_of(callers, ROOMS, peer.user, standing) else {
+    let Some(place) = Quota::take_of(callers, ROOMS, peer.user, standing) else {
         tracing::debug!(user = peer.user, "a caller is turned away: there are too many");
         return;
     };

@@ -14,9 +14,9 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use super::{polling, worker};
 use crate::cipher::SectorSize;
-use crate::moment::Moment;
 use crate::mutex::lock;
 use crate::storage::DataFile;
+use crate::timestamp::Timestamp;
 use crate::volume::segment::SegmentTable;
 
 /// How often a lock looks whether the workers are done.
@@ -102,7 +102,7 @@ pub struct Disk {
     /// The pages of each queue's pool.
     pub pool_pages: u32,
     /// Since when a front-end is connected.
-    front_end: Mutex<Option<Moment>>,
+    front_end: Mutex<Option<Timestamp>>,
     /// Whether it was told that a driver takes this disk for another: a driver can bring that about at any time.
     pub(super) mismatch_told: AtomicBool,
 }
@@ -203,12 +203,12 @@ impl Disk {
     }
 
     /// Since when a front-end is connected; none while none is.
-    pub fn front_end(&self) -> Option<Moment> {
+    pub fn front_end(&self) -> Option<Timestamp> {
         *lock(&self.front_end)
     }
 
     /// Takes note that a front-end has come or left.
-    pub(super) fn set_front_end(&self, since: Option<Moment>) {
+    pub(super) fn set_front_end(&self, since: Option<Timestamp>) {
         *lock(&self.front_end) = since;
     }
 

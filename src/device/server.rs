@@ -25,7 +25,7 @@ use super::uring;
 use crate::closer::{self, ClosedElsewhere};
 use crate::control::manager;
 use crate::control::socket::{BindError, Bound, Permissions, accept, bind, termination};
-use crate::moment::Moment;
+use crate::timestamp::Timestamp;
 
 /// Where front-ends come from.
 #[derive(Debug)]
@@ -290,7 +290,7 @@ impl Control {
                 .name("session".into())
                 .spawn(move || {
                     tracing::info!("a front-end has connected");
-                    host.disk.set_front_end(Some(Moment::now()));
+                    host.disk.set_front_end(Some(Timestamp::now()));
                     let ended = session::run(&front_end, &host.disk, host.num_queues, &host.link);
                     host.disk.set_front_end(None);
                     match ended {

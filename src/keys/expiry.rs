@@ -12,7 +12,7 @@ use rustls::pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
 
 use super::tls::{Certificate, Identity, TlsFiles, certificates};
-use crate::moment::Moment;
+use crate::timestamp::Timestamp;
 
 const DAY: u64 = 86_400;
 /// The most that is told of a provider: a bundle of authorities may have many that are old.
@@ -28,7 +28,7 @@ pub struct Expiring {
     /// What this host does with it.
     pub whose: Whose,
     /// Its last second.
-    pub until: Moment,
+    pub until: Timestamp,
 }
 
 /// What this host does with a certificate.
@@ -108,7 +108,7 @@ pub(super) fn expiring(files: &TlsFiles) -> Vec<Expiring> {
 
 fn in_file(path: &Path, whose: Whose) -> impl Iterator<Item = Expiring> {
     let certificates = certificates(path).unwrap_or_default();
-    let mut lasting: Vec<(String, Moment)> = Vec::new();
+    let mut lasting: Vec<(String, Timestamp)> = Vec::new();
     for (subject, until) in certificates.iter().filter_map(validity) {
         match lasting.iter_mut().find(|(known, _)| *known == subject) {
             Some((_, known)) => *known = until.max(*known),
@@ -126,7 +126,7 @@ fn in_file(path: &Path, whose: Whose) -> impl Iterator<Item = Expiring> {
 }
 
 /// Whom a certificate is for, and until when.
-fn validity(certificate: &CertificateDer<'_>) -> Option<(String, Moment)> {
+fn validity(certificate: &CertificateDer<'_>) -> Option<(String, Timestamp)> {
     let certificate = Certificate::parse(certificate)?;
     let (_, until) = certificate.validity();
     Some((certificate.subject(), until))
@@ -145,7 +145,7 @@ mod tests {
             path: "/ca.pem".into(),
             subject: "CN=x".into(),
             whose: Whose::Host,
-            until: Moment::of(std::time::SystemTime::now() + left),
+            until: Timestamp::of(std::time::SystemTime::now() + left),
         }
     }
 

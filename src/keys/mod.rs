@@ -29,7 +29,7 @@ pub mod harden;
 mod https;
 pub mod kmip;
 mod native;
-pub(crate) mod private;
+pub(crate) mod private_file;
 pub mod registry;
 mod revoked;
 mod sealed_cache;

@@ -27,7 +27,7 @@ use sha2::Sha256;
 use uuid::Uuid;
 
 use super::arena::{ArenaError, SecretBytes, on_wiped_stack};
-use super::private::{self, Unreadable};
+use super::private_file::{self, Unreadable};
 use super::registry::Backup;
 use super::source::KekSource;
 use super::wrap::{KEK_LEN, Kek};
@@ -114,7 +114,7 @@ impl Native {
         content[..16].copy_from_slice(MAGIC);
         content[16..48].copy_from_slice(primary);
         content[48..].copy_from_slice(&identity(primary));
-        private::create(path, &content).map_err(|e| fail(e.into()))
+        private_file::create(path, &content).map_err(|e| fail(e.into()))
     }
 
     /// Reads the primary key at `path`.
@@ -177,7 +177,7 @@ impl Native {
                 .because("it gives back another key than it was given"));
         }
         let text = serde_json::to_string_pretty(&key).expect("texts are JSON") + "\n";
-        private::replace_wiping(path, text.as_bytes()).map_err(host)
+        private_file::replace_wiping(path, text.as_bytes()).map_err(host)
     }
 
     /// The primary key, to be backed up.
@@ -279,7 +279,7 @@ impl Content {
             KeyError::new(name, path.display(), reason).because(source)
         };
         let invalid = || fail(KeyReason::Invalid, FileError::Magic.into());
-        let content = private::read(path, MAX_FILE).map_err(|e| match &e {
+        let content = private_file::read(path, MAX_FILE).map_err(|e| match &e {
             Unreadable::Io(io) if io.kind() == io::ErrorKind::NotFound => fail(KeyReason::Missing, e.into()),
             _ => fail(e.reason(), e.into()),
         })?;
@@ -323,7 +323,7 @@ fn tpm_failed(name: &str, tpm: &Device, error: TpmError) -> KeyError {
 /// The identity of the key in a file, as far as that can be told without the key.
 fn read_identity(path: &Path) -> io::Result<Option<String>> {
     let mut content = SecretBytes::zeroed(MAX_FILE).map_err(io::Error::other)?;
-    let len = private::open(path)?.read(&mut content)?;
+    let len = private_file::open(path)?.read(&mut content)?;
     Ok(match content[..len].strip_prefix(MAGIC) {
         Some(key) => key.get(PRIMARY_LEN..).map(hex::encode),
         None => SealedKey::parse(&content[..len]).map(|sealed| sealed.identity),

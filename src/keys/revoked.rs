@@ -14,9 +14,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{KeyId, file_name, private};
-use crate::moment::Moment;
+use super::{KeyId, file_name, private_file};
 use crate::parsing;
+use crate::timestamp::Timestamp;
 
 /// The revoked KEKs of one provider.
 #[derive(Debug)]
@@ -30,13 +30,13 @@ pub(super) struct Revoked {
 struct Record {
     provider: String,
     key_id: KeyId,
-    revoked: Moment,
+    revoked: Timestamp,
 }
 
 /// A KEK that is not used any more.
 #[derive(Debug, thiserror::Error)]
 #[error("the key was revoked on this host{}", .0.map(|since| format!(" at {since}")).unwrap_or_default())]
-pub(super) struct RevokedHere(Option<Moment>);
+pub(super) struct RevokedHere(Option<Timestamp>);
 
 impl Revoked {
     /// Those of `provider`, in the state directory `state_dir`.
@@ -72,14 +72,14 @@ impl Revoked {
     /// # Errors
     /// If it cannot be written.
     pub(super) fn add(&self, key_id: &KeyId) -> io::Result<()> {
-        private::ensure_dir(&self.dir)?;
+        private_file::ensure_dir(&self.dir)?;
         let record = Record {
             provider: self.provider.clone(),
             key_id: key_id.clone(),
-            revoked: Moment::now(),
+            revoked: Timestamp::now(),
         };
         let text = serde_json::to_vec(&record).expect("texts are JSON");
-        match private::create(&self.file(key_id), &text) {
+        match private_file::create(&self.file(key_id), &text) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
             result => result,
         }

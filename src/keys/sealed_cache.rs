@@ -18,7 +18,7 @@ use uuid::Uuid;
 
 use super::arena::SecretBytes;
 use super::wrap::{self, KEK_LEN, Kek};
-use super::{Binding, KeyId, file_name, private};
+use super::{Binding, KeyId, file_name, private_file};
 use crate::parsing;
 use crate::tpm::pcr::Selection;
 use crate::tpm::seal::Sealed;
@@ -81,7 +81,7 @@ impl SealedCache {
         dir: &Path,
         settings: &SealedCacheSettings,
     ) -> Result<Kek, Box<dyn std::error::Error + Send + Sync>> {
-        private::ensure_dir(dir)?;
+        private_file::ensure_dir(dir)?;
         let path = dir.join(KEY);
         let mut tpm = Tpm::open(&settings.tpm)?;
         match fs::read(&path) {
@@ -109,7 +109,7 @@ impl SealedCache {
         let key = SecretBytes::random(KEK_LEN)?;
         let sealed = tpm.seal(&key, settings.pcrs)?;
         let text = serde_json::to_vec_pretty(&sealed).expect("texts are JSON");
-        private::create(&path, &text)?;
+        private_file::create(&path, &text)?;
         Ok(Kek::new(key)?)
     }
 
@@ -121,7 +121,7 @@ impl SealedCache {
             entry[..TIME].copy_from_slice(&now.as_secs().to_be_bytes());
             entry[TIME..].copy_from_slice(kek.key());
             let wrapped = wrap::wrap(&self.key, &binding(provider, key_id), &entry)?;
-            Ok(private::replace(&self.file(provider, key_id), &wrapped)?)
+            Ok(private_file::replace(&self.file(provider, key_id), &wrapped)?)
         };
         if let Err(error) = keep() {
             tracing::warn!(provider, %key_id, "a key cannot be kept for a reboot: {error}");
@@ -234,7 +234,7 @@ mod tests {
         let later = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() + 100;
         entry[..TIME].copy_from_slice(&later.to_be_bytes());
         let wrapped = wrap::wrap(&cache.key, &binding("kms", &id("one")), &entry).unwrap();
-        private::replace(&cache.file("kms", &id("one")), &wrapped).unwrap();
+        private_file::replace(&cache.file("kms", &id("one")), &wrapped).unwrap();
         assert!(cache.find("kms", &id("one")).is_none(), "it is of the future");
     }
 }

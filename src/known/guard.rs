@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use super::survey::{Sighting, UNTOLD, survey};
 use super::{Index, Known};
-use crate::causes::remedy;
+use crate::error_chain::remedy;
 use crate::keys::registry::{Backup, Registry, RegistryError};
 use crate::keys::{KeyError, KeyId, KeyProvider, KeyReason, KeyState, Reach, Revocation, harmless};
 

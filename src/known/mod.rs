@@ -45,12 +45,12 @@ use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use crate::hex;
-use crate::keys::private;
+use crate::keys::private_file;
 use crate::keys::{Binding, KeyId};
-use crate::moment::Moment;
 use crate::mutex::lock;
 use crate::parsing;
 use crate::path_text;
+use crate::timestamp::Timestamp;
 use room::Counts;
 use survey::{Standing, look};
 
@@ -87,10 +87,10 @@ pub struct Known {
     pub keyslot: u32,
     /// When the keyslot was bound to the KEK, if that is known.
     #[serde(default)]
-    pub bound: Option<Moment>,
+    pub bound: Option<Timestamp>,
     /// When it was last opened with it on this host, if it ever was.
     #[serde(default)]
-    pub opened: Option<Moment>,
+    pub opened: Option<Timestamp>,
     /// Whether nobody has said yet that the binding, which was announced, came about.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub unsettled: bool,
@@ -132,7 +132,7 @@ pub enum Occasion {
     /// It was opened with a key.
     Opened,
     /// Its header was found to name a key, since then if it tells.
-    Found(Option<Moment>),
+    Found(Option<Timestamp>),
 }
 
 /// The list of a state directory.
@@ -169,7 +169,7 @@ impl Index {
     /// then it is noted that there is such a volume, unless that is known. If it cannot be noted, the list says that it lacks
     /// something, and so does the log: no volume stays closed for it.
     pub fn note(&self, binding: &Binding<'_>, path: &Path, occasion: Occasion, by: By) {
-        let now = Moment::now();
+        let now = Timestamp::now();
         let mut known = note_of(binding, path, by);
         known.bound = match occasion {
             Occasion::Bound => Some(now),
@@ -219,7 +219,7 @@ impl Index {
 
     /// Whether there was room for it.
     fn write(&self, mut known: Known) -> io::Result<bool> {
-        private::ensure_dir(&self.dir)?;
+        private_file::ensure_dir(&self.dir)?;
         if self.file(&known).exists() {
             return self.put(known).map(|()| true);
         }
@@ -268,7 +268,7 @@ impl Index {
             // A header that was found may say anything, and nobody could read the note.
             return Err(io::ErrorKind::FileTooLarge.into());
         }
-        private::replace(file, &text)
+        private_file::replace(file, &text)
     }
 
     /// All of it. What several users have noted of one place is told once.
@@ -564,7 +564,7 @@ mod tests {
         // What was given up binds nobody.
         index.announce(&binding(3, &stale), path, By::User(1)).unwrap();
         let (file, mut known) = index.notes_of(Uuid::from_u128(3)).unwrap().remove(0);
-        known.bound = Some(Moment::from_unix(0));
+        known.bound = Some(Timestamp::from_unix(0));
         index.put_anew(&file, known).unwrap();
         index.announce(&binding(4, &stale), path, By::User(2)).unwrap();
     }

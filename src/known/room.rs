@@ -21,8 +21,8 @@ use uuid::Uuid;
 
 use super::survey::{Standing, look};
 use super::{Index, Known, MOST, PLACES, Rarely, Remark, name_of, note_of, read, remove};
-use crate::causes::remedy;
-use crate::keys::{Binding, KeyError, KeyReason, private};
+use crate::error_chain::remedy;
+use crate::keys::{Binding, KeyError, KeyReason, private_file};
 
 /// What users have at most, all together: the rest is the owner's.
 const MOST_OF_USERS: usize = MOST / 4 * 3;
@@ -226,7 +226,7 @@ impl Index {
         };
         // What the volume itself contradicts makes room. To look at it may take a while, in which nobody has to wait.
         self.drop_contradicted(binding.volume).map_err(unwritable)?;
-        private::ensure_dir(&self.dir).map_err(unwritable)?;
+        private_file::ensure_dir(&self.dir).map_err(unwritable)?;
         let lock = File::open(&self.dir).map_err(unwritable)?;
         flock(&lock, FlockOperation::LockExclusive).map_err(|error| unwritable(error.into()))?;
 
@@ -244,7 +244,7 @@ impl Index {
             }
         }
         let mut known = note_of(binding, path, by);
-        known.bound = Some(crate::moment::Moment::now());
+        known.bound = Some(crate::timestamp::Timestamp::now());
         known.unsettled = true;
         let file = self.file(&known);
         if !own.contains(&&file) && !file.exists() {
@@ -301,7 +301,7 @@ impl Index {
 
     /// Says, until somebody clears it, that the list lacks something.
     pub(super) fn mark_incomplete(&self) -> io::Result<()> {
-        private::replace(&self.dir.join(INCOMPLETE), b"")
+        private_file::replace(&self.dir.join(INCOMPLETE), b"")
     }
 
     pub(super) fn is_incomplete(&self) -> bool {

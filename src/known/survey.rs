@@ -15,8 +15,8 @@ use uuid::Uuid;
 use super::room::remark;
 use super::{By, Index, Known, Occasion, Remark, read, remove};
 use crate::keys::Binding;
-use crate::lookout::{Lookout, OF_CALLERS};
 use crate::path_text::{from_text, to_text};
+use crate::probe::{OF_CALLERS, Probe};
 use crate::storage::{Access, Backing, opening_acts};
 use crate::volume::{Bindings, BoundTo, HeaderError};
 
@@ -96,14 +96,14 @@ pub(super) const UNTOLD: &str = "untold";
 /// What each of `notes` is worth. A place is looked at once. Since when a volume is bound to its key, its own header tells.
 pub fn survey(notes: impl IntoIterator<Item = Known>) -> Vec<Sighting> {
     let began = Instant::now();
-    let mut lookout = Lookout::of(&OF_CALLERS);
+    let mut probe = Probe::of(&OF_CALLERS);
     let mut seen: HashMap<(String, Caution), Found> = HashMap::new();
     let judge = |mut known: Known| {
         let caution = Caution::with(&known);
         let found =
             seen.entry((known.path.clone(), caution))
                 .or_insert_with(|| match began.elapsed() < PATIENCE {
-                    true => Found::at(&mut lookout, &from_text(&known.path), caution),
+                    true => Found::at(&mut probe, &from_text(&known.path), caution),
                     false => Found::Nothing("there was no time to look at it".to_owned()),
                 });
         let found = &*found;
@@ -119,8 +119,8 @@ pub fn survey(notes: impl IntoIterator<Item = Known>) -> Vec<Sighting> {
 
 /// What one note is worth.
 pub(super) fn look(known: &Known) -> Standing {
-    let mut lookout = Lookout::of(&OF_CALLERS);
-    Found::at(&mut lookout, &from_text(&known.path), Caution::with(known)).judge(known)
+    let mut probe = Probe::of(&OF_CALLERS);
+    Found::at(&mut probe, &from_text(&known.path), Caution::with(known)).judge(known)
 }
 
 /// What a look at volumes has brought.
@@ -157,11 +157,11 @@ impl Index {
     /// Drops what is noted of a volume that was erased, at the place where it was, whatever names that has: unless it is there
     /// still, or that cannot be told. Users say what they like: of them, only their own notes go.
     pub fn erased(&self, volume: Uuid, path: &Path, by: By) {
-        let mut lookout = Lookout::of(&OF_CALLERS);
-        if !matches!(Found::at(&mut lookout, path, Caution::of(by)), Found::NoVolume) {
+        let mut probe = Probe::of(&OF_CALLERS);
+        if !matches!(Found::at(&mut probe, path, Caution::of(by)), Found::NoVolume) {
             return;
         }
-        let mut place_of = |path: &Path| lookout.at(path, |path| fs::canonicalize(path).ok()).ok()?;
+        let mut place_of = |path: &Path| probe.at(path, |path| fs::canonicalize(path).ok()).ok()?;
         let place = place_of(path);
         let its = |known: &Known| by == By::Owner || known.user == by.user();
         for (file, known) in self.notes_of(volume).unwrap_or_default() {
@@ -179,10 +179,10 @@ impl Index {
     /// Looks at the volumes in `paths`, and notes what they are bound to.
     pub fn scan<'p>(&self, paths: impl Iterator<Item = &'p Path>, by: By) -> Scanned {
         let mut scanned = Scanned::default();
-        let mut lookout = Lookout::of(&OF_CALLERS);
+        let mut probe = Probe::of(&OF_CALLERS);
         for path in paths {
             let told = to_text(path);
-            match Found::at(&mut lookout, path, Caution::of(by)) {
+            match Found::at(&mut probe, path, Caution::of(by)) {
                 Found::Volume(bindings) => {
                     for to in &bindings.to {
                         let binding = Binding {
@@ -284,8 +284,8 @@ enum Found {
 }
 
 impl Found {
-    fn at(lookout: &mut Lookout, path: &Path, caution: Caution) -> Self {
-        let found = lookout.at(path, move |path| find(path, caution));
+    fn at(probe: &mut Probe, path: &Path, caution: Caution) -> Self {
+        let found = probe.at(path, move |path| find(path, caution));
         found.unwrap_or_else(|silence| Self::Nothing(silence.to_string()))
     }
 
@@ -327,7 +327,7 @@ impl Found {
 }
 
 /// Reads the header at `path`: what is neither a file nor a block device is not opened, since with some devices that alone does
-/// something. It may never come back; it is a [`Lookout`]'s to run.
+/// something. It may never come back; it is a [`Probe`]'s to run.
 fn find(path: &Path, caution: Caution) -> Found {
     let there = match rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()) {
         Ok(there) => File::from(there),

@@ -9,16 +9,16 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::{Lock, OpenError, Served, ServedError};
-use crate::causes::causes;
 use crate::cipher::Sector;
 use crate::control::events::Event;
 use crate::control::peer::Peer;
 use crate::control::privilege::{Grants, Privilege};
-use crate::control::refusals::Refusals;
+use crate::control::rate_limit::RateLimit;
 use crate::control::varlink::{self, Answer, MethodError, Request};
+use crate::error_chain::causes;
 use crate::keys::{KeyId, KeyReason};
-use crate::moment::Moment;
 use crate::path_text;
+use crate::timestamp::Timestamp;
 
 /// The interface's name.
 pub const INTERFACE: &str = "org.sealblk.Disk";
@@ -49,7 +49,7 @@ pub struct FrontEnd {
     /// Whether one is.
     pub connected: bool,
     /// Then: since when.
-    pub since: Option<Moment>,
+    pub since: Option<Timestamp>,
 }
 
 /// Whether a disk has its key.
@@ -126,7 +126,7 @@ pub struct Interface {
     served: Arc<Served>,
     grants: Grants,
     /// By user.
-    refusals: Refusals<Option<u32>, ()>,
+    refusals: RateLimit<Option<u32>, ()>,
 }
 
 #[derive(Deserialize)]
@@ -144,7 +144,7 @@ impl Interface {
         Self {
             served,
             grants,
-            refusals: Refusals::new(100, Duration::from_secs(60)),
+            refusals: RateLimit::new(100, Duration::from_secs(60)),
         }
     }
 

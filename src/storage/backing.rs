@@ -23,7 +23,7 @@ use super::capabilities::{self, Protection, block_device_size, direct_alignment,
 use super::claim::{self, Claim};
 use super::loss::Losses;
 use super::pool::PAGE;
-use crate::causes::remedy;
+use crate::error_chain::remedy;
 
 /// What a [`Backing`] is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

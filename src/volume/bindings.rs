@@ -10,7 +10,7 @@ use super::header_io::HeaderIo;
 use super::metadata::Base64;
 use super::rekey::sealblk_tokens;
 use crate::keys::{Binding, KeyError, KeyId, Providers};
-use crate::moment::Moment;
+use crate::timestamp::Timestamp;
 
 /// A volume and the KEKs that open it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,7 +31,7 @@ pub struct BoundTo {
     /// The keyslot.
     pub keyslot: u32,
     /// When the keyslot was bound to it, if the token tells.
-    pub since: Option<Moment>,
+    pub since: Option<Timestamp>,
 }
 
 /// A KEK that a header names, and whether it opens the keyslot indeed.

@@ -12,8 +12,8 @@ use super::foreign::{Format, Owner, Unpack};
 use super::kdf::KdfError;
 use super::keyslot::KeyslotError;
 use super::refusal::Refusal;
-use crate::causes::remedy;
 use crate::cipher::CipherError;
+use crate::error_chain::remedy;
 use crate::keys::arena::ArenaError;
 use crate::keys::{KeyError, KeyId, KeyState};
 

@@ -9,8 +9,8 @@ use super::header_io::HeaderIo;
 use super::locked::{keyslots_of_segments, layout};
 use super::metadata::{Id, Kdf, Keyslot, Metadata, Segment, SegmentSize, Token};
 use super::token::{self, SealblkToken};
-use crate::moment::Moment;
 use crate::storage::Backing;
+use crate::timestamp::Timestamp;
 
 /// What an operator asks of a volume. Its JSON form is stable: fields are added, and none is renamed or removed.
 #[derive(Debug, Clone, Serialize)]
@@ -160,7 +160,7 @@ pub struct TokenInfo {
     /// Of a sealblk token: the KEK.
     pub key_id: Option<String>,
     /// Of a sealblk token: when the keyslot was bound to the KEK, if that is known.
-    pub bound: Option<Moment>,
+    pub bound: Option<Timestamp>,
     /// How long ago that was, in seconds.
     pub age: Option<u64>,
     /// Of a sealblk token that a rekey under way has added: the tokens that it replaces.

@@ -26,8 +26,8 @@ use serde_json::Value;
 use super::metadata::{Base64, Id, Other, Token};
 use crate::keys::KeyId;
 use crate::keys::arena::{ArenaError, SecretBytes};
-use crate::moment::Moment;
 use crate::parsing;
+use crate::timestamp::Timestamp;
 
 /// What a token of type [`TYPE`] holds beside its keyslots.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -38,7 +38,7 @@ pub(super) struct SealblkToken {
     #[serde(default)]
     pub(super) replaces: Vec<Id>,
     #[serde(default, deserialize_with = "known_moment")]
-    pub(super) bound: Option<Moment>,
+    pub(super) bound: Option<Timestamp>,
 }
 
 impl SealblkToken {
@@ -80,7 +80,7 @@ impl SealblkToken {
 }
 
 /// A date that cannot be read is none: the token opens its keyslot as well.
-fn known_moment<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Moment>, D::Error> {
+fn known_moment<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Timestamp>, D::Error> {
     let value = Value::deserialize(deserializer)?;
     Ok(value.as_str().and_then(|text| text.parse().ok()))
 }

@@ -20,7 +20,7 @@ use super::refusal;
 use super::token::{self, SLOT_SECRET_LEN, SealblkToken};
 use crate::keys::arena::SecretBytes;
 use crate::keys::{Binding, KeyProvider, KeyReason, KeyState, Providers};
-use crate::moment::Moment;
+use crate::timestamp::Timestamp;
 
 impl Locked<'_> {
     /// Unlocks by the sealblk tokens, one after the other, with the providers that they name. That which a rekey under way
@@ -328,7 +328,7 @@ pub(super) fn bound_keyslot<'p>(
         key_id: binding.key_id.clone(),
         wrapped_slot_secret: Base64(wrapped),
         replaces: Vec::new(),
-        bound: Some(Moment::now()),
+        bound: Some(Timestamp::now()),
     };
     Ok((sealed, token, announced))
 }

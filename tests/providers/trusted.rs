@@ -12,11 +12,11 @@ use kbs_types::{
     Attestation, Challenge, CompositeEvidence, ErrorInformation, Response, RuntimeData, Tee, TeePubKey,
 };
 use sealblk::hex;
+use sealblk::kbs::jwe::OneTimeKey;
+use sealblk::kbs::{self, Evidence};
 use sealblk::keys::arena::SecretBytes;
 use sealblk::keys::registry::{Registry, RegistryError, Source};
 use sealblk::keys::{Binding, KeyError, KeyId, KeyProvider, KeyReason, KeyState};
-use sealblk::rcar::jwe::OneTimeKey;
-use sealblk::rcar::{self, Evidence};
 use sealblk::tpm::attest::{AttestationKey, Quote, RsaPublic};
 use sealblk::tpm::pcr::Selection;
 use sealblk::tpm::{Device, Tpm};
@@ -605,10 +605,10 @@ fn examples_of_the_protocols_document_are_read_and_written_again() {
             }
         }
     });
-    assert_eq!(again::<rcar::Request>(&request), request);
+    assert_eq!(again::<kbs::Request>(&request), request);
     assert_eq!(again::<kbs_types::Request>(&request), request);
     let challenge = json!({ "nonce": "$nonce", "extra-params": {} });
-    assert_eq!(again::<rcar::Challenge>(&challenge), challenge);
+    assert_eq!(again::<kbs::Challenge>(&challenge), challenge);
     assert_eq!(again::<Challenge>(&challenge), challenge);
     let runtime_data = json!({
         "nonce": "$nonce",
@@ -620,10 +620,10 @@ fn examples_of_the_protocols_document_are_read_and_written_again() {
             "y": "$y_coordinate"
         }
     });
-    assert_eq!(again::<rcar::RuntimeData>(&runtime_data), runtime_data);
+    assert_eq!(again::<kbs::RuntimeData>(&runtime_data), runtime_data);
     assert_eq!(again::<RuntimeData>(&runtime_data), runtime_data);
     let token = json!({ "token": "<JWT_token_string>" });
-    assert_eq!(again::<rcar::Token>(&token), token);
+    assert_eq!(again::<kbs::Token>(&token), token);
     let mut response = json!({
         "protected": "$jose_header",
         "encrypted_key": "$encrypted_key",
@@ -633,7 +633,7 @@ fn examples_of_the_protocols_document_are_read_and_written_again() {
         "tag": "$tag"
     });
     // What is authenticated beside the header is optional (RFC 7516, 7.2.2), and never ours.
-    let ours = again::<rcar::jwe::Response>(&response);
+    let ours = again::<kbs::jwe::Response>(&response);
     response.as_object_mut().unwrap().remove("aad");
     assert_eq!(ours, response);
     // The form of the evidence is each TEE's own.
@@ -643,7 +643,7 @@ fn examples_of_the_protocols_document_are_read_and_written_again() {
         "tee-evidence": { "primary_evidence": {}, "additional_evidence": "{}" }
     });
     assert_eq!(again::<Attestation>(&attestation), attestation);
-    assert!(serde_json::from_value::<rcar::Attestation>(attestation.clone()).is_err());
+    assert!(serde_json::from_value::<kbs::Attestation>(attestation.clone()).is_err());
     let mut with_quote = attestation;
     with_quote["tee-evidence"]["primary_evidence"] = json!({
         "svn": "1",
@@ -651,7 +651,7 @@ fn examples_of_the_protocols_document_are_read_and_written_again() {
         "tpm_quote": { "signature": "", "message": "", "pcrs": [] },
         "ak_public": ""
     });
-    assert_eq!(again::<rcar::Attestation>(&with_quote), with_quote);
+    assert_eq!(again::<kbs::Attestation>(&with_quote), with_quote);
 }
 
 #[test]

@@ -40,7 +40,7 @@ use super::source::{KekSource, LONGEST_TIMEOUT};
 use super::tls::{Identity, TlsFiles};
 use super::wrap::{KEK_LEN, Kek};
 use super::{Binding, KeyError, KeyId, KeyReason, KeyState, Reach, Revocation};
-use crate::causes::causes;
+use crate::error_chain::causes;
 use address::Address;
 use message::{Mark, NONCE_LEN, PRODUCT, Request, TAG_LEN, Use, Version, identifies};
 use session::{Session, Trouble, share};

@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 
 use super::arena::SecretBytes;
 use super::native::Native;
-use super::private::{self, Forbid};
+use super::private_file::{self, Forbid};
 use super::revoked::Revoked;
 use super::source::HostProvider;
 use super::trusted::Trusted;
@@ -345,7 +345,7 @@ impl Registry {
             let path = path.to_owned();
             move |source: io::Error| RegistryError::Io { action, path, source }
         };
-        private::ensure_dir(&self.dir).map_err(io("make the state directory", &self.dir))?;
+        private_file::ensure_dir(&self.dir).map_err(io("make the state directory", &self.dir))?;
         let _lock = self.lock()?;
         let mut settings = Settings::read(&self.dir)?;
         self.finish_removals(&mut settings)?;
@@ -359,7 +359,7 @@ impl Registry {
         let dir = self.dir_of(name);
         let is_new = !dir.exists();
         for dir in [&self.dir.join("providers"), &dir] {
-            private::ensure_dir(dir).map_err(io("make", dir))?;
+            private_file::ensure_dir(dir).map_err(io("make", dir))?;
             check_private(dir, Forbid::All)?;
         }
         prepare(&source, &dir).inspect_err(|_| {
@@ -419,10 +419,10 @@ fn wipe_dir(dir: &Path) -> io::Result<()> {
         files => files?,
     };
     for file in files {
-        private::wipe(&file?.path())?;
+        private_file::wipe(&file?.path())?;
     }
     fs::remove_dir(dir)?;
-    private::sync_dir_of(dir)
+    private_file::sync_dir_of(dir)
 }
 
 #[cfg(test)]
@@ -559,7 +559,7 @@ mod tests {
         let mut registry = Registry::open(&dir).unwrap();
         registry.add("native", NATIVE, false).unwrap();
         let key = fs::read(dir.join("providers/native/primary.key")).unwrap();
-        private::replace(&dir.join(settings::FILE), b"removing = [\"native\"]").unwrap();
+        private_file::replace(&dir.join(settings::FILE), b"removing = [\"native\"]").unwrap();
         assert_eq!(Registry::open(&dir).unwrap().list(), []);
         registry.add("native", NATIVE, false).unwrap();
         assert_ne!(fs::read(dir.join("providers/native/primary.key")).unwrap(), key);
@@ -609,9 +609,9 @@ mod tests {
     #[test]
     fn unusable_settings_are_refused_with_the_place() {
         let (_parent, dir) = fresh();
-        private::ensure_dir(&dir).unwrap();
+        private_file::ensure_dir(&dir).unwrap();
         let refused = |text: &str| {
-            private::replace(&dir.join(settings::FILE), text.as_bytes()).unwrap();
+            private_file::replace(&dir.join(settings::FILE), text.as_bytes()).unwrap();
             let error = Registry::open(&dir).unwrap_err();
             assert!(error.to_string().contains("providers.toml"), "{error}");
             error

@@ -19,7 +19,7 @@ use crate::keys::KeyError;
 use crate::keys::expiry::{self, Expiring};
 use crate::keys::kmip::{self, Kmip};
 use crate::keys::native::Native;
-use crate::keys::private::{self, Exposed, Forbid};
+use crate::keys::private_file::{self, Exposed, Forbid};
 use crate::keys::source::KekSource;
 use crate::keys::transit::{self, Transit};
 use crate::keys::trusted::{self, Trusted};
@@ -152,7 +152,7 @@ pub(super) fn check_private(path: &Path, forbid: Forbid) -> Result<(), RegistryE
         path: path.to_owned(),
         source,
     })?;
-    private::check(path, &metadata, forbid).map_err(|e: Exposed| RegistryError::Exposed {
+    private_file::check(path, &metadata, forbid).map_err(|e: Exposed| RegistryError::Exposed {
         path: path.to_owned(),
         source: Box::new(e),
     })
@@ -211,7 +211,7 @@ impl Settings {
         let not_text =
             |_| io::Error::other("TOML has no path that is not UTF-8; rename the file, or name a link to it");
         let written = toml::to_string(self).map_err(not_text);
-        let replaced = written.and_then(|text| private::replace(&path, text.as_bytes()));
+        let replaced = written.and_then(|text| private_file::replace(&path, text.as_bytes()));
         replaced.map_err(|source| RegistryError::Io {
             action: "write",
             path,

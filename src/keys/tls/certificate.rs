@@ -13,7 +13,7 @@ use x509_cert::ext::pkix::SubjectAltName;
 use x509_cert::ext::pkix::name::GeneralName;
 
 use crate::keys::harmless;
-use crate::moment::Moment;
+use crate::timestamp::Timestamp;
 
 /// A certificate that could be read. What RFC 5280 forbids, as a long serial number, is in none's way.
 #[derive(Clone)]
@@ -64,10 +64,10 @@ impl Certificate {
     }
 
     /// Its first second, and its last.
-    pub(in crate::keys) fn validity(&self) -> (Moment, Moment) {
+    pub(in crate::keys) fn validity(&self) -> (Timestamp, Timestamp) {
         let validity = self.0.tbs_certificate().validity();
         let [from, until] = [&validity.not_before, &validity.not_after]
-            .map(|time| Moment::from_unix(time.to_unix_duration().as_secs()));
+            .map(|time| Timestamp::from_unix(time.to_unix_duration().as_secs()));
         (from, until)
     }
 

@@ -11,7 +11,7 @@ use rustls::{AlertDescription as Alert, CertificateError, Error, InconsistentKey
 use super::Identity;
 use super::certificate::Certificate;
 use crate::keys::KeyReason;
-use crate::moment::Moment;
+use crate::timestamp::Timestamp;
 
 /// Why a connection with TLS is none, or cannot be made.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -193,7 +193,7 @@ fn of_server(error: &CertificateError, at: &Circumstances<'_>) -> String {
         | CertificateError::ExpiredContext { .. }
         | CertificateError::NotValidYet
         | CertificateError::NotValidYetContext { .. } => {
-            let now = Moment::now();
+            let now = Timestamp::now();
             let outside = |der: &&CertificateDer<'_>| {
                 Certificate::parse(der).is_some_and(|certificate| {
                     let (from, until) = certificate.validity();
@@ -246,12 +246,12 @@ fn of_certificate(
         CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
             format!(
                 "has expired, at {until}; this host's clock says {}; renew it",
-                Moment::now()
+                Timestamp::now()
             )
         }
         CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => format!(
             "is not valid before {from}, and this host's clock says {}; correct the clock that is wrong",
-            Moment::now()
+            Timestamp::now()
         ),
         CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
             let names = certificate.names();
@@ -367,7 +367,7 @@ fn of_alert(alert: Alert, at: &Circumstances<'_>) -> (KeyReason, String) {
         .unwrap_or_default();
     let refused = format!("the server does not take this host's certificate {subject:?} in {file}");
     let (from, until) = own.as_ref().map(Certificate::validity).unzip();
-    let now = Moment::now();
+    let now = Timestamp::now();
     let text = match alert {
         // Many servers have the same alert for all that is wrong with a certificate: this host can look for itself.
         Alert::BadCertificate

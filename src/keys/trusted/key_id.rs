@@ -10,10 +10,10 @@
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 
+use crate::kbs::ResourcePath;
 use crate::keys::KeyId;
 use crate::keys::arena::{ArenaError, SecretBytes};
 use crate::keys::wrap::{self, KEK_LEN, Kek, UnwrapError};
-use crate::rcar::ResourcePath;
 
 /// Sets wrapped KEKs apart from all others that a key might ever authenticate.
 const LABEL: &[u8] = b"sealblk trusted KEK\0";

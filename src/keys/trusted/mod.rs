@@ -25,13 +25,13 @@ use self::key_id::WrappedKek;
 use super::arena::SecretBytes;
 use super::cache::{KekCache, Origin, Wanted};
 use super::https::{self, Failure, Server};
-use super::private::{self, Unreadable};
+use super::private_file::{self, Unreadable};
 use super::source::KekSource;
 use super::tls::TlsFiles;
 use super::wrap::{Kek, UnwrapError};
 use super::{KeyError, KeyId, KeyReason, KeyState};
+use crate::kbs::ResourcePath;
 use crate::parsing;
-use crate::rcar::ResourcePath;
 use crate::tpm::attest::AttestationKey;
 use crate::tpm::{Device, Tpm, TpmError};
 
@@ -141,7 +141,7 @@ impl Trusted {
             || -> Result<AttestationKey, TpmError> { Tpm::open(&settings.tpm)?.create_attestation_key() };
         let key = make().map_err(|e| KeyError::new(name, &settings.tpm, KeyReason::Host).because(e))?;
         let json = serde_json::to_vec(&key).expect("texts are JSON");
-        private::create(&path, &json)
+        private_file::create(&path, &json)
             .map_err(|e| KeyError::new(name, path.display(), KeyReason::Host).because(e))
     }
 
@@ -277,7 +277,7 @@ fn key_file(dir: &Path) -> PathBuf {
 }
 
 fn read_key(path: &Path) -> Result<(AttestationKey, Vec<u8>), KeyFile> {
-    let json = private::read(path, KEY_LIMIT)?;
+    let json = private_file::read(path, KEY_LIMIT)?;
     let key = parsing::json(&json).map_err(|_| KeyFile::Form)?;
     let spki = release::spki(&key).map_err(|_| KeyFile::Form)?;
     Ok((key, spki))

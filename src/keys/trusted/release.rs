@@ -1,20 +1,20 @@
-//! One release: the host proves its state, and is given the resource (`crate::rcar` has the messages).
+//! One release: the host proves its state, and is given the resource (`crate::kbs` has the messages).
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 
 use super::Trusted;
+use crate::kbs::enrolment::{ACTIVATE, Activate, Challenge as Credential, ENROL, Enrol};
+use crate::kbs::jwe::{JweError, OneTimeKey, Response};
+use crate::kbs::{
+    ATTEST, AUTH, Attestation, Challenge, CompositeEvidence, ErrorInformation, Evidence, RESOURCE, Request,
+    RuntimeData, TEE, VERSION,
+};
 use crate::keys::arena::SecretBytes;
 use crate::keys::https::{Body, Failure, Server};
 use crate::keys::wrap::Kek;
 use crate::keys::{KeyReason, harmless};
 use crate::parsing;
-use crate::rcar::enrolment::{ACTIVATE, Activate, Challenge as Credential, ENROL, Enrol};
-use crate::rcar::jwe::{JweError, OneTimeKey, Response};
-use crate::rcar::{
-    ATTEST, AUTH, Attestation, Challenge, CompositeEvidence, ErrorInformation, Evidence, RESOURCE, Request,
-    RuntimeData, TEE, VERSION,
-};
 use crate::tpm::attest::{AttestationKey, RsaPublic, is_of_another_tpm};
 use crate::tpm::pcr::Selection;
 use crate::tpm::{Tpm, TpmError, TpmFailure};

@@ -22,7 +22,7 @@ pub enum Standing {
 
 /// How many places there are for those who stand so. Each kind has places of its own.
 #[derive(Clone, Copy, Debug)]
-pub struct Rooms {
+pub struct Limits {
     /// For [`Standing::Own`].
     pub own: usize,
     /// For [`Standing::Granted`].
@@ -34,18 +34,18 @@ pub struct Rooms {
 }
 
 /// The places of users: how many each has, of each kind.
-pub type UserPlaces = Places<(u32, Standing)>;
+pub type UserQuota = Quota<(u32, Standing)>;
 /// One of them.
-pub type UserPlace = Place<(u32, Standing)>;
+pub type UserShare = Share<(u32, Standing)>;
 
 /// The places that are taken, by whom.
 #[derive(Debug)]
-pub struct Places<K>(Mutex<HashMap<K, usize>>);
+pub struct Quota<K>(Mutex<HashMap<K, usize>>);
 
 /// One of them, until it is dropped.
 #[derive(Debug)]
-pub struct Place<K: Copy + Eq + Hash> {
-    places: Arc<Places<K>>,
+pub struct Share<K: Copy + Eq + Hash> {
+    places: Arc<Quota<K>>,
     owner: K,
 }
 
@@ -66,9 +66,9 @@ pub fn is_fair(own: usize, left: usize, sure: usize) -> bool {
     left > 0 && own < sure.max(left / 2)
 }
 
-impl UserPlaces {
+impl UserQuota {
     /// One more place for `user`, if there is one.
-    pub fn take_of(places: &Arc<Self>, rooms: Rooms, user: u32, standing: Standing) -> Option<UserPlace> {
+    pub fn take_of(places: &Arc<Self>, rooms: Limits, user: u32, standing: Standing) -> Option<UserShare> {
         Self::take(places, (user, standing), |taken| {
             let room = match standing {
                 Standing::Own => rooms.own,
@@ -86,32 +86,32 @@ impl UserPlaces {
     }
 }
 
-impl<K> Default for Places<K> {
+impl<K> Default for Quota<K> {
     fn default() -> Self {
         Self(Mutex::default())
     }
 }
 
-impl<K: Copy + Eq + Hash> Places<K> {
+impl<K: Copy + Eq + Hash> Quota<K> {
     /// One more place for `owner`, if `has_room` says so of the places that are taken.
     pub fn take(
         places: &Arc<Self>,
         owner: K,
         has_room: impl FnOnce(&HashMap<K, usize>) -> bool,
-    ) -> Option<Place<K>> {
+    ) -> Option<Share<K>> {
         let mut taken = lock(&places.0);
         if !has_room(&taken) {
             return None;
         }
         *taken.entry(owner).or_default() += 1;
-        Some(Place {
+        Some(Share {
             places: Arc::clone(places),
             owner,
         })
     }
 }
 
-impl<K: Copy + Eq + Hash> Drop for Place<K> {
+impl<K: Copy + Eq + Hash> Drop for Share<K> {
     fn drop(&mut self) {
         // An owner without a place takes no room.
         if let Entry::Occupied(mut count) = lock(&self.places.0).entry(self.owner) {
@@ -129,7 +129,7 @@ mod tests {
 
     #[test]
     fn no_two_users_take_all_places_and_none_of_them_the_owners() {
-        let rooms = Rooms {
+        let rooms = Limits {
             own: 512,
             granted: 1024,
             stranger: 64,
@@ -139,7 +139,7 @@ mod tests {
         let mut held = Vec::new();
         let mut take_all = |user, standing| {
             let before = held.len();
-            while let Some(place) = Places::take_of(&places, rooms, user, standing) {
+            while let Some(place) = Quota::take_of(&places, rooms, user, standing) {
                 held.push(place);
             }
             held.len() - before
@@ -155,9 +155,9 @@ mod tests {
 
     #[test]
     fn a_place_is_free_again_when_it_is_dropped() {
-        let places = Arc::new(Places::default());
+        let places = Arc::new(Quota::default());
         let take = |owner: u32, most: usize| {
-            Places::take(&places, owner, |taken| taken.values().sum::<usize>() < most)
+            Quota::take(&places, owner, |taken| taken.values().sum::<usize>() < most)
         };
         let held = [1, 1, 2].map(|owner| take(owner, 3).unwrap());
         assert!(take(3, 3).is_none());

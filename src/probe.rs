@@ -44,7 +44,7 @@ pub(crate) enum Silence {
 
 /// Somebody who looks at one place after the other.
 #[derive(Debug)]
-pub(crate) struct Lookout {
+pub(crate) struct Probe {
     pool: &'static Pool,
     looker: Option<Looker>,
     /// Where something is mounted; read once.
@@ -78,7 +78,7 @@ struct Shared {
     silent: Vec<(PathBuf, Weak<()>)>,
 }
 
-impl Lookout {
+impl Probe {
     /// One that shares with the others of `pool`.
     pub(crate) fn of(pool: &'static Pool) -> Self {
         Self {
@@ -272,15 +272,15 @@ mod tests {
         // To open a pipe that nobody writes to takes for ever.
         mknodat(CWD, &pipe, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
         let open = |path: &Path| File::open(path).is_ok();
-        let mut lookout = Lookout::of(&OF_CALLERS);
-        assert!(matches!(lookout.at(&pipe, open), Err(Silence::Place)));
+        let mut probe = Probe::of(&OF_CALLERS);
+        assert!(matches!(probe.at(&pipe, open), Err(Silence::Place)));
         let asked = Instant::now();
-        assert!(matches!(lookout.at(&pipe, open), Err(Silence::Place)));
+        assert!(matches!(probe.at(&pipe, open), Err(Silence::Place)));
         assert!(matches!(
-            Lookout::of(&OF_CALLERS).at(&pipe, open),
+            Probe::of(&OF_CALLERS).at(&pipe, open),
             Err(Silence::Place)
         ));
-        assert!(lookout.at(dir.path(), open).unwrap());
+        assert!(probe.at(dir.path(), open).unwrap());
         assert!(asked.elapsed() < LIMIT);
 
         // Now it answers, and so does a second one, once the thread that had waited for the first is told.
@@ -289,7 +289,7 @@ mod tests {
             assert!(asked.elapsed() < 4 * LIMIT);
             thread::sleep(Duration::from_millis(5));
         }
-        assert!(lookout.at(&pipe, open).unwrap());
+        assert!(probe.at(&pipe, open).unwrap());
     }
 
     // Each of those who asked one silent place at a time took a thread, and nothing else was looked at any more.
@@ -303,12 +303,12 @@ mod tests {
         thread::scope(|scope| {
             for _ in 0..MOST {
                 scope.spawn(|| {
-                    let asked = Lookout::of(&POOL).at(&pipe, open);
+                    let asked = Probe::of(&POOL).at(&pipe, open);
                     assert!(matches!(asked, Err(Silence::Place)), "{asked:?}");
                 });
             }
         });
-        assert!(Lookout::of(&POOL).at(dir.path(), open).unwrap());
+        assert!(Probe::of(&POOL).at(dir.path(), open).unwrap());
         assert_eq!(lock(&POOL.shared).silent.len(), 1);
     }
 
@@ -319,11 +319,11 @@ mod tests {
         let mut seats: Vec<_> = (0..MOST).map(|_| POOL.seat().unwrap()).collect();
         assert!(POOL.seat().is_none());
         assert!(matches!(
-            Lookout::of(&POOL).at(Path::new("/"), |_| ()),
+            Probe::of(&POOL).at(Path::new("/"), |_| ()),
             Err(Silence::Busy)
         ));
         seats.pop();
-        Lookout::of(&POOL).at(Path::new("/"), |_| ()).unwrap();
+        Probe::of(&POOL).at(Path::new("/"), |_| ()).unwrap();
     }
 
     #[test]
@@ -335,22 +335,22 @@ mod tests {
             numbers.filter_map(|number| number.parse::<u32>().ok()).max()
         };
         // That of the directory is the first after the standard ones.
-        let most = Lookout::of(&OF_CALLERS).at(Path::new("/"), held).unwrap();
+        let most = Probe::of(&OF_CALLERS).at(Path::new("/"), held).unwrap();
         assert!(most <= Some(3), "{most:?}");
     }
 
     #[test]
     fn mounts_are_found_by_name() {
         assert_eq!(
-            Lookout::of(&OF_CALLERS).mount_of(Path::new("/proc/self/mountinfo")),
+            Probe::of(&OF_CALLERS).mount_of(Path::new("/proc/self/mountinfo")),
             Some("/proc".into())
         );
-        let mut lookout = Lookout {
+        let mut probe = Probe {
             mounts: Some(["/", "/srv", "/srv/vms"].map(PathBuf::from).to_vec()),
-            ..Lookout::of(&OF_CALLERS)
+            ..Probe::of(&OF_CALLERS)
         };
         for (place, mount) in [("/srv/vms/a", "/srv/vms"), ("/srv/vmsa", "/srv"), ("/a", "/")] {
-            assert_eq!(lookout.mount_of(Path::new(place)), Some(mount.into()), "{place}");
+            assert_eq!(probe.mount_of(Path::new(place)), Some(mount.into()), "{place}");
         }
     }
 }

@@ -19,7 +19,7 @@ const MAX_CALLERS: usize = 128;
 
 /// What was told of each caller, and of each kind of refusal.
 #[derive(Debug)]
-pub struct Refusals<C, K> {
+pub struct RateLimit<C, K> {
     at_once: u32,
     interval: Duration,
     /// The most kinds of one caller.
@@ -42,7 +42,7 @@ struct Told {
     suppressed: u64,
 }
 
-impl<C: Eq + Hash, K: Eq + Hash> Refusals<C, K> {
+impl<C: Eq + Hash, K: Eq + Hash> RateLimit<C, K> {
     /// So many of a kind are told at once, and one more after each interval.
     pub fn new(at_once: u32, interval: Duration) -> Self {
         Self {
@@ -150,7 +150,7 @@ mod tests {
     const INTERVAL: Duration = Duration::from_secs(60);
 
     /// Lets time go by.
-    fn later<C, K>(refusals: &Refusals<C, K>, intervals: u32) {
+    fn later<C, K>(refusals: &RateLimit<C, K>, intervals: u32) {
         let mut told = refusals.told.lock().unwrap();
         for told in told.values_mut().flat_map(HashMap::values_mut) {
             told.since -= intervals * INTERVAL;
@@ -159,7 +159,7 @@ mod tests {
 
     #[test]
     fn refusals_are_told_until_they_are_too_many_and_counted_then() {
-        let refusals = Refusals::new(3, INTERVAL);
+        let refusals = RateLimit::new(3, INTERVAL);
         let admit = |times: usize| (0..times).map(|_| refusals.admit(7, ())).collect::<Vec<_>>();
         let told = |suppressed| Some(Suppressed(suppressed));
         assert_eq!(admit(5), [told(0), told(0), told(0), None, None]);
@@ -173,7 +173,7 @@ mod tests {
 
     #[test]
     fn a_caller_who_asks_for_everything_takes_nothing_from_others_and_is_counted() {
-        let refusals = Refusals::new(1, INTERVAL);
+        let refusals = RateLimit::new(1, INTERVAL);
         let told = (0..2 * MAX_KINDS).filter(|kind| refusals.admit(1, *kind).is_some());
         // And one for all the others.
         assert_eq!(told.count(), MAX_KINDS + 1);
@@ -194,7 +194,7 @@ mod tests {
 
     #[test]
     fn callers_without_end_take_no_memory_without_end_and_are_counted() {
-        let refusals = Refusals::new(1, INTERVAL);
+        let refusals = RateLimit::new(1, INTERVAL);
         let told = (0..2 * MAX_CALLERS).filter(|caller| refusals.admit(*caller, ()).is_some());
         assert_eq!(told.count(), MAX_CALLERS + 1);
         later(&refusals, 1);

@@ -10,7 +10,7 @@ use crate::parsing::{broken, rule};
 
 /// A second, from 1970 on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Moment(u64);
+pub struct Timestamp(u64);
 
 /// The last second that RFC 3339 can write.
 const LAST: u64 = 253_402_300_799;
@@ -18,9 +18,9 @@ const LAST: u64 = 253_402_300_799;
 /// A text that is no point in time.
 #[derive(Debug, thiserror::Error)]
 #[error("a point in time looks like 2026-11-23T10:44:14Z")]
-pub struct NoMoment;
+pub struct NotATimestamp;
 
-impl Moment {
+impl Timestamp {
     /// The present, as this host's clock has it.
     pub fn now() -> Self {
         Self::of(SystemTime::now())
@@ -55,30 +55,32 @@ impl Moment {
     }
 }
 
-impl fmt::Display for Moment {
+impl fmt::Display for Timestamp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs(self.0)).fmt(f)
     }
 }
 
-impl FromStr for Moment {
-    type Err = NoMoment;
+impl FromStr for Timestamp {
+    type Err = NotATimestamp;
 
-    fn from_str(text: &str) -> Result<Self, NoMoment> {
-        humantime::parse_rfc3339(text).map(Self::of).map_err(|_| NoMoment)
+    fn from_str(text: &str) -> Result<Self, NotATimestamp> {
+        humantime::parse_rfc3339(text)
+            .map(Self::of)
+            .map_err(|_| NotATimestamp)
     }
 }
 
-impl Serialize for Moment {
+impl Serialize for Timestamp {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)
     }
 }
 
-impl<'de> Deserialize<'de> for Moment {
+impl<'de> Deserialize<'de> for Timestamp {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
-        text.parse().map_err(|NoMoment| broken(rule::MOMENT))
+        text.parse().map_err(|NotATimestamp| broken(rule::TIMESTAMP))
     }
 }
 
@@ -93,18 +95,18 @@ mod tests {
             "2026-11-23T10:44:14Z",
             "9999-12-31T23:59:59Z",
         ] {
-            assert_eq!(text.parse::<Moment>().unwrap().to_string(), text);
+            assert_eq!(text.parse::<Timestamp>().unwrap().to_string(), text);
         }
-        assert_eq!(Moment::from_unix(u64::MAX).to_string(), "9999-12-31T23:59:59Z");
+        assert_eq!(Timestamp::from_unix(u64::MAX).to_string(), "9999-12-31T23:59:59Z");
         for text in ["", "yesterday", "2026-11-23", "2026-13-01T00:00:00Z"] {
-            assert!(text.parse::<Moment>().is_err(), "{text}");
+            assert!(text.parse::<Timestamp>().is_err(), "{text}");
         }
     }
 
     #[test]
     fn a_moment_that_is_far_ahead_is_of_no_known_age() {
         let year = Duration::from_secs(365 * 24 * 3600);
-        let at = |seconds: i64| Moment(Moment::now().0.saturating_add_signed(seconds));
+        let at = |seconds: i64| Timestamp(Timestamp::now().0.saturating_add_signed(seconds));
         for (seconds, older) in [
             (-60, false),
             (3600, false),
@@ -117,7 +119,7 @@ mod tests {
 
     #[test]
     fn what_is_yet_to_come_has_no_age_and_what_has_passed_is_not_ahead() {
-        let (past, future) = (Moment::from_unix(0), Moment::from_unix(u64::MAX));
+        let (past, future) = (Timestamp::from_unix(0), Timestamp::from_unix(u64::MAX));
         assert!(past.age() > Duration::from_secs(1 << 30) && past.ahead().is_zero());
         assert!(future.ahead() > Duration::from_secs(1 << 30) && future.age().is_zero());
     }

@@ -1,7 +1,7 @@
 //! Files that hold keys or say which keys count: readable by their owner alone, written whole or not at all.
 //!
 //! Files that settings name are read as such that may never answer: what is no regular file is not read, and neither is one
-//! whose storage is away ([`crate::lookout`]).
+//! whose storage is away ([`crate::probe`]).
 //!
 //! A new file is written beside its final place, synced, renamed, and the directory synced: after a crash at any
 //! moment there is the old file, or none, or the whole new one.
@@ -16,7 +16,7 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::KeyReason;
 use super::arena::{ArenaError, SecretBytes};
-use crate::lookout::{Lookout, OF_SETTINGS, Silence};
+use crate::probe::{OF_SETTINGS, Probe, Silence};
 
 /// A file or directory that others than its owner can get at.
 #[derive(Debug, thiserror::Error)]
@@ -122,7 +122,7 @@ fn answered<T: Send + 'static>(
     path: &Path,
     read: impl FnOnce(&Path, File) -> Result<T, Unreadable> + Send + 'static,
 ) -> Result<T, Unreadable> {
-    Lookout::of(&OF_SETTINGS).at(path, |path| read(path, open(path)?))?
+    Probe::of(&OF_SETTINGS).at(path, |path| read(path, open(path)?))?
 }
 
 /// Reads a file that has at most `longest` bytes, and that anybody may know.
