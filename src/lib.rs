@@ -24,10 +24,11 @@
 //! ```
 //!
 //! To begin with: a guest's request from end to end is `device::worker`; what becomes of a volume's key while it is served,
-//! [`served`]; what opens a keyslot, [`keys`]; what the agent is asked, [`agent`].
+//! [`attachment`]; what opens a keyslot, [`keys`]; what the agent is asked, [`agent`].
 
 pub mod agent;
 mod apart;
+pub mod attachment;
 mod audit;
 mod boot_time;
 pub mod broker;
@@ -39,14 +40,13 @@ mod deadline;
 pub mod device;
 mod error_chain;
 pub mod hex;
+pub mod inventory;
 pub mod kbs;
 pub mod keys;
-pub mod known;
 mod mutex;
 mod parsing;
 pub mod path_text;
 mod probe;
-pub mod served;
 pub mod storage;
 pub mod timestamp;
 mod toml_file;

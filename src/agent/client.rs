@@ -23,11 +23,12 @@ use super::messages::{
 use super::registered::Registrant;
 use crate::control::varlink::{CallError, MethodError, call};
 use crate::control::wire::{self, Connection, WireError};
+use crate::inventory;
+use crate::inventory::verify::Scanned;
+use crate::inventory::{GuardError, Removal, Share, Uses};
 use crate::keys::arena::SecretBytes;
 use crate::keys::registry::Entry;
 use crate::keys::{Binding, KeyError, KeyId, KeyProvider, KeyReason, KeyState, Providers, Reach, Revocation};
-use crate::known::survey::{Scanned, Sighting};
-use crate::known::{GuardError, Removal, Share, Uses};
 use crate::parsing;
 use crate::path_text;
 
@@ -161,7 +162,7 @@ impl Client {
         volume: Option<Uuid>,
         provider: Option<&str>,
         key_id: Option<&KeyId>,
-    ) -> Result<(Vec<Sighting>, bool, Vec<Share>), KeyError> {
+    ) -> Result<(Vec<inventory::Entry>, bool, Vec<Share>), KeyError> {
         let (mut full, mut crowded) = (false, Vec::new());
         let all = all_pages(|from| {
             let parameters = ListVolumes {

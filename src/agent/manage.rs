@@ -17,10 +17,11 @@ use crate::control::events::Event;
 use crate::control::peer::Peer;
 use crate::control::privilege::Privilege;
 use crate::control::varlink::{Answer, MethodError, Request};
+use crate::inventory;
+use crate::inventory::verify::{Scanned, verify};
+use crate::inventory::{By, Disk, GuardError, Listing, Note, Removal, SERVED, Uses, remove_provider, revoke};
 use crate::keys::registry::{Registry, RegistryError};
 use crate::keys::{KeyError, KeyId, KeyReason, Providers};
-use crate::known::survey::{Scanned, Sighting, survey};
-use crate::known::{By, Disk, GuardError, Known, Listing, Removal, SERVED, Uses, remove_provider, revoke};
 use crate::mutex::lock;
 use crate::path_text::from_text;
 
@@ -78,15 +79,15 @@ impl Service {
         self.permit_any(request.peer, &either, None, json!({}))?;
         let listing = self.listing.from(from, || self.index.list());
         let listing = listing.map_err(|error| unreadable(&error))?;
-        let matches = |known: &&Known| {
-            volume.is_none_or(|volume| known.volume == volume)
-                && known.is_under(provider.as_deref(), key_id.as_ref())
+        let matches = |note: &&Note| {
+            volume.is_none_or(|volume| note.volume == volume)
+                && note.is_under(provider.as_deref(), key_id.as_ref())
         };
-        let (known, next) = page(listing.known.iter().filter(matches), from);
-        let known = known.into_iter().cloned();
+        let (notes, next) = page(listing.notes.iter().filter(matches), from);
+        let notes = notes.into_iter().cloned();
         let volumes = match self.may_know_places(request.peer) {
-            true => survey(known),
-            false => known.map(Sighting::untold).collect(),
+            true => verify(notes),
+            false => notes.map(inventory::Entry::untold).collect(),
         };
         Ok(Answer::of(Volumes {
             volumes,
@@ -222,7 +223,7 @@ impl Service {
             .map(|volume| Disk {
                 volume: volume.volume,
                 path: "(served)".to_owned(),
-                standing: SERVED.to_owned(),
+                verdict: SERVED.to_owned(),
                 why: Some(format!("by process {} of user {}", volume.process, volume.user)),
             })
             .collect()

@@ -7,9 +7,9 @@ use super::Purpose;
 use super::registered::Registrant;
 use crate::control::wire;
 use crate::error_chain::causes;
+use crate::inventory;
+use crate::inventory::{Disk, Share};
 use crate::keys::{Binding, KeyError, KeyId, KeyReason, Revocation};
-use crate::known::survey::Sighting;
-use crate::known::{Disk, Share};
 
 /// The interface's name.
 pub const INTERFACE: &str = "org.sealblk.Agent";
@@ -157,7 +157,7 @@ pub(super) struct ListVolumes {
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Volumes {
-    pub(super) volumes: Vec<Sighting>,
+    pub(super) volumes: Vec<inventory::Entry>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) next: Option<usize>,
     pub(super) full: bool,

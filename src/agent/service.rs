@@ -25,9 +25,9 @@ use crate::control::privilege::{Grants, Privilege, has_all};
 use crate::control::rate_limit::RateLimit;
 use crate::control::varlink::{Answer, Interface, MethodError, Request};
 use crate::control::wire;
+use crate::inventory::{By, Index, Occasion};
 use crate::keys::arena::SecretBytes;
 use crate::keys::{KeyError, KeyId, KeyReason, Providers, SharedProviders};
-use crate::known::{By, Index, Occasion};
 use crate::path_text::from_text;
 use crate::timestamp::Timestamp;
 

@@ -10,7 +10,7 @@ use super::failure::Failure;
 use super::{Host, output, served};
 use crate::control::varlink::{CallError, call_for_more, reply};
 use crate::control::wire::Connection;
-use crate::{agent, served as disk};
+use crate::{agent, attachment as disk};
 
 /// Print what happens to keys and disks, a JSON object a line, until it is interrupted
 #[derive(Debug, Args)]

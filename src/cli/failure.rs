@@ -7,15 +7,15 @@ use std::path::PathBuf;
 use uuid::Uuid;
 
 use crate::agent::{AgentError, AuditError};
+use crate::attachment::OpenError;
 use crate::broker::{BrokerError, SettingsError, StateError};
 use crate::cipher::{CipherError, SectorSize};
 use crate::control::socket::BindError;
 use crate::control::varlink::CallError;
 use crate::device::ServeError;
+use crate::inventory::GuardError;
 use crate::keys::registry::RegistryError;
 use crate::keys::{KeyError, KeyId, KeyReason};
-use crate::known::GuardError;
-use crate::served::OpenError;
 use crate::storage::StorageError;
 use crate::toml_file::TomlFileError;
 use crate::volume::{Advice, Content, HeaderError, KdfError, KeyslotError, Owner, Reason, VolumeError};

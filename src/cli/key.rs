@@ -15,9 +15,9 @@ use super::failure::Failure;
 use super::secret::SecretSource;
 use super::{Host, Keys, absolute, output};
 use crate::agent::Purpose;
+use crate::inventory;
+use crate::inventory::{GuardError, Note, Removal};
 use crate::keys::{KeyError, KeyId, KeyProvider, KeyReason, KeyState, Providers, Reach, Revocation};
-use crate::known::survey::Sighting;
-use crate::known::{GuardError, Known, Removal};
 use crate::timestamp::Timestamp;
 
 const AFTER_HELP: &str = "\
@@ -245,16 +245,16 @@ impl List {
     fn run(self, host: &Host) -> Result<(), Failure> {
         let keys = host.keys(Purpose::Check)?;
         let mut states = States::new();
-        let mut by_key: BTreeMap<(String, String), Vec<Sighting>> = BTreeMap::new();
-        for sighting in keys.volumes(self.provider.as_deref(), None)? {
-            let Known { provider, key_id, .. } = &sighting.known;
+        let mut by_key: BTreeMap<(String, String), Vec<inventory::Entry>> = BTreeMap::new();
+        for entry in keys.volumes(self.provider.as_deref(), None)? {
+            let Note { provider, key_id, .. } = &entry.note;
             let key = (provider.clone(), key_id.0.clone());
-            by_key.entry(key).or_default().push(sighting);
+            by_key.entry(key).or_default().push(entry);
         }
-        let rows = by_key.into_iter().map(|((provider, key_id), sightings)| {
+        let rows = by_key.into_iter().map(|((provider, key_id), entries)| {
             let key_id = KeyId(key_id);
-            let used: Vec<_> = sightings.iter().filter(|sighting| sighting.in_use()).collect();
-            let bound = used.iter().filter_map(|sighting| sighting.known.bound).min();
+            let used: Vec<_> = entries.iter().filter(|entry| entry.in_use()).collect();
+            let bound = used.iter().filter_map(|entry| entry.note.bound).min();
             let state = states.ask(&keys, &provider, &key_id);
             Row {
                 unknown: state.as_ref().err().map(|error| error.reason),
@@ -312,12 +312,12 @@ impl States {
         let asked = match self.providers.get(provider) {
             Some(Err(error)) => {
                 // What this host has revoked is revoked whoever answers.
-                let known = keys
+                let note = keys
                     .provider(provider)
                     .and_then(|opened| opened.state_here(key_id));
-                return known.ok().flatten().ok_or_else(|| error.clone());
+                return note.ok().flatten().ok_or_else(|| error.clone());
             }
-            Some(Ok(known)) => known.state_within(key_id, age),
+            Some(Ok(note)) => note.state_within(key_id, age),
             None => keys.provider(provider).and_then(|opened| {
                 let state = opened.state_within(key_id, age);
                 self.providers.insert(provider.to_owned(), Ok(opened));
@@ -358,11 +358,11 @@ impl WhereUsed {
     fn run(self, host: &Host) -> Result<(), Failure> {
         let key_id = self.key_id.map(KeyId);
         let keys = host.keys(Purpose::Check)?;
-        let sightings = keys.volumes(self.provider.as_deref(), key_id.as_ref())?;
+        let entries = keys.volumes(self.provider.as_deref(), key_id.as_ref())?;
         if self.json {
-            return output::print_json(&sightings);
+            return output::print_json(&entries);
         }
-        if sightings.is_empty() {
+        if entries.is_empty() {
             if let Some(provider) = &self.provider
                 && let Err(error) = keys.provider(provider).and_then(|provider| provider.check())
                 && error.reason == KeyReason::UnknownProvider
@@ -372,21 +372,21 @@ impl WhereUsed {
             return output::print("no volume is known to be bound to it\n");
         }
         let mut table = vec![["DISK", "VOLUME", "STATE", "LAST OPENED", "KEY"].map(str::to_owned)];
-        for sighting in sightings {
-            let standing = match &sighting.why {
-                Some(why) => format!("{}: {}", sighting.standing, output::printable(why)),
-                None => sighting.standing.replace('_', " "),
+        for entry in entries {
+            let verdict = match &entry.why {
+                Some(why) => format!("{}: {}", entry.verdict, output::printable(why)),
+                None => entry.verdict.replace('_', " "),
             };
-            let known = sighting.known;
-            let opened = known
+            let note = entry.note;
+            let opened = note
                 .opened
                 .map_or("never".to_owned(), |opened| opened.to_string());
             table.push([
-                output::printable(&known.path),
-                known.volume.to_string(),
-                standing,
+                output::printable(&note.path),
+                note.volume.to_string(),
+                verdict,
                 opened,
-                format!("{} of {}", known.key_id, output::printable(&known.provider)),
+                format!("{} of {}", note.key_id, output::printable(&note.provider)),
             ]);
         }
         output::print(&output::table(&table))
@@ -401,7 +401,8 @@ struct DueVolume {
     path: String,
     provider: String,
     key_id: KeyId,
-    standing: String,
+    #[serde(rename = "standing")]
+    verdict: String,
     /// Null if nobody knows since when.
     bound: Option<Timestamp>,
     age: Option<u64>,
@@ -411,23 +412,23 @@ impl Due {
     fn run(self, host: &Host) -> Result<(), Failure> {
         let max_age = max_key_age(host, self.max_age)?;
         let volumes = host.keys(Purpose::Check)?.volumes(None, None)?.into_iter();
-        let is_due = |sighting: &Sighting| {
-            sighting.in_use()
-                && sighting
-                    .known
+        let is_due = |entry: &inventory::Entry| {
+            entry.in_use()
+                && entry
+                    .note
                     .bound
                     .is_none_or(|bound| bound.may_be_older_than(max_age))
         };
         let due: Vec<_> = volumes
             .filter(is_due)
-            .map(|Sighting { known, standing, .. }| DueVolume {
-                volume: known.volume,
-                path: known.path,
-                provider: known.provider,
-                key_id: known.key_id,
-                standing,
-                bound: known.bound,
-                age: known.bound.map(|bound| bound.age().as_secs()),
+            .map(|inventory::Entry { note, verdict, .. }| DueVolume {
+                volume: note.volume,
+                path: note.path,
+                provider: note.provider,
+                key_id: note.key_id,
+                verdict,
+                bound: note.bound,
+                age: note.bound.map(|bound| bound.age().as_secs()),
             })
             .collect();
         if self.json {

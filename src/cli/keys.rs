@@ -10,10 +10,11 @@ use uuid::Uuid;
 use super::failure::Failure;
 use super::output;
 use crate::agent::{Client, Erasure, ErasureStep, record_erasure};
+use crate::inventory;
+use crate::inventory::verify::{Scanned, verify};
+use crate::inventory::{By, GuardError, Index, Note, Noting, Removal, remove_provider, revoke};
 use crate::keys::registry::{Entry, Registry};
 use crate::keys::{KeyError, KeyId, KeyProvider, Providers, Reach, Revocation};
-use crate::known::survey::{Scanned, Sighting, survey};
-use crate::known::{By, GuardError, Index, Known, Noting, Removal, remove_provider, revoke};
 use crate::path_text::from_text;
 
 /// Where a verb gets keys.
@@ -58,15 +59,15 @@ impl Keys {
         &self,
         provider: Option<&str>,
         key_id: Option<&KeyId>,
-    ) -> Result<Vec<Sighting>, Failure> {
+    ) -> Result<Vec<inventory::Entry>, Failure> {
         let (volumes, full, crowded) = match self {
             Keys::Agent(client) => client.volumes(None, provider, key_id)?,
             Keys::Own(registry, _) => {
                 let index = Index::of(registry.dir());
                 let listing = index.list().map_err(|source| unreadable(&index, source))?;
-                let known = listing.known.into_iter();
-                let matches = known.filter(|known| known.is_under(provider, key_id));
-                (survey(matches), listing.full, listing.crowded)
+                let notes = listing.notes.into_iter();
+                let matches = notes.filter(|note| note.is_under(provider, key_id));
+                (verify(matches), listing.full, listing.crowded)
             }
         };
         if full {
@@ -75,7 +76,7 @@ impl Keys {
                  disks that you have with `sealblk key scan`, then drop what is gone with `sealblk key scan --forget-missing`",
             );
         }
-        if volumes.iter().any(Sighting::is_untold) {
+        if volumes.iter().any(inventory::Entry::is_untold) {
             output::note(
                 "whether these notes hold is told to who has the privilege ManageKeys: to tell it, the agent looks where others may \
                  not",
@@ -89,21 +90,21 @@ impl Keys {
 
     /// The keys that have opened a volume on this host, as far as that is noted.
     pub(super) fn opened(&self, volume: Uuid) -> Result<Vec<(String, KeyId)>, Failure> {
-        let known: Vec<Known> = match self {
+        let notes: Vec<Note> = match self {
             Keys::Agent(client) => {
-                let (sightings, ..) = client.volumes(Some(volume), None, None)?;
-                sightings.into_iter().map(|sighting| sighting.known).collect()
+                let (entries, ..) = client.volumes(Some(volume), None, None)?;
+                entries.into_iter().map(|entry| entry.note).collect()
             }
             Keys::Own(registry, _) => {
                 let index = Index::of(registry.dir());
-                index.list().map_err(|source| unreadable(&index, source))?.known
+                index.list().map_err(|source| unreadable(&index, source))?.notes
             }
         };
         // That somebody has said so is no proof; that the key has unwrapped the volume's secret is.
-        let opened = known
+        let opened = notes
             .into_iter()
-            .filter(|known| known.volume == volume && known.opened.is_some());
-        let keys: BTreeSet<_> = opened.map(|known| (known.provider, known.key_id.0)).collect();
+            .filter(|note| note.volume == volume && note.opened.is_some());
+        let keys: BTreeSet<_> = opened.map(|note| (note.provider, note.key_id.0)).collect();
         Ok(keys
             .into_iter()
             .map(|(provider, key_id)| (provider, KeyId(key_id)))

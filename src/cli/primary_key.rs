@@ -15,7 +15,7 @@ use crate::keys::{PRIMARY_LEN, private_file};
 use crate::storage::{Access, Backing};
 use crate::tpm::pcr::Selection;
 use crate::tpm::{DEFAULT_DEVICE, Device};
-use crate::volume::{Argon2Cost, vault};
+use crate::volume::{Argon2Cost, key_backup};
 
 const BACKUP_HELP: &str = "\
 Examples:
@@ -120,7 +120,7 @@ impl Backup {
         let file = Backing::open(path, Access::ReadWrite)?;
         let checked = with_check(&primary)?;
         let about = [("provider", self.name.as_str())];
-        vault::seal(
+        key_backup::seal(
             &file,
             &checked,
             passphrase,
@@ -129,7 +129,7 @@ impl Backup {
             &about,
         )?;
         // It counts once it was restored.
-        let unsealed = vault::unseal(&file, passphrase, BACKUP)?;
+        let unsealed = key_backup::unseal(&file, passphrase, BACKUP)?;
         if !unsealed.key.ct_eq(&checked) {
             return Err(Failure::Backup {
                 path: path.clone(),
@@ -187,7 +187,7 @@ impl Seal {
 fn open(file: &Path, passphrase: &SecretSource) -> Result<(SecretBytes, Option<String>), Failure> {
     let backing = Backing::open(file, Access::Inspect)?;
     let key = passphrase.read_key()?;
-    let unsealed = key.open(|form| vault::unseal(&backing, form, BACKUP))?;
+    let unsealed = key.open(|form| key_backup::unseal(&backing, form, BACKUP))?;
     let mut primary = SecretBytes::zeroed(PRIMARY_LEN).map_err(SecretError::from)?;
     primary.copy_from_slice(&unsealed.key[..PRIMARY_LEN]);
     if !with_check(&primary)?.ct_eq(&unsealed.key) {

@@ -13,13 +13,13 @@ use super::key::Insistence;
 use super::secret::SecretSource;
 use super::{Host, Keys, absolute, output, primary_key};
 use crate::agent::Purpose;
+use crate::inventory::Removal;
 use crate::kbs::ResourcePath;
 use crate::keys::kmip::{self, Wrap, WrappingKey};
 use crate::keys::registry::{Backup, Entry, Registry, Source};
 use crate::keys::transit::{self, Login};
 use crate::keys::trusted;
 use crate::keys::{KeyReason, Providers};
-use crate::known::Removal;
 use crate::tpm::{DEFAULT_DEVICE, Device};
 
 const NATIVE_HELP: &str = "\

@@ -19,6 +19,7 @@ use super::size::{NotASize, Size};
 use super::socket_args::{differ, parse_group, parse_mode, warn_of_others};
 use super::{Host, output, process};
 use crate::agent::Purpose;
+use crate::attachment::{Attachment, By, Interface, OpenError, Opener};
 use crate::cipher::{KEY_LEN, KernelChoice, Sector, SectorCipher, SectorSize};
 use crate::closer::{self, ClosedElsewhere};
 use crate::control::privilege::Grants;
@@ -27,10 +28,9 @@ use crate::control::{manager, server, varlink};
 use crate::device::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES, Disk, Endpoint, Server, Waited};
 use crate::hex;
 use crate::keys::arena::{self, SecretBytes};
-use crate::served::{By, Interface, OpenError, Opener, Served};
 use crate::storage::{Access, Backing, DataFile, PAGE, StorageError};
 use crate::volume::segment::{SegmentTable, Treatment};
-use crate::volume::{HeaderError, Identity, Locked, MATERIAL_LEN, Reason, VolumeError, plain};
+use crate::volume::{HeaderError, Identity, Locked, MATERIAL_LEN, Reason, VolumeError, unencrypted};
 
 const AFTER_HELP: &str = "\
 Then start QEMU with memory that it shares, and the disk:
@@ -204,7 +204,7 @@ impl Serve {
         let (served, _claim) = match medium.key {
             Key::Volume { opener, identity } => {
                 arena::reserve(&SECRETS).map_err(SecretError::from)?;
-                let served = Served::new(*opener, disk, identity);
+                let served = Attachment::new(*opener, disk, identity);
                 if self.get_key(&server, &served)? == Waited::Stopped {
                     return Ok(());
                 }
@@ -245,7 +245,7 @@ impl Serve {
 
     /// Gets the key of `served`, or finds that the disk has to wait for it. A key server that does not answer holds up a guest
     /// no longer than [`FIRST_TRY`]: its disk is locked then.
-    fn get_key(&self, server: &Server, served: &Arc<Served>) -> Result<Waited, Failure> {
+    fn get_key(&self, server: &Server, served: &Arc<Attachment>) -> Result<Waited, Failure> {
         let first = served.get_key(!self.no_wait).map_err(Failure::Host)?;
         let limit = (!self.no_wait).then_some(FIRST_TRY);
         let waited = server.wait_for(&first, limit).map_err(Failure::Host)?;
@@ -291,7 +291,7 @@ impl Serve {
                 }))
             }
             Err(volume) if header.is_none() && self.is_no_volume(&volume) => match self.allow_unencrypted {
-                true => self.plain(disk),
+                true => self.unencrypted(disk),
                 false => Err(Failure::Unencrypted { volume }),
             },
             Err(error) => Err(error.into()),
@@ -351,14 +351,14 @@ impl Serve {
     }
 
     /// The disk as it lies there, which is no volume.
-    fn plain(&self, disk: Backing) -> Result<Medium, Failure> {
+    fn unencrypted(&self, disk: Backing) -> Result<Medium, Failure> {
         if self.passphrase_file.is_some() {
             return Err(Failure::KeyOfPlainDisk {
                 disk: disk.path().to_owned(),
             });
         }
         let sector_size = self.sector_size.unwrap_or_default();
-        let table = plain(&disk, sector_size, self.format.is_some())?;
+        let table = unencrypted(&disk, sector_size, self.format.is_some())?;
         tracing::warn!("not a LUKS2 volume: it is served as a plain disk, and nothing of it is encrypted");
         let shape = Shape {
             sectors: table.sectors(),
@@ -454,7 +454,7 @@ struct ControlSocket {
 
 impl ControlSocket {
     /// Serves, and answers on the control socket meanwhile.
-    fn run_with(self, server: Server, served: &Arc<Served>) -> Result<(), Failure> {
+    fn run_with(self, server: Server, served: &Arc<Attachment>) -> Result<(), Failure> {
         let interface: Arc<dyn varlink::Interface> =
             Arc::new(Interface::new(Arc::clone(served), self.grants));
         let ended = eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| Failure::Host(error.into()))?;

@@ -11,10 +11,10 @@ use serde_json::{Value, json};
 use super::failure::Failure;
 use super::output;
 use super::size::Size;
+use crate::attachment::{self, FrontEnd, LockedBy, State};
 use crate::control::varlink::{CallError, MethodError, call};
 use crate::control::wire::Connection;
 use crate::parsing;
-use crate::served::{self, FrontEnd, LockedBy, State};
 
 /// How long an answer may take: a lock waits for storage, a rekey for key servers.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(300);
@@ -75,7 +75,7 @@ impl Unlock {
 #[derive(Deserialize)]
 struct Nothing {}
 
-fn text(status: &served::Status) -> String {
+fn text(status: &attachment::Status) -> String {
     let mut rows: Vec<[String; 2]> = Vec::new();
     let mut row = |what: &str, value: String| rows.push([what.to_owned(), value]);
     row("disk", output::printable(&status.disk));
@@ -127,7 +127,7 @@ pub(super) fn ask<T: DeserializeOwned>(
 ) -> Result<T, Failure> {
     let answer = || {
         let mut connection = Connection::to(socket, TIMEOUT)?;
-        let method = format!("{}.{method}", served::INTERFACE);
+        let method = format!("{}.{method}", attachment::INTERFACE);
         call(&mut connection, &method, parameters, &[])
     };
     match answer() {
@@ -148,7 +148,7 @@ pub(super) fn failure(socket: &Path, error: CallError) -> Failure {
 }
 
 fn refused(socket: &Path, error: &MethodError) -> Failure {
-    if error.name.strip_prefix(served::INTERFACE) == Some(".NotDue") {
+    if error.name.strip_prefix(attachment::INTERFACE) == Some(".NotDue") {
         return Failure::NotDue;
     }
     let field = |name: &str| error.parameters.get(name).and_then(Value::as_str);

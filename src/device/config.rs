@@ -13,7 +13,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::disk::Disk;
-use super::request::{MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, MAX_ZONES};
+use super::request::{MAX_DISCARD_SECTORS, MAX_SECTOR_RANGES, MAX_WRITE_ZEROES_SECTORS};
 use crate::cipher::{Sector, SectorSize};
 use crate::storage::PAGE;
 
@@ -202,7 +202,7 @@ fn space(disk: &Disk, num_queues: u16) -> [u8; CONFIG_LEN] {
     );
     put(
         offset_of!(virtio_blk_config, max_discard_seg),
-        &(MAX_ZONES as u32).to_le_bytes(),
+        &(MAX_SECTOR_RANGES as u32).to_le_bytes(),
     );
     // What is smaller than what storage can give back only costs time.
     let of_storage = disk.file.discard_alignment() / Sector::LEN;
@@ -219,7 +219,7 @@ fn space(disk: &Disk, num_queues: u16) -> [u8; CONFIG_LEN] {
     );
     put(
         offset_of!(virtio_blk_config, max_write_zeroes_seg),
-        &(MAX_ZONES as u32).to_le_bytes(),
+        &(MAX_SECTOR_RANGES as u32).to_le_bytes(),
     );
     space
 }

@@ -20,7 +20,7 @@ use super::guest::{GuestRange, Memory, Position, pieces};
 const SECTOR: u32 = 512;
 
 /// The most segments that one discard or write-zeroes request may have.
-pub(super) const MAX_ZONES: usize = 16;
+pub(super) const MAX_SECTOR_RANGES: usize = 16;
 /// The most sectors that one segment of a discard may cover: 1 GiB.
 pub(super) const MAX_DISCARD_SECTORS: u32 = 1 << 21;
 /// The most sectors that one segment of a write-zeroes may cover: 4 MiB, since each is a sector to encrypt and write, and
@@ -58,7 +58,7 @@ pub(super) enum Kind {
 /// A range of sectors: what the specification calls a segment of a discard or write-zeroes request. Here a segment is
 /// LUKS2's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Zone {
+pub(super) struct SectorRange {
     pub sector: u64,
     pub sectors: u64,
 }
@@ -71,7 +71,7 @@ pub(super) struct Request {
     pub head: u16,
     pub kind: Kind,
     /// The sectors concerned: one zone for a read or write, none for a flush.
-    pub zones: Vec<Zone>,
+    pub zones: Vec<SectorRange>,
     /// Where the status byte goes.
     pub status: GuestAddress,
     /// The length of the device-writable part before the status byte.
@@ -274,7 +274,7 @@ impl Request {
         if disk.read_only {
             return Err(Refusal::ReadOnly);
         }
-        if len == 0 || !len.is_multiple_of(ZONE) || len / ZONE > MAX_ZONES as u32 {
+        if len == 0 || !len.is_multiple_of(ZONE) || len / ZONE > MAX_SECTOR_RANGES as u32 {
             return Err(Refusal::BadZones(len));
         }
         let (allowed_flags, max_sectors) = match kind {
@@ -282,7 +282,7 @@ impl Request {
             // Permission to unmap is not a wish to: the range has to read as zeros, which takes encrypted zeros.
             _ => (VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP, MAX_WRITE_ZEROES_SECTORS),
         };
-        let mut zones = [[0; ZONE as usize]; MAX_ZONES];
+        let mut zones = [[0; ZONE as usize]; MAX_SECTOR_RANGES];
         let zones = &mut zones[..(len / ZONE) as usize];
         let start = Position::default().advanced(&self.readable, HEADER);
         self.read_out(memory, start, zones.as_flattened_mut())?;
@@ -310,7 +310,7 @@ impl Request {
         if !in_range || !sector.is_multiple_of(granule) || !sectors.is_multiple_of(granule) {
             return Err(Refusal::OutOfRange { sector, sectors });
         }
-        self.zones.push(Zone { sector, sectors });
+        self.zones.push(SectorRange { sector, sectors });
         Ok(())
     }
 

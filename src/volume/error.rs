@@ -194,12 +194,12 @@ pub enum Reason {
 
     #[error(
         "it holds no LUKS2 volume, but at byte {offset} there is what one would have there, so it is not served as a \
-         plain disk; if the whole disk was a volume, restore a backup of its header with `cryptsetup luksHeaderRestore`; if it \
+         unencrypted disk; if the whole disk was a volume, restore a backup of its header with `cryptsetup luksHeaderRestore`; if it \
          was never one, copy it to where these bytes are not at that place"
     )]
     TraceOfHeader { offset: u64 },
     #[error(
-        "it is {format}, and not served as it lies there: {}; if it is a plain disk, and its guest has written that onto it, \
+        "it is {format}, and not served as it lies there: {}; if it is an unencrypted disk, and its guest has written that onto it, \
          say so: --format raw", Advice { path, format: *format }
     )]
     Foreign { path: PathBuf, format: Format },

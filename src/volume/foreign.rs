@@ -1,7 +1,7 @@
 //! What a disk holds that is no LUKS2 volume, known by its signatures.
 //!
 //! Served as it lies there, an image in which a disk is packed shows the guest the package, and the guest writes over it;
-//! what belongs to a pool or is encrypted otherwise has an owner who does not expect a guest. But a plain disk is the
+//! what belongs to a pool or is encrypted otherwise has an owner who does not expect a guest. But an unencrypted disk is the
 //! guest's, who can write any of these signatures onto it. So a signature refuses, and an operator who says what the disk
 //! is overrules it; what is in an image is never interpreted.
 //!
@@ -45,9 +45,9 @@ pub enum Format {
 pub enum Owner {
     /// A disk is packed in it: what unpacks it.
     Image(Unpack),
-    /// A host's, or that of a guest on its plain disk.
+    /// A host's, or that of a guest on its unencrypted disk.
     Pool,
-    /// Like any file system: what a plain disk holds.
+    /// Like any file system: what an unencrypted disk holds.
     Disk,
 }
 

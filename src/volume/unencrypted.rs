@@ -1,15 +1,15 @@
 //! A disk that is no volume: its bytes are the guest's, as they lie there, and none is encrypted.
 //!
 //! Whoever takes a volume for such a disk hands its ciphertext to a guest, which sees nothing that it knows and writes
-//! over header and data. So a disk is plain when there is not the least trace of a LUKS header in any place where one
+//! over header and data. So a disk is unencrypted when there is not the least trace of a LUKS header in any place where one
 //! can stand: the first bytes of the magic of either copy, of LUKS1 too, or JSON metadata where its magic is gone.
 //! What a header that was overwritten in full leaves, and the payload of a detached header, cannot be told from noise:
 //! that one is not plain only the operator knows, and so he has to ask for it.
 //!
 //! What another format is known by refuses a disk too ([`Format`]), unless the operator says that it is raw: an image in which
-//! a disk is packed is nothing to show to a guest, and what a guest has written onto its plain disk is.
+//! a disk is packed is nothing to show to a guest, and what a guest has written onto its unencrypted disk is.
 //!
-//! A guest can write a LUKS2 header onto its plain disk. By that it denies the disk to itself: what it wrote is then taken
+//! A guest can write a LUKS2 header onto its unencrypted disk. By that it denies the disk to itself: what it wrote is then taken
 //! for a volume, of which nobody has the key.
 
 use std::io;
@@ -24,12 +24,12 @@ use super::segment::{SegmentTable, Treatment};
 use crate::cipher::{Sector, SectorSize};
 
 /// The whole of `disk` as one linear segment, where [`Locked::open`](super::Locked::open) has found no header. `raw` says that
-/// the operator knows it to be a plain disk, whatever format it looks like.
+/// the operator knows it to be an unencrypted disk, whatever format it looks like.
 ///
 /// # Errors
 /// Where there is a trace of a LUKS header, or another format that is not known to be raw, or the disk is not a whole number of sectors of that size. As a loop device
 /// does, it ends with the last whole sector of 512 bytes.
-pub fn plain(
+pub fn unencrypted(
     disk: &dyn HeaderIo,
     sector_size: SectorSize,
     raw: bool,
@@ -104,7 +104,7 @@ mod tests {
     use super::*;
 
     fn trace(io: &Memory) -> Option<u64> {
-        match plain(io, SectorSize::B512, false) {
+        match unencrypted(io, SectorSize::B512, false) {
             Ok(_) => None,
             Err(error) => match *error.reason {
                 Reason::TraceOfHeader { offset } => Some(offset),
@@ -115,7 +115,7 @@ mod tests {
 
     /// Each of what a header is known by is enough, when everything else of it is gone.
     #[test]
-    fn what_was_a_volume_is_not_plain() {
+    fn what_was_a_volume_is_not_unencrypted() {
         let wiped_but = |keep: &dyn Fn(u64) -> bool| {
             let io = Memory::of(&sample());
             for (at, byte) in (0..).zip(io.front.borrow_mut().iter_mut()) {
@@ -138,7 +138,7 @@ mod tests {
 
     /// Many programs write JSON with members of these names, and their files lie anywhere.
     #[test]
-    fn json_of_others_leaves_the_disk_plain() {
+    fn json_of_others_leaves_the_disk_unencrypted() {
         let io = Memory::of(&sample());
         let block = binary::LEN as u64;
         for (json, found) in [
@@ -154,7 +154,7 @@ mod tests {
 
     /// Its secondary copy lies where none of this disk's can.
     #[test]
-    fn volume_in_a_partition_leaves_the_disk_plain() {
+    fn volume_in_a_partition_leaves_the_disk_unencrypted() {
         for start in [1 << 20, 2 << 20] {
             let inner = sample();
             let io = Memory::of(&inner);

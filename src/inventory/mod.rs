@@ -31,7 +31,7 @@
 mod guard;
 mod noting;
 mod room;
-pub mod survey;
+pub mod verify;
 
 use std::collections::HashSet;
 use std::fs;
@@ -52,11 +52,12 @@ use crate::parsing;
 use crate::path_text;
 use crate::timestamp::Timestamp;
 use room::Counts;
-use survey::{Standing, look};
+use verify::{Verdict, look};
 
 pub use guard::{Disk, GuardError, Removal, SERVED, Uses, remove_provider, revoke};
 pub use noting::Noting;
 pub use room::{By, NotAnnounced, Share};
+pub use verify::Entry;
 
 /// The most volumes; those of different users count apart.
 pub const MOST: usize = 16384;
@@ -74,7 +75,7 @@ const LEFT_BEHIND: Duration = Duration::from_secs(3600);
 /// A volume that was seen to be bound to a key.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Known {
+pub struct Note {
     /// The UUID in its header.
     pub volume: Uuid,
     /// What holds its header, as it was last called, as [`path_text`] writes it.
@@ -111,7 +112,7 @@ enum Remark {
     Elsewhere,
 }
 
-impl Known {
+impl Note {
     /// Whether it is bound to this provider and this key, if they are given.
     pub fn is_under(&self, provider: Option<&str>, key_id: Option<&KeyId>) -> bool {
         provider.is_none_or(|provider| self.provider == provider)
@@ -145,7 +146,7 @@ pub struct Index {
 #[derive(Debug, Default)]
 pub struct Listing {
     /// By volume.
-    pub known: Vec<Known>,
+    pub notes: Vec<Note>,
     /// Whether there may be others: there is or was no room for more, or a file cannot be read.
     pub full: bool,
     /// Whose room runs out.
@@ -170,15 +171,15 @@ impl Index {
     /// something, and so does the log: no volume stays closed for it.
     pub fn note(&self, binding: &Binding<'_>, path: &Path, occasion: Occasion, by: By) {
         let now = Timestamp::now();
-        let mut known = note_of(binding, path, by);
-        known.bound = match occasion {
+        let mut note = note_of(binding, path, by);
+        note.bound = match occasion {
             Occasion::Bound => Some(now),
             Occasion::Opened => None,
             Occasion::Found(bound) => bound,
         };
-        known.opened = (occasion == Occasion::Opened).then_some(now);
-        let told = known.path.clone();
-        let unkept = match self.write(known) {
+        note.opened = (occasion == Occasion::Opened).then_some(now);
+        let told = note.path.clone();
+        let unkept = match self.write(note) {
             Ok(true) => return,
             Ok(false) => "there is no room for more".to_owned(),
             Err(error) => error.to_string(),
@@ -199,45 +200,45 @@ impl Index {
     /// Takes note of what became of a binding that was announced. One that came to nothing is noted no more, unless the volume
     /// itself says otherwise: only what nobody has settled can be taken back, and only by who announced it.
     pub fn settle(&self, binding: &Binding<'_>, path: &Path, stored: bool, by: By) {
-        let known = note_of(binding, path, by);
-        let file = self.file(&known);
+        let note = note_of(binding, path, by);
+        let file = self.file(&note);
         if stored {
             // Who settles could name any volume: it was announced, or it says so itself.
-            if read(&file).is_some() || look(&known) == Standing::Bound {
+            if read(&file).is_some() || look(&note) == Verdict::Bound {
                 self.note(binding, path, Occasion::Bound, by);
             }
             return;
         }
         let noted = read(&file).filter(|noted| noted.unsettled);
         if noted.is_some()
-            && look(&known) != Standing::Bound
+            && look(&note) != Verdict::Bound
             && let Err(error) = remove(&file)
         {
-            tracing::warn!(%error, "{} was not bound, and stays on the list of volumes", known.path);
+            tracing::warn!(%error, "{} was not bound, and stays on the list of volumes", note.path);
         }
     }
 
     /// Whether there was room for it.
-    fn write(&self, mut known: Known) -> io::Result<bool> {
+    fn write(&self, mut note: Note) -> io::Result<bool> {
         private_file::ensure_dir(&self.dir)?;
-        if self.file(&known).exists() {
-            return self.put(known).map(|()| true);
+        if self.file(&note).exists() {
+            return self.put(note).map(|()| true);
         }
-        self.drop_contradicted(known.volume)?;
-        let is_same = |other: &Known| other.is_under(Some(&known.provider), Some(&known.key_id));
-        if known.path.is_empty()
+        self.drop_contradicted(note.volume)?;
+        let is_same = |other: &Note| other.is_under(Some(&note.provider), Some(&note.key_id));
+        if note.path.is_empty()
             && self
-                .notes_of(known.volume)?
+                .notes_of(note.volume)?
                 .iter()
                 .any(|(_, other)| is_same(other))
         {
             return Ok(true);
         }
-        let Some(replaced) = self.make_room(&mut known)? else {
+        let Some(replaced) = self.make_room(&mut note)? else {
             return Ok(false);
         };
         // First the one that says what is lost with the others.
-        self.put(known)?;
+        self.put(note)?;
         for file in replaced {
             remove(&file)?;
         }
@@ -245,25 +246,25 @@ impl Index {
     }
 
     /// Writes a note, with what an earlier one of the same user and place has told.
-    fn put(&self, mut known: Known) -> io::Result<()> {
-        let file = self.file(&known);
+    fn put(&self, mut note: Note) -> io::Result<()> {
+        let file = self.file(&note);
         if let Some(earlier) = read(&file) {
-            let is_news = known.opened.is_none() || earlier.opened.is_none_or(|then| then.age() > NEWS);
-            known.bound = known.bound.or(earlier.bound);
-            known.opened = known.opened.or(earlier.opened);
-            known.elsewhere |= earlier.elsewhere;
+            let is_news = note.opened.is_none() || earlier.opened.is_none_or(|then| then.age() > NEWS);
+            note.bound = note.bound.or(earlier.bound);
+            note.opened = note.opened.or(earlier.opened);
+            note.elsewhere |= earlier.elsewhere;
             // What is known for sure is not made doubtful again by who could say anything.
-            known.unsettled &= earlier.unsettled;
-            let is_same = (earlier.keyslot, earlier.unsettled) == (known.keyslot, known.unsettled);
-            if !is_news && is_same || earlier == known {
+            note.unsettled &= earlier.unsettled;
+            let is_same = (earlier.keyslot, earlier.unsettled) == (note.keyslot, note.unsettled);
+            if !is_news && is_same || earlier == note {
                 return Ok(());
             }
         }
-        self.put_anew(&file, known)
+        self.put_anew(&file, note)
     }
 
-    fn put_anew(&self, file: &Path, known: Known) -> io::Result<()> {
-        let text = serde_json::to_vec(&known).expect("texts and numbers are JSON");
+    fn put_anew(&self, file: &Path, note: Note) -> io::Result<()> {
+        let text = serde_json::to_vec(&note).expect("texts and numbers are JSON");
         if text.len() as u64 > LONGEST {
             // A header that was found may say anything, and nobody could read the note.
             return Err(io::ErrorKind::FileTooLarge.into());
@@ -279,16 +280,16 @@ impl Index {
         let files = self.files()?;
         let counts = Counts::of(&files);
         let mut full = counts.are_full() || self.is_incomplete();
-        let mut known: Vec<Known> = Vec::new();
+        let mut notes: Vec<Note> = Vec::new();
         for file in &files {
             match read(file) {
-                Some(noted) => known.push(noted),
+                Some(noted) => notes.push(noted),
                 // One that has just gone is no doubt.
                 None => full |= file.exists(),
             }
         }
-        known.sort_by(|a, b| order(a).cmp(&order(b)));
-        known.dedup_by(|later, kept| {
+        notes.sort_by(|a, b| order(a).cmp(&order(b)));
+        notes.dedup_by(|later, kept| {
             let is_same = order(later) == order(kept);
             if is_same {
                 kept.bound = kept.bound.max(later.bound);
@@ -298,15 +299,15 @@ impl Index {
             is_same
         });
         let crowded = counts.crowded();
-        Ok(Listing { known, full, crowded })
+        Ok(Listing { notes, full, crowded })
     }
 
     /// Drops notes, whoever's.
     ///
     /// # Errors
     /// If the directory cannot be written.
-    pub fn forget<'k>(&self, known: impl IntoIterator<Item = &'k Known>) -> io::Result<()> {
-        let gone: HashSet<_> = known.into_iter().map(order).collect();
+    pub fn forget<'k>(&self, notes: impl IntoIterator<Item = &'k Note>) -> io::Result<()> {
+        let gone: HashSet<_> = notes.into_iter().map(order).collect();
         for file in self.files()? {
             if read(&file).is_some_and(|noted| gone.contains(&order(&noted))) {
                 remove(&file)?;
@@ -315,15 +316,15 @@ impl Index {
         Ok(())
     }
 
-    fn file(&self, known: &Known) -> PathBuf {
+    fn file(&self, note: &Note) -> PathBuf {
         let mut hash = Sha256::new();
-        for text in [&known.path, &known.provider, &known.key_id.0] {
+        for text in [&note.path, &note.provider, &note.key_id.0] {
             hash.update((text.len() as u64).to_be_bytes());
             hash.update(text);
         }
         let hash = hex::encode(&hash.finalize()[..8]);
-        let user = known.user.map(|user| format!(".{user}")).unwrap_or_default();
-        self.dir.join(format!("{}.{hash}{user}.json", known.volume))
+        let user = note.user.map(|user| format!(".{user}")).unwrap_or_default();
+        self.dir.join(format!("{}.{hash}{user}.json", note.volume))
     }
 
     /// The files. What a crash has left of others goes.
@@ -360,9 +361,9 @@ fn name_of(file: &Path) -> Option<(Uuid, &str, By)> {
 }
 
 /// A note that says nothing yet but what is where.
-fn note_of(binding: &Binding<'_>, path: &Path, by: By) -> Known {
+fn note_of(binding: &Binding<'_>, path: &Path, by: By) -> Note {
     let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-    Known {
+    Note {
         volume: binding.volume,
         path: path_text::to_text(&path),
         provider: binding.provider.to_owned(),
@@ -377,15 +378,9 @@ fn note_of(binding: &Binding<'_>, path: &Path, by: By) -> Known {
 }
 
 /// What a note is about. An announcement that is still awaited is told apart from what is settled.
-fn order(known: &Known) -> (Uuid, &str, &str, &str, bool) {
-    let awaited = known.unsettled && !known.was_given_up();
-    (
-        known.volume,
-        &known.path,
-        &known.provider,
-        &known.key_id.0,
-        awaited,
-    )
+fn order(note: &Note) -> (Uuid, &str, &str, &str, bool) {
+    let awaited = note.unsettled && !note.was_given_up();
+    (note.volume, &note.path, &note.provider, &note.key_id.0, awaited)
 }
 
 fn remove(file: &Path) -> io::Result<()> {
@@ -428,7 +423,7 @@ fn is_left_behind(path: &Path) -> bool {
     })
 }
 
-fn read(file: &Path) -> Option<Known> {
+fn read(file: &Path) -> Option<Note> {
     let metadata = fs::metadata(file).ok()?;
     if !metadata.is_file() || metadata.len() > LONGEST {
         return None;
@@ -462,14 +457,14 @@ mod tests {
     #[test]
     fn what_was_noted_is_listed_and_forgotten() {
         let (_dir, index) = index();
-        assert!(index.list().unwrap().known.is_empty());
+        assert!(index.list().unwrap().notes.is_empty());
         let key_id = KeyId("k".into());
         index.note(&binding(1, &key_id), Path::new("/a"), Occasion::Bound, By::Owner);
         index.note(&binding(1, &key_id), Path::new("/a"), Occasion::Opened, By::Owner);
         index.note(&binding(2, &key_id), Path::new("/b"), Occasion::Opened, By::Owner);
         let listed = index.list().unwrap();
         assert!(!listed.full);
-        let [one, two] = &listed.known[..] else {
+        let [one, two] = &listed.notes[..] else {
             panic!("{listed:?}")
         };
         assert_eq!((one.volume, one.path.as_str()), (Uuid::from_u128(1), "/a"));
@@ -477,7 +472,7 @@ mod tests {
         assert!(two.bound.is_none() && two.opened.is_some());
         index.forget([one]).unwrap();
         index.forget([one]).unwrap();
-        assert_eq!(index.list().unwrap().known, std::slice::from_ref(two));
+        assert_eq!(index.list().unwrap().notes, std::slice::from_ref(two));
     }
 
     #[test]
@@ -491,9 +486,9 @@ mod tests {
             index
                 .list()
                 .unwrap()
-                .known
+                .notes
                 .into_iter()
-                .map(|known| known.path)
+                .map(|note| note.path)
                 .collect()
         };
         assert_eq!(paths(&index), ["/nowhere/a", "/nowhere/b"]);
@@ -529,8 +524,8 @@ mod tests {
         }
         let of = |by: By| {
             let notes = index.notes_of(Uuid::from_u128(1)).unwrap().into_iter();
-            let notes = notes.map(|(_, known)| known);
-            notes.filter(|known| known.user == by.user()).collect::<Vec<_>>()
+            let notes = notes.map(|(_, note)| note);
+            notes.filter(|note| note.user == by.user()).collect::<Vec<_>>()
         };
         assert_eq!(of(one)[0].path, "/nowhere/disk");
         assert_eq!(of(other).len(), PLACES);
@@ -540,8 +535,8 @@ mod tests {
         index.settle(&announced, path, false, other);
         index.settle(&announced, path, true, other);
         let awaited = |index: &Index| {
-            let listed = index.list().unwrap().known;
-            listed.into_iter().find(|known| known.volume == announced.volume)
+            let listed = index.list().unwrap().notes;
+            listed.into_iter().find(|note| note.volume == announced.volume)
         };
         assert!(awaited(&index).unwrap().unsettled);
         index.settle(&announced, path, false, one);
@@ -563,9 +558,9 @@ mod tests {
         index.announce(&binding(1, &key_id), path, By::Owner).unwrap();
         // What was given up binds nobody.
         index.announce(&binding(3, &stale), path, By::User(1)).unwrap();
-        let (file, mut known) = index.notes_of(Uuid::from_u128(3)).unwrap().remove(0);
-        known.bound = Some(Timestamp::from_unix(0));
-        index.put_anew(&file, known).unwrap();
+        let (file, mut note) = index.notes_of(Uuid::from_u128(3)).unwrap().remove(0);
+        note.bound = Some(Timestamp::from_unix(0));
+        index.put_anew(&file, note).unwrap();
         index.announce(&binding(4, &stale), path, By::User(2)).unwrap();
     }
 
@@ -593,14 +588,14 @@ mod tests {
             Occasion::Opened,
             By::User(1),
         );
-        let known = index.list().unwrap().known;
-        let last = known
+        let notes = index.list().unwrap().notes;
+        let last = notes
             .iter()
-            .find(|known| Path::new(&known.path) == place(PLACES))
+            .find(|note| Path::new(&note.path) == place(PLACES))
             .unwrap();
-        assert!(known.len() == PLACES && last.elsewhere, "{known:?}");
+        assert!(notes.len() == PLACES && last.elsewhere, "{notes:?}");
         index.sweep(true).unwrap();
-        assert!(index.list().unwrap().known.iter().all(|known| !known.elsewhere));
+        assert!(index.list().unwrap().notes.iter().all(|note| !note.elsewhere));
     }
 
     #[test]
@@ -613,7 +608,7 @@ mod tests {
             !index.notes_of(Uuid::from_u128(volume)).unwrap().is_empty()
         };
         assert!(opened(1, By::Owner) && !index.list().unwrap().full);
-        let note = fs::read(index.file(&index.list().unwrap().known[0])).unwrap();
+        let note = fs::read(index.file(&index.list().unwrap().notes[0])).unwrap();
         // A user fills its share.
         for number in 0..MOST_OF_ONE {
             let name = format!("{}.0.1.json", Uuid::from_u128(1000 + number as u128));
@@ -642,7 +637,7 @@ mod tests {
         let place = Path::new("/nowhere/disk");
         let by = By::User(1);
         index.note(&binding(1, &old), place, Occasion::Bound, by);
-        let note = fs::read(index.file(&index.list().unwrap().known[0])).unwrap();
+        let note = fs::read(index.file(&index.list().unwrap().notes[0])).unwrap();
         for number in 0..MOST_OF_ONE {
             let name = format!("{}.0.1.json", Uuid::from_u128(1000 + number as u128));
             fs::write(index.dir.join(name), &note).unwrap();
@@ -651,7 +646,7 @@ mod tests {
         assert!(matches!(refused, Err(NotAnnounced::NoRoom { .. })), "{refused:?}");
         let keys = || {
             let notes = index.notes_of(Uuid::from_u128(1)).unwrap().into_iter();
-            let mut keys: Vec<_> = notes.map(|(_, known)| known.key_id.0).collect();
+            let mut keys: Vec<_> = notes.map(|(_, note)| note.key_id.0).collect();
             keys.sort_unstable();
             keys
         };
@@ -672,16 +667,16 @@ mod tests {
         let (_dir, index) = index();
         let key_id = KeyId("k".into());
         index.note(&binding(1, &key_id), Path::new("/a"), Occasion::Opened, By::Owner);
-        let file = index.file(&index.list().unwrap().known[0]);
+        let file = index.file(&index.list().unwrap().notes[0]);
         let whole = fs::read(&file).unwrap();
         for cut in 0..whole.len() {
             fs::write(&file, &whole[..cut]).unwrap();
-            assert!(index.list().unwrap().known.is_empty(), "{cut}");
+            assert!(index.list().unwrap().notes.is_empty(), "{cut}");
         }
         fs::create_dir(index.dir.join("directory.json")).unwrap();
         fs::write(index.dir.join("x.json.1.new"), "").unwrap();
         index.note(&binding(1, &key_id), Path::new("/a"), Occasion::Opened, By::Owner);
-        assert_eq!(index.list().unwrap().known.len(), 1);
+        assert_eq!(index.list().unwrap().notes.len(), 1);
     }
 
     #[test]
@@ -710,6 +705,6 @@ mod tests {
                 });
             }
         });
-        assert_eq!(index.list().unwrap().known.len(), 20 + 8 * 20);
+        assert_eq!(index.list().unwrap().notes.len(), 20 + 8 * 20);
     }
 }

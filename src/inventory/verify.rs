@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::room::remark;
-use super::{By, Index, Known, Occasion, Remark, read, remove};
+use super::{By, Index, Note, Occasion, Remark, read, remove};
 use crate::keys::Binding;
 use crate::path_text::{from_text, to_text};
 use crate::probe::{OF_CALLERS, Probe};
@@ -25,7 +25,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 /// What a volume's header says about a note.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Standing {
+pub enum Verdict {
     /// The note is right.
     Bound,
     /// The volume is there, and not bound to the key.
@@ -39,51 +39,52 @@ pub enum Standing {
 /// A note, and what the volume says about it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Sighting {
+pub struct Entry {
     /// The note.
     #[serde(flatten)]
-    pub known: Known,
+    pub note: Note,
     /// Whether it holds: `bound`, `not_bound`, `missing` or `unknown`; or `untold`, to who may not know what is at places that
     /// others have named.
-    pub standing: String,
+    #[serde(rename = "standing")]
+    pub verdict: String,
     /// If it is missing or unknown: why, for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub why: Option<String>,
 }
 
-impl Sighting {
-    fn new(known: Known, standing: Standing) -> Self {
-        let (standing, why) = match standing {
-            Standing::Bound => (BOUND, None),
-            Standing::NotBound => (NOT_BOUND, None),
-            Standing::Missing(instead) => (MISSING, instead),
-            Standing::Unknown(why) => (UNKNOWN, Some(why)),
+impl Entry {
+    fn new(note: Note, verdict: Verdict) -> Self {
+        let (verdict, why) = match verdict {
+            Verdict::Bound => (BOUND, None),
+            Verdict::NotBound => (NOT_BOUND, None),
+            Verdict::Missing(instead) => (MISSING, instead),
+            Verdict::Unknown(why) => (UNKNOWN, Some(why)),
         };
         Self {
-            known,
-            standing: standing.to_owned(),
+            note,
+            verdict: verdict.to_owned(),
             why,
         }
     }
 
     /// A note for who may not know what is at its place: nobody looks there.
-    pub fn untold(known: Known) -> Self {
+    pub fn untold(note: Note) -> Self {
         Self {
-            known,
-            standing: UNTOLD.to_owned(),
+            note,
+            verdict: UNTOLD.to_owned(),
             why: None,
         }
     }
 
-    /// Whether it is [`Sighting::untold`].
+    /// Whether it is [`Entry::untold`].
     pub fn is_untold(&self) -> bool {
-        self.standing == UNTOLD
+        self.verdict == UNTOLD
     }
 
     /// Whether the volume has to be taken for bound to the key: also where nobody can tell, since it may be on a disk that
     /// is not there just now.
     pub fn in_use(&self) -> bool {
-        self.standing != NOT_BOUND
+        self.verdict != NOT_BOUND
     }
 }
 
@@ -94,33 +95,33 @@ const UNKNOWN: &str = "unknown";
 pub(super) const UNTOLD: &str = "untold";
 
 /// What each of `notes` is worth. A place is looked at once. Since when a volume is bound to its key, its own header tells.
-pub fn survey(notes: impl IntoIterator<Item = Known>) -> Vec<Sighting> {
+pub fn verify(notes: impl IntoIterator<Item = Note>) -> Vec<Entry> {
     let began = Instant::now();
     let mut probe = Probe::of(&OF_CALLERS);
     let mut seen: HashMap<(String, Caution), Found> = HashMap::new();
-    let judge = |mut known: Known| {
-        let caution = Caution::with(&known);
+    let judge = |mut note: Note| {
+        let caution = Caution::with(&note);
         let found =
-            seen.entry((known.path.clone(), caution))
+            seen.entry((note.path.clone(), caution))
                 .or_insert_with(|| match began.elapsed() < PATIENCE {
-                    true => Found::at(&mut probe, &from_text(&known.path), caution),
+                    true => Found::at(&mut probe, &from_text(&note.path), caution),
                     false => Found::Nothing("there was no time to look at it".to_owned()),
                 });
         let found = &*found;
-        let standing = found.judge(&known);
-        if let (Found::Volume(bindings), Standing::Bound) = (found, &standing) {
-            let to_it = |to: &&BoundTo| (&to.provider, &to.key_id) == (&known.provider, &known.key_id);
-            known.bound = bindings.to.iter().find(to_it).and_then(|to| to.since);
+        let verdict = found.judge(&note);
+        if let (Found::Volume(bindings), Verdict::Bound) = (found, &verdict) {
+            let to_it = |to: &&BoundTo| (&to.provider, &to.key_id) == (&note.provider, &note.key_id);
+            note.bound = bindings.to.iter().find(to_it).and_then(|to| to.since);
         }
-        Sighting::new(known, standing)
+        Entry::new(note, verdict)
     };
     notes.into_iter().map(judge).collect()
 }
 
 /// What one note is worth.
-pub(super) fn look(known: &Known) -> Standing {
+pub(super) fn look(note: &Note) -> Verdict {
     let mut probe = Probe::of(&OF_CALLERS);
-    Found::at(&mut probe, &from_text(&known.path), Caution::with(known)).judge(known)
+    Found::at(&mut probe, &from_text(&note.path), Caution::with(note)).judge(note)
 }
 
 /// What a look at volumes has brought.
@@ -163,15 +164,15 @@ impl Index {
         }
         let mut place_of = |path: &Path| probe.at(path, |path| fs::canonicalize(path).ok()).ok()?;
         let place = place_of(path);
-        let its = |known: &Known| by == By::Owner || known.user == by.user();
-        for (file, known) in self.notes_of(volume).unwrap_or_default() {
-            let noted = from_text(&known.path);
+        let its = |note: &Note| by == By::Owner || note.user == by.user();
+        for (file, note) in self.notes_of(volume).unwrap_or_default() {
+            let noted = from_text(&note.path);
             let is_it = noted == path || place.is_some() && place_of(&noted) == place;
-            if its(&known)
+            if its(&note)
                 && is_it
                 && let Err(error) = remove(&file)
             {
-                tracing::warn!(%error, "{} is erased, and stays on the list of volumes", known.path);
+                tracing::warn!(%error, "{} is erased, and stays on the list of volumes", note.path);
             }
         }
     }
@@ -222,12 +223,12 @@ impl Index {
             self.clear_incomplete()?;
             for file in self.files()? {
                 match read(&file) {
-                    Some(known) if remark(&known) == Some(Remark::Elsewhere) => {
+                    Some(note) if remark(&note) == Some(Remark::Elsewhere) => {
                         self.put_anew(
                             &file,
-                            Known {
+                            Note {
                                 elsewhere: false,
-                                ..known
+                                ..note
                             },
                         )?;
                     }
@@ -240,13 +241,12 @@ impl Index {
                 }
             }
         }
-        let mut sightings = survey(self.list()?.known);
-        let is_missing = |sighting: &Sighting| {
-            sighting.standing == MISSING || remark(&sighting.known) == Some(Remark::Untold)
-        };
-        sightings.retain(|sighting| !sighting.in_use() || missing && is_missing(sighting));
-        self.forget(sightings.iter().map(|sighting| &sighting.known))?;
-        Ok(dropped + sightings.len())
+        let mut entries = verify(self.list()?.notes);
+        let is_missing =
+            |entry: &Entry| entry.verdict == MISSING || remark(&entry.note) == Some(Remark::Untold);
+        entries.retain(|entry| !entry.in_use() || missing && is_missing(entry));
+        self.forget(entries.iter().map(|entry| &entry.note))?;
+        Ok(dropped + entries.len())
     }
 }
 
@@ -269,8 +269,8 @@ impl Caution {
         }
     }
 
-    fn with(known: &Known) -> Self {
-        Self::of(known.user.map_or(By::Owner, By::User))
+    fn with(note: &Note) -> Self {
+        Self::of(note.user.map_or(By::Owner, By::User))
     }
 }
 
@@ -289,39 +289,39 @@ impl Found {
         found.unwrap_or_else(|silence| Self::Nothing(silence.to_string()))
     }
 
-    fn judge(&self, known: &Known) -> Standing {
-        let standing = self.judge_place(known);
-        match (remark(known), &standing) {
-            (Some(Remark::Untold), _) => Standing::Unknown("nobody has said where it is".to_owned()),
-            (Some(Remark::Elsewhere), Standing::NotBound) => {
-                Standing::Unknown("it was at other places, too, that are not noted any more".to_owned())
+    fn judge(&self, note: &Note) -> Verdict {
+        let verdict = self.judge_place(note);
+        match (remark(note), &verdict) {
+            (Some(Remark::Untold), _) => Verdict::Unknown("nobody has said where it is".to_owned()),
+            (Some(Remark::Elsewhere), Verdict::NotBound) => {
+                Verdict::Unknown("it was at other places, too, that are not noted any more".to_owned())
             }
-            _ => standing,
+            _ => verdict,
         }
     }
 
-    fn judge_place(&self, known: &Known) -> Standing {
+    fn judge_place(&self, note: &Note) -> Verdict {
         match self {
-            Found::Volume(bindings) if bindings.uuid == known.volume => {
+            Found::Volume(bindings) if bindings.uuid == note.volume => {
                 let to_it = bindings
                     .to
                     .iter()
-                    .any(|to| (&to.provider, &to.key_id) == (&known.provider, &known.key_id));
+                    .any(|to| (&to.provider, &to.key_id) == (&note.provider, &note.key_id));
                 match to_it {
-                    true => Standing::Bound,
-                    false if known.unsettled && !known.was_given_up() => {
-                        Standing::Unknown("it is about to be bound to the key".to_owned())
+                    true => Verdict::Bound,
+                    false if note.unsettled && !note.was_given_up() => {
+                        Verdict::Unknown("it is about to be bound to the key".to_owned())
                     }
-                    false => Standing::NotBound,
+                    false => Verdict::NotBound,
                 }
             }
-            Found::Nothing(why) => Standing::Unknown(why.clone()),
-            _ if known.was_given_up() => Standing::NotBound,
+            Found::Nothing(why) => Verdict::Unknown(why.clone()),
+            _ if note.was_given_up() => Verdict::NotBound,
             Found::Volume(other) => {
-                Standing::Missing(Some(format!("another volume is there, {}", other.uuid)))
+                Verdict::Missing(Some(format!("another volume is there, {}", other.uuid)))
             }
-            Found::NoVolume => Standing::Missing(Some(NO_VOLUME.to_owned())),
-            Found::Missing => Standing::Missing(None),
+            Found::NoVolume => Verdict::Missing(Some(NO_VOLUME.to_owned())),
+            Found::Missing => Verdict::Missing(None),
         }
     }
 }
@@ -368,7 +368,7 @@ mod tests {
 
     #[test]
     fn a_place_does_not_tell_of_others_that_were_not_kept() {
-        let known = Known {
+        let note = Note {
             volume: Uuid::from_u128(1),
             path: "/a".into(),
             provider: "native".into(),
@@ -381,20 +381,20 @@ mod tests {
             elsewhere: false,
         };
         let unbound = Found::Volume(Bindings {
-            uuid: known.volume,
+            uuid: note.volume,
             to: Vec::new(),
         });
-        assert_eq!(unbound.judge(&known), Standing::NotBound);
-        let elsewhere = Known {
+        assert_eq!(unbound.judge(&note), Verdict::NotBound);
+        let elsewhere = Note {
             elsewhere: true,
-            ..known.clone()
+            ..note.clone()
         };
-        let untold = Known {
+        let untold = Note {
             path: String::new(),
-            ..known
+            ..note
         };
-        for known in [elsewhere, untold] {
-            assert!(matches!(unbound.judge(&known), Standing::Unknown(_)), "{known:?}");
+        for note in [elsewhere, untold] {
+            assert!(matches!(unbound.judge(&note), Verdict::Unknown(_)), "{note:?}");
         }
     }
 }

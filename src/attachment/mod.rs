@@ -163,7 +163,7 @@ impl fmt::Debug for Opener {
 
 /// A volume that is being served.
 #[derive(Debug)]
-pub struct Served {
+pub struct Attachment {
     disk: Arc<Disk>,
     identity: Identity,
     opener: Opener,
@@ -208,7 +208,7 @@ pub enum Lock {
 
 /// What cannot be done to a disk.
 #[derive(Debug, thiserror::Error)]
-pub enum ServedError {
+pub enum AttachmentError {
     /// Its key.
     #[error(transparent)]
     Open(#[from] OpenError),
@@ -251,7 +251,7 @@ impl AsFd for FirstTry {
     }
 }
 
-impl Served {
+impl Attachment {
     /// `disk`, which is locked, as that of the volume that `opener` opens. Nothing is asked for its key yet.
     pub fn new(opener: Opener, disk: Arc<Disk>, identity: Identity) -> Arc<Self> {
         let order = Order {
@@ -328,10 +328,10 @@ impl Served {
     /// Takes the key away. When this returns, nothing of it is in this process.
     ///
     /// # Errors
-    /// [`ServedError::NoWayBack`]; the disk stays open.
-    pub fn lock(&self) -> Result<(), ServedError> {
+    /// [`AttachmentError::NoWayBack`]; the disk stays open.
+    pub fn lock(&self) -> Result<(), AttachmentError> {
         if let By::Passphrase { once: true, .. } = self.opener.by {
-            return Err(ServedError::NoWayBack);
+            return Err(AttachmentError::NoWayBack);
         }
         // It is in force at once, also while a rekey or an unlock waits for a server.
         let withdrawal = {
@@ -355,8 +355,8 @@ impl Served {
     /// Fetches the key, and has the disk served again, once the locks that were asked for before are done.
     ///
     /// # Errors
-    /// [`ServedError`]; the disk is as locked as it was.
-    pub fn unlock(&self) -> Result<(), ServedError> {
+    /// [`AttachmentError`]; the disk is as locked as it was.
+    pub fn unlock(&self) -> Result<(), AttachmentError> {
         let order = self
             .changed
             .wait_while(lock(&self.order), |order| order.locking > 0);
@@ -379,18 +379,18 @@ impl Served {
     /// does not notice.
     ///
     /// # Errors
-    /// [`ServedError`].
+    /// [`AttachmentError`].
     pub fn rekey(
         &self,
         provider: Option<&str>,
         if_older_than: Option<Duration>,
-    ) -> Result<Option<Rekeyed>, ServedError> {
+    ) -> Result<Option<Rekeyed>, AttachmentError> {
         let By::Providers { recrypt, .. } = &self.opener.by else {
-            return Err(ServedError::NoProviders);
+            return Err(AttachmentError::NoProviders);
         };
         let _turn = lock(&self.turn);
         if self.disk.is_locked() {
-            return Err(ServedError::IsLocked);
+            return Err(AttachmentError::IsLocked);
         }
         let mut locked = self.read_header()?;
         if if_older_than.is_some_and(|age| !locked.bindings().are_older_than(age)) {

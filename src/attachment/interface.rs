@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::{Lock, OpenError, Served, ServedError};
+use super::{Attachment, AttachmentError, Lock, OpenError};
 use crate::cipher::Sector;
 use crate::control::events::Event;
 use crate::control::peer::Peer;
@@ -123,7 +123,7 @@ impl LockStatus {
 /// What a served disk answers, to whom.
 #[derive(Debug)]
 pub struct Interface {
-    served: Arc<Served>,
+    served: Arc<Attachment>,
     grants: Grants,
     /// By user.
     refusals: RateLimit<Option<u32>, ()>,
@@ -140,7 +140,7 @@ type Answered = Result<Answer, MethodError>;
 
 impl Interface {
     /// Answers for `served` to those who have `grants`.
-    pub fn new(served: Arc<Served>, grants: Grants) -> Self {
+    pub fn new(served: Arc<Attachment>, grants: Grants) -> Self {
         Self {
             served,
             grants,
@@ -254,9 +254,9 @@ impl varlink::Interface for Interface {
     }
 }
 
-fn failed(error: &ServedError) -> MethodError {
+fn failed(error: &AttachmentError) -> MethodError {
     let reason = match error {
-        ServedError::Open(error) => error.key().map(|key| key.reason),
+        AttachmentError::Open(error) => error.key().map(|key| key.reason),
         _ => None,
     };
     let told = json!({ "message": describe(error), "reason": reason });

@@ -19,8 +19,8 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::survey::{Standing, look};
-use super::{Index, Known, MOST, PLACES, Rarely, Remark, name_of, note_of, read, remove};
+use super::verify::{Verdict, look};
+use super::{Index, MOST, Note, PLACES, Rarely, Remark, name_of, note_of, read, remove};
 use crate::error_chain::remedy;
 use crate::keys::{Binding, KeyError, KeyReason, private_file};
 
@@ -168,7 +168,7 @@ impl Counts {
     fn have_room_for(&self, by: By, volume: Uuid) -> bool {
         let notes = |by| self.notes.get(&(by, volume)).copied().unwrap_or(0);
         // The owner may rekey what is a user's, too.
-        let is_known = || self.notes.keys().any(|(_, known)| *known == volume);
+        let is_known = || self.notes.keys().any(|(_, note)| *note == volume);
         let own = notes(by);
         !own.is_multiple_of(IN_ONE) || by == By::Owner && own == 0 && is_known() || self.has_room(by)
     }
@@ -243,10 +243,10 @@ impl Index {
                 _ => {}
             }
         }
-        let mut known = note_of(binding, path, by);
-        known.bound = Some(crate::timestamp::Timestamp::now());
-        known.unsettled = true;
-        let file = self.file(&known);
+        let mut note = note_of(binding, path, by);
+        note.bound = Some(crate::timestamp::Timestamp::now());
+        note.unsettled = true;
+        let file = self.file(&note);
         if !own.contains(&&file) && !file.exists() {
             if own.len() >= PLACES {
                 return Err(NotAnnounced::Places);
@@ -263,14 +263,14 @@ impl Index {
                 tracing::warn!("{}: {share}", self.dir.display());
             }
         }
-        self.put(known).map_err(unwritable)
+        self.put(note).map_err(unwritable)
     }
 
     /// Drops notes of a volume that its header contradicts. One that names a place where nothing is stays: this may be a copy,
     /// and that one's disk away.
     pub(super) fn drop_contradicted(&self, volume: Uuid) -> io::Result<()> {
-        for (file, known) in self.notes_of(volume)? {
-            if look(&known) == Standing::NotBound {
+        for (file, note) in self.notes_of(volume)? {
+            if look(&note) == Verdict::NotBound {
                 remove(&file)?;
             }
         }
@@ -279,14 +279,14 @@ impl Index {
 
     /// Makes room for `known`, which is new, and gives back what it takes the place of: the same user's least recent note of
     /// the same volume and key, an unsettled one before all others. None if there is no room.
-    pub(super) fn make_room(&self, known: &mut Known) -> io::Result<Option<Vec<PathBuf>>> {
-        let mut alike = self.notes_of(known.volume)?;
+    pub(super) fn make_room(&self, note: &mut Note) -> io::Result<Option<Vec<PathBuf>>> {
+        let mut alike = self.notes_of(note.volume)?;
         alike.retain(|(_, other)| {
-            other.user == known.user && other.is_under(Some(&known.provider), Some(&known.key_id))
+            other.user == note.user && other.is_under(Some(&note.provider), Some(&note.key_id))
         });
         let files = self.files()?;
-        let by = known.user.map_or(By::Owner, By::User);
-        let fits = alike.len() < PLACES && Counts::of(&files).have_room_for(by, known.volume);
+        let by = note.user.map_or(By::Owner, By::User);
+        let fits = alike.len() < PLACES && Counts::of(&files).have_room_for(by, note.volume);
         if fits {
             return Ok(Some(Vec::new()));
         }
@@ -294,7 +294,7 @@ impl Index {
             .into_iter()
             .min_by_key(|(_, other)| (!other.unsettled, other.opened.max(other.bound)));
         Ok(least.map(|(file, other)| {
-            known.elsewhere |= !other.unsettled || other.elsewhere;
+            note.elsewhere |= !other.unsettled || other.elsewhere;
             vec![file]
         }))
     }
@@ -318,7 +318,7 @@ impl Index {
     }
 
     /// The notes of a volume, each with its file.
-    pub(super) fn notes_of(&self, volume: Uuid) -> io::Result<Vec<(PathBuf, Known)>> {
+    pub(super) fn notes_of(&self, volume: Uuid) -> io::Result<Vec<(PathBuf, Note)>> {
         let files = self.files()?.into_iter();
         let of_volume = files.filter(|file| name_of(file).is_some_and(|(of, _, _)| of == volume));
         Ok(of_volume
@@ -331,10 +331,10 @@ impl Index {
 static WARNED: Rarely = Rarely::every(Duration::from_secs(3600));
 
 /// What is known of a place that nobody has named, or of places that were not kept.
-pub(super) fn remark(known: &Known) -> Option<Remark> {
-    match known {
-        Known { path, .. } if path.is_empty() => Some(Remark::Untold),
-        Known { elsewhere: true, .. } => Some(Remark::Elsewhere),
+pub(super) fn remark(note: &Note) -> Option<Remark> {
+    match note {
+        Note { path, .. } if path.is_empty() => Some(Remark::Untold),
+        Note { elsewhere: true, .. } => Some(Remark::Elsewhere),
         _ => None,
     }
 }

@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::survey::{Sighting, UNTOLD, survey};
-use super::{Index, Known};
+use super::verify::{Entry, UNTOLD, verify};
+use super::{Index, Note};
 use crate::error_chain::remedy;
 use crate::keys::registry::{Backup, Registry, RegistryError};
 use crate::keys::{KeyError, KeyId, KeyProvider, KeyReason, KeyState, Reach, Revocation, harmless};
@@ -70,24 +70,25 @@ pub struct Disk {
     pub volume: Uuid,
     /// Where it was last seen, for people.
     pub path: String,
-    /// See [`Sighting::standing`].
-    pub standing: String,
-    /// See [`Sighting::why`].
+    /// See [`Entry::verdict`].
+    #[serde(rename = "standing")]
+    pub verdict: String,
+    /// See [`Entry::why`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub why: Option<String>,
 }
 
-impl From<Sighting> for Disk {
-    fn from(sighting: Sighting) -> Self {
-        let mut why = sighting.why.map(|why| harmless(&why, 200));
-        if let Some(user) = sighting.known.user {
+impl From<Entry> for Disk {
+    fn from(entry: Entry) -> Self {
+        let mut why = entry.why.map(|why| harmless(&why, 200));
+        if let Some(user) = entry.note.user {
             let noted = format!("user {user} had it noted");
             why = Some(why.map_or(noted.clone(), |why| format!("{why}; {noted}")));
         }
         Self {
-            volume: sighting.known.volume,
-            path: harmless(&sighting.known.path, 1024),
-            standing: sighting.standing,
+            volume: entry.note.volume,
+            path: harmless(&entry.note.path, 1024),
+            verdict: entry.verdict,
             why,
         }
     }
@@ -96,8 +97,8 @@ impl From<Sighting> for Disk {
 impl Uses {
     /// The same without what looks at places have found.
     pub fn untold(mut self) -> Self {
-        for disk in self.volumes.iter_mut().filter(|disk| disk.standing != SERVED) {
-            disk.standing = UNTOLD.to_owned();
+        for disk in self.volumes.iter_mut().filter(|disk| disk.verdict != SERVED) {
+            disk.verdict = UNTOLD.to_owned();
             disk.why = None;
         }
         self
@@ -111,7 +112,7 @@ impl Uses {
                 .as_ref()
                 .map(|why| format!(": {why}"))
                 .unwrap_or_default();
-            format!("{}  volume {}, {}{why}", disk.path, disk.volume, disk.standing)
+            format!("{}  volume {}, {}{why}", disk.path, disk.volume, disk.verdict)
         };
         let more = self.count.saturating_sub(self.volumes.len());
         let rest = (more > 0).then(|| format!("and {more} more"));
@@ -132,27 +133,27 @@ impl Uses {
     ///
     /// # Errors
     /// If the list cannot be read.
-    pub fn of(index: &Index, served: &[Disk], matches: impl Fn(&Known) -> bool) -> Result<Self, GuardError> {
+    pub fn of(index: &Index, served: &[Disk], matches: impl Fn(&Note) -> bool) -> Result<Self, GuardError> {
         let mut seen = HashSet::new();
         let mut look = || {
             let listing = index.list().map_err(|source| GuardError::Index {
                 path: index.dir.clone(),
                 source,
             })?;
-            let is_new = |known: &Known| matches(known) && seen.insert(index.file(known));
-            let sightings = survey(listing.known.into_iter().filter(is_new));
-            Ok::<_, GuardError>((sightings, listing.full))
+            let is_new = |note: &Note| matches(note) && seen.insert(index.file(note));
+            let entries = verify(listing.notes.into_iter().filter(is_new));
+            Ok::<_, GuardError>((entries, listing.full))
         };
-        let (mut sightings, _) = look()?;
+        let (mut entries, _) = look()?;
         // To look at many takes a while. What was noted meanwhile counts, too.
         let (more, full) = look()?;
-        sightings.extend(more);
-        sightings.retain(Sighting::in_use);
-        sightings.sort_by(|a, b| a.known.path.cmp(&b.known.path));
-        let is_listed = |disk: &&Disk| !sightings.iter().any(|other| other.known.volume == disk.volume);
+        entries.extend(more);
+        entries.retain(Entry::in_use);
+        entries.sort_by(|a, b| a.note.path.cmp(&b.note.path));
+        let is_listed = |disk: &&Disk| !entries.iter().any(|other| other.note.volume == disk.volume);
         let mut volumes: Vec<_> = served.iter().filter(is_listed).cloned().collect();
-        let count = volumes.len() + sightings.len();
-        volumes.extend(sightings.into_iter().map(Disk::from));
+        let count = volumes.len() + entries.len();
+        volumes.extend(entries.into_iter().map(Disk::from));
         volumes.truncate(LISTED);
         Ok(Self { volumes, count, full })
     }
@@ -186,7 +187,7 @@ pub fn remove_provider(registry: &mut Registry, name: &str, removal: &Removal<'_
     registry.check_removal(name, removal.new_default)?;
     let index = Index::of(registry.dir());
     if !removal.force {
-        Uses::of(&index, removal.served, |known| known.is_under(Some(name), None))?
+        Uses::of(&index, removal.served, |note| note.is_under(Some(name), None))?
             .refuse(format!("key provider {name:?}"))?;
         if matches!(registry.backup(name), Some(Backup::None | Backup::Waived)) {
             return Err(GuardError::NotBackedUp(name.to_owned()));
@@ -204,10 +205,10 @@ pub fn remove_provider(registry: &mut Registry, name: &str, removal: &Removal<'_
 
 /// Drops the notes of a provider that is gone: no volume needs its keys. A note that a volume has come to need meanwhile stays.
 fn forget_keys_of(index: &Index, provider: &str) {
-    let known = index.list().unwrap_or_default().known.into_iter();
-    let sightings = survey(known.filter(|known| known.is_under(Some(provider), None)));
-    let gone = sightings.iter().filter(|sighting| !sighting.in_use());
-    if let Err(error) = index.forget(gone.map(|sighting| &sighting.known)) {
+    let notes = index.list().unwrap_or_default().notes.into_iter();
+    let entries = verify(notes.filter(|note| note.is_under(Some(provider), None)));
+    let gone = entries.iter().filter(|entry| !entry.in_use());
+    if let Err(error) = index.forget(gone.map(|entry| &entry.note)) {
         tracing::warn!(%error, "{provider:?} is removed, and keys of it stay on the list of volumes");
     }
 }
@@ -231,8 +232,8 @@ pub fn revoke(
     }
     if !removal.force {
         let name = provider.name();
-        let needs_it = |known: &Known| {
-            known.is_under(Some(name), Some(key_id)) || provider.takes_along(key_id, &known.key_id)
+        let needs_it = |note: &Note| {
+            note.is_under(Some(name), Some(key_id)) || provider.takes_along(key_id, &note.key_id)
         };
         Uses::of(index, removal.served, needs_it)?.refuse(format!("key {key_id} of provider {name:?}"))?;
     }
