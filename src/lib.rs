@@ -4,22 +4,21 @@
 //! the lower ones, never the reverse:
 //!
 //! ```text
-//! cli      a file for each verb
-//! agent    the host's key agent, and its client
-//! broker   releases keys to hosts that are what they have to be; rcar: how it is asked
-//! audit    a log that shows tampering
-//! control  sockets on which processes of ours are asked, and who may
-//! served   a volume that is being served: its key comes, goes and is changed
-//! device   what the guest sees: virtio-blk over vhost-user
-//! known    the volumes that this host has bound or opened: hints, each looked up in the volume itself
-//! volume   LUKS2 on storage, and the segment table that maps sectors to it
+//! cli          a file for each verb
+//! agent        the host's key agent, and its client
+//! broker       releases keys to hosts that attest an allowed state; kbs: the protocol that they speak
+//! audit        a log that shows tampering
+//! control      the sockets on which sealblk's processes answer, and what each caller may ask for
+//! attachment   a volume that is being served: its key comes, goes and is changed
+//! device       what the guest sees: virtio-blk over vhost-user
+//! inventory    the volumes that this host has bound or opened: hints, each checked against the volume itself
+//! volume       LUKS2 on storage, and the segment table that maps sectors to it
 //! cipher, storage, keys, tpm
-//! hex, moment, toml_file   how bytes, points in time and settings are written
-//! boot_time                what limits the life of secrets
-//! path_text                how paths are written, of which not all are text
-//! apart, probe           threads that wait for what may never answer; looks at places by such threads
-//! causes, mutex, deadline, closer   what lies under an error; what outlives a panic; a limit for the whole of a message;
-//!                                   closing what others can hold up
+//! hex, timestamp, toml_file, path_text   how bytes, points in time, settings and paths are written
+//! boot_time                the clock that limits the life of secrets
+//! apart, probe             threads that wait for files that may never answer
+//! error_chain, mutex, deadline, closer   the causes of an error; a lock after a panic; a time limit for a whole message;
+//!                                        a thread that closes what others can hold up
 //! parsing                  JSON and TOML, read so that no error quotes them
 //! ```
 //!

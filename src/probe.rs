@@ -35,7 +35,7 @@ pub(crate) static OF_SETTINGS: Pool = Pool::new();
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Silence {
     #[error("it does not answer")]
-    Place,
+    Path,
     #[error("{} does not answer", .0.display())]
     FileSystem(PathBuf),
     #[error("too many other places do not answer")]
@@ -144,7 +144,7 @@ impl Probe {
             lock(&self.pool.shared)
                 .silent
                 .push((place.to_owned(), still_waits));
-            Silence::Place
+            Silence::Path
         })
     }
 
@@ -211,7 +211,7 @@ impl Pool {
         let mut shared = self.wait_while(|shared| shared.asked.iter().any(|asked| asked == place));
         let is_asked = shared.asked.iter().any(|asked| asked == place);
         if is_asked || shared.is_silent(place) {
-            return Err(Silence::Place);
+            return Err(Silence::Path);
         }
         shared.asked.push(place.to_owned());
         Ok(Turn {
@@ -273,12 +273,12 @@ mod tests {
         mknodat(CWD, &pipe, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
         let open = |path: &Path| File::open(path).is_ok();
         let mut probe = Probe::of(&OF_CALLERS);
-        assert!(matches!(probe.at(&pipe, open), Err(Silence::Place)));
+        assert!(matches!(probe.at(&pipe, open), Err(Silence::Path)));
         let asked = Instant::now();
-        assert!(matches!(probe.at(&pipe, open), Err(Silence::Place)));
+        assert!(matches!(probe.at(&pipe, open), Err(Silence::Path)));
         assert!(matches!(
             Probe::of(&OF_CALLERS).at(&pipe, open),
-            Err(Silence::Place)
+            Err(Silence::Path)
         ));
         assert!(probe.at(dir.path(), open).unwrap());
         assert!(asked.elapsed() < LIMIT);
@@ -304,7 +304,7 @@ mod tests {
             for _ in 0..MOST {
                 scope.spawn(|| {
                     let asked = Probe::of(&POOL).at(&pipe, open);
-                    assert!(matches!(asked, Err(Silence::Place)), "{asked:?}");
+                    assert!(matches!(asked, Err(Silence::Path)), "{asked:?}");
                 });
             }
         });

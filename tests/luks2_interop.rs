@@ -544,7 +544,7 @@ fn encrypted(volume: &Volume) -> (u64, Vec<u8>) {
     assert!(matches!(extent.treatment, Treatment::Crypt(_)));
     let mut plain = vec![0; 8192];
     let mut stored = vec![0; 8192];
-    extent.treatment.seal(
+    extent.treatment.encrypt(
         extent.iv,
         &[VolatileSlice::from(&mut plain[..])],
         &mut stored,

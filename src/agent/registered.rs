@@ -42,13 +42,13 @@ pub(super) struct Registered {
 
 #[derive(Debug, Default)]
 struct All {
-    served: HashMap<Place, Registration>,
+    served: HashMap<ServedAs, Registration>,
     /// Those that ended while no agent was there to see it.
     ended: Vec<Registrant>,
 }
 
 /// A volume, and a process.
-type Place = (Uuid, i32);
+type ServedAs = (Uuid, i32);
 
 #[derive(Debug)]
 struct Registration {
@@ -114,7 +114,7 @@ impl Registrant {
         (&self.provider, &self.key_id)
     }
 
-    fn place(&self) -> Place {
+    fn place(&self) -> ServedAs {
         (self.volume, self.process)
     }
 }
@@ -250,7 +250,7 @@ impl Registered {
         fs::rename(&new, &path)
     }
 
-    fn path(&self, (volume, process): Place) -> PathBuf {
+    fn path(&self, (volume, process): ServedAs) -> PathBuf {
         self.dir.join(format!("{volume}.{process}.json"))
     }
 
@@ -281,7 +281,7 @@ impl All {
         }
     }
 
-    fn ended_places(&self) -> HashSet<Place> {
+    fn ended_places(&self) -> HashSet<ServedAs> {
         let (mut fds, mut places) = (Vec::new(), Vec::new());
         for (place, registration) in &self.served {
             places.push(*place);

@@ -259,8 +259,8 @@ impl Service {
             return Err(Refusal::Changed);
         }
         let sealed = kept.resources.get(&path).ok_or(Refusal::NoResource)?;
-        let secret = self.state.unseal(&path, sealed)?;
-        let response = jwe::seal(&key, &secret).map_err(|e| match e {
+        let secret = self.state.unwrap(&path, sealed)?;
+        let response = jwe::encrypt(&key, &secret).map_err(|e| match e {
             jwe::JweError::Form(_) => Refusal::Request,
             e => Refusal::Broker(e.into()),
         })?;

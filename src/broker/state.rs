@@ -2,7 +2,7 @@
 //! need not know of each other.
 //!
 //! ```text
-//! master.key    32 bytes, under which resources are sealed (AES-256-GCM, bound to their paths)
+//! master.key    32 bytes, under which resources are wrapped (AES-256-GCM, bound to their paths)
 //! broker.json   resources, hosts, reference values
 //! audit.log     what was released and refused
 //! ```
@@ -26,7 +26,7 @@ use crate::parsing;
 
 /// The file of everything but the master key.
 const KEPT: &str = "broker.json";
-/// Sets sealed resources apart from all else that a key might ever authenticate.
+/// Sets wrapped resources apart from all else that a key might ever authenticate.
 const LABEL: &[u8] = b"sealblk broker resource\0";
 
 /// A state directory.
@@ -40,7 +40,7 @@ pub struct State {
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Kept {
-    /// By path: sealed, in base64.
+    /// By path: wrapped, in base64.
     pub resources: BTreeMap<ResourcePath, String>,
     /// By name.
     pub hosts: BTreeMap<String, Host>,
@@ -48,9 +48,9 @@ pub struct Kept {
     pub references: BTreeMap<String, Reference>,
 }
 
-/// What the master key sealed is there, and the key is not.
+/// What the master key wrapped is there, and the key is not.
 #[derive(Debug, thiserror::Error)]
-#[error("it is gone, and the resources were sealed under it")]
+#[error("it is gone, and the resources were wrapped under it")]
 struct NoMaster;
 
 /// A host that may be, or is, known by its TPM.
@@ -159,7 +159,7 @@ impl State {
         private_file::ensure_dir(dir).map_err(io("make", dir))?;
         let path = dir.join("master.key");
         if !path.try_exists().map_err(io("look for", &path))? {
-            // With a new key, what is sealed would be lost as soon as something is sealed beside it.
+            // With a new key, what is wrapped would be lost as soon as something is wrapped beside it.
             let kept = dir.join(KEPT);
             if kept.try_exists().map_err(io("look for", &kept))? {
                 return Err(unusable(&path, NoMaster));
@@ -223,21 +223,21 @@ impl State {
     ///
     /// # Errors
     /// [`StateError`].
-    pub fn seal_new(&self, path: &ResourcePath) -> Result<String, StateError> {
+    pub fn wrap_new(&self, path: &ResourcePath) -> Result<String, StateError> {
         let secret = SecretBytes::random(KEK_LEN)?;
-        let sealed = wrap::seal(&self.master, &associated(path), &secret)?;
-        Ok(BASE64_STANDARD.encode(sealed))
+        let wrapped = wrap::wrap_with(&self.master, &associated(path), &secret)?;
+        Ok(BASE64_STANDARD.encode(wrapped))
     }
 
     /// A resource in clear.
     ///
     /// # Errors
     /// [`StateError`].
-    pub fn unseal(&self, path: &ResourcePath, sealed: &str) -> Result<SecretBytes, StateError> {
-        let sealed = BASE64_STANDARD
-            .decode(sealed)
+    pub fn unwrap(&self, path: &ResourcePath, wrapped: &str) -> Result<SecretBytes, StateError> {
+        let wrapped = BASE64_STANDARD
+            .decode(wrapped)
             .map_err(|e| unusable(&self.file(), e))?;
-        wrap::open(&self.master, &associated(path), &sealed).map_err(|e| unusable(&self.file(), e))
+        wrap::unwrap_with(&self.master, &associated(path), &wrapped).map_err(|e| unusable(&self.file(), e))
     }
 
     fn file(&self) -> PathBuf {
@@ -279,10 +279,10 @@ mod tests {
         let dir = dir.path();
         let state = State::open(dir).unwrap();
         let path: ResourcePath = "a/b/c".parse().unwrap();
-        let sealed = state.seal_new(&path).unwrap();
+        let wrapped = state.wrap_new(&path).unwrap();
         state
             .change(|kept| -> Result<_, StateError> {
-                Ok(kept.resources.insert(path.clone(), sealed.clone()))
+                Ok(kept.resources.insert(path.clone(), wrapped.clone()))
             })
             .unwrap();
         let (key, away) = (dir.join("master.key"), dir.join("away"));
@@ -291,7 +291,7 @@ mod tests {
         assert!(!key.exists());
         fs::rename(&away, &key).unwrap();
         let state = State::open(dir).unwrap();
-        state.unseal(&path, &sealed).unwrap();
-        assert!(state.unseal(&"a/b/d".parse().unwrap(), &sealed).is_err());
+        state.unwrap(&path, &wrapped).unwrap();
+        assert!(state.unwrap(&"a/b/d".parse().unwrap(), &wrapped).is_err());
     }
 }

@@ -219,7 +219,7 @@ impl Resource {
                             name,
                         });
                     }
-                    let sealed = desk.state.seal_new(&path)?;
+                    let sealed = desk.state.wrap_new(&path)?;
                     kept.resources.insert(path, sealed);
                     Ok(())
                 })

@@ -626,7 +626,9 @@ fn volume_code(reason: &Reason) -> u8 {
         | Reason::Entry { .. } => STORAGE,
         Reason::Keyslot { source, .. } if lacks_memory(source) => HOST,
         Reason::Cipher(CipherError::EqualHalves | CipherError::KeyLength(_)) => CONTENT,
-        Reason::Cipher(_) | Reason::Arena(_) | Reason::Kdf(_) | Reason::Seal(_) | Reason::Random(_) => HOST,
+        Reason::Cipher(_) | Reason::Arena(_) | Reason::Kdf(_) | Reason::NewKeyslot(_) | Reason::Random(_) => {
+            HOST
+        }
         _ => CONTENT,
     }
 }
@@ -664,7 +666,7 @@ mod tests {
         let untried = vec![(1, memory())];
         for (reason, code) in [
             (keyslot(memory()), HOST),
-            (Reason::Seal(memory()), HOST),
+            (Reason::NewKeyslot(memory()), HOST),
             (Reason::WrongPassphrase { untried }, HOST),
             (Reason::WrongPassphrase { untried: vec![] }, KEY),
             (keyslot(KeyslotError::Read(io())), STORAGE),

@@ -120,7 +120,7 @@ impl Backup {
         let file = Backing::open(path, Access::ReadWrite)?;
         let checked = with_check(&primary)?;
         let about = [("provider", self.name.as_str())];
-        key_backup::seal(
+        key_backup::write(
             &file,
             &checked,
             passphrase,
@@ -129,8 +129,8 @@ impl Backup {
             &about,
         )?;
         // It counts once it was restored.
-        let unsealed = key_backup::unseal(&file, passphrase, BACKUP)?;
-        if !unsealed.key.ct_eq(&checked) {
+        let contents = key_backup::read(&file, passphrase, BACKUP)?;
+        if !contents.key.ct_eq(&checked) {
             return Err(Failure::Backup {
                 path: path.clone(),
                 what: "read back from storage, the backup holds another key; check the storage",
@@ -187,16 +187,16 @@ impl Seal {
 fn open(file: &Path, passphrase: &SecretSource) -> Result<(SecretBytes, Option<String>), Failure> {
     let backing = Backing::open(file, Access::Inspect)?;
     let key = passphrase.read_key()?;
-    let unsealed = key.open(|form| key_backup::unseal(&backing, form, BACKUP))?;
+    let contents = key.open(|form| key_backup::read(&backing, form, BACKUP))?;
     let mut primary = SecretBytes::zeroed(PRIMARY_LEN).map_err(SecretError::from)?;
-    primary.copy_from_slice(&unsealed.key[..PRIMARY_LEN]);
-    if !with_check(&primary)?.ct_eq(&unsealed.key) {
+    primary.copy_from_slice(&contents.key[..PRIMARY_LEN]);
+    if !with_check(&primary)?.ct_eq(&contents.key) {
         return Err(Failure::Backup {
             path: file.to_owned(),
             what: "it holds no primary key; was it made by sealblk?",
         });
     }
-    let mut about = unsealed.about.into_iter();
+    let mut about = contents.about.into_iter();
     let provider = about.find(|(name, _)| name == "provider");
     Ok((primary, provider.map(|(_, provider)| provider)))
 }

@@ -114,7 +114,7 @@ pub fn bind(path: &Path, permissions: Permissions) -> Result<(UnixListener, Boun
         path: path.into(),
         source,
     };
-    let place = Place::of(path).map_err(bind_error)?;
+    let place = SocketPath::of(path).map_err(bind_error)?;
     let address = SocketAddrUnix::new(path).map_err(|error| bind_error(error.into()))?;
     let socket = stream_socket().map_err(|error| bind_error(error.into()))?;
     // The file gets the mode of the socket, less the umask: it is its owner's alone until its group is set.
@@ -156,7 +156,7 @@ const BACKLOG: i32 = 4096;
 /// A socket that was bound: its name goes with us, if it is still ours.
 #[derive(Debug)]
 pub struct Bound {
-    place: Place,
+    place: SocketPath,
     inode: (u64, u64),
 }
 
@@ -168,12 +168,12 @@ impl Drop for Bound {
 
 /// Where a socket's file is: a directory, whatever becomes of its path, and a name in it.
 #[derive(Debug)]
-struct Place {
+struct SocketPath {
     directory: OwnedFd,
     name: OsString,
 }
 
-impl Place {
+impl SocketPath {
     fn of(path: &Path) -> io::Result<Self> {
         let name: &OsStr = path.file_name().ok_or(io::ErrorKind::InvalidFilename)?;
         let directory = match path.parent() {

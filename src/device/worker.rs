@@ -525,7 +525,7 @@ impl Worker {
             .map_err(io::Error::other)?
         };
         let extent = self.table.extent(piece.first, u64::from(piece.len) / Sector::LEN);
-        extent.treatment.seal(
+        extent.treatment.encrypt(
             extent.iv,
             &plain,
             self.engine.bytes_mut(buffer),
@@ -661,7 +661,7 @@ impl Worker {
             let extent = self.table.extent(piece.first, u64::from(piece.len) / Sector::LEN);
             extent
                 .treatment
-                .open(extent.iv, self.engine.bytes(buffer), &plain, &mut self.workspace);
+                .decrypt(extent.iv, self.engine.bytes(buffer), &plain, &mut self.workspace);
         }
         memory_is_whole()
     }

@@ -277,7 +277,7 @@ impl Index {
         Ok(())
     }
 
-    /// Makes room for `known`, which is new, and gives back what it takes the place of: the same user's least recent note of
+    /// Makes room for `note`, which is new, and gives back what it takes the place of: the same user's least recent note of
     /// the same volume and key, an unsettled one before all others. None if there is no room.
     pub(super) fn make_room(&self, note: &mut Note) -> io::Result<Option<Vec<PathBuf>>> {
         let mut alike = self.notes_of(note.volume)?;

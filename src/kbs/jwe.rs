@@ -147,7 +147,7 @@ impl OneTimeKey {
 ///
 /// # Errors
 /// [`JweError::Form`], if the key is no point of P-256; else this host's failures.
-pub fn seal(to: &PublicKey, secret: &[u8]) -> Result<Response, JweError> {
+pub fn encrypt(to: &PublicKey, secret: &[u8]) -> Result<Response, JweError> {
     let theirs = point(&to.kty, &to.crv, &to.x, &to.y)?;
     let OneTimeKey { private, public } = OneTimeKey::new()?;
     let header = Header {
@@ -235,7 +235,7 @@ mod tests {
     #[test]
     fn what_is_sealed_to_a_key_opens_with_it_and_no_other() {
         let key = OneTimeKey::new().unwrap();
-        let response = seal(key.public(), b"the resource").unwrap();
+        let response = encrypt(key.public(), b"the resource").unwrap();
         let other = OneTimeKey::new().unwrap();
         assert!(matches!(other.open(&response), Err(JweError::Unauthentic)));
         assert!(key.open(&response).unwrap().ct_eq(b"the resource"));
@@ -245,7 +245,7 @@ mod tests {
     fn altered_parts_do_not_open() {
         for part in 0..5 {
             let key = OneTimeKey::new().unwrap();
-            let mut altered = seal(key.public(), b"the resource").unwrap();
+            let mut altered = encrypt(key.public(), b"the resource").unwrap();
             let text = match part {
                 0 => &mut altered.protected,
                 1 => &mut altered.encrypted_key,

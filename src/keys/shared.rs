@@ -26,19 +26,19 @@ pub struct SharedProviders {
 struct Open {
     /// Which settings these are.
     settings: Option<FileIdentity>,
-    providers: HashMap<String, Arc<Place>>,
+    providers: HashMap<String, Arc<Slot>>,
 }
 
 /// A provider's place. Opening one may take its time, if a TPM has its key: who comes meanwhile waits for that one alone, and
 /// gets what comes of it, the failure too.
 #[derive(Debug, Default)]
-struct Place {
+struct Slot {
     provider: OnceLock<Arc<HostProvider>>,
     /// Held while it is being opened: why it was not the last time, and when that was known.
     opening: Mutex<Option<(KeyError, Instant)>>,
 }
 
-impl Place {
+impl Slot {
     fn open(
         &self,
         open: impl FnOnce() -> Result<HostProvider, KeyError>,
@@ -160,7 +160,7 @@ impl SharedProviders {
     }
 
     /// The place of a provider that the settings have.
-    fn place(&self, name: &str) -> Result<Arc<Place>, KeyError> {
+    fn place(&self, name: &str) -> Result<Arc<Slot>, KeyError> {
         loop {
             // Their storage may not answer, and KEKs have to go all the same when their time has come.
             let settings = self.settings();

@@ -66,16 +66,16 @@ pub(crate) enum UnwrapError {
 
 /// Wraps `secret` under `kek`.
 pub(super) fn wrap(kek: &Kek, binding: &Binding<'_>, secret: &SecretBytes) -> Result<Vec<u8>, ArenaError> {
-    seal(kek, &associated_data(binding), secret)
+    wrap_with(kek, &associated_data(binding), secret)
 }
 
 /// Unwraps what [`wrap`] made with the same KEK and binding.
 pub(super) fn unwrap(kek: &Kek, binding: &Binding<'_>, wrapped: &[u8]) -> Result<SecretBytes, UnwrapError> {
-    open(kek, &associated_data(binding), wrapped)
+    unwrap_with(kek, &associated_data(binding), wrapped)
 }
 
 /// Encrypts `secret` in the form above. `associated` begins with a label that no other use of a key has.
-pub(crate) fn seal(kek: &Kek, associated: &[u8], secret: &[u8]) -> Result<Vec<u8>, ArenaError> {
+pub(crate) fn wrap_with(kek: &Kek, associated: &[u8], secret: &[u8]) -> Result<Vec<u8>, ArenaError> {
     let (nonce, ciphertext, tag) = encrypt(kek, associated, secret)?;
     Ok([&[VERSION][..], &nonce, &ciphertext, &tag].concat())
 }
@@ -96,8 +96,8 @@ pub(crate) fn encrypt(
     Ok((nonce, ciphertext, tag))
 }
 
-/// Decrypts what [`seal`] made with the same KEK and associated data.
-pub(crate) fn open(kek: &Kek, associated: &[u8], wrapped: &[u8]) -> Result<SecretBytes, UnwrapError> {
+/// Decrypts what [`wrap_with`] made with the same KEK and associated data.
+pub(crate) fn unwrap_with(kek: &Kek, associated: &[u8], wrapped: &[u8]) -> Result<SecretBytes, UnwrapError> {
     let (&version, rest) = wrapped.split_first().ok_or(UnwrapError::Format)?;
     if version != VERSION || rest.len() < NONCE_LEN + TAG_LEN {
         return Err(UnwrapError::Format);

@@ -26,10 +26,10 @@ const TIMEOUT: Duration = Duration::from_secs(90);
 /// Where a TPM is: `/dev/tpmrm0`, or `swtpm:path=SOCKET`, the data socket of swtpm.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "String", into = "String")]
-pub struct Device(Place);
+pub struct Device(Transport);
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Place {
+enum Transport {
     File(PathBuf),
     Socket(PathBuf),
 }
@@ -37,8 +37,8 @@ enum Place {
 impl From<String> for Device {
     fn from(text: String) -> Self {
         Self(match text.strip_prefix(SWTPM) {
-            Some(socket) => Place::Socket(socket.into()),
-            None => Place::File(text.into()),
+            Some(socket) => Transport::Socket(socket.into()),
+            None => Transport::File(text.into()),
         })
     }
 }
@@ -46,7 +46,7 @@ impl From<String> for Device {
 impl Device {
     /// Whether it is named by its whole path, as settings have to: what else stands there may be a secret in the wrong place.
     pub(crate) fn is_absolute(&self) -> bool {
-        let (Place::File(path) | Place::Socket(path)) = &self.0;
+        let (Transport::File(path) | Transport::Socket(path)) = &self.0;
         path.is_absolute()
     }
 }
@@ -73,7 +73,7 @@ impl Device {
     /// The file or socket.
     pub fn path(&self) -> &Path {
         match &self.0 {
-            Place::File(path) | Place::Socket(path) => path,
+            Transport::File(path) | Transport::Socket(path) => path,
         }
     }
 }
@@ -81,8 +81,8 @@ impl Device {
 impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
-            Place::File(path) => write!(f, "{}", path.display()),
-            Place::Socket(path) => write!(f, "{SWTPM}{}", path.display()),
+            Transport::File(path) => write!(f, "{}", path.display()),
+            Transport::Socket(path) => write!(f, "{SWTPM}{}", path.display()),
         }
     }
 }
@@ -98,8 +98,8 @@ pub(super) enum Stream {
 impl Stream {
     pub(super) fn open(device: &Device) -> io::Result<Self> {
         Ok(match &device.0 {
-            Place::File(path) => Self::File(OpenOptions::new().read(true).write(true).open(path)?),
-            Place::Socket(path) => Self::Socket(UnixStream::connect(path)?),
+            Transport::File(path) => Self::File(OpenOptions::new().read(true).write(true).open(path)?),
+            Transport::Socket(path) => Self::Socket(UnixStream::connect(path)?),
         })
     }
 

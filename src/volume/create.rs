@@ -14,9 +14,9 @@ use super::error::{Reason, VolumeError};
 use super::hash::Hash;
 use super::header_io::HeaderIo;
 use super::kdf::Argon2Cost;
-use super::keyslot::{self, ENCRYPTION, KEY_LEN, Sealed};
+use super::keyslot::{self, ENCRYPTION, KEY_LEN, NewKeyslot};
 use super::lock::LockMode;
-use super::metadata::{Config, CryptSegment, Decimal, Id, Metadata, Other, Place, Segment, SegmentSize};
+use super::metadata::{AreaRange, Config, CryptSegment, Decimal, Id, Metadata, Other, Segment, SegmentSize};
 use super::ways_in::{
     Announced, add_token, bound_keyslot, free_keyslot, place, random_fill, recovery_keyslot,
 };
@@ -64,7 +64,7 @@ pub fn create(
 struct Plan<'a> {
     header: Header,
     key: SecretBytes,
-    keyslots: Vec<(Id, Sealed)>,
+    keyslots: Vec<(Id, NewKeyslot)>,
     /// Where the payload ends.
     end: u64,
     /// Whether a volume may be destroyed, and files are emptied first.
@@ -129,10 +129,10 @@ impl<'a> Plan<'a> {
                 key_id,
                 keyslot: number.0,
             };
-            let (sealed, token, binding) = bound_keyslot(&key, provider, &binding)?;
+            let (new, token, binding) = bound_keyslot(&key, provider, &binding)?;
             announced = Some(binding);
             add_token(&mut header.metadata, token.into_token(number))?;
-            keyslots.push((number, sealed));
+            keyslots.push((number, new));
             number = Id(number.0 + 1);
         }
         if let Some((passphrase, cost)) = options.recovery_key {
@@ -171,8 +171,8 @@ impl<'a> Plan<'a> {
             .map_err(Reason::Prepare)?;
         random_fill(io, 2 * COPY_LEN..HEADER_LEN).map_err(Reason::Prepare)?;
         io.sync().map_err(Reason::Prepare)?;
-        for (keyslot, sealed) in self.keyslots {
-            place(&mut self.header, keyslot, &self.key, sealed)?.store(io)?;
+        for (keyslot, new) in self.keyslots {
+            place(&mut self.header, keyslot, &self.key, new)?.store(io)?;
         }
         if let Some(payload) = payload {
             if self.overwrite && !payload.can_grow() {
@@ -272,7 +272,7 @@ pub(super) fn metadata(
     keyslots_size: u64,
 ) -> Result<Metadata, Reason> {
     let segment = Segment::Crypt(CryptSegment {
-        place: Place {
+        place: AreaRange {
             offset: Decimal(offset),
             size,
             flags: None,
@@ -283,7 +283,7 @@ pub(super) fn metadata(
         integrity: None,
         other: Other::new(),
     });
-    let digest = keyslot::digest_of(key, Vec::new(), vec![Id(0)]).map_err(Reason::Seal)?;
+    let digest = keyslot::digest_of(key, Vec::new(), vec![Id(0)]).map_err(Reason::NewKeyslot)?;
     Ok(Metadata {
         keyslots: BTreeMap::new(),
         tokens: BTreeMap::new(),

@@ -101,7 +101,7 @@ pub enum Reason {
     #[error("the key derivation failed: {0}")]
     Kdf(#[from] KdfError),
     #[error("a keyslot cannot be made: {0}")]
-    Seal(#[source] KeyslotError),
+    NewKeyslot(#[source] KeyslotError),
 
     #[error(
         "it has no sealblk token, so no key provider can open it; open it with its passphrase or recovery key"

@@ -39,9 +39,9 @@ const UNUSED: u64 = 448 + 32;
 /// What the token calls the hash of the keyslots area.
 const AREA_HASH: &str = "keyslots_area_sha256";
 
-/// A key out of a vault, and what it is for.
+/// A key out of a backup, and what it is for.
 #[derive(Debug)]
-pub struct Unsealed {
+pub struct Contents {
     /// The key.
     pub key: SecretBytes,
     /// What was written beside it, by name.
@@ -53,7 +53,7 @@ pub struct Unsealed {
 ///
 /// # Errors
 /// Where the file cannot be written.
-pub fn seal(
+pub fn write(
     io: &dyn HeaderIo,
     key: &SecretBytes,
     passphrase: &SecretBytes,
@@ -61,7 +61,7 @@ pub fn seal(
     kind: &str,
     about: &[(&str, &str)],
 ) -> Result<(), VolumeError> {
-    let seal = || {
+    let write = || {
         let _lock = io.lock(LockMode::Write).map_err(Reason::Lock)?;
         io.set_size(END)
             .map_err(|source| Reason::Grow { len: END, source })?;
@@ -95,15 +95,15 @@ pub fn seal(
         header.commit(io)?;
         Ok(())
     };
-    seal().map_err(|reason: Reason| reason.at(io.path()))
+    write().map_err(|reason: Reason| reason.at(io.path()))
 }
 
 /// Takes the key out of what [`seal`] has made with the same `kind`, read anew from storage.
 ///
 /// # Errors
 /// [`Reason::NoVault`] if it is none, or was damaged; [`Reason::WrongBackupPassphrase`].
-pub fn unseal(io: &dyn HeaderIo, passphrase: &SecretBytes, kind: &str) -> Result<Unsealed, VolumeError> {
-    let unseal = || {
+pub fn read(io: &dyn HeaderIo, passphrase: &SecretBytes, kind: &str) -> Result<Contents, VolumeError> {
+    let read = || {
         let no_vault = |what| Reason::NoVault { what };
         let _lock = io.lock(LockMode::Read).map_err(Reason::Lock)?;
         if io.size().map_err(Reason::Length)? != END {
@@ -139,12 +139,12 @@ pub fn unseal(io: &dyn HeaderIo, passphrase: &SecretBytes, kind: &str) -> Result
         let texts = fields
             .iter()
             .filter_map(|(name, value)| Some((name.clone(), value.as_str()?.to_owned())));
-        Ok(Unsealed {
+        Ok(Contents {
             key,
             about: texts.filter(|(name, _)| name != AREA_HASH).collect(),
         })
     };
-    unseal().map_err(|reason| reason.at(io.path()))
+    read().map_err(|reason| reason.at(io.path()))
 }
 
 /// Whether the bytes are zero that SHA-256 leaves of a copy's checksum, which nothing else covers.

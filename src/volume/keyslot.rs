@@ -44,12 +44,12 @@ pub(super) fn open(
 }
 
 /// A keyslot that is not in any header yet: it has neither number nor area.
-pub(super) struct Sealed {
+pub(super) struct NewKeyslot {
     kdf: Kdf,
     material: Vec<u8>,
 }
 
-impl Sealed {
+impl NewKeyslot {
     /// Puts `key` under `passphrase`.
     pub(super) fn new(key: &SecretBytes, kdf: Kdf, passphrase: &[u8]) -> Result<Self, KeyslotError> {
         let mut area_key = SecretBytes::zeroed(KEY_LEN)?;

@@ -426,7 +426,7 @@ impl Segment {
         }
     }
 
-    pub(super) fn place(&self) -> Option<&Place> {
+    pub(super) fn place(&self) -> Option<&AreaRange> {
         match self {
             Segment::Crypt(crypt) => Some(&crypt.place),
             Segment::Linear(linear) => Some(&linear.place),
@@ -452,7 +452,7 @@ impl Segment {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct CryptSegment {
     #[serde(flatten)]
-    pub(super) place: Place,
+    pub(super) place: AreaRange,
     /// Added to the number of a sector in the segment to give its tweak, in units of 512 bytes.
     pub(super) iv_tweak: Decimal,
     pub(super) encryption: String,
@@ -467,14 +467,14 @@ pub(super) struct CryptSegment {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct LinearSegment {
     #[serde(flatten)]
-    pub(super) place: Place,
+    pub(super) place: AreaRange,
     #[serde(flatten)]
     pub(super) other: Other,
 }
 
 /// Where a segment lies on its device.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub(super) struct Place {
+pub(super) struct AreaRange {
     pub(super) offset: Decimal,
     pub(super) size: SegmentSize,
     #[serde(skip_serializing_if = "Option::is_none")]

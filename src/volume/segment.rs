@@ -21,7 +21,7 @@ pub enum Treatment {
 impl Treatment {
     /// Makes what goes to storage, and is read by `reader` there, of what the guest wrote; `iv` is that of the first
     /// sector.
-    pub fn seal(
+    pub fn encrypt(
         &self,
         iv: Sector,
         plain: &[VolatileSlice<'_>],
@@ -36,7 +36,7 @@ impl Treatment {
     }
 
     /// Makes what the guest reads of what came from storage; `iv` is that of the first sector.
-    pub fn open(&self, iv: Sector, stored: &[u8], plain: &[VolatileSlice<'_>], workspace: &mut Workspace) {
+    pub fn decrypt(&self, iv: Sector, stored: &[u8], plain: &[VolatileSlice<'_>], workspace: &mut Workspace) {
         match self {
             Treatment::Crypt(cipher) => cipher.decrypt(iv, stored, plain, workspace),
             Treatment::Linear => {
@@ -174,9 +174,9 @@ mod tests {
         let pieces = [VolatileSlice::from(one), VolatileSlice::from(two)];
         let mut stored = [0; 20];
         let mut workspace = Workspace::new().unwrap();
-        Treatment::Linear.seal(Sector(0), &pieces, &mut stored, Reader::Device, &mut workspace);
+        Treatment::Linear.encrypt(Sector(0), &pieces, &mut stored, Reader::Device, &mut workspace);
         assert_eq!(&stored, b"what the guest wrote");
-        Treatment::Linear.open(Sector(0), b"what the guest reads", &pieces, &mut workspace);
+        Treatment::Linear.decrypt(Sector(0), b"what the guest reads", &pieces, &mut workspace);
         assert_eq!(&plain, b"what the guest reads");
     }
 }

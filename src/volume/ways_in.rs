@@ -13,7 +13,7 @@ use super::error::{Reason, VolumeError};
 use super::header_io::HeaderIo;
 use super::info::Purpose;
 use super::kdf::{self, Argon2Cost, Budget};
-use super::keyslot::{self, AREA_LEN, Sealed};
+use super::keyslot::{self, AREA_LEN, NewKeyslot};
 use super::locked::{Locked, Volume};
 use super::metadata::{AREA_ALIGNMENT, Base64, Digest, Id, Keyslot, MAX_OBJECTS, Metadata};
 use super::refusal;
@@ -125,10 +125,10 @@ impl Locked<'_> {
         cost: Argon2Cost,
     ) -> Result<u32, VolumeError> {
         let mut add = || {
-            let sealed = recovery_keyslot(volume.key(), passphrase, cost)?;
+            let new = recovery_keyslot(volume.key(), passphrase, cost)?;
             let mut update = self.update()?;
             let keyslot = free_keyslot(&update.header.metadata)?;
-            place(&mut update.header, keyslot, volume.key(), sealed)?.store(update.io)?;
+            place(&mut update.header, keyslot, volume.key(), new)?.store(update.io)?;
             update.commit(self)?;
             Ok(keyslot.0)
         };
@@ -222,12 +222,12 @@ pub(super) fn place(
     header: &mut Header,
     keyslot: Id,
     key: &SecretBytes,
-    sealed: Sealed,
+    new: NewKeyslot,
 ) -> Result<Material, Reason> {
     let offset = free_area(header)?;
     let digest = digest_of_disk(&mut header.metadata, key, keyslot)?;
     digest.keyslots_mut().push(keyslot);
-    let (slot, bytes) = sealed.at(offset);
+    let (slot, bytes) = new.at(offset);
     header
         .metadata
         .keyslots
@@ -278,8 +278,8 @@ pub(super) fn recovery_keyslot(
     key: &SecretBytes,
     passphrase: &SecretBytes,
     cost: Argon2Cost,
-) -> Result<Sealed, Reason> {
-    Sealed::new(key, cost.to_kdf()?, passphrase).map_err(Reason::Seal)
+) -> Result<NewKeyslot, Reason> {
+    NewKeyslot::new(key, cost.to_kdf()?, passphrase).map_err(Reason::NewKeyslot)
 }
 
 /// A binding that a provider has wrapped something for. The provider is told what becomes of it: nothing, unless a commit of
@@ -314,7 +314,7 @@ pub(super) fn bound_keyslot<'p>(
     key: &SecretBytes,
     provider: &'p dyn KeyProvider,
     binding: &Binding<'p>,
-) -> Result<(Sealed, SealblkToken, Announced<'p>), Reason> {
+) -> Result<(NewKeyslot, SealblkToken, Announced<'p>), Reason> {
     let secret = SecretBytes::random(SLOT_SECRET_LEN)?;
     let wrapped = provider.wrap(binding, &secret).map_err(Reason::Wrap)?;
     let announced = Announced {
@@ -322,7 +322,8 @@ pub(super) fn bound_keyslot<'p>(
         binding: *binding,
         became: Some(false),
     };
-    let sealed = Sealed::new(key, kdf::cheap()?, &token::passphrase_of(&secret)?).map_err(Reason::Seal)?;
+    let new =
+        NewKeyslot::new(key, kdf::cheap()?, &token::passphrase_of(&secret)?).map_err(Reason::NewKeyslot)?;
     let token = SealblkToken {
         provider: binding.provider.to_owned(),
         key_id: binding.key_id.clone(),
@@ -330,7 +331,7 @@ pub(super) fn bound_keyslot<'p>(
         replaces: Vec::new(),
         bound: Some(Timestamp::now()),
     };
-    Ok((sealed, token, announced))
+    Ok((new, token, announced))
 }
 
 pub(super) fn add_token(metadata: &mut Metadata, token: super::metadata::Token) -> Result<Id, Reason> {

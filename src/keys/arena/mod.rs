@@ -71,7 +71,7 @@ pub enum ArenaError {
 ///
 /// There is no `Clone` and no `PartialEq`: a copy is a deliberate act, and a comparison is [`SecretBytes::ct_eq`].
 pub struct SecretBytes {
-    place: Place,
+    place: Allocation,
     len: usize,
 }
 
@@ -91,7 +91,7 @@ impl SecretBytes {
     /// [`ArenaError`], if the arena is full or the kernel gives no more memory to it.
     pub fn zeroed(len: usize) -> Result<Self, ArenaError> {
         Ok(Self {
-            place: Place::take(len)?,
+            place: Allocation::take(len)?,
             len,
         })
     }
@@ -165,7 +165,7 @@ impl fmt::Debug for SecretBytes {
 /// One value in the key arena, such as a key schedule: dropped and then wiped.
 pub struct SecretBox<T> {
     /// Holds an initialised `T` at its start.
-    place: Place,
+    place: Allocation,
     value: std::marker::PhantomData<T>,
 }
 
@@ -176,7 +176,7 @@ impl<T> SecretBox<T> {
     /// [`ArenaError`], as for [`SecretBytes::zeroed`]; `make` is not called then.
     pub fn new(make: impl FnOnce() -> T) -> Result<Self, ArenaError> {
         const { assert!(align_of::<T>() <= UNIT, "the arena aligns to a cache line") };
-        let place = Place::take(size_of::<T>())?;
+        let place = Allocation::take(size_of::<T>())?;
         let target = place.start.cast::<T>();
         on_wiped_stack(|| {
             // SAFETY: `place` is large enough for a `T`, aligned to `UNIT`, and owned by this function.
@@ -284,14 +284,14 @@ fn wipe_zmm() {
 }
 
 /// A range of an arena, wiped and given back when dropped.
-struct Place {
+struct Allocation {
     start: NonNull<u8>,
     /// A multiple of [`UNIT`].
     len: usize,
     home: &'static Mutex<Arena>,
 }
 
-impl Place {
+impl Allocation {
     fn take(len: usize) -> Result<Self, ArenaError> {
         Self::take_from(&ARENA, len)
     }
@@ -302,7 +302,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for Allocation {
     fn drop(&mut self) {
         // SAFETY: the range belongs to this value alone, was initialised when mapped, and is never unmapped.
         unsafe { slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }.zeroize();
@@ -314,9 +314,9 @@ impl Drop for Place {
 }
 
 // SAFETY: a place is a range of process memory that one value owns; nothing about it is bound to a thread.
-unsafe impl Send for Place {}
+unsafe impl Send for Allocation {}
 // SAFETY: a shared place gives out its address alone.
-unsafe impl Sync for Place {}
+unsafe impl Sync for Allocation {}
 
 static ARENA: LazyLock<Mutex<Arena>> = LazyLock::new(|| Mutex::new(Arena::new(Source::detect())));
 
@@ -423,7 +423,7 @@ mod tests {
 
     fn random_in(home: &'static Mutex<Arena>, len: usize) -> SecretBytes {
         let mut secret = SecretBytes {
-            place: Place::take_from(home, len).unwrap(),
+            place: Allocation::take_from(home, len).unwrap(),
             len,
         };
         getrandom::fill(&mut secret).unwrap();
@@ -552,11 +552,11 @@ mod tests {
         let large = random_in(home, CAPACITY - CHUNK);
         let small = random_in(home, CHUNK);
         assert!(matches!(
-            Place::take_from(home, 1),
+            Allocation::take_from(home, 1),
             Err(ArenaError::Full { wanted: 1 })
         ));
         assert!(matches!(
-            Place::take_from(home, usize::MAX),
+            Allocation::take_from(home, usize::MAX),
             Err(ArenaError::Full { .. })
         ));
         drop((large, small));

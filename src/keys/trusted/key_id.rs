@@ -39,7 +39,7 @@ impl WrappedKek {
         let kek = SecretBytes::random(KEK_LEN)?;
         Ok(Self {
             resource: path.clone(),
-            wrapped: wrap::seal(released, &associated(path), &kek)?,
+            wrapped: wrap::wrap_with(released, &associated(path), &kek)?,
         })
     }
 
@@ -64,7 +64,7 @@ impl WrappedKek {
 
     /// The KEK, if it is under the resource that is `released`.
     pub(super) fn open(&self, released: &Kek) -> Result<Kek, UnwrapError> {
-        let kek = wrap::open(released, &associated(&self.resource), &self.wrapped)?;
+        let kek = wrap::unwrap_with(released, &associated(&self.resource), &self.wrapped)?;
         Kek::new(kek).map_err(|_| UnwrapError::Format)
     }
 }
