@@ -20,7 +20,8 @@ use serde::{Deserialize, Serialize};
 use crate::hex;
 use crate::kbs::ResourcePath;
 use crate::keys::arena::{ArenaError, SecretBytes};
-use crate::keys::private_file::{self, Forbid, Unreadable};
+use crate::keys::private_file::{self, Forbid};
+use crate::keys::settings_file::{self, Unreadable};
 use crate::keys::wrap::{self, KEK_LEN, Kek};
 use crate::parsing;
 
@@ -172,7 +173,7 @@ impl State {
         }
         let metadata = fs::metadata(dir).map_err(io("look at", dir))?;
         private_file::check(dir, &metadata, Forbid::Write).map_err(|e| unusable(dir, e))?;
-        let master = private_file::read(&path, KEK_LEN).map_err(|e| match e {
+        let master = settings_file::read(&path, KEK_LEN).map_err(|e| match e {
             Unreadable::Io(source) => io("read", &path)(source),
             Unreadable::Arena(e) => e.into(),
             e => unusable(&path, e),

@@ -33,6 +33,7 @@ pub(crate) mod private_file;
 pub mod registry;
 mod revoked;
 mod sealed_cache;
+pub(crate) mod settings_file;
 mod shared;
 mod source;
 pub(crate) mod tls;

@@ -27,8 +27,9 @@ use sha2::Sha256;
 use uuid::Uuid;
 
 use super::arena::{ArenaError, SecretBytes, on_wiped_stack};
-use super::private_file::{self, Unreadable};
+use super::private_file;
 use super::registry::Backup;
+use super::settings_file::{self, Unreadable};
 use super::source::KekSource;
 use super::wrap::{KEK_LEN, Kek};
 use super::{KeyError, KeyId, KeyReason, KeyState};
@@ -279,7 +280,7 @@ impl Content {
             KeyError::new(name, path.display(), reason).because(source)
         };
         let invalid = || fail(KeyReason::Invalid, FileError::Magic.into());
-        let content = private_file::read(path, MAX_FILE).map_err(|e| match &e {
+        let content = settings_file::read(path, MAX_FILE).map_err(|e| match &e {
             Unreadable::Io(io) if io.kind() == io::ErrorKind::NotFound => fail(KeyReason::Missing, e.into()),
             _ => fail(e.reason(), e.into()),
         })?;

@@ -1,22 +1,15 @@
 //! Files that hold keys or say which keys count: readable by their owner alone, written whole or not at all.
 //!
-//! Files that settings name are read as such that may never answer: what is no regular file is not read, and neither is one
-//! whose storage is away ([`crate::probe`]).
-//!
 //! A new file is written beside its final place, synced, renamed, and the directory synced: after a crash at any
 //! moment there is the old file, or none, or the whole new one.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
-
-use super::KeyReason;
-use super::arena::{ArenaError, SecretBytes};
-use crate::probe::{OF_SETTINGS, Probe, Silence};
 
 /// A file or directory that others than its owner can get at.
 #[derive(Debug, thiserror::Error)]
@@ -41,32 +34,6 @@ pub(crate) enum Exposed {
 #[derive(Debug, thiserror::Error)]
 #[error("it is not a regular file")]
 struct NotAFile;
-
-/// A file that settings name and that cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum Unreadable {
-    #[error("it cannot be read")]
-    Io(#[from] io::Error),
-    #[error(transparent)]
-    Silent(#[from] Silence),
-    #[error(transparent)]
-    Exposed(#[from] Exposed),
-    #[error("it is longer than {0} bytes")]
-    TooLong(usize),
-    #[error(transparent)]
-    Arena(#[from] ArenaError),
-}
-
-impl Unreadable {
-    /// What an operator would act on.
-    pub(super) fn reason(&self) -> KeyReason {
-        match self {
-            Self::Arena(_) => KeyReason::Host,
-            Self::Silent(_) => KeyReason::Unreachable,
-            Self::Io(_) | Self::Exposed(_) | Self::TooLong(_) => KeyReason::Invalid,
-        }
-    }
-}
 
 /// What others must not be able to do.
 #[derive(Clone, Copy)]
@@ -115,50 +82,6 @@ pub(crate) fn open(path: &Path) -> io::Result<File> {
         true => Ok(file),
         false => Err(io::Error::new(io::ErrorKind::InvalidInput, NotAFile)),
     }
-}
-
-/// What `read` brings of a file, unless its storage does not answer.
-fn answered<T: Send + 'static>(
-    path: &Path,
-    read: impl FnOnce(&Path, File) -> Result<T, Unreadable> + Send + 'static,
-) -> Result<T, Unreadable> {
-    Probe::of(&OF_SETTINGS).at(path, |path| read(path, open(path)?))?
-}
-
-/// Reads a file that has at most `longest` bytes, and that anybody may know.
-pub(crate) fn read_public(path: &Path, longest: usize) -> Result<Vec<u8>, Unreadable> {
-    answered(path, move |_, file| {
-        let mut content = Vec::new();
-        file.take(longest as u64 + 1).read_to_end(&mut content)?;
-        match content.len() > longest {
-            true => Err(Unreadable::TooLong(longest)),
-            false => Ok(content),
-        }
-    })
-}
-
-/// Reads a file that its owner alone can get at, and that has at most `longest` bytes, into the key arena.
-pub(crate) fn read(path: &Path, longest: usize) -> Result<SecretBytes, Unreadable> {
-    answered(path, move |path, mut file| {
-        let metadata = file.metadata()?;
-        check(path, &metadata, Forbid::All)?;
-        let expected = longest.min(metadata.len() as usize);
-        // One byte more shows that there are too many.
-        let mut content = SecretBytes::zeroed(expected + 1)?;
-        let mut len = 0;
-        while len <= expected {
-            match file.read(&mut content[len..]) {
-                Ok(0) => {
-                    content.truncate(len);
-                    return Ok(content);
-                }
-                Ok(read) => len += read,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(e.into()),
-            }
-        }
-        Err(Unreadable::TooLong(longest))
-    })
 }
 
 /// Makes a directory with mode 0700, and its parents; one that exists is left as it is.
@@ -285,19 +208,6 @@ mod tests {
             1,
             "nothing is left beside it"
         );
-    }
-
-    #[test]
-    fn private_file_is_read_up_to_its_longest() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("key");
-        assert!(matches!(read(&path, 3), Err(Unreadable::Io(_))));
-        create(&path, b"one").unwrap();
-        assert_eq!(&*read(&path, 3).unwrap(), b"one");
-        assert_eq!(&*read(&path, 100).unwrap(), b"one");
-        assert!(matches!(read(&path, 2), Err(Unreadable::TooLong(2))));
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
-        assert!(matches!(read(&path, 3), Err(Unreadable::Exposed(_))));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::session::Trouble;
 use crate::keys::KeyReason;
 use crate::keys::arena::{SecretBytes, on_wiped_stack};
-use crate::keys::private_file::{self, Unreadable};
+use crate::keys::settings_file::{self, Unreadable};
 use crate::keys::wrap::KEK_LEN;
 
 /// The length of the wrapping key, in bytes.
@@ -52,7 +52,7 @@ impl Unusable {
 impl WrappingKey {
     /// Reads the key. It is read anew each time, so that another one needs no restart.
     pub(super) fn load(&self) -> Result<SecretBytes, Unusable> {
-        let key = private_file::read(&self.file, LEN)?;
+        let key = settings_file::read(&self.file, LEN)?;
         match key.len() {
             LEN => Ok(key),
             _ => Err(Unusable::Length),

@@ -27,7 +27,7 @@ pub(super) use self::client::Client;
 pub(super) use self::failure::TlsFailure;
 use self::pem::BadPem;
 use super::KeyReason;
-use super::private_file::{self, Unreadable};
+use super::settings_file::{self, Unreadable};
 
 /// The most that is read of a file of certificates; a bundle of all public authorities has a fifth of that.
 const CERTIFICATES_LIMIT: usize = 1 << 20;
@@ -130,12 +130,12 @@ fn at<T>(path: &Path, result: Result<T, Unusable>) -> Result<T, TlsFileError> {
 }
 
 pub(super) fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Unusable> {
-    Ok(pem::certificates(&private_file::read_public(
+    Ok(pem::certificates(&settings_file::read_public(
         path,
         CERTIFICATES_LIMIT,
     )?)?)
 }
 
 fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, Unusable> {
-    Ok(pem::private_key(&private_file::read(path, KEY_LIMIT)?)?)
+    Ok(pem::private_key(&settings_file::read(path, KEY_LIMIT)?)?)
 }

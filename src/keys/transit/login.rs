@@ -11,7 +11,7 @@ use crate::boot_time::BootTime;
 use crate::keys::KeyReason;
 use crate::keys::arena::SecretBytes;
 use crate::keys::https::Failure;
-use crate::keys::private_file::{self, Unreadable};
+use crate::keys::settings_file::{self, Unreadable};
 
 /// The longest secret ID or token.
 const CREDENTIAL_LIMIT: usize = 4096;
@@ -171,7 +171,7 @@ fn read_credential(path: &Path) -> Result<SecretBytes, Failure> {
         Failure::new(reason, CredentialError { path, source })
     };
     let mut credential =
-        private_file::read(path, CREDENTIAL_LIMIT + 1).map_err(|e| unusable(e.reason(), e.into()))?;
+        settings_file::read(path, CREDENTIAL_LIMIT + 1).map_err(|e| unusable(e.reason(), e.into()))?;
     // As an editor or `echo` leaves it.
     if credential.last() == Some(&b'\n') {
         credential.truncate(credential.len() - 1);

@@ -25,7 +25,8 @@ use self::key_id::WrappedKek;
 use super::arena::SecretBytes;
 use super::cache::{KekCache, Origin, Wanted};
 use super::https::{self, Failure, Server};
-use super::private_file::{self, Unreadable};
+use super::private_file;
+use super::settings_file::{self, Unreadable};
 use super::source::KekSource;
 use super::tls::TlsFiles;
 use super::wrap::{Kek, UnwrapError};
@@ -277,7 +278,7 @@ fn key_file(dir: &Path) -> PathBuf {
 }
 
 fn read_key(path: &Path) -> Result<(AttestationKey, Vec<u8>), KeyFile> {
-    let json = private_file::read(path, KEY_LIMIT)?;
+    let json = settings_file::read(path, KEY_LIMIT)?;
     let key = parsing::json(&json).map_err(|_| KeyFile::Form)?;
     let spki = release::spki(&key).map_err(|_| KeyFile::Form)?;
     Ok((key, spki))
