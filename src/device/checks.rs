@@ -2,13 +2,14 @@
 //!
 //! Descriptors come first. Nothing else is done with one before its kind is known; see [`super::foreign`].
 
+use vhost::vhost_user::message::VhostUserMemoryRegion;
+
 use super::foreign::{Foreign, Kind};
 use super::frontend_message::{FrontendMessage, Refused, Scope, named};
 use super::guest::HOW_TO_SHARE;
+use super::limits::MAX_REGIONS;
 use super::message::Message;
 use super::rings::Rings;
-use super::sigbus::MAX_REGIONS;
-use vhost::vhost_user::message::VhostUserMemoryRegion;
 
 /// Why a message is not passed on.
 #[derive(Debug, thiserror::Error)]

@@ -13,21 +13,9 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::disk::Disk;
-use super::request::{MAX_DISCARD_SECTORS, MAX_SECTOR_RANGES, MAX_WRITE_ZEROES_SECTORS};
+use super::limits::{MAX_DISCARD_SECTORS, MAX_SECTOR_RANGES, MAX_WRITE_ZEROES_SECTORS, SEG_MAX, SIZE_MAX};
 use crate::cipher::{Sector, SectorSize};
 use crate::storage::PAGE;
-
-/// The largest queue that a driver may set up.
-pub(super) const MAX_QUEUE_SIZE: u16 = 1024;
-
-/// The longest data of a request, in bytes: what `size_max` and `seg_max` come to.
-pub(super) const MAX_REQUEST: u32 = SIZE_MAX * SEG_MAX;
-
-/// The most buffers of a request: what fits QEMU's default queue of 128 beside header and status.
-const SEG_MAX: u32 = 126;
-
-/// The longest buffer of a request, in bytes.
-const SIZE_MAX: u32 = 1 << 20;
 
 /// VHOST_USER_F_PROTOCOL_FEATURES.
 const PROTOCOL_FEATURES: u64 = 1 << 30;

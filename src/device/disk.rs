@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::{polling, worker};
+use super::limits::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES};
 use crate::cipher::SectorSize;
 use crate::mutex::lock;
 use crate::storage::DataFile;
@@ -134,8 +134,8 @@ impl Disk {
             read_only,
             discard,
             serial: padded,
-            poll_max: polling::DEFAULT_MAX,
-            pool_pages: worker::DEFAULT_POOL_PAGES,
+            poll_max: DEFAULT_POLL_MAX,
+            pool_pages: DEFAULT_POOL_PAGES,
             front_end: Mutex::default(),
             mismatch_told: AtomicBool::new(false),
         })

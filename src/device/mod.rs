@@ -24,6 +24,7 @@ mod frontend_message;
 mod guest;
 mod handler;
 mod interceptor;
+mod limits;
 mod message;
 mod polling;
 mod request;
@@ -36,6 +37,5 @@ mod vring;
 mod worker;
 
 pub use disk::Disk;
-pub use polling::DEFAULT_MAX as DEFAULT_POLL_MAX;
+pub use limits::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES};
 pub use server::{Endpoint, ServeError, Server, Waited};
-pub use worker::DEFAULT_POOL_PAGES;

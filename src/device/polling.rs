@@ -8,8 +8,6 @@
 
 use std::time::{Duration, Instant};
 
-/// The bound, unless it is set: that of QEMU's I/O threads.
-pub const DEFAULT_MAX: Duration = Duration::from_micros(32);
 /// Where a window starts to grow, and below which it closes.
 const LEAST: Duration = Duration::from_micros(4);
 
@@ -57,11 +55,12 @@ mod tests {
     use super::*;
 
     const SOON: Duration = Duration::from_micros(10);
+    const MAX: Duration = Duration::from_micros(32);
     const LATE: Duration = Duration::from_millis(10);
 
     #[test]
     fn the_window_closes_when_events_are_rare_and_opens_when_they_are_not() {
-        let mut polling = Polling::new(DEFAULT_MAX);
+        let mut polling = Polling::new(MAX);
         for _ in 0..5 {
             polling.slept(LATE);
         }
@@ -72,7 +71,7 @@ mod tests {
         for _ in 0..5 {
             polling.slept(SOON);
         }
-        assert_eq!(polling.window, DEFAULT_MAX);
+        assert_eq!(polling.window, MAX);
     }
 
     #[test]

@@ -12,22 +12,15 @@ use virtio_bindings::virtio_blk::{
 use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, Permissions};
 
-use super::config::MAX_REQUEST;
 use super::disk::Disk;
 use super::guest::{GuestRange, Memory, Position, pieces};
+use super::limits::{
+    MAX_DESCRIPTORS, MAX_DISCARD_SECTORS, MAX_REQUEST, MAX_SECTOR_RANGES, MAX_WRITE_ZEROES_SECTORS,
+};
 
 /// A sector in every field of the specification.
 const SECTOR: u32 = 512;
 
-/// The most segments that one discard or write-zeroes request may have.
-pub(super) const MAX_SECTOR_RANGES: usize = 16;
-/// The most sectors that one segment of a discard may cover: 1 GiB.
-pub(super) const MAX_DISCARD_SECTORS: u32 = 1 << 21;
-/// The most sectors that one segment of a write-zeroes may cover: 4 MiB, since each is a sector to encrypt and write, and
-/// a queue that is stopped finishes what it has begun.
-pub(super) const MAX_WRITE_ZEROES_SECTORS: u32 = 1 << 13;
-/// The most descriptors that a chain may have: eight times what `seg_max` tells the driver.
-const MAX_DESCRIPTORS: usize = 1024;
 /// The length of a request's header (§5.2.6, `struct virtio_blk_req`).
 const HEADER: u32 = 16;
 /// The length of `struct virtio_blk_discard_write_zeroes`.

@@ -17,6 +17,7 @@ use super::config;
 use super::disk::Disk;
 use super::guest::SharedMemory;
 use super::interceptor::{self, InterceptError};
+use super::limits::MAX_QUEUE_SIZE;
 use super::rings::Rings;
 use super::vring::{self, Vring};
 
@@ -124,7 +125,7 @@ impl VhostUserBackend for Backend {
     }
 
     fn max_queue_size(&self) -> usize {
-        usize::from(config::MAX_QUEUE_SIZE)
+        usize::from(MAX_QUEUE_SIZE)
     }
 
     fn features(&self) -> u64 {

@@ -15,8 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
 
-/// The most regions that a front-end may have mapped: what vhost-user-backend tells it (GET_MAX_MEM_SLOTS).
-pub(super) const MAX_REGIONS: usize = 509;
+use super::limits::MAX_REGIONS;
 
 /// Where guest memory is mapped: start and end of each region, 0 and 0 where there is none. A signal handler may not
 /// take a lock.

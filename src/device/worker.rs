@@ -33,6 +33,7 @@ use vm_memory::{Bytes, GuestAddress, Permissions, VolatileSlice};
 use super::call::Call;
 use super::disk::Disk;
 use super::guest::{HOW_TO_SHARE, Memory, Pieces, Position, pieces};
+use super::limits::{MAX_PIECE, MAX_REQUESTS};
 use super::polling::Polling;
 use super::request::{Kind, Refusal, Request, Status};
 use super::sigbus;
@@ -41,13 +42,6 @@ use crate::keys::arena::on_wiped_stack;
 use crate::storage::{Buffer, Done, Engine, Event, PAGE};
 use crate::volume::segment::{Extent, SegmentTable};
 
-/// The most requests that one queue has in hand; more wait in the available ring.
-const MAX_REQUESTS: usize = 256;
-/// The most bytes of one piece of a request: large ones are cut, so that cipher and storage work at the same time.
-const MAX_PIECE: u64 = 128 << 10;
-/// The pages of a queue's pool, if nobody says otherwise: room for 64 of the largest pieces, or for all requests of a few
-/// pages. With less, storage idles while the driver has eight requests of 1 MiB in flight.
-pub const DEFAULT_POOL_PAGES: u32 = 2048;
 /// The most events, and the most chains, of a round. What a round has brought goes to storage and to the driver before
 /// the next one begins: with long rounds, device and driver would idle while the worker works, and the other way round.
 const ROUND: usize = 4;
