@@ -24,7 +24,7 @@ const SECTOR: u32 = 512;
 /// The length of a request's header (§5.2.6, `struct virtio_blk_req`).
 const HEADER: u32 = 16;
 /// The length of `struct virtio_blk_discard_write_zeroes`.
-const ZONE: u32 = 16;
+const RANGE: u32 = 16;
 /// The length of the answer to GET_ID.
 const ID: u32 = 20;
 
@@ -63,8 +63,8 @@ pub(super) struct Request {
     /// The chain's head, to be returned in the used ring.
     pub head: u16,
     pub kind: Kind,
-    /// The sectors concerned: one zone for a read or write, none for a flush.
-    pub zones: Vec<SectorRange>,
+    /// The sectors concerned: one range for a read or write, none for a flush.
+    pub ranges: Vec<SectorRange>,
     /// Where the status byte goes.
     pub status: GuestAddress,
     /// The length of the device-writable part before the status byte.
@@ -77,7 +77,7 @@ pub(super) struct Request {
 
 /// Why a chain is not carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub(super) enum Refusal {
+pub(super) enum BadRequest {
     #[error("the chain has no place for a status byte, more than {MAX_DESCRIPTORS} descriptors, or no end")]
     Malformed,
     #[error("the chain is shorter than a request's header")]
@@ -93,19 +93,19 @@ pub(super) enum Refusal {
     #[error("the disk is read-only")]
     ReadOnly,
     #[error("discard or write-zeroes with {0} bytes of segments")]
-    BadZones(u32),
+    BadRanges(u32),
     #[error("discard or write-zeroes of {0} sectors in one segment")]
-    ZoneTooLong(u32),
+    RangeTooLong(u32),
     #[error("discard or write-zeroes with flags {0:#x}")]
     UnknownFlags(u32),
 }
 
-impl Refusal {
+impl BadRequest {
     /// What the driver is told; none if there is no way to tell it.
     pub(super) fn status(self) -> Option<Status> {
         match self {
-            Refusal::Malformed => None,
-            Refusal::UnknownType(_) | Refusal::UnknownFlags(_) => Some(Status::Unsupported),
+            BadRequest::Malformed => None,
+            BadRequest::UnknownType(_) | BadRequest::UnknownFlags(_) => Some(Status::Unsupported),
             _ => Some(Status::IoError),
         }
     }
@@ -113,7 +113,7 @@ impl Refusal {
     /// Whether the driver may have been told of another disk: when the guest started, the disk was served with other
     /// options or had another size, and a front-end that reconnects does not ask again.
     pub(super) fn may_be_of_another_disk(self) -> bool {
-        use Refusal::{BadLength, OutOfRange, ReadOnly};
+        use BadRequest::{BadLength, OutOfRange, ReadOnly};
         matches!(self, ReadOnly | BadLength(_) | OutOfRange { .. })
     }
 }
@@ -124,7 +124,7 @@ impl Request {
         Self {
             head: 0,
             kind: Kind::Flush,
-            zones: Vec::new(),
+            ranges: Vec::new(),
             status: GuestAddress(0),
             writable_len: 0,
             readable: Vec::new(),
@@ -155,14 +155,14 @@ impl Request {
         chain: DescriptorChain<&GuestMemoryMmap>,
         memory: &Memory,
         disk: &Disk,
-    ) -> Result<(), Refusal> {
+    ) -> Result<(), BadRequest> {
         self.head = chain.head_index();
-        self.zones.clear();
+        self.ranges.clear();
         let readable_len = self.gather(chain, memory)?;
 
         let mut header = [0; HEADER as usize];
         if readable_len < HEADER {
-            return Err(Refusal::NoHeader);
+            return Err(BadRequest::NoHeader);
         }
         self.read_out(memory, Position::default(), &mut header)?;
         let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
@@ -173,7 +173,7 @@ impl Request {
             .chain(self.writable.iter().map(|range| (range, Permissions::Write)))
             .all(|(range, access)| range.is_in(memory, access))
         {
-            return Err(Refusal::BadAddress);
+            return Err(BadRequest::BadAddress);
         }
 
         let payload_len = readable_len - HEADER;
@@ -189,15 +189,19 @@ impl Request {
                 Ok(())
             }
             VIRTIO_BLK_T_DISCARD if disk.discard => {
-                self.parse_zones(Kind::Discard, payload_len, memory, disk)
+                self.parse_ranges(Kind::Discard, payload_len, memory, disk)
             }
-            VIRTIO_BLK_T_WRITE_ZEROES => self.parse_zones(Kind::WriteZeroes, payload_len, memory, disk),
-            unknown => Err(Refusal::UnknownType(unknown)),
+            VIRTIO_BLK_T_WRITE_ZEROES => self.parse_ranges(Kind::WriteZeroes, payload_len, memory, disk),
+            unknown => Err(BadRequest::UnknownType(unknown)),
         }
     }
 
     /// Collects the chain's buffers, finds the status byte, and gives the length of the device-readable part.
-    fn gather(&mut self, chain: DescriptorChain<&GuestMemoryMmap>, memory: &Memory) -> Result<u32, Refusal> {
+    fn gather(
+        &mut self,
+        chain: DescriptorChain<&GuestMemoryMmap>,
+        memory: &Memory,
+    ) -> Result<u32, BadRequest> {
         self.readable.clear();
         self.writable.clear();
         let mut readable_len = 0;
@@ -207,7 +211,7 @@ impl Request {
         let mut in_order = true;
         for (count, descriptor) in chain.enumerate() {
             if count >= MAX_DESCRIPTORS {
-                return Err(Refusal::Malformed);
+                return Err(BadRequest::Malformed);
             }
             ends = !descriptor.has_next();
             let range = GuestRange {
@@ -231,13 +235,13 @@ impl Request {
 
         let last = last_writable
             .filter(|_| ends && in_order)
-            .ok_or(Refusal::Malformed)?;
+            .ok_or(BadRequest::Malformed)?;
         let status = last
             .address
             .0
             .checked_add(u64::from(last.len) - 1)
             .map(GuestAddress);
-        self.status = status.ok_or(Refusal::Malformed)?;
+        self.status = status.ok_or(BadRequest::Malformed)?;
         self.writable_len = writable_len - 1;
         if !(GuestRange {
             address: self.status,
@@ -245,70 +249,70 @@ impl Request {
         })
         .is_in(memory, Permissions::Write)
         {
-            return Err(Refusal::Malformed);
+            return Err(BadRequest::Malformed);
         }
         Ok(readable_len)
     }
 
-    fn parse_transfer(&mut self, kind: Kind, sector: u64, len: u32, disk: &Disk) -> Result<(), Refusal> {
+    fn parse_transfer(&mut self, kind: Kind, sector: u64, len: u32, disk: &Disk) -> Result<(), BadRequest> {
         self.kind = kind;
         if kind == Kind::Write && disk.read_only {
-            return Err(Refusal::ReadOnly);
+            return Err(BadRequest::ReadOnly);
         }
         if !len.is_multiple_of(disk.sector_size.bytes() as u32) || len > MAX_REQUEST {
-            return Err(Refusal::BadLength(len));
+            return Err(BadRequest::BadLength(len));
         }
-        self.add_zone(sector, len / SECTOR, disk)
+        self.add_range(sector, len / SECTOR, disk)
     }
 
     /// Reads the segments of a discard or write-zeroes request (§5.2.6, `struct virtio_blk_discard_write_zeroes`).
-    fn parse_zones(&mut self, kind: Kind, len: u32, memory: &Memory, disk: &Disk) -> Result<(), Refusal> {
+    fn parse_ranges(&mut self, kind: Kind, len: u32, memory: &Memory, disk: &Disk) -> Result<(), BadRequest> {
         self.kind = kind;
         if disk.read_only {
-            return Err(Refusal::ReadOnly);
+            return Err(BadRequest::ReadOnly);
         }
-        if len == 0 || !len.is_multiple_of(ZONE) || len / ZONE > MAX_SECTOR_RANGES as u32 {
-            return Err(Refusal::BadZones(len));
+        if len == 0 || !len.is_multiple_of(RANGE) || len / RANGE > MAX_SECTOR_RANGES as u32 {
+            return Err(BadRequest::BadRanges(len));
         }
         let (allowed_flags, max_sectors) = match kind {
             Kind::Discard => (0, MAX_DISCARD_SECTORS),
             // Permission to unmap is not a wish to: the range has to read as zeros, which takes encrypted zeros.
             _ => (VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP, MAX_WRITE_ZEROES_SECTORS),
         };
-        let mut zones = [[0; ZONE as usize]; MAX_SECTOR_RANGES];
-        let zones = &mut zones[..(len / ZONE) as usize];
+        let mut ranges = [[0; RANGE as usize]; MAX_SECTOR_RANGES];
+        let ranges = &mut ranges[..(len / RANGE) as usize];
         let start = Position::default().advanced(&self.readable, HEADER);
-        self.read_out(memory, start, zones.as_flattened_mut())?;
-        for zone in zones {
-            let [sector @ .., n0, n1, n2, n3, f0, f1, f2, f3] = *zone;
+        self.read_out(memory, start, ranges.as_flattened_mut())?;
+        for range in ranges {
+            let [sector @ .., n0, n1, n2, n3, f0, f1, f2, f3] = *range;
             let sectors = u32::from_le_bytes([n0, n1, n2, n3]);
             let flags = u32::from_le_bytes([f0, f1, f2, f3]);
             if flags & !allowed_flags != 0 {
-                return Err(Refusal::UnknownFlags(flags));
+                return Err(BadRequest::UnknownFlags(flags));
             }
             if sectors > max_sectors {
-                return Err(Refusal::ZoneTooLong(sectors));
+                return Err(BadRequest::RangeTooLong(sectors));
             }
-            self.add_zone(u64::from_le_bytes(sector), sectors, disk)?;
+            self.add_range(u64::from_le_bytes(sector), sectors, disk)?;
         }
         Ok(())
     }
 
-    fn add_zone(&mut self, sector: u64, sectors: u32, disk: &Disk) -> Result<(), Refusal> {
+    fn add_range(&mut self, sector: u64, sectors: u32, disk: &Disk) -> Result<(), BadRequest> {
         let sectors = u64::from(sectors);
         let granule = (disk.sector_size.bytes() / SECTOR as usize) as u64;
         let in_range = sector
             .checked_add(sectors)
             .is_some_and(|end| end <= disk.sectors());
         if !in_range || !sector.is_multiple_of(granule) || !sectors.is_multiple_of(granule) {
-            return Err(Refusal::OutOfRange { sector, sectors });
+            return Err(BadRequest::OutOfRange { sector, sectors });
         }
-        self.zones.push(SectorRange { sector, sectors });
+        self.ranges.push(SectorRange { sector, sectors });
         Ok(())
     }
 
     /// Copies from the device-readable part.
-    fn read_out(&self, memory: &Memory, from: Position, target: &mut [u8]) -> Result<(), Refusal> {
+    fn read_out(&self, memory: &Memory, from: Position, target: &mut [u8]) -> Result<(), BadRequest> {
         let mut copied = 0;
         for piece in pieces(
             memory,
@@ -317,14 +321,14 @@ impl Request {
             target.len() as u32,
             Permissions::Read,
         )
-        .map_err(|_| Refusal::BadAddress)?
+        .map_err(|_| BadRequest::BadAddress)?
         {
             copied += piece.copy_to(&mut target[copied..]);
         }
         if copied == target.len() {
             Ok(())
         } else {
-            Err(Refusal::BadAddress)
+            Err(BadRequest::BadAddress)
         }
     }
 

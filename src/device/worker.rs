@@ -35,7 +35,7 @@ use super::disk::Disk;
 use super::guest::{HOW_TO_SHARE, Memory, Pieces, Position, pieces};
 use super::limits::{MAX_PIECE, MAX_REQUESTS};
 use super::polling::Polling;
-use super::request::{Kind, Refusal, Request, Status};
+use super::request::{BadRequest, Kind, Request, Status};
 use super::sigbus;
 use crate::cipher::{Reader, Sector, Workspace};
 use crate::keys::arena::on_wiped_stack;
@@ -210,8 +210,8 @@ pub(super) struct Piece {
 #[derive(Debug)]
 struct Task {
     request: Request,
-    /// The zone to be issued next, and how many of its sectors have been.
-    zone: usize,
+    /// The range to be issued next, and how many of its sectors have been.
+    range: usize,
     sectors_issued: u64,
     /// Where the data of the next piece lies.
     position: Position,
@@ -226,7 +226,7 @@ impl Task {
     fn new() -> Self {
         Self {
             request: Request::new(),
-            zone: 0,
+            range: 0,
             sectors_issued: 0,
             position: Position::default(),
             all_issued: false,
@@ -238,7 +238,7 @@ impl Task {
 
     /// Sets out to carry out the request that was parsed.
     fn begin(&mut self) {
-        self.zone = 0;
+        self.range = 0;
         self.sectors_issued = 0;
         self.position = self.request.data_start();
         self.all_issued = false;
@@ -252,14 +252,14 @@ impl Task {
 
     /// The sectors that are to be issued next.
     fn next_sectors(&mut self) -> Option<(Sector, u64)> {
-        while let Some(zone) = self.request.zones.get(self.zone) {
-            if self.sectors_issued < zone.sectors {
+        while let Some(range) = self.request.ranges.get(self.range) {
+            if self.sectors_issued < range.sectors {
                 return Some((
-                    Sector(zone.sector + self.sectors_issued),
-                    zone.sectors - self.sectors_issued,
+                    Sector(range.sector + self.sectors_issued),
+                    range.sectors - self.sectors_issued,
                 ));
             }
-            self.zone += 1;
+            self.range += 1;
             self.sectors_issued = 0;
         }
         None
@@ -274,7 +274,7 @@ impl Task {
 
     /// Issues nothing more of it.
     fn fail(&mut self, status: Status) {
-        self.zone = self.request.zones.len();
+        self.range = self.request.ranges.len();
         self.status = status;
         self.written = 0;
     }
@@ -671,14 +671,14 @@ impl Worker {
             Status::IoError
         });
         if !unsupported {
-            let (kind, zone) = (task.request.kind, task.request.zones.first());
-            tracing::error!(queue = self.ring.index, ?kind, ?zone, %error, "I/O error on storage");
+            let (kind, range) = (task.request.kind, task.request.ranges.first());
+            tracing::error!(queue = self.ring.index, ?kind, ?range, %error, "I/O error on storage");
         }
     }
 
     /// Answers a chain that is not carried out.
-    fn refuse(&mut self, place: u16, refusal: Refusal) {
-        if refusal == Refusal::BadAddress {
+    fn refuse(&mut self, place: u16, refusal: BadRequest) {
+        if refusal == BadRequest::BadAddress {
             // The guest's fault, or not: it may have memory that the front-end did not tell us of.
             tracing::warn!(queue = self.ring.index, %refusal, "request refused; {HOW_TO_SHARE}");
         } else {
