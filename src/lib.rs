@@ -22,7 +22,7 @@
 //! parsing                  JSON and TOML, read so that no error quotes them
 //! ```
 //!
-//! To begin with: a guest's request from end to end is `device::worker`; what becomes of a volume's key while it is served,
+//! To begin with: a guest's request from end to end is `device::path`; what becomes of a volume's key while it is served,
 //! [`attachment`]; what opens a keyslot, [`keys`]; what the agent is asked, [`agent`].
 
 pub mod agent;

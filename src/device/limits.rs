@@ -9,7 +9,7 @@ pub(super) const MAX_REGIONS: usize = 509;
 pub(super) const MAX_QUEUE_SIZE: u16 = 1024;
 
 /// The most requests that one queue has in hand; more wait in the available ring.
-pub(super) const MAX_REQUESTS: usize = 256;
+pub(super) const MAX_REQUESTS: u16 = 256;
 
 /// The most descriptors that a chain may have: eight times what `seg_max` tells the driver.
 pub(super) const MAX_DESCRIPTORS: usize = 1024;

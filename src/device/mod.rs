@@ -1,6 +1,6 @@
 //! What the guest sees: virtio-blk over vhost-user (virtio 1.2 §5.2, and QEMU's vhost-user specification).
 //!
-//! A request's path is [`worker`], and is one page; what lies around it:
+//! A request's path is [`path`], and is one page; what lies around it:
 //!
 //! ```text
 //! server    accepts front-ends, one at a time, and handles signals
@@ -26,15 +26,19 @@ mod handler;
 mod interceptor;
 mod limits;
 mod message;
+mod path;
 mod polling;
 mod request;
+mod ring;
 mod rings;
 mod server;
 mod session;
 mod sigbus;
+mod task;
 mod uring;
 mod vring;
 mod worker;
+mod worker_thread;
 
 pub use disk::Disk;
 pub use limits::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES};

@@ -10,14 +10,15 @@ use super::disk::{Disk, Grant};
 use super::frontend_message::Scope;
 use super::guest::SharedMemory;
 use super::sigbus;
+use super::task::Piece;
 use super::uring;
 use super::vring::{StartError, Vring};
-use super::worker::{self, Piece};
+use super::worker_thread::WorkerThread;
 use crate::storage::Engine;
 
 /// A ring that is being served, and the generation of the table by which it is.
-struct Running {
-    worker: worker::Running,
+struct Served {
+    worker: WorkerThread,
     generation: u64,
 }
 
@@ -26,7 +27,7 @@ pub(super) struct Rings {
     disk: Arc<Disk>,
     memory: SharedMemory,
     vrings: Vec<Vring>,
-    running: Vec<Option<Running>>,
+    running: Vec<Option<Served>>,
     /// Engines of rings that are stopped, for the next start.
     engines: Vec<Engine<Piece>>,
     agreed: Agreed,
@@ -58,7 +59,7 @@ impl Rings {
     }
 
     /// Stops rings: when it returns, nothing of theirs is in flight, and the vrings know how far they were served.
-    fn stop_those(&mut self, chosen: impl Fn(usize, &Running) -> bool) {
+    fn stop_those(&mut self, chosen: impl Fn(usize, &Served) -> bool) {
         // All are told before one is waited for, so that they drain together.
         for (index, running) in self.running.iter().enumerate() {
             if let Some(running) = running.as_ref().filter(|running| chosen(index, running)) {
@@ -119,14 +120,14 @@ impl Rings {
                 Some(engine) => engine,
                 None => engine(&self.disk)?,
             };
-            let worker = worker::Running::start(
+            let worker = WorkerThread::start(
                 ring,
                 Arc::clone(&self.disk),
                 grant.table(),
                 engine,
                 self.agreed.write_through(),
             )?;
-            self.running[index] = Some(Running {
+            self.running[index] = Some(Served {
                 worker,
                 generation: grant.generation(),
             });

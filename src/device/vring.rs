@@ -18,8 +18,8 @@ use vm_memory::GuestAddressSpace;
 
 use super::call::Call;
 use super::guest::{HOW_TO_SHARE, SharedMemory};
+use super::ring::Ring;
 use super::uring;
-use super::worker::Ring;
 
 thread_local! {
     /// The vrings that were made on this thread since `collect` began.
