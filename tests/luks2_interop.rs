@@ -541,10 +541,11 @@ fn encrypted(volume: &Volume) -> (u64, Vec<u8>) {
     let table = volume.table();
     let extent = table.extent(Sector(8), 16);
     assert_eq!(extent.sectors, 16);
-    assert!(matches!(extent.treatment, Treatment::Crypt(_)));
+    let treatment = table.treatment(extent.treatment);
+    assert!(matches!(treatment, Treatment::Crypt(_)));
     let mut plain = vec![0; 8192];
     let mut stored = vec![0; 8192];
-    extent.treatment.encrypt(
+    treatment.encrypt(
         extent.iv,
         &[VolatileSlice::from(&mut plain[..])],
         &mut stored,

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::cipher::Sector;
+
 /// The most regions of guest memory: what vhost-user-backend tells the front-end (GET_MAX_MEM_SLOTS).
 pub(super) const MAX_REGIONS: usize = 509;
 
@@ -33,8 +35,9 @@ pub(super) const MAX_DISCARD_SECTORS: u32 = 1 << 21;
 /// a queue that is stopped finishes what it has begun.
 pub(super) const MAX_WRITE_ZEROES_SECTORS: u32 = 1 << 13;
 
-/// The most bytes of one piece of a request: large ones are cut, so that cipher and storage work at the same time.
-pub(super) const MAX_PIECE: u64 = 128 << 10;
+/// The most sectors of one piece of a request, 128 KiB: large requests are cut, so that cipher and storage work at the same
+/// time.
+pub(super) const MAX_PIECE_SECTORS: u64 = (128 << 10) / Sector::LEN;
 
 /// The pages of a queue's pool, unless the operator sets them: room for 64 of the largest pieces, or for all requests of a few
 /// pages. With less, storage idles while the driver has eight requests of 1 MiB in flight.

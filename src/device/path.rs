@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! take      a chain from the available ring, parsed once into a request
-//! issue     its pieces; for each the extent that the segment table names:
+//! issue     its pieces; for each the segment table is asked once, and what it says travels with the piece
 //!             write   the cipher reads guest memory and fills a buffer, which goes to io_uring
 //!             read    io_uring fills a buffer
 //! complete  a piece; of a read, the cipher reads the buffer and fills guest memory
@@ -26,13 +26,13 @@ use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::{Permissions, VolatileSlice};
 
 use super::disk::Disk;
-use super::guest::{HOW_TO_SHARE, Pieces, Position, pieces};
-use super::limits::MAX_PIECE;
+use super::guest::{HOW_TO_SHARE, Pieces, pieces};
+use super::limits::MAX_PIECE_SECTORS;
 use super::request::{BadRequest, Kind, Status};
 use super::ring::{HeadsInHand, Ring};
 use super::sigbus;
-use super::task::{Piece, TaskIndex, Tasks};
-use crate::cipher::{Reader, Sector, Workspace};
+use super::task::{Piece, TaskIndex, Tasks, data_len};
+use crate::cipher::{Reader, Workspace};
 use crate::keys::arena::on_wiped_stack;
 use crate::storage::{Buffer, Done, Engine, PAGE};
 use crate::volume::segment::{Extent, SegmentTable};
@@ -172,31 +172,23 @@ impl Path {
     /// Issues pieces until all are or the pool is exhausted; tells which.
     fn issue_transfers(&mut self, index: TaskIndex) -> bool {
         while let Some((first, sectors)) = self.tasks[index].next_sectors() {
-            let sectors = sectors.min(MAX_PIECE / Sector::LEN);
-            let Extent { sectors, offset, .. } = self.table.extent(first, sectors);
-            let len = (sectors * Sector::LEN) as u32;
-            let Some(mut buffer) = self.engine.buffer(len as usize) else {
+            let extent = self.table.extent(first, sectors.min(MAX_PIECE_SECTORS));
+            let Some(mut buffer) = self.engine.buffer(data_len(&extent) as usize) else {
                 return false;
             };
             let task = &mut self.tasks[index];
-            let kind = task.request.kind;
-            let piece = Piece {
-                task: index,
-                position: task.position,
-                first,
-                len,
-            };
-            task.advance(sectors, if kind == Kind::WriteZeroes { 0 } else { len });
+            let piece = task.next_piece(index, extent);
 
-            if kind == Kind::Read {
-                self.engine.read(buffer, offset, piece);
+            if task.request.kind == Kind::Read {
+                self.engine.read(buffer, extent.offset, piece);
             } else if let Err(error) = self.encrypt(&piece, &mut buffer) {
                 self.engine.release(buffer);
                 self.tasks[index].in_flight -= 1;
                 self.fail(index, &error);
             } else {
-                self.engine.write(buffer, offset, self.write_through, piece);
-                if u64::from(len) == MAX_PIECE {
+                self.engine
+                    .write(buffer, extent.offset, self.write_through, piece);
+                if extent.sectors == MAX_PIECE_SECTORS {
                     // Storage works on it while the next one is encrypted. Where this fails, the round's end tells of it.
                     let _ = self.engine.submit();
                 }
@@ -208,15 +200,15 @@ impl Path {
     /// Encrypts what the guest wrote, or zeros, into a buffer for storage.
     fn encrypt(&mut self, piece: &Piece, buffer: &mut Buffer) -> io::Result<()> {
         let request = &self.tasks[piece.task].request;
+        let len = data_len(&piece.extent);
         let plain = if request.kind == Kind::WriteZeroes {
-            zeros(&mut self.zeros, piece.len as usize)
+            zeros(&mut self.zeros, len as usize)
         } else {
             let (memory, data) = (&self.ring.memory, request.data());
-            pieces(memory, data, piece.position, piece.len, Permissions::Read).map_err(io::Error::other)?
+            pieces(memory, data, piece.position, len, Permissions::Read).map_err(io::Error::other)?
         };
-        let extent = self.table.extent(piece.first, u64::from(piece.len) / Sector::LEN);
-        extent.treatment.encrypt(
-            extent.iv,
+        self.table.treatment(piece.extent.treatment).encrypt(
+            piece.extent.iv,
             &plain,
             self.engine.bytes_mut(buffer),
             self.reader,
@@ -233,13 +225,8 @@ impl Path {
         if !self.engine.has_room_without_data() {
             return false;
         }
-        self.engine.sync(Piece {
-            task: index,
-            position: Position::default(),
-            first: Sector(0),
-            len: 0,
-        });
-        self.tasks[index].in_flight += 1;
+        let piece = self.tasks[index].next_piece(index, Extent::EMPTY);
+        self.engine.sync(piece);
         true
     }
 
@@ -248,15 +235,9 @@ impl Path {
             if !self.engine.has_room_without_data() {
                 return false;
             }
-            let Extent { sectors, offset, .. } = self.table.extent(first, sectors);
-            let piece = Piece {
-                task: index,
-                position: Position::default(),
-                first,
-                len: 0,
-            };
-            self.engine.discard(offset, sectors * Sector::LEN, piece);
-            self.tasks[index].advance(sectors, 0);
+            let extent = self.table.extent(first, sectors);
+            let piece = self.tasks[index].next_piece(index, extent);
+            self.engine.discard(extent.offset, extent.bytes(), piece);
         }
         true
     }
@@ -284,13 +265,15 @@ impl Path {
         let request = &self.tasks[piece.task].request;
         if let (Kind::Read, Some(buffer)) = (request.kind, buffer) {
             let (memory, data) = (&self.ring.memory, request.data());
-            let plain = pieces(memory, data, piece.position, piece.len, Permissions::Write)
-                .map_err(io::Error::other)?;
-            // The table is the one that the piece was issued by: it does not change while a ring runs.
-            let extent = self.table.extent(piece.first, u64::from(piece.len) / Sector::LEN);
-            extent
-                .treatment
-                .decrypt(extent.iv, self.engine.bytes(buffer), &plain, &mut self.workspace);
+            let len = data_len(&piece.extent);
+            let plain =
+                pieces(memory, data, piece.position, len, Permissions::Write).map_err(io::Error::other)?;
+            self.table.treatment(piece.extent.treatment).decrypt(
+                piece.extent.iv,
+                self.engine.bytes(buffer),
+                &plain,
+                &mut self.workspace,
+            );
         }
         memory_is_whole()
     }

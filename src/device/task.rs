@@ -9,6 +9,7 @@ use super::guest::Position;
 use super::limits::MAX_REQUESTS;
 use super::request::{Kind, Request, Status};
 use crate::cipher::Sector;
+use crate::volume::segment::Extent;
 
 /// A part of a request that is in flight.
 #[derive(Clone, Copy, Debug)]
@@ -16,9 +17,8 @@ pub(super) struct Piece {
     pub task: TaskIndex,
     /// Where its data lies in the request's buffers.
     pub position: Position,
-    pub first: Sector,
-    /// Its length in bytes.
-    pub len: u32,
+    /// Where it lies on storage and what is done to it; empty for a flush.
+    pub extent: Extent,
 }
 
 /// A request in hand, and how far it has come.
@@ -29,7 +29,7 @@ pub(super) struct Task {
     range: usize,
     sectors_issued: u64,
     /// Where the data of the next piece lies.
-    pub position: Position,
+    position: Position,
     pub all_issued: bool,
     pub in_flight: u32,
     pub status: Status,
@@ -79,11 +79,19 @@ impl Task {
         None
     }
 
-    /// Takes into account that a piece was issued, with `len` bytes of the request's data.
-    pub(super) fn advance(&mut self, sectors: u64, len: u32) {
-        self.sectors_issued += sectors;
-        self.position = self.position.advanced(self.request.data(), len);
+    /// Gives the piece of this task, which is number `task`, that lies in `extent`, and takes into account that it is issued.
+    pub(super) fn next_piece(&mut self, task: TaskIndex, extent: Extent) -> Piece {
+        let position = self.position;
+        self.sectors_issued += extent.sectors;
+        if let Kind::Read | Kind::Write = self.request.kind {
+            self.position = position.advanced(self.request.data(), data_len(&extent));
+        }
         self.in_flight += 1;
+        Piece {
+            task,
+            position,
+            extent,
+        }
     }
 
     /// Issues nothing more of it.
@@ -98,6 +106,11 @@ impl Task {
     pub(super) fn used_len(&self) -> u32 {
         self.written + u32::from(self.written == self.request.writable_len)
     }
+}
+
+/// The length in bytes of an extent with data, which [`super::limits::MAX_PIECE_SECTORS`] keeps far below the bound of the type.
+pub(super) fn data_len(extent: &Extent) -> u32 {
+    u32::try_from(extent.bytes()).unwrap_or(u32::MAX)
 }
 
 /// The number of a task.

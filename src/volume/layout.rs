@@ -150,7 +150,7 @@ mod tests {
             (extent.sectors, extent.offset, extent.iv),
             (8, HEADER + 8192, Sector(13))
         );
-        assert!(matches!(extent.treatment, Treatment::Crypt(_)));
+        assert!(matches!(table.treatment(extent.treatment), Treatment::Crypt(_)));
     }
 
     #[test]

@@ -64,9 +64,14 @@ pub struct Segment {
     pub treatment: Treatment,
 }
 
-/// A run of sectors that lie together and are treated alike.
-#[derive(Clone, Copy, Debug)]
-pub struct Extent<'t> {
+/// The number of a treatment in its table, by which [`SegmentTable::treatment`] gives it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TreatmentNumber(usize);
+
+/// A run of sectors that lie together and are treated alike. It is a value without the table's lifetime, so that it can travel
+/// with an operation from its start to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
     /// Its length in sectors.
     pub sectors: u64,
     /// Where it lies in the payload's file, in bytes.
@@ -74,7 +79,22 @@ pub struct Extent<'t> {
     /// The initialisation vector of its first sector.
     pub iv: Sector,
     /// What is done to its sectors.
-    pub treatment: &'t Treatment,
+    pub treatment: TreatmentNumber,
+}
+
+impl Extent {
+    /// No sectors, for an operation that concerns none.
+    pub const EMPTY: Self = Self {
+        sectors: 0,
+        offset: 0,
+        iv: Sector(0),
+        treatment: TreatmentNumber(0),
+    };
+
+    /// Its length in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.sectors * Sector::LEN
+    }
 }
 
 /// The segments of a disk, in order and without gaps.
@@ -120,7 +140,7 @@ impl SegmentTable {
     ///
     /// # Panics
     /// If `first` is not a sector of the disk.
-    pub fn extent(&self, first: Sector, sectors: u64) -> Extent<'_> {
+    pub fn extent(&self, first: Sector, sectors: u64) -> Extent {
         assert!(
             first.0 < self.sectors,
             "sector {first} of a disk of {} sectors",
@@ -134,14 +154,25 @@ impl SegmentTable {
             sectors: sectors.min(segment.sectors - into),
             offset: segment.offset + into * Sector::LEN,
             iv: segment.iv + into,
-            treatment: &segment.treatment,
+            treatment: TreatmentNumber(index),
         }
+    }
+
+    /// The treatment of an extent of this table.
+    ///
+    /// # Panics
+    /// If the table has no treatment of that number, which is then another table's.
+    pub fn treatment(&self, number: TreatmentNumber) -> &Treatment {
+        let TreatmentNumber(index) = number;
+        &self.segments[index].1.treatment
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cipher::{KEY_LEN, KernelChoice, SectorSize};
+    use crate::keys::arena::SecretBytes;
 
     fn linear(sectors: u64, offset: u64, iv: u64) -> Segment {
         Segment {
@@ -165,6 +196,23 @@ mod tests {
             let extent = table.extent(Sector(first), sectors);
             assert_eq!((extent.sectors, extent.offset, extent.iv.0), expected);
         }
+    }
+
+    #[test]
+    fn extent_brings_its_segments_treatment_from_the_table() {
+        let key = SecretBytes::random(KEY_LEN).unwrap();
+        let cipher = SectorCipher::new(&key, SectorSize::B512, KernelChoice::Portable).unwrap();
+        let crypt = Segment {
+            treatment: Treatment::Crypt(Arc::new(cipher)),
+            ..linear(8, 4096, 0)
+        };
+        let table = SegmentTable::new([linear(8, 0, 0), crypt, linear(8, 8192, 0)]);
+        let is_crypt = |sector| {
+            let extent = table.extent(Sector(sector), 1);
+            matches!(table.treatment(extent.treatment), Treatment::Crypt(_))
+        };
+        let sectors: Vec<_> = (0..24).filter(|&sector| is_crypt(sector)).collect();
+        assert_eq!(sectors, (8..16).collect::<Vec<_>>());
     }
 
     #[test]
