@@ -1,19 +1,60 @@
-//! What the guest sees: virtio-blk over vhost-user (virtio 1.2 §5.2, and QEMU's vhost-user specification).
+//! What the guest sees: a virtio-blk device (virtio 1.2 §5.2) over vhost-user (QEMU's vhost-user specification).
 //!
-//! A request's path is [`path`], and is one page; what lies around it:
+//! # The files
+//!
+//! A file relies on files below it, never on one above it.
 //!
 //! ```text
-//! server    accepts front-ends, one at a time, and handles signals
-//! session   one front-end's connection
-//! interceptor  its messages: stops the rings before a message that changes what I/O stands on
-//! foreign   its descriptors, and what is behind each
-//! rings     which rings are served
-//! worker    one thread for each: the data path
-//! polling   when it looks for work, and when it sleeps          call      how it notifies the driver
-//! request   descriptor chain -> validated request        guest     its buffers
-//! uring     what to do where io_uring cannot be set up
-//! config    features and configuration space             disk      what all workers share
+//! server            the socket that front-ends connect to, one at a time, and signals
+//! session           one front-end's connection, from its first message to its end
+//! interceptor       each message of the front-end: received, decoded, checked, passed on, answered
+//! checks            messages that the protocol handler would accept and that we cannot serve
+//! handler           the connection to vhost-user-backend's protocol handler: the one way to change what I/O stands on
+//! rings             which rings are served, and the guard of those that are paused
+//! vring             a vring as the protocol handler knows it, from which a ring is started
+//! worker_thread     the thread that serves a ring
+//! worker            its rounds: events, new chains, the notification, sleep
+//! path              the path of a request
+//! polling           how long a worker looks for work before it sleeps
+//! task              requests in hand, and their pieces in flight
+//! request           a descriptor chain becomes a request
+//! config            feature bits, and the configuration space
+//! disk              what all workers share; it has a segment table, or it is locked
+//! frontend_message  the front-end's messages, decoded, and the table of what each pauses
+//! message           a message as bytes with descriptors
+//! foreign           the descriptors that a front-end passes, and what is behind each
+//! ring, call        a started virtqueue, and how its driver is notified
+//! guest, sigbus     guest memory, and a front-end that takes it away
+//! uring             what an operator does where io_uring cannot be set up
+//! limits            what guest and front-end may ask for at most
 //! ```
+//!
+//! # The path of a request
+//!
+//! The driver writes a chain of descriptors into guest memory, puts the chain's head into the available ring, and kicks the
+//! queue. The queue's worker wakes up, unless it was looking for work anyway. It takes the chain and parses it into a request: a
+//! copy in our memory, so that the guest cannot change what was checked. A chain that is not valid is answered at once.
+//!
+//! A request is carried out in pieces of at most 128 KiB. For each piece, the worker asks the segment table once where the
+//! sectors lie and under which key. The table's answer, an extent, travels with the piece to its end. A piece with data takes a
+//! buffer from the queue's pool. For a write, the cipher reads guest memory and writes ciphertext into the buffer, and io_uring
+//! writes the buffer to storage. For a read, io_uring fills the buffer. So guest memory never holds ciphertext, and a buffer
+//! never holds plaintext.
+//!
+//! The worker learns that a piece has ended in the place where it also waits for kicks. The cipher decrypts a read's buffer into
+//! guest memory, and the buffer goes back to the pool. After the last piece of a request the worker writes the status byte and
+//! puts the head into the used ring. At the end of the round it notifies the driver by the queue's call, if the driver wants
+//! that.
+//!
+//! When the pool or the table of requests is exhausted, chains wait in the available ring; nothing grows with what a guest
+//! asks for.
+//!
+//! # What I/O stands on
+//!
+//! A worker serves a ring by the vring's addresses and descriptors, the mapped guest memory, the features that front-end and
+//! driver agreed on, and the disk's segment table. While a ring runs, none of them changes. The worker has the ring by value and gives
+//! it back when nothing is in flight. A message of the front-end that changes one of these is applied while the rings are paused
+//! (`rings::Paused`), and `lock` takes the segment table away and waits until each ring has come back.
 
 mod call;
 mod checks;
