@@ -77,6 +77,14 @@ impl SectorSize {
         }
     }
 
+    /// In sectors.
+    pub const fn sectors(self) -> u8 {
+        match self {
+            Self::B512 => 1,
+            Self::B4096 => 8,
+        }
+    }
+
     /// The size of this many bytes, if there is one.
     pub const fn from_bytes(bytes: u64) -> Option<Self> {
         match bytes {

@@ -14,7 +14,8 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 
 use super::disk::Disk;
 use super::limits::{MAX_DISCARD_SECTORS, MAX_SECTOR_RANGES, MAX_WRITE_ZEROES_SECTORS, SEG_MAX, SIZE_MAX};
-use crate::cipher::{Sector, SectorSize};
+use super::request::SECTOR;
+use crate::cipher::Sector;
 use crate::storage::PAGE;
 
 /// VHOST_USER_F_PROTOCOL_FEATURES.
@@ -123,8 +124,8 @@ pub(super) fn protocol_features() -> VhostUserProtocolFeatures {
 /// knows more fields than we do gets what it asked for. Nothing if that is past any configuration space.
 pub(super) fn read(disk: &Disk, num_queues: u16, offset: u32, size: u32) -> Vec<u8> {
     let space = space(disk, num_queues);
-    match (offset as usize).checked_add(size as usize) {
-        Some(end) if end <= VHOST_USER_CONFIG_SIZE as usize => (offset as usize..end)
+    match offset.checked_add(size) {
+        Some(end) if end <= VHOST_USER_CONFIG_SIZE => (offset as usize..end as usize)
             .map(|at| space.get(at).copied().unwrap_or(0))
             .collect(),
         _ => Vec::new(),
@@ -151,11 +152,14 @@ pub(super) fn write(agreed: Agreed, offset: u32, bytes: &[u8]) -> Result<(), Not
     }
 }
 
+/// A page of storage in sectors.
+const PAGE_SECTORS: u8 = 8;
+const _: () = assert!(PAGE == PAGE_SECTORS as usize * 512);
+
 fn space(disk: &Disk, num_queues: u16) -> [u8; CONFIG_LEN] {
     let mut space = [0; CONFIG_LEN];
     let mut put = |at: usize, field: &[u8]| space[at..at + field.len()].copy_from_slice(field);
-    let sector_size = disk.sector_size.bytes();
-    let granule = (sector_size / SectorSize::B512.bytes()) as u32;
+    let granule = disk.sector_size.sectors();
 
     put(
         offset_of!(virtio_blk_config, capacity),
@@ -165,17 +169,18 @@ fn space(disk: &Disk, num_queues: u16) -> [u8; CONFIG_LEN] {
     put(offset_of!(virtio_blk_config, seg_max), &SEG_MAX.to_le_bytes());
     put(
         offset_of!(virtio_blk_config, blk_size),
-        &(sector_size as u32).to_le_bytes(),
+        &(u32::from(granule) * SECTOR).to_le_bytes(),
     );
     // Topology: a page of storage is the physical block, whatever the logical one; no preference beyond it.
-    let physical_block_exp = (PAGE / sector_size).ilog2() as u8;
+    let blocks_a_page = PAGE_SECTORS / granule;
+    let [physical_block_exp, ..] = blocks_a_page.ilog2().to_le_bytes();
     put(
         offset_of!(virtio_blk_config, physical_block_exp),
         &[physical_block_exp],
     );
     put(
         offset_of!(virtio_blk_config, min_io_size),
-        &((PAGE / sector_size) as u16).to_le_bytes(),
+        &u16::from(blocks_a_page).to_le_bytes(),
     );
     // A driver with FLUSH is served in writeback mode. One that looks without it flushes for nothing, at worst.
     put(offset_of!(virtio_blk_config, wce), &[1]);
@@ -190,13 +195,13 @@ fn space(disk: &Disk, num_queues: u16) -> [u8; CONFIG_LEN] {
     );
     put(
         offset_of!(virtio_blk_config, max_discard_seg),
-        &(MAX_SECTOR_RANGES as u32).to_le_bytes(),
+        &u32::from(MAX_SECTOR_RANGES).to_le_bytes(),
     );
     // What is smaller than what storage can give back only costs time.
     let of_storage = disk.file.discard_alignment() / Sector::LEN;
-    let discard_alignment = granule
-        .max((PAGE / SectorSize::B512.bytes()) as u32)
-        .max(of_storage.min(MAX_DISCARD_SECTORS.into()) as u32);
+    let discard_alignment = u32::try_from(of_storage)
+        .unwrap_or(MAX_DISCARD_SECTORS)
+        .clamp(PAGE_SECTORS.into(), MAX_DISCARD_SECTORS);
     put(
         offset_of!(virtio_blk_config, discard_sector_alignment),
         &discard_alignment.to_le_bytes(),
@@ -207,7 +212,7 @@ fn space(disk: &Disk, num_queues: u16) -> [u8; CONFIG_LEN] {
     );
     put(
         offset_of!(virtio_blk_config, max_write_zeroes_seg),
-        &(MAX_SECTOR_RANGES as u32).to_le_bytes(),
+        &u32::from(MAX_SECTOR_RANGES).to_le_bytes(),
     );
     space
 }
@@ -217,6 +222,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
+    use crate::cipher::SectorSize;
     use crate::storage::{Access, Backing};
 
     fn disk(read_only: bool, discard: bool) -> Disk {

@@ -26,7 +26,7 @@ pub(super) const SIZE_MAX: u32 = 1 << 20;
 pub(super) const MAX_REQUEST: u32 = SIZE_MAX * SEG_MAX;
 
 /// The most segments that one discard or write-zeroes request may have.
-pub(super) const MAX_SECTOR_RANGES: usize = 16;
+pub(super) const MAX_SECTOR_RANGES: u8 = 16;
 
 /// The most sectors that one segment of a discard may cover: 1 GiB.
 pub(super) const MAX_DISCARD_SECTORS: u32 = 1 << 21;

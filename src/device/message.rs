@@ -128,8 +128,9 @@ impl Message {
 
     /// Sends it, as a whole within `limit`, and closes its descriptors on this side.
     pub(super) fn send(self, stream: &UnixStream, limit: Duration) -> io::Result<()> {
+        let len = u32::try_from(self.body.len()).map_err(io::Error::other)?;
         let mut bytes = Vec::with_capacity(HEADER + self.body.len());
-        for field in [self.request, self.flags, self.body.len() as u32] {
+        for field in [self.request, self.flags, len] {
             bytes.extend_from_slice(&field.to_ne_bytes());
         }
         bytes.extend_from_slice(&self.body);

@@ -56,6 +56,13 @@
 //! it back when nothing is in flight. A message of the front-end that changes one of these is applied while the rings are paused
 //! (`rings::Paused`), and `lock` takes the segment table away and waits until each ring has come back.
 
+#![warn(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    clippy::cast_possible_wrap,
+    clippy::cast_lossless
+)]
+
 mod call;
 mod checks;
 mod config;

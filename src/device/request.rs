@@ -19,7 +19,7 @@ use super::limits::{
 };
 
 /// A sector in every field of the specification.
-const SECTOR: u32 = 512;
+pub(super) const SECTOR: u32 = 512;
 
 /// The length of a request's header (§5.2.6, `struct virtio_blk_req`).
 const HEADER: u32 = 16;
@@ -30,11 +30,22 @@ const ID: u32 = 20;
 
 /// The status byte of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
 pub(super) enum Status {
-    Ok = VIRTIO_BLK_S_OK as u8,
-    IoError = VIRTIO_BLK_S_IOERR as u8,
-    Unsupported = VIRTIO_BLK_S_UNSUPP as u8,
+    Ok,
+    IoError,
+    Unsupported,
+}
+
+impl Status {
+    fn byte(self) -> u8 {
+        let [byte, ..] = match self {
+            Self::Ok => VIRTIO_BLK_S_OK,
+            Self::IoError => VIRTIO_BLK_S_IOERR,
+            Self::Unsupported => VIRTIO_BLK_S_UNSUPP,
+        }
+        .to_le_bytes();
+        byte
+    }
 }
 
 /// What the driver asks for.
@@ -259,7 +270,7 @@ impl Request {
         if kind == Kind::Write && disk.read_only {
             return Err(BadRequest::ReadOnly);
         }
-        if !len.is_multiple_of(disk.sector_size.bytes() as u32) || len > MAX_REQUEST {
+        if !len.is_multiple_of(u32::from(disk.sector_size.sectors()) * SECTOR) || len > MAX_REQUEST {
             return Err(BadRequest::BadLength(len));
         }
         self.add_range(sector, len / SECTOR, disk)
@@ -271,7 +282,7 @@ impl Request {
         if disk.read_only {
             return Err(BadRequest::ReadOnly);
         }
-        if len == 0 || !len.is_multiple_of(RANGE) || len / RANGE > MAX_SECTOR_RANGES as u32 {
+        if len == 0 || !len.is_multiple_of(RANGE) || len / RANGE > u32::from(MAX_SECTOR_RANGES) {
             return Err(BadRequest::BadRanges(len));
         }
         let (allowed_flags, max_sectors) = match kind {
@@ -279,7 +290,7 @@ impl Request {
             // Permission to unmap is not a wish to: the range has to read as zeros, which takes encrypted zeros.
             _ => (VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP, MAX_WRITE_ZEROES_SECTORS),
         };
-        let mut ranges = [[0; RANGE as usize]; MAX_SECTOR_RANGES];
+        let mut ranges = [[0; RANGE as usize]; MAX_SECTOR_RANGES as usize];
         let ranges = &mut ranges[..(len / RANGE) as usize];
         let start = Position::default().advanced(&self.readable, HEADER);
         self.read_out(memory, start, ranges.as_flattened_mut())?;
@@ -300,7 +311,7 @@ impl Request {
 
     fn add_range(&mut self, sector: u64, sectors: u32, disk: &Disk) -> Result<(), BadRequest> {
         let sectors = u64::from(sectors);
-        let granule = (disk.sector_size.bytes() / SECTOR as usize) as u64;
+        let granule = u64::from(disk.sector_size.sectors());
         let in_range = sector
             .checked_add(sectors)
             .is_some_and(|end| end <= disk.sectors());
@@ -313,16 +324,10 @@ impl Request {
 
     /// Copies from the device-readable part.
     fn read_out(&self, memory: &Memory, from: Position, target: &mut [u8]) -> Result<(), BadRequest> {
+        let len = u32::try_from(target.len()).map_err(|_| BadRequest::BadAddress)?;
+        let source = pieces(memory, &self.readable, from, len, Permissions::Read);
         let mut copied = 0;
-        for piece in pieces(
-            memory,
-            &self.readable,
-            from,
-            target.len() as u32,
-            Permissions::Read,
-        )
-        .map_err(|_| BadRequest::BadAddress)?
-        {
+        for piece in source.map_err(|_| BadRequest::BadAddress)? {
             copied += piece.copy_to(&mut target[copied..]);
         }
         if copied == target.len() {
@@ -358,6 +363,6 @@ impl Request {
         memory: &Memory,
         status: Status,
     ) -> Result<(), vm_memory::GuestMemoryError> {
-        memory.write_obj(status as u8, self.status)
+        memory.write_obj(status.byte(), self.status)
     }
 }
