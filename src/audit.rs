@@ -20,6 +20,7 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
+use base16ct::lower;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use serde_json::{Map, Value, json};
@@ -232,9 +233,9 @@ impl AuditLog {
             if chain.torn_lines > 0 {
                 torn.update(before);
             }
-            record.insert("torn".into(), hex(&torn.finalize()).into());
+            record.insert("torn".into(), lower::encode_string(&torn.finalize()).into());
         }
-        record.insert("prev".into(), hex(&chain.last).into());
+        record.insert("prev".into(), lower::encode_string(&chain.last).into());
         let record = Value::Object(record).to_string();
         let last = Sha256::digest(&record).into();
         let line = [before, record.as_bytes(), b"\n"].concat();
@@ -294,7 +295,7 @@ pub fn verify_each(
     let mut found = head.is_none();
     let mut known = Known::default();
     known.read_on(&file, len, path, |hash, record| {
-        found |= head == Some(&hex(hash));
+        found |= head == Some(&lower::encode_string(hash));
         see(record);
     })?;
     let chain = known.chain;
@@ -312,7 +313,7 @@ pub fn verify_each(
         }),
         _ => Ok(Verified {
             records: chain.lines,
-            head: hex(&chain.last),
+            head: lower::encode_string(&chain.last),
         }),
     }
 }
@@ -379,14 +380,14 @@ impl Chain {
             };
         };
         let is = |name: &str, value: Value| record.get(name) == Some(&value);
-        if !is("prev", hex(&self.last).into()) {
+        if !is("prev", lower::encode_string(&self.last).into()) {
             return Err("does not follow the one before it: one of them was changed, or lines are missing");
         }
         if !is("seq", self.lines.into()) {
             return Err("has not its number");
         }
         let recovers = is("event", RECOVERED.into());
-        if recovers && !is("torn", hex(&self.torn.clone().finalize()).into()) {
+        if recovers && !is("torn", lower::encode_string(&self.torn.clone().finalize()).into()) {
             return Err("tells of other lines that a crash has left than those before it");
         }
         if self.torn_lines > 0 && !recovers {
@@ -433,10 +434,6 @@ impl Known {
             }
         }
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

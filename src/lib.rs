@@ -14,7 +14,7 @@
 //! inventory    the volumes that this host has bound or opened: hints, each checked against the volume itself
 //! volume       LUKS2 on storage, and the segment table that maps sectors to it
 //! cipher, storage, keys, tpm
-//! hex, timestamp, toml_file, path_text   how bytes, points in time, settings and paths are written
+//! timestamp, toml_file, path_text   how bytes, points in time, settings and paths are written
 //! boot_time                the clock that limits the life of secrets
 //! apart, probe             threads that wait for files that may never answer
 //! error_chain, mutex, deadline, closer   the causes of an error; a lock after a panic; a time limit for a whole message;
@@ -38,7 +38,6 @@ pub mod control;
 mod deadline;
 pub mod device;
 mod error_chain;
-pub mod hex;
 pub mod inventory;
 pub mod kbs;
 pub mod keys;

@@ -2,6 +2,7 @@
 
 mod common;
 
+use base16ct::lower;
 use common::driver::{Data, S_OK, T_GET_ID};
 use common::pattern;
 use common::serve::{SEALBLK, Server, serve_fails};
@@ -222,10 +223,10 @@ fn what_belongs_to_a_pool_is_served_only_if_it_is_said_to_be_raw() {
     let mut bcache = [8_u64.to_le_bytes(); 3].concat();
     bcache[..8].fill(0);
     bcache[16..24].fill(0);
-    bcache.extend(hex("c68573f64e1a45ca8265f57f48ba6d81"));
+    bcache.extend(lower::decode_vec("c68573f64e1a45ca8265f57f48ba6d81").unwrap());
     let mut bitlocker = b"\xeb\x58\x90-FVE-FS-".to_vec();
     bitlocker.resize(160, 0);
-    bitlocker.extend(hex("3bd66749292ed84a8399f6a339e3d001"));
+    bitlocker.extend(lower::decode_vec("3bd66749292ed84a8399f6a339e3d001").unwrap());
     bitlocker.extend(65536_u64.to_le_bytes());
     let bitlocker_metadata = b"-FVE-FS-\x40\0\x02\0".to_vec();
     let of_md = "a member of a Linux RAID (md)";
@@ -290,13 +291,6 @@ fn what_belongs_to_a_pool_is_served_only_if_it_is_said_to_be_raw() {
     volume.open = vec!["--allow-unencrypted".into()];
     let server = Server::with(&volume, &["--format", "raw"]);
     assert_eq!(server.connect().read(0, 512)[3..11], *b"-FVE-FS-");
-}
-
-fn hex(digits: &str) -> Vec<u8> {
-    let pairs = digits.as_bytes().chunks_exact(2);
-    pairs
-        .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap())
-        .collect()
 }
 
 /// A label of LVM2 in sector 1: its number, a checksum over all that follows that, where its data begin, and its type.

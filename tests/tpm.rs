@@ -8,6 +8,7 @@ use std::os::unix::net::UnixListener;
 use std::thread;
 use std::time::Duration;
 
+use base16ct::lower;
 use common::Random;
 use common::swtpm::Swtpm;
 use sealblk::keys::arena::SecretBytes;
@@ -142,7 +143,7 @@ fn quotes_hold_for_tpm2_checkquote_and_registers_are_those_of_tpm2_pcrread() {
     .concat();
     swtpm.tool(
         "checkquote",
-        &[&check[..], &["--qualification", &hex(b"once")]].concat(),
+        &[&check[..], &["--qualification", &lower::encode_string(b"once")]].concat(),
     );
 
     // The same key, loaded by another TPM, is refused.
@@ -191,7 +192,7 @@ fn credentials_of_tpm2_makecredential_are_activated_and_those_for_others_are_not
             "--secret",
             "secret",
         ];
-        let name = hex(name);
+        let name = lower::encode_string(name);
         let args = [&args[..], &["--name", &name, "--credential-blob", "credential"]].concat();
         swtpm.tool("makecredential", &args);
         // A magic number and a version, then TPM2B_ID_OBJECT and TPM2B_ENCRYPTED_SECRET.
@@ -465,8 +466,4 @@ fn a_storage_key_under_the_name_of_another_is_refused() {
         "{error:?}"
     );
     relay.join().unwrap();
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -12,6 +12,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
+use base16ct::lower;
 use rustix::fd::OwnedFd;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
@@ -19,7 +20,6 @@ use rustix::net::{
 use uuid::Uuid;
 
 use crate::control::peer::credentials;
-use crate::hex;
 use crate::storage::Backing;
 
 /// What tells others that the volume is served, until it is dropped.
@@ -35,7 +35,7 @@ pub(super) fn announce(volume: Uuid, header: &Backing) -> io::Result<Announcemen
     let mut random = [0; 8];
     getrandom::fill(&mut random)?;
     let socket = stream()?;
-    let name = own.clone() + &hex::encode(&random);
+    let name = own.clone() + &lower::encode_string(&random);
     bind(&socket, &SocketAddrUnix::new_abstract_name(name.as_bytes())?)?;
     listen(&socket, MOST_LOOKS)?;
     // Of two that start at a time, one at least sees the other.

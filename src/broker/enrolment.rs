@@ -4,6 +4,7 @@
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use base16ct::lower;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use rustls::pki_types::{CertificateDer, TrustAnchor, UnixTime};
@@ -11,7 +12,6 @@ use sha2::{Digest, Sha256};
 use webpki::{EndEntityCert, KeyUsage, anchor_from_trusted_cert};
 
 use super::state::Host;
-use crate::hex;
 use crate::kbs::enrolment::Enrol;
 use crate::keys::tls::{self, TlsFileError};
 use crate::tpm::attest::{NotAttested, RsaPublic};
@@ -82,7 +82,7 @@ impl Makers {
         let decode = |text: &str| BASE64_STANDARD.decode(text).map_err(|_| Unknown::Base64);
         let endorsement_key = RsaPublic::endorsement(&decode(&request.endorsement_key)?)?;
         let spki = endorsement_key.spki();
-        let endorsement = hex::encode(&Sha256::digest(&spki));
+        let endorsement = lower::encode_string(&Sha256::digest(&spki));
         match (&host.endorsement, &host.token) {
             // Named, and not used yet; or known since it was enrolled, and enrolled anew with a token.
             (Some(named), token) if *named == endorsement => {
@@ -139,6 +139,6 @@ impl Makers {
 /// Digests are compared, so how long that takes tells nothing of the token.
 fn is_token(kept: &super::state::Token, shown: Option<&str>) -> bool {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    shown.is_some_and(|shown| hex::encode(&Sha256::digest(shown)) == kept.sha256)
+    shown.is_some_and(|shown| lower::encode_string(&Sha256::digest(shown)) == kept.sha256)
         && now.as_secs() < kept.until
 }

@@ -1,10 +1,10 @@
 //! Whether a quote is what it has to be: made by an attestation key that is known, for this session, of registers that hold
 //! what they are to hold. Everything else in it is the word of a stranger.
 
+use base16ct::lower;
 use ring::signature::{RSA_PKCS1_2048_8192_SHA256, RsaPublicKeyComponents};
 
 use super::state::Reference;
-use crate::hex;
 use crate::kbs::{Evidence, Malformed, ReportData};
 use crate::tpm::attest::{Attested, NotAttested, RsaPublic};
 
@@ -78,7 +78,7 @@ pub fn check(
         }
         let found = quote.pcrs[usize::from(register)];
         if !values.any(|value| value == found) {
-            let found = hex::encode(&found);
+            let found = lower::encode_string(&found);
             return Err(Distrust::Register { register, found });
         }
         counted += 1;

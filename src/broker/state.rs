@@ -17,13 +17,13 @@ use base64::prelude::BASE64_STANDARD;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
-use crate::hex;
 use crate::kbs::ResourcePath;
 use crate::keys::arena::{ArenaError, SecretBytes};
 use crate::keys::private_file::{self, Forbid};
 use crate::keys::settings_file::{self, Unreadable};
 use crate::keys::wrap::{self, KEK_LEN, Kek};
 use crate::parsing;
+use crate::tpm::pcr;
 
 /// The file of everything but the master key.
 const KEPT: &str = "broker.json";
@@ -91,9 +91,12 @@ pub struct Reference(pub BTreeMap<u8, Vec<String>>);
 impl Reference {
     /// The registers that count, each with the values that it may have.
     pub fn registers(&self) -> impl Iterator<Item = (u8, impl Iterator<Item = [u8; 32]>)> {
-        self.0
-            .iter()
-            .map(|(register, values)| (*register, values.iter().filter_map(|value| hex::decode(value))))
+        self.0.iter().map(|(register, values)| {
+            (
+                *register,
+                values.iter().filter_map(|value| pcr::parse_value(value)),
+            )
+        })
     }
 }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use base16ct::lower;
 use base64::Engine;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD;
 use clap::{Args, Subcommand};
@@ -18,10 +19,10 @@ use crate::broker::state::{self, Kept, Reference, Token, check_name};
 use crate::broker::{Broker as Server, Settings, State, StateError, audit_log};
 use crate::control::events::Event;
 use crate::control::manager;
-use crate::hex;
 use crate::kbs::ResourcePath;
 use crate::keys::arena::SecretBytes;
 use crate::keys::private_file;
+use crate::tpm::pcr;
 
 /// Where the broker's settings are, if nobody says otherwise.
 const DEFAULT_SETTINGS: &str = "/etc/sealblk/broker.toml";
@@ -138,8 +139,8 @@ enum ReferenceVerb {
 }
 
 fn digest(text: &str) -> Result<String, String> {
-    match hex::decode(text) {
-        Some(bytes) => Ok(hex::encode(&bytes)),
+    match pcr::parse_value(text) {
+        Some(bytes) => Ok(lower::encode_string(&bytes)),
         None => Err("64 hexadecimal digits are wanted".to_owned()),
     }
 }
@@ -306,7 +307,7 @@ fn new_token(path: &std::path::Path) -> Result<Token, Failure> {
     })?;
     let until = SystemTime::now() + TOKEN_LIFETIME;
     Ok(Token {
-        sha256: hex::encode(&Sha256::digest(&*text)),
+        sha256: lower::encode_string(&Sha256::digest(&*text)),
         until: until.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
     })
 }
@@ -364,7 +365,7 @@ fn reference(pcrs: &[String]) -> Result<Reference, StateError> {
                 .parse()
                 .ok()
                 .filter(|register| *register < crate::tpm::pcr::COUNT)?;
-            Some((register, hex::encode(&hex::decode(value)?)))
+            Some((register, lower::encode_string(&pcr::parse_value(value)?)))
         });
         let (register, value) = parsed.ok_or_else(|| StateError::Register(text.clone()))?;
         registers.entry(register).or_default().push(value);

@@ -5,6 +5,7 @@ use std::io::{self, BufRead, IsTerminal, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
+use base16ct::lower;
 use clap::Args;
 use rustix::fs::{major, minor};
 use serde::Serialize;
@@ -18,7 +19,6 @@ use super::size::Size;
 use super::volume_args::VolumeArgs;
 use super::{Host, Keys, output};
 use crate::agent::{Erasure, ErasureStep, Purpose};
-use crate::hex;
 use crate::inventory::{GuardError, Removal};
 use crate::keys::private_file;
 use crate::keys::{KeyError, KeyId, KeyReason, Reach, Revocation};
@@ -326,7 +326,7 @@ impl Erase {
 
 /// As receipts and the log have it.
 pub(super) fn sha256(bytes: &[u8]) -> String {
-    hex::encode(&Sha256::digest(bytes))
+    lower::encode_string(&Sha256::digest(bytes))
 }
 
 /// A key that opened the volume, or is said to have.

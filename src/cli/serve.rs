@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use base16ct::lower;
 use clap::{ArgGroup, Args};
 use rustix::event::{EventfdFlags, eventfd};
 use sha2::{Digest, Sha256};
@@ -26,7 +27,6 @@ use crate::control::privilege::Grants;
 use crate::control::socket::{self, Bound, Permissions};
 use crate::control::{manager, server, varlink};
 use crate::device::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES, Disk, Endpoint, Server, Waited};
-use crate::hex;
 use crate::keys::arena::{self, SecretBytes};
 use crate::storage::{Access, Backing, DataFile, PAGE, StorageError};
 use crate::volume::segment::{SegmentTable, Treatment};
@@ -521,7 +521,7 @@ fn takes_discards(file: &DataFile) -> bool {
 /// followed, since those of `/dev/disk` stay when the devices' numbers change.
 fn serial_of_path(path: &Path) -> String {
     let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-    hex::encode(&Sha256::digest(path.as_os_str().as_bytes()))
+    lower::encode_string(&Sha256::digest(path.as_os_str().as_bytes()))
 }
 
 fn parse_sector_size(text: &str) -> Result<SectorSize, String> {

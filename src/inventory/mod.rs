@@ -40,11 +40,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::{Duration, Instant, SystemTime};
 
+use base16ct::lower;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
-use crate::hex;
 use crate::keys::private_file;
 use crate::keys::{Binding, KeyId};
 use crate::mutex::lock;
@@ -322,7 +322,7 @@ impl Index {
             hash.update((text.len() as u64).to_be_bytes());
             hash.update(text);
         }
-        let hash = hex::encode(&hash.finalize()[..8]);
+        let hash = lower::encode_string(&hash.finalize()[..8]);
         let user = note.user.map(|user| format!(".{user}")).unwrap_or_default();
         self.dir.join(format!("{}.{hash}{user}.json", note.volume))
     }

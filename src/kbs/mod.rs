@@ -19,16 +19,16 @@ pub mod jwe;
 
 use std::fmt;
 
+use base16ct::lower;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256, Sha384, Sha512};
 
 use self::jwe::PublicKey;
-use crate::hex;
 use crate::parsing::rule;
 use crate::tpm::attest::Quote;
-use crate::tpm::pcr::{COUNT, Value};
+use crate::tpm::pcr::{self, COUNT, Value};
 
 /// The version of the protocol.
 pub const VERSION: &str = "0.4.0";
@@ -179,7 +179,11 @@ impl Evidence {
             tpm_quote: TpmQuote {
                 signature: BASE64_STANDARD.encode(signature),
                 message: BASE64_STANDARD.encode(&quote.message),
-                pcrs: quote.pcrs.iter().map(|value| hex::encode(value)).collect(),
+                pcrs: quote
+                    .pcrs
+                    .iter()
+                    .map(|value| lower::encode_string(value))
+                    .collect(),
             },
             ak_public: BASE64_STANDARD.encode(spki),
         }
@@ -206,8 +210,8 @@ impl Evidence {
             return Err(Malformed("it has not the values of 24 registers"));
         }
         for (value, text) in pcrs.iter_mut().zip(&quote.pcrs) {
-            *value =
-                hex::decode(text).ok_or(Malformed("a register's value is not of 64 hexadecimal digits"))?;
+            *value = pcr::parse_value(text)
+                .ok_or(Malformed("a register's value is not of 64 hexadecimal digits"))?;
         }
         Ok(Quote {
             message,

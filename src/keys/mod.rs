@@ -45,11 +45,11 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use base16ct::lower;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
-use crate::hex;
 use arena::SecretBytes;
 
 pub use error::{KeyError, KeyReason};
@@ -70,7 +70,7 @@ fn file_name(provider: &str, key_id: &KeyId) -> String {
         .chain_update(provider)
         .chain_update(&key_id.0)
         .finalize();
-    hex::encode(&hash)
+    lower::encode_string(&hash)
 }
 
 impl fmt::Display for KeyId {

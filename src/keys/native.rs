@@ -21,6 +21,7 @@ use std::fmt;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use base16ct::lower;
 use hkdf::Hkdf;
 use serde::{Deserialize, Serialize};
 use sha2::Sha256;
@@ -33,7 +34,6 @@ use super::settings_file::{self, Unreadable};
 use super::source::KekSource;
 use super::wrap::{KEK_LEN, Kek};
 use super::{KeyError, KeyId, KeyReason, KeyState};
-use crate::hex;
 use crate::parsing;
 use crate::tpm::pcr::Selection;
 use crate::tpm::seal::Sealed;
@@ -129,7 +129,7 @@ impl Native {
             Content::Sealed(sealed) => (sealed.unseal(name)?, sealed.identity),
         };
         let identity = identity(&primary);
-        if written != hex::encode(&identity) {
+        if written != lower::encode_string(&identity) {
             return Err(KeyError::new(name, path.display(), KeyReason::Invalid).because(FileError::Damaged));
         }
         Ok(Self {
@@ -137,7 +137,7 @@ impl Native {
             path: path.to_owned(),
             backup,
             primary,
-            identity: hex::encode(&identity),
+            identity: lower::encode_string(&identity),
         })
     }
 
@@ -156,7 +156,7 @@ impl Native {
         let fail = |reason, source: Box<dyn Error + Send + Sync>| {
             KeyError::new(name, path.display(), reason).because(source)
         };
-        let identity = hex::encode(&identity(primary));
+        let identity = lower::encode_string(&identity(primary));
         let host = |e: io::Error| fail(KeyReason::Host, e.into());
         let there = read_identity(path).map_err(host)?;
         if let Some(there) = there.filter(|there| *there != identity) {
@@ -206,7 +206,7 @@ impl Native {
     /// process. A sealed key is not asked of its TPM again.
     fn check_file(&self) -> Result<(), KeyError> {
         let there = match Content::read(&self.name, &self.path)? {
-            Content::Plain { primary, .. } => hex::encode(&identity(&primary)),
+            Content::Plain { primary, .. } => lower::encode_string(&identity(&primary)),
             Content::Sealed(sealed) => sealed.identity,
         };
         match there == self.identity {
@@ -289,7 +289,7 @@ impl Content {
                 let (key, identity) = key.split_at(PRIMARY_LEN);
                 Ok(Self::Plain {
                     primary: SecretBytes::copy_of(key).map_err(|e| fail(KeyReason::Host, e.into()))?,
-                    identity: hex::encode(identity),
+                    identity: lower::encode_string(identity),
                 })
             }
             Some(_) => Err(invalid()),
@@ -326,7 +326,7 @@ fn read_identity(path: &Path) -> io::Result<Option<String>> {
     let mut content = SecretBytes::zeroed(MAX_FILE).map_err(io::Error::other)?;
     let len = private_file::open(path)?.read(&mut content)?;
     Ok(match content[..len].strip_prefix(MAGIC) {
-        Some(key) => key.get(PRIMARY_LEN..).map(hex::encode),
+        Some(key) => key.get(PRIMARY_LEN..).map(lower::encode_string),
         None => SealedKey::parse(&content[..len]).map(|sealed| sealed.identity),
     })
 }
@@ -408,10 +408,10 @@ mod tests {
     #[test]
     fn derivation_stays_as_it_is() {
         let primary = SecretBytes::take(&mut [0x70; 32]).unwrap();
-        assert_eq!(hex::encode(&identity(&primary)), "1f195b6cb64d675c");
+        assert_eq!(lower::encode_string(&identity(&primary)), "1f195b6cb64d675c");
         let kek = derive(&primary, b"sealblk native KEK\0", b"0011223344556677.a5").unwrap();
         assert_eq!(
-            hex::encode(&kek),
+            lower::encode_string(&kek),
             "9c82b1e2156dbad9c631118fd3b90734aca941b7db215c18cf12423a513db611"
         );
     }

@@ -19,6 +19,13 @@ const SHA256: u16 = 0x000b;
 /// What a register holds.
 pub type Value = [u8; 32];
 
+/// Reads a register's value from 64 hexadecimal digits of either case; `None` if `digits` is anything else.
+pub fn parse_value(digits: &str) -> Option<Value> {
+    let mut value = Value::default();
+    let len = base16ct::mixed::decode(digits, &mut value).ok()?.len();
+    (len == value.len()).then_some(value)
+}
+
 /// Some of the registers, as in `0,2,4,7`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]

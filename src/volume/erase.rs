@@ -17,6 +17,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
+use base16ct::lower;
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
@@ -26,7 +27,6 @@ use super::header_io::{BLOCK, HeaderIo};
 use super::lock::{LockMode, MetadataLock};
 use super::metadata::{Other, Requirements, Token};
 use super::token::SealblkToken;
-use crate::hex;
 
 /// What the header of a volume requires that is being erased.
 pub(super) const MARK: &str = "sealblk-erase";
@@ -126,7 +126,7 @@ impl<'io> Erasure<'io> {
             len: end,
             header_sha256: self.header_sha256,
             keyslots_sha256: self.keyslots_sha256,
-            written_sha256: hex::encode(&written.finalize()),
+            written_sha256: lower::encode_string(&written.finalize()),
             direct: self.surface.direct.is_some(),
             discarded,
         })
@@ -193,7 +193,7 @@ impl<'io> Surface<'io> {
             written.update(&bytes);
         }
         self.io.sync().map_err(Reason::Erase)?;
-        match self.hash(range)? == hex::encode(&expected.finalize()) {
+        match self.hash(range)? == lower::encode_string(&expected.finalize()) {
             true => Ok(()),
             false => Err(Reason::NotErased),
         }
@@ -215,7 +215,7 @@ impl<'io> Surface<'io> {
             .map_err(Reason::ReadArea)?;
             hash.update(&bytes);
         }
-        Ok(hex::encode(&hash.finalize()))
+        Ok(lower::encode_string(&hash.finalize()))
     }
 }
 

@@ -8,6 +8,7 @@ use std::process::{Command, Output};
 use std::sync::Arc;
 use std::time::Instant;
 
+use base16ct::lower;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
@@ -127,7 +128,7 @@ impl Broker {
     pub(crate) fn expect_state_of(&self, tpm: &Swtpm) {
         let mut opened = Tpm::open(&Device::from(tpm.device())).unwrap();
         let values = opened.read_pcrs().unwrap();
-        let pcrs = PCRS.map(|n| format!("{n}={}", sealblk::hex::encode(&values[usize::from(n)])));
+        let pcrs = PCRS.map(|n| format!("{n}={}", lower::encode_string(&values[usize::from(n)])));
         let mut args = vec!["reference", "set", "node"];
         args.extend(pcrs.iter().flat_map(|pcr| ["--pcr", pcr]));
         self.does(&args);

@@ -6,12 +6,12 @@ use std::io::{Read, Write};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use base16ct::lower;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use kbs_types::{
     Attestation, Challenge, CompositeEvidence, ErrorInformation, Response, RuntimeData, Tee, TeePubKey,
 };
-use sealblk::hex;
 use sealblk::kbs::jwe::OneTimeKey;
 use sealblk::kbs::{self, Evidence};
 use sealblk::keys::arena::SecretBytes;
@@ -237,7 +237,7 @@ fn enrolment_takes_a_token_and_a_makers_tpm_or_a_named_one() {
         .unwrap()
         .public;
     let spki = RsaPublic::endorsement(&public).unwrap().spki();
-    let digest = hex::encode(&Sha256::digest(&spki));
+    let digest = lower::encode_string(&Sha256::digest(&spki));
     broker.does(&[
         "host",
         "enrol",
@@ -293,7 +293,7 @@ impl<'a> Foreign<'a> {
                 "-l",
                 &format!("sha256:{}", all.join(",")),
                 "-q",
-                &hex::encode(data),
+                &lower::encode_string(data),
             ];
             let made = ["-m", "message", "-s", "signature", "-o", "registers"];
             tpm.tool("quote", &[&args[..], &wanted, &made].concat());
@@ -802,7 +802,7 @@ fn who_has_a_hosts_public_endorsement_key_does_not_keep_it_from_enrolling() {
     let enrol = Foreign::enrolment_by_tpm2_tools(&tpm);
     let public = BASE64_STANDARD.decode(enrol["endorsement-key"].as_str().unwrap());
     let spki = RsaPublic::endorsement(&public.unwrap()).unwrap().spki();
-    let named = ["--endorsement-key", &hex::encode(&Sha256::digest(&spki))];
+    let named = ["--endorsement-key", &lower::encode_string(&Sha256::digest(&spki))];
     let admit = [
         "host",
         "enrol",
