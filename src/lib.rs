@@ -13,40 +13,35 @@
 //! device       what the guest sees: virtio-blk over vhost-user
 //! inventory    the volumes that this host has bound or opened: hints, each checked against the volume itself
 //! volume       LUKS2 on storage, and the segment table that maps sectors to it
-//! cipher, storage, keys, tpm
-//! timestamp, toml_file, path_text   how bytes, points in time, settings and paths are written
-//! boot_time                the clock that limits the life of secrets
-//! apart, probe             threads that wait for files that may never answer
-//! error_chain, mutex, deadline, closer   the causes of an error; a lock after a panic; a time limit for a whole message;
-//!                                        a thread that closes what others can hold up
-//! parsing                  JSON and TOML, read so that no error quotes them
+//! storage, keys, tpm
+//! toml_file    how settings are written; probe: threads that wait for files that may never answer
+//!
+//! and packages of their own, which know nothing of the above:
+//! sealblk-xts      XTS-AES-256 over sectors (here `cipher`)
+//! sealblk-secmem   memory and files for keys (in `keys`)
+//! sealblk-base     what every package stands on: errors, JSON, time, threads
 //! ```
 //!
 //! To begin with: a guest's request from end to end is `device::path`; what becomes of a volume's key while it is served,
 //! [`attachment`]; what opens a keyslot, [`keys`]; what the agent is asked, [`agent`].
 
 pub mod agent;
-mod apart;
 pub mod attachment;
 mod audit;
-mod boot_time;
 pub mod broker;
-pub mod cipher;
 pub mod cli;
-mod closer;
 pub mod control;
-mod deadline;
 pub mod device;
-mod error_chain;
 pub mod inventory;
 pub mod kbs;
 pub mod keys;
-mod mutex;
-mod parsing;
-pub mod path_text;
 mod probe;
 pub mod storage;
-pub mod timestamp;
 mod toml_file;
 pub mod tpm;
 pub mod volume;
+
+pub use sealblk_base::{
+    apart, boot_time, closer, deadline, error_chain, mutex, parsing, path_text, timestamp,
+};
+pub use sealblk_xts as cipher;

@@ -378,3 +378,56 @@ fn what_is_in_a_file_of_settings_or_state_is_in_no_error() {
         fs::remove_file(path(file)).unwrap();
     }
 }
+
+/// What calls a parser whose errors quote, or names such an error, and where that is allowed.
+const QUOTING: [(&str, &[&str]); 15] = [
+    ("serde_json::from_", &["base/parsing.rs", "volume/testing.rs"]),
+    ("serde_json::Error", &["base/parsing.rs"]),
+    ("serde_json::error", &["base/parsing.rs"]),
+    ("toml::from_", &["toml_file.rs"]),
+    ("toml::de::", &["toml_file.rs"]),
+    ("parse::<toml", &["toml_file.rs"]),
+    ("Error::custom", &[]),
+    ("E::custom", &["base/parsing.rs"]),
+    ("from_pem_", &[]),
+    ("pem_slice_iter", &["keys/tls/pem.rs"]),
+    ("pem::Error", &[]),
+    ("rustls::Error", &[]),
+    ("FromUtf8Error", &[]),
+    ("DecodeError", &[]),
+    (
+        "ureq::Error",
+        &["keys/https/failure.rs", "keys/https/connector.rs"],
+    ),
+];
+
+#[test]
+fn nothing_else_calls_a_parser_whose_errors_quote() {
+    fn look(dir: &Path, root: &Path, found: &mut Vec<String>) {
+        for entry in fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                look(&path, root, found);
+                continue;
+            }
+            if path.extension().is_none_or(|extension| extension != "rs") {
+                continue;
+            }
+            let text = fs::read_to_string(&path).unwrap();
+            let name = path.strip_prefix(root).unwrap().to_str().unwrap().to_owned();
+            let program = text.split("#[cfg(test)]\nmod tests").next().unwrap();
+            for (line, number) in program.lines().zip(1..) {
+                let code = line.split("//").next().unwrap();
+                for (what, allowed) in QUOTING {
+                    if code.contains(what) && !allowed.contains(&name.as_str()) {
+                        found.push(format!("{name}:{number}: {what}"));
+                    }
+                }
+            }
+        }
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut found = Vec::new();
+    look(&root, &root, &mut found);
+    assert!(found.is_empty(), "{found:#?}");
+}

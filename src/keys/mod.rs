@@ -21,15 +21,14 @@
 //! arena      the memory of every secret        harden   the process around it
 //! ```
 
-pub mod arena;
+pub use sealblk_secmem::{arena, harden, private_file};
+
 mod cache;
 mod error;
 mod expiry;
-pub mod harden;
 mod https;
 pub mod kmip;
 mod native;
-pub(crate) mod private_file;
 pub mod registry;
 mod revoked;
 mod sealed_cache;

@@ -1,12 +1,11 @@
-//! JSON and TOML, read so that no error quotes what was read.
+//! JSON, read so that no error quotes what was read.
 //!
-//! The errors of serde_json and toml quote their input: the value that has the wrong type, the name of an unknown field, the
-//! whole line. In a file of settings that can be a private key that was pasted into the wrong place. So nothing outside this
-//! module calls those parsers, which a test sees to, and what leaves it is a [`NotUnderstood`]: what kind of error, where, and
-//! what this program expected there. Names of unknown fields are not shown either, for a test of their shape would pass
-//! passwords; line and column find them.
+//! The errors of serde_json quote their input: the value that has the wrong type, the name of an unknown field, the whole line.
+//! That can be a private key that was pasted into the wrong place. So no other module calls this parser, which a test checks, and
+//! its errors become a [`NotUnderstood`]: the kind of error, its line and column, and what this program expected there. Names
+//! of unknown fields are not shown either: a check of their shape would pass passwords.
 //!
-//! PEM and certificates are read in the same way in `keys::tls`.
+//! TOML, PEM and certificates are read in the same way where they are used.
 
 use std::fmt;
 
@@ -14,31 +13,30 @@ use serde::Deserialize;
 use serde::de::{self, DeserializeOwned};
 
 /// What a type of ours wants where it cannot be read. Only these texts of a `Deserialize` are shown: they are constants.
-pub(crate) mod rule {
+pub mod rule {
     /// A length of time.
-    pub(crate) const AGE: &str = "an age is a length of time, as in '90d' or '12h'";
+    pub const AGE: &str = "an age is a length of time, as in '90d' or '12h'";
     /// Registers of a TPM.
-    pub(crate) const REGISTERS: &str =
-        "registers are numbers from 0 to 23 with commas between them, as in 0,4,7";
+    pub const REGISTERS: &str = "registers are numbers from 0 to 23 with commas between them, as in 0,4,7";
     /// A resource of a broker.
-    pub(crate) const RESOURCE: &str =
+    pub const RESOURCE: &str =
         "a resource's path is REPOSITORY/TYPE/TAG, each of up to 64 letters, digits, '-', '_' and '.'";
     /// A point in time.
-    pub(crate) const TIMESTAMP: &str = "a point in time is written as in 2026-11-23T10:44:14Z";
+    pub const TIMESTAMP: &str = "a point in time is written as in 2026-11-23T10:44:14Z";
     /// An object of LUKS2's.
-    pub(crate) const NO_TYPE: &str = "an object has no `type`";
+    pub const NO_TYPE: &str = "an object has no `type`";
     /// A number of LUKS2's.
-    pub(crate) const NUMBER: &str = "a number is a string of decimal digits, as in \"0\"";
+    pub const NUMBER: &str = "a number is a string of decimal digits, as in \"0\"";
     /// A segment's size.
-    pub(crate) const SEGMENT_SIZE: &str = "a segment's size is \"dynamic\" or a string of decimal digits";
+    pub const SEGMENT_SIZE: &str = "a segment's size is \"dynamic\" or a string of decimal digits";
     /// Bytes.
-    pub(crate) const BASE64: &str = "bytes are written in base64";
+    pub const BASE64: &str = "bytes are written in base64";
     /// A file's mode.
-    pub(crate) const MODE: &str = "a mode is three octal digits, as in 660";
+    pub const MODE: &str = "a mode is three octal digits, as in 660";
     /// A user or a group.
-    pub(crate) const USER_OR_GROUP: &str = "a user or group is a number or a name";
+    pub const USER_OR_GROUP: &str = "a user or group is a number or a name";
     /// A volume.
-    pub(crate) const VOLUME: &str = "a volume is named by its UUID, as `sealblk info` shows it";
+    pub const VOLUME: &str = "a volume is named by its UUID, as `sealblk info` shows it";
 
     pub(super) const ALL: [&str; 11] = [
         AGE,
@@ -67,7 +65,7 @@ impl std::error::Error for NotUnderstood {}
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Problem {
-    /// "JSON" or "TOML", which it is not; and one of [`TOML_PROBLEMS`].
+    /// The format that it is not, and why.
     Syntax(&'static str, Option<&'static str>),
     /// It stops in the middle.
     Incomplete(&'static str),
@@ -95,52 +93,42 @@ const KINDS: [&str; 7] = [
     "duplicate key",
 ];
 
-/// The error of a `Deserialize` of ours: one of [`rule::ALL`].
-pub(crate) fn broken<E: de::Error>(rule: &'static str) -> E {
+/// The error of a `Deserialize` of ours: one of the texts in [`rule`].
+pub fn broken<E: de::Error>(rule: &'static str) -> E {
     E::custom(rule)
 }
 
 impl NotUnderstood {
+    /// An error of a `Deserialize` that reads another format than JSON: of its `message`, only what serde and sealblk say is kept.
+    pub fn of_data(message: &str, place: Option<(usize, usize)>) -> Self {
+        Self {
+            problem: Problem::of(message),
+            place,
+        }
+    }
+
+    /// A text that is not `format`, and `why`.
+    pub fn of_syntax(format: &'static str, why: Option<&'static str>, place: Option<(usize, usize)>) -> Self {
+        Self {
+            problem: Problem::Syntax(format, why),
+            place,
+        }
+    }
+
     /// The error of a `Deserialize` of ours that reads a part of its own: it is understood again where that is read.
-    pub(crate) fn within<E: de::Error>(self) -> E {
+    pub fn within<E: de::Error>(self) -> E {
         E::custom(self)
     }
 }
 
-/// What toml says of the usual slips, without what it says next.
-const TOML_PROBLEMS: [&str; 10] = [
-    "string values must be quoted",
-    "duplicate key",
-    "key with no value",
-    "invalid unquoted key",
-    "missing opening quote",
-    "missing value",
-    "extra `=`",
-    "unclosed table",
-    "unclosed array",
-    "unexpected key or value",
-];
-
 /// Reads JSON. Texts without escapes can be borrowed from `bytes`.
-pub(crate) fn json<'de, T: Deserialize<'de>>(bytes: &'de [u8]) -> Result<T, NotUnderstood> {
+pub fn json<'de, T: Deserialize<'de>>(bytes: &'de [u8]) -> Result<T, NotUnderstood> {
     serde_json::from_slice(bytes).map_err(|error| of_json(&error))
 }
 
 /// Reads JSON that was taken apart already.
-pub(crate) fn json_value<T: DeserializeOwned>(value: serde_json::Value) -> Result<T, NotUnderstood> {
+pub fn json_value<T: DeserializeOwned>(value: serde_json::Value) -> Result<T, NotUnderstood> {
     serde_json::from_value(value).map_err(|error| of_json(&error))
-}
-
-/// Reads TOML.
-pub(crate) fn toml<T: DeserializeOwned>(text: &str) -> Result<T, NotUnderstood> {
-    toml::from_str(text).map_err(|error| {
-        let problem = match text.parse::<toml::Table>() {
-            Ok(_) => Problem::of(error.message()),
-            Err(syntax) => Problem::Syntax("TOML", toml_problem(syntax.message())),
-        };
-        let place = error.span().and_then(|span| place(text, span.start));
-        NotUnderstood { problem, place }
-    })
 }
 
 fn of_json(error: &serde_json::Error) -> NotUnderstood {
@@ -159,19 +147,6 @@ fn of_json(error: &serde_json::Error) -> NotUnderstood {
     };
     let place = (error.line() > 0).then(|| (error.line(), error.column()));
     NotUnderstood { problem, place }
-}
-
-/// One of the usual slips.
-fn toml_problem(message: &str) -> Option<&'static str> {
-    let problem = message.split(", expected ").next();
-    TOML_PROBLEMS.into_iter().find(|known| Some(*known) == problem)
-}
-
-/// The line and column of a byte.
-fn place(text: &str, at: usize) -> Option<(usize, usize)> {
-    let before = text.get(..at)?;
-    let line = before.rsplit('\n').next().unwrap_or_default();
-    Some((before.matches('\n').count() + 1, line.chars().count() + 1))
 }
 
 impl Problem {
@@ -229,8 +204,6 @@ impl fmt::Display for NotUnderstood {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
-    use std::fs;
-    use std::path::Path;
 
     use super::*;
 
@@ -244,7 +217,7 @@ mod tests {
         #[serde(default)]
         id: Option<uuid::Uuid>,
         #[serde(default)]
-        pcrs: Option<crate::tpm::pcr::Selection>,
+        at: Option<crate::timestamp::Timestamp>,
         #[serde(default)]
         part: BTreeMap<String, u8>,
     }
@@ -258,45 +231,25 @@ mod tests {
 
     #[test]
     fn errors_say_what_was_expected_where() {
-        let told = |text: &str| toml::<Settings>(text).unwrap_err().to_string();
-        assert_eq!(
-            told("port = 1\nports = 2"),
-            "line 2, column 1: unknown field, expected one of `port`, `mode`, `id`, `pcrs`, `part`"
-        );
-        assert_eq!(told("port = 'x'"), "line 1, column 8: invalid type, expected u16");
-        assert_eq!(
-            told("port = 70000"),
-            "line 1, column 8: invalid value, expected u16"
-        );
-        assert_eq!(told(""), "line 1, column 1: missing field `port`");
-        assert_eq!(
-            told("port = 1\nmode = 'x'"),
-            "line 2, column 8: unknown variant, expected `fast` or `slow`"
-        );
-        assert_eq!(
-            told("port = 1\npcrs = 'x'"),
-            format!("line 2, column 8: {}", rule::REGISTERS)
-        );
-        assert_eq!(
-            told("port = 1\nport = 2"),
-            "line 2, column 1: this is not TOML: duplicate key"
-        );
-        assert_eq!(
-            told("port 1"),
-            "line 1, column 6: this is not TOML: key with no value"
-        );
-
         let told = |text: &str| json::<Settings>(text.as_bytes()).unwrap_err().to_string();
         assert_eq!(
             told("{\"port\": \"x\"}"),
             "line 1, column 12: invalid type, expected u16"
+        );
+        assert_eq!(
+            told("{\"port\":1,\"at\":\"x\"}"),
+            format!("line 1, column 19: {}", rule::TIMESTAMP)
+        );
+        assert_eq!(
+            told("{\"port\":1,\"mode\":\"x\"}"),
+            "line 1, column 20: unknown variant, expected `fast` or `slow`"
         );
         assert_eq!(told("{"), "line 1, column 1: the JSON ends too early");
         assert_eq!(told("{]"), "line 1, column 2: this is not JSON");
         let value = serde_json::json!({ "port": 1, "x": 2 });
         assert_eq!(
             json_value::<Settings>(value).unwrap_err().to_string(),
-            "unknown field, expected one of `port`, `mode`, `id`, `pcrs`, `part`"
+            "unknown field, expected one of `port`, `mode`, `id`, `at`, `part`"
         );
     }
 
@@ -313,23 +266,6 @@ mod tests {
         ];
         for secret in secrets {
             let quoted = serde_json::to_string(secret).unwrap();
-            for toml_text in [
-                format!("port = {quoted}"),
-                format!("port = 1\n{quoted} = 1"),
-                format!("port = 1\nmode = {quoted}"),
-                format!("port = 1\nmode.{quoted} = 1"),
-                format!("port = 1\nid = {quoted}"),
-                format!("port = 1\npcrs = {quoted}"),
-                format!("port = 1\npart.{quoted} = {quoted}"),
-                format!("port = 1\npart.{quoted} = 7000"),
-                format!("port = 1\n{quoted}\n"),
-                format!("port = 1\n{secret}\n"),
-                format!("[{quoted}]\nport = 1\n[{quoted}]"),
-            ] {
-                let error = toml::<Settings>(&toml_text).unwrap_err();
-                let told = format!("{error} {error:?}");
-                assert!(!told.contains("kN8x2QmV7rTz"), "{toml_text}: {told}");
-            }
             for text in [
                 format!("{{\"port\":{quoted}}}"),
                 format!("{{\"port\":1,{quoted}:1}}"),
@@ -352,58 +288,5 @@ mod tests {
                 }
             }
         }
-    }
-
-    /// What calls a parser whose errors quote, or names such an error, and where that is allowed.
-    const QUOTING: [(&str, &[&str]); 15] = [
-        ("serde_json::from_", &["parsing.rs", "volume/testing.rs"]),
-        ("serde_json::Error", &["parsing.rs"]),
-        ("serde_json::error", &["parsing.rs"]),
-        ("toml::from_", &["parsing.rs"]),
-        ("toml::de::", &["parsing.rs"]),
-        ("parse::<toml", &["parsing.rs"]),
-        ("Error::custom", &[]),
-        ("E::custom", &["parsing.rs"]),
-        ("from_pem_", &[]),
-        ("pem_slice_iter", &["keys/tls/pem.rs"]),
-        ("pem::Error", &[]),
-        ("rustls::Error", &[]),
-        ("FromUtf8Error", &[]),
-        ("DecodeError", &[]),
-        (
-            "ureq::Error",
-            &["keys/https/failure.rs", "keys/https/connector.rs"],
-        ),
-    ];
-
-    #[test]
-    fn nothing_else_calls_a_parser_whose_errors_quote() {
-        fn look(dir: &Path, root: &Path, found: &mut Vec<String>) {
-            for entry in fs::read_dir(dir).unwrap() {
-                let path = entry.unwrap().path();
-                if path.is_dir() {
-                    look(&path, root, found);
-                    continue;
-                }
-                if path.extension().is_none_or(|extension| extension != "rs") {
-                    continue;
-                }
-                let text = fs::read_to_string(&path).unwrap();
-                let name = path.strip_prefix(root).unwrap().to_str().unwrap().to_owned();
-                let program = text.split("#[cfg(test)]\nmod tests").next().unwrap();
-                for (line, number) in program.lines().zip(1..) {
-                    let code = line.split("//").next().unwrap();
-                    for (what, allowed) in QUOTING {
-                        if code.contains(what) && !allowed.contains(&name.as_str()) {
-                            found.push(format!("{name}:{number}: {what}"));
-                        }
-                    }
-                }
-            }
-        }
-        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-        let mut found = Vec::new();
-        look(&root, &root, &mut found);
-        assert!(found.is_empty(), "{found:#?}");
     }
 }

@@ -6,7 +6,7 @@ use std::str::FromStr;
 #[cfg(target_arch = "x86_64")]
 use super::x86;
 use super::{CipherError, Sector, portable};
-use crate::keys::arena::{ArenaError, SecretBox, SecretBytes};
+use sealblk_secmem::arena::{ArenaError, SecretBox, SecretBytes};
 
 /// A run of data units (IEEE 1619), the first under `tweak`, each as many sectors further as it is long.
 #[derive(Clone, Copy, Debug)]

@@ -4,12 +4,12 @@ use std::error::Error;
 use std::io;
 
 /// The cause of `error`, the cause of that, and so on.
-pub(crate) fn causes<'e>(error: &'e (dyn Error + 'e)) -> impl Iterator<Item = &'e (dyn Error + 'static)> {
+pub fn causes<'e>(error: &'e (dyn Error + 'e)) -> impl Iterator<Item = &'e (dyn Error + 'static)> {
     std::iter::successors(error.source(), |error| (*error).source())
 }
 
 /// What an operator can do about the answer of the system to something that names a file; it stands behind what failed.
-pub(crate) fn remedy(error: &io::Error) -> &'static str {
+pub fn remedy(error: &io::Error) -> &'static str {
     if error.raw_os_error() == Some(libc::EIO) {
         return "; the device or file system fails: see the kernel's log (`dmesg`)";
     }

@@ -13,7 +13,7 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 /// A file or directory that others than its owner can get at.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum Exposed {
+pub enum Exposed {
     #[error(
         "its mode {mode:04o} lets others {verb} it; take that away (`chmod go-{letters} {path}`), and consider who \
          has had it meanwhile"
@@ -36,8 +36,8 @@ pub(crate) enum Exposed {
 struct NotAFile;
 
 /// What others must not be able to do.
-#[derive(Clone, Copy)]
-pub(crate) enum Forbid {
+#[derive(Clone, Copy, Debug)]
+pub enum Forbid {
     /// Keys, and directories that hold keys.
     All,
     /// Settings: they may be read.
@@ -45,7 +45,7 @@ pub(crate) enum Forbid {
 }
 
 /// Refuses what is not the user's own, or is open to others. Settings may be root's.
-pub(crate) fn check(path: &Path, metadata: &fs::Metadata, forbid: Forbid) -> Result<(), Exposed> {
+pub fn check(path: &Path, metadata: &fs::Metadata, forbid: Forbid) -> Result<(), Exposed> {
     let path = || path.display().to_string();
     let user = rustix::process::geteuid().as_raw();
     let trusted = metadata.uid() == user || matches!(forbid, Forbid::Write) && metadata.uid() == 0;
@@ -73,7 +73,7 @@ pub(crate) fn check(path: &Path, metadata: &fs::Metadata, forbid: Forbid) -> Res
 }
 
 /// Opens a file to read it. What is not a regular file is not waited for.
-pub(crate) fn open(path: &Path) -> io::Result<File> {
+pub fn open(path: &Path) -> io::Result<File> {
     let file = OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
@@ -85,7 +85,7 @@ pub(crate) fn open(path: &Path) -> io::Result<File> {
 }
 
 /// Makes a directory with mode 0700, and its parents; one that exists is left as it is.
-pub(crate) fn ensure_dir(path: &Path) -> io::Result<()> {
+pub fn ensure_dir(path: &Path) -> io::Result<()> {
     if let Some(parent) = path.parent() {
         fs::create_dir_all(parent)?;
     }
@@ -100,20 +100,20 @@ pub(crate) fn ensure_dir(path: &Path) -> io::Result<()> {
 ///
 /// # Errors
 /// `AlreadyExists`, if something has that name, which then stays as it is.
-pub(crate) fn create(path: &Path, content: &[u8]) -> io::Result<()> {
+pub fn create(path: &Path, content: &[u8]) -> io::Result<()> {
     write_beside(path, content, |new| {
         renameat_with(CWD, new, CWD, path, RenameFlags::NOREPLACE)
     })
 }
 
 /// Makes the file `path` with mode 0600, or replaces it.
-pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
+pub fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     write_beside(path, content, |new| rustix::fs::rename(new, path))
 }
 
 /// As [`replace`]; what was there is written over, and so is what a crash has left of writing it. Nobody else may write `path`
 /// meanwhile.
-pub(crate) fn replace_wiping(path: &Path, content: &[u8]) -> io::Result<()> {
+pub fn replace_wiping(path: &Path, content: &[u8]) -> io::Result<()> {
     let mut old = OpenOptions::new().write(true).open(path)?;
     replace(path, content)?;
     write_over(&mut old)?;
@@ -132,7 +132,7 @@ pub(crate) fn replace_wiping(path: &Path, content: &[u8]) -> io::Result<()> {
 
 /// Writes over the file `path` and removes it. What its file system or a flash translation layer keeps of earlier blocks
 /// is beyond reach.
-pub(crate) fn wipe(path: &Path) -> io::Result<()> {
+pub fn wipe(path: &Path) -> io::Result<()> {
     if fs::symlink_metadata(path)?.is_file() {
         write_over(&mut OpenOptions::new().write(true).open(path)?)?;
     }
@@ -178,7 +178,7 @@ fn beside(path: &Path) -> PathBuf {
     path.with_file_name(name)
 }
 
-pub(crate) fn sync_dir_of(path: &Path) -> io::Result<()> {
+pub fn sync_dir_of(path: &Path) -> io::Result<()> {
     match path.parent() {
         Some(parent) if parent != Path::new("") => File::open(parent)?.sync_all(),
         _ => File::open(".")?.sync_all(),

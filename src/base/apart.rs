@@ -17,7 +17,7 @@ const FIRST: RawFd = 3;
 ///
 /// # Errors
 /// If there is no thread.
-pub(crate) fn on<T: Send>(descriptor: &OwnedFd, work: impl FnOnce(&OwnedFd) -> T + Send) -> io::Result<T> {
+pub fn on<T: Send>(descriptor: &OwnedFd, work: impl FnOnce(&OwnedFd) -> T + Send) -> io::Result<T> {
     thread::scope(|scope| {
         let apart = || {
             let kept = descriptor.as_raw_fd();
@@ -35,13 +35,13 @@ pub(crate) fn on<T: Send>(descriptor: &OwnedFd, work: impl FnOnce(&OwnedFd) -> T
 }
 
 /// Gives the calling thread, which has just begun, a table with none but the standard descriptors in it.
-pub(crate) fn let_go_of_descriptors() {
+pub fn let_go_of_descriptors() {
     let_go_of_all_from(FIRST);
 }
 
 /// Gives the calling thread, which has just begun, a table with none but the descriptors below `first` in it; tells whether it has
 /// one.
-pub(crate) fn let_go_of_all_from(first: RawFd) -> bool {
+pub fn let_go_of_all_from(first: RawFd) -> bool {
     let_go_of(first, RawFd::MAX)
 }
 

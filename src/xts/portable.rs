@@ -7,7 +7,7 @@ use xts_mode::Xts128;
 
 use super::kernel::{Kernel, Reader, Units, Workspace};
 use super::{KEY_LEN, Scratch};
-use crate::keys::arena::{ArenaError, SecretBox, SecretBytes, on_wiped_stack};
+use sealblk_secmem::arena::{ArenaError, SecretBox, SecretBytes, on_wiped_stack};
 
 /// The key schedules.
 struct Portable(SecretBox<Xts128<Aes256>>);

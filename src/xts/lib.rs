@@ -8,8 +8,8 @@
 //! The tweak of a sector is its number in 512-byte units, little-endian, whatever the sector size.
 #![allow(unsafe_code)] // Kernels work on raw memory: guest memory must not be borrowed as a Rust slice.
 
+mod copy;
 mod kernel;
-mod plain;
 mod portable;
 mod self_test;
 #[cfg(target_arch = "x86_64")]
@@ -21,11 +21,11 @@ use std::ops::Add;
 use subtle::ConstantTimeEq;
 use vm_memory::VolatileSlice;
 
-use crate::keys::arena::{ArenaError, SecretBytes};
 use kernel::{Kernel, Units};
+use sealblk_secmem::arena::{ArenaError, SecretBytes};
 
+pub use copy::copy;
 pub use kernel::{KernelChoice, Reader, Workspace};
-pub use plain::copy;
 pub use self_test::self_test;
 
 /// The length of an `aes-xts-plain64` key with AES-256: one half encrypts data, the other tweaks. In bytes.

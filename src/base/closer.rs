@@ -24,7 +24,7 @@ use crate::apart::let_go_of_all_from;
 use crate::mutex::lock;
 
 /// Closes `fd`, and does not wait for it.
-pub(crate) fn close(fd: OwnedFd) {
+pub fn close(fd: OwnedFd) {
     let fd = match is_socket(&fd) {
         true => match close_with_a_thread(fd) {
             Ok(()) => return,
@@ -41,7 +41,7 @@ pub(crate) fn close(fd: OwnedFd) {
 }
 
 /// How many descriptors are not closed yet, but for the one that holds up the others.
-pub(crate) fn waiting() -> usize {
+pub fn waiting() -> usize {
     lock(&QUEUE).fds.len()
 }
 
@@ -91,7 +91,7 @@ static SLOT: Mutex<Option<Slot>> = Mutex::new(None);
 
 /// To be called before others can pass descriptors to this process. Where it may have too few, or has no /dev/null, its sockets
 /// are closed as all else is.
-pub(crate) fn prepare() {
+pub fn prepare() {
     let mut slot = lock(&SLOT);
     if slot.is_none() {
         *slot = Slot::new().ok().flatten();
@@ -152,7 +152,7 @@ fn close_with_a_thread(socket: OwnedFd) -> Result<(), OwnedFd> {
 }
 
 /// A socket or another descriptor whose close nobody waits for.
-pub(crate) struct ClosedElsewhere<T: Into<OwnedFd>>(Option<T>);
+pub struct ClosedElsewhere<T: Into<OwnedFd>>(Option<T>);
 
 impl<T: Into<OwnedFd>> From<T> for ClosedElsewhere<T> {
     fn from(fd: T) -> Self {
@@ -162,7 +162,7 @@ impl<T: Into<OwnedFd>> From<T> for ClosedElsewhere<T> {
 
 impl<T: Into<OwnedFd>> ClosedElsewhere<T> {
     /// For a thread that others do not wait for.
-    pub(crate) fn into_inner(mut self) -> T {
+    pub fn into_inner(mut self) -> T {
         self.0.take().expect("it is taken when this is dropped")
     }
 }

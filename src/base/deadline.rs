@@ -16,28 +16,28 @@ use rustix::net::{
 
 /// When something has to be done; or never.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Deadline(Option<Instant>);
+pub struct Deadline(Option<Instant>);
 
 impl Deadline {
     /// In so much time from now.
-    pub(crate) fn after(limit: Duration) -> Self {
+    pub fn after(limit: Duration) -> Self {
         // What is too far away to be told never comes.
         Self(Instant::now().checked_add(limit))
     }
 
     /// At this time.
-    pub(crate) fn at(time: Instant) -> Self {
+    pub fn at(time: Instant) -> Self {
         Self(Some(time))
     }
 
     /// Nobody waits for it.
-    pub(crate) const NEVER: Self = Self(None);
+    pub const NEVER: Self = Self(None);
 
     /// How much time is left, which is not zero; none if there is no limit.
     ///
     /// # Errors
     /// `TimedOut`.
-    pub(crate) fn left(self) -> io::Result<Option<Duration>> {
+    pub fn left(self) -> io::Result<Option<Duration>> {
         let Some(at) = self.0 else { return Ok(None) };
         match at.saturating_duration_since(Instant::now()) {
             Duration::ZERO => Err(io::ErrorKind::TimedOut.into()),
@@ -49,7 +49,7 @@ impl Deadline {
     ///
     /// # Errors
     /// `TimedOut`, and those of poll(2).
-    pub(crate) fn poll(self, fds: &mut [PollFd<'_>]) -> io::Result<()> {
+    pub fn poll(self, fds: &mut [PollFd<'_>]) -> io::Result<()> {
         loop {
             let left = self.left()?.map(Timespec::try_from).transpose();
             let left = left.map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
@@ -81,7 +81,7 @@ impl Deadline {
 }
 
 /// Receives what is there, or the first that comes.
-pub(crate) fn receive(
+pub fn receive(
     socket: &impl AsFd,
     bytes: &mut [u8],
     ancillary: &mut RecvAncillaryBuffer<'_>,
@@ -91,7 +91,7 @@ pub(crate) fn receive(
 }
 
 /// Receives what is there; `AGAIN` if nothing is.
-pub(crate) fn receive_now(
+pub fn receive_now(
     socket: &impl AsFd,
     bytes: &mut [u8],
     ancillary: &mut RecvAncillaryBuffer<'_>,
@@ -101,7 +101,7 @@ pub(crate) fn receive_now(
 }
 
 /// Sends all of `bytes`, and what is in `ancillary` with the first of them. A peer that has left is an error, and no signal.
-pub(crate) fn send(
+pub fn send(
     socket: &impl AsFd,
     mut bytes: &[u8],
     ancillary: &mut SendAncillaryBuffer<'_, '_, '_>,
@@ -122,13 +122,13 @@ pub(crate) fn send(
 
 /// A stream socket that is done with at a certain time, however slowly the other side goes on.
 #[derive(Debug)]
-pub(crate) struct Timed<S> {
+pub struct Timed<S> {
     socket: S,
     deadline: Deadline,
 }
 
 impl<S> Timed<S> {
-    pub(crate) fn new(socket: S, deadline: Deadline) -> Self {
+    pub fn new(socket: S, deadline: Deadline) -> Self {
         Self { socket, deadline }
     }
 }

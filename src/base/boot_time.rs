@@ -8,11 +8,11 @@ use rustix::time::{ClockId, clock_gettime};
 
 /// A point in time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct BootTime(Duration);
+pub struct BootTime(Duration);
 
 impl BootTime {
     /// The present.
-    pub(crate) fn now() -> Self {
+    pub fn now() -> Self {
         let now = clock_gettime(ClockId::Boottime);
         // It counts from 0.
         let part = |number: i64| u64::try_from(number).unwrap_or(0);
@@ -20,7 +20,7 @@ impl BootTime {
     }
 
     /// How long ago it was; no time at all, if it is yet to come.
-    pub(crate) fn elapsed(self) -> Duration {
+    pub fn elapsed(self) -> Duration {
         Self::now().0.saturating_sub(self.0)
     }
 }

@@ -5,7 +5,7 @@ use vm_memory::VolatileSlice;
 
 use super::kernel::running_here;
 use super::{CipherError, KEY_LEN, Reader, Sector, SectorCipher, SectorSize, Workspace};
-use crate::keys::arena::SecretBytes;
+use sealblk_secmem::arena::SecretBytes;
 
 /// The key of IEEE 1619-2007, appendix B, vector 10.
 pub(super) const KEY: [u8; KEY_LEN] = *b"\x27\x18\x28\x18\x28\x45\x90\x45\x23\x53\x60\x28\x74\x71\x35\x26\
@@ -100,7 +100,7 @@ fn check(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cipher::KernelChoice;
+    use crate::KernelChoice;
 
     #[test]
     fn known_answers_hold_on_this_machine() {

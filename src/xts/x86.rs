@@ -34,8 +34,8 @@ use std::arch::x86_64::_mm_sfence;
 use std::mem::offset_of;
 
 use super::kernel::{Kernel, Reader, Units, Workspace};
-use crate::keys::arena::{ArenaError, SecretBox, SecretBytes};
 use schedule::Schedules;
+use sealblk_secmem::arena::{ArenaError, SecretBox, SecretBytes};
 
 /// Blocks whose tweaks are shifts of one.
 const SHIFTS: usize = 64;
