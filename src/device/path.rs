@@ -173,7 +173,7 @@ impl Path {
     fn issue_transfers(&mut self, index: TaskIndex) -> bool {
         while let Some((first, sectors)) = self.tasks[index].next_sectors() {
             let extent = self.table.extent(first, sectors.min(MAX_PIECE_SECTORS));
-            let Some(mut buffer) = self.engine.buffer(data_len(&extent) as usize) else {
+            let Some(mut buffer) = self.engine.buffer(data_len(&extent)) else {
                 return false;
             };
             let task = &mut self.tasks[index];

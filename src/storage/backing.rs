@@ -22,7 +22,7 @@ use rustix::fs::{Advice, Mode, OFlags, fadvise};
 use super::capabilities::{self, Protection, block_device_size, direct_alignment, logical_block_size};
 use super::claim::{self, Claim};
 use super::loss::Losses;
-use super::pool::PAGE;
+use super::pool::PAGE_U32;
 use crate::error_chain::remedy;
 
 /// What a [`Backing`] is opened for.
@@ -207,7 +207,7 @@ impl Backing {
     /// The same for transfers of whole pages from and to memory that begins at a page, by which no cache of this host is
     /// asked; none where the file has no direct I/O.
     pub fn direct(&self) -> Option<&File> {
-        self.direct.get_or_init(|| self.open_direct(PAGE as u32)).as_ref()
+        self.direct.get_or_init(|| self.open_direct(PAGE_U32)).as_ref()
     }
 
     /// Opens the same inode with O_DIRECT, if transfers of `unit` bytes at multiples of `unit` satisfy its alignment.

@@ -65,15 +65,19 @@ pub(super) fn claim(file: &File, path: &Path, access: Access) -> Result<Claim, S
 /// Whether flock(2) is a lock of the whole file by fcntl(2) here: on NFS and SMB (flock(2), "NFS details", "CIFS details"), and
 /// on 9p (`v9fs_file_flock_dotl` in Linux' fs/9p/vfs_file.c).
 pub(super) fn one_kind_of_lock(file: &File) -> bool {
-    const NFS: u64 = 0x6969;
-    const SMB: [u64; 3] = [0x517b, 0xfe53_4d42, 0xff53_4d42];
-    const V9FS: u64 = 0x0102_1997;
-    let kind = rustix::fs::fstatfs(file).map_or(0, |stat| stat.f_type as u32 as u64);
+    const NFS: u32 = 0x6969;
+    const SMB: [u32; 3] = [0x517b, 0xfe53_4d42, 0xff53_4d42];
+    const V9FS: u32 = 0x0102_1997;
+    // Magic numbers have 32 bits, with or without a sign.
+    let [k0, k1, k2, k3, ..] = rustix::fs::fstatfs(file)
+        .map_or(0, |stat| stat.f_type)
+        .to_le_bytes();
+    let kind = u32::from_le_bytes([k0, k1, k2, k3]);
     kind == NFS || SMB.contains(&kind) || kind == V9FS
 }
 
 /// The range of bytes of a file or device that is wholly taken: up to the end of what a lock can name.
-const WHOLE: Range<u64> = 0..i64::MAX as u64;
+const WHOLE: Range<u64> = 0..i64::MAX.unsigned_abs();
 
 /// The most that one thing stands on another.
 const MOST_LAYERS: u32 = 16;
@@ -349,14 +353,15 @@ fn lock(file: &File, access: Access, range: &Range<u64>) -> io::Result<()> {
     } else {
         range.end - range.start
     };
+    let kind = match access {
+        Access::ReadOnly | Access::Inspect => libc::F_RDLCK,
+        Access::ReadWrite => libc::F_WRLCK,
+    };
     let lock = libc::flock {
-        l_type: match access {
-            Access::ReadOnly | Access::Inspect => libc::F_RDLCK,
-            Access::ReadWrite => libc::F_WRLCK,
-        } as i16,
-        l_whence: libc::SEEK_SET as i16,
-        l_start: range.start as i64,
-        l_len: len as i64,
+        l_type: i16::try_from(kind).map_err(io::Error::other)?,
+        l_whence: i16::try_from(libc::SEEK_SET).map_err(io::Error::other)?,
+        l_start: i64::try_from(range.start).map_err(io::Error::other)?,
+        l_len: i64::try_from(len).map_err(io::Error::other)?,
         l_pid: 0,
     };
     // SAFETY: the descriptor is open for the duration of the call, and `lock` is a valid struct flock that the

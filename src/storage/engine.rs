@@ -52,26 +52,32 @@ pub struct Engine<C> {
     vacant: Vec<u32>,
     /// Operations in flight that hold no buffer.
     without_data: u32,
-    watches: [Option<types::Fd>; WATCHES],
+    watches: [Option<types::Fd>; WATCHES as usize],
     /// Whether the kernel watches them: from the submission to the last that it tells of a watch.
-    armed: [bool; WATCHES],
+    armed: [bool; WATCHES as usize],
     /// What ended without passing through the ring.
     ended: Vec<Done<C>>,
 }
 
 /// How many descriptors an engine watches: a kick and a stop.
-const WATCHES: usize = 2;
+const WATCHES: u32 = 2;
 
 /// The most operations without data in flight, beyond which they are refused: flushes and discards.
 const WITHOUT_DATA: u32 = 64;
 
 /// The most entries beside operations that wait to be submitted: each watch armed, and cancelled.
-const CONTROL: u32 = 2 * WATCHES as u32;
+const CONTROL: u32 = 2 * WATCHES;
 
 /// `user_data` of a watch is this plus its number; of an operation, its place in `flights`.
 const WATCH: u64 = 1 << 32;
 /// `user_data` of the cancellation of a watch.
 const CANCEL: u64 = 1 << 33;
+
+/// The number that `user_data` holds beside what it is of.
+fn number_in(user_data: u64) -> u32 {
+    let [n0, n1, n2, n3, ..] = user_data.to_le_bytes();
+    u32::from_le_bytes([n0, n1, n2, n3])
+}
 
 #[derive(Debug)]
 struct Flight<C> {
@@ -126,14 +132,14 @@ impl<C> Engine<C> {
             flights: (0..places).map(|_| None).collect(),
             vacant: (0..places).rev().collect(),
             without_data: 0,
-            watches: [None; WATCHES],
-            armed: [false; WATCHES],
+            watches: [None; WATCHES as usize],
+            armed: [false; WATCHES as usize],
             ended: Vec::new(),
         })
     }
 
     /// Takes a buffer of `len` bytes, or none while the pool is exhausted: completions will bring some back.
-    pub fn buffer(&mut self, len: usize) -> Option<Buffer> {
+    pub fn buffer(&mut self, len: u32) -> Option<Buffer> {
         self.pool.take(len)
     }
 
@@ -250,12 +256,12 @@ impl<C> Engine<C> {
     /// Ends all watches, and waits until the kernel has let go of their descriptors and told of their ends: what it told
     /// later would be taken for the end of the next watch. Call it only while nothing is in flight.
     pub fn unwatch(&mut self) -> io::Result<()> {
-        self.watches = [None; WATCHES];
+        self.watches = [None; WATCHES as usize];
         for number in 0..WATCHES {
             let mut asked = false;
-            while self.armed[number] {
+            while self.armed[number as usize] {
                 if !asked {
-                    let remove = opcode::PollRemove::new(WATCH + number as u64);
+                    let remove = opcode::PollRemove::new(WATCH + u64::from(number));
                     self.push(&remove.build().user_data(CANCEL));
                     asked = true;
                 }
@@ -264,7 +270,7 @@ impl<C> Engine<C> {
                     match entry.user_data() {
                         // A poll that is just being told of an event stays, and has to be removed again.
                         CANCEL => asked = entry.result() != -libc::EALREADY,
-                        id => self.armed[(id - WATCH) as usize] = cqueue::more(entry.flags()),
+                        id => self.armed[number_in(id) as usize] = cqueue::more(entry.flags()),
                     }
                 }
             }
@@ -326,7 +332,7 @@ impl<C> Engine<C> {
                 continue;
             }
             if id >= WATCH {
-                let number = (id - WATCH) as u32;
+                let number = number_in(id);
                 self.armed[number as usize] = cqueue::more(entry.flags());
                 if entry.result() < 0 {
                     // Cancelled, or never watched.
@@ -341,7 +347,7 @@ impl<C> Engine<C> {
                 }
                 return Some(Event::Ready(number));
             }
-            if let Some(done) = self.land(id as u32, entry.result()) {
+            if let Some(done) = self.land(number_in(id), entry.result()) {
                 return Some(Event::Done(done));
             }
         }
@@ -379,7 +385,7 @@ impl<C> Engine<C> {
             Some(buffer) => unsafe {
                 (
                     self.pool.address(buffer).add(flight.done as usize),
-                    buffer.len() as u32 - flight.done,
+                    buffer.len_u32() - flight.done,
                 )
             },
             None => (std::ptr::null_mut(), 0),
@@ -424,7 +430,7 @@ impl<C> Engine<C> {
     /// Takes a completion into account: the end of the operation, or none if it goes on.
     fn land(&mut self, place: u32, result: i32) -> Option<Done<C>> {
         let flight = self.flights[place as usize].as_mut()?;
-        let wanted = flight.buffer.as_ref().map_or(0, |buffer| buffer.len() as u32);
+        let wanted = flight.buffer.as_ref().map_or(0, Buffer::len_u32);
         let result = match result {
             0 if self.file.is_null() => Ok(()),
             error if error == -libc::EINTR || error == -libc::EAGAIN => {

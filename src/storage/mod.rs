@@ -1,5 +1,12 @@
 //! Files and block devices, the io_uring engine, and the buffer pool.
 
+#![warn(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    clippy::cast_possible_wrap,
+    clippy::cast_lossless
+)]
+
 mod backing;
 mod capabilities;
 mod claim;

@@ -14,7 +14,9 @@ use std::ptr::NonNull;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 /// The granularity of the pool: the unit of O_DIRECT's memory alignment on every machine that we run on.
-pub const PAGE: usize = 4096;
+pub const PAGE: usize = PAGE_U32 as usize;
+/// The same as io_uring's lengths and statx(2)'s alignments have it.
+pub(super) const PAGE_U32: u32 = 4096;
 /// Of x86-64 and of AArch64 with pages of 4 KiB; where it is another, there are fewer huge pages.
 const HUGE_PAGE: usize = 2 << 20;
 
@@ -32,6 +34,11 @@ impl Buffer {
     #[expect(clippy::len_without_is_empty, reason = "no buffer is empty")]
     pub fn len(&self) -> usize {
         self.len as usize
+    }
+
+    /// The same as io_uring has it.
+    pub(super) fn len_u32(&self) -> u32 {
+        self.len
     }
 
     fn offset(&self) -> usize {
@@ -99,16 +106,17 @@ impl Pool {
     }
 
     /// Takes a buffer of `len` bytes, or none if no run of free pages is long enough.
-    pub(super) fn take(&mut self, len: usize) -> Option<Buffer> {
-        let pages = u32::try_from(len.div_ceil(PAGE))
-            .ok()
-            .filter(|&pages| pages > 0)?;
+    pub(super) fn take(&mut self, len: u32) -> Option<Buffer> {
+        let pages = len.div_ceil(PAGE_U32);
+        if pages == 0 {
+            return None;
+        }
         let first_page = self.find_run(pages)?;
         self.mark(first_page, pages, false);
         Some(Buffer {
             first_page,
             pages,
-            len: len as u32,
+            len,
         })
     }
 
@@ -157,12 +165,12 @@ impl Pool {
 
     /// The lowest page from `from` on that is free, or that is not.
     fn next_page(&self, from: u32, free: bool) -> Option<u32> {
-        let mut word = (from / u64::BITS) as usize;
+        let mut word = from / u64::BITS;
         let mut mask = u64::MAX << (from % u64::BITS);
-        while let Some(&bits) = self.free.get(word) {
+        while let Some(&bits) = self.free.get(word as usize) {
             let found = if free { bits } else { !bits } & mask;
             if found != 0 {
-                let page = word as u32 * u64::BITS + found.trailing_zeros();
+                let page = word * u64::BITS + found.trailing_zeros();
                 return (page < self.pages).then_some(page);
             }
             word += 1;
@@ -196,6 +204,8 @@ impl Drop for Pool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const PAGE: u32 = PAGE_U32;
 
     #[test]
     fn runs_do_not_overlap_and_all_pages_can_be_taken() {
@@ -236,7 +246,7 @@ mod tests {
         let mut pool = Pool::new(4).unwrap();
         assert!(pool.take(0).is_none());
         assert!(pool.take(5 * PAGE).is_none());
-        assert!(pool.take(usize::MAX).is_none());
+        assert!(pool.take(u32::MAX).is_none());
         assert!(pool.take(4 * PAGE).is_some());
     }
 
