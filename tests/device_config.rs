@@ -213,7 +213,7 @@ fn a_running_guest_that_was_told_other_options_is_refused_with_the_option() {
         frontend.wait_closed();
         assert_eq!(server.connect().run(T_IN, 0, Data::In(512)).status, S_OK);
         let told = server.stop().stderr;
-        assert!(told.contains(says) && told.contains("start it anew"), "{told}");
+        assert!(told.contains(says) && told.contains("start it again"), "{told}");
     }
 }
 

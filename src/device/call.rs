@@ -1,10 +1,10 @@
-//! The call of a queue, by which the driver is notified (vhost-user, VHOST_USER_SET_VRING_CALL).
+//! The call of a queue, which notifies the driver (vhost-user, VHOST_USER_SET_VRING_CALL).
 //!
-//! It is an eventfd that the front-end has too. A write(2) to it waits while its counter is full, if O_NONBLOCK is not set;
-//! that flag belongs to the open file description, so the front-end can clear it at any time, also between a look at it and
-//! the write. What never waits is the kernel's own signal, which leaves a full counter full. io_uring gives it to an eventfd
-//! that is registered with a ring whenever an operation of that ring ends: so each call has a ring, whose only operation
-//! does nothing.
+//! The call is an eventfd that the front-end has too. A write(2) to an eventfd waits while its counter is full, unless
+//! O_NONBLOCK is set. That flag belongs to the open file description, so the front-end can clear it at any time, also between a
+//! check of the flag and the write. The kernel's own signal never waits, and leaves a full counter full. io_uring signals an
+//! eventfd that is registered with a ring whenever an operation of that ring ends. So each call has a ring of its own, whose
+//! only operation does nothing.
 
 #![allow(unsafe_code)] // Submission to io_uring.
 
@@ -14,12 +14,12 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use io_uring::{IoUring, opcode};
 
-/// An eventfd that is signalled without waiting for anybody.
+/// An eventfd that is signalled without a wait.
 pub(super) struct Call(IoUring);
 
 impl Call {
     /// # Errors
-    /// If `eventfd` is none, or descriptors or memory are exhausted.
+    /// If `eventfd` is not an eventfd, or descriptors or memory are exhausted.
     pub(super) fn new(eventfd: &impl AsFd) -> io::Result<Self> {
         let ring = IoUring::builder().dontfork().build(1)?;
         // The ring holds it from then on.

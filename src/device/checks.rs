@@ -66,7 +66,7 @@ pub(super) fn check(message: &Message, content: &FrontendMessage, rings: &Rings)
         }
         FrontendMessage::SetVringKick(ring) if !ring.is_there => {
             tracing::warn!(
-                "a queue without a kick has to be polled, which sealblk does not do: it is not served"
+                "a queue without a kick must be polled, which sealblk does not do: it is not served"
             );
             Ok(())
         }
@@ -102,7 +102,7 @@ fn check_descriptor(message: u32, content: &FrontendMessage, descriptor: &Foreig
 }
 
 /// Refuses a region that does not lie within its file, or is not made of whole pages of it: to touch what lies beyond would be
-/// a SIGBUS, and a part of a huge page cannot be unmapped. Whatever else may be wrong with regions, the handler finds.
+/// a SIGBUS, and a part of a huge page cannot be unmapped. The handler finds all else that may be wrong with regions.
 fn check_regions(regions: &[VhostUserMemoryRegion], files: &[Foreign]) -> Result<(), CheckError> {
     match regions
         .iter()

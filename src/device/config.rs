@@ -48,12 +48,12 @@ pub(super) fn features(disk: &Disk) -> u64 {
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Agreed(u64);
 
-/// A front-end asks for features that are not offered. A running guest keeps what it was told when it started, and its
-/// front-end repeats that at each reconnect, whatever is offered by then.
+/// A front-end asks for features that are not offered. A running guest keeps what it was offered when it started, and its
+/// front-end repeats that at each reconnect, also if something else is offered by then.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "the guest was told of features that this disk does not offer: {}; serve the disk with the options that it was served \
-     with when QEMU started, or stop QEMU and start it anew",
+    "the guest was offered features that this disk does not have: {}; serve the disk with the options that it was served \
+     with when QEMU started, or stop QEMU and start it again",
     names(*missing)
 )]
 pub(super) struct NotOffered {
@@ -63,7 +63,7 @@ pub(super) struct NotOffered {
 impl Agreed {
     /// Takes `features` if `disk` offers them.
     ///
-    /// CONFIG_WCE is not offered: what a driver chooses by it is the back-end's to keep, and front-ends do not repeat it
+    /// CONFIG_WCE is not offered: the back-end must keep what a driver chooses by it, and front-ends do not repeat it
     /// to the next back-end. Earlier builds did offer it, and a guest that agreed on it then still comes with it.
     ///
     /// # Errors
@@ -86,7 +86,7 @@ impl Agreed {
         self.0 & (1 << VIRTIO_BLK_F_CONFIG_WCE) != 0
     }
 
-    /// Whether a write has to be on stable storage before it is answered (virtio 1.2 §5.2.6.2): for a driver that cannot
+    /// Whether a write must be on stable storage before it is answered (virtio 1.2 §5.2.6.2): for a driver that cannot
     /// flush, as firmware and boot loaders are, and for one with CONFIG_WCE, which may have chosen so and then sends no
     /// flushes.
     pub(super) fn write_through(self) -> bool {
@@ -110,7 +110,7 @@ fn names(missing: u64) -> String {
     bits.map(name).collect::<Vec<_>>().join(", ")
 }
 
-/// The protocol features. REPLY_ACK is what lets a front-end know that an edge has been drained.
+/// The protocol features. By REPLY_ACK a front-end knows that the rings were drained for a message.
 pub(super) fn protocol_features() -> VhostUserProtocolFeatures {
     VhostUserProtocolFeatures::MQ
         | VhostUserProtocolFeatures::CONFIG
@@ -171,7 +171,7 @@ fn space(disk: &Disk, num_queues: u16) -> [u8; CONFIG_LEN] {
         offset_of!(virtio_blk_config, blk_size),
         &(u32::from(granule) * SECTOR).to_le_bytes(),
     );
-    // Topology: a page of storage is the physical block, whatever the logical one; no preference beyond it.
+    // Topology: the physical block is a page of storage, for each logical block size; no preference beyond it.
     let blocks_a_page = PAGE_SECTORS / granule;
     let [physical_block_exp, ..] = blocks_a_page.ilog2().to_le_bytes();
     put(
@@ -197,7 +197,7 @@ fn space(disk: &Disk, num_queues: u16) -> [u8; CONFIG_LEN] {
         offset_of!(virtio_blk_config, max_discard_seg),
         &u32::from(MAX_SECTOR_RANGES).to_le_bytes(),
     );
-    // What is smaller than what storage can give back only costs time.
+    // A discard that is smaller than storage can give back only costs time.
     let of_storage = disk.file.discard_alignment() / Sector::LEN;
     let discard_alignment = u32::try_from(of_storage)
         .unwrap_or(MAX_DISCARD_SECTORS)

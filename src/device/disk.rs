@@ -1,8 +1,8 @@
 //! The disk that all workers of a served volume share.
 //!
-//! It has its key, or it is locked: then no ring is served, and the driver's requests wait in the rings, as long as it
-//! takes. What I/O stands on is the segment table, in which the keys are; each worker borrows it for as long as it has a
-//! ring. So a lock is done when the last worker has given the table back, and nothing of a key is left with it.
+//! A disk has its key, or it is locked. While it is locked no ring is served, and the driver's requests wait in the rings.
+//! The keys are in the segment table, and each worker shares the table for as long as it has a ring. So a lock is complete when
+//! the last worker has given the table back; the disk then holds no part of a key.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -54,7 +54,7 @@ struct Tables {
 
 /// A disk's table on its way back. See [`Disk::withdraw`].
 #[derive(Debug)]
-#[must_use = "the table counts as withdrawn until somebody has waited for it"]
+#[must_use = "the table counts as withdrawn until a caller has waited for it"]
 pub struct Withdrawal<'disk> {
     disk: &'disk Disk,
     /// None if another withdrawal has the table; then that one is waited for.
@@ -65,7 +65,7 @@ impl Withdrawal<'_> {
     /// Waits until no ring has the table any more, and nothing of a key is left with the disk.
     pub fn wait(self) {
         if let Some(Grant { mut table, .. }) = self.grant {
-            // The session has to hear of it, and every ring to drain, which storage may hold up for as long as it likes.
+            // The session first reads the notification, and then each ring drains, which storage can delay without limit.
             while let Err(shared) = Arc::try_unwrap(table) {
                 table = shared;
                 std::thread::sleep(LOCK_TICK);
@@ -77,7 +77,7 @@ impl Withdrawal<'_> {
     }
 }
 
-/// A disk as the guest sees it, and what lies under it.
+/// A disk as the guest sees it, and the storage under it.
 #[derive(Debug)]
 pub struct Disk {
     tables: Mutex<Tables>,
@@ -93,7 +93,7 @@ pub struct Disk {
     pub sector_size: SectorSize,
     /// Whether writes are refused.
     pub read_only: bool,
-    /// Whether discards are offered: they tell who sees the storage which sectors are in use.
+    /// Whether discards are offered: they show to a reader of the storage which sectors are in use.
     pub discard: bool,
     /// What GET_ID answers, padded with zeros.
     pub serial: [u8; 20],
@@ -103,7 +103,7 @@ pub struct Disk {
     pub pool_pages: u32,
     /// Since when a front-end is connected.
     front_end: Mutex<Option<Timestamp>>,
-    /// Whether it was told that a driver takes this disk for another: a driver can bring that about at any time.
+    /// Whether the log says already that a driver takes this disk for another: a driver can cause that at any time.
     pub(super) mismatch_told: AtomicBool,
 }
 
@@ -158,8 +158,8 @@ impl Disk {
         self.tell();
     }
 
-    /// Takes the table away, with the keys in it, and has the rings told: what is in flight is finished, all else waits in
-    /// them. [`Withdrawal::wait`] for the end.
+    /// Removes the table, with the keys in it, and notifies the session: requests in flight are finished, all others wait in
+    /// the rings. [`Withdrawal::wait`] waits for the end.
     pub fn withdraw(&self) -> Withdrawal<'_> {
         let mut tables = lock(&self.tables);
         let grant = tables.current.take();
@@ -186,19 +186,19 @@ impl Disk {
         tables.unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Is readable when the disk was locked or unlocked, or a worker wants to be heard, since [`Disk::take_change`].
+    /// Is readable when the disk was locked or unlocked, or a worker has notified the session, since [`Disk::take_change`].
     pub(super) fn changed(&self) -> &OwnedFd {
         &self.changed
     }
 
-    /// Takes note of a change; what it was, [`Disk::granted`] tells.
+    /// Resets the notification; [`Disk::granted`] says what has changed.
     pub(super) fn take_change(&self) {
         let _ = rustix::io::read(&self.changed, &mut [0; 8]);
     }
 
     /// Wakes the session.
     pub(super) fn tell(&self) {
-        // A counter that is full has told already.
+        // A counter that is full is readable already.
         let _ = rustix::io::write(&self.changed, &1_u64.to_ne_bytes());
     }
 
@@ -207,7 +207,7 @@ impl Disk {
         *lock(&self.front_end)
     }
 
-    /// Takes note that a front-end has come or left.
+    /// Records that a front-end has come or left.
     pub(super) fn set_front_end(&self, since: Option<Timestamp>) {
         *lock(&self.front_end) = since;
     }

@@ -1,8 +1,8 @@
 //! Descriptors that the front-end passes, and what each of them is.
 //!
 //! The front-end chooses what is behind a descriptor. A file of a FUSE file system has a daemon, perhaps the front-end
-//! itself: fstat(2), fstatfs(2), lseek(2), mmap(2), a page fault and close(2) wait for its answer, for ever if there is none.
-//! So the kind of a descriptor is found out by calls that no file system answers, before any other call:
+//! itself: fstat(2), fstatfs(2), lseek(2), mmap(2), a page fault and close(2) wait for its answer, and for ever if it does not
+//! answer. So the kind of a descriptor is found out by calls that no file system answers, before any other call:
 //!
 //! - fcntl(F_GET_SEALS) succeeds for memfds and for files of tmpfs and hugetlbfs, and for no others.
 //! - The link /proc/self/fd/N shows an eventfd and a socket by names that no path can have, since paths begin with '/'.
@@ -35,7 +35,7 @@ pub(super) enum Kind {
     Event,
     /// A Unix stream socket.
     Socket,
-    /// Whatever else.
+    /// Anything else.
     Other,
 }
 
@@ -98,7 +98,7 @@ fn is_unix_stream(fd: BorrowedFd<'_>) -> bool {
         && sockopt::socket_type(fd) == Ok(SocketType::STREAM)
 }
 
-/// The size of a DAX device, or none for whatever else.
+/// The size of a DAX device, or none for anything else.
 fn dax_size(fd: BorrowedFd<'_>) -> Option<u64> {
     let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
     let stat = rustix::fs::statx(fd, c"", flags, StatxFlags::empty()).ok()?;

@@ -43,7 +43,7 @@ pub(super) enum FrontendMessage {
 pub(super) struct VringDescriptor {
     /// The ring.
     pub index: u8,
-    /// Whether there is a descriptor; if not, the ring has to be polled.
+    /// Whether there is a descriptor; if not, the ring must be polled.
     pub is_there: bool,
 }
 
@@ -96,7 +96,7 @@ pub(super) struct Rule {
 
 /// A message is malformed, or belongs to a feature that is not offered.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
-#[error("{} is not valid, or asks for what was not offered; the front-end has to be a vhost-user-blk device, as of QEMU 7.2", named(*.0))]
+#[error("{} is not valid, or asks for what was not offered; the front-end must be a vhost-user-blk device, as of QEMU 7.2", named(*.0))]
 pub(super) struct Refused(pub u32);
 
 /// A message as the specification names it.
@@ -108,7 +108,7 @@ pub(super) fn named(message: u32) -> String {
 }
 
 impl FrontendMessage {
-    /// Decodes `message`. Whether its values make sense is not looked at.
+    /// Decodes `message`. Its values are not checked.
     pub(super) fn decode(message: &Message) -> Result<Self, Refused> {
         let body = message.body.as_slice();
         let state = || structure::<VhostUserVringState>(body);
@@ -194,7 +194,7 @@ fn memory_table(body: &[u8]) -> Option<Vec<VhostUserMemoryRegion>> {
     (regions.len() == usize::try_from(head.num_regions).ok()?).then_some(regions)
 }
 
-/// A write to the configuration space ("Virtio device config space"). Its flags say who caused it, which makes no difference.
+/// A write to the configuration space ("Virtio device config space"). Its flags name the cause, which makes no difference.
 fn config(body: &[u8]) -> Option<FrontendMessage> {
     let (head, bytes) = body.split_at_checked(size_of::<VhostUserConfig>())?;
     let head: VhostUserConfig = structure(head)?;

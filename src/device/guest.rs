@@ -1,8 +1,8 @@
 //! Guest memory as the data path sees it: ranges of guest addresses, checked once, resolved at each use.
 //!
 //! A range is one piece for the guest but may be several for us: regions that are adjacent in the guest's address
-//! space need not be so in ours, and memory that is plugged in later makes such seams. No Rust reference ever points
-//! into guest memory, which the guest writes to whenever it likes.
+//! space need not be adjacent in ours, and memory that is plugged in later makes such seams. No Rust reference points into
+//! guest memory, since the guest writes to it at any time.
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use vm_memory::{
     GuestAddress, GuestMemory as _, GuestMemoryAtomic, GuestMemoryMmap, Permissions, VolatileSlice,
 };
 
-/// The guest's memory, as a snapshot that stays mapped for as long as somebody holds it.
+/// The guest's memory, as a snapshot that stays mapped for as long as it is held.
 pub(super) type Memory = Arc<GuestMemoryMmap>;
 
 /// The guest's memory, as the front-end changes it.
@@ -22,7 +22,7 @@ pub(super) type SharedMemory = GuestMemoryAtomic<GuestMemoryMmap>;
 pub(super) type Pieces<'m> = SmallVec<[VolatileSlice<'m>; 64]>;
 
 /// What an operator does about guest memory that is not shared with us, or not all of it.
-pub(super) const HOW_TO_SHARE: &str = "all memory of the guest has to be shared: in QEMU, \"-object memory-backend-memfd,id=mem,size=SIZE,share=on \
+pub(super) const HOW_TO_SHARE: &str = "all memory of the guest must be shared: in QEMU, \"-object memory-backend-memfd,id=mem,size=SIZE,share=on \
      -machine memory-backend=mem\", and share=on for each NUMA node and DIMM; in libvirt, \
      \"<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>\"";
 

@@ -1,7 +1,8 @@
 //! The connection to vhost-user-backend's protocol handler, which keeps the protocol's state, the memory table and the
 //! vrings.
 //!
-//! The handler applies a message at once, whatever stands on it. So there is one way to it, [`Handler::pass`], which pauses
+//! The handler applies a message at once, also while I/O stands on what it changes. So there is one way to the handler,
+//! [`Handler::pass`], which pauses
 //! the rings that the table names for the message, and resumes them when the handler has applied it. To know when that is,
 //! the handler is made to acknowledge each message (REPLY_ACK, "Communication").
 
@@ -19,8 +20,8 @@ use super::message::{Message, MessageError};
 use super::rings::{Paused, Rings};
 use super::uring;
 
-/// How long the handler may take over a message. It only maps memory and keeps notes; should it ever wait for something,
-/// the session ends instead of waiting with it.
+/// How long the handler may take over a message. It only maps memory and keeps state; if it ever waits for something,
+/// the session ends.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 const REPLY_ACK: u64 = VhostUserProtocolFeatures::REPLY_ACK.bits();
@@ -42,7 +43,7 @@ pub(super) enum HandlerError {
     Unreachable(#[source] io::Error),
 }
 
-/// A queue cannot be served for want of something.
+/// A queue cannot be served, since descriptors, threads or memory are exhausted.
 #[derive(Debug, thiserror::Error)]
 #[error("a queue cannot be served: {}", match .0.raw_os_error() {
     Some(libc::ENOMEM | libc::EAGAIN | libc::EMFILE | libc::ENFILE) => uring::remedy(.0),
@@ -54,8 +55,8 @@ pub(super) struct NoResources(#[source] pub io::Error);
 pub(super) struct Handler(UnixStream);
 
 impl Handler {
-    /// Takes the connection, and has the handler acknowledge messages from the first one on, whatever the front-end will
-    /// want.
+    /// Takes the connection, and has the handler acknowledge messages from the first one on, also if the front-end will not
+    /// ask for that.
     pub(super) fn new(stream: UnixStream) -> Result<Self, HandlerError> {
         let handler = Self(stream);
         // The handler accepts protocol features once it has been asked for its features.

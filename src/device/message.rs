@@ -74,12 +74,12 @@ impl Message {
         &self.fds
     }
 
-    /// Its descriptors, which it has no more.
+    /// Takes its descriptors out of it.
     pub(super) fn take_fds(&mut self) -> Vec<Foreign> {
         std::mem::take(&mut self.fds)
     }
 
-    /// Its descriptors once more, as whoever receives it will have them.
+    /// Duplicates of its descriptors, as many as its receiver will have.
     pub(super) fn duplicate_fds(&self) -> io::Result<Vec<OwnedFd>> {
         self.fds
             .iter()
@@ -92,12 +92,12 @@ impl Message {
         self.request
     }
 
-    /// Whether the sender wants to hear how it went (REPLY_ACK).
+    /// Whether the sender asks for an acknowledgement (REPLY_ACK).
     pub(super) fn needs_reply(&self) -> bool {
         self.flags & NEED_REPLY != 0
     }
 
-    /// Asks to hear how it went.
+    /// Asks for an acknowledgement.
     pub(super) fn demand_reply(&mut self) {
         self.flags |= NEED_REPLY;
     }
@@ -150,7 +150,7 @@ impl Message {
     }
 }
 
-/// A message that is being received. Its sender may take its time, up to a limit; meanwhile others can be listened to.
+/// A message that is being received. Its sender may take some time, up to a limit; the caller does not wait meanwhile.
 #[derive(Debug)]
 pub(super) struct Incoming {
     header: [u8; HEADER],
@@ -163,7 +163,7 @@ pub(super) struct Incoming {
     deadline: Deadline,
 }
 
-/// What has come.
+/// How much has come.
 #[derive(Debug)]
 pub(super) enum Progress {
     /// All of a message.
@@ -192,7 +192,7 @@ impl Incoming {
         self.deadline
     }
 
-    /// Takes what is there, without waiting for more. After a message the next one can begin.
+    /// Takes the bytes that have come, without waiting for more. After a message the next one can begin.
     pub(super) fn advance(&mut self, stream: &UnixStream) -> Result<Progress, MessageError> {
         self.deadline.left().map_err(|_| MessageError::Slow)?;
         loop {
@@ -272,7 +272,7 @@ fn receive_with_fds(
             fds.extend(rights.map(Foreign::new));
         }
     }
-    // One message never carries more; what comes with later bytes of the header is closed.
+    // One message never carries more; descriptors that come with later bytes of the header are closed.
     fds.truncate(MAX_ATTACHED_FD_ENTRIES);
     Ok(received.bytes)
 }

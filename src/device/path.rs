@@ -189,7 +189,7 @@ impl Path {
                 self.engine
                     .write(buffer, extent.offset, self.write_through, piece);
                 if extent.sectors == MAX_PIECE_SECTORS {
-                    // Storage works on it while the next one is encrypted. Where this fails, the round's end tells of it.
+                    // Storage works on it while the next one is encrypted. If this fails, the round's end reports it.
                     let _ = self.engine.submit();
                 }
             }
@@ -351,7 +351,7 @@ impl Path {
                 queue = self.ring.index,
                 refusal = %why,
                 "the guest takes this disk for another one; it keeps the size and the options (--read-only, --sector-size) \
-                 of when it started: serve the disk as it was then, or start QEMU anew (told once)"
+                 of when it started: serve the disk as it was then, or restart QEMU (reported once)"
             );
         }
         match why.status() {
@@ -363,7 +363,7 @@ impl Path {
         }
     }
 
-    /// Takes no more chains: a ring that makes no sense is served no more until it is set up anew; other rings go on.
+    /// Takes no more chains: a ring that makes no sense is not served until it is set up again. Other rings are not concerned.
     pub(super) fn broken_by_driver(&mut self, reason: &dyn Display) {
         if !self.broken {
             self.broken = true;
@@ -371,7 +371,7 @@ impl Path {
         }
     }
 
-    /// Takes no more chains, since no kick tells of them.
+    /// Takes no more chains, since no kick announces them.
     pub(super) fn retire(&mut self) {
         self.broken = true;
     }
@@ -381,7 +381,7 @@ impl Path {
         self.stopping = true;
     }
 
-    /// Whether it was stopped, and nothing is in flight any more.
+    /// Whether it was stopped, and nothing is in flight.
     pub(super) fn is_drained(&self) -> bool {
         self.stopping && self.engine.in_flight() == 0 && self.current.is_none()
     }
@@ -408,7 +408,7 @@ impl Path {
         self.owes_notification
     }
 
-    /// Tells of an error of io_uring, which is not expected, and keeps this thread from a busy loop of them.
+    /// Logs an error of io_uring, which is not expected, and keeps this thread from a busy loop of them.
     pub(super) fn complain(&self, error: &io::Error) {
         tracing::error!(queue = self.ring.index, %error, "io_uring fails");
         std::thread::sleep(Duration::from_millis(10));

@@ -1,10 +1,9 @@
 //! How long a worker looks for something to do itself, before it sleeps until it is woken.
 //!
-//! To be woken takes several microseconds, and tens of them where the processor has gone to sleep too; to look takes
-//! processor time. So a worker looks only while something is likely to come soon: when it came soon the last times, and
-//! never for longer than a bound. This is the rule by which KVM polls for a halted guest's interrupts and QEMU's
-//! I/O threads for requests. A worker that waits for something rare stops looking after a few times; one that has
-//! enough in flight never looks, since what it would gain is small beside what is under way.
+//! A wake-up takes several microseconds, and tens of them if the processor sleeps too; a look takes processor time. So a worker
+//! looks only while an event is likely to come soon: when the last events came soon, and never for longer than a bound. KVM
+//! polls for a halted guest's interrupts by the same rule, and QEMU's I/O threads for requests. A worker that waits for rare
+//! events stops looking after a few of them. A worker that has enough in flight never looks, since the gain would be small.
 
 use std::time::{Duration, Instant};
 
@@ -39,7 +38,7 @@ impl Polling {
         false
     }
 
-    /// Takes into account that the worker looked in vain and then slept for `time`.
+    /// Takes into account that the worker found nothing, and then slept for `time`.
     pub(super) fn slept(&mut self, time: Duration) {
         self.window = if time < self.max {
             (self.window * 2).clamp(LEAST.min(self.max), self.max)

@@ -112,7 +112,7 @@ pub(super) enum BadRequest {
 }
 
 impl BadRequest {
-    /// What the driver is told; none if there is no way to tell it.
+    /// The status that the driver gets; none if there is no way to report it.
     pub(super) fn status(self) -> Option<Status> {
         match self {
             BadRequest::Malformed => None,
@@ -121,7 +121,7 @@ impl BadRequest {
         }
     }
 
-    /// Whether the driver may have been told of another disk: when the guest started, the disk was served with other
+    /// Whether the driver may have seen another disk: when the guest started, the disk was served with other
     /// options or had another size, and a front-end that reconnects does not ask again.
     pub(super) fn may_be_of_another_disk(self) -> bool {
         use BadRequest::{BadLength, OutOfRange, ReadOnly};

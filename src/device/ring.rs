@@ -51,7 +51,7 @@ impl Ring {
         Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
     }
 
-    /// Resets the kick, and gives how often it was signalled since the last time; 0 if somebody else has reset it.
+    /// Resets the kick, and gives how often it was signalled since the last time; 0 if the front-end has reset it.
     ///
     /// # Errors
     /// If it is not an eventfd.

@@ -60,7 +60,7 @@ impl Rings {
 
     /// Stops rings: when it returns, nothing of theirs is in flight, and the vrings know how far they were served.
     fn stop_those(&mut self, chosen: impl Fn(usize, &Served) -> bool) {
-        // All are told before one is waited for, so that they drain together.
+        // All are asked to stop before the first is waited for, so that they drain together.
         for (index, running) in self.running.iter().enumerate() {
             if let Some(running) = running.as_ref().filter(|running| chosen(index, running)) {
                 running.worker.tell_to_stop();
@@ -156,14 +156,14 @@ impl Paused<'_> {
         if agreed.has_config_wce() && !self.rings.agreed.has_config_wce() {
             tracing::info!(
                 "the guest agreed with an earlier build that it may switch the write cache off: each of its writes is on \
-                 stable storage before it is answered, until QEMU is started anew"
+                 stable storage before it is answered, until QEMU is restarted"
             );
         }
         self.rings.agreed = agreed;
         if agreed.write_through() && !self.disk().read_only {
-            // What others wrote before this driver, it takes to be on stable storage as well.
+            // This driver assumes that everything written before it is on stable storage as well.
             if let Err(error) = self.disk().file.sync() {
-                tracing::error!(%error, "what was written before cannot be put on stable storage; the next flush will fail");
+                tracing::error!(%error, "earlier writes cannot be put on stable storage; the next flush will fail");
             }
         }
     }

@@ -30,7 +30,7 @@ use crate::timestamp::Timestamp;
 /// Where front-ends come from.
 #[derive(Debug)]
 pub enum Endpoint {
-    /// A socket that we bind, and remove when we end.
+    /// A socket that we bind, and remove at our end.
     Path(PathBuf, Permissions),
     /// A socket that the process was started with: one that listens, or one that is connected to the only front-end.
     Fd(RawFd),
@@ -46,8 +46,8 @@ pub enum ServeError {
     )]
     BadFd { fd: RawFd, source: io::Error },
     #[error(
-        "file descriptor {fd} is a socket that neither listens nor is connected: nobody would come by it; call listen(2) on it \
-         before it is passed on"
+        "file descriptor {fd} is a socket that neither listens nor is connected, so no front-end can reach it; call listen(2) \
+         on it before it is passed on"
     )]
     IdleFd { fd: RawFd },
     #[error("io_uring cannot be set up: {}", uring::remedy(.0))]
@@ -83,8 +83,8 @@ enum Source {
 }
 
 impl Server {
-    /// Makes sure that a queue can be served, and takes the socket last: where it is, all else is too. Who connects waits until
-    /// [`Server::run`].
+    /// Makes sure that a queue can be served, and takes the socket last: when the socket exists, the disk can be served. A
+    /// front-end that connects waits until [`Server::run`].
     ///
     /// From here on SIGINT and SIGTERM wait for that, or for [`Server::wait_for`]; call it while there is one thread.
     pub fn new(disk: Arc<Disk>, num_queues: u16, endpoint: Endpoint) -> Result<Self, ServeError> {
@@ -214,10 +214,10 @@ struct Session {
     thread: JoinHandle<()>,
 }
 
-/// The numbers of the control thread's events.
 /// The most descriptors of earlier front-ends that may wait to be closed while a new one comes: far below what a process may have.
 const MOST_UNCLOSED: usize = 256;
 
+/// The numbers of the control thread's events.
 const SIGNAL: u32 = 0;
 const CONNECTION: u32 = 1;
 const SESSION_ENDED: u32 = 2;
@@ -266,8 +266,8 @@ impl Control {
         if unclosed > MOST_UNCLOSED {
             tracing::warn!(
                 unclosed,
-                "a front-end is turned away: earlier ones have passed descriptors that cannot be closed, since what is behind them, \
-                 as a FUSE file system, does not answer; end that, or restart `sealblk serve`"
+                "a front-end is turned away: earlier ones have passed descriptors that cannot be closed, since the file system \
+                 behind them, such as FUSE, does not answer; end it, or restart `sealblk serve`"
             );
             return;
         }
@@ -333,7 +333,7 @@ impl Control {
         manager::stopping();
         if let Some(session) = self.session.take() {
             // For the session this is the end of its messages. The front-end must not see an end before the rings are
-            // drained: it would take the used ring of that moment for the whole truth.
+            // drained: it would take the used ring of that moment as final.
             let _ = session.stream.shutdown(std::net::Shutdown::Read);
             let _ = session.thread.join();
         }

@@ -1,4 +1,4 @@
-//! A front-end's connection, from its first message to its leave: the protocol handler, the interceptor in front of it, and
+//! A front-end's connection, from its first message to its end: the protocol handler, the interceptor in front of it, and
 //! the rings behind it. The next connection gets a new one of each.
 
 use std::io;
@@ -21,7 +21,7 @@ use super::limits::MAX_QUEUE_SIZE;
 use super::rings::Rings;
 use super::vring::{self, Vring};
 
-/// Why a session ended other than by the front-end's leave.
+/// Why a session ended, unless the front-end left.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum SessionError {
     #[error("the session cannot be set up")]
@@ -58,7 +58,7 @@ pub(super) fn run(
 }
 
 /// The socket by which a session's protocol handler and its interceptor find each other. The crate connects by path only;
-/// this path leads through a descriptor of ours, so that nobody else can come by it.
+/// this path leads through a descriptor of ours, so that no other process can connect by it.
 #[derive(Debug)]
 pub(super) struct Link {
     listener: UnixListener,
@@ -82,7 +82,7 @@ impl Link {
 
     /// Starts the handler, and gives the interceptor's end of its connection.
     fn connect(&self, daemon: &mut VhostUserDaemon<Arc<Backend>>) -> Result<UnixStream, SessionError> {
-        // A session that could not accept its handler, for want of descriptors, leaves that connection behind.
+        // A session that could not accept its handler, since descriptors were exhausted, leaves that connection behind.
         while self.listener.accept().is_ok() {}
         let path = format!("/proc/self/fd/{}", self.inode.as_raw_fd());
         daemon.start_client(&path).map_err(SessionError::Handler)?;
@@ -94,7 +94,7 @@ impl Link {
     }
 }
 
-/// A directory that nobody else can enter, and a descriptor of it: where others can write to the directory around it, its path
+/// A directory that no other user can enter, and a descriptor of it: if others can write to the directory around it, its path
 /// may soon lead elsewhere.
 fn tempdir() -> io::Result<(PathBuf, OwnedFd)> {
     let mut name = [0; 8];
@@ -143,7 +143,7 @@ impl VhostUserBackend for Backend {
         config::read(&self.disk, self.num_queues, offset, size)
     }
 
-    /// The interceptor starts the rings anew after each change, with the memory of then.
+    /// The rings are started again after each change, with the memory of then.
     fn update_memory(&self, _memory: SharedMemory) -> io::Result<()> {
         Ok(())
     }

@@ -1,11 +1,13 @@
-//! A front-end can shrink the file of a memory region that we have mapped, and a file system can have no page for it, of
-//! huge ones above all; to touch what is not there raises SIGBUS, which would end the process. The handler here puts
-//! anonymous memory in the place of the whole region, so that the access goes on, and notes that guest memory
-//! [was lost](is_lost): from then on nothing that was read from it may reach storage, no request may be reported as done,
-//! and the session ends. Wayland compositors guard the pools that clients share with them the same way.
+//! Guest memory that is lost while it is mapped.
 //!
-//! The whole region, since a part of a huge page or of a DAX device cannot be replaced, and since there is a limit to the
-//! number of mappings. Memory that fails (BUS_MCEERR_AR), and a SIGBUS anywhere else, end the process as ever.
+//! A front-end can shrink the file of a memory region that we have mapped, and a file system can run out of pages, above all of
+//! huge ones. An access to a page that does not exist raises SIGBUS, which would end the process. The signal handler here maps
+//! anonymous memory in the place of the whole region, so that the access continues, and records that guest memory
+//! [was lost](is_lost). From then on no data that were read from guest memory reach storage, no request is reported as done,
+//! and the session ends. Wayland compositors guard the pools that clients share with them in the same way.
+//!
+//! The handler replaces the whole region, since a part of a huge page or of a DAX device cannot be replaced, and since the
+//! number of mappings has a limit. Memory that fails (BUS_MCEERR_AR), and a SIGBUS anywhere else, still end the process.
 
 #![allow(unsafe_code)] // A signal handler, and the mapping that it makes.
 
@@ -61,7 +63,7 @@ fn install() -> io::Result<()> {
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
     action.sa_sigaction = handle as extern "C" fn(_, _, _) as usize;
     action.sa_flags = libc::SA_SIGINFO;
-    // SAFETY: the handler has the signature that SA_SIGINFO asks for, and calls only what a handler may.
+    // SAFETY: the handler has the signature that SA_SIGINFO asks for, and makes only calls that a handler may make.
     let result = unsafe { libc::sigaction(libc::SIGBUS, &raw const action, std::ptr::null_mut()) };
     if result == 0 {
         Ok(())
@@ -93,7 +95,7 @@ extern "C" fn handle(_signal: libc::c_int, info: *mut libc::siginfo_t, _context:
 
 /// Maps anonymous memory over a region.
 fn replace(start: usize, len: usize) -> bool {
-    // SAFETY: the range is a mapping of guest memory, which nobody holds a reference into; what replaces it has the same
+    // SAFETY: the range is a mapping of guest memory, into which no reference points; the new mapping has the same
     // length and protection. mmap is a bare system call here.
     let mapped = unsafe {
         libc::mmap(

@@ -1,4 +1,4 @@
-//! How io_uring is set up, and what an operator does where it cannot be: each of the kernel's answers has a cause of its own.
+//! How io_uring is set up, and what an operator does if that fails: each of the kernel's errors has a cause of its own.
 
 use std::io;
 use std::thread;
@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use rustix::process::{Resource, getrlimit};
 
-/// Makes what needs a ring. io_uring gives up on memory that the kernel would have to reclaim first, and that of a ring that just
-/// went comes back a while later, so a lack of it is looked at again before it ends a session.
+/// Calls `make`, which sets up a ring. io_uring fails if the kernel would reclaim memory first, and the memory of a closed ring
+/// comes back a while later, so a lack of memory ends a session only after some more tries.
 pub(super) fn patiently<T>(mut make: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     let mut tries = 1..=TRIES;
     loop {
@@ -47,12 +47,12 @@ pub(super) fn remedy(error: &io::Error) -> String {
     }
 }
 
-/// Who may use io_uring: 0 all, 1 members of a group and administrators, 2 nobody.
+/// The users that may use io_uring: 0 all, 1 members of a group and administrators, 2 none.
 const SYSCTL: &str = "/proc/sys/kernel/io_uring_disabled";
 
 fn forbidden(sysctl: Option<&str>) -> String {
     match sysctl.map(str::trim) {
-        Some("2") => "this host forbids it to everybody; set the sysctl kernel.io_uring_disabled to 0".to_owned(),
+        Some("2") => "this host forbids it to all users; set the sysctl kernel.io_uring_disabled to 0".to_owned(),
         Some("1") => "this host allows it to administrators and to members of the group kernel.io_uring_group alone; run as one \
                       of them, or set the sysctl kernel.io_uring_disabled to 0"
             .to_owned(),
@@ -72,7 +72,7 @@ mod tests {
         assert!(told(libc::ENOSYS).contains("5.19"));
         assert!(told(libc::ENOMEM).contains("RLIMIT_MEMLOCK is "));
         assert!(told(libc::EMFILE).contains("LimitNOFILE"));
-        assert!(forbidden(Some("2\n")).contains("forbids it to everybody"));
+        assert!(forbidden(Some("2\n")).contains("forbids it to all users"));
         assert!(forbidden(Some("1\n")).contains("io_uring_group"));
         assert!(forbidden(Some("0\n")).contains("seccomp"));
         assert!(forbidden(None).contains("seccomp"));

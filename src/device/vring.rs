@@ -1,10 +1,10 @@
 //! The vrings of a session, shared between vhost-user-backend's protocol handler and the workers.
 //!
-//! The handler makes its vrings itself and hands them only to the threads that it would run the queues on. Our
-//! workers are not those threads (they wait for kicks and completions in one place, and stop by giving the ring
-//! back), so the vrings are collected as the handler makes them. In all else a [`Vring`] is the crate's own.
+//! The handler makes its vrings itself and gives them only to the threads on which it would run the queues. Our workers are
+//! not those threads: they wait for kicks and completions in one place, and stop by giving the ring back. So the vrings are
+//! collected while the handler makes them. In all else a [`Vring`] is the crate's own.
 
-#![allow(unsafe_code)] // vmm-sys-util's event types tell their descriptors as bare numbers only.
+#![allow(unsafe_code)] // vmm-sys-util's event types give their descriptors as bare numbers only.
 
 use std::cell::RefCell;
 use std::fs::File;

@@ -22,7 +22,7 @@ use crate::volume::segment::SegmentTable;
 const ROUND: usize = 4;
 /// With so many operations in flight, a worker sleeps rather than looks for what comes next.
 const ENOUGH_IN_FLIGHT: usize = 4;
-/// After how long without anything to do a worker goes on in a new thread.
+/// After how long without work a worker continues in a new thread.
 const REST: Duration = Duration::from_secs(1);
 /// So many kicks that find nothing are too many: one is the front-end's own, at the start.
 const VAIN_KICKS: u64 = 2;

@@ -1,8 +1,8 @@
 //! The thread of a [`Worker`]: how it starts, stops, and moves on when there is nothing to do.
 //!
 //! io_uring has threads of its own for what it cannot do at once, each sync among them. The last of those stays as long as the
-//! thread that it works for, and wakes up every 5 s all the while. So a worker that has had nothing to do for a while goes on
-//! in a new thread, for which the kernel has none: an idle disk wakes no processor.
+//! thread that it works for, and wakes up every 5 s. So a worker that has had no work for a while continues in a new thread, for
+//! which the kernel has no such thread: an idle disk wakes no processor.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -101,7 +101,7 @@ impl Shift {
         }
     }
 
-    /// Serves on this thread; nothing comes back if another one goes on.
+    /// Serves on this thread; nothing comes back if another thread continues.
     fn run(mut self) -> Option<Stopped> {
         let unwatched = loop {
             match self.worker.serve(&self.stop) {
