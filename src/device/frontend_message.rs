@@ -203,3 +203,77 @@ fn config(body: &[u8]) -> Option<FrontendMessage> {
         bytes: bytes.to_vec(),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn decode(code: FrontendReq, body: &[u8]) -> Result<FrontendMessage, Refused> {
+        FrontendMessage::decode(&Message::request(code, body))
+    }
+
+    #[test]
+    fn a_body_of_another_length_than_its_structure_is_refused() {
+        for (code, len) in [
+            (FrontendReq::SET_FEATURES, 8),
+            (FrontendReq::SET_PROTOCOL_FEATURES, 8),
+            (FrontendReq::SET_VRING_NUM, 8),
+            (FrontendReq::SET_VRING_BASE, 8),
+            (FrontendReq::GET_VRING_BASE, 8),
+            (FrontendReq::SET_VRING_ENABLE, 8),
+            (FrontendReq::SET_VRING_KICK, 8),
+            (FrontendReq::SET_VRING_ADDR, 40),
+            (FrontendReq::ADD_MEM_REG, 40),
+        ] {
+            for wrong in (0..64).filter(|wrong| *wrong != len) {
+                assert!(
+                    decode(code, &vec![0; wrong]).is_err(),
+                    "{code:?} of {wrong} bytes"
+                );
+            }
+            assert!(decode(code, &vec![0; len]).is_ok(), "{code:?}");
+        }
+    }
+
+    #[test]
+    fn a_memory_table_has_as_many_regions_as_it_says() {
+        let table = |says: u32, has: usize| {
+            let head = u64::from(says).to_ne_bytes();
+            decode(
+                FrontendReq::SET_MEM_TABLE,
+                &[&head[..], &vec![1; 32 * has]].concat(),
+            )
+        };
+        let Ok(FrontendMessage::SetMemTable(regions)) = table(2, 2) else {
+            panic!("two regions are refused");
+        };
+        assert_eq!(regions.len(), 2);
+        assert_eq!({ regions[1].mmap_offset }, u64::from_ne_bytes([1; 8]));
+        assert!(table(1, 2).is_err() && table(3, 2).is_err() && table(u32::MAX, 0).is_err());
+    }
+
+    #[test]
+    fn a_write_to_the_configuration_is_as_long_as_it_says() {
+        let write = |says: u32, has: usize| {
+            let head: Vec<_> = [32, says, 0].into_iter().flat_map(u32::to_ne_bytes).collect();
+            decode(FrontendReq::SET_CONFIG, &[head, vec![7; has]].concat())
+        };
+        let Ok(FrontendMessage::SetConfig { offset: 32, bytes }) = write(3, 3) else {
+            panic!("three bytes are refused");
+        };
+        assert_eq!(bytes, [7; 3]);
+        assert!(write(2, 3).is_err() && write(4, 3).is_err() && write(u32::MAX, 0).is_err());
+    }
+
+    #[test]
+    fn a_ring_without_a_descriptor_is_known_by_bit_8() {
+        for (value, index, is_there) in [(0_u64, 0, true), (0x105, 5, false), (0xff, 255, true)] {
+            let Ok(FrontendMessage::SetVringCall(ring)) =
+                decode(FrontendReq::SET_VRING_CALL, &value.to_ne_bytes())
+            else {
+                panic!("{value:#x} is refused");
+            };
+            assert_eq!((ring.index, ring.is_there), (index, is_there), "{value:#x}");
+        }
+    }
+}

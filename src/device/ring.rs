@@ -105,3 +105,23 @@ const BITS: usize = 64;
 fn bit(head: u16) -> u64 {
     1 << (head % 64)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_head_is_taken_once_until_it_is_given_back_and_none_beyond_the_queue() {
+        let mut heads = HeadsInHand::none(100);
+        for head in [0, 63, 64, 99] {
+            assert!(heads.take(head, 100), "{head}");
+            assert!(!heads.take(head, 100), "{head} twice");
+            heads.give_back(head);
+            assert!(heads.take(head, 100), "{head} again");
+        }
+        for head in [100, 127, 128, u16::MAX] {
+            assert!(!heads.take(head, 100), "{head}");
+            heads.give_back(head);
+        }
+    }
+}
