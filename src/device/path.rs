@@ -38,7 +38,7 @@ use crate::storage::{Buffer, Done, Engine, PAGE};
 use crate::volume::segment::{Extent, SegmentTable};
 
 /// All that the requests of one ring pass through.
-pub(super) struct Path {
+pub(super) struct RequestPath {
     pub ring: Ring,
     pub engine: Engine<Piece>,
     disk: Arc<Disk>,
@@ -63,7 +63,7 @@ pub(super) struct Path {
     broken: bool,
 }
 
-impl Path {
+impl RequestPath {
     pub(super) fn new(
         ring: Ring,
         disk: Arc<Disk>,

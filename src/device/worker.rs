@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::disk::Disk;
 use super::guest::HOW_TO_SHARE;
-use super::path::Path;
+use super::path::RequestPath;
 use super::polling::Polling;
 use super::ring::Ring;
 use super::task::Piece;
@@ -40,7 +40,7 @@ pub(super) enum End {
 
 /// Serves a ring.
 pub(super) struct Worker {
-    path: Path,
+    path: RequestPath,
     /// How often the driver kicked and had offered nothing yet.
     vain_kicks: u64,
     /// Whether this thread has done anything, and whether it has then been idle for long enough to end.
@@ -63,7 +63,7 @@ impl Worker {
         Ok(Self {
             polling_driver: polling(),
             polling_storage: polling(),
-            path: Path::new(ring, disk, table, engine, write_through)?,
+            path: RequestPath::new(ring, disk, table, engine, write_through)?,
             vain_kicks: 0,
             worked: false,
             rests: false,
