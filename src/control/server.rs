@@ -10,6 +10,7 @@ use super::peer::Peer;
 use super::quota::{Limits, Quota, Standing, UserQuota};
 use super::socket;
 use super::varlink::{self, Interface};
+use super::wire::Connection;
 use crate::closer::ClosedElsewhere;
 
 /// The most callers at a time; what is more is turned away. Strangers have nothing to wait for.
@@ -50,9 +51,11 @@ fn answer(stream: ClosedElsewhere<UnixStream>, service: &Arc<dyn Interface>, cal
         .name("caller".into())
         .stack_size(STACK);
     let spawned = thread.spawn(move || {
-        if let Err(error) = varlink::serve(stream.into_inner(), &peer, &*service, CALLER_TIMEOUT) {
+        let mut connection = Connection::new(stream.into_inner(), CALLER_TIMEOUT);
+        if let Err(error) = varlink::serve(&mut connection, &peer, &[&*service]) {
             tracing::debug!(%error, user = peer.user, "a caller was left");
         }
+        drop(connection);
         drop(place);
     });
     if let Err(error) = spawned {

@@ -6,7 +6,6 @@
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
@@ -162,17 +161,15 @@ pub trait Interface: Send + Sync {
     fn call(&self, method: &str, request: Request<'_>) -> Option<Result<Answer, MethodError>>;
 }
 
-/// Answers the calls of `peer` until it leaves, sends what is no call, or is silent for `timeout`.
+/// Answers the calls of `peer` to these interfaces until it leaves, sends what is no call, or is silent for too long.
 ///
 /// # Errors
 /// What ended the connection other than the caller's leave.
 pub fn serve(
-    stream: UnixStream,
+    connection: &mut Connection,
     peer: &Peer,
-    interface: &dyn Interface,
-    timeout: Duration,
+    interfaces: &[&dyn Interface],
 ) -> Result<(), WireError> {
-    let mut connection = Connection::new(stream, timeout);
     while let Some(message) = connection.receive::<Call>()? {
         let call = message.content;
         let request = Request {
@@ -181,7 +178,7 @@ pub fn serve(
             peer,
             more: call.more,
         };
-        let answer = answer(&call.method, request, interface);
+        let answer = answer(&call.method, request, interfaces);
         if call.oneway {
             continue;
         }
@@ -189,7 +186,7 @@ pub fn serve(
             Ok(Answer {
                 watch: Some(watch), ..
             }) => {
-                if tell(&mut connection, &watch, interface)? == Stream::Left {
+                if tell(connection, &watch, interface_of(&call.method))? == Stream::Left {
                     return Ok(());
                 }
                 continue;
@@ -221,7 +218,7 @@ enum Stream {
 const LOOK: Duration = Duration::from_secs(1);
 
 /// Sends events until the caller leaves, or cannot follow.
-fn tell(connection: &mut Connection, watch: &Watch, interface: &dyn Interface) -> Result<Stream, WireError> {
+fn tell(connection: &mut Connection, watch: &Watch, interface: &str) -> Result<Stream, WireError> {
     let event = |event: Option<&Value>| Reply {
         parameters: event
             .map(|event| object(json!({ "event": event })))
@@ -238,7 +235,7 @@ fn tell(connection: &mut Connection, watch: &Watch, interface: &dyn Interface) -
             Next::Behind => {
                 let lost = Reply {
                     parameters: Map::new(),
-                    error: Some(format!("{}.EventsLost", interface.name())),
+                    error: Some(format!("{interface}.EventsLost")),
                     continues: false,
                 };
                 connection.send(&lost, &[])?;
@@ -248,27 +245,36 @@ fn tell(connection: &mut Connection, watch: &Watch, interface: &dyn Interface) -
     }
 }
 
+/// The interface that a method's full name names.
+fn interface_of(full_name: &str) -> &str {
+    full_name.rsplit_once('.').map_or("", |(interface, _)| interface)
+}
+
 fn answer(
     full_name: &str,
     mut request: Request<'_>,
-    interface: &dyn Interface,
+    interfaces: &[&dyn Interface],
 ) -> Result<Answer, MethodError> {
     let (wanted, method) = full_name
         .rsplit_once('.')
         .ok_or_else(|| MethodError::invalid_parameter("method"))?;
     let not_found = || MethodError::new(SERVICE, "MethodNotFound", json!({ "method": full_name }));
-    if wanted == interface.name() {
+    let find = |name: &str| interfaces.iter().find(|interface| interface.name() == name);
+    if let Some(interface) = find(wanted) {
         return interface
             .call(method, request)
             .unwrap_or_else(|| Err(not_found()));
     }
+    let names: Vec<_> = std::iter::once(SERVICE)
+        .chain(interfaces.iter().map(|interface| interface.name()))
+        .collect();
     match (wanted, method) {
         (SERVICE, "GetInfo") => Ok(Answer::of(json!({
             "vendor": "sealblk",
             "product": "sealblk",
             "version": env!("CARGO_PKG_VERSION"),
             "url": "",
-            "interfaces": [SERVICE, interface.name()],
+            "interfaces": names,
         }))),
         (SERVICE, "GetInterfaceDescription") => {
             #[derive(Deserialize)]
@@ -276,10 +282,10 @@ fn answer(
                 interface: String,
             }
             let named = request.parameters::<Parameters>()?.interface;
-            let description = match named {
-                named if named == SERVICE => SERVICE_DESCRIPTION,
-                named if named == interface.name() => interface.description(),
-                named => {
+            let description = match (named.as_str(), find(&named)) {
+                (SERVICE, _) => SERVICE_DESCRIPTION,
+                (_, Some(interface)) => interface.description(),
+                (_, None) => {
                     return Err(MethodError::new(
                         SERVICE,
                         "InterfaceNotFound",
@@ -374,7 +380,8 @@ pub fn reply<T: DeserializeOwned>(connection: &mut Connection) -> Result<(T, Vec
     }
 }
 
-fn object(parameters: impl Serialize) -> Map<String, Value> {
+/// `parameters`, which are a JSON object, as a message carries them.
+pub(crate) fn object(parameters: impl Serialize) -> Map<String, Value> {
     match serde_json::to_value(parameters) {
         Ok(Value::Object(object)) => object,
         // Whoever waits for them finds them missing. It must not end the process: they may hold what others have chosen.
@@ -391,6 +398,7 @@ mod tests {
     use super::*;
     use crate::control::wire;
     use crate::keys::arena::SecretBytes;
+    use std::os::unix::net::UnixStream;
 
     /// Gives back what it gets, secrets among it.
     struct Echo;
@@ -430,7 +438,10 @@ mod tests {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let timeout = Duration::from_secs(10);
         let peer = Peer::of(&theirs).unwrap();
-        let service = std::thread::spawn(move || serve(theirs, &peer, &Echo, timeout));
+        let service = std::thread::spawn(move || {
+            let mut connection = Connection::new(theirs, timeout);
+            serve(&mut connection, &peer, &[&Echo])
+        });
         let mut connection = Connection::new(ours, timeout);
         work(&mut connection);
         drop(connection);

@@ -55,6 +55,8 @@ pub struct Connection {
     /// What was received behind the last message.
     ahead: Vec<u8>,
     descriptors: Vec<OwnedFd>,
+    /// Whether this process had too few descriptors for those of the next message.
+    lacks_descriptors: bool,
 }
 
 /// A message, and the descriptors beside it.
@@ -98,6 +100,7 @@ impl Connection {
             patient: false,
             ahead: Vec::new(),
             descriptors: Vec::new(),
+            lacks_descriptors: false,
         }
     }
 
@@ -151,7 +154,7 @@ impl Connection {
     /// Waits for a message; there is none when the other side has left.
     ///
     /// # Errors
-    /// [`WireError`]; the connection is of no use then.
+    /// [`WireError`]; the connection is of no use then, unless this process had too few descriptors (`EMFILE`).
     pub fn receive<T: DeserializeOwned>(&mut self) -> Result<Option<Message<T>>, WireError> {
         let mut searched = 0;
         let mut deadline = match self.patient && self.ahead.is_empty() {
@@ -163,6 +166,9 @@ impl Connection {
                 let message: Vec<u8> = self.ahead.drain(..=searched + end).collect();
                 let content = parsing::json(&message[..message.len() - 1])?;
                 let descriptors = std::mem::take(&mut self.descriptors);
+                if std::mem::take(&mut self.lacks_descriptors) {
+                    return Err(WireError::Io(Errno::MFILE.into()));
+                }
                 return Ok(Some(Message { content, descriptors }));
             }
             searched = self.ahead.len();
@@ -218,11 +224,12 @@ impl Connection {
                 self.descriptors.extend(descriptors);
             }
         }
-        // What did not fit was closed by the kernel.
-        if self.descriptors.len() > MAX_DESCRIPTORS
-            || received.flags.contains(rustix::net::ReturnFlags::CTRUNC)
-        {
-            return Err(WireError::TooManyDescriptors);
+        // What did not fit into the space, or into this process, was closed by the kernel.
+        let is_short = received.flags.contains(rustix::net::ReturnFlags::CTRUNC);
+        match self.descriptors.len() {
+            MAX_DESCRIPTORS if is_short => return Err(WireError::TooManyDescriptors),
+            0..=MAX_DESCRIPTORS => self.lacks_descriptors |= is_short,
+            _ => return Err(WireError::TooManyDescriptors),
         }
         self.ahead.extend_from_slice(&bytes[..received.bytes]);
         Ok(received.bytes)
