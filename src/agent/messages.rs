@@ -14,25 +14,27 @@ use crate::keys::{Binding, KeyError, KeyId, KeyReason, Revocation};
 /// The interface's name.
 pub const INTERFACE: &str = "org.sealblk.Agent";
 
+/// The longest name of a provider that anybody has.
+pub(crate) const MAX_NAME: usize = 64;
 /// The longest key ID that anybody has: a server's identifier of 1 KiB and a wrapped key. What is longer must not fill the log.
 const MAX_KEY_ID: usize = 2048;
 /// The longest path of a volume (`PATH_MAX`).
-pub(super) const MAX_PATH: usize = 4096;
+pub(crate) const MAX_PATH: usize = 4096;
 /// The longest wrapped secret. Memory for keys is scarce, and is taken before anything is authenticated.
-pub(super) const MAX_WRAPPED: usize = wire::MAX_SECRET + 256;
+pub(crate) const MAX_WRAPPED: usize = wire::MAX_SECRET + 256;
 
 /// [`Binding`], as the interface has it.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct WireBinding {
-    pub(super) volume: Uuid,
-    pub(super) provider: String,
-    pub(super) key_id: KeyId,
-    pub(super) keyslot: u32,
+pub(crate) struct WireBinding {
+    pub(crate) volume: Uuid,
+    pub(crate) provider: String,
+    pub(crate) key_id: KeyId,
+    pub(crate) keyslot: u32,
 }
 
 impl WireBinding {
-    pub(super) fn binding(&self) -> Binding<'_> {
+    pub(crate) fn binding(&self) -> Binding<'_> {
         Binding {
             volume: self.volume,
             provider: &self.provider,
@@ -44,95 +46,98 @@ impl WireBinding {
 
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
-pub(super) struct ListDisks {
-    pub(super) from: usize,
+pub(crate) struct ListDisks {
+    pub(crate) from: usize,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Disks {
-    pub(super) disks: Vec<Registrant>,
+pub(crate) struct Disks {
+    pub(crate) disks: Vec<Registrant>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) next: Option<usize>,
+    pub(crate) next: Option<usize>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct DefaultProvider {
-    pub(super) purpose: Purpose,
+pub(crate) struct DefaultProvider {
+    pub(crate) purpose: Purpose,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct CreateKek {
-    pub(super) provider: String,
-    pub(super) purpose: Purpose,
+pub(crate) struct CreateKek {
+    pub(crate) provider: String,
+    pub(crate) purpose: Purpose,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Wrap {
-    pub(super) binding: WireBinding,
-    pub(super) purpose: Purpose,
-    pub(super) secret: usize,
+pub(crate) struct Wrap {
+    pub(crate) binding: WireBinding,
+    pub(crate) purpose: Purpose,
+    pub(crate) secret: usize,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) path: Option<String>,
+    pub(crate) path: Option<String>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct SettleBinding {
-    pub(super) binding: WireBinding,
-    pub(super) purpose: Purpose,
+pub(crate) struct SettleBinding {
+    pub(crate) binding: WireBinding,
+    pub(crate) purpose: Purpose,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) path: Option<String>,
-    pub(super) stored: bool,
+    pub(crate) path: Option<String>,
+    pub(crate) stored: bool,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Unwrap {
-    pub(super) binding: WireBinding,
-    pub(super) purpose: Purpose,
-    pub(super) wrapped: String,
+pub(crate) struct Unwrap {
+    pub(crate) binding: WireBinding,
+    pub(crate) purpose: Purpose,
+    pub(crate) wrapped: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) path: Option<String>,
+    pub(crate) path: Option<String>,
+    /// The process that serves the volume, if that is the caller's parent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) process: Option<u32>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct Kek {
-    pub(super) provider: String,
-    pub(super) key_id: KeyId,
+pub(crate) struct Kek {
+    pub(crate) provider: String,
+    pub(crate) key_id: KeyId,
     /// In milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) max_age: Option<u64>,
+    pub(crate) max_age: Option<u64>,
     /// Only what the agent knows without asking the provider.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub(super) here: bool,
+    pub(crate) here: bool,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct PushKek {
-    pub(super) provider: String,
-    pub(super) key_id: KeyId,
-    pub(super) kek: usize,
+pub(crate) struct PushKek {
+    pub(crate) provider: String,
+    pub(crate) key_id: KeyId,
+    pub(crate) kek: usize,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct NamedProvider {
-    pub(super) provider: String,
+pub(crate) struct NamedProvider {
+    pub(crate) provider: String,
 }
 
 /// [`KeyError`], as the interface has it.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct KeyFailure {
-    pub(super) provider: String,
+pub(crate) struct KeyFailure {
+    pub(crate) provider: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) key_id: Option<KeyId>,
-    pub(super) hop: String,
-    pub(super) reason: KeyReason,
-    pub(super) causes: Vec<String>,
+    pub(crate) key_id: Option<KeyId>,
+    pub(crate) hop: String,
+    pub(crate) reason: KeyReason,
+    pub(crate) causes: Vec<String>,
 }
 
 impl KeyFailure {
-    pub(super) fn of(error: &KeyError) -> Self {
+    pub(crate) fn of(error: &KeyError) -> Self {
         Self {
             provider: error.provider.clone(),
             key_id: error.key_id.clone(),
@@ -145,67 +150,67 @@ impl KeyFailure {
 
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-pub(super) struct ListVolumes {
+pub(crate) struct ListVolumes {
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) volume: Option<Uuid>,
+    pub(crate) volume: Option<Uuid>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) provider: Option<String>,
+    pub(crate) provider: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) key_id: Option<KeyId>,
-    pub(super) from: usize,
+    pub(crate) key_id: Option<KeyId>,
+    pub(crate) from: usize,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Volumes {
-    pub(super) volumes: Vec<inventory::Entry>,
+pub(crate) struct Volumes {
+    pub(crate) volumes: Vec<inventory::Entry>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) next: Option<usize>,
-    pub(super) full: bool,
+    pub(crate) next: Option<usize>,
+    pub(crate) full: bool,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub(super) crowded: Vec<Share>,
+    pub(crate) crowded: Vec<Share>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct ScanVolumes {
-    pub(super) paths: Vec<String>,
-    pub(super) missing: bool,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct RevokeKek {
-    pub(super) provider: String,
-    pub(super) key_id: KeyId,
-    pub(super) revocation: Revocation,
-    pub(super) force: bool,
-    pub(super) dry_run: bool,
+pub(crate) struct ScanVolumes {
+    pub(crate) paths: Vec<String>,
+    pub(crate) missing: bool,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct RemoveProvider {
-    pub(super) provider: String,
+pub(crate) struct RevokeKek {
+    pub(crate) provider: String,
+    pub(crate) key_id: KeyId,
+    pub(crate) revocation: Revocation,
+    pub(crate) force: bool,
+    pub(crate) dry_run: bool,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct RemoveProvider {
+    pub(crate) provider: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) new_default: Option<String>,
-    pub(super) force: bool,
-    pub(super) dry_run: bool,
+    pub(crate) new_default: Option<String>,
+    pub(crate) force: bool,
+    pub(crate) dry_run: bool,
 }
 
 /// [`GuardError::InUse`], as the interface has it.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct InUse {
-    pub(super) what: String,
-    pub(super) volumes: Vec<Disk>,
-    pub(super) count: usize,
-    pub(super) full: bool,
+pub(crate) struct InUse {
+    pub(crate) what: String,
+    pub(crate) volumes: Vec<Disk>,
+    pub(crate) count: usize,
+    pub(crate) full: bool,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct NotBackedUp {
-    pub(super) provider: String,
+pub(crate) struct NotBackedUp {
+    pub(crate) provider: String,
 }
 
 /// Whether a provider may have such a key: all key IDs are visible ASCII, which JSON writes as it is.
-pub(super) fn may_be(key_id: &KeyId) -> bool {
+pub(crate) fn may_be(key_id: &KeyId) -> bool {
     key_id.0.len() <= MAX_KEY_ID && key_id.0.bytes().all(|byte| byte.is_ascii_graphic())
 }

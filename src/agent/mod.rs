@@ -6,7 +6,8 @@
 //! registered    which volumes are being served, under which KEKs
 //! certificates  when those that are about to expire are told of
 //! erasure       what the log is told of a volume's end
-//! client        the other side: the agent's providers, as a volume sees providers
+//! client        the other side: the agent at its socket
+//! providers     what answers this interface, be it an agent or a disk's key helper, as a volume sees providers
 //! messages      what goes between the two
 //! ```
 //!
@@ -17,7 +18,8 @@ mod certificates;
 mod client;
 mod erasure;
 mod manage;
-mod messages;
+pub(crate) mod messages;
+pub(crate) mod providers;
 mod registered;
 mod service;
 
@@ -46,6 +48,7 @@ pub use erasure::{Erasure, ErasureStep, record_erasure};
 pub use messages::INTERFACE;
 pub use registered::Registrant;
 use service::Service;
+pub(crate) use service::failure;
 
 /// Where its socket is, if nobody says otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/sealblk/agent.sock";

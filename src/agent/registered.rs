@@ -12,6 +12,7 @@ use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::sync::{Mutex, MutexGuard};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -99,13 +100,28 @@ impl Identity {
     fn of(process: i32) -> io::Result<Self> {
         let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
         let boot = boot.trim().parse().map_err(io::Error::other)?;
-        let stat = fs::read_to_string(format!("/proc/{process}/stat"))?;
-        // The name is in parentheses, and may hold some; the state, which is the third field, comes next.
-        let fields = stat.rsplit_once(')').map(|(_, fields)| fields.split_whitespace());
-        let started = fields
-            .and_then(|mut fields| fields.nth(22 - 3)?.parse().ok())
-            .ok_or(io::ErrorKind::InvalidData)?;
+        let started = stat_field(process, 22)?;
         Ok(Self { boot, started })
+    }
+}
+
+/// A number that the kernel tells of a process: that of a field of its `stat` (proc_pid_stat(5)), the fourth or a later one.
+fn stat_field<T: FromStr>(process: i32, field: usize) -> io::Result<T> {
+    let stat = fs::read_to_string(format!("/proc/{process}/stat"))?;
+    // The name is in parentheses, and may hold some; the state, which is the third field, comes next.
+    let fields = stat.rsplit_once(')').map(|(_, fields)| fields.split_whitespace());
+    let number = fields.and_then(|mut fields| fields.nth(field.checked_sub(3)?)?.parse().ok());
+    number.ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// Who serves the volume that `peer` asks for: `process`, if it is the peer's parent, whose key helper the peer is then; else the
+/// peer itself.
+pub(super) fn serving(peer: &Peer, process: Option<u32>) -> Peer {
+    let named = process.and_then(|process| i32::try_from(process).ok());
+    let is_parent = |named: &i32| stat_field::<i32>(peer.process, 4).is_ok_and(|parent| parent == *named);
+    Peer {
+        process: named.filter(is_parent).unwrap_or(peer.process),
+        ..peer.clone()
     }
 }
 

@@ -14,10 +14,10 @@ use super::Purpose;
 use super::certificates::Certificates;
 use super::manage::{LastListing, page};
 use super::messages::{
-    CreateKek, DefaultProvider, Disks, INTERFACE, Kek, KeyFailure, ListDisks, MAX_PATH, MAX_WRAPPED,
-    NamedProvider, PushKek, SettleBinding, Unwrap, WireBinding, Wrap, may_be,
+    CreateKek, DefaultProvider, Disks, INTERFACE, Kek, KeyFailure, ListDisks, MAX_NAME, MAX_PATH,
+    MAX_WRAPPED, NamedProvider, PushKek, SettleBinding, Unwrap, WireBinding, Wrap, may_be,
 };
-use super::registered::Registered;
+use super::registered::{Registered, serving};
 use crate::audit::AuditLog;
 use crate::control::events::{Event, Events};
 use crate::control::peer::Peer;
@@ -216,11 +216,13 @@ impl Service {
             purpose,
             wrapped,
             path,
+            process,
         } = request.parameters()?;
         check_names(&binding.provider, Some(&binding.key_id))?;
         let subject = about(&binding, purpose);
         let purposes = [Purpose::Attach, Purpose::Access, Purpose::Recrypt];
         self.permit_for(&request, purpose, &purposes, Some(binding.volume), &subject)?;
+        let peer = &serving(request.peer, process);
         let wrapped = BASE64_STANDARD
             .decode(&wrapped)
             .ok()
@@ -230,7 +232,7 @@ impl Service {
             .providers
             .provider(&binding.provider)
             .and_then(|provider| provider.unwrap(&binding.binding(), &wrapped));
-        let secret = self.judged(request.peer, &subject, secret)?;
+        let secret = self.judged(peer, &subject, secret)?;
         let pipe = wire::pass(&secret).map_err(|error| {
             let error = KeyError::new(&binding.provider, "the agent", KeyReason::Host).because(error);
             failure(&error)
@@ -243,11 +245,11 @@ impl Service {
             Some(grace) => with(subject, "grace", grace),
             None => subject,
         };
-        self.audited(Event::KeyReleased, request.peer, subject)?;
+        self.audited(Event::KeyReleased, peer, subject)?;
         // The volume's place is what the caller says: whoever opens volumes could say anything.
         let place = place(path.as_deref());
         self.index
-            .note(&binding.binding(), &place, Occasion::Opened, by(request.peer));
+            .note(&binding.binding(), &place, Occasion::Opened, by(peer));
         if purpose == Purpose::Attach {
             let WireBinding {
                 volume,
@@ -255,9 +257,7 @@ impl Service {
                 key_id,
                 ..
             } = &binding;
-            let before = self
-                .registered
-                .add(request.peer, *volume, (provider, key_id), grace);
+            let before = self.registered.add(peer, *volume, (provider, key_id), grace);
             if let Some(before) = before {
                 self.providers.forget(&before.provider, &before.key_id);
             }
@@ -467,7 +467,7 @@ pub(super) fn by(peer: &Peer) -> By {
     }
 }
 
-pub(super) fn failure(error: &KeyError) -> MethodError {
+pub(crate) fn failure(error: &KeyError) -> MethodError {
     MethodError::new(INTERFACE, "KeyFailure", KeyFailure::of(error))
 }
 
@@ -478,9 +478,6 @@ fn secret_of(request: &Request<'_>, index: usize, parameter: &str) -> Result<Sec
         .and_then(|descriptor| wire::take(descriptor).ok())
         .ok_or_else(|| MethodError::invalid_parameter(parameter))
 }
-
-/// The longest name of a provider that anybody has.
-const MAX_NAME: usize = 64;
 
 /// Refuses names that nobody has, and that would fill the log.
 pub(super) fn check_names(provider: &str, key_id: Option<&KeyId>) -> Result<(), MethodError> {
