@@ -10,6 +10,7 @@
 //! audit        a log that shows tampering
 //! control      the sockets on which sealblk's processes answer, and what each caller may ask for
 //! attachment   a volume that is being served: its key comes, goes and is changed
+//! key_helper   the process that gets a served disk's keys, and the way to it
 //! device       what the guest sees: virtio-blk over vhost-user
 //! inventory    the volumes that this host has bound or opened: hints, each checked against the volume itself
 //! volume       LUKS2 on storage, and the segment table that maps sectors to it
@@ -23,7 +24,7 @@
 //! ```
 //!
 //! To begin with: a guest's request from end to end is `device::path`; what becomes of a volume's key while it is served,
-//! [`attachment`]; what opens a keyslot, [`keys`]; what the agent is asked, [`agent`].
+//! [`attachment`]; where it comes from, [`key_helper`]; what opens a keyslot, [`keys`]; what the agent is asked, [`agent`].
 
 pub mod agent;
 pub mod attachment;
@@ -34,6 +35,7 @@ pub mod control;
 pub mod device;
 pub mod inventory;
 pub mod kbs;
+pub mod key_helper;
 pub mod keys;
 mod probe;
 pub mod storage;

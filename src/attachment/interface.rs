@@ -257,6 +257,7 @@ impl varlink::Interface for Interface {
 fn failed(error: &AttachmentError) -> MethodError {
     let reason = match error {
         AttachmentError::Open(error) => error.key().map(|key| key.reason),
+        AttachmentError::NoHelper(error) => Some(error.reason),
         _ => None,
     };
     let told = json!({ "message": describe(error), "reason": reason });

@@ -7,12 +7,11 @@
 //! ```
 //!
 //! While the disk is locked, the guest's requests wait; nothing of the volume's key is in this process. What it takes to
-//! get the key again is kept: the header, and where keys come from.
+//! get the key again is kept: the header, and the key helper ([`crate::key_helper`]).
 
 mod interface;
 mod twins;
 
-use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::mpsc::{Receiver, SendError, sync_channel};
@@ -23,11 +22,13 @@ use std::time::Duration;
 use rustix::event::{EventfdFlags, eventfd};
 use serde_json::{Value, json};
 
+use crate::agent::Purpose;
 use crate::cipher::KernelChoice;
 use crate::control::events::{Event, Events};
 use crate::control::manager;
 use crate::device::Disk;
-use crate::keys::{KeyError, KeyReason, Providers};
+use crate::key_helper::{HelperError, HelperFailure, KeyHelper};
+use crate::keys::{KeyError, KeyReason};
 use crate::mutex::lock;
 use crate::storage::Backing;
 use crate::volume::{Changed, Identity, Locked, Reason, Rekeyed, Volume, VolumeError};
@@ -42,6 +43,7 @@ const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LAST_RETRY: Duration = Duration::from_secs(30);
 
 /// What opens a volume, as often as it has to be opened.
+#[derive(Debug)]
 pub struct Opener {
     /// The disk, and the header where that is detached.
     pub disk: Backing,
@@ -49,33 +51,23 @@ pub struct Opener {
     pub header: Option<Backing>,
     /// What unlocks it.
     pub by: By,
+    /// Where keys and passphrases come from.
+    pub helper: KeyHelper,
     /// The kernel of its cipher.
     pub kernel: KernelChoice,
 }
 
 /// What unlocks a volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum By {
     /// Key providers.
-    Providers {
-        /// To open the volume.
-        attach: Box<dyn Providers + Send + Sync>,
-        /// To give it another KEK.
-        recrypt: Box<dyn Providers + Send + Sync>,
-    },
+    Providers,
     /// A passphrase, which is read each time.
     Passphrase {
-        /// Reads it, and opens the volume.
-        unlock: Box<Unlock>,
         /// It can be read once, so that a lock would have no way back.
         once: bool,
     },
 }
-
-/// Unlocks a volume.
-pub type Unlock = dyn Fn(&Locked<'_>) -> Result<Volume, OpenError> + Send + Sync;
-
-/// Why a passphrase cannot be read.
-pub type Unreadable = Box<dyn std::error::Error + Send + Sync>;
 
 /// Why a volume is not opened.
 #[derive(Debug, thiserror::Error)]
@@ -85,7 +77,10 @@ pub enum OpenError {
     Volume(#[from] VolumeError),
     /// What unlocks it.
     #[error("the passphrase cannot be read")]
-    Passphrase(#[source] Unreadable),
+    Passphrase(#[source] HelperFailure),
+    /// There is no way to a passphrase any more.
+    #[error(transparent)]
+    NoHelper(KeyError),
     /// The guest would notice.
     #[error(transparent)]
     Changed(#[from] Changed),
@@ -98,6 +93,7 @@ impl OpenError {
     /// Why the key is not to be had, if that is what is wrong.
     pub fn key(&self) -> Option<&KeyError> {
         match self {
+            Self::NoHelper(error) => Some(error),
             Self::Volume(error) => match &*error.reason {
                 Reason::Provider { source, .. } | Reason::Wrap(source) | Reason::Kek(source) => Some(source),
                 _ => None,
@@ -111,7 +107,10 @@ impl OpenError {
         self.key().is_some_and(|error| {
             !matches!(
                 error.reason,
-                KeyReason::Unauthentic | KeyReason::UnknownProvider | KeyReason::NotPermitted
+                KeyReason::Unauthentic
+                    | KeyReason::UnknownProvider
+                    | KeyReason::NotPermitted
+                    | KeyReason::NoHelper
             )
         })
     }
@@ -135,29 +134,35 @@ impl Opener {
     /// # Errors
     /// [`OpenError`].
     pub fn unlock(&self, locked: &Locked<'_>) -> Result<Volume, OpenError> {
-        Ok(match &self.by {
-            By::Providers { attach, .. } => locked.unlock_with_provider(&**attach)?,
-            By::Passphrase { unlock, .. } => unlock(locked)?,
-        })
+        match self.by {
+            By::Providers => Ok(locked.unlock_with_provider(&self.helper.providers(Purpose::Attach))?),
+            By::Passphrase { .. } => {
+                let forms = self.helper.passphrase()?;
+                let mut forms = forms.iter().map(|form| locked.unlock_with_passphrase(form));
+                let Some(first) = forms.next() else {
+                    return Err(OpenError::Passphrase(HelperFailure::no_passphrase()));
+                };
+                // Where none opens it, the form that is likely meant tells why.
+                Ok(first.or_else(|error| forms.find_map(Result::ok).ok_or(error))?)
+            }
+        }
+    }
+
+    /// Why a disk that is locked now could not be unlocked again.
+    fn no_way_back(&self) -> Option<AttachmentError> {
+        if self.by == (By::Passphrase { once: true }) {
+            return Some(AttachmentError::NoWayBack);
+        }
+        self.helper.ended().map(AttachmentError::NoHelper)
     }
 }
 
-impl fmt::Debug for By {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            By::Providers { .. } => "Providers",
-            By::Passphrase { .. } => "Passphrase",
-        })
-    }
-}
-
-impl fmt::Debug for Opener {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Opener")
-            .field("disk", &self.disk)
-            .field("header", &self.header)
-            .field("by", &self.by)
-            .finish_non_exhaustive()
+impl From<HelperError> for OpenError {
+    fn from(error: HelperError) -> Self {
+        match error {
+            HelperError::Failed(error) => Self::Passphrase(error),
+            HelperError::Ended(error) => Self::NoHelper(error),
+        }
     }
 }
 
@@ -224,6 +229,9 @@ pub enum AttachmentError {
          that nothing could unlock the disk again; to take the key away, end `sealblk serve` (SIGTERM): its guest waits until it is started again"
     )]
     NoWayBack,
+    /// The same, for another reason.
+    #[error("nothing could unlock the disk again")]
+    NoHelper(#[source] KeyError),
 }
 
 /// The first try to get the key of a volume that is being served.
@@ -328,10 +336,10 @@ impl Attachment {
     /// Takes the key away. When this returns, nothing of it is in this process.
     ///
     /// # Errors
-    /// [`AttachmentError::NoWayBack`]; the disk stays open.
+    /// [`AttachmentError::NoWayBack`] and [`AttachmentError::NoHelper`]; the disk stays open.
     pub fn lock(&self) -> Result<(), AttachmentError> {
-        if let By::Passphrase { once: true, .. } = self.opener.by {
-            return Err(AttachmentError::NoWayBack);
+        if let Some(error) = self.opener.no_way_back() {
+            return Err(error);
         }
         // It is in force at once, also while a rekey or an unlock waits for a server.
         let withdrawal = {
@@ -385,9 +393,9 @@ impl Attachment {
         provider: Option<&str>,
         if_older_than: Option<Duration>,
     ) -> Result<Option<Rekeyed>, AttachmentError> {
-        let By::Providers { recrypt, .. } = &self.opener.by else {
+        if self.opener.by != By::Providers {
             return Err(AttachmentError::NoProviders);
-        };
+        }
         let _turn = lock(&self.turn);
         if self.disk.is_locked() {
             return Err(AttachmentError::IsLocked);
@@ -398,7 +406,7 @@ impl Attachment {
         }
         let volume = self.opener.unlock(&locked)?;
         let rekeyed = locked
-            .rekey_to(&volume, &**recrypt, provider)
+            .rekey_to(&volume, &self.opener.helper.providers(Purpose::Recrypt), provider)
             .map_err(OpenError::from)?;
         let bound =
             json!({ "provider": rekeyed.provider, "keyId": rekeyed.key_id, "keyslot": rekeyed.keyslot });

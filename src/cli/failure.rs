@@ -14,6 +14,7 @@ use crate::control::socket::BindError;
 use crate::control::varlink::CallError;
 use crate::device::ServeError;
 use crate::inventory::GuardError;
+use crate::key_helper::{HelperError, HelperFailure};
 use crate::keys::registry::RegistryError;
 use crate::keys::{KeyError, KeyId, KeyReason};
 use crate::storage::StorageError;
@@ -366,6 +367,14 @@ pub enum Failure {
         "this host is out of descriptors or threads; raise LimitNOFILE and TasksMax of the unit, or `ulimit -n` and `-u`"
     )]
     Host(#[source] io::Error),
+    /// The process that is to get the keys.
+    #[error(
+        "the process that gets the disk's keys cannot be started; raise TasksMax and LimitNOFILE of the unit, or `ulimit -u` and `-n`"
+    )]
+    StartHelper(#[source] io::Error),
+    /// What it says.
+    #[error(transparent)]
+    Helper(HelperFailure),
     /// The control socket.
     #[error(transparent)]
     Socket(#[from] BindError),
@@ -380,6 +389,15 @@ pub enum Failure {
     Secret(#[from] SecretError),
 }
 
+impl From<HelperError> for Failure {
+    fn from(error: HelperError) -> Self {
+        match error {
+            HelperError::Failed(error) => Self::Helper(error),
+            HelperError::Ended(error) => Self::Key(error),
+        }
+    }
+}
+
 impl Failure {
     /// What goes with it, one a line.
     pub(super) fn list(&self) -> Vec<String> {
@@ -392,7 +410,8 @@ impl Failure {
     /// One of the codes that the help text lists.
     pub(super) fn exit_code(&self) -> u8 {
         match self {
-            Self::Process(_) | Self::Cipher(_) | Self::Null(_) | Self::Host(_) => HOST,
+            Self::Process(_) | Self::Cipher(_) | Self::Null(_) | Self::Host(_) | Self::StartHelper(_) => HOST,
+            Self::Helper(error) => error.exit_code,
             Self::SizeNeeded { .. }
             | Self::SameDescriptor { .. }
             | Self::WeakSecret { .. }
@@ -424,7 +443,8 @@ impl Failure {
             Self::Volume(VolumeError { reason, .. }) => volume_code(reason),
             Self::Open(error) => match error {
                 OpenError::Volume(VolumeError { reason, .. }) => volume_code(reason),
-                OpenError::Passphrase(error) => error.downcast_ref().map_or(KEY, secret_code),
+                OpenError::Passphrase(error) => error.exit_code,
+                OpenError::NoHelper(error) => key_code(error.reason),
                 OpenError::LockedMeanwhile => ASKED,
                 OpenError::Changed(_) => CONTENT,
             },
@@ -482,7 +502,7 @@ impl Failure {
 fn key_code(reason: KeyReason) -> u8 {
     match reason {
         KeyReason::Host => HOST,
-        KeyReason::NoAgent | KeyReason::NotPermitted => ASKED,
+        KeyReason::NoAgent | KeyReason::NoHelper | KeyReason::NotPermitted => ASKED,
         KeyReason::Indestructible => USAGE,
         _ => KEY,
     }

@@ -15,6 +15,7 @@ pub mod failure;
 mod info;
 mod journal;
 mod key;
+mod key_helper;
 mod keys;
 mod list;
 mod log;
@@ -129,6 +130,7 @@ enum Verb {
     Agent(agent::Agent),
     Audit(audit::Audit),
     Broker(broker::Broker),
+    KeyHelper(key_helper::KeyHelper),
 }
 
 /// What verbs know of the host that they run on. Nothing is read before a verb asks.
@@ -227,8 +229,14 @@ pub fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<(), Failure> {
     process::prepare().map_err(Failure::Process)?;
     harden::process().map_err(Failure::Process)?;
-    cipher::self_test()?;
-    if matches!(cli.verb, Verb::Serve(_) | Verb::Agent(_) | Verb::Broker(_)) {
+    // A key helper encrypts no sector, and its disk waits for it.
+    if !matches!(cli.verb, Verb::KeyHelper(_)) {
+        cipher::self_test()?;
+    }
+    if matches!(
+        cli.verb,
+        Verb::Serve(_) | Verb::Agent(_) | Verb::Broker(_) | Verb::KeyHelper(_)
+    ) {
         log::begin();
         output::log_events("info");
     } else {
@@ -255,6 +263,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Agent(verb) => verb.run(&host),
         Verb::Audit(verb) => verb.run(&host),
         Verb::Broker(verb) => verb.run(&host),
+        Verb::KeyHelper(verb) => verb.run(&host),
     }
 }
 

@@ -5,22 +5,25 @@
 //! does not belong, since nobody types it; anything else is taken byte for byte, as `cryptsetup --key-file` does. What does not
 //! open so is tried the other way, too.
 
+use std::ffi::OsString;
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::{BorrowedFd, RawFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 
 use clap::builder::{OsStringValueParser, TypedValueParser, ValueParser, ValueParserFactory};
+use rustix::io::FdFlags;
 
 use super::output;
+use crate::key_helper::MAX_SECRET;
 use crate::keys::arena::{ArenaError, SecretBytes};
 use crate::keys::private_file::{self, Exposed, Forbid};
 
 /// The longest secret that is read, in bytes: that of cryptsetup's key files.
-const MAX_LEN: usize = 8 << 20;
+const MAX_LEN: usize = MAX_SECRET;
 
 /// The size of the first piece that is read: nearly every secret is shorter.
 const PIECE: usize = 8 << 10;
@@ -135,6 +138,15 @@ impl fmt::Display for SecretSource {
 }
 
 impl SecretSource {
+    /// As it is written on the command line.
+    pub(super) fn argument(&self) -> OsString {
+        match self {
+            Self::File(path) => path.into(),
+            Self::Descriptor(fd) => format!("fd:{fd}").into(),
+            Self::Credential(name) => format!("cred:{name}").into(),
+        }
+    }
+
     /// Reads the secret byte for byte, as `cryptsetup --key-file` does.
     ///
     /// # Errors
@@ -208,6 +220,39 @@ impl SecretSource {
         }
     }
 
+    /// The descriptors, inherited by this process, that it is read from: one that was named, or that of the pipe of a shell's `<(...)`.
+    ///
+    /// # Errors
+    /// If the one that was named was not inherited.
+    pub(super) fn inherited(&self) -> Result<Vec<RawFd>, SecretError> {
+        let pipe = match self {
+            Self::Descriptor(fd) if is_inherited(*fd) => return Ok(vec![*fd]),
+            Self::Descriptor(_) => {
+                return Err(SecretError::Io {
+                    action: "read",
+                    location: self.to_string(),
+                    source: io::Error::from_raw_os_error(libc::EBADF),
+                });
+            }
+            Self::Credential(_) => return Ok(Vec::new()),
+            Self::File(path) => fs::metadata(path)
+                .ok()
+                .filter(|found| found.file_type().is_fifo()),
+        };
+        let (Some(pipe), true) = (pipe, self.can_be_read_once()) else {
+            return Ok(Vec::new());
+        };
+        let leads_there = |fd: &RawFd| {
+            let found = fs::metadata(format!("/proc/self/fd/{fd}"));
+            found.is_ok_and(|found| (found.dev(), found.ino()) == (pipe.dev(), pipe.ino()))
+        };
+        let numbers = fs::read_dir("/proc/self/fd").into_iter().flatten();
+        let numbers = numbers.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<RawFd>().ok());
+        Ok(numbers
+            .filter(|fd| is_inherited(*fd) && leads_there(fd))
+            .collect())
+    }
+
     fn open(&self, location: &str) -> Result<File, SecretError> {
         let io = |source| SecretError::Io {
             action: "read",
@@ -259,6 +304,11 @@ impl Key {
         }
     }
 
+    /// The form that is likely meant, then the other, if there is one.
+    pub(super) fn into_forms(self) -> impl Iterator<Item = SecretBytes> {
+        [Some(self.first), self.second].into_iter().flatten()
+    }
+
     /// The form that a volume or backup is to open with.
     pub fn first(&self) -> &SecretBytes {
         &self.first
@@ -289,9 +339,17 @@ fn has_name(fifo: &Path) -> bool {
     rustix::fs::statfs(fifo).is_ok_and(|stat| stat.f_type as u32 != PIPEFS_MAGIC)
 }
 
+/// Whether a descriptor is open that this process did not open itself: those are closed at the execution of another program.
+#[allow(unsafe_code)] // Borrows a descriptor by a number.
+fn is_inherited(fd: RawFd) -> bool {
+    // SAFETY: the number is only handed to `fcntl`, which says whether it is open. It is not -1.
+    let descriptor = unsafe { BorrowedFd::borrow_raw(fd) };
+    rustix::io::fcntl_getfd(descriptor).is_ok_and(|flags| !flags.contains(FdFlags::CLOEXEC))
+}
+
 /// Another descriptor of what an inherited one refers to; that one stays open.
 #[allow(unsafe_code)] // Borrows a descriptor by the number that the user gave.
-fn duplicate(fd: RawFd) -> io::Result<File> {
+pub(super) fn duplicate(fd: RawFd) -> io::Result<File> {
     // SAFETY: the number is only handed to `fcntl`, which says whether it is open. It is not -1.
     let inherited = unsafe { BorrowedFd::borrow_raw(fd) };
     Ok(inherited.try_clone_to_owned()?.into())

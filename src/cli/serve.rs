@@ -19,14 +19,14 @@ use super::secret::{SecretError, SecretSource};
 use super::size::{NotASize, Size};
 use super::socket_args::{differ, parse_group, parse_mode, warn_of_others};
 use super::{Host, output, process};
-use crate::agent::Purpose;
-use crate::attachment::{Attachment, By, Interface, OpenError, Opener};
+use crate::attachment::{Attachment, By, Interface, Opener};
 use crate::cipher::{KEY_LEN, KernelChoice, Sector, SectorCipher, SectorSize};
 use crate::closer::{self, ClosedElsewhere};
 use crate::control::privilege::Grants;
 use crate::control::socket::{self, Bound, Permissions};
 use crate::control::{manager, server, varlink};
 use crate::device::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES, Disk, Endpoint, Server, Waited};
+use crate::key_helper::{KeyHelper, Settings};
 use crate::keys::arena::{self, SecretBytes};
 use crate::storage::{Access, Backing, DataFile, PAGE, StorageError};
 use crate::volume::segment::{SegmentTable, Treatment};
@@ -173,6 +173,17 @@ impl Serve {
             differ(front_ends, control)?;
         }
         process::raise_descriptor_limit();
+        let by = match &self.passphrase_file {
+            Some(source) => By::Passphrase {
+                once: source.can_be_read_once(),
+            },
+            None => By::Providers,
+        };
+        // Before anything of the disk is read: a process that reads it starts no other.
+        let helper = match self.null_storage {
+            Some(_) => None,
+            None => Some(self.key_helper(host)?),
+        };
         closer::prepare();
         let access = if self.read_only {
             Access::ReadOnly
@@ -191,10 +202,10 @@ impl Serve {
             })
         };
         let (backing, header) = (claim(&self.blk_file)?, claim(&self.header)?);
-        let medium = match (backing, self.null_storage) {
-            (_, Some(size)) => self.null(size)?,
-            (Some(disk), None) => self.stored(host, disk, header)?,
-            (None, None) => unreachable!("clap asks for one of them"),
+        let medium = match (backing, helper, self.null_storage) {
+            (_, _, Some(size)) => self.null(size)?,
+            (Some(disk), Some(helper), None) => self.stored(helper, by, disk, header)?,
+            _ => unreachable!("clap asks for one of them"),
         };
         let disk = Arc::new(self.disk(&medium)?);
         // All that can fail is tried before a key is asked for, which other hosts and logs may hear of.
@@ -204,6 +215,7 @@ impl Serve {
         let (served, _claim) = match medium.key {
             Key::Volume { opener, identity } => {
                 arena::reserve(&SECRETS).map_err(SecretError::from)?;
+                opener.helper.watch().map_err(Failure::Host)?;
                 let served = Attachment::new(*opener, disk, identity);
                 if self.get_key(&server, &served)? == Waited::Stopped {
                     return Ok(());
@@ -225,6 +237,18 @@ impl Serve {
             (Some(served), Some(control)) => control.run_with(server, served),
             _ => Ok(server.run()?),
         }
+    }
+
+    /// Starts the process that gets the keys.
+    fn key_helper(&self, host: &Host) -> Result<KeyHelper, Failure> {
+        let source = self.passphrase_file.as_ref();
+        let settings = Settings {
+            state_dir: host.state_dir.clone(),
+            config: host.config.clone(),
+            passphrase: source.map(SecretSource::argument),
+            inherited: source.map_or(Ok(Vec::new()), SecretSource::inherited)?,
+        };
+        KeyHelper::start(settings).map_err(Failure::StartHelper)
     }
 
     /// Binds the control socket, if there is to be one.
@@ -261,7 +285,13 @@ impl Serve {
         Ok(waited)
     }
 
-    fn stored(&self, host: &Host, disk: Backing, header: Option<Backing>) -> Result<Medium, Failure> {
+    fn stored(
+        &self,
+        helper: KeyHelper,
+        by: By,
+        disk: Backing,
+        header: Option<Backing>,
+    ) -> Result<Medium, Failure> {
         let opened = match &header {
             Some(header) => Locked::open(header, Some(&disk)),
             None => Locked::open(&disk, None),
@@ -269,7 +299,7 @@ impl Serve {
         match opened {
             Ok(locked) => {
                 let volume = self.volume(&disk, &locked)?;
-                let by = self.unlocked_by(host, header.as_ref().unwrap_or(&disk).path())?;
+                helper.open(header.as_ref().unwrap_or(&disk))?;
                 let identity = locked.identity()?;
                 if let Some(expected) = self.volume
                     && identity.uuid() != expected
@@ -286,6 +316,7 @@ impl Serve {
                         disk,
                         header,
                         by,
+                        helper,
                         kernel: self.cipher_kernel,
                     }),
                 }))
@@ -325,28 +356,6 @@ impl Serve {
             sector_size,
             file: Arc::new(disk.data_file(locked.alignment(sector_size.bytes() as u32))?),
             serial: locked.uuid().simple().to_string(),
-        })
-    }
-
-    /// What unlocks the volume whose header is in `path`.
-    fn unlocked_by(&self, host: &Host, path: &Path) -> Result<By, Failure> {
-        Ok(match &self.passphrase_file {
-            Some(source) => {
-                let source = source.clone();
-                By::Passphrase {
-                    once: source.can_be_read_once(),
-                    unlock: Box::new(move |locked| {
-                        let key = source
-                            .read_key()
-                            .map_err(|error| OpenError::Passphrase(error.into()))?;
-                        Ok(key.open(|form| locked.unlock_with_passphrase(form))?)
-                    }),
-                }
-            }
-            None => By::Providers {
-                attach: Box::new(host.keys_of(path, Purpose::Attach)?),
-                recrypt: Box::new(host.keys_of(path, Purpose::Recrypt)?),
-            },
         })
     }
 

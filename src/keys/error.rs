@@ -33,6 +33,8 @@ pub enum KeyReason {
     UnknownProvider,
     /// The host's agent, which has the providers, does not answer.
     NoAgent,
+    /// The process that gets the keys of a served disk has ended.
+    NoHelper,
     /// The host's agent does not let this user do it.
     NotPermitted,
     /// The provider exists, but its configuration or its own files cannot be used.
@@ -93,9 +95,10 @@ impl KeyError {
 
 impl KeyReason {
     #[cfg(test)]
-    pub(crate) const ALL: [Self; 17] = [
+    pub(crate) const ALL: [Self; 18] = [
         Self::UnknownProvider,
         Self::NoAgent,
+        Self::NoHelper,
         Self::NotPermitted,
         Self::Invalid,
         Self::NotNoted,
@@ -118,6 +121,7 @@ impl KeyReason {
         match self {
             Self::UnknownProvider => "this host has no such key provider",
             Self::NoAgent => "this host's key agent does not answer",
+            Self::NoHelper => "the process that gets this disk's keys has ended",
             Self::NotPermitted => "this host's key agent does not let this user do that",
             Self::Invalid => "the key provider's own state cannot be used",
             Self::NotNoted => "this host cannot note which key the volume gets, so it gets none",
@@ -144,6 +148,9 @@ impl KeyReason {
             }
             Self::NoAgent => {
                 "start `sealblk agent`, or correct its `socket` under [agent] in the configuration"
+            }
+            Self::NoHelper => {
+                "end `sealblk serve` (SIGTERM) and start it again: the guest waits meanwhile, and loses nothing"
             }
             Self::NotPermitted => {
                 "grant the privilege that the cause names, in the agent's configuration, and restart the agent, which reads it when \

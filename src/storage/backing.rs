@@ -239,6 +239,15 @@ impl Backing {
         result
     }
 
+    /// The same file or device, to be read by another process: its description shares no lock with the claim.
+    ///
+    /// # Errors
+    /// If this user may not read it, or descriptors are exhausted.
+    pub fn reopen_to_read(&self) -> io::Result<File> {
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        Ok(rustix::fs::open(fd_path(&self.file), flags, Mode::empty())?.into())
+    }
+
     /// How to lock metadata, which lie in a file: by flock(2), or not at all.
     pub fn metadata_lock(&self) -> FileLock {
         match (claim::one_kind_of_lock(&self.file), self.access) {

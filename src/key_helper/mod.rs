@@ -1,0 +1,330 @@
+//! The one way to a key: `sealblk serve` gets keys from a helper process, and from nothing else.
+//!
+//! ```text
+//! sealblk serve                          its helper: sealblk key-helper
+//! guest, front-end, control socket       configuration, state directory, providers, TLS, name service
+//!   the volume key, expanded               no key, session or passphrase between requests
+//!       |                                      |                    |                    |
+//!       +--------- one socketpair -------------+              the agent's socket,  or providers of its own,
+//!                                                                                   or the passphrase file
+//! ```
+//!
+//! The process that a guest can attack holds no way to a key but this: it opens no provider, no credential and no passphrase file,
+//! and connects to no agent. It starts the helper first, before it opens the disk, and cannot start another one later.
+//!
+//! **What is spoken.** Over the socketpair the serving process calls the methods of `org.sealblk.Agent`, in the same messages, by
+//! the same code ([`Caller`]) as any client of the agent. Two more methods are in `org.sealblk.KeyHelper`: `Open` passes the
+//! header's file, as a read-only description of its own that shares no lock with the claim; `ReadPassphrase` gives a passphrase.
+//!
+//! **What the helper accepts.** It reads the header itself, once, and from then on answers for that volume's UUID only, for the
+//! purposes attach and recrypt only. The path that the agent or the list of known
+//! volumes gets to see is the helper's own. If the configuration has an agent, the helper forwards to it, by one connection for each
+//! request, so that an agent that was restarted is found again. Otherwise it opens the provider in the state directory, for
+//! this request. With `--passphrase-file` it reads that file at each request, and there are no providers.
+//!
+//! **What it keeps.** Between requests: the volume's UUID, the providers' settings (which hold paths and addresses), and the name of
+//! the passphrase file. Slot secrets and passphrases pass through the key arena and leave by pipes.
+//!
+//! **Its life.** It inherits standard error, the socket, and a passphrase's descriptor if there is one, which the serving
+//! process closes then; no other descriptor. It ignores the signals of a terminal and of a service manager that end the serving
+//! process, and ends when the socket closes; the kernel kills it when the serving process has ended while a request is being
+//! answered (PR_SET_PDEATHSIG). A thread of the serving process waits for it, tells the log when it ends too early, and leaves no
+//! zombie. The disk is served on then, with the key that it has; what needs the helper says so ([`KeyReason::NoHelper`]), and
+//! `lock` is refused, since nothing could unlock the disk again.
+//!
+//! The agent knows a caller by its user and groups, which both processes have in common. It lists the disk under the serving
+//! process, which the helper names, and which the agent believes if it is the helper's parent.
+
+mod process;
+
+use std::fmt;
+use std::io::Read;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use uuid::Uuid;
+
+use crate::agent::Purpose;
+use crate::agent::providers::{Caller, Cause, Route, lacks_descriptors, unanswered};
+use crate::control::varlink::{CallError, call, object};
+use crate::control::wire::Connection;
+use crate::keys::arena::SecretBytes;
+use crate::keys::{KeyError, KeyReason, Providers};
+use crate::mutex::lock;
+use crate::parsing;
+use crate::path_text;
+use crate::storage::Backing;
+
+use process::Process;
+pub(crate) use process::Settings;
+
+/// The interface's name.
+pub(crate) const INTERFACE: &str = "org.sealblk.KeyHelper";
+/// It in varlink's interface definition language.
+pub(crate) const DESCRIPTION: &str = include_str!("org.sealblk.KeyHelper.varlink");
+
+/// `Open`, as the interface has it.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Open {
+    pub(crate) header: usize,
+    pub(crate) path: String,
+}
+
+/// What it answers.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Opened {
+    pub(crate) volume: Uuid,
+}
+
+/// What `ReadPassphrase` answers.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Passphrase {
+    pub(crate) forms: Vec<Form>,
+}
+
+/// A secret on its way.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Form {
+    pub(crate) secret: usize,
+    pub(crate) bytes: usize,
+}
+
+/// The error `Failed`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct WireFailure {
+    pub(crate) message: String,
+    pub(crate) causes: Vec<String>,
+    pub(crate) exit_code: u8,
+}
+
+/// The longest secret that comes from a helper, in bytes: that of cryptsetup's key files.
+pub(crate) const MAX_SECRET: usize = 8 << 20;
+
+/// What a helper cannot do, with what lies under it.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct HelperFailure {
+    message: String,
+    /// The exit code of the verb that fails for it.
+    pub exit_code: u8,
+    source: Option<Box<Cause>>,
+}
+
+impl HelperFailure {
+    /// It answers, and gives no passphrase.
+    pub(crate) fn no_passphrase() -> Self {
+        Self::of("the key helper gives none", 1)
+    }
+
+    fn of(message: &str, exit_code: u8) -> Self {
+        Self {
+            message: message.to_owned(),
+            exit_code,
+            source: None,
+        }
+    }
+}
+
+/// Why a helper gives no answer that helps.
+#[derive(Debug, thiserror::Error)]
+pub enum HelperError {
+    /// It cannot do it.
+    #[error(transparent)]
+    Failed(#[from] HelperFailure),
+    /// It has ended.
+    #[error(transparent)]
+    Ended(#[from] KeyError),
+}
+
+/// The helper of this process.
+#[derive(Debug)]
+pub struct KeyHelper(Arc<Line>);
+
+/// The way to the helper.
+struct Line {
+    // First, so that the helper is dismissed before the connection ends.
+    process: Process,
+    connection: Mutex<Connection>,
+}
+
+impl fmt::Debug for Line {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Line")
+            .field("process", &self.process)
+            .finish_non_exhaustive()
+    }
+}
+
+impl KeyHelper {
+    /// Starts the helper. It waits for [`KeyHelper::open`].
+    ///
+    /// # Errors
+    /// If there can be no other process, or descriptors are exhausted.
+    pub(crate) fn start(settings: Settings) -> std::io::Result<Self> {
+        let (process, connection) = Process::start(settings)?;
+        Ok(Self(Arc::new(Line {
+            process,
+            connection: Mutex::new(connection),
+        })))
+    }
+
+    /// Has the helper read the header, of the volume that it serves from then on.
+    ///
+    /// # Errors
+    /// Where there is no such volume for it, or no way to its keys.
+    pub(crate) fn open(&self, header: &Backing) -> Result<(), HelperError> {
+        let failed = |error: std::io::Error| self.0.fail().because(error);
+        let file = header.reopen_to_read().map_err(failed)?;
+        let path = header.path();
+        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        let open = Open {
+            header: 0,
+            path: path_text::to_text(&path),
+        };
+        match self.ask::<Opened>("Open", open, &[file.as_fd()]) {
+            Err(HelperError::Ended(error)) => {
+                Err(self.0.process.failure().map_or(error.into(), HelperError::Failed))
+            }
+            asked => asked.map(drop),
+        }
+    }
+
+    /// Has a thread wait for the helper's end, which is told to the log.
+    ///
+    /// # Errors
+    /// If threads are exhausted.
+    pub(crate) fn watch(&self) -> std::io::Result<()> {
+        self.0.process.watch()
+    }
+
+    /// Why it can do nothing any more, if that is so.
+    pub(crate) fn ended(&self) -> Option<KeyError> {
+        self.0.process.has_ended().then(|| self.0.fail())
+    }
+
+    /// Its providers, asked for `purpose`.
+    pub(crate) fn providers(&self, purpose: Purpose) -> impl Providers {
+        let route: Arc<dyn Route> = Arc::<Line>::clone(&self.0);
+        Caller::new(route, purpose)
+    }
+
+    /// The passphrase of the volume: the forms in which it may be meant.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub(crate) fn passphrase(&self) -> Result<Vec<SecretBytes>, HelperError> {
+        let (Passphrase { forms }, descriptors) = self.ask("ReadPassphrase", Map::new(), &[])?;
+        let take = |form: &Form| {
+            let descriptor = descriptors
+                .get(form.secret)
+                .ok_or(std::io::ErrorKind::UnexpectedEof)?;
+            receive(descriptor, form.bytes)
+        };
+        let secrets: std::io::Result<Vec<_>> = forms.iter().map(take).collect();
+        Ok(secrets.map_err(|error| self.0.fail().because(error))?)
+    }
+
+    fn ask<T: serde::de::DeserializeOwned>(
+        &self,
+        method: &str,
+        parameters: impl Serialize,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(T, Vec<OwnedFd>), HelperError> {
+        let method = format!("{INTERFACE}.{method}");
+        let called = self.0.call(&method, &object(parameters), descriptors);
+        let (answer, descriptors) = called.map_err(|error| self.failure(error))?;
+        let answer = parsing::json_value(Value::Object(answer));
+        Ok((answer.map_err(|error| self.0.fail().because(error))?, descriptors))
+    }
+
+    fn failure(&self, error: CallError) -> HelperError {
+        let told = match error {
+            CallError::Method(told) => told,
+            error => {
+                let reason = unanswered(&*self.0, &error);
+                return KeyError::new("", self.0.hop(), reason).because(error).into();
+            }
+        };
+        let parameters = Value::Object(told.parameters.clone());
+        match parsing::json_value::<WireFailure>(parameters) {
+            Ok(failure) => HelperFailure {
+                message: failure.message,
+                exit_code: failure.exit_code,
+                source: Cause::of(failure.causes),
+            }
+            .into(),
+            Err(_) => self.0.fail().because(CallError::Method(told)).into(),
+        }
+    }
+}
+
+impl Line {
+    fn fail(&self) -> KeyError {
+        KeyError::new("", self.hop(), self.no_answer())
+    }
+}
+
+impl Route for Line {
+    fn call(
+        &self,
+        method: &str,
+        parameters: &Map<String, Value>,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(Map<String, Value>, Vec<OwnedFd>), CallError> {
+        let mut connection = lock(&self.connection);
+        let called = call(&mut connection, method, parameters, descriptors);
+        match &called {
+            Ok(_) | Err(CallError::Method(_)) => {}
+            Err(error) if lacks_descriptors(error) => {}
+            // No call comes to an answer any more.
+            Err(_) => self.process.give_up(),
+        }
+        called
+    }
+
+    fn hop(&self) -> String {
+        format!("the key helper, process {}", self.process.id())
+    }
+
+    fn no_answer(&self) -> KeyReason {
+        KeyReason::NoHelper
+    }
+}
+
+/// Takes a secret of so many bytes, which the helper writes meanwhile.
+fn receive(descriptor: &OwnedFd, bytes: usize) -> std::io::Result<SecretBytes> {
+    if bytes > MAX_SECRET {
+        return Err(std::io::ErrorKind::FileTooLarge.into());
+    }
+    let mut secret = SecretBytes::zeroed(bytes).map_err(std::io::Error::other)?;
+    std::fs::File::from(descriptor.try_clone()?).read_exact(&mut secret)?;
+    Ok(secret)
+}
+
+/// A secret of any length on its way: the end of a pipe, to which a thread writes it.
+///
+/// # Errors
+/// If descriptors or threads are exhausted.
+pub(crate) fn give(secret: SecretBytes) -> std::io::Result<OwnedFd> {
+    let (take, mut give) = std::io::pipe()?;
+    std::thread::Builder::new()
+        .name("passphrase".into())
+        // Who does not take it has ended.
+        .spawn(move || drop(std::io::Write::write_all(&mut give, &secret)))?;
+    Ok(take.into())
+}
+
+/// `path`, as [`Open`] tells it.
+pub(crate) fn path_of(open: &Open) -> std::path::PathBuf {
+    path_text::from_text(&open.path)
+}
+
+/// A descriptor as a path by which it can be opened again.
+pub(crate) fn reopened(descriptor: &OwnedFd) -> std::path::PathBuf {
+    use std::os::fd::AsRawFd;
+    Path::new("/proc/self/fd").join(descriptor.as_raw_fd().to_string())
+}
