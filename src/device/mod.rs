@@ -38,8 +38,8 @@
 //! A request is carried out in pieces of at most 128 KiB. For each piece, the worker asks the segment table once where the
 //! sectors lie and under which key. The table's answer, an extent, travels with the piece to its end. A piece with data takes a
 //! buffer from the queue's pool. For a write, the cipher reads guest memory and writes ciphertext into the buffer, and io_uring
-//! writes the buffer to storage. For a read, io_uring fills the buffer. So guest memory never holds ciphertext, and a buffer
-//! never holds plaintext.
+//! writes the buffer to storage. For a read, io_uring fills the buffer. So guest memory never holds ciphertext, and a buffer of
+//! an encrypted disk never holds plaintext.
 //!
 //! The worker learns that a piece has ended in the place where it also waits for kicks. The cipher decrypts a read's buffer into
 //! guest memory, and the buffer goes back to the pool. After the last piece of a request the worker writes the status byte and
@@ -52,9 +52,9 @@
 //! # What I/O stands on
 //!
 //! A worker serves a ring by the vring's addresses and descriptors, the mapped guest memory, the features that front-end and
-//! driver agreed on, and the disk's segment table. While a ring runs, none of them changes. The worker has the ring by value and gives
-//! it back when nothing is in flight. A message of the front-end that changes one of these is applied while the rings are paused
-//! (`rings::Paused`), and `lock` takes the segment table away and waits until each ring has come back.
+//! driver agreed on, and the disk's segment table. While a ring runs, none of them changes. The worker has the ring by value
+//! and gives it back when nothing is in flight. A message of the front-end that changes one of these is applied while the
+//! rings are paused (`rings::Paused`). `lock` takes the segment table away, and waits until each worker has given it back.
 
 #![warn(
     clippy::cast_possible_truncation,
