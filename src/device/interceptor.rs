@@ -66,18 +66,17 @@ pub(super) fn relay(
     disk: &Disk,
     rings: &mut Rings,
 ) -> Result<(), InterceptError> {
-    let result = Handler::new(handler).map_err(Into::into).and_then(|handler| {
-        let mut interceptor = Interceptor {
-            front_end,
-            handler,
-            disk,
-            rings,
-            protocol: VhostUserProtocolFeatures::empty(),
-            back_end_channel: None,
-        };
-        interceptor.relay()
-    });
-    rings.stop();
+    let mut interceptor = Interceptor {
+        front_end,
+        handler: Handler::new(handler)?,
+        disk,
+        rings,
+        protocol: VhostUserProtocolFeatures::empty(),
+        back_end_channel: None,
+    };
+    let result = interceptor.relay();
+    // Before the handler goes, whose vrings they are.
+    interceptor.rings.stop();
     result
 }
 
