@@ -13,8 +13,9 @@
 //! key_helper   the process that gets a served disk's keys, and the way to it
 //! device       what the guest sees: virtio-blk over vhost-user
 //! inventory    the volumes that this host has bound or opened: hints, each checked against the volume itself
-//! volume       LUKS2 on storage, and the segment table that maps sectors to it
-//! storage, keys, tpm
+//! storage      files and block devices: claims on them, what they can do, and the io_uring engine
+//! volume       LUKS2, and the segment table that maps sectors to it
+//! keys, tpm
 //! toml_file    how settings are written; probe: threads that wait for files that may never answer
 //!
 //! and packages of their own, which know nothing of the above:

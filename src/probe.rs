@@ -19,7 +19,7 @@ use tracing::subscriber::{NoSubscriber, with_default};
 
 use crate::apart::let_go_of_descriptors;
 use crate::mutex::lock;
-use crate::storage::Mount;
+use sealblk_base::mounts::Mount;
 
 /// How long a place may take: longer than a disk that has to spin up, on most days.
 const LIMIT: Duration = Duration::from_secs(5);

@@ -13,14 +13,18 @@ use sealblk::cipher::{Reader, Sector, SectorSize, Workspace};
 use sealblk::keys::arena::SecretBytes;
 use sealblk::keys::registry::{Backup, Registry, Source};
 use sealblk::keys::{KeyProvider, Providers};
-use sealblk::storage::{Access, Backing, FileLock, StorageError};
+use sealblk::storage::{Access, Backing, StorageError};
 use sealblk::volume::segment::Treatment;
 use sealblk::volume::{
-    Argon2Cost, CopiesInfo, CreateOptions, HeaderError, HeaderState, Info, LockMode, Locked, MetadataLock,
-    Reason, Refusal, Volume, create,
+    Argon2Cost, CopiesInfo, CreateOptions, FileLock, HeaderError, HeaderIo, HeaderState, Info, LockMode,
+    Locked, MetadataLock, Reason, Refusal, Volume, create,
 };
 use serde_json::Value;
 use vm_memory::VolatileSlice;
+
+fn as_io(payload: &Option<Backing>) -> Option<&dyn HeaderIo> {
+    payload.as_ref().map(|payload| payload as &dyn HeaderIo)
+}
 
 const PASSPHRASE: &str = "correct horse battery staple";
 const RECOVERY: &str = "rk-1234-5678";
@@ -529,7 +533,7 @@ fn a_detached_header_of_ours_opens_with_cryptsetup() {
         recovery_key: Some((&recovery, CHEAP)),
         overwrite: false,
     };
-    create(&header, payload.as_ref(), &options).unwrap();
+    create(&header, as_io(&payload), &options).unwrap();
     drop((header, payload));
     assert_eq!(fs::metadata(&disk.path).unwrap().len(), 8 * MIB);
     disk.cryptsetup_opens(RECOVERY);
@@ -628,7 +632,7 @@ impl Disk {
             recovery_key: Some((&secret(RECOVERY), CHEAP)),
             overwrite: false,
         };
-        create(&header, payload.as_ref(), &options).unwrap();
+        create(&header, as_io(&payload), &options).unwrap();
         disk
     }
 
@@ -695,12 +699,12 @@ impl Disk {
 
     fn info(&self) -> Info {
         let (header, payload) = self.backings(Access::Inspect);
-        Info::read(&header, payload.as_ref()).unwrap()
+        Info::read(&header, as_io(&payload)).unwrap()
     }
 
     fn unlock(&self, passphrase: &str) -> Result<Volume, Reason> {
         let (header, payload) = self.backings(Access::ReadWrite);
-        let locked = Locked::open(&header, payload.as_ref()).map_err(|error| *error.reason)?;
+        let locked = Locked::open(&header, as_io(&payload)).map_err(|error| *error.reason)?;
         locked
             .unlock_with_passphrase(&secret(passphrase))
             .map_err(|error| *error.reason)
@@ -708,7 +712,7 @@ impl Disk {
 
     fn unlock_with_provider(&self) -> Result<Volume, Reason> {
         let (header, payload) = self.backings(Access::ReadWrite);
-        let locked = Locked::open(&header, payload.as_ref()).map_err(|error| *error.reason)?;
+        let locked = Locked::open(&header, as_io(&payload)).map_err(|error| *error.reason)?;
         locked
             .unlock_with_provider(&self.providers)
             .map_err(|error| *error.reason)

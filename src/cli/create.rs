@@ -108,7 +108,7 @@ impl Create {
             None => default_provider(host, &mut keys, recovery_key.is_some())?,
         };
         let key_id = provider.create_kek()?;
-        let (header_io, payload) = match &header {
+        let (header_io, payload): (_, Option<&dyn HeaderIo>) = match &header {
             Some(header) => (header, Some(&disk)),
             None => (&disk, None),
         };
@@ -122,7 +122,7 @@ impl Create {
                 .map(|key| (key.key.first(), Argon2Cost::for_this_host())),
             overwrite: self.force,
         };
-        volume::create(header_io, payload.map(|disk| disk as _), &options)?;
+        volume::create(header_io, payload, &options)?;
         // Read back before anybody relies on it.
         let created = Locked::open(header_io, payload)?;
         made.keep();

@@ -8,7 +8,7 @@ use super::Keys;
 use super::failure::Failure;
 use super::secret::SecretSource;
 use crate::storage::{Access, Backing};
-use crate::volume::{Info, Locked, Volume};
+use crate::volume::{HeaderIo, Info, Locked, Volume};
 
 #[derive(Debug, Args)]
 pub(super) struct VolumeArgs {
@@ -66,7 +66,7 @@ pub(super) struct Files {
 
 impl Files {
     /// What holds the header, and the payload if that is elsewhere.
-    pub(super) fn parts(&self) -> (&Backing, Option<&Backing>) {
+    pub(super) fn parts(&self) -> (&Backing, Option<&dyn HeaderIo>) {
         match &self.header {
             Some(header) => (header, Some(&self.disk)),
             None => (&self.disk, None),

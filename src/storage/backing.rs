@@ -24,6 +24,7 @@ use super::claim::{self, Claim};
 use super::loss::Losses;
 use super::pool::PAGE_U32;
 use crate::error_chain::remedy;
+use crate::volume::FileLock;
 
 /// What a [`Backing`] is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,17 +44,6 @@ pub enum Kind {
     File,
     /// A block device.
     BlockDevice,
-}
-
-/// What keeps others from the metadata in a file while they are read or written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FileLock {
-    /// flock(2).
-    Flock,
-    /// The claim on the file, which keeps out flock(2) too.
-    Claimed,
-    /// Nothing: there is no claim, and flock(2) would wait for that of who serves the disk.
-    None,
 }
 
 /// Why a file or block device cannot be used as storage.

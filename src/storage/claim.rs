@@ -40,7 +40,7 @@ use rustix::fs::{Mode, OFlags, major, minor};
 
 use super::backing::{Access, StorageError};
 use super::capabilities::sysfs;
-use super::mounts::{Mount, overlay_upper};
+use sealblk_base::mounts::{Mount, overlay_upper};
 
 /// The locks on what else leads to a disk, until it is dropped.
 #[derive(Debug, Default)]

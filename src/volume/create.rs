@@ -23,7 +23,6 @@ use super::ways_in::{
 use crate::cipher::SectorSize;
 use crate::keys::arena::{ArenaError, SecretBytes};
 use crate::keys::{Binding, KeyId, KeyProvider};
-use crate::storage::Backing;
 
 /// What a new volume shall be.
 #[derive(Debug)]
@@ -51,10 +50,9 @@ pub struct CreateOptions<'a> {
 /// not be overwritten. When writing fails, what is left is not a volume.
 pub fn create(
     header: &dyn HeaderIo,
-    payload: Option<&Backing>,
+    payload: Option<&dyn HeaderIo>,
     options: &CreateOptions<'_>,
 ) -> Result<Uuid, VolumeError> {
-    let payload = payload.map(|payload| payload as &dyn HeaderIo);
     Plan::new(header, payload, options)
         .and_then(|plan| plan.carry_out(header, payload))
         .map_err(|reason| reason.at(header.path()))

@@ -4,16 +4,10 @@
 use std::fmt::Debug;
 use std::fs::File;
 use std::io;
-use std::num::NonZeroU64;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate};
-use rustix::io::Errno;
-
 use super::lock::{LockMode, MetadataLock};
-use crate::storage::{Backing, Kind};
 
 /// What direct I/O is aligned to, wherever it is to be had.
 pub const BLOCK: u64 = 4096;
@@ -65,99 +59,4 @@ pub trait HeaderIo: Debug {
 
     /// Waits for the lock that every writer of metadata honours.
     fn lock(&self, mode: LockMode) -> io::Result<MetadataLock<'_>>;
-}
-
-impl HeaderIo for Backing {
-    fn path(&self) -> &Path {
-        Backing::path(self)
-    }
-
-    fn size(&self) -> io::Result<u64> {
-        Backing::len(self).map_err(io::Error::other)
-    }
-
-    fn can_grow(&self) -> bool {
-        self.kind() == Kind::File
-    }
-
-    fn set_size(&self, size: u64) -> io::Result<()> {
-        if i64::try_from(size).is_err() {
-            return Err(Errno::FBIG.into());
-        }
-        self.file().set_len(size)
-    }
-
-    fn read_only(&self) -> bool {
-        Backing::read_only(self)
-    }
-
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        match self.direct() {
-            Some(file) => read_blocks(file, buffer, offset),
-            // A file system without direct I/O keeps its cache in step with its storage; NFS does when the file is locked.
-            None => self.file().read_exact_at(buffer, offset),
-        }
-    }
-
-    // Through the page cache, which takes care of a device's alignment. Direct reads find what is in it.
-
-    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        self.file().write_all_at(bytes, offset)
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        Backing::sync(self)
-    }
-
-    fn forget_cached(&self, range: Range<u64>) -> io::Result<()> {
-        let len = NonZeroU64::new(range.end - range.start);
-        Ok(fadvise(self.file(), range.start, len, Advice::DontNeed)?)
-    }
-
-    fn uncached(&self) -> io::Result<Option<File>> {
-        self.direct().map(File::try_clone).transpose()
-    }
-
-    fn discard(&self, range: Range<u64>) -> io::Result<bool> {
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        match fallocate(self.file(), flags, range.start, range.end - range.start) {
-            Ok(()) => Backing::sync(self).map(|()| true),
-            Err(Errno::OPNOTSUPP | Errno::NODEV | Errno::INVAL | Errno::NOSYS) => Ok(false),
-            Err(error) => Err(error.into()),
-        }
-    }
-
-    fn lock(&self, mode: LockMode) -> io::Result<MetadataLock<'_>> {
-        MetadataLock::acquire(self.file(), mode, self.metadata_lock())
-    }
-}
-
-/// Fills `buffer` from `offset` by direct I/O, which is in whole blocks.
-fn read_blocks(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-    const MOST: usize = 1 << 20;
-    let block = BLOCK as usize;
-    let mut memory = vec![0; MOST.min(buffer.len()).next_multiple_of(block) + 2 * block];
-    let start = memory.as_ptr().align_offset(block);
-    let blocks = &mut memory[start..];
-    let mut filled = 0;
-    while filled < buffer.len() {
-        let at = offset.saturating_add(filled as u64);
-        let before = (at % BLOCK) as usize;
-        let rest = (buffer.len() - filled).min(MOST);
-        let len = (before + rest)
-            .next_multiple_of(block)
-            .min(blocks.len() / block * block);
-        let read = match file.read_at(&mut blocks[..len], at - before as u64) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            result => result?,
-        };
-        // Less than was asked for ends at the end of the file, in the middle of a block perhaps.
-        let found = read.saturating_sub(before).min(rest);
-        if found == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        buffer[filled..filled + found].copy_from_slice(&blocks[before..before + found]);
-        filled += found;
-    }
-    Ok(())
 }

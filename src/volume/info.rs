@@ -9,7 +9,6 @@ use super::header_io::HeaderIo;
 use super::locked::{keyslots_of_segments, layout};
 use super::metadata::{Id, Kdf, Keyslot, Metadata, Segment, SegmentSize, Token};
 use super::token::{self, SealblkToken};
-use crate::storage::Backing;
 use crate::timestamp::Timestamp;
 
 /// What an operator asks of a volume. Its JSON form is stable: fields are added, and none is renamed or removed.
@@ -175,14 +174,10 @@ impl Info {
     ///
     /// # Errors
     /// Where there is no LUKS2 header.
-    pub fn read(io: &dyn HeaderIo, payload: Option<&Backing>) -> Result<Self, VolumeError> {
+    pub fn read(io: &dyn HeaderIo, payload: Option<&dyn HeaderIo>) -> Result<Self, VolumeError> {
         let read = || {
             let found = copies::read_locked(io)?;
-            Ok(Self::of(
-                &found,
-                io,
-                payload.map(|payload| payload as &dyn HeaderIo),
-            ))
+            Ok(Self::of(&found, io, payload))
         };
         read().map_err(|reason: Reason| reason.at(io.path()))
     }

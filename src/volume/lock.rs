@@ -10,7 +10,7 @@
 //! and a sequence number, so that no half-written header passes for one. Nothing is written without the lock.
 //!
 //! The lock is held for the moment of reading or writing metadata, never while a key is derived or a disk is served;
-//! what keeps two servers off one disk is the lock of [`crate::storage::Backing`], which flock(2) does not see.
+//! it does not keep two servers off one disk: their storage has a lock for that, which flock(2) does not see.
 
 use std::fs::File;
 use std::io;
@@ -23,13 +23,22 @@ use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, fstat, major, minor, mkdir, openat, stat, unlink};
 use rustix::io::Errno;
 
-use crate::storage::FileLock;
-
 /// What is done under the lock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LockMode {
     Read,
     Write,
+}
+
+/// What keeps others from the metadata in a file while they are read or written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileLock {
+    /// flock(2).
+    Flock,
+    /// The claim on the file, which keeps out flock(2) too.
+    Claimed,
+    /// Nothing: there is no claim, and flock(2) would wait for that of who serves the disk.
+    None,
 }
 
 /// The lock on the metadata of one device, until it is dropped.

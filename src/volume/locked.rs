@@ -21,7 +21,6 @@ use super::refusal;
 use super::segment::SegmentTable;
 use crate::cipher::{KernelChoice, SectorCipher, SectorSize};
 use crate::keys::arena::SecretBytes;
-use crate::storage::Backing;
 
 /// A volume whose header was read and found to be one that sealblk serves. No key is at hand.
 #[derive(Debug)]
@@ -113,10 +112,10 @@ impl<'header> Locked<'header> {
     ///
     /// # Errors
     /// Where there is no LUKS2 header, both its copies are damaged, or sealblk does not serve what it describes.
-    pub fn open(header: &'header dyn HeaderIo, payload: Option<&Backing>) -> Result<Self, VolumeError> {
+    pub fn open(header: &'header dyn HeaderIo, payload: Option<&dyn HeaderIo>) -> Result<Self, VolumeError> {
         let read = || {
             let (found, state) = read_and_repair(header)?;
-            let layout = layout(&found, header, payload.map(|payload| payload as &dyn HeaderIo))?;
+            let layout = layout(&found, header, payload)?;
             Ok(Self {
                 io: header,
                 header: found,

@@ -7,7 +7,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::storage::Mount;
+use sealblk_base::mounts::Mount;
 
 /// Memory in KiB.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -76,7 +76,7 @@ pub use header_io::{BLOCK, HeaderIo};
 pub use info::{CopiesInfo, Info, KdfInfo, KeyslotInfo, Purpose, SegmentInfo, TokenInfo};
 pub use kdf::{Argon2Cost, KdfError};
 pub use keyslot::{KeyslotError, MATERIAL_LEN};
-pub use lock::{LockMode, MetadataLock};
+pub use lock::{FileLock, LockMode, MetadataLock};
 pub use locked::{Changed, Identity, Locked, Volume};
 pub use refusal::Refusal;
 pub use rekey::Rekeyed;

@@ -12,7 +12,7 @@ pub struct Mount {
     /// The number that fdinfo names it by.
     id: String,
     /// Number of the file system: two mounts of it have the same.
-    pub(super) device: String,
+    pub device: String,
     /// What of the file system is mounted.
     pub root: PathBuf,
     /// Where it is mounted.
@@ -57,14 +57,14 @@ impl Mount {
     }
 
     /// The one through which `file` was opened.
-    pub(super) fn of(file: &File, mounts: &[Self]) -> Option<usize> {
+    pub fn of(file: &File, mounts: &[Self]) -> Option<usize> {
         let info = fs::read_to_string(format!("/proc/thread-self/fdinfo/{}", file.as_raw_fd())).ok()?;
         let id = info.lines().find_map(|line| line.strip_prefix("mnt_id:"))?.trim();
         mounts.iter().position(|mount| mount.id == id)
     }
 
     /// The one that `path` lies in, which is absolute and without links.
-    pub(super) fn holding<'a>(path: &Path, mounts: &'a [Self]) -> Option<&'a Self> {
+    pub fn holding<'a>(path: &Path, mounts: &'a [Self]) -> Option<&'a Self> {
         let holds = mounts.iter().filter(|mount| path.starts_with(&mount.point));
         holds.max_by_key(|mount| mount.point.components().count())
     }
@@ -107,7 +107,7 @@ fn unescaped(text: &[u8]) -> OsString {
 }
 
 /// Where the file of an overlayfs lies once it was written to: the path in the mount stands for one in the upper directory.
-pub(super) fn overlay_upper(file: &File, mounts: &[Mount]) -> Option<PathBuf> {
+pub fn overlay_upper(file: &File, mounts: &[Mount]) -> Option<PathBuf> {
     let mount = &mounts[Mount::of(file, mounts)?];
     if !mount.is("overlay") {
         return None;
