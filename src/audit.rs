@@ -1,16 +1,16 @@
 //! The audit log: a line of JSON for each use of a key, each refusal and each failure, chained by hashes.
 //!
-//! Every record holds `prev`, the SHA-256 of the line before it, so that a line that was changed, removed or put in
-//! shows. Who can write to the file can also write a new chain, or cut its end: keep the head that `sealblk audit verify`
-//! prints somewhere else, or have the journal keep it.
+//! Every record holds `prev`, the SHA-256 of the previous line, so that a changed, removed or inserted line is
+//! detected. A user with write access to the file can also write a new chain, or cut off its end: keep the head that
+//! `sealblk audit verify` prints elsewhere, or let the journal keep it.
 //!
-//! A record is on stable storage before what it tells of is done.
+//! A record is on stable storage before its action is done.
 //!
-//! Several processes may write a log, as a broker and the verbs that change what it knows: each takes the file's lock for a
-//! record, and goes on from what the others have written meanwhile, whose links it checks.
+//! Several processes can write a log, for instance a broker and the verbs that change its state: each takes the file's lock
+//! for a record, checks the links of records that other processes have added, and continues after them.
 //!
-//! A crash in the middle of a line leaves it by half, and nothing in it proves what came before. So the record behind it,
-//! `LogRecovered`, has the hash of the last whole record in `prev` as every other has, and in `torn` that of what lies between.
+//! A crash in the middle of a line leaves a truncated line, which proves nothing about the lines before it. So the next
+//! record, `LogRecovered`, has the hash of the last complete record in `prev`, and the hash of the truncated line in `torn`.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
@@ -74,8 +74,8 @@ pub enum AuditError {
     },
     /// There is none.
     #[error(
-        "{}: there is no audit log here: `sealblk agent`, `sealblk erase` and `sealblk broker` begin theirs in the state directory; \
-         name that with --state-dir, or the log itself",
+        "{}: this audit log does not exist: `sealblk agent`, `sealblk erase` and `sealblk broker` write one in their state \
+         directory; give that directory with --state-dir, or name the log itself",
         path.display()
     )]
     Missing {
@@ -84,7 +84,7 @@ pub enum AuditError {
     },
     /// It was tampered with, or is no audit log.
     #[error(
-        "{}: line {line} {what}; keep the file for whoever looks into it, and have the writer begin another",
+        "{}: line {line} {what}; move the file away for the investigation, so that its writer begins a new log",
         path.display()
     )]
     Broken {
@@ -97,7 +97,7 @@ pub enum AuditError {
     },
     /// What is written is not what is read.
     #[error(
-        "{}: it was moved or removed while it was written; put it back, or end who writes it (the agent, the broker) first",
+        "{}: the log was moved or removed while it was in use; put it back, or first end its writer (the agent, the broker)",
         path.display()
     )]
     Moved {
@@ -105,7 +105,7 @@ pub enum AuditError {
         path: PathBuf,
     },
     /// The end is not what it was.
-    #[error("{}: no line has the hash {head}: the log was cut, or this head is another log's; keep the file for whoever looks into it", path.display())]
+    #[error("{}: no line has the hash {head}: the log was truncated, or this head belongs to another log; keep the file for the investigation", path.display())]
     HeadNotFound {
         /// The log.
         path: PathBuf,
@@ -195,7 +195,7 @@ impl AuditLog {
             return Err(AuditError::Broken {
                 path: self.path.clone(),
                 line: end.known.chain.lines,
-                what: "and perhaps others are gone: the log was cut while it was written",
+                what: "and perhaps more lines are missing: the log was truncated while it was in use",
             });
         }
         // What was known stays so, should this fail.
@@ -303,7 +303,7 @@ pub fn verify_each(
         return Err(AuditError::Broken {
             path: path.to_owned(),
             line: chain.lines,
-            what: "is there by half: its writer crashed while it wrote it, or the log was cut",
+            what: "is truncated: its writer crashed during the write, or the log was truncated",
         });
     }
     match head {
@@ -376,22 +376,22 @@ impl Chain {
             self.torn_lines += 1;
             return match self.torn_lines {
                 ..=MAX_TORN => Ok(None),
-                _ => Err("is no record, and follows many that are none: this is no audit log"),
+                _ => Err("is not a record, like many lines before it: this is not an audit log"),
             };
         };
         let is = |name: &str, value: Value| record.get(name) == Some(&value);
         if !is("prev", lower::encode_string(&self.last).into()) {
-            return Err("does not follow the one before it: one of them was changed, or lines are missing");
+            return Err("does not follow the previous line: one of them was changed, or lines are missing");
         }
         if !is("seq", self.lines.into()) {
-            return Err("has not its number");
+            return Err("has the wrong number");
         }
         let recovers = is("event", RECOVERED.into());
         if recovers && !is("torn", lower::encode_string(&self.torn.clone().finalize()).into()) {
-            return Err("tells of other lines that a crash has left than those before it");
+            return Err("has the hash of another truncated line than the one before it");
         }
         if self.torn_lines > 0 && !recovers {
-            return Err("follows one that is no record");
+            return Err("follows a line that is not a record");
         }
         self.last = Sha256::digest(text).into();
         (self.torn, self.torn_lines) = (Sha256::new(), 0);

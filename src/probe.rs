@@ -1,11 +1,11 @@
-//! A look at places that may never answer: a file system whose server is away, a device that has lost its paths. What waits for
-//! one of these may not even be killed, so each look is a thread's, which can be left behind.
+//! Reads of paths that may never answer: a file system whose server does not answer, a device that has lost its paths. Even
+//! a kill may not end such a read, so each read has a thread that can be abandoned.
 //!
-//! There are at most [`MOST`] such threads for each [`Pool`]: places that callers name cannot use up those for the files that this
-//! host's settings name. A place is asked by one thread at a time. One that was silent is not asked again as long as the thread
-//! that asked it waits, and neither is what else lies on a file system that is silent itself.
+//! Each [`Pool`] has at most [`MOST`] such threads: paths that callers name cannot use up the threads for the files that this
+//! host's settings name. One thread at a time reads a path. While that thread waits, no other thread reads the path, nor
+//! other paths of a file system that does not answer.
 //!
-//! Such a thread has no descriptors of the process' ([`crate::apart`]).
+//! Such a thread has none of the process' descriptors ([`crate::apart`]).
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -38,7 +38,7 @@ pub(crate) enum Silence {
     Path,
     #[error("{} does not answer", .0.display())]
     FileSystem(PathBuf),
-    #[error("too many other places do not answer")]
+    #[error("too many other paths do not answer")]
     Busy,
 }
 

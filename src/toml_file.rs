@@ -1,4 +1,4 @@
-//! TOML files that an operator writes: read strictly, and only where nobody else could have written them.
+//! TOML files of an operator: read strictly, and only if no other user could have written them.
 
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -29,7 +29,7 @@ pub enum TomlFileError {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// It is not TOML, or holds what is not known.
-    #[error("{} cannot be understood; correct it, or restore it from a backup", path.display())]
+    #[error("{} cannot be parsed; correct it, or restore it from a backup", path.display())]
     Syntax {
         /// The file.
         path: PathBuf,

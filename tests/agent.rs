@@ -547,10 +547,7 @@ fn served_volumes_are_known_until_their_processes_end() {
         "{ended:?}"
     );
     let text = String::from_utf8(run(&mut agent.verb(&["list"])).stdout).unwrap();
-    assert_eq!(
-        text,
-        "no volume that the agent has given the key of is being served\n"
-    );
+    assert_eq!(text, "no volume with a key from the agent is being served\n");
 }
 
 /// A volume that is rekeyed while it is served is listed under its new key, and the agent lets go of the old one.

@@ -89,7 +89,11 @@ fn no_new_volume_relies_on_a_provider_that_was_not_backed_up() {
     assert!(!host.path("vm.luks").exists());
     let list = host.on("state", &["provider", "list"]);
     assert_eq!(list.status.code(), Some(KEY));
-    assert!(String::from_utf8(list.stdout).unwrap().contains("not backed up"));
+    assert!(
+        String::from_utf8(list.stdout)
+            .unwrap()
+            .contains("has no backup yet")
+    );
     let listed = || {
         let output = host.on("state", &["provider", "list", "--json"]);
         serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap()
@@ -100,7 +104,12 @@ fn no_new_volume_relies_on_a_provider_that_was_not_backed_up() {
         (&"native".into(), &false.into())
     );
     assert_eq!(before["reason"], "not_backed_up");
-    host.fails_on("state", &["provider", "check", "native"], KEY, "not backed up");
+    host.fails_on(
+        "state",
+        &["provider", "check", "native"],
+        KEY,
+        "has no backup yet",
+    );
     host.backup();
     host.does(&["provider", "check", "native"]);
     let after = &listed()[0];

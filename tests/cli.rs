@@ -59,7 +59,7 @@ fn first_disk_takes_one_command() {
     let again = bench.succeeds(&["create", "vm2.luks", "--size", "1M"]);
     // The provider is there now, and nothing else opens this one.
     assert!(
-        !again.err.contains("added") && again.err.contains("there is no backup of that"),
+        !again.err.contains("added") && again.err.contains("and it has no backup"),
         "{again:?}"
     );
     assert!(again.out.contains("recovery key  none"), "{again:?}");
@@ -145,7 +145,7 @@ fn recovery_keys_are_added_tested_and_removed() {
     bench.fails(
         &["recovery", "remove", "vm.luks", "--keyslot", "0"],
         USAGE,
-        &["keyslot 0", "no recovery key"],
+        &["keyslot 0", "does not belong to a recovery key"],
     );
     bench.fails(
         &["recovery", "remove", "vm.luks", "--keyslot", "9"],
@@ -212,7 +212,7 @@ fn a_payload_that_is_a_volume_itself_is_refused() {
         "--socket-path",
         "sock",
     ];
-    bench.fails(&args, USAGE, &["vm.luks", "holds a LUKS volume of its own"]);
+    bench.fails(&args, USAGE, &["vm.luks", "holds a LUKS volume itself"]);
 }
 
 #[test]

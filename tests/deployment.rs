@@ -216,7 +216,7 @@ fn commands_for_a_libvirt_host_work_in_their_order() {
     let audit = fs::read_to_string(path("state/audit.log")).unwrap();
     assert!(audit.contains("KeyBound"), "{audit}");
     assert!(
-        !agent.stderr().contains("nobody asks this agent"),
+        !agent.stderr().contains("no process asks this agent"),
         "{}",
         agent.stderr()
     );
@@ -237,7 +237,7 @@ fn agent_that_nobody_asks_says_so() {
     agent.args(["--config", "config.toml", "--state-dir", "state"]);
     agent.args(["agent", "--socket-path", "agent.sock"]);
     let agent = Process::spawn(agent.current_dir(&host).env_remove("SEALBLK_LOG"));
-    agent.wait_stderr("nobody asks this agent: write [agent] into the configuration");
+    agent.wait_stderr("no process asks this agent: add [agent] to the configuration");
 }
 
 /// A double hyphen in the domain's comment kept `virsh define` from reading it.

@@ -47,7 +47,7 @@ fn plain_disk_lies_on_storage_as_the_guest_wrote_it() {
         drop(driver);
         let ended = server.stop();
         assert!(
-            ended.stderr.contains("nothing of it is encrypted"),
+            ended.stderr.contains("serving it as an unencrypted disk"),
             "{}",
             ended.stderr
         );
@@ -126,7 +126,12 @@ fn luks1_volume_and_cut_off_header_are_no_plain_disks() {
         .args([&volume.path, &pass]));
     refused(&volume, &[], VOLUME, &["LUKS1"]);
     fs::write(&volume.path, b"LUKS\xba\xbe\0\x02").unwrap();
-    refused(&volume, &[], VOLUME, &["LUKS2", "not served as a plain disk"]);
+    refused(
+        &volume,
+        &[],
+        VOLUME,
+        &["LUKS2", "not served as an unencrypted disk"],
+    );
 }
 
 /// The text for a qcow2 file recommended --allow-unencrypted, which then served the container, raw and writable.
@@ -353,7 +358,7 @@ fn format_is_named_for_plain_disks_alone() {
         &volume,
         &["--format", "raw"],
         USAGE,
-        &["LUKS2 volume", "leave --format out"],
+        &["LUKS2 volume", "leave out --format"],
     );
     refused(&volume, &["--format", "qcow2"], USAGE, &["raw"]);
     // Damaged it is no plain disk either, whatever it is said to be.

@@ -223,7 +223,7 @@ fn keys_and_providers_in_use_are_kept(host: &Host) {
         ),
     ] {
         let told = host.does(&[force, &["--dry-run"]].concat());
-        assert!(told.contains("--force would take it away all the same"), "{told}");
+        assert!(told.contains("with --force:"), "{told}");
         assert!(told.contains(host.path("one").to_str().unwrap()), "{told}");
         assert_eq!(
             told.contains(host.path("two").to_str().unwrap()),
@@ -279,7 +279,7 @@ fn keys_and_providers_in_use_are_kept(host: &Host) {
     for more in [&["--force", "--confirm", &key][..], &["--dry-run"]] {
         let why = host.fails(&[&destroy[..], more].concat(), USAGE);
         assert!(
-            why.contains("cannot destroy a single key") && why.contains("leave --destroy out"),
+            why.contains("cannot destroy a single key") && why.contains("leave out --destroy"),
             "{why}"
         );
     }
@@ -342,7 +342,7 @@ fn who_makes_disks_does_not_have_the_agent_forget_the_disks_of_others() {
     as_user(SOMEBODY, || {
         for number in 0..12 {
             let invented = PathBuf::from(format!("/nowhere/{number}"));
-            for (volume, words) in [(volume, "another user"), (Uuid::new_v4(), "another volume's")] {
+            for (volume, words) in [(volume, "another user"), (Uuid::new_v4(), "another volume,")] {
                 let maker = at(Purpose::Create, &invented);
                 let error = maker.wrap(&binding(volume), &secret).unwrap_err();
                 let cause = std::error::Error::source(&error).unwrap().to_string();
@@ -424,7 +424,7 @@ fn what_is_at_places_is_told_to_who_manages_keys_alone() {
         .success();
     let mut places = vec![
         (&file, "missing", "no LUKS2 volume is there"),
-        (&dir, "unknown", "it is neither a file nor a block device"),
+        (&dir, "unknown", "it is neither a regular file nor a block device"),
         (&missing, "missing", ""),
     ];
     if has_device {
@@ -644,7 +644,7 @@ fn a_list_without_room_keeps_no_key_from_being_changed_and_says_what_helps() {
     let refused = host.fails(&["create", "more.luks", "--size", "1M"], KEY);
     for (text, told) in [
         ("`sealblk key scan --forget-missing`", true),
-        ("attach disks that are only away", true),
+        ("attach disks that are only detached", true),
         ("restore", false),
         ("own state", false),
     ] {
@@ -1010,13 +1010,16 @@ fn a_receipt_is_confirmed_by_the_log_and_a_forged_one_is_not() {
         let by = format!("\"program\": \"sealblk {}\"", env!("CARGO_PKG_VERSION"));
         assert!(text.contains(&by));
         let told = forge(text.replace(&by, "\"program\": \"sealblk 9\"").as_bytes());
-        assert!(told.contains("to the last byte"), "{told}");
+        assert!(
+            told.contains("the receipt was changed after it was issued"),
+            "{told}"
+        );
         let told = forge(
             text.replace(text.split('"').nth(7).unwrap(), "another")
                 .as_bytes(),
         );
-        assert!(told.contains("nor of an erasure"), "{told}");
-        assert!(forge(b"no receipt").contains("nor of an erasure"));
+        assert!(told.contains("it has no erasure of this volume"), "{told}");
+        assert!(forge(b"no receipt").contains("it has no erasure of this volume"));
         let mut flipped = receipt;
         for at in [0, flipped.len() / 2, flipped.len() - 1] {
             flipped[at] ^= 1;
@@ -1050,7 +1053,7 @@ fn a_copy_of_the_header_is_not_taken_for_the_header() {
         ],
     ] {
         let refused = host.fails(args, USAGE);
-        assert!(refused.contains("has a header of its own"), "{refused}");
+        assert!(refused.contains("has its header on the disk"), "{refused}");
     }
     assert!(fs::read(host.path("copy")).unwrap() == before, "it was touched");
     host.does(&[
@@ -1161,7 +1164,7 @@ fn an_erasure_that_is_killed_leaves_no_doubt() {
                     false => {
                         begun += 1;
                         let why = info["refusal"].as_str().unwrap();
-                        assert!(why.contains("erasure was begun"), "{why}");
+                        assert!(why.contains("erasure has begun"), "{why}");
                         assert!(host.opens(&disk).unwrap_err().contains("sealblk erase"));
                     }
                 }

@@ -135,7 +135,7 @@ fn a_header_with_another_volume_key_is_not_gone_on_with() {
     let output = disk.run("unlock");
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(
-        !output.status.success() && stderr.contains("another volume key"),
+        !output.status.success() && stderr.contains("its volume key has changed"),
         "{stderr}"
     );
     assert_eq!(disk.status()["state"], "locked");

@@ -208,7 +208,7 @@ fn what_is_in_a_file_of_settings_or_state_is_in_no_error() {
             "config.toml",
             format!("[agent.sealed-cache]\ntpm = {pem:?}\n"),
             &config,
-            "tpm under [agent.sealed-cache]: write the whole path",
+            "tpm under [agent.sealed-cache] must be an absolute path",
         ),
         (
             "config.toml",
@@ -226,19 +226,19 @@ fn what_is_in_a_file_of_settings_or_state_is_in_no_error() {
             "state/providers.toml",
             format!("default = {pem:?}\n"),
             &list,
-            "no provider of the name that `default` has",
+            "`default` names a provider that does not exist",
         ),
         (
             "state/providers.toml",
             format!("removing = [{pem:?}]\n"),
             &list,
-            "a name that none can have",
+            "is not allowed",
         ),
         (
             "state/providers.toml",
             format!("[provider.{pem:?}]\nkind = \"native\"\n"),
             &list,
-            "a name that none can have",
+            "is not allowed",
         ),
         (
             "state/providers.toml",
@@ -338,7 +338,7 @@ fn what_is_in_a_file_of_settings_or_state_is_in_no_error() {
             "broker.toml",
             brokers.replace("/k", pem),
             &broker,
-            "named by absolute paths",
+            "must have absolute paths",
         ),
         (
             "broker/broker.json",

@@ -108,7 +108,7 @@ fn a_sealed_key_opens_disks_until_the_host_boots_otherwise_and_is_sealed_anew_fr
     host.does(&["rekey", "before"]);
     host.does(&["create", "after", "--size", "1M"]);
     host.tpm.extend(7);
-    host.fails(&["rekey", "after"], KEY, "registers are not what they were");
+    host.fails(&["rekey", "after"], KEY, "registers have changed");
     host.fails(&["provider", "check", "native"], KEY, "reference values");
     // Without the TPM's key there is nothing to seal but the backup's.
     let device = host.tpm.device();
@@ -186,7 +186,7 @@ fn a_key_without_a_backup_and_another_providers_backup_are_not_sealed() {
         "pass",
     ];
     let before = fs::read(host.primary()).unwrap();
-    host.fails(&other, KEY, "the backup is of the primary key");
+    host.fails(&other, KEY, "the backup holds the primary key");
     assert_eq!(fs::read(host.primary()).unwrap(), before);
     host.fails(
         &["provider", "seal", "native", "--tpm", "/nowhere"],

@@ -658,10 +658,7 @@ fn flushes_fail_after_data_were_lost_whoever_was_told_first() {
         assert_eq!(durable.run(T_OUT, 0, Data::Out(&[1; 512])).status, S_IOERR);
         drop(durable);
         let told = server.stop().stderr;
-        assert!(
-            told.contains("start `sealblk serve` and the guest anew"),
-            "{told}"
-        );
+        assert!(told.contains("restart `sealblk serve` and the guest"), "{told}");
 
         // From then on what is read is what storage has.
         let server = Server::with(&volume, &args);

@@ -178,7 +178,10 @@ fn discards_are_not_offered_where_storage_takes_none() {
         driver.still_serves();
         let offered = driver.frontend.features() & F_DISCARD != 0;
         drop(driver);
-        (offered, server.stop().stderr.contains("takes no discards"))
+        (
+            offered,
+            server.stop().stderr.contains("does not support discards"),
+        )
     };
     let volume = Volume::created_at(dir, ramfs.path.join("disk"), &["--size", "1M"]);
     assert_eq!(offered(&volume), (false, true));

@@ -462,7 +462,7 @@ fn a_storage_key_under_the_name_of_another_is_refused() {
     let device = Device::from(format!("swtpm:path={}", path.display()));
     let error = Tpm::open(&device).unwrap().unseal(&sealed).unwrap_err();
     assert!(
-        matches!(error.what, TpmFailure::Garbled { what, .. } if what.contains("the Name of another")),
+        matches!(error.what, TpmFailure::Garbled { what, .. } if what.contains("the Name does not belong to the key")),
         "{error:?}"
     );
     relay.join().unwrap();

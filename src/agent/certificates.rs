@@ -1,4 +1,4 @@
-//! When certificates that are about to expire are told of: once a day, and whenever less time is left than a step before.
+//! Reports certificates that are about to expire: once a day, and when the remaining time passes a step (30, 7 days).
 
 use std::collections::HashMap;
 use std::sync::Mutex;

@@ -1,4 +1,4 @@
-//! The erasure of a volume, as whoever does it tells the audit log, step by step.
+//! The records of an erasure in the audit log: the caller reports each step.
 
 use std::path::Path;
 

@@ -1,4 +1,4 @@
-//! What the agent answers to who manages keys and providers: which volumes a key opens, and the taking away of both.
+//! The agent's methods for the management of keys and providers: list the volumes of a key, revoke keys, remove providers.
 
 use std::io;
 use std::path::PathBuf;

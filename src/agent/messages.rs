@@ -1,4 +1,4 @@
-//! What goes over the agent's socket, as the interface `org.sealblk.Agent` has it: both sides write and read these.
+//! The messages of the interface `org.sealblk.Agent`, for both sides of the agent's socket.
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;

@@ -12,7 +12,7 @@
 //! ```
 //!
 //! A disk's process has neither a KEK nor a provider's credentials: it gets the slot secret of one keyslot, through a
-//! pipe. KEKs are kept for a while after their last fetch, in memory only.
+//! pipe. The agent keeps KEKs for a limited time after their fetch, in memory only.
 
 mod certificates;
 mod client;
@@ -124,7 +124,7 @@ pub enum AgentError {
     Audit(#[from] AuditError),
     /// The directory that its socket is to be in.
     #[error(
-        "cannot make {}, the directory of the agent's socket; make it so that this user can write to it, or name another socket \
+        "cannot make {}, the directory of the agent's socket; make it with write access for this user, or name another socket \
          (--socket-path, or `socket` under [agent] in the configuration)",
         dir.display()
     )]
@@ -136,7 +136,7 @@ pub enum AgentError {
     },
     /// The host is out of something.
     #[error(
-        "the agent cannot wait for callers: this host is out of descriptors or threads; raise LimitNOFILE or TasksMax"
+        "the agent cannot accept callers: this host is out of descriptors or threads; raise LimitNOFILE or TasksMax"
     )]
     Setup(#[from] io::Error),
 }

@@ -1,11 +1,11 @@
-//! The volumes of this host that are being served: by which process, under which KEK.
+//! The volumes of this host that are being served, with their processes and KEKs.
 //!
-//! A process registers a volume by having its key released to serve it, and nothing has to be told when it ends: the kernel
-//! knows. With the last volume under a KEK, the KEK goes.
+//! The release of a volume's key to a process registers the volume. The agent learns of the end of the process from the
+//! kernel. When the last volume under a KEK ends, the agent drops the KEK.
 //!
-//! Guests outlive the agent, so each registration is also a file, `served/UUID.PROCESS.json` in the state directory: an agent
-//! that is restarted knows what is being served, and what ended meanwhile. A process is told from a later one of the same
-//! number by when it was started.
+//! Guests outlive the agent, so each registration is also a file, `served/UUID.PROCESS.json` in the state directory: after a
+//! restart, the agent knows the volumes that are still served, and those that have ended. The start time distinguishes a
+//! process from a later one with the same number.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -165,7 +165,7 @@ impl Registered {
                 }
             }
             Err(error) => {
-                tracing::warn!(%error, "{}: what is being served is not known after a restart", dir.display());
+                tracing::warn!(%error, "{}: after a restart, the agent will not know the volumes that are being served", dir.display());
             }
         }
         Self {
@@ -200,7 +200,7 @@ impl Registered {
             return None;
         }
         if let Err(error) = self.file(&volume) {
-            tracing::warn!(%error, "{}: this volume is forgotten when the agent is restarted", volume.volume);
+            tracing::warn!(%error, "{}: after a restart, the agent will not know that this volume is served", volume.volume);
         }
         let before = all.served.insert(place, Registration { volume, ending })?;
         (!all.any_under(before.volume.kek())).then_some(before.volume)

@@ -1,4 +1,5 @@
-//! What the agent answers, to whom. Each use of a key, each refusal and each failure goes to the audit log first.
+//! The agent's methods, and the check of its callers. Each use of a key, each refusal and each failure goes to the audit log
+//! first.
 
 use std::error::Error;
 use std::path::PathBuf;

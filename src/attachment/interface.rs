@@ -100,7 +100,7 @@ impl LockStatus {
             Lock::Asked => {
                 return Self {
                     by: LockedBy::NoKey,
-                    message: Some("it was asked for, and there is no answer yet".to_owned()),
+                    message: Some("its source has not answered yet".to_owned()),
                     provider: None,
                     key_id: None,
                     hop: None,

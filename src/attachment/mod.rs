@@ -1,9 +1,9 @@
-//! A volume that is being served, and its key: how it comes, goes, comes back, and is changed under load.
+//! A volume that is being served, and its key: how the key is fetched, wiped, fetched again, and changed under load.
 //!
 //! ```text
 //! Locked  --unlock-->  served  --lock-->  Locked (by an operator, until `unlock`)
 //!    |
-//!    +-- the key is not to be had: tried again until it is
+//!    +-- the key is not available: sealblk tries again until it is
 //! ```
 //!
 //! While the disk is locked, the guest's requests wait; nothing of the volume's key is in this process. What it takes to
@@ -221,12 +221,12 @@ pub enum AttachmentError {
     #[error("the disk is locked; unlock it first")]
     IsLocked,
     /// Nobody to ask for a KEK.
-    #[error("the disk is served by a passphrase, without key providers; rekey it while it is not served")]
+    #[error("the disk was opened with a passphrase, without a key provider; rekey it while it is not served")]
     NoProviders,
     /// It could not be unlocked again.
     #[error(
-        "the passphrase came by standard input, another inherited descriptor or a pipe without a name, which gives it once, so \
-         that nothing could unlock the disk again; to take the key away, end `sealblk serve` (SIGTERM): its guest waits until it is started again"
+        "the passphrase came from standard input, another inherited descriptor or a pipe without a name; sealblk can read it only \
+         once, so it could not unlock the disk again; to remove the key, end `sealblk serve` (SIGTERM): its guest waits until you start it again"
     )]
     NoWayBack,
     /// The same, for another reason.
@@ -268,7 +268,7 @@ impl Attachment {
         };
         let header = opener.header.as_ref().unwrap_or(&opener.disk);
         let _announcement = twins::announce(identity.uuid(), header)
-            .inspect_err(|error| tracing::warn!(%error, "copies of this volume that are served meanwhile are not told of"))
+            .inspect_err(|error| tracing::warn!(%error, "cannot detect whether copies of this volume are served at the same time"))
             .ok();
         Arc::new(Self {
             disk,
@@ -320,7 +320,7 @@ impl Attachment {
             (State::Open, _) => "serving".to_owned(),
             (_, Some(status)) if status.by == LockedBy::NoKey => {
                 format!(
-                    "locked until its key is there: {}",
+                    "locked until its key is available: {}",
                     status.message.unwrap_or_default()
                 )
             }
@@ -413,7 +413,7 @@ impl Attachment {
         self.tell(Event::DiskRekeyed, bound);
         // The agent knows a volume by the KEK that it was opened with last.
         if let Err(error) = self.read_header().and_then(|locked| self.opener.unlock(&locked)) {
-            tracing::warn!(%error, "the agent goes on to list this disk under the key that it had");
+            tracing::warn!(%error, "the agent still lists this disk under its previous key");
         }
         Ok(Some(rekeyed))
     }

@@ -1,12 +1,12 @@
-//! Copies of a volume, byte for byte, that are served on this host at the same time: they have the same UUID, and the same
-//! key. That may be meant, to look into a backup; it is told, since whoever sees both storages learns where they differ,
-//! and the guests take them for one disk.
+//! Detects byte-for-byte copies of a volume that are served on this host at the same time: they have the same UUID and the
+//! same key. This can be intended, for instance to inspect a backup. sealblk warns, since an observer of both storages learns
+//! where they differ, and guests take the copies for one disk.
 //!
-//! Each process that serves a volume has a socket whose abstract name (unix(7)) says which one, and in which file or on
-//! which device its header lies. It needs no directory, and goes with the process. Anybody can make such a name, so that of
-//! another user counts only if that is root. It ends in a random number, so that nobody can take it before.
+//! Each process that serves a volume has a socket whose abstract name (unix(7)) has the volume, and the file or device of its
+//! header. The socket needs no directory, and ends with the process. Every user can make such a name, so names of other
+//! users count only if that user is root. The name ends in a random number, so that another process cannot take it first.
 //!
-//! What is served in another network name space, as a container's, is not seen.
+//! Volumes that are served in another network namespace, such as a container's, are not detected.
 
 use std::fs;
 use std::io;
@@ -48,8 +48,8 @@ pub(super) fn announce(volume: Uuid, header: &Backing) -> io::Result<Announcemen
     if let Some(process) = of_copies.into_iter().find_map(owner) {
         tracing::warn!(
             process,
-            "another process serves a copy of this volume, of the same UUID: both have the same key, and guests take them for one \
-             disk; if this is a disk of its own, make it a volume of its own with `sealblk create`, and copy its data"
+            "another process serves a copy of this volume with the same UUID: both have the same key, and guests take them for one \
+             disk; if this should be a separate disk, make a new volume with `sealblk create`, and copy the data"
         );
     }
     Ok(Announcement { _socket: socket })

@@ -1,8 +1,8 @@
-//! Threads that wait for what may never answer, and hold up nobody but those who wait for them.
+//! Threads for calls that may never return. They delay only the callers that wait for them.
 //!
-//! A call on what another process can keep from answering may not even be killed; then neither can its process end. A thread that
-//! makes such a call has a table of descriptors of its own: the process' sockets and locks, the audit log's above all, are free
-//! nevertheless for the one that comes after.
+//! Another process can block such a call for ever, and the kernel may not even be able to kill its thread; then the process
+//! cannot end either. So the thread has a separate table of descriptors: the sockets and locks of the process, above all the
+//! lock of the audit log, are still released for the next process.
 
 #![allow(unsafe_code)] // close_range has no safe wrapper.
 

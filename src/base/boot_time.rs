@@ -1,5 +1,5 @@
-//! Time since the host was booted, which goes on while it is suspended: what limits the life of a secret is counted in it. For a
-//! wait, for which a host that sleeps does not count, there is [`std::time::Instant`].
+//! Time since the boot of the host, including the time of suspension. It limits the life of secrets. For waits, which do not
+//! count the time of suspension, use [`std::time::Instant`].
 
 use std::ops::Add;
 use std::time::Duration;

@@ -1,13 +1,13 @@
-//! Closing what others can hold up.
+//! Closes descriptors whose close(2) another process can block.
 //!
-//! The close(2) of a descriptor that another process has passed to us can wait for that process: a file of a FUSE file
-//! system is flushed by its daemon, a TCP socket lingers until its peer has taken all that was sent, and messages that
-//! nobody has read from a Unix socket hold descriptors that may linger so. Nobody here waits for that:
+//! The close(2) of a descriptor from another process can wait for that process: the daemon of a FUSE file system flushes
+//! the file, a TCP socket lingers until its peer has received all data, and unread messages of a Unix socket
+//! can hold such descriptors. sealblk does not wait for that:
 //!
-//! - A socket goes with a thread that ends: no socket lingers for a thread that is about to be gone (`PF_EXITING` in Linux'
-//!   `inet_release`). For that the thread has a table of descriptors of its own, with the last reference to the socket.
-//! - Whatever else is closed on a thread that is there for this alone, and may have to wait for ever. [`waiting`] tells how many
-//!   are behind it; whoever takes descriptors from others takes no more of them when these are too many.
+//! - A thread that ends closes a socket: no socket lingers for an exiting thread (`PF_EXITING` in Linux'
+//!   `inet_release`). For that the thread has a separate table of descriptors, with the last reference to the socket.
+//! - A dedicated thread, which may wait for ever, closes all other descriptors. [`waiting`] returns the number of descriptors
+//!   in its queue; modules that receive descriptors accept no more of them if there are too many.
 
 use std::fmt;
 use std::fs::File;

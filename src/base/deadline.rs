@@ -1,8 +1,8 @@
-//! One limit of time for the whole of a message, in however many pieces it comes or goes.
+//! One time limit for a whole message, in any number of pieces.
 //!
-//! A timeout of the socket (SO_RCVTIMEO) is a limit for each call: one byte every few seconds makes a message last for hours.
-//! O_NONBLOCK belongs to the open file description, which others may share and change. So every call here is one that does not
-//! wait, whatever the flags of the descriptor are, and poll(2) waits for what is left of the time.
+//! A timeout of the socket (SO_RCVTIMEO) limits each call: with one byte every few seconds, a message could last for hours.
+//! O_NONBLOCK belongs to the open file description, which other processes may share and change. So every call here is
+//! non-blocking for any flags of the descriptor, and poll(2) waits for the remaining time.
 
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::AsFd;

@@ -1,4 +1,4 @@
-//! What is mounted where, as this process sees it: mountinfo (proc(5)).
+//! The mounts of this process' mount namespace: mountinfo (proc(5)).
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};

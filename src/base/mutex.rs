@@ -1,4 +1,5 @@
-//! Mutexes that outlive a panic. In a release a panic ends the process; in a test it is told, and need not fail others too.
+//! Mutexes that outlive a panic. In a release build a panic ends the process; in a test it is reported, and other tests
+//! continue.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -1,7 +1,7 @@
-//! Paths as text: in JSON, in notes, and in what processes tell each other.
+//! Paths as text: in JSON, in files, and in messages between processes.
 //!
-//! A path is bytes, and JSON has none. One that is UTF-8 is written as it is. Any other, made absolute, is written as a `file`
-//! URI (RFC 8089), `file:///srv/vm%FF.luks`: nothing of it is lost, and no absolute path begins like that.
+//! A path is bytes, which JSON cannot hold. A path in UTF-8 is written unchanged. Any other path is made absolute and written as
+//! a `file` URI (RFC 8089), `file:///srv/vm%FF.luks`: the URI keeps every byte, and no absolute path begins like a URI.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};

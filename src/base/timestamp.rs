@@ -1,4 +1,4 @@
-//! A point in time, to the second, as RFC 3339 writes it in UTC: what headers, lists and receipts hold.
+//! A point in time, to the second, in the form of RFC 3339 in UTC, for headers, lists and receipts.
 
 use std::fmt;
 use std::str::FromStr;

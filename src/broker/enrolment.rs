@@ -1,5 +1,6 @@
-//! Whether a TPM is one, and which host's: its maker says so by the endorsement key's certificate, and the operator by a token;
-//! or the operator has named the endorsement key. That the attestation key is in the same TPM is proved by a credential.
+//! Enrolment: checks that a TPM is genuine, and to which host it belongs. The maker's certificate of the endorsement key proves
+//! the TPM, and a token proves the host; or the operator has named the endorsement key. A credential proves that the
+//! attestation key is in the same TPM.
 
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -36,31 +37,31 @@ pub(super) struct Candidate {
 /// Why it is not.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Unknown {
-    #[error("no host of this name is to be enrolled")]
+    #[error("no host of this name is waiting for enrolment")]
     Host,
-    #[error("the token is not this host's, or was used, or is too old")]
+    #[error("the token belongs to another host, was used, or has expired")]
     Token,
-    #[error("what the broker knows of this host was changed meanwhile; enrol again")]
+    #[error("the broker's settings for this host have changed in the meantime; enrol again")]
     Changed,
     #[error(
-        "the TPM with the endorsement key {0} is enrolled as another host; have the broker forget that one"
+        "the TPM with the endorsement key {0} is enrolled as another host; remove that host at the broker first"
     )]
     OtherHost(String),
-    #[error("the endorsement key is not the one that was named for this host; it is {0}")]
+    #[error("the endorsement key, {0}, differs from the one that the broker has for this host")]
     OtherKey(String),
     #[error("a part of the request is not base64")]
     Base64,
     #[error("{0}")]
     Key(#[from] NotAttested),
-    #[error("the TPM has no certificate; name its endorsement key, {0}, for this host")]
+    #[error("the TPM has no certificate; give the broker its endorsement key, {0}, for this host")]
     NoCertificate(String),
     #[error(
-        "the broker knows no maker of TPMs: set endorsement-authorities, or name the endorsement key, {0}, for this host"
+        "the broker trusts no maker of TPMs: set endorsement-authorities, or give the broker the endorsement key, {0}, for this host"
     )]
     NoMakers(String),
-    #[error("the endorsement key's certificate is not one of a maker that is known: {0}")]
+    #[error("no trusted maker issued the endorsement key's certificate: {0}")]
     Certificate(webpki::Error),
-    #[error("the certificate is another key's")]
+    #[error("the certificate belongs to another key")]
     OtherCertificate,
 }
 

@@ -1,5 +1,5 @@
-//! Whether a quote is what it has to be: made by an attestation key that is known, for this session, of registers that hold
-//! what they are to hold. Everything else in it is the word of a stranger.
+//! The check of a quote: a known attestation key has made it, for this session, and the registers hold their reference
+//! values. All other data in it are untrusted.
 
 use base16ct::lower;
 use ring::signature::{RSA_PKCS1_2048_8192_SHA256, RsaPublicKeyComponents};
@@ -26,16 +26,16 @@ pub enum Distrust {
     )]
     Replayed,
     /// The registers that are sent are not those that are signed.
-    #[error("the registers' values are not those that the TPM has signed")]
+    #[error("the registers' values differ from those that the TPM has signed")]
     Digest,
     /// There is nothing to compare with.
-    #[error("no register of this host counts: set reference values")]
+    #[error("this host has no reference values; set them at the broker")]
     NoReference,
     /// A register that counts is not in the quote.
     #[error("PCR {0} is not in the quote")]
     NotQuoted(u8),
     /// The host has booted something else.
-    #[error("PCR {register} differs from its reference value: it is {found}")]
+    #[error("PCR {register} differs from its reference value: it holds {found}")]
     Register {
         /// Which one.
         register: u8,

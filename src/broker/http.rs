@@ -1,4 +1,4 @@
-//! One HTTP/1.1 request of a connection: the head is parsed by httparse; how long and how large it may be is decided here.
+//! One HTTP/1.1 request of a connection: httparse parses the head, and this module limits time and size.
 
 use std::io::{self, Read, Write};
 

@@ -1,18 +1,18 @@
-//! The broker: a small part for sites without a Key Broker Service. It knows hosts by their TPMs, and releases a key to a host
-//! that proves, for each release anew, that it has booted what it is to boot.
+//! The broker, for sites without a Key Broker Service. It identifies hosts by their TPMs, and releases a key to a host
+//! that proves for each release that it has booted the expected software.
 //!
 //! ```text
-//! settings   the file that sets it up
-//! state      what it keeps: sealed resources, hosts, reference values
-//! http       one request of a connection, bounded in time and size
-//! session    nonces: single-use and short-lived, and nothing is kept of them before they are answered
-//! service    what is answered to whom (crate::kbs has the messages)
-//! evidence   whether a quote is what it has to be
-//! enrolment  whether a TPM is one, and which host's
+//! settings   the settings file
+//! state      the stored state: sealed resources, hosts, reference values
+//! http       one request of a connection, limited in time and size
+//! session    nonces: single-use and short-lived; nothing is stored before their answer
+//! service    the answers to requests (crate::kbs has the messages)
+//! evidence   the check of a quote
+//! enrolment  the check that a TPM is genuine, and to which host it belongs
 //! ```
 //!
-//! A connection has a thread and serves one request, so that nothing of a host's outlives it and the bound on threads is a
-//! bound on everything. It is blocking like all else here: an executor would be the largest part of it.
+//! A connection has a thread and serves one request, so no data of a host outlive the connection, and the limit on threads
+//! limits everything. The broker is blocking like the rest of sealblk: an executor would be its largest part.
 
 mod enrolment;
 pub mod evidence;
@@ -70,17 +70,17 @@ pub enum BrokerError {
     #[error(transparent)]
     State(#[from] StateError),
     /// Its certificate, its key, or the certificates of TPMs' makers.
-    #[error("the broker cannot be set up")]
+    #[error("cannot set up the broker")]
     Tls(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// Its audit log.
     #[error(transparent)]
     Audit(#[from] AuditError),
     /// The host has no random numbers.
-    #[error("the broker cannot be set up")]
+    #[error("cannot set up the broker")]
     Random(#[source] getrandom::Error),
     /// Its address.
     #[error(
-        "the broker cannot listen on {address}; name an address of this host that nothing else listens on"
+        "the broker cannot listen on {address}; use an address of this host that no other process listens on"
     )]
     Listen {
         /// The address.
@@ -174,7 +174,7 @@ fn place_for(connections: &Arc<Quota<u64>>, address: IpAddr) -> Option<Share<u64
 
 fn serve(socket: TcpStream, peer: SocketAddr, settings: &Settings, service: &Service) -> io::Result<()> {
     let config = settings.identity().load().map_err(|error| {
-        tracing::error!(path = %error.path.display(), "the broker's certificate or key cannot be used any more");
+        tracing::error!(path = %error.path.display(), "the broker's certificate or key can no longer be used");
         io::Error::other(error)
     })?;
     let connection = ServerConnection::new(config).map_err(io::Error::other)?;

@@ -1,4 +1,4 @@
-//! What a broker answers, to whom. What it releases and whom it refuses goes to the audit log first.
+//! The broker's answers. Each release and each refusal goes to the audit log first.
 
 use std::net::SocketAddr;
 use std::sync::Mutex;
@@ -51,13 +51,13 @@ struct RateLimit {
 enum Refusal {
     #[error("there is nothing at this path")]
     NoPath,
-    #[error("the request is not understood")]
+    #[error("the request cannot be parsed")]
     Request,
-    #[error("this is a broker for TPMs: {0:?} is another kind of host")]
+    #[error("this broker supports only TPMs, not {0:?}")]
     Tee(String),
-    #[error("the session is not known, was used, or is too old")]
+    #[error("the session is unknown, was used, or has expired")]
     Session,
-    #[error("what is known or expected of this host was changed since it was attested")]
+    #[error("the settings or reference values of this host have changed since its attestation")]
     Changed,
     #[error("the evidence is for another session's nonce")]
     Nonce,
@@ -65,18 +65,18 @@ enum Refusal {
     UnknownKey,
     #[error(transparent)]
     Distrust(#[from] Distrust),
-    #[error("this host may not have this resource")]
+    #[error("this host is not allowed to have this resource")]
     NotPermitted,
-    #[error("there is no such resource")]
+    #[error("this resource does not exist")]
     NoResource,
     #[error(transparent)]
     Enrolment(#[from] Unknown),
-    #[error("the credential was not opened: the two keys are not in one TPM")]
+    #[error("the credential was not decrypted: the two keys are not in one TPM")]
     Credential,
-    #[error("too many hosts are being answered")]
+    #[error("too many hosts at once; try again")]
     Full,
     /// The broker's own trouble, which is told in its log alone.
-    #[error("the broker cannot do it; its log tells why")]
+    #[error("the broker failed; its log has the reason")]
     Broker(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
@@ -346,7 +346,7 @@ impl Service {
 
     fn refused(&self, caller: &Caller, refusal: &Refusal) {
         if let Refusal::Broker(cause) = refusal {
-            tracing::error!(peer = %caller.peer, %cause, "a host is not answered");
+            tracing::error!(peer = %caller.peer, %cause, "a host got no answer");
         }
         let suppressed = {
             let mut refusals = lock(&self.refusals);
@@ -359,7 +359,7 @@ impl Service {
         };
         let more = json!({ "message": refusal.to_string(), "suppressed": suppressed });
         if let Err(error) = self.record(Event::HostRefused, caller, more) {
-            tracing::error!(%error, "what was refused is not in the audit log");
+            tracing::error!(%error, "cannot record a refusal in the audit log");
         }
     }
 }

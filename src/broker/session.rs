@@ -1,12 +1,15 @@
-//! Sessions: what a broker has asked a host, until that answers or is too late. Each is one attestation, or one enrolment.
+//! Sessions: a challenge of the broker to a host, until the host answers or the time is over. Each session is one attestation,
+//! or one enrolment.
 //!
-//! A stranger may ask for challenges without end, so the broker keeps none of them: a session's name carries its time and a
-//! tag, and its nonce is computed from it. What is kept begins with evidence that was believed. That an attested session stays
-//! known until its challenge has expired makes its nonce good for one attestation. A host has a share of the room.
+//! A stranger can ask for any number of challenges, so the broker stores none of them: a session's name contains its time and
+//! a tag, and its nonce is computed from the name. The broker stores a session only after it has accepted evidence. It keeps
+//! the attested session until the challenge has expired, so a nonce is valid for one attestation. A host has a share of the
+//! room for sessions.
 //!
-//! Nothing is kept of an enrolment either, which anybody can begin who has a host's name and its public endorsement key: the
-//! name carries all of it, and what the credential holds is computed from the name. So however many are begun, each can be
-//! ended; the first that is changes what is known of the host, and the others come to nothing.
+//! The broker also stores nothing for an enrolment in progress, since anyone with a host's name and public endorsement key
+//! can begin one: the session's name contains all of it, and the secret in the credential is computed from the name. So any
+//! number of enrolments can be in progress, and each can be completed; the first completed one changes the host's settings,
+//! and so invalidates the others.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard};

@@ -1,4 +1,4 @@
-//! The file that sets a broker up.
+//! The settings file of a broker.
 //!
 //! ```toml
 //! listen = "[::]:8700"
@@ -45,7 +45,7 @@ pub enum SettingsError {
     File(#[from] TomlFileError),
     /// There is none.
     #[error(
-        "{}: the broker's settings are not there; write them (`sealblk broker --help` has an example), or name them with --config",
+        "{}: the broker's settings file does not exist; write it (`sealblk broker --help` has an example), or name another with --config",
         path.display()
     )]
     Missing {
@@ -81,10 +81,10 @@ impl Settings {
                 .chain(&settings.endorsement_authorities)
                 .any(|f| !f.is_absolute()) =>
             {
-                "files have to be named by absolute paths, which begin with /"
+                "files must have absolute paths, which begin with /"
             }
             1..=600 => return Ok(settings),
-            _ => "session-lifetime: from 1 to 600 seconds are possible",
+            _ => "session-lifetime: must be 1 to 600 seconds",
         };
         Err(SettingsError::Value { path: own(), what })
     }

@@ -1,10 +1,10 @@
-//! What a broker keeps: one file that is replaced atomically, so that the verbs that change it and the broker that serves
-//! need not know of each other.
+//! The stored state of a broker: one file that is replaced atomically, so that the verbs that change it and the running
+//! broker are independent of each other.
 //!
 //! ```text
 //! master.key    32 bytes, under which resources are wrapped (AES-256-GCM, bound to their paths)
 //! broker.json   resources, hosts, reference values
-//! audit.log     what was released and refused
+//! audit.log     releases and refusals
 //! ```
 
 use std::collections::BTreeMap;
@@ -51,7 +51,7 @@ pub struct Kept {
 
 /// What the master key wrapped is there, and the key is not.
 #[derive(Debug, thiserror::Error)]
-#[error("it is gone, and the resources were wrapped under it")]
+#[error("it is missing, but resources are wrapped under it")]
 struct NoMaster;
 
 /// A host that may be, or is, known by its TPM.
@@ -125,7 +125,7 @@ pub enum StateError {
     #[error("this host cannot hold the broker's keys")]
     Arena(#[from] ArenaError),
     /// Something of that name is there.
-    #[error("there is a {what} called {name:?} already; remove it first, or choose another name")]
+    #[error("a {what} called {name:?} exists already; remove it first, or choose another name")]
     Exists {
         /// "host" or "resource".
         what: &'static str,
@@ -134,7 +134,7 @@ pub enum StateError {
     },
     /// Nothing of that name is there.
     #[error(
-        "there is no {what} called {name:?}; `sealblk broker` lists what there is (resource list, host list, reference show)"
+        "no {what} is called {name:?}; list them with `sealblk broker resource list`, `host list` or `reference show`"
     )]
     Unknown {
         /// "host", "resource" or "set of reference values".
@@ -143,10 +143,12 @@ pub enum StateError {
         name: String,
     },
     /// A name that cannot be one.
-    #[error("{0:?} cannot be a name: up to 64 letters, digits, '-', '_' and '.' are possible")]
+    #[error("{0:?} is not a valid name, which has up to 64 letters, digits, '-', '_' and '.'")]
     Name(String),
     /// A register with its value.
-    #[error("{0:?} is no register's value: give REGISTER=DIGITS, with 64 hexadecimal digits, as in 7=65ca…")]
+    #[error(
+        "{0:?} is not the value of a register: give REGISTER=DIGITS, with 64 hexadecimal digits, as in 7=65ca…"
+    )]
     Register(String),
 }
 

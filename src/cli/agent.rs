@@ -20,12 +20,12 @@ Example, in the configuration (/etc/sealblk/config.toml, or --config):
   privileges = [\"RegisterVM\"]
   volumes = [\"e2a81bd8-66d8-4f4d-9c2c-f6d4b3e9a001\"]
 
-Where the configuration has an [agent], all verbs that use keys ask it, and need
-neither the state directory nor a provider's credentials. It knows its callers by
-the user and groups that they run as:
+If the configuration has [agent], all verbs that use keys ask the agent, and need
+neither the state directory nor a provider's credentials. The agent identifies its
+callers by their user and groups, and checks their privileges:
 
   RegisterVM          serve a disk
-  Access              open a volume for something else: `recovery`
+  Access              open a volume for another purpose: `recovery`
   EncryptNew          make a disk, or erase one
   Recrypt             give a volume another key: `rekey`
   ReadKeyServersInfo  see providers, what they open, served volumes and events:
@@ -34,16 +34,18 @@ the user and groups that they run as:
   ManageKeys          see, push and revoke keys: `key list`, `scan`, `push`, `revoke`
   ManageKeyServers    remove a provider: `provider remove`
 
-Root, and the user that the agent runs as, have them all; nobody else has any
-that is not granted. RegisterVM, Access and Recrypt can be granted for some
-volumes alone, by UUID. Grant nothing to QEMU's own user or group. What was asked for, refused and given stands in audit.log in
-the state directory; `sealblk audit verify` checks that nothing of it was changed.";
+Root, and the user that the agent runs as, have all privileges. Other users have
+only those that are granted. RegisterVM, Access and Recrypt can be limited to some
+volumes, by UUID. Grant nothing to QEMU's own user or group. The agent records
+requests, refusals and released keys in audit.log in the state directory; `sealblk
+audit verify` checks that the log is unchanged.";
 
-/// Keep this host's keys, for all disks that are served on it
+/// Run the key agent: it holds this host's keys for all disks that are served here
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub(super) struct Agent {
-    /// The socket to listen on; the configuration's socket-group and socket-mode say for whom [default: the configuration's, else /run/sealblk/agent.sock]
+    /// The socket to listen on; socket-group and socket-mode in the configuration set its permissions
+    /// [default: the configuration's, else /run/sealblk/agent.sock]
     #[arg(long, value_name = "SOCK")]
     socket_path: Option<PathBuf>,
 }
@@ -67,7 +69,7 @@ impl Agent {
         if !is_asked {
             tracing::warn!(
                 config = %host.config_path().display(),
-                "nobody asks this agent: write [agent] into the configuration, which `serve` and the other verbs read, too"
+                "no process asks this agent: add [agent] to the configuration, which `serve` and the other verbs also read"
             );
         }
         manager::ready("answering");

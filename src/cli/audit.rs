@@ -1,4 +1,4 @@
-//! `sealblk audit`: the agent's log of what keys were asked for, by whom.
+//! `sealblk audit`: checks an audit log, and compares a receipt with it.
 
 use std::fs::File;
 use std::io::Read;
@@ -20,8 +20,8 @@ Examples:
   sealblk audit verify --head 5f0c...             # an earlier head, kept elsewhere
   sealblk audit verify --receipt vm7.receipt      # of `sealblk erase`
 
-A receipt is compared byte for byte with the one that the log tells of, and what it
-says of the disk with what was put down when the disk was erased.";
+With --receipt, the log must contain the SHA-256 of the whole receipt, and an
+erasure of the disk with the same checksums as in the receipt.";
 
 /// Check an audit log: the key agent's, or a broker's
 #[derive(Debug, Args)]
@@ -32,7 +32,7 @@ pub(super) struct Audit {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// See whether any line was changed, removed or added since it was written
+    /// Check whether a line was changed, removed or inserted
     #[command(after_help = AFTER_HELP)]
     Verify(Verify),
 }
@@ -41,10 +41,10 @@ enum Verb {
 struct Verify {
     /// The log, or a copy of it [default: the state directory's]
     file: Option<PathBuf>,
-    /// A head that an earlier check has printed: that line has to be there still
+    /// A head that an earlier check printed; the log must still contain that line
     #[arg(long, value_name = "HASH")]
     head: Option<String>,
-    /// A receipt of `sealblk erase`: the log has to tell of it
+    /// A receipt of `sealblk erase`; the log must confirm it
     #[arg(long, value_name = "FILE")]
     receipt: Option<PathBuf>,
 }
@@ -76,7 +76,7 @@ impl Audit {
             }
         })?;
         output::print(&format!(
-            "{}: {} records, each as it was written\n  head  {}\n",
+            "{}: {} records, unchanged\n  head  {}\n",
             output::shown(&path),
             verified.records,
             verified.head
@@ -148,7 +148,7 @@ impl<'p> Receipt<'p> {
         };
         let told = |name| issued.get(name).map(Value::to_string).unwrap_or_default();
         output::print(&format!(
-            "{}: as it was issued, by user {}, record {} of {}\n",
+            "{}: unchanged; issued by user {}, record {} of {}\n",
             output::shown(self.path),
             told("user"),
             told("seq"),

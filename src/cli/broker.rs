@@ -44,7 +44,7 @@ Examples:
   state-dir = \"/var/lib/sealblk-broker\"
   endorsement-authorities = \"/etc/sealblk/tpm-makers.pem\"
 
-Changes are in force at once, also in a broker that serves.";
+Changes take effect immediately, also in a running broker.";
 
 /// Release keys to hosts that prove by their TPMs what they have booted
 #[derive(Debug, Args)]
@@ -56,15 +56,15 @@ pub(super) struct Broker {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Answer hosts, until SIGTERM
+    /// Run the broker, until SIGTERM
     Serve,
-    /// The keys that are released
+    /// Manage resources: the keys that the broker releases
     #[command(subcommand)]
     Resource(Resource),
-    /// The hosts that are known
+    /// Manage hosts
     #[command(subcommand)]
     Host(HostVerb),
-    /// What hosts have to have booted
+    /// Manage reference values: the register values of hosts that booted the right software
     #[command(subcommand)]
     Reference(ReferenceVerb),
 }
@@ -78,7 +78,7 @@ enum Resource {
     },
     /// List the paths of the keys
     List,
-    /// Destroy a key: what only it opens is lost
+    /// Destroy a key; volumes that only this key opens are lost
     Remove {
         /// Its path
         path: ResourcePath,
@@ -90,11 +90,11 @@ enum Resource {
 
 #[derive(Debug, Subcommand)]
 enum HostVerb {
-    /// Let a host make its TPM known, once; a host that is known is let anew
+    /// Allow a host to enrol its TPM, once; an enrolled host must enrol again
     Enrol(Enrol),
     /// List the hosts, and whether each is enrolled
     List,
-    /// Forget a host: it gets no key any more
+    /// Remove a host: it gets no more keys
     Remove {
         /// Its name
         name: String,
@@ -103,15 +103,15 @@ enum HostVerb {
 
 #[derive(Debug, Args)]
 struct Enrol {
-    /// The host's name, here
+    /// The host's name at this broker
     name: String,
-    /// Which reference values it has to have
+    /// The set of reference values that the host must have
     #[arg(long, value_name = "NAME")]
     reference: String,
-    /// What it may get; once for each
+    /// A resource for the host; repeat the option for more
     #[arg(long = "resource", value_name = "PATH", required = true)]
     resources: Vec<ResourcePath>,
-    /// Where to write the token that it enrols with, within a day
+    /// The file to write the token to; the host must enrol with it within a day
     #[arg(
         long,
         value_name = "FILE",
@@ -119,29 +119,29 @@ struct Enrol {
         conflicts_with = "endorsement_key"
     )]
     token_file: Option<PathBuf>,
-    /// The SHA-256 of its TPM's endorsement key, where it is known: no token and no certificate is needed then
+    /// The SHA-256 of the TPM's endorsement key; then the host needs no token, and its TPM needs no certificate
     #[arg(long, value_name = "DIGITS", value_parser = digest)]
     endorsement_key: Option<String>,
 }
 
 #[derive(Debug, Subcommand)]
 enum ReferenceVerb {
-    /// Set what registers have to hold
+    /// Set the reference values of registers
     Set {
-        /// What to call them
+        /// The name of the set
         name: String,
-        /// A register of the SHA-256 bank with a value that it may have; again for others, or for another value
+        /// A register of the SHA-256 bank, and an allowed value; repeat the option for more registers or values
         #[arg(long = "pcr", value_name = "REGISTER=DIGITS", required = true)]
         pcrs: Vec<String>,
     },
-    /// Show what registers have to hold
+    /// Show the reference values of registers
     Show,
 }
 
 fn digest(text: &str) -> Result<String, String> {
     match pcr::parse_value(text) {
         Some(bytes) => Ok(lower::encode_string(&bytes)),
-        None => Err("64 hexadecimal digits are wanted".to_owned()),
+        None => Err("expected 64 hexadecimal digits".to_owned()),
     }
 }
 

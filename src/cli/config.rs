@@ -1,4 +1,4 @@
-//! The configuration file: where the host's key agent is, who may ask it for what, and how old a key may get.
+//! The configuration file: the host's key agent, the privileges of its callers, and the maximum age of keys.
 //!
 //! ```toml
 //! [agent]
@@ -85,32 +85,32 @@ pub enum ConfigError {
     #[error(transparent)]
     File(#[from] TomlFileError),
     /// One that was named is not there.
-    #[error("{}: there is no such configuration; write it, or name another with --config or SEALBLK_CONFIG", path.display())]
+    #[error("{}: this configuration file does not exist; make it, or name another with --config or SEALBLK_CONFIG", path.display())]
     Missing {
         /// The file.
         path: PathBuf,
     },
     /// A TPM that is named by what is no whole path.
-    #[error("{}: tpm under [agent.sealed-cache]: write the whole path, from / on", path.display())]
+    #[error("{}: tpm under [agent.sealed-cache] must be an absolute path", path.display())]
     Tpm {
         /// The file.
         path: PathBuf,
     },
     /// A grant to nobody.
-    #[error("{}: a [[grant]] has to name either a user or a group, and not both; add `user` or `group`", path.display())]
+    #[error("{}: a [[grant]] must name either a user or a group, not both; add `user` or `group`", path.display())]
     Grantee {
         /// The file.
         path: PathBuf,
     },
     /// No group for the agent's socket.
-    #[error("{}: socket-group under [agent] names a group that this host does not have; correct it, or make the group", path.display())]
+    #[error("{}: socket-group under [agent] names a group that does not exist on this host; correct it, or make the group", path.display())]
     SocketGroup {
         /// The file.
         path: PathBuf,
     },
     /// A grant for some volumes of what is about none.
     #[error(
-        "{}: a [[grant]] with `volumes` is for Access, Recrypt and RegisterVM alone: give {privilege} in a [[grant]] without",
+        "{}: a [[grant]] with `volumes` can only have Access, Recrypt and RegisterVM: give {privilege} in a [[grant]] without `volumes`",
         path.display()
     )]
     NotOfVolumes {
@@ -120,7 +120,7 @@ pub enum ConfigError {
         privilege: Privilege,
     },
     /// A grant to somebody whom the host does not know.
-    #[error("{}: [[grant]] number {number} names a {what} that this host does not have; correct it, or make the {what}", path.display())]
+    #[error("{}: [[grant]] number {number} names a {what} that does not exist on this host; correct it, or make the {what}", path.display())]
     Unknown {
         /// The file.
         path: PathBuf,

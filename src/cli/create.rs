@@ -1,7 +1,7 @@
 //! `sealblk create`: a volume, its keyslots, and the file that holds it.
 //!
-//! What exists is claimed before it is written to, so a disk that is in use stays untouched; what is made is removed
-//! again if anything fails.
+//! `create` claims an existing file or device before it writes to it, so a disk in use stays untouched. If it fails, it
+//! removes the files that it made.
 
 use std::fs::OpenOptions;
 use std::io;
@@ -30,45 +30,45 @@ Examples:
   sealblk create /dev/vg0/vm8 --sector-size 4096
   sealblk create /dev/vg0/vm9 --header /srv/headers/vm9.luks
 
-The volume is bound to a key provider: this host opens it without being asked
-for a passphrase. If the host has none, and the volume gets a recovery key, a
-native provider is added, and told.
+The volume is bound to a key provider: this host opens it without a passphrase.
+If the host has no provider, and you give --recovery-key, sealblk adds a native
+provider, and says so.
 
 A recovery key opens the volume on any Linux, without sealblk:
   cryptsetup open --key-file vm7.key vm7.luks vm7
-It has 256 bits. Keep it apart from the disk. A key of your own, in a file
-that exists, is taken if it is strong enough (`sealblk --help`).
+It has 256 bits. Keep it apart from the disk. If FILE exists, sealblk uses its
+content as the recovery key, if it is strong enough (`sealblk --help`).
 
-What a block device held before stays readable on it until it is written over.";
+Old data on a block device stay readable until the guest overwrites them.";
 
 /// Make an encrypted disk
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub(super) struct Create {
-    /// A file, which is made, or a block device
+    /// A file to make, or a block device
     disk: PathBuf,
-    /// Capacity of the disk, as in 20G; its file takes 16M more [default for a device: what it has room for]
+    /// Capacity of the disk, as in 20G; its file takes 16M more [default for a device: all of it]
     #[arg(long)]
     size: Option<Size>,
     /// Key provider that opens the volume [default: the host's]
     #[arg(long, value_name = "NAME")]
     provider: Option<String>,
-    /// Bytes that are encrypted as one, and the disk's block size; not every firmware boots from 4096
+    /// The encryption sector and the disk's block size, in bytes; some firmware cannot boot from 4096
     #[arg(long, value_name = "BYTES", default_value = "512", value_parser = ["512", "4096"])]
     sector_size: String,
-    /// Add a recovery key: made and written to FILE, or read from it if it exists
+    /// Add a recovery key: read it from FILE, or make it and write it to FILE if FILE does not exist
     #[arg(long, value_name = "FILE")]
     recovery_key: Option<SecretSource>,
-    /// Take a recovery key that is easily guessed
+    /// Accept a recovery key that is easy to guess
     #[arg(long, requires = "recovery_key")]
     weak: bool,
-    /// Keep the header in a file of its own; DISK then holds nothing but ciphertext
+    /// Store the header in this file; DISK then holds only ciphertext
     #[arg(long, value_name = "FILE")]
     header: Option<PathBuf>,
-    /// Name for people, and for /dev/disk/by-label
+    /// A label, also for /dev/disk/by-label
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     label: String,
-    /// Destroy what DISK holds
+    /// Destroy the content of DISK
     #[arg(long)]
     force: bool,
 }
@@ -131,7 +131,7 @@ impl Create {
             && registry.backup(provider.name()) == Some(Backup::Waived)
         {
             output::note(&format!(
-                "nothing but the primary key of provider {:?} opens this disk, and there is no backup of that: {}, or \
+                "only the primary key of provider {:?} opens this disk, and it has no backup: run {}, or \
                  `sealblk recovery add`",
                 provider.name(),
                 provider::backup_command(host, provider.name())
@@ -139,7 +139,7 @@ impl Create {
         }
 
         let mut answer = format!(
-            "{}: made, a disk of {}\n",
+            "Created {}: a disk of {}\n",
             output::shown(&self.disk),
             Size(created.capacity())
         );
@@ -153,9 +153,9 @@ impl Create {
         ) {
             (Some(place), true) => tell(
                 "recovery key",
-                &format!("made, in {place}; keep it apart from the disk"),
+                &format!("written to {place}; keep it apart from the disk"),
             ),
-            (Some(place), false) => tell("recovery key", &format!("that of {place}")),
+            (Some(place), false) => tell("recovery key", &format!("read from {place}")),
             (None, _) => tell("recovery key", "none; `sealblk recovery add` adds one"),
         }
         output::print(&answer)

@@ -1,4 +1,4 @@
-//! `sealblk erase`: the end of a disk, with a receipt. The receipt's form is documented in docs/erase.md.
+//! `sealblk erase`: destroys a disk's header and keyslots, and writes a receipt. The receipt's form is documented in docs/erase.md.
 
 use std::fs;
 use std::io::{self, BufRead, IsTerminal, Write};
@@ -33,31 +33,32 @@ Examples:
   sealblk erase /dev/vg0/vm8 --confirm 3b5b5f0e-2f5d-4c53-9d2a-5a3c1f0f7d11 --receipt vm8.receipt
   sealblk erase vm9.data --header vm9.luks --revoke-key
 
-Destroys both copies of the header and all keyslots, so that no key opens the disk
-any more, and the data are noise. They are written over, read back from storage,
-and given back to the device where it takes that. The disk must not be in use.
+sealblk destroys both copies of the header and all keyslots. Then no key opens the
+disk, and its data are noise. sealblk overwrites the header and the keyslots, reads
+them back from storage, and discards them if the device supports that. The disk
+must not be in use.
 
-What no tool can promise: copies and backups of the header open with the keys of
-their time; flash, file systems and snapshots may keep blocks that were written
-over; a process that has the disk open still has its key. Where that matters,
-revoke the key too (--revoke-key), and destroy the backups. Backups from before
-a rekey open with the key of then: `sealblk rekey` has told it, and the agent's
-log has it as KeyBound; revoke it with `sealblk key revoke`.";
+Limits: copies and backups of the header open with the keys of their time. Flash,
+file systems and snapshots may keep overwritten blocks. A process that has the disk
+open still has its key. If that matters, also revoke the key (--revoke-key), and
+destroy the backups. A header backup from before a rekey opens with the replaced
+key: `sealblk rekey` printed its ID, and the agent's log has it as KeyBound. Revoke
+that key with `sealblk key revoke`.";
 
-/// Destroy a disk for good, by destroying what opens it
+/// Destroy a disk for good, by destroying its header and keyslots
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub(super) struct Erase {
     #[command(flatten)]
     volume: VolumeArgs,
-    /// The volume's UUID, as `sealblk info` shows it; without it, it is asked for on the terminal
+    /// The volume's UUID, as `sealblk info` shows it; without this option, sealblk asks for it on the terminal
     #[arg(long, value_name = "UUID")]
     confirm: Option<String>,
-    /// Write the receipt to this file, which is made, and not to standard output
+    /// Write the receipt to this new file instead of standard output
     #[arg(long, value_name = "FILE")]
     receipt: Option<PathBuf>,
-    /// Take the keys out of use that opened it, each if no other volume is known to need it; nothing is erased if they cannot be
-    /// revoked just now
+    /// Also revoke the keys that opened the disk, unless another known volume needs them; if they cannot be revoked now,
+    /// nothing is erased
     #[arg(long)]
     revoke_key: bool,
 }
@@ -126,9 +127,9 @@ struct Revoked {
 /// The form of the receipt.
 const FORM: &str = "sealblk-erase-2";
 const NOT_COVERED: [&str; 3] = [
-    "copies and backups of the header: they open with the keys of their time, also with those that a rekey has replaced",
-    "blocks that flash, a file system or a snapshot keeps of what was written over",
-    "the volume key in the memory of a process that has the disk open elsewhere",
+    "copies and backups of the header: they open with the keys of their time, also with keys that a rekey has replaced",
+    "overwritten blocks that flash, a file system or a snapshot keeps",
+    "the volume key in the memory of a process on another host that has the disk open",
 ];
 
 impl Erase {
@@ -356,7 +357,7 @@ fn is_final(reason: KeyReason) -> bool {
 
 fn tell_left(Opened { provider, key_id, .. }: &Opened) {
     output::note(&format!(
-        "key {key_id} of provider {provider:?} was left as it is: where it is active, it opens backups of the header"
+        "key {key_id} of provider {provider:?} was not revoked: while it is active, it opens backups of the header"
     ));
 }
 

@@ -1,4 +1,4 @@
-//! `sealblk events`: what happens to keys and disks, as it happens.
+//! `sealblk events`: prints the events of keys and disks as they occur.
 
 use std::path::{Path, PathBuf};
 
@@ -12,7 +12,7 @@ use crate::control::varlink::{CallError, call_for_more, reply};
 use crate::control::wire::Connection;
 use crate::{agent, attachment as disk};
 
-/// Print what happens to keys and disks, a JSON object a line, until it is interrupted
+/// Print events of keys and disks as JSON, one object a line, until you interrupt it
 #[derive(Debug, Args)]
 pub(super) struct Events {
     /// The control socket of a served disk [default: the key agent's]

@@ -1,4 +1,4 @@
-//! Why a verb failed, and the exit code that tells a script whose move it is.
+//! The failures of verbs, and their exit codes, which tell a script who must act.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -42,10 +42,10 @@ pub enum Failure {
     #[error("cannot protect this process' memory from other processes of the same user")]
     Process(#[source] io::Error),
     /// What a verb prints did not go out.
-    #[error("cannot write the answer to standard output; see that there is room where it goes")]
+    #[error("cannot write the result to standard output; check that its destination has room")]
     Output(#[source] io::Error),
     /// A disk's file cannot be made.
-    #[error("cannot make {}; its directory has to exist, and this user has to be able to write there", path.display())]
+    #[error("cannot make {}; its directory must exist, and this user must have write access to it", path.display())]
     Make {
         /// The file.
         path: PathBuf,
@@ -53,7 +53,7 @@ pub enum Failure {
         source: io::Error,
     },
     /// A disk's device cannot be looked at before it is overwritten.
-    #[error("cannot read {}; it has to be there, and readable by this user", path.display())]
+    #[error("cannot read {}; it must exist, and this user must have read access to it", path.display())]
     Look {
         /// The device.
         path: PathBuf,
@@ -62,7 +62,7 @@ pub enum Failure {
     },
     /// There is something to lose.
     #[error(
-        "{} holds {}; name another place, or destroy what it holds with --force",
+        "{} holds {}; name another file or device, or destroy its content with --force",
         path.display(),
         content
     )]
@@ -73,21 +73,19 @@ pub enum Failure {
         content: Content,
     },
     /// A file has no size of its own.
-    #[error("{} is a file: say how large the disk shall be, with --size", disk.display())]
+    #[error("{} is a file: set the size of the disk with --size", disk.display())]
     SizeNeeded {
         /// The file.
         disk: PathBuf,
     },
     /// There is nobody to ask for a key.
     #[error(
-        "this host has no key provider: `sealblk provider add native` adds one, and `sealblk provider backup` makes it fit \
-         for use; with --recovery-key the disk has another way in, and a native provider is added for it"
+        "this host has no key provider: add one with `sealblk provider add native`, and back it up with \
+         `sealblk provider backup`; or give --recovery-key, then sealblk adds a native provider itself"
     )]
     NoProvider,
     /// A secret that somebody would guess.
-    #[error(
-        "the secret in {location} is too weak: {why}; take a longer one, or --weak if it has to be this one"
-    )]
+    #[error("the secret in {location} is too weak: {why}; use a longer one, or --weak to accept this one")]
     WeakSecret {
         /// Where it is.
         location: String,
@@ -104,7 +102,7 @@ pub enum Failure {
     },
     /// A key that is there already.
     #[error(
-        "the recovery key opens the volume already, by keyslot {keyslot}; name a file that does not exist for a new one"
+        "the recovery key already opens the volume, by keyslot {keyslot}; for a new one, name a file that does not exist"
     )]
     OpensAlready {
         /// What it opens.
@@ -124,8 +122,8 @@ pub enum Failure {
     Storage(#[from] StorageError),
     /// What could be done while the disk is served.
     #[error(
-        "{}: is in use by another process; if that is `sealblk serve`, name its --control-socket in the disk's place, else \
-         detach it there first",
+        "{}: another process uses it; if this is `sealblk serve`, give its --control-socket instead of the disk, else end that \
+         process first",
         path.display()
     )]
     MayBeServed {
@@ -155,8 +153,8 @@ pub enum Failure {
     },
     /// Another volume lies where one is expected.
     #[error(
-        "{}: holds volume {found}, and not {expected}, which --volume names: name the disk of that one, or restore its header, \
-         which somebody may have replaced",
+        "{}: holds volume {found}, but --volume names {expected}: name the disk of that volume, or restore its header, which \
+         may have been replaced",
         disk.display()
     )]
     OtherVolume {
@@ -169,7 +167,7 @@ pub enum Failure {
     },
     /// A key for a disk that is not encrypted.
     #[error(
-        "{} is a plain disk, to which no key belongs: leave --passphrase-file out, or name the volume that it opens",
+        "{} is an unencrypted disk, which has no key: leave out --passphrase-file, or name the volume that it opens",
         disk.display()
     )]
     KeyOfPlainDisk {
@@ -177,14 +175,14 @@ pub enum Failure {
         disk: PathBuf,
     },
     /// A descriptor for two things.
-    #[error("descriptor {fd} is the front-end's socket, by --fd; the secret has to come by another one")]
+    #[error("descriptor {fd} is the front-end's socket (--fd); use another descriptor for the secret")]
     SameDescriptor {
         /// Its number.
         fd: RawFd,
     },
     /// A socket for two things.
     #[error(
-        "{}: is both the --socket-path, for QEMU, and the --control-socket, for operators; choose another path for one of them",
+        "{}: is given both as --socket-path (for QEMU) and as --control-socket (for operators); choose another path for one of them",
         path.display()
     )]
     SameSocket {
@@ -192,14 +190,14 @@ pub enum Failure {
         path: PathBuf,
     },
     /// A sector size for a disk that has its own.
-    #[error("{} is a LUKS2 volume, whose header tells its sector size: leave --sector-size out", disk.display())]
+    #[error("{} is a LUKS2 volume, and its header sets the sector size: leave out --sector-size", disk.display())]
     SectorSizeOfVolume {
         /// The disk.
         disk: PathBuf,
     },
     /// A volume that is said to be none.
     #[error(
-        "{} is a LUKS2 volume, and is not served as it lies there: leave --format out, and it is served decrypted",
+        "{} is a LUKS2 volume, and sealblk does not serve it as raw: leave out --format to serve it decrypted",
         disk.display()
     )]
     FormatOfVolume {
@@ -207,7 +205,7 @@ pub enum Failure {
         disk: PathBuf,
     },
     /// A size that no disk has.
-    #[error("--null-storage needs a multiple of the sector size, {}, that is not 0", sector_size.bytes())]
+    #[error("--null-storage must be a multiple of the sector size, {}, and not 0", sector_size.bytes())]
     NullStorage {
         /// The sector size.
         sector_size: SectorSize,
@@ -217,7 +215,7 @@ pub enum Failure {
     Null(#[source] io::Error),
     /// Somebody confirms another thing than what is about to be lost.
     #[error(
-        "--confirm names {confirmed:?}, and {what} was named to be taken away: nothing was done; see which of the two is meant"
+        "--confirm names {confirmed:?}, but the command names {what}: nothing was changed; give the same name in both"
     )]
     Confirm {
         /// What is to go.
@@ -227,7 +225,7 @@ pub enum Failure {
     },
     /// Another volume than the one that is about to be lost.
     #[error(
-        "{} is volume {volume}, and --confirm names {confirmed:?}: nothing was erased; if the disk is the right one, confirm its \
+        "{} is volume {volume}, but --confirm names {confirmed:?}: nothing was erased; if the disk is the right one, confirm its \
          UUID, else name the other disk",
         disk.display()
     )]
@@ -241,8 +239,7 @@ pub enum Failure {
     },
     /// A key that is to go with its disk, and would not.
     #[error(
-        "{}: nothing was erased, since a key of it cannot be revoked; mend what the cause names, or leave \
-         --revoke-key out",
+        "{}: nothing was erased, because a key of it cannot be revoked; remove the cause, or leave out --revoke-key",
         disk.display()
     )]
     NotRevocable {
@@ -253,7 +250,7 @@ pub enum Failure {
     },
     /// A key that was to go with its disk.
     #[error(
-        "the disk was erased, and key {key_id} of provider {provider:?} was not revoked, for the reason above; revoke it with \
+        "the disk was erased, but key {key_id} of provider {provider:?} was not revoked, for the reason above; revoke it with \
          `sealblk key revoke`"
     )]
     NotRevoked {
@@ -266,7 +263,7 @@ pub enum Failure {
     },
     /// Nobody can be asked whether the volume is to go.
     #[error(
-        "{}: nothing was erased, since nobody confirmed it; add --confirm UUID, with the UUID that `sealblk info` shows",
+        "{}: nothing was erased, because the erasure was not confirmed; add --confirm UUID, with the UUID that `sealblk info` shows",
         disk.display()
     )]
     Unconfirmed {
@@ -278,8 +275,8 @@ pub enum Failure {
     NotDue,
     /// A backup of a header is given, where the header itself is meant.
     #[error(
-        "{} has a header of its own, of which {} is a copy: leave --header away; what is in a copy opens the disk until the copy \
-         is destroyed",
+        "{} has its header on the disk, and {} is a copy of it: leave out --header; the copy opens the disk until you destroy \
+         the copy",
         disk.display(),
         header.display()
     )]
@@ -294,7 +291,7 @@ pub enum Failure {
     OneDisk,
     /// Nobody says how old a key may get.
     #[error(
-        "nothing says how old a key may get: give --max-age, or set max-key-age under [policy] in the configuration"
+        "no maximum age of keys is set: give --max-age, or set max-key-age under [policy] in the configuration"
     )]
     NoPolicy,
     /// A key or provider that is needed.
@@ -317,11 +314,11 @@ pub enum Failure {
     Audit(#[from] AuditError),
     /// The audit log tells nothing of a receipt.
     #[error(
-        "{}: the log tells of no such receipt; {}",
+        "{}: the log does not confirm this receipt; {}",
         path.display(),
         match erased {
-            true => "it tells of the erasure, so this is not what was issued then, to the last byte",
-            false => "nor of an erasure of what it names",
+            true => "it has the erasure, so the receipt was changed after it was issued",
+            false => "it has no erasure of this volume with these checksums either",
         }
     )]
     NoReceipt {
@@ -332,8 +329,8 @@ pub enum Failure {
     },
     /// Nobody answers.
     #[error(
-        "{}: no answer on this control socket; see that `sealblk serve`, or the agent, listens there, and that this user may \
-         reach it",
+        "{}: no answer on this control socket; check that `sealblk serve`, or the agent, listens there, and that this user can \
+         connect to it",
         socket.display()
     )]
     Control {
@@ -344,8 +341,8 @@ pub enum Failure {
     },
     /// There is no agent to ask.
     #[error(
-        "this host has no key agent to ask: start `sealblk agent`, and write [agent] into the configuration, {}; or ask one disk, \
-         by `sealblk status` or `sealblk events` and its --control-socket",
+        "this host has no key agent: start `sealblk agent`, and add [agent] to the configuration, {}; or ask one disk, with \
+         `sealblk status` or `sealblk events` and its --control-socket",
         config.display()
     )]
     NoAgent {
@@ -573,13 +570,12 @@ fn unencrypted(volume: &VolumeError) -> String {
             Advice { path, format }.to_string()
         }
         Some((format, Owner::Pool)) => format!(
-            "{}; if it is a plain disk, and its guest has made that of it, --allow-unencrypted --format raw serves it as it lies \
-             there",
+            "{}; if this is an unencrypted disk, and its guest has written that content, serve it with --allow-unencrypted --format raw",
             Advice { path: &volume.path, format }
         ),
-        Some((_, Owner::Disk)) | None => "if its header is in another file, name that with --header; if its header was \
+        Some((_, Owner::Disk)) | None => "if its header is in another file, give that file with --header; if its header was \
             overwritten, restore a backup of it with `cryptsetup luksHeaderRestore`; only if it was never encrypted, \
-            --allow-unencrypted serves it as a plain disk"
+            serve it as an unencrypted disk with --allow-unencrypted"
             .to_owned(),
     }
 }

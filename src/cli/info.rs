@@ -1,4 +1,4 @@
-//! `sealblk info`: what a volume's header tells without a key. Its JSON form is documented in docs/info-json.md.
+//! `sealblk info`: the content of a volume's header, read without a key. Its JSON form is documented in docs/info-json.md.
 
 use std::path::PathBuf;
 
@@ -11,15 +11,15 @@ use super::size::Size;
 use crate::storage::{Access, Backing};
 use crate::volume::{CopiesInfo, Info as VolumeInfo, KdfInfo, KeyslotInfo, Purpose, SegmentInfo, TokenInfo};
 
-/// Show what a disk is, and what opens it; needs no key
+/// Show the properties of a disk, and the keyslots that open it; needs no key
 #[derive(Debug, Args)]
 pub(super) struct Info {
-    /// The disk's file or device; it may be in use
+    /// The disk's file or device; it can be in use
     disk: PathBuf,
     /// The file that holds the header, if it is detached
     #[arg(long, value_name = "FILE")]
     header: Option<PathBuf>,
-    /// Print JSON, whose fields stay as they are
+    /// Print JSON with stable fields (docs/info-json.md)
     #[arg(long)]
     json: bool,
 }
@@ -74,7 +74,7 @@ fn text(disk: &str, info: &VolumeInfo) -> String {
         row("", format!("the {copy} copy is damaged: {}", printable(damage)));
         row(
             "",
-            "it is repaired when the volume is next opened for writing".to_owned(),
+            "sealblk repairs it when it next opens the volume for writing".to_owned(),
         );
     }
     for segment in &info.segments {

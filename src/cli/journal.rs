@@ -1,6 +1,6 @@
-//! Records of the log in the journal's own protocol (<https://systemd.io/JOURNAL_NATIVE_PROTOCOL/>): its message reads as a line of
-//! the log does, and what is searched by is apart. The log's thread sends them, since a journal that reads nothing holds up who
-//! sends.
+//! Log records in the journal's native protocol (<https://systemd.io/JOURNAL_NATIVE_PROTOCOL/>): the message is the log line, and
+//! the fields for searches are separate. The log's thread sends the records, since a journal that does not read blocks the
+//! sender.
 
 use std::error::Error;
 use std::fmt::{self, Write as _};

@@ -1,4 +1,4 @@
-//! `sealblk key`: the keys that volumes are bound to, which volumes those are, and the taking of keys out of use.
+//! `sealblk key`: lists keys and the volumes that they open, and revokes keys.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
@@ -27,21 +27,21 @@ Examples:
   sealblk key scan /srv/vms /dev/vg0/vm9
   sealblk key revoke 9f3999d66378f496.4b5aea7b-9f6e-4a53-8d5b-3f0f5d2a3c11 --provider native --dry-run
 
-This host notes which volumes it binds to keys and opens, and where they are. A
-volume needs no such note: volumes that came from elsewhere are noted when they
-are first used, or by `key scan`. Each note is checked against the volume itself;
-one whose volume cannot be found counts as true.";
+This host keeps a list of the volumes that it binds to keys or opens, with their
+paths. A volume opens without an entry: a volume from another host is added when it
+is first used, or by `key scan`. sealblk compares each entry with the header of the
+volume; if it cannot find the volume, the entry counts as a use of the key.";
 
 const PUSH_HELP: &str = "\
 Example:
   fetch-from-the-kms 4711 | sealblk key push 4711 --provider kms --key-file -
 
-For a host that does not reach its key server: whoever manages it fetches the key
-and pushes it. The agent keeps it as long as one that it has fetched itself, in
-memory; volumes open with it, and none is bound to it. A wrong key opens nothing
-and does no harm. It takes the privilege ManageKeys.";
+For a host that does not reach its key server: its management fetches the key and
+pushes it. The agent keeps the key in memory, as long as a key that it fetched
+itself. It opens volumes with the key, and binds no volume to it. A wrong key opens
+nothing and does no harm. The caller needs the privilege ManageKeys.";
 
-/// See which keys open which disks, and take keys out of use
+/// List keys and the disks that they open, and revoke keys
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub(super) struct Key {
@@ -55,11 +55,11 @@ enum Verb {
     List(List),
     /// List the volumes that a key or a provider opens
     WhereUsed(WhereUsed),
-    /// List the volumes whose keys are older than they may be
+    /// List the volumes whose keys have reached their maximum age
     Due(Due),
-    /// Look at volumes, and note what they are bound to; drop notes that do not hold any more
+    /// Add volumes to the list of known volumes; drop entries that no longer hold
     Scan(Scan),
-    /// Take a key out of use on this host, and at its server if that keeps a record of it
+    /// Revoke a key on this host, and at its server if the server supports it
     Revoke(Revoke),
     /// Give this host's agent a key that was fetched elsewhere, for a while
     #[command(after_help = PUSH_HELP)]
@@ -68,7 +68,7 @@ enum Verb {
 
 #[derive(Debug, Args)]
 struct List {
-    /// Keys of this provider alone
+    /// Only keys of this provider
     #[arg(long, value_name = "NAME")]
     provider: Option<String>,
     /// Print JSON
@@ -84,14 +84,14 @@ struct WhereUsed {
     /// The provider
     #[arg(long, value_name = "NAME")]
     provider: Option<String>,
-    /// Print JSON, as the interface org.sealblk.Agent has it
+    /// Print JSON, as in the interface org.sealblk.Agent
     #[arg(long)]
     json: bool,
 }
 
 #[derive(Debug, Args)]
 struct Due {
-    /// How old a key may get, as in 90d [default: the configuration's max-key-age]
+    /// The maximum age of a key, as in 90d [default: the configuration's max-key-age]
     #[arg(long, value_name = "AGE", value_parser = parse_age)]
     max_age: Option<Duration>,
     /// Print JSON
@@ -101,9 +101,9 @@ struct Due {
 
 #[derive(Debug, Args)]
 struct Scan {
-    /// Volumes, or directories that hold volumes; what is known already is looked at in any case
+    /// Volumes, or directories with volumes; sealblk also checks all volumes on the list
     paths: Vec<PathBuf>,
-    /// Drop also notes of volumes that are not at their places; think of disks that are not attached just now
+    /// Also drop the entries of volumes that are not at their paths; first attach the disks that are only detached
     #[arg(long)]
     forget_missing: bool,
 }
@@ -115,7 +115,7 @@ struct Revoke {
     /// Its provider
     #[arg(long, value_name = "NAME")]
     provider: String,
-    /// Have the key server destroy it too: nobody can bring it back
+    /// Also destroy the key at the key server, for good
     #[arg(long)]
     destroy: bool,
     #[command(flatten)]
@@ -126,7 +126,7 @@ struct Revoke {
 struct Push {
     /// The key, as `sealblk info` and `sealblk key list` show it
     key_id: String,
-    /// Its provider, which the agent knows by this name
+    /// Its provider, by the agent's name for it
     #[arg(long, value_name = "NAME")]
     provider: String,
     /// The key itself: 32 bytes
@@ -137,13 +137,13 @@ struct Push {
 /// What goes with the taking away of something that may be needed.
 #[derive(Clone, Debug, Args)]
 pub(super) struct Insistence {
-    /// See whether it would be refused, and do nothing
+    /// Show whether the command would be refused, and change nothing
     #[arg(long)]
     pub(super) dry_run: bool,
-    /// Do it though volumes are lost by it; needs --confirm
+    /// Do it even if volumes are lost; needs --confirm
     #[arg(long, requires = "confirm")]
     pub(super) force: bool,
-    /// The very name or key that is taken away, once more
+    /// The name of the provider, or the ID of the key, again
     #[arg(long, value_name = "NAME", requires = "force")]
     pub(super) confirm: Option<String>,
 }
@@ -187,7 +187,7 @@ impl Insistence {
         Ok(match in_the_way {
             GuardError::InUse { uses, .. } => {
                 let lacks = match uses.full {
-                    true => "the list of volumes lacks some, and others may need it; ",
+                    true => "the list of volumes is incomplete, and volumes that it lacks may need it; ",
                     false => "",
                 };
                 let disks = uses
@@ -195,16 +195,16 @@ impl Insistence {
                     .into_iter()
                     .map(|disk| format!("  {}\n", output::printable(&disk)));
                 let needed = match uses.count {
-                    0 => format!("{subject}: {lacks}--force would take it away all the same\n"),
+                    0 => format!("{subject}: {lacks}it can only be {done} with --force\n"),
                     _ => format!(
-                        "{subject}: {lacks}these disks need it, and --force would take it away all the same:\n"
+                        "{subject}: {lacks}these disks need it; it can only be {done} with --force:\n"
                     ),
                 };
                 disks.fold(needed, |told, disk| told + &disk)
             }
-            GuardError::NotBackedUp(_) => format!(
-                "{subject}: there is no backup of its primary key, and --force would take it away all the same\n"
-            ),
+            GuardError::NotBackedUp(_) => {
+                format!("{subject}: its primary key has no backup; it can only be {done} with --force\n")
+            }
             _ => format!("{subject}: it can be {done} with --force\n"),
         })
     }
@@ -271,7 +271,7 @@ impl List {
             return output::print_json(&rows);
         }
         if rows.is_empty() {
-            return output::print("no volume is known; `sealblk key scan` looks at some\n");
+            return output::print("no volume is known; `sealblk key scan` adds volumes\n");
         }
         let mut table = vec![["PROVIDER", "KEY", "STATE", "VOLUMES", "AGE"].map(str::to_owned)];
         for row in rows {
@@ -435,7 +435,7 @@ impl Due {
             return output::print_json(&due);
         }
         if due.is_empty() {
-            return output::print("no key of a known volume is older than it may be\n");
+            return output::print("no key of a known volume has reached its maximum age\n");
         }
         let mut table = vec![["DISK", "VOLUME", "AGE", "KEY"].map(str::to_owned)];
         for volume in due {
@@ -482,11 +482,11 @@ impl Scan {
         let scanned = host.keys(Purpose::Check)?.scan(&paths, self.forget_missing)?;
         for passed in &scanned.passed_over {
             let (path, why) = (output::printable(&passed.path), output::printable(&passed.why));
-            output::note(&format!("{path}: passed over: {why}"));
+            output::note(&format!("{path}: skipped: {why}"));
         }
         let bound = scanned.found.iter().filter(|seen| seen.keys > 0).count();
         output::print(&format!(
-            "{} volumes seen, {bound} of them bound to a key; {} notes dropped\n",
+            "{} volumes found, {bound} of them bound to a key; {} entries dropped\n",
             scanned.found.len(),
             scanned.dropped
         ))
@@ -538,8 +538,8 @@ impl Revoke {
 /// What has become of a key.
 pub(super) fn revoked_text(reach: Reach, revocation: Revocation) -> &'static str {
     match (reach, revocation) {
-        (Reach::Host, _) => "revoked on this host; other hosts that have the provider can still use it",
-        (Reach::Server, Revocation::Deactivate) => "revoked, here and at its server",
-        (Reach::Server, Revocation::Destroy) => "destroyed at its server, and revoked here",
+        (Reach::Host, _) => "revoked on this host; other hosts with this provider can still use it",
+        (Reach::Server, Revocation::Deactivate) => "revoked on this host and at its server",
+        (Reach::Server, Revocation::Destroy) => "destroyed at its server, and revoked on this host",
     }
 }

@@ -1,4 +1,4 @@
-//! Where a verb gets keys, and what it can do with them: the host's agent, or this process' own providers.
+//! The key source of a verb: the host's agent, or this process' own providers.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -72,14 +72,14 @@ impl Keys {
         };
         if full {
             output::note(
-                "the list of known volumes lacks some, for want of room or since a file of it cannot be read; note the \
-                 disks that you have with `sealblk key scan`, then drop what is gone with `sealblk key scan --forget-missing`",
+                "the list of known volumes is incomplete: it was full, or a file of it cannot be read; add your disks with \
+                 `sealblk key scan`, then drop missing volumes with `sealblk key scan --forget-missing`",
             );
         }
         if volumes.iter().any(inventory::Entry::is_untold) {
             output::note(
-                "whether these notes hold is told to who has the privilege ManageKeys: to tell it, the agent looks where others may \
-                 not",
+                "the agent shows only callers with the privilege ManageKeys whether these entries still hold, because it reads \
+                 paths that other users cannot read",
             );
         }
         for share in crowded {

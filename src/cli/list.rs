@@ -8,14 +8,14 @@ use super::{Host, output};
 use crate::agent::{Client, Purpose};
 
 const AFTER_HELP: &str = "\
-The agent knows the volumes that it has given the key of. A disk that waits for its
-key is not among them; `sealblk status --control-socket SOCK` shows that one.";
+The agent lists the volumes whose keys it has given out. It does not list a disk
+that waits for its key; `sealblk status --control-socket SOCK` shows such a disk.";
 
-/// Show which volumes are being served on this host, as its key agent knows it
+/// List the volumes that are being served on this host, according to its key agent
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub(super) struct List {
-    /// Print JSON, as the interface org.sealblk.Agent has it
+    /// Print JSON, as in the interface org.sealblk.Agent
     #[arg(long)]
     json: bool,
 }
@@ -27,7 +27,7 @@ impl List {
             return output::print_json(&json!({ "disks": disks }));
         }
         if disks.is_empty() {
-            return output::print("no volume that the agent has given the key of is being served\n");
+            return output::print("no volume with a key from the agent is being served\n");
         }
         let head = [
             "VOLUME",

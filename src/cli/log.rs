@@ -1,8 +1,8 @@
-//! The log of a process that others can make talk: a guest, a front-end, a caller, a host that asks a broker.
+//! The log of a process, with limits: guests, front-ends, callers, and hosts that ask a broker cause log lines.
 //!
-//! None of them can fill it, and none can hold up this process by it. Each kind of line has a limit of its own, and how many
-//! were left out is told with the next one. Lines go to standard error, or records to the journal, on a thread of their own, which
-//! is the only one to wait if nobody reads them; then some are lost, and that is told too.
+//! None of them can fill the log, or block this process by it. Each kind of line has its own rate limit, and the next line
+//! reports the number of suppressed ones. A separate thread writes lines to standard error, or records to the journal. If no
+//! process reads them, only this thread waits; then lines are lost, and the log reports their number.
 
 #![allow(unsafe_code)] // Signal masks have no safe interface.
 
@@ -68,7 +68,7 @@ impl<S: Subscriber> Layer<S> for Limit {
         };
         if suppressed.count() > 0 {
             let text = format!(
-                "sealblk: {} lines like the next one were left out\n",
+                "sealblk: {} lines like the next one were suppressed\n",
                 suppressed.count()
             );
             write(text.as_bytes());
@@ -168,7 +168,7 @@ fn run(receive: &Receiver<Told>) {
             .map_or(0, |waiting| waiting.lost.swap(0, Ordering::Relaxed));
         let lost = lost_before + lost_now;
         if lost > 0 {
-            let text = format!("sealblk: {lost} lines of the log were lost, since nobody read them\n");
+            let text = format!("sealblk: {lost} log lines were lost, because no process read them\n");
             drop(io::stderr().write_all(text.as_bytes()));
         }
     }

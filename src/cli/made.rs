@@ -1,4 +1,4 @@
-//! The files that a verb has made, which go again if it fails.
+//! The files that a verb has made, and removes again if it fails.
 
 use std::fs;
 use std::path::PathBuf;

@@ -1,8 +1,8 @@
 //! The command line: a file for each verb.
 //!
-//! A verb is a struct of arguments with `run(self, &Host) -> Result<(), Failure>`. What it prints goes through
-//! [`output`], what it reads in secret through [`secret`]. Failures are printed here, once, with their causes, and
-//! become the exit code that `sealblk --help` documents.
+//! A verb is a struct of arguments with `run(self, &Host) -> Result<(), Failure>`. It prints through [`output`], and reads
+//! secrets through [`secret`]. This module prints failures, once, with their causes, and turns them into the exit code that
+//! `sealblk --help` documents.
 
 mod agent;
 mod audit;
@@ -56,39 +56,40 @@ Examples:
   sealblk serve --blk-file vm7.luks --socket-path /run/vm7.sock
   sealblk info vm7.luks
 
-Secrets are named, never given: --recovery-key and its like take a file, '-'
-for standard input, 'fd:N' for an open descriptor, or 'cred:NAME' for a file
-in $CREDENTIALS_DIRECTORY. A text is a passphrase, and a newline at its end does
-not belong to it. Anything else, up to 8 MiB, is taken byte for byte, as
-`cryptsetup --key-file` does. What opens nothing so is tried the other way, too.
+Options name the source of a secret, never the secret itself: --recovery-key
+and similar options take a file, '-' for standard input, 'fd:N' for an open
+descriptor, or 'cred:NAME' for a file in $CREDENTIALS_DIRECTORY. A text is a
+passphrase, without a newline at its end. Any other content, up to 8 MiB, is a
+key and counts byte for byte, as in `cryptsetup --key-file`. If the result opens
+nothing, sealblk also tries the other form.
 
-A secret of your own (a recovery key, a backup's passphrase) has to count as 12
-characters, or needs --weak; below 20 there is a warning. What repeats or goes on
-as in 'abc' is not counted, a digit counts half, a byte that is no text double.
+A secret of your choice (a recovery key, a backup's passphrase) must count as at
+least 12 characters, or needs --weak; below 20 sealblk warns. Repetitions and runs
+as in 'abc' do not count, a digit counts half, a byte that is not text double.
 
 Exit codes:
   0  done
   1  this host cannot do it: memory, processor, kernel, or a defect of sealblk
   2  the arguments, the configuration or other settings are wrong
-  3  what the disk, backup, receipt or log holds is wrong: no volume, damaged, not
-     supported, changed
+  3  the content of the disk, backup, receipt or log is wrong: not a volume,
+     damaged, not supported, changed
   4  the key is not available: the provider does not give it or cannot be used, or
      the passphrase or recovery key opens nothing
-  5  the disk, socket, key or provider is in use, or something would be lost
+  5  the disk, socket, key or provider is in use, or data would be lost
   6  a file, device or socket cannot be made, opened, read or written, or is full
   7  the agent or `sealblk serve` does not answer, or refuses
 
 Environment:
   SEALBLK_STATE_DIR  as --state-dir
   SEALBLK_CONFIG     as --config
-  SEALBLK_LOG        what to log to standard error: 'info', 'debug' ...";
+  SEALBLK_LOG        log level on standard error: 'info', 'debug' ...";
 
 /// VM encryption for QEMU/KVM: serves LUKS2 volumes to guests as virtio disks
 #[derive(Debug, Parser)]
 #[command(name = "sealblk", version, after_help = AFTER_HELP, max_term_width = 100)]
 struct Cli {
-    /// Where key providers are kept; named, it is used even where the configuration has an agent [default:
-    /// /var/lib/sealblk for root, else $XDG_STATE_HOME/sealblk]
+    /// The directory of the key providers; if you give it, sealblk uses it even if the configuration has an agent
+    /// [default: /var/lib/sealblk for root, else $XDG_STATE_HOME/sealblk]
     #[arg(
         long,
         global = true,
@@ -98,7 +99,7 @@ struct Cli {
     )]
     state_dir: Option<PathBuf>,
 
-    /// The configuration [default: /etc/sealblk/config.toml, if it exists; of `broker`: /etc/sealblk/broker.toml]
+    /// The configuration file [default: /etc/sealblk/config.toml, if it exists; for `broker`: /etc/sealblk/broker.toml]
     #[arg(
         long,
         global = true,

@@ -1,8 +1,8 @@
-//! What goes to standard output and to standard error.
+//! Output to standard output and to standard error.
 //!
-//! Names, paths and the texts of servers may hold anything. On both outputs they are on one line, and control no terminal:
-//! [`table`], [`note`], [`complain`] and the log see to it themselves, and answers show their parts by [`printable`] and
-//! [`shown`].
+//! Names, paths and the texts of servers are untrusted. Both outputs show them on one line, without control characters:
+//! [`table`], [`note`], [`complain`] and the log escape them, and callers of [`print`] escape parts of their results by
+//! [`printable`] and [`shown`].
 
 use std::error::Error;
 use std::io::{self, Write};
@@ -77,7 +77,7 @@ pub(super) fn log_events(level: &str) {
         _ => {
             if !wanted.is_empty() {
                 note(&format!(
-                    "SEALBLK_LOG={wanted:?} is not a level (error, warn, info, debug, trace, off), nor TARGET=LEVEL; it is left out"
+                    "SEALBLK_LOG={wanted:?} is neither a level (error, warn, info, debug, trace, off) nor TARGET=LEVEL; ignoring it"
                 ));
             }
             EnvFilter::new(level)

@@ -1,4 +1,4 @@
-//! `sealblk provider backup`, `restore` and `seal`: the primary key of a native provider, outside its file.
+//! `sealblk provider backup`, `restore` and `seal`: back up, restore and seal the primary key of a native provider.
 
 use std::path::{Path, PathBuf};
 
@@ -22,17 +22,18 @@ Examples:
   sealblk provider backup native --to native.backup --passphrase-file pass
   sealblk provider backup native --waive
 
-The backup is a LUKS2 header under argon2id that holds the primary key. It is read
-back and opened with the passphrase before it counts. One is enough for good:
-later keys are derived from the same primary key. cryptsetup opens it, too:
+The backup is a LUKS2 header under argon2id that holds the primary key. It counts
+only after sealblk has read it back and opened it with the passphrase. You need only
+one backup: sealblk derives all later keys from the same primary key. cryptsetup can
+open the backup, too:
   cryptsetup luksDump --dump-volume-key --volume-key-file out native.backup
-gives 64 bytes, of which the first 32 are the primary key.";
+writes 64 bytes; the first 32 are the primary key.";
 
 const RESTORE_HELP: &str = "\
 Example:
   sealblk provider restore native.backup --passphrase-file pass
 
-This host then opens the disks of the host that the backup was taken on.";
+This host then opens the disks of the host on which the backup was taken.";
 
 const SEAL_HELP: &str = "\
 Examples:
@@ -40,11 +41,11 @@ Examples:
   sealblk provider seal native --tpm-pcrs 0,4,7
   sealblk provider seal native --from native.backup --passphrase-file pass
 
-The provider's file then holds nothing that opens a disk on another host, or on
-this one booted otherwise: the TPM gives the key back while its registers (PCRs)
-hold what they hold now. After a change of firmware or boot loader it does not,
-and the disks are locked until the key is sealed anew, from its backup (--from).
-Take that first: a TPM that breaks or is cleared takes the key with it.";
+The TPM releases the sealed key only while its registers (PCRs) hold their current
+values. So the provider's file opens no disk on another host, or on this host if it
+booted other software. After a change of firmware or boot loader the TPM refuses,
+and the disks are locked until you seal the key again from its backup (--from).
+Take a backup first: if the TPM breaks or is cleared, the sealed key is lost.";
 
 #[derive(Debug, Args)]
 #[command(after_help = BACKUP_HELP)]
@@ -52,16 +53,16 @@ Take that first: a TPM that breaks or is cleared takes the key with it.";
 pub(super) struct Backup {
     /// The provider
     name: String,
-    /// The file, which is made
+    /// The backup file to make
     #[arg(long, value_name = "FILE", requires = "passphrase_file")]
     to: Option<PathBuf>,
-    /// The passphrase that the backup shall open with
+    /// The passphrase for the backup
     #[arg(long, value_name = "FILE|-|fd:N|cred:NAME", requires = "to")]
     passphrase_file: Option<SecretSource>,
-    /// Take a passphrase that is easily guessed
+    /// Accept a passphrase that is easy to guess
     #[arg(long, requires = "passphrase_file")]
     weak: bool,
-    /// Do without: new volumes get keys of the provider, and are lost if its file is
+    /// Do without a backup: new volumes get keys of the provider, and are lost if its file is lost
     #[arg(long)]
     waive: bool,
 }
@@ -71,13 +72,13 @@ pub(super) struct Backup {
 pub(super) struct Restore {
     /// The backup
     file: PathBuf,
-    /// The passphrase that it opens with
+    /// The passphrase of the backup
     #[arg(long, value_name = "FILE|-|fd:N|cred:NAME")]
     passphrase_file: SecretSource,
-    /// What to call the provider [default: as where the backup was taken, which volumes know it by]
+    /// The name of the provider [default: the name in the backup; volumes find their provider by this name]
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
-    /// Let new volumes take it when none is named; the first provider is the default anyway
+    /// Make it the default provider of new volumes; the first provider is always the default
     #[arg(long)]
     default: bool,
 }
@@ -90,13 +91,13 @@ pub(super) struct Seal {
     /// The TPM: a device, or swtpm:path=SOCKET
     #[arg(long, value_name = "DEVICE", default_value = DEFAULT_DEVICE)]
     tpm: Device,
-    /// The registers that the key is bound to, of the bank of SHA-256
+    /// The registers of the SHA-256 bank that the key is bound to
     #[arg(long, value_name = "N[,N...]", default_value_t)]
     tpm_pcrs: Selection,
-    /// The backup, where the TPM does not give the key back any more
+    /// The backup, if the TPM no longer releases the key
     #[arg(long, value_name = "FILE", requires = "passphrase_file")]
     from: Option<PathBuf>,
-    /// The passphrase that the backup opens with
+    /// The passphrase of the backup
     #[arg(long, value_name = "FILE|-|fd:N|cred:NAME", requires = "from")]
     passphrase_file: Option<SecretSource>,
 }
@@ -139,7 +140,8 @@ impl Backup {
         made.keep();
         registry.was_backed_up(&self.name, &primary)?;
         output::print(&format!(
-            "{}: the primary key of {:?}, read back and opened; keep it and its passphrase apart, and from the disks\n",
+            "{}: the backup of the primary key of {:?}, read back and checked; store it and its passphrase in different places, \
+             apart from the disks\n",
             output::shown(path),
             self.name
         ))
@@ -153,15 +155,15 @@ impl Restore {
         let Some(name) = self.name.or_else(|| known.clone()) else {
             return Err(Failure::Backup {
                 path: self.file,
-                what: "it does not tell the provider's name; give one with --name",
+                what: "it does not contain the provider's name; give one with --name",
             });
         };
         registry.import(&name, &primary, self.default)?;
         if let Some(known) = known.filter(|known| *known != name) {
             output::note(&format!(
-                "volumes that were bound to provider {known:?} look for that name, and not for {name:?}: serve them with a state \
-                 directory of their own (`--state-dir DIR`), into which the backup is restored as {known:?}; or bind them to this \
-                 provider by their recovery keys (`sealblk rekey DISK --provider {name} --unlock-key FILE`)"
+                "volumes that are bound to provider {known:?} do not find it under the name {name:?}: restore the backup as {known:?} \
+                 into another state directory, and serve them with it (`--state-dir DIR`); or bind them to this provider by \
+                 their recovery keys (`sealblk rekey DISK --provider {name} --unlock-key FILE`)"
             ));
         }
         output::print(&format!("key provider {name:?} was restored\n"))

@@ -1,4 +1,4 @@
-//! What the process is set to before any verb runs.
+//! Settings of the process before any verb runs.
 #![allow(unsafe_code)] // Signal dispositions have no safe interface.
 
 use std::io;
@@ -20,6 +20,6 @@ pub(super) fn raise_descriptor_limit() {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
     if let Err(error) = setrlimit(Resource::Nofile, limit) {
-        tracing::warn!(%error, "the limit on open files stays as it is; many queues may exhaust it");
+        tracing::warn!(%error, "cannot raise the limit on open files; many queues may exhaust it");
     }
 }

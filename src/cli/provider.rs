@@ -27,10 +27,10 @@ Examples:
   sealblk provider add native
   sealblk provider add native --name lab --default
 
-A native provider is one primary key in a file of the state directory. All keys
-that it gives to volumes are derived from it: whoever has the file can open the
-volumes, and without it they open with a recovery key alone. It is for no new
-volumes before there is a backup (`sealblk provider backup`), or --no-backup.";
+A native provider is one primary key in a file of the state directory. It derives
+the keys of all its volumes from the primary key. The file opens all these volumes;
+without it, only recovery keys open them. The provider gives no keys to new volumes
+until you take a backup (`sealblk provider backup`), unless you give --no-backup.";
 
 const REMOVE_HELP: &str = "\
 Examples:
@@ -38,10 +38,10 @@ Examples:
   sealblk provider remove native --new-default kms
   sealblk provider remove lab --force --confirm lab
 
-A provider is not removed while a disk is known to be bound to it: rekey the disks
-first. A native one is not removed before a backup of its primary key was taken
-(`sealblk provider backup`). Disks that this host has never used are not known;
-`sealblk key scan` looks at them. Keys at servers stay as they are.";
+sealblk does not remove a provider while a known disk is bound to it: rekey the
+disks first. It does not remove a native provider without a backup of its primary
+key (`sealblk provider backup`). sealblk does not know disks that this host has
+never used; `sealblk key scan` adds them. Keys at servers stay as they are.";
 
 const KMIP_HELP: &str = "\
 Examples:
@@ -51,11 +51,11 @@ Examples:
   sealblk provider add kmip --name vault --wrap server --server [2001:db8::7]:5696 \\
     --ca ca.pem --certificate host.pem --key host.key
 
-The servers have the same keys, and are tried in the given order. KMIP 1.1 to 1.4,
-2.0 and 2.1 are spoken, over TLS 1.2 or 1.3; the files are PEM, and read at each
-connection. It is added once a key was wrapped and unwrapped, for which a key
-called sealblk-probe is made there; else the exit code is not 0, and nothing is
-added. docs/providers.md tells what to set up.";
+All servers must have the same keys; sealblk tries them in the given order. It
+supports KMIP 1.1 to 1.4, 2.0 and 2.1 over TLS 1.2 or 1.3. The files are PEM, and
+sealblk reads them at each connection. sealblk first makes a key called
+sealblk-probe at the server, and wraps and unwraps under it. If that fails, it adds
+nothing, and the exit code is not 0. docs/providers.md describes the setup.";
 const TRANSIT_HELP: &str = "\
 Examples:
   sealblk provider add transit --address https://bao1:8200 --address https://bao2:8200 \\
@@ -65,9 +65,9 @@ Examples:
       --transit-key sealblk --certificate /etc/sealblk/host.pem --key /etc/sealblk/host.key
 
 The transit key stays on the server, and wraps the keys that volumes are bound to.
-Files are read whenever a connection is made, so that what they hold can be renewed.
-It is added once a key was wrapped and unwrapped; else the exit code is not 0, and
-nothing is added. docs/providers.md tells what to set up.";
+sealblk reads the files at each connection, so you can replace them at any time.
+sealblk first wraps and unwraps a key. If that fails, it adds nothing, and the exit
+code is not 0. docs/providers.md describes the setup.";
 
 const TRUSTED_HELP: &str = "\
 Examples:
@@ -76,12 +76,13 @@ Examples:
   sealblk provider enrol trusted --host node1 --token-file node1.token
   sealblk provider attestation-key trusted > node1.pub
 
-The host's TPM makes an attestation key now. `sealblk broker` gets to know it by
-`sealblk provider enrol`; Trustee takes what `sealblk provider attestation-key`
-prints. From then on the broker releases the resource if the host has booted what
-it is to boot, and the resource wraps the keys that volumes are bound to.";
+The host's TPM makes an attestation key. Then make the broker know that key: with
+`sealblk broker` by `sealblk provider enrol`; with Trustee, give it the output of
+`sealblk provider attestation-key`. From then on the broker releases the resource
+if the host has booted the expected software. The resource wraps the keys that
+volumes are bound to.";
 
-/// Add, list, check, back up and remove sources of keys
+/// Add, list, check, back up and remove key providers
 #[derive(Debug, Args)]
 pub(super) struct Provider {
     #[command(subcommand)]
@@ -93,21 +94,21 @@ enum Verb {
     /// Add a key provider to this host
     #[command(subcommand)]
     Add(Box<Add>),
-    /// Write a native provider's primary key to a file under a passphrase, and see that it can be restored
+    /// Write a native provider's primary key to a file under a passphrase, and check the file
     Backup(primary_key::Backup),
     /// Add a native provider with the primary key of a backup
     Restore(primary_key::Restore),
     /// Seal a native provider's primary key to this host's TPM
     Seal(primary_key::Seal),
-    /// See whether keys can be had of a provider, by a real unwrap
+    /// Test a provider by a real unwrap
     Check(Check),
-    /// Make this host's TPM known to the broker of a trusted provider
+    /// Enrol this host's TPM at the broker of a trusted provider
     Enrol(Enrol),
-    /// Print the attestation key of a trusted provider, for a broker that has to be told it
+    /// Print the attestation key of a trusted provider, to configure a broker such as Trustee
     AttestationKey(Check),
     /// Remove a key provider from this host, unless a disk needs it
     Remove(Remove),
-    /// List the key providers of this host, and whether each one's keys can be used; if not all can, the exit code is 4
+    /// List and test the key providers of this host; the exit code is 4 if one does not work
     List(List),
 }
 
@@ -122,17 +123,17 @@ enum Add {
     /// The Transit secrets engine of OpenBao or HashiCorp Vault
     #[command(after_help = TRANSIT_HELP)]
     Transit(TransitArgs),
-    /// A broker that releases a key to this host if its TPM proves what it has booted
+    /// A broker that releases a key to this host after its TPM has proved what it has booted
     #[command(after_help = TRUSTED_HELP)]
     Trusted(TrustedArgs),
 }
 
 #[derive(Debug, Args)]
 struct TrustedArgs {
-    /// A broker; give it again for others that are asked, in this order, where one does not answer
+    /// A broker; repeat the option for further brokers, which are tried in this order
     #[arg(long, value_name = "https://HOST:PORT", required = true, value_parser = parse_address)]
     address: Vec<String>,
-    /// PEM file with the authority's certificate that the brokers' certificates are to be checked against
+    /// PEM file with the certificate of the authority that signs the brokers' certificates
     #[arg(long, value_name = "FILE")]
     ca: PathBuf,
     /// The broker's key
@@ -141,13 +142,13 @@ struct TrustedArgs {
     /// The host's TPM
     #[arg(long, value_name = "DEVICE", default_value = DEFAULT_DEVICE)]
     tpm: String,
-    /// How long the broker's key is held for other disks; with 0 it is asked for at each use
+    /// How long this host keeps the broker's key for other disks; with 0 it asks the broker at each use
     #[arg(long, value_name = "SECONDS", default_value_t = trusted::HOLD)]
     hold: u16,
-    /// How long a release may take
+    /// The time limit of a release
     #[arg(long, value_name = "SECONDS", default_value_t = trusted::TIMEOUT)]
     timeout: u16,
-    /// Add it though it is not seen to work
+    /// Add it without a test
     #[arg(long)]
     no_check: bool,
     #[command(flatten)]
@@ -161,14 +162,14 @@ struct Enrol {
     /// The name that the broker's operator has given this host
     #[arg(long, value_name = "NAME")]
     host: String,
-    /// The token of `sealblk broker host enrol`; none is needed if the broker was told the TPM's endorsement key
+    /// The token of `sealblk broker host enrol`; not needed if the broker was given the TPM's endorsement key
     #[arg(long, value_name = "SECRET")]
     token_file: Option<SecretSource>,
 }
 
 #[derive(Debug, Args)]
 struct NativeArgs {
-    /// Let new volumes take its keys though there is no backup
+    /// Let new volumes use its keys without a backup
     #[arg(long)]
     no_backup: bool,
     #[command(flatten)]
@@ -180,7 +181,7 @@ struct NativeArgs {
 struct Remove {
     /// The provider
     name: String,
-    /// What new volumes take then, if this one is the default
+    /// The new default provider, if this one is the default
     #[arg(long, value_name = "NAME")]
     new_default: Option<String>,
     #[command(flatten)]
@@ -195,31 +196,32 @@ struct Check {
 
 #[derive(Debug, Args)]
 struct KmipArgs {
-    /// A server, an IPv6 address with a port in brackets; once for each of several with the same keys [default port: 5696]
+    /// A server; write an IPv6 address with a port in brackets; repeat the option for further servers with the same keys
+    /// [default port: 5696]
     #[arg(long = "server", value_name = "HOST[:PORT]", required = true)]
     servers: Vec<String>,
-    /// The authorities that the servers' certificates come from
+    /// PEM file with the certificates of the authorities that sign the servers' certificates
     #[arg(long, value_name = "FILE")]
     ca: PathBuf,
     /// This host's certificate
     #[arg(long, value_name = "FILE")]
     certificate: PathBuf,
-    /// The certificate's private key, readable by its owner alone
+    /// The certificate's private key, readable only by its owner
     #[arg(long, value_name = "FILE")]
     key: PathBuf,
-    /// Who has the server's keys: client: this host fetches them; server: it decrypts for this host (from KMIP 1.4 on)
+    /// Where keys are used. client: this host fetches them. server: the server decrypts for this host (from KMIP 1.4 on)
     #[arg(long, value_name = "WHO", default_value = "client", value_parser = ["client", "server"])]
     wrap: String,
-    /// The servers' key that keys come to this host under: its Unique Identifier
+    /// The Unique Identifier of the key under which the server wraps keys for this host
     #[arg(long, value_name = "ID", requires = "wrapping_key_file")]
     wrapping_key: Option<String>,
-    /// The same key here: 32 bytes, in a file that its owner alone can read
+    /// The file with the 32 bytes of that key, readable only by its owner
     #[arg(long, value_name = "FILE", requires = "wrapping_key")]
     wrapping_key_file: Option<PathBuf>,
-    /// How long an operation may take, over all servers
+    /// The time limit of an operation, for all servers together
     #[arg(long, value_name = "SECONDS", default_value_t = kmip::DEFAULT_TIMEOUT)]
     timeout: u64,
-    /// Add it though it is not seen to work
+    /// Add it without a test
     #[arg(long)]
     no_check: bool,
     #[command(flatten)]
@@ -229,43 +231,43 @@ struct KmipArgs {
 #[derive(Debug, Args)]
 #[command(group = ArgGroup::new("login").required(true).args(["role_id", "certificate", "token_file"]))]
 struct TransitArgs {
-    /// A server; give it again for others that are asked, in this order, where one does not answer
+    /// A server; repeat the option for further servers, which are tried in this order
     #[arg(long, value_name = "https://HOST:PORT", required = true, value_parser = parse_address)]
     address: Vec<String>,
-    /// PEM file with the authority's certificate that the servers' certificates are to be checked against
+    /// PEM file with the certificate of the authority that signs the servers' certificates
     #[arg(long, value_name = "FILE")]
     ca: PathBuf,
     /// The server's key
     #[arg(long, value_name = "NAME")]
     transit_key: String,
-    /// Where the server has the secrets engine
+    /// The mount path of the secrets engine
     #[arg(long, value_name = "PATH", default_value = transit::MOUNT)]
     mount: String,
-    /// The namespace that it is in
+    /// The namespace of the secrets engine
     #[arg(long, value_name = "PATH")]
     namespace: Option<String>,
     /// Log in by AppRole, with this role
     #[arg(long, value_name = "ID", requires = "secret_id_file")]
     role_id: Option<String>,
-    /// The file of the role's secret ID, which its owner alone can read
+    /// The file of the role's secret ID, readable only by its owner
     #[arg(long, value_name = "FILE", requires = "role_id", conflicts_with_all = ["certificate", "token_file"])]
     secret_id_file: Option<PathBuf>,
-    /// Log in by this TLS certificate, a PEM file
+    /// Log in by the TLS certificate in this PEM file
     #[arg(long, value_name = "FILE", requires = "key")]
     certificate: Option<PathBuf>,
-    /// The file of the certificate's private key, which its owner alone can read
+    /// The file of the certificate's private key, readable only by its owner
     #[arg(long, value_name = "FILE", requires = "certificate", conflicts_with_all = ["role_id", "token_file"])]
     key: Option<PathBuf>,
-    /// Log in by the token in this file, which something else keeps valid, and its owner alone can read
+    /// Log in by the token in this file, readable only by its owner; another program must keep the token valid
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
-    /// Where the server has the login method, under auth/ [default: approle, or cert]
+    /// The mount path of the login method, under auth/ [default: approle, or cert]
     #[arg(long, value_name = "PATH", conflicts_with = "token_file")]
     login_mount: Option<String>,
-    /// How long an operation may take
+    /// The time limit of an operation
     #[arg(long, value_name = "SECONDS", default_value_t = transit::TIMEOUT)]
     timeout: u16,
-    /// Add it though it is not seen to work
+    /// Add it without a test
     #[arg(long)]
     no_check: bool,
     #[command(flatten)]
@@ -275,10 +277,10 @@ struct TransitArgs {
 /// What every kind is asked.
 #[derive(Clone, Debug, Args)]
 struct Common {
-    /// What to call it [default: its kind]
+    /// The name of the provider [default: its kind]
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
-    /// Let new volumes take it when none is named; the first provider is the default anyway
+    /// Make it the default provider of new volumes; the first provider is always the default
     #[arg(long)]
     default: bool,
 }
@@ -429,15 +431,15 @@ fn add_servers(
     let mut next = "its keys can be used".to_owned();
     if no_check {
         registry.add(name, source, common.default)?;
-        next = format!("`sealblk provider check {name}` tells whether its keys can be used");
+        next = format!("`sealblk provider check {name}` tests whether its keys can be used");
     } else {
         // A broker knows this host by a key that is made just now.
         let is_trusted = matches!(source, Source::Trusted(_));
         registry.add_working(name, source, common.default, |error| match error.reason {
             KeyReason::Refused | KeyReason::Attestation if is_trusted => {
                 next = format!(
-                    "its broker answers, and does not know this host yet: `sealblk provider enrol {name}`, or give the broker what \
-                     `sealblk provider attestation-key {name}` prints"
+                    "its broker answers, but does not know this host yet: run `sealblk provider enrol {name}`, or give the broker the \
+                     output of `sealblk provider attestation-key {name}`"
                 );
                 Ok(())
             }
@@ -465,8 +467,8 @@ pub(super) fn add_native(
     registry.add(name, Source::Native { backup }, default)?;
     let dir = output::shown(registry.dir());
     output::note(&format!(
-        "added key provider {name:?}; its primary key is in {dir}: back it up with {}, since volumes bound to this provider \
-         open with it or with their recovery key, and with nothing else",
+        "added key provider {name:?}; its primary key is in {dir}: back it up with {}; only the primary key and their \
+         recovery keys open the volumes of this provider",
         backup_command(host, name)
     ));
     Ok(())
@@ -516,7 +518,7 @@ fn tell_expiring(entry: &Entry) {
 
 #[derive(Debug, Args)]
 struct List {
-    /// Print JSON: `reason`, as in the audit log, tells why a provider's keys cannot be used
+    /// Print JSON: `reason`, as in the audit log, says why a provider's keys cannot be used
     #[arg(long)]
     json: bool,
 }

@@ -1,4 +1,4 @@
-//! `sealblk recovery`: keyslots that a recovery key opens, with or without sealblk.
+//! `sealblk recovery`: keyslots for recovery keys, which open a volume with or without sealblk.
 
 use clap::{Args, Subcommand};
 
@@ -20,9 +20,9 @@ Examples:
 
 A recovery key opens the volume on any Linux, without sealblk:
   cryptsetup open --key-file vm7.key vm7.luks vm7
-Given by hand, at cryptsetup's prompt, it works as well.
+You can also type it at cryptsetup's prompt.
 
-The volume must not be in use, except to test a key.";
+The volume must not be in use for `add` and `remove`; `test` works on a disk in use.";
 
 /// Add, remove and test recovery keys
 #[derive(Debug, Args)]
@@ -34,11 +34,11 @@ pub(super) struct Recovery {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Add a recovery key: made and written to a file, or read from it if it exists
+    /// Add a recovery key: read it from a file, or make it and write it to the file if it does not exist
     Add(Add),
-    /// Remove a recovery key, once another way into the volume has been seen to work
+    /// Remove a recovery key, after the volume was opened without it
     Remove(Remove),
-    /// See whether a recovery key opens the volume
+    /// Check whether a recovery key opens the volume
     Test(Test),
 }
 
@@ -46,10 +46,10 @@ enum Verb {
 struct Add {
     #[command(flatten)]
     volume: VolumeArgs,
-    /// Where the recovery key is, or shall be; '-', 'fd:N' and 'cred:NAME' are taken too
+    /// The file of the recovery key, made if it does not exist; or '-', 'fd:N', 'cred:NAME'
     #[arg(long, value_name = "FILE")]
     recovery_key: SecretSource,
-    /// Take a recovery key that is easily guessed
+    /// Accept a recovery key that is easy to guess
     #[arg(long)]
     weak: bool,
     #[command(flatten)]
@@ -72,7 +72,7 @@ struct Which {
     /// The recovery key to remove
     #[arg(long, value_name = "FILE")]
     recovery_key: Option<SecretSource>,
-    /// The keyslot of a recovery key that is lost; `sealblk info` lists them
+    /// The keyslot of a lost recovery key; `sealblk info` lists the keyslots
     #[arg(long, value_name = "N")]
     keyslot: Option<u32>,
 }
@@ -81,7 +81,7 @@ struct Which {
 struct Test {
     #[command(flatten)]
     volume: VolumeArgs,
-    /// Where the recovery key is; '-', 'fd:N' and 'cred:NAME' are taken too
+    /// The file of the recovery key; or '-', 'fd:N', 'cred:NAME'
     #[arg(long, value_name = "FILE")]
     recovery_key: SecretSource,
 }
@@ -179,7 +179,7 @@ impl Test {
         let locked = files.locked()?;
         let volume = key.open(|form| locked.unlock_with_passphrase(form))?;
         output::print(&format!(
-            "{}: opens, by keyslot {}\n",
+            "{}: the recovery key opens keyslot {}\n",
             output::shown(&self.volume.disk),
             volume.keyslot()
         ))

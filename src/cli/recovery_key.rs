@@ -1,8 +1,8 @@
 //! Recovery keys: passphrases with the strength of a key, which people can write down, type, and give to cryptsetup.
 //!
-//! One has 256 bits, in the alphabet and the grouping of systemd's recovery keys: modhex, whose 16 letters are where
-//! they are on nearly every keyboard, in eight groups of eight. The file holds these 71 characters and no newline, so
-//! that it is the passphrase byte for byte, also as `cryptsetup --key-file`.
+//! A recovery key has 256 bits, in the form of systemd's recovery keys: eight groups of eight letters in modhex, whose 16
+//! letters have the same positions on nearly every keyboard. The file holds these 71 characters and no newline, so
+//! that it is the passphrase byte for byte, also for `cryptsetup --key-file`.
 
 use std::path::{Path, PathBuf};
 

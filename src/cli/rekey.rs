@@ -1,4 +1,4 @@
-//! `sealblk rekey`: a new KEK for a volume, which keeps its volume key.
+//! `sealblk rekey`: binds a volume to a new KEK. The volume key stays the same.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -25,35 +25,35 @@ Examples:
   sealblk rekey --control-socket /run/vm7.control
   sealblk rekey --if-due /srv/vms/*.luks      # from a timer
 
-The new key is added and seen to open the volume before the old one is removed;
-interrupted, the volume opens with one of them, and the next rekey goes on.
-Recovery keys stay as they are. With a recovery key, a volume whose provider is
-gone, or that was never bound to one, gets a new one.
+sealblk adds the new key, opens the volume with it, and then removes the old key.
+If it is interrupted, the volume opens with one of the two keys, and the next
+rekey continues. Recovery keys stay as they are. Use --unlock-key with a recovery
+key if the volume's provider is gone, or if the volume has no provider.
 
-The data stay encrypted under the same volume key: copies of the header from
-before still open with the old key.";
+The data stay encrypted under the same volume key: the old key still opens older
+copies of the header.";
 
-/// Give a volume a new key of its provider, or of another one; its data stay as they are
+/// Bind a volume to a new key of its provider, or of another provider; the data stay unchanged
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 #[command(group = ArgGroup::new("target").required(true).args(["disks", "control_socket"]))]
 pub(super) struct Rekey {
-    /// The disk's file or device; with --if-due, there may be several
+    /// The disk's file or device; with --if-due, you can give several
     #[arg(value_name = "DISK")]
     disks: Vec<PathBuf>,
     /// The file that holds the header, if it is detached
     #[arg(long, value_name = "FILE", requires = "disks")]
     header: Option<PathBuf>,
-    /// The control socket of `sealblk serve`, for a disk that is being served: the guest does not notice
+    /// The control socket of `sealblk serve`, to rekey a disk that is being served; the guest does not notice
     #[arg(long, value_name = "SOCK", conflicts_with_all = ["header", "unlock_key"])]
     control_socket: Option<PathBuf>,
-    /// Key provider of the new key [default: that of the old one; without one, the host's]
+    /// Key provider of the new key [default: the provider of the old key, else the host's default]
     #[arg(long, value_name = "NAME")]
     provider: Option<String>,
-    /// Do nothing unless the key is older than it may be, or its age is unknown
+    /// Do nothing unless the key has reached its maximum age, or its age is unknown
     #[arg(long)]
     if_due: bool,
-    /// How old a key may get, as in 90d [default: the configuration's max-key-age]
+    /// The maximum age of a key, as in 90d [default: the configuration's max-key-age]
     #[arg(long, value_name = "AGE", requires = "if_due", value_parser = parse_age)]
     max_age: Option<Duration>,
     #[command(flatten)]
@@ -139,7 +139,7 @@ impl Rekey {
 
 fn tell_not_due(disk: &Path) -> Result<(), Failure> {
     output::print(&format!(
-        "{}: its key is not older than it may be\n",
+        "{}: the key has not reached its maximum age\n",
         output::shown(disk)
     ))
 }
@@ -154,7 +154,7 @@ fn tell(disk: &Path, rekeyed: &Rekeyed) -> Result<(), Failure> {
     let mut answer = format!("{}: rekeyed, in keyslot {keyslot}\n", output::shown(disk));
     answer.push_str(&format!("  opens now     provider {provider:?}, key {key_id}\n"));
     for (provider, key_id) in replaced {
-        answer.push_str(&format!("  no more       provider {provider:?}, key {key_id}\n"));
+        answer.push_str(&format!("  no longer     provider {provider:?}, key {key_id}\n"));
     }
     output::print(&answer)
 }

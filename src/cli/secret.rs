@@ -1,9 +1,9 @@
-//! Secrets that come in from outside: from a file, a descriptor or a systemd credential, never from the command line
-//! or the environment. They are read straight into the key arena.
+//! Secrets from outside: from a file, a descriptor or a systemd credential, never from the command line or the environment.
+//! They are read directly into the key arena.
 //!
-//! What opens a volume or a backup is a [`Key`], by one rule for all verbs: a text is a passphrase, to which a newline at its end
-//! does not belong, since nobody types it; anything else is taken byte for byte, as `cryptsetup --key-file` does. What does not
-//! open so is tried the other way, too.
+//! A passphrase or key for a volume or a backup is a [`Key`]. All verbs read it by one rule: a text is a passphrase, without a
+//! newline at its end, since a typed passphrase has none; any other content counts byte for byte, as in
+//! `cryptsetup --key-file`. If one form opens nothing, the other form is tried.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -44,7 +44,7 @@ pub enum SecretSource {
 pub enum SecretError {
     /// The file or descriptor.
     #[error(
-        "cannot {action} the secret in {location}; name a file, or an open descriptor, that this user can {action}"
+        "cannot {action} the secret in {location}; name a file or an open descriptor that this user can {action}"
     )]
     Io {
         /// "read" or "write".
@@ -83,10 +83,10 @@ pub enum SecretError {
 #[derive(Debug, thiserror::Error)]
 pub enum SyntaxError {
     /// Not a descriptor number.
-    #[error("after 'fd:' comes the number of an open descriptor")]
+    #[error("'fd:' must be followed by the number of an open descriptor")]
     Descriptor,
     /// Not a name.
-    #[error("after 'cred:' comes the name of a file in $CREDENTIALS_DIRECTORY")]
+    #[error("'cred:' must be followed by the name of a file in $CREDENTIALS_DIRECTORY")]
     Credential,
 }
 

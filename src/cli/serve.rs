@@ -33,25 +33,25 @@ use crate::volume::segment::{SegmentTable, Treatment};
 use crate::volume::{HeaderError, Identity, Locked, MATERIAL_LEN, Reason, VolumeError, unencrypted};
 
 const AFTER_HELP: &str = "\
-Then start QEMU with memory that it shares, and the disk:
+Then start QEMU with shared memory and the disk:
   qemu-system-x86_64 -accel kvm -m 2G \\
     -object memory-backend-memfd,id=mem,size=2G,share=on \\
     -machine q35,memory-backend=mem \\
     -chardev socket,id=disk0,path=SOCK,reconnect=1 \\
     -device vhost-user-blk-pci,chardev=disk0
 
-A volume is known by its header: with --allow-unencrypted too it is served
-decrypted, and one whose header is damaged not at all. An image (qcow2, VMDK, ...),
-and what belongs to LVM, ZFS or a RAID, is no plain disk unless --format raw says so.
+sealblk recognises a volume by its header. With --allow-unencrypted it still serves
+a volume decrypted, and refuses a volume with a damaged header. It refuses images
+(qcow2, VMDK, ...) and members of LVM, ZFS or a RAID, unless --format raw is given.
 
-Whoever can connect to SOCK reads and writes the disk: it is its owner's alone, or with
---socket-group that group's too, as a QEMU that runs as another user needs it.
+A process that connects to SOCK can read and write the disk. Only the owner of SOCK
+can connect, and with --socket-group its group; use that if QEMU runs as another user.
 
-If the key is not to be had, the disk is locked: the guest sees it, and its requests
-wait until the key is there. --no-wait ends instead.
+If the key is not available, the disk is locked: the guest sees it, and its requests
+wait until the key is available. With --no-wait, serve ends instead.
 
-The process ends on SIGTERM, when all that is in flight is done. A front-end
-may leave and come back, or be followed by another; there is one at a time.";
+On SIGTERM the process finishes the requests in flight and ends. One front-end can
+be connected at a time; it can disconnect and connect again, or another can follow.";
 
 /// What QEMU's vhost-user.json names, and nothing more (`VHostUserBackendBlockFeature`).
 const CAPABILITIES: &str = r#"{"type": "block", "features": ["read-only", "blk-file"]}"#;
@@ -67,74 +67,74 @@ pub(super) struct Serve {
     /// The disk: a file or block device that holds a LUKS2 volume
     #[arg(long, value_name = "DISK", required_unless_present_any = ["print_capabilities", "null_storage"])]
     blk_file: Option<PathBuf>,
-    /// The socket to listen on; a stale one is replaced
+    /// The socket to listen on; sealblk replaces a stale socket
     #[arg(long, value_name = "SOCK")]
     socket_path: Option<PathBuf>,
-    /// Give that socket to a group, by name or number: to QEMU's, as 'libvirt-qemu'. Whoever can connect reads and
-    /// writes the disk
+    /// Give that socket to a group, by name or number: the group of QEMU, as 'libvirt-qemu'. All its members can read and
+    /// write the disk
     #[arg(long, value_name = "GROUP", value_parser = parse_group, requires = "socket_path")]
     socket_group: Option<u32>,
-    /// Its mode, whatever the umask is [default: 600, with --socket-group 660]
+    /// The mode of that socket; the umask does not change it [default: 600, with --socket-group 660]
     #[arg(long, value_name = "MODE", value_parser = parse_mode, requires = "socket_path")]
     socket_mode: Option<u32>,
-    /// An inherited socket, that listens or is connected to QEMU
+    /// An inherited socket that listens, or is connected to QEMU
     #[arg(long, value_name = "N")]
     fd: Option<RawFd>,
-    /// Tell what this back-end can do, as QEMU's conventions have it, and end
+    /// Print the capabilities of this back-end in the form of QEMU's conventions, and end
     #[arg(long)]
     print_capabilities: bool,
-    /// Refuse writes; several processes may serve a disk so
+    /// Refuse writes; several processes can serve one disk with this option
     #[arg(long)]
     read_only: bool,
     /// Answer `sealblk status`, `lock`, `unlock` and `rekey` on this socket
     #[arg(long, value_name = "SOCK", conflicts_with_all = ["null_storage", "allow_unencrypted"])]
     control_socket: Option<PathBuf>,
-    /// Give the control socket to a group, by name or number; what its members may ask for, the configuration grants
+    /// Give the control socket to a group, by name or number; the configuration grants privileges to its members
     #[arg(long, value_name = "GROUP", value_parser = parse_group, requires = "control_socket")]
     control_socket_group: Option<u32>,
-    /// Its mode, whatever the umask is [default: 660]
+    /// The mode of the control socket; the umask does not change it [default: 660]
     #[arg(long, value_name = "MODE", value_parser = parse_mode, requires = "control_socket")]
     control_socket_mode: Option<u32>,
-    /// End at once if the key is not to be had, instead of serving a locked disk until it is
+    /// End at once if the key is not available, instead of serving a locked disk
     #[arg(long)]
     no_wait: bool,
-    /// The most queues that QEMU may ask for
+    /// The maximum number of queues for QEMU
     #[arg(long, value_name = "N", default_value_t = MAX_QUEUES as u16,
           value_parser = clap::value_parser!(u16).range(1..=MAX_QUEUES))]
     num_queues: u16,
-    /// The volume's header, if it is not on the disk
+    /// The file that holds the volume's header, if it is detached
     #[arg(long, value_name = "FILE")]
     header: Option<PathBuf>,
-    /// Serve this volume and no other: a header that was put in its place is refused. `sealblk info` tells the UUID
+    /// Serve only the volume with this UUID, and refuse the header of another volume. `sealblk info` shows the UUID
     #[arg(long, value_name = "UUID", conflicts_with_all = ["null_storage", "allow_unencrypted"])]
     volume: Option<Uuid>,
-    /// Open the volume with a passphrase, recovery key or key file instead of a key provider; `-`, fd:N and a shell's
-    /// `<(...)` give it once, so that `sealblk lock` is refused
+    /// Open the volume with a passphrase, recovery key or key file instead of a key provider. sealblk can read `-`, fd:N
+    /// and a shell's `<(...)` only once, so `sealblk lock` is then refused
     #[arg(long, value_name = "FILE|-|fd:N|cred:NAME", visible_alias = "key-file")]
     passphrase_file: Option<SecretSource>,
-    /// Serve a disk that holds no LUKS2 volume too, as it lies there: nothing of it is encrypted. Not for disks that are to
-    /// be: who can wipe the header of one would make it plain
+    /// Also serve a disk that is not a LUKS2 volume, without encryption. Do not use this for encrypted disks: an attacker
+    /// who wipes the header turns such a disk into an unencrypted one
     #[arg(long, conflicts_with = "header")]
     allow_unencrypted: bool,
-    /// The disk is 'raw', though it looks like an image, a member of a pool or a LUKS1 volume: its guest has written that onto
-    /// it. What an image holds is not looked at
+    /// Treat the disk as 'raw', although its content looks like an image, a member of a pool or a LUKS1 volume, because its
+    /// guest has written that content. sealblk never interprets it
     #[arg(long, value_name = "FORMAT", requires = "allow_unencrypted", value_parser = ["raw"])]
     format: Option<String>,
     /// The block size of a disk that is not a volume, 512 or 4096 [default: 512]
     #[arg(long, value_name = "BYTES", value_parser = parse_sector_size)]
     sector_size: Option<SectorSize>,
-    /// Serve no disk: store nothing, and answer reads with noise, encrypted under a random key unless --allow-unencrypted
-    /// is given; it shows what all but the storage costs
+    /// Serve a test disk without storage, for benchmarks: writes are discarded, reads return noise. Data are encrypted under
+    /// a random key unless --allow-unencrypted is given
     #[arg(long, value_name = "SIZE", conflicts_with_all = ["blk_file", "header", "passphrase_file"])]
     null_storage: Option<Size>,
-    /// Pass the guest's discards on to storage, which then shows what is in use to who can see it
+    /// Pass the guest's discards to the storage. An observer of the storage then sees which blocks are in use
     #[arg(long, conflicts_with = "read_only")]
     discard: bool,
-    /// What the guest sees as the disk's serial [default: the first 20 digits of the volume's UUID; for a plain disk, of
+    /// The disk's serial for the guest [default: the first 20 digits of the volume's UUID; for an unencrypted disk, of
     /// the SHA-256 of its absolute path]
     #[arg(long, value_name = "TEXT", value_parser = parse_serial)]
     serial: Option<String>,
-    /// How long a queue looks for work before it sleeps; a longer time lowers latency and takes more CPU, 0 never looks
+    /// How long a queue polls for work before it sleeps; a longer time lowers latency and takes more CPU, 0 turns polling off
     #[arg(
         long,
         value_name = "MICROSECONDS",
@@ -142,11 +142,11 @@ pub(super) struct Serve {
         default_value_t = DEFAULT_POLL_MAX.as_micros() as u16
     )]
     poll_max: u16,
-    /// Memory of each queue in use for data between the guest and storage, pinned: 1M to 64M; with less, fewer large
-    /// requests are in flight at a time [default: 8M]
+    /// Pinned memory of each queue in use, for data between the guest and storage: 1M to 64M. A smaller pool allows fewer
+    /// large requests in flight [default: 8M]
     #[arg(long, value_name = "SIZE", value_parser = parse_pool_size)]
     pool_size: Option<u32>,
-    /// The code that encrypts and decrypts: 'fastest' of this machine, or by name 'avx512', 'avx2', 'aes-ni' (x86-64) or
+    /// The implementation of the cipher: 'fastest' on this machine, or 'avx512', 'avx2', 'aes-ni' (x86-64) or
     /// 'portable'
     #[arg(long, value_name = "NAME", default_value_t)]
     cipher_kernel: KernelChoice,
@@ -277,7 +277,7 @@ impl Serve {
             Waited::Came => first.outcome()?,
             Waited::TooLong => {
                 tracing::warn!(
-                    "the key was asked for, and there is no answer yet: the disk is locked until it is there"
+                    "the key source has not answered yet: the disk is locked until the key is available"
                 );
             }
             Waited::Stopped => tracing::info!("stopping"),
@@ -368,7 +368,7 @@ impl Serve {
         }
         let sector_size = self.sector_size.unwrap_or_default();
         let table = unencrypted(&disk, sector_size, self.format.is_some())?;
-        tracing::warn!("not a LUKS2 volume: it is served as a plain disk, and nothing of it is encrypted");
+        tracing::warn!("not a LUKS2 volume: serving it as an unencrypted disk");
         let shape = Shape {
             sectors: table.sectors(),
             sector_size,
@@ -399,7 +399,7 @@ impl Serve {
         };
         tracing::warn!(
             encrypted = !self.allow_unencrypted,
-            "null storage, to measure with: nothing that is written is kept, and reads give noise"
+            "null storage, for benchmarks: writes are discarded, and reads return noise"
         );
         let table = Arc::new(SegmentTable::whole(capacity, treatment));
         let shape = Shape {
@@ -427,7 +427,9 @@ impl Serve {
     fn disk(&self, medium: &Medium) -> Result<Disk, Failure> {
         let shape = &medium.shape;
         if !shape.file.is_direct() {
-            tracing::warn!("no direct I/O with this sector size here; data pass through the page cache");
+            tracing::warn!(
+                "the storage has no direct I/O with this sector size: data pass through the page cache"
+            );
         }
         let discard = self.discard && takes_discards(&shape.file);
         let disk = Disk::new(
@@ -471,7 +473,7 @@ impl ControlSocket {
             let control = thread::Builder::new().name("control".into());
             let spawned = control.spawn_scoped(scope, || {
                 if let Err(error) = server::run(&self.listener, &ended, &interface) {
-                    tracing::error!(%error, "the control socket is answered no more");
+                    tracing::error!(%error, "the control socket no longer works");
                 }
             });
             spawned.map_err(Failure::Host)?;
@@ -520,7 +522,7 @@ fn takes_discards(file: &DataFile) -> bool {
     match file.takes_discards() {
         Ok(()) => true,
         Err(error) => {
-            tracing::warn!(%error, "--discard: this storage takes no discards, so the guest is offered none");
+            tracing::warn!(%error, "--discard: this storage does not support discards, so the guest gets none");
             false
         }
     }

@@ -1,4 +1,4 @@
-//! `sealblk status`, `lock` and `unlock`: a disk that is being served, by its control socket.
+//! `sealblk status`, `lock` and `unlock`: calls to the control socket of a disk that is being served.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -19,24 +19,24 @@ use crate::parsing;
 /// How long an answer may take: a lock waits for storage, a rekey for key servers.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(300);
 
-/// Show how a served disk is: whether it has its key, and if not, why
+/// Show the state of a served disk: whether it has its key, and the reason if it has not
 #[derive(Debug, Args)]
 pub(super) struct Status {
     #[command(flatten)]
     disk: ServedDisk,
-    /// Print JSON, as the interface org.sealblk.Disk has it
+    /// Print JSON, as in the interface org.sealblk.Disk
     #[arg(long)]
     json: bool,
 }
 
-/// Take the key of a served disk out of memory; the guest's requests wait until `unlock`
+/// Remove the key of a served disk from memory; the guest's requests wait until `unlock`
 #[derive(Debug, Args)]
 pub(super) struct Lock {
     #[command(flatten)]
     disk: ServedDisk,
 }
 
-/// Fetch the key of a locked disk; the guest's requests go on
+/// Fetch the key of a locked disk; the guest's requests continue
 #[derive(Debug, Args)]
 pub(super) struct Unlock {
     #[command(flatten)]
@@ -101,7 +101,7 @@ fn text(status: &attachment::Status) -> String {
     }
     match status.state {
         State::Open => row("state", "open".to_owned()),
-        State::Locking => row("state", "locking: waits for the requests in flight".to_owned()),
+        State::Locking => row("state", "locking: finishing the requests in flight".to_owned()),
         State::Locked => row("state", "locked: the guest's requests wait".to_owned()),
     }
     if let Some(lock) = &status.lock {
@@ -109,7 +109,7 @@ fn text(status: &attachment::Status) -> String {
             LockedBy::Operator => row("", "until `sealblk unlock`".to_owned()),
             LockedBy::NoKey => row(
                 "",
-                "until its key is available; it is tried again and again".to_owned(),
+                "until its key is available; sealblk tries again regularly".to_owned(),
             ),
         }
         if let Some(message) = &lock.message {
@@ -155,11 +155,11 @@ fn refused(socket: &Path, error: &MethodError) -> Failure {
     let message = match error.name.rsplit('.').next() {
         Some("Failed") => field("message").map(str::to_owned),
         Some("NotPermitted") => field("privilege").map(|privilege| {
-            format!("this user lacks the privilege {privilege}; grant it in the configuration of the process that listens there")
+            format!("this user lacks the privilege {privilege}; grant it in the configuration of the process that owns this socket")
         }),
-        Some("TooManyWatchers") => Some("too many watchers; end one of them".to_owned()),
+        Some("TooManyWatchers") => Some("too many watchers; stop one of them".to_owned()),
         Some("EventsLost") => {
-            Some("events came faster than they were read, and were lost; ask anew".to_owned())
+            Some("events were lost, because they came faster than this program read them; call again".to_owned())
         }
         _ => None,
     };

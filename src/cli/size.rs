@@ -1,4 +1,4 @@
-//! Sizes as people write and read them: binary, whatever the letter's case.
+//! Sizes as people write and read them: in binary units, in upper or lower case.
 
 use std::fmt;
 use std::str::FromStr;

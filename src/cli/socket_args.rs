@@ -1,4 +1,4 @@
-//! Who may connect to a socket that a verb listens on.
+//! The group and the mode of a socket that a verb listens on.
 
 use std::path::Path;
 

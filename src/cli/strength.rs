@@ -1,9 +1,9 @@
-//! How strong a secret is that somebody chose: a recovery key of an operator's own, the passphrase of a backup.
+//! The strength of a secret that an operator chose: a recovery key, or the passphrase of a backup.
 //!
-//! The measure is the length, without what is easily foreseen: a character that goes on with a run (`aaa`, `abc`, `321`) or
-//! with a repetition of three characters or more counts nothing, a digit counts half, and a byte of a key that is no text counts
-//! double. Fewer than [`LEAST`] characters are refused, fewer than [`ADVISED`] are warned of. There is no dictionary in it: what
-//! passes may still be a bad passphrase, and what does not pass is one.
+//! The measure is the length without predictable characters: a character that continues a run (`aaa`, `abc`, `321`) or
+//! a repetition of three characters or more counts zero, a digit counts half, and a byte of a key that is not text counts
+//! double. sealblk refuses fewer than [`LEAST`] characters, and warns below [`ADVISED`]. It uses no dictionary: a secret that
+//! passes can still be bad, but a secret that fails is bad.
 
 use std::fmt;
 
@@ -28,8 +28,8 @@ impl fmt::Display for Weakness {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "it counts as {} characters, without what repeats or goes on as in 'abc', and a digit counts half; {LEAST} are the least, \
-             and {ADVISED} are advised",
+            "it counts as {} characters (repetitions and runs as in 'abc' do not count, a digit counts half); at least {LEAST} are \
+             required, and {ADVISED} are recommended",
             self.counts
         )
     }

@@ -1,4 +1,4 @@
-//! What is said of arguments that are wrong.
+//! Messages about wrong arguments.
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -51,7 +51,7 @@ fn no_such_verb(wrong: &str, arguments: impl Iterator<Item = OsString>) -> Strin
         }
     }
     if !command.has_subcommands() {
-        return format!("`{path}` has no verbs, so {wrong:?} is none; see `{path} --help`\n");
+        return format!("`{path}` has no verbs, so {wrong:?} is not valid; see `{path} --help`\n");
     }
     let about = |verb: &Command| verb.get_about().map(ToString::to_string).unwrap_or_default();
     let verbs = command.get_subcommands().filter(|verb| !verb.is_hide_set());

@@ -1,4 +1,4 @@
-//! The arguments of verbs that change the header of a volume at rest: which volume, and how to open it.
+//! Arguments of verbs that change the header of a volume at rest: the volume, and the key that opens it.
 
 use std::path::{Path, PathBuf};
 

@@ -1,8 +1,8 @@
-//! What happens to keys and disks, told as it happens: to the log, which is the journal's for a service, and to whoever
-//! watches by a control socket.
+//! Events of keys and disks: each goes at once to the log (the journal for a service), and to the watchers of a control
+//! socket.
 //!
-//! An event is a JSON object: its `time` (RFC 3339), its name as `event`, and what it is about. Its name and fields mean the
-//! same in the audit log, in the log and in the stream.
+//! An event is a JSON object: its `time` (RFC 3339), its name as `event`, and further fields. Its name and fields have the
+//! same meaning in the audit log, in the log and in the stream.
 
 use std::fmt;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
@@ -138,8 +138,8 @@ impl Event {
             Self::KeyPushed => "a key was pushed",
             Self::KeyLookedUp => "a key was looked up",
             Self::ProviderChecked => "a provider works",
-            Self::KeyRevoked => "a key is taken out of use",
-            Self::ProviderRemoved => "a provider is removed",
+            Self::KeyRevoked => "a key is about to be revoked",
+            Self::ProviderRemoved => "a provider is about to be removed",
             Self::ErasureBegun => "a volume is about to be erased",
             Self::VolumeErased => "a volume was erased",
             Self::ReceiptIssued => "the receipt of an erasure was issued",
@@ -148,23 +148,23 @@ impl Event {
             Self::KeyMissing => "a provider has no such key",
             Self::KeyServerUnreachable => "a provider does not answer",
             Self::KeyRefusedByHost => "this host cannot hold a key",
-            Self::KeyFailed => "a key is not to be had",
-            Self::DiskUnregistered => "a volume is not served any more",
+            Self::KeyFailed => "a key is not available",
+            Self::DiskUnregistered => "a volume is no longer served",
             Self::DiskLocked => "the disk is locked, and the guest's requests wait",
             Self::DiskUnlocked => "the disk is unlocked",
-            Self::DiskRekeyed => "the volume has another key",
-            Self::RekeyFailed => "the volume keeps its key, since it got no other",
-            Self::PrivilegeUsed => "a caller was let through",
+            Self::DiskRekeyed => "the volume is bound to another key",
+            Self::RekeyFailed => "the rekey failed: the volume keeps its key",
+            Self::PrivilegeUsed => "a caller was permitted",
             Self::PrivilegeRefused => "a caller was refused",
             Self::BrokerStarted => "the broker answers",
-            Self::HostEnrolled => "a host is known by its TPM",
+            Self::HostEnrolled => "a host is enrolled by its TPM",
             Self::HostRefused => "a host was refused",
             Self::ResourceReleased => "a key was released to a host",
             Self::ResourceAdded => "a key is made",
             Self::ResourceRemoved => "a key is destroyed",
-            Self::HostAdmitted => "a host may enrol",
-            Self::HostRemoved => "a host is forgotten",
-            Self::ReferenceSet => "what hosts have to have booted is set",
+            Self::HostAdmitted => "a host is allowed to enrol",
+            Self::HostRemoved => "a host is removed",
+            Self::ReferenceSet => "reference values are set",
         }
     }
 

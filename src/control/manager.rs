@@ -1,6 +1,6 @@
-//! What the service manager is told, if it asked for it: sd_notify(3), for units of `Type=notify`.
+//! Notifications to the service manager: sd_notify(3), for units of `Type=notify`.
 //!
-//! A failure to tell it is no failure of the service: the manager's own time limit shows it.
+//! A failure to notify it is not a failure of the service: the manager's own time limit reveals it.
 
 use sd_notify::NotifyState;
 
@@ -31,6 +31,6 @@ const MAX_STATUS: usize = 1024;
 
 fn tell(state: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(state) {
-        tracing::debug!(%error, "the service manager cannot be told");
+        tracing::debug!(%error, "cannot notify the service manager");
     }
 }

@@ -1,17 +1,17 @@
-//! The control sockets: how other programs ask a process of ours to do something, and who may.
+//! The control sockets: other programs send calls to a process of sealblk, which checks their privileges.
 //!
 //! They speak the varlink wire protocol: JSON objects over a Unix socket, each ended by a NUL byte, with an interface
 //! that describes itself. Any varlink client can call what needs no descriptor.
 //!
 //! ```text
-//! wire       messages, and descriptors beside them: a secret goes through a pipe, never through JSON
-//! varlink    calls, replies and errors; what every service answers
-//! events     what happens, told to the log and to whoever watches
-//! server     callers, each with a thread, within bounds (places)
-//! socket     where a process listens, and the signals that end it
-//! manager    what the service manager is told
-//! peer       who is at the other end, as the kernel knows it; privilege: what they may do
-//! refusals   which refusals are told, since some may come without end
+//! wire       messages, and descriptors with them: a secret goes through a pipe, never through JSON
+//! varlink    calls, replies and errors; the methods of every service
+//! events     events, for the log and for watchers
+//! server     callers, each with a thread, within limits (places)
+//! socket     the sockets of a process, and the signals that end it
+//! manager    notifications to the service manager
+//! peer       the credentials of the caller, from the kernel; privilege: its privileges
+//! refusals   the rate limit of refusal records
 //! ```
 
 pub mod events;

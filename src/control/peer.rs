@@ -1,4 +1,4 @@
-//! Who is at the other end of a Unix socket, as the kernel knows it: credentials of the moment when it connected.
+//! The peer of a Unix socket: its credentials at the time of the connection, from the kernel.
 
 #![allow(unsafe_code)] // SO_PEERCRED and SO_PEERGROUPS have no wrapper that takes all that the kernel may answer.
 

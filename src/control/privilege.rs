@@ -1,11 +1,11 @@
-//! Who may do what: privileges named as vSphere names them (`Cryptographer.*`), granted to users and groups.
+//! Privileges, with the names of vSphere's (`Cryptographer.*`), granted to users and groups.
 //!
-//! Nobody has a privilege that was not granted, except root and the user that the asked process runs as, who could have
-//! it anyhow.
+//! Root, and the user that the process runs as, have all privileges, since they could get them anyway. Other users have only
+//! granted privileges.
 //!
-//! A grant can be for some volumes alone, by UUID: a wrapped key is bound to its volume's UUID, so what a grant is not for does
-//! not open, whatever header a caller shows. Paths would enforce nothing: whoever serves a disk can write to it, and so could
-//! put another volume's header at the place that was granted.
+//! A grant can be limited to some volumes, by UUID: a wrapped key is bound to its volume's UUID, so other volumes do not
+//! open, for any header that a caller presents. Paths would enforce nothing: a user that serves a disk can write to it, and
+//! so could copy another volume's header to the granted path.
 
 use std::collections::BTreeSet;
 use std::fmt;

@@ -1,4 +1,4 @@
-//! How many callers there are of each kind, so that none of them takes every place; and how many a user may have.
+//! Limits of the number of callers, in total and for each user, so that no user can take all places.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;

@@ -1,7 +1,7 @@
-//! Rate limit for refusals and failures, so that callers cannot fill a log with what they ask for in vain.
+//! Rate limit for refusal and failure records, so that callers cannot flood the log.
 //!
-//! Each caller has a share of the table, and what does not fit is counted together: nobody can have what others ask for left
-//! out by asking for enough himself, and nothing is left out without being counted.
+//! Each caller has a share of the table, and records that do not fit are counted together. So no caller can suppress the
+//! records of other callers, and every suppressed record is counted.
 
 use std::collections::HashMap;
 use std::hash::Hash;

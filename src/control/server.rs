@@ -1,4 +1,4 @@
-//! A control socket being served: who calls gets a thread, within bounds that keep nobody out.
+//! The server of a control socket: each caller gets a thread, within limits that leave room for every user.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -43,7 +43,10 @@ fn answer(stream: ClosedElsewhere<UnixStream>, service: &Arc<dyn Interface>, cal
     let Ok(peer) = Peer::of(&stream) else { return };
     let standing = Standing::of(&peer, |peer| service.knows(peer));
     let Some(place) = Quota::take_of(callers, ROOMS, peer.user, standing) else {
-        tracing::debug!(user = peer.user, "a caller is turned away: there are too many");
+        tracing::debug!(
+            user = peer.user,
+            "a caller is refused: there are too many callers"
+        );
         return;
     };
     let service = Arc::clone(service);

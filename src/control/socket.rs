@@ -1,4 +1,4 @@
-//! The sockets that a process of ours listens on, and the signals that end it.
+//! The sockets that a process of sealblk listens on, and the signals that end it.
 
 #![allow(unsafe_code)] // Signals as a descriptor have no safe wrapper.
 
@@ -45,20 +45,20 @@ impl Permissions {
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
     /// Somebody else's.
-    #[error("{}: a server is listening on this socket; stop it, or choose another path", path.display())]
+    #[error("{}: another process listens on this socket; stop it, or choose another path", path.display())]
     InUse {
         /// The socket.
         path: PathBuf,
     },
     /// Not a socket.
-    #[error("{}: is not a socket, so it is not replaced; choose another path", path.display())]
+    #[error("{}: is not a socket, so sealblk does not replace it; choose another path", path.display())]
     NotASocket {
         /// What is there.
         path: PathBuf,
     },
     /// No address of a socket is as long.
     #[error(
-        "{}: the path has {} bytes, and Linux takes no more than {MAX_PATH} for a socket; choose a shorter one",
+        "{}: the path has {} bytes, but Linux allows only {MAX_PATH} for a socket; choose a shorter one",
         path.display(),
         path.as_os_str().len()
     )]
@@ -67,7 +67,7 @@ pub enum BindError {
         path: PathBuf,
     },
     /// The file system refused.
-    #[error("{}: the socket cannot be bound; its directory has to exist and be writable", path.display())]
+    #[error("{}: cannot bind the socket; its directory must exist and be writable", path.display())]
     Bind {
         /// The socket.
         path: PathBuf,
@@ -89,7 +89,7 @@ pub enum BindError {
     },
     /// Somebody who may write to the directory works against us.
     #[error(
-        "{}: the socket was replaced while it was set up; choose a directory that no other user can write to",
+        "{}: another process replaced the socket during its setup; choose a directory that no other user can write to",
         path.display()
     )]
     Replaced {

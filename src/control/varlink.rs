@@ -1,7 +1,7 @@
 //! Calls, replies and errors of varlink (varlink, "Wire Protocol"), and a service that answers them.
 //!
-//! A connection carries one call at a time; its replies come before the next is read. A call's errors have names of the
-//! interface; the connection goes on after them. Who calls with `more` may get a stream: a reply for each event.
+//! A connection carries one call at a time; its replies come before the next call is read. A call's errors have names of the
+//! interface, and the connection continues after them. A call with `more` can get a stream: a reply for each event.
 
 use std::fmt;
 use std::io;
@@ -311,7 +311,7 @@ pub enum CallError {
     #[error(transparent)]
     Wire(#[from] WireError),
     /// The service left instead of answering.
-    #[error("the connection ended before an answer came")]
+    #[error("the connection ended before the reply")]
     NoAnswer,
     /// The service says no.
     #[error("{0}")]

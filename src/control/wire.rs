@@ -1,11 +1,11 @@
 //! Messages of the varlink wire protocol on a Unix socket, and file descriptors that go with them.
 //!
 //! A message is one JSON object and a NUL byte (varlink, "Wire Protocol"). Descriptors are sent with its first byte
-//! (`SCM_RIGHTS`), as sd-varlink does it; the message names them by their index. The sides take turns: the kernel may hand
-//! the descriptors of a message over with the one before it, if that was not read yet. What comes from the other side is
-//! bounded: the length of a message, the number of its descriptors, and the time that the whole of it takes.
+//! (`SCM_RIGHTS`), as sd-varlink does it; the message names them by their index. The sides take turns: the kernel can deliver
+//! the descriptors of a message with the previous message, if that was not read yet. Input from the other side is
+//! limited: the length of a message, the number of its descriptors, and the time for the whole message.
 //!
-//! No descriptor here is waited for by a call that blocks: others may share it, and with it the flag that says so.
+//! No call here blocks on a descriptor: other processes may share the descriptor, and can change its O_NONBLOCK flag.
 
 use std::io::{self, Read, Write};
 use std::mem::MaybeUninit;
@@ -34,7 +34,7 @@ use crate::parsing::{self, NotUnderstood};
 
 /// No socket is there.
 #[derive(Debug, thiserror::Error)]
-#[error("the path has {0} bytes, and Linux takes no more than {MAX_PATH} for a socket")]
+#[error("the path has {0} bytes, but Linux allows only {MAX_PATH} for a socket")]
 struct TooLong(usize);
 
 /// The longest message: no call or answer comes near it, and what a caller sends is held several times over while it is
@@ -84,7 +84,7 @@ pub enum WireError {
     #[error("more than {MAX_DESCRIPTORS} descriptors came with a message")]
     TooManyDescriptors,
     /// The other side does not speak varlink.
-    #[error("a message is not what it should be: {0}")]
+    #[error("a message is not valid: {0}")]
     Json(#[from] NotUnderstood),
     /// A message of this side's holds what JSON cannot.
     #[error("a message cannot be written as JSON")]
@@ -256,13 +256,13 @@ pub enum ReceiveError {
     #[error("the descriptor of a secret cannot be read")]
     Io(#[from] io::Error),
     /// It is no pipe: whoever sends something else could have it read for ever.
-    #[error("a secret was to come through a pipe, and something else did")]
+    #[error("expected a pipe with a secret, but got another descriptor")]
     NoPipe,
     /// There is none: it was taken already.
-    #[error("a secret was to come, and nothing did")]
+    #[error("expected a secret, but got none")]
     Empty,
     /// It is longer than any secret.
-    #[error("what was sent as a secret is longer than {MAX_SECRET} bytes")]
+    #[error("the secret is longer than {MAX_SECRET} bytes")]
     TooLong,
     /// There is no memory for it.
     #[error(transparent)]

@@ -1,4 +1,4 @@
-//! Keys and providers are taken away only when no volume needs them, as far as this host knows; or when somebody insists.
+//! The guard of keys and providers: they are revoked or removed only if no known volume needs them, or with --force.
 
 use std::collections::HashSet;
 use std::io;
@@ -43,12 +43,12 @@ pub enum GuardError {
     },
     /// A primary key would be lost of which nobody has another.
     #[error(
-        "there is no backup of the primary key of {0:?}: with it every volume is lost that this host does not know of; \
-         take one with `sealblk provider backup`"
+        "the primary key of {0:?} has no backup: volumes that this host does not know would be lost with it; \
+         take a backup with `sealblk provider backup`"
     )]
     NotBackedUp(String),
     /// The list of volumes cannot be read.
-    #[error("what volumes there are cannot be told: {}{}", path.display(), remedy(source))]
+    #[error("the list of volumes cannot be read: {}{}", path.display(), remedy(source))]
     Index {
         /// The list.
         path: PathBuf,
@@ -82,7 +82,7 @@ impl From<Entry> for Disk {
     fn from(entry: Entry) -> Self {
         let mut why = entry.why.map(|why| harmless(&why, 200));
         if let Some(user) = entry.note.user {
-            let noted = format!("user {user} had it noted");
+            let noted = format!("recorded for user {user}");
             why = Some(why.map_or(noted.clone(), |why| format!("{why}; {noted}")));
         }
         Self {
@@ -122,8 +122,8 @@ impl Uses {
     fn caveat(&self) -> &'static str {
         match self.full {
             true => {
-                ", as far as anybody can tell: the list of volumes lacks some, for want of room or since a file of it cannot \
-                 be read (`sealblk key scan --forget-missing` takes your word that they are not needed)"
+                ", or may be: the list of volumes is incomplete, because it was full or a file of it cannot be read (with \
+                 `sealblk key scan --forget-missing` you confirm that the missing volumes are not needed)"
             }
             false => "",
         }
@@ -209,7 +209,7 @@ fn forget_keys_of(index: &Index, provider: &str) {
     let entries = verify(notes.filter(|note| note.is_under(Some(provider), None)));
     let gone = entries.iter().filter(|entry| !entry.in_use());
     if let Err(error) = index.forget(gone.map(|entry| &entry.note)) {
-        tracing::warn!(%error, "{provider:?} is removed, and keys of it stay on the list of volumes");
+        tracing::warn!(%error, "{provider:?} was removed, but keys of it stay on the list of volumes");
     }
 }
 

@@ -1,32 +1,34 @@
-//! The volumes that this host has bound to keys, or opened: what answers "which disks does this key open?".
+//! The list of volumes that this host has bound to keys, or opened: it answers "which disks does this key open?".
 //!
-//! A volume is self-contained and needs no list of anybody's. This one is a hint: a file for each volume, key and place in
-//! `volumes/` of the state directory, written when a slot secret is wrapped or unwrapped. If it is lost, nothing is lost:
-//! it comes back as volumes are used, or by a look at them (`sealblk key scan`). What it says is looked up in the
-//! volumes' own headers ([`survey`]); where a header cannot be read, the hint counts as true, for it only ever keeps
-//! keys from being taken away.
+//! A volume is self-contained and opens without this list. The list is a hint: a file for each volume, key and path in
+//! `volumes/` of the state directory, written when a slot secret is wrapped or unwrapped. If it is lost, no volume is lost:
+//! the use of volumes, or a scan (`sealblk key scan`), restores it. Each entry is compared with the
+//! volume's own header ([`survey`]). If a header cannot be read, the entry counts as a use of the key, since an entry only
+//! prevents the revocation of keys.
 //!
 //! ```text
 //! volumes/UUID.HASH.json         the volume's UUID; 16 digits of the SHA-256 of path, provider and key ID
-//! volumes/UUID.HASH.USER.json    the same, of what another user than the directory's owner has the agent note
-//! volumes/incomplete             there was no room for a note
+//! volumes/UUID.HASH.USER.json    the same, for an entry that the agent made for another user than the directory's owner
+//! volumes/incomplete             an entry could not be made because the list was full
 //! ```
 //!
-//! A binding is noted before it is stored, so that no volume is ever unknown, and settled when it is, or could not be. Where
-//! nobody came to settle it within [`SETTLED_BY`], it counts only if the volume says so itself: that is what a killed
-//! `create` leaves. What cannot be noted is not bound, and what is bound to one volume is bound to no other
-//! ([`Index::announce`]). A rekey adds a note: that of the old key goes at the next one, or by a look, if the header does not
-//! name it any more, so that neither a crash nor a failure leaves a key that opens the volume without one.
+//! An entry is made before its binding is stored, so that no volume is ever unknown. It is settled after the binding was
+//! stored, or failed. If it is not settled within [`SETTLED_BY`] (for instance because `create` was killed), it counts only if
+//! the volume's header confirms it. A binding without an entry is refused, and a key that is bound to one volume is not
+//! bound to another ([`Index::announce`]). A rekey adds an entry. The entry of the old key is dropped at the next rekey or
+//! scan, if the header no longer names the old key. So after a crash or a failure, each key that opens the volume has an
+//! entry.
 //!
-//! What others can add to must not decide what cannot be undone. Places are what callers say; so each user's notes have files
-//! and room of their own ([`room`]), and only who announced a binding takes it back. Where room is short, what is not settled
-//! goes before what is; and where something had to go, what is left says so and counts as in use whatever is at its place:
-//! the volume may be at one that is not noted any more. A list that lacks something, or has a file that cannot be read, keeps
-//! every key. Then it takes a person to say that nothing is lost: `--force`, or `key scan --forget-missing`.
+//! Data that other users can add must not decide irreversible actions. Paths are claims of callers. So each user's entries
+//! have separate files and a separate share of the room ([`room`]), and only the user that announced a binding can take it
+//! back. If room is short, unsettled entries are dropped before settled ones. If an entry was dropped, the remaining entries
+//! record that and count as in use for any content at their paths: the volume may be at a path that was dropped. A list that
+//! is incomplete, or has an unreadable file, keeps every key. Then an operator must confirm that nothing is lost: `--force`,
+//! or `key scan --forget-missing`.
 //!
-//! Each file is replaced as a whole, so that any number of processes write them at a time, and a crash leaves the old one
-//! or the new one. No file holds a secret. There is room for [`MOST`] volumes ([`room`]), and at most [`PLACES`] notes
-//! of a volume, key and user.
+//! Each file is replaced as a whole, so that any number of processes can write at a time, and a crash leaves the old file
+//! or the new one. No file holds a secret. There is room for [`MOST`] volumes ([`room`]), and at most [`PLACES`] entries
+//! for each volume, key and user.
 
 mod guard;
 mod noting;
@@ -181,7 +183,7 @@ impl Index {
         let told = note.path.clone();
         let unkept = match self.write(note) {
             Ok(true) => return,
-            Ok(false) => "there is no room for more".to_owned(),
+            Ok(false) => "it has no room for more".to_owned(),
             Err(error) => error.to_string(),
         };
         let marked = self.mark_incomplete();
@@ -190,8 +192,8 @@ impl Index {
             tracing::warn!(
                 user = by.user(),
                 marked = marked.is_ok(),
-                "{}: it cannot be noted which key {told:?} is bound to: {unkept}; keys and providers are taken away by force alone \
-                 until `sealblk key scan --forget-missing`",
+                "{}: cannot record the key of {told:?} in the list of volumes: {unkept}; until you run `sealblk key scan \
+                 --forget-missing`, keys can be revoked and providers removed only with --force",
                 self.dir.display(),
             );
         }
@@ -214,7 +216,7 @@ impl Index {
             && look(&note) != Verdict::Bound
             && let Err(error) = remove(&file)
         {
-            tracing::warn!(%error, "{} was not bound, and stays on the list of volumes", note.path);
+            tracing::warn!(%error, "{} was not bound, but stays on the list of volumes", note.path);
         }
     }
 

@@ -1,4 +1,5 @@
-//! Key providers that take note of what a volume is bound to, and when it was opened, for a process that has them itself.
+//! Key providers that record bindings and openings of volumes in the list of volumes, for a process that has the providers
+//! itself.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -1,12 +1,12 @@
-//! Whose notes there is room for, and what may be bound to a key at all.
+//! The room in the list of volumes, each user's share of it, and the checks before a volume is bound to a key.
 //!
-//! Others add notes: whoever may open or make a volume can name any number of places. So each user who asks the agent has notes
-//! of its own, in files of its own, and a share of the room; one user's never push out another's. Nobody else's notes touch
-//! those of the state directory's owner, for whom room is kept.
+//! A user that can open or make a volume can name any number of paths. So each user of the agent has separate entries, in
+//! separate files, and a share of the room; one user's entries never displace another's. Room is reserved for the owner of
+//! the state directory.
 //!
-//! Room is counted by volumes. A volume that is rekeyed has a note of the new key and one of the old, which no rekey drops before
-//! the header says that the old way in is gone; so the first [`IN_ONE`] notes of a volume take the room of one, and no rekey is
-//! refused for want of room. From [`CROWDED`] on, the log and `sealblk key list` tell.
+//! Room is counted in volumes. During a rekey a volume has an entry for the new key and one for the old key, which is kept
+//! until the header shows that the old keyslot is removed. So the first [`IN_ONE`] entries of a volume count as one, and a
+//! full list refuses no rekey. From [`CROWDED`] on, the log and `sealblk key list` report it.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -57,14 +57,16 @@ impl By {
 #[derive(Debug, thiserror::Error)]
 pub enum NotAnnounced {
     /// It opens another one.
-    #[error("this key is another volume's, and a key opens one volume; have a new key made for this one")]
+    #[error(
+        "this key belongs to another volume, and a key opens only one volume; make a new key for this volume"
+    )]
     OtherVolume,
     /// Somebody else has bound it.
-    #[error("another user has bound this key to the volume; have a new key made")]
+    #[error("another user has bound this key to the volume; make a new key")]
     OtherUser,
     /// It is known at too many places.
     #[error(
-        "{PLACES} places of this volume are noted for this key; drop those that are gone with `sealblk key scan \
+        "the list has {PLACES} paths of this volume for this key already; drop missing ones with `sealblk key scan \
          --forget-missing`"
     )]
     Places,
@@ -77,7 +79,7 @@ pub enum NotAnnounced {
         share: Share,
     },
     /// The list cannot be written.
-    #[error("{}: it cannot be noted which key the volume is bound to{}", path.display(), remedy(source))]
+    #[error("{}: cannot record the key of the volume in the list of volumes{}", path.display(), remedy(source))]
     Io {
         /// The list.
         path: PathBuf,
@@ -123,9 +125,8 @@ impl fmt::Display for Share {
         let whose = user.map(|user| format!(" of user {user}")).unwrap_or_default();
         write!(
             f,
-            "the list of volumes has room for {most} volumes{whose}, and {volumes} are noted; attach disks that are only away, \
-             then drop the notes of deleted ones with `sealblk key scan --forget-missing`: the keys of volumes whose notes \
-             are dropped can be revoked"
+            "the list of volumes has room for {most} volumes{whose}, and holds {volumes}; attach disks that are only detached, \
+             then drop deleted ones with `sealblk key scan --forget-missing`: the keys of dropped volumes can be revoked"
         )
     }
 }

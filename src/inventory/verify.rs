@@ -1,4 +1,4 @@
-//! Whether what is known of volumes is still so: each volume's own header tells.
+//! Compares the entries of the list of volumes with the volumes' own headers.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -105,7 +105,7 @@ pub fn verify(notes: impl IntoIterator<Item = Note>) -> Vec<Entry> {
             seen.entry((note.path.clone(), caution))
                 .or_insert_with(|| match began.elapsed() < PATIENCE {
                     true => Found::at(&mut probe, &from_text(&note.path), caution),
-                    false => Found::Nothing("there was no time to look at it".to_owned()),
+                    false => Found::Nothing("the time limit was over before it was checked".to_owned()),
                 });
         let found = &*found;
         let verdict = found.judge(&note);
@@ -172,7 +172,7 @@ impl Index {
                 && is_it
                 && let Err(error) = remove(&file)
             {
-                tracing::warn!(%error, "{} is erased, and stays on the list of volumes", note.path);
+                tracing::warn!(%error, "{} is erased, but stays on the list of volumes", note.path);
             }
         }
     }
@@ -292,9 +292,9 @@ impl Found {
     fn judge(&self, note: &Note) -> Verdict {
         let verdict = self.judge_place(note);
         match (remark(note), &verdict) {
-            (Some(Remark::Untold), _) => Verdict::Unknown("nobody has said where it is".to_owned()),
+            (Some(Remark::Untold), _) => Verdict::Unknown("its path is unknown".to_owned()),
             (Some(Remark::Elsewhere), Verdict::NotBound) => {
-                Verdict::Unknown("it was at other places, too, that are not noted any more".to_owned())
+                Verdict::Unknown("it was at other paths, too, which the list no longer has".to_owned())
             }
             _ => verdict,
         }
@@ -338,11 +338,11 @@ fn find(path: &Path, caution: Caution) -> Found {
         let metadata = there.metadata().map_err(|error| error.to_string())?;
         let kind = metadata.file_type();
         if !kind.is_file() && !kind.is_block_device() {
-            return Err("it is neither a file nor a block device".to_owned());
+            return Err("it is neither a regular file nor a block device".to_owned());
         }
         if kind.is_block_device() && caution == Caution::Others && opening_acts(metadata.rdev()) {
             return Err(
-                "it is a removable or network block device, which is not opened at the word of another user"
+                "it is a removable or network block device, which sealblk does not open for an entry of another user"
                     .to_owned(),
             );
         }

@@ -1,11 +1,11 @@
-//! How a host makes its attestation key known to our broker: beside the KBS protocol, on the same address.
+//! Enrolment of a host's attestation key at sealblk's broker: in addition to the KBS protocol, at the same address.
 //!
 //! ```text
 //! Enrol     POST sealblk/v0/enrol     {host, token, endorsement key, attestation key} ->
 //!           <- {session, credential}
 //! Activate  POST sealblk/v0/activate  {session, what the credential holds} ->
 //! ```
-//! Who gives back what a credential holds has both keys in one TPM.
+//! A host that returns the secret of a credential has both keys in one TPM.
 
 use serde::{Deserialize, Serialize};
 

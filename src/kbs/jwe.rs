@@ -1,4 +1,4 @@
-//! What a broker encrypts to a host's one-time key: JWE in its flattened form (RFC 7516, 7.2.2), by ECDH-ES+A256KW on P-256
+//! Encryption from a broker to a host's one-time key: JWE in its flattened form (RFC 7516, 7.2.2), by ECDH-ES+A256KW on P-256
 //! (RFC 7518, 4.6) with A256GCM (5.3). Keys of both sides are used once.
 
 use aes_kw::KwAes256;
@@ -73,7 +73,7 @@ pub enum JweError {
     #[error("{0}")]
     Form(&'static str),
     /// It is for another key, or was altered.
-    #[error("what the broker has encrypted does not authenticate")]
+    #[error("the broker's encrypted answer does not authenticate")]
     Unauthentic,
     /// This host has no random numbers.
     #[error("the random number generator fails")]
@@ -113,7 +113,7 @@ impl OneTimeKey {
     /// # Errors
     /// [`JweError`].
     pub fn open(self, response: &Response) -> Result<SecretBytes, JweError> {
-        const HEADER: JweError = JweError::Form("its header is not understood");
+        const HEADER: JweError = JweError::Form("its header cannot be parsed");
         let header = BASE64_URL_SAFE_NO_PAD
             .decode(&response.protected)
             .map_err(|_| HEADER)?;
@@ -168,7 +168,7 @@ pub fn encrypt(to: &PublicKey, secret: &[u8]) -> Result<Response, JweError> {
         kw.wrap_key(key.key(), &mut wrapped).map(drop).is_ok()
     })
     .filter(|wrapped| *wrapped)
-    .ok_or(JweError::Form("its key is no point of P-256"))?;
+    .ok_or(JweError::Form("its key is not a point of P-256"))?;
     let (iv, ciphertext, tag) = wrap::encrypt(&key, protected.as_bytes(), secret)?;
     let text = |bytes: &[u8]| BASE64_URL_SAFE_NO_PAD.encode(bytes);
     Ok(Response {
@@ -219,7 +219,7 @@ fn point(kty: &str, crv: &str, x: &str, y: &str) -> Result<[u8; 65], JweError> {
     [&[4][..], &bytes(x)?, &bytes(y)?]
         .concat()
         .try_into()
-        .map_err(|_| JweError::Form("its key is no point of P-256"))
+        .map_err(|_| JweError::Form("its key is not a point of P-256"))
 }
 
 fn bytes(text: &str) -> Result<Vec<u8>, JweError> {

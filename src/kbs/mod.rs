@@ -1,17 +1,18 @@
-//! RCAR: how a host is attested and gets a resource, by the protocol of Confidential Containers' Key Broker Service (KBS).
+//! RCAR: the attestation of a host and the release of a resource, by the protocol of Confidential Containers' Key Broker
+//! Service (KBS).
 //!
 //! ```text
 //! host                                              broker
 //!   Request     POST kbs/v0/auth    {version, tee} ->
 //!               <- {nonce}, a session's cookie        Challenge
 //!   Attestation POST kbs/v0/attest  {runtime-data, tee-evidence} ->
-//!               <- {token}                            the evidence is believed
+//!               <- {token}                            the evidence is accepted
 //!   Resource    GET  kbs/v0/resource/REPO/TYPE/TAG ->
 //!               <- JWE to the key in runtime-data     Response
 //! ```
 //!
-//! The messages are those of the crate kbs-types, which the tests compare them with, and the evidence is that of Trustee's
-//! verifier `tpm`: a quote of all registers of SHA-256, whose qualifying data are a hash over the runtime data, and so over
+//! The messages are those of the crate kbs-types; the tests compare them. The evidence is that of Trustee's
+//! verifier `tpm`: a quote of all registers of SHA-256. Its qualifying data are a hash over the runtime data, and so over
 //! the broker's nonce and the key that the answer is encrypted to.
 
 pub mod enrolment;
@@ -207,7 +208,7 @@ impl Evidence {
         }
         let mut pcrs = [Value::default(); COUNT as usize];
         if quote.pcrs.len() != pcrs.len() {
-            return Err(Malformed("it has not the values of 24 registers"));
+            return Err(Malformed("it does not have the values of 24 registers"));
         }
         for (value, text) in pcrs.iter_mut().zip(&quote.pcrs) {
             *value = pcr::parse_value(text)

@@ -1,8 +1,8 @@
-//! KEKs that were fetched, in memory only and for a while: hundreds of disks that are attached at once after a reboot
-//! ask their server once for each KEK.
+//! The cache of fetched KEKs, in memory only and for a limited time: when hundreds of disks are attached at once after a
+//! reboot, the server gets one request for each KEK.
 //!
-//! Whoever comes while a KEK is being fetched waits for that, and gets what it brings: the KEK, or the failure, so that a
-//! server that does not answer is not waited for by one after the other.
+//! A caller that asks for a KEK while it is being fetched waits for this fetch, and gets its result: the KEK, or the
+//! failure. So callers do not wait one after the other for a server that does not answer.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -232,7 +232,7 @@ impl KekCache {
 
 /// As many KEKs are kept as may be.
 #[derive(Debug, thiserror::Error)]
-#[error("no more keys are kept: {MAX_SLOTS} are here already, or time_to_live is 0")]
+#[error("the cache keeps no more keys: it has {MAX_SLOTS} already, or time_to_live is 0")]
 pub(super) struct Full;
 
 #[cfg(test)]

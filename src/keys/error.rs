@@ -1,4 +1,4 @@
-//! Why a key is not to be had: one reason for every thing that an operator would do about it.
+//! Why a key is not available: one reason for each remedy of an operator.
 
 use std::error::Error;
 use std::fmt;
@@ -124,13 +124,15 @@ impl KeyReason {
             Self::NoHelper => "the process that gets this disk's keys has ended",
             Self::NotPermitted => "this host's key agent does not let this user do that",
             Self::Invalid => "the key provider's own state cannot be used",
-            Self::NotNoted => "this host cannot note which key the volume gets, so it gets none",
-            Self::NotBackedUp => "the key provider was not backed up yet, so it gives no keys to new volumes",
+            Self::NotNoted => {
+                "this host cannot record the volume in its list of volumes, so the volume gets no key"
+            }
+            Self::NotBackedUp => "the key provider has no backup yet, so it gives no keys to new volumes",
             Self::Unreachable => "the key provider does not answer",
             Self::Untrusted => "this host and the key provider do not trust each other's certificates",
             Self::Failed => "the key provider answers, but fails",
             Self::Garbled => "the key provider's answer makes no sense",
-            Self::Attestation => "the key provider does not find this host in the state that it has to be in",
+            Self::Attestation => "the key provider does not find this host in the required state",
             Self::Refused => "the key provider refuses this host",
             Self::Missing => "the key provider has no such key",
             Self::NotActive => "the key is not active",
@@ -153,28 +155,25 @@ impl KeyReason {
                 "end `sealblk serve` (SIGTERM) and start it again: the guest waits meanwhile, and loses nothing"
             }
             Self::NotPermitted => {
-                "grant the privilege that the cause names, in the agent's configuration, and restart the agent, which reads it when \
-                 it starts"
+                "grant the privilege that the cause names in the agent's configuration, and restart the agent"
             }
-            Self::Invalid => "mend it as the cause says, or restore the provider's files from a backup",
-            Self::NotNoted => "make room in the list of volumes, or mend it, as the cause says",
+            Self::Invalid => "correct it as the cause says, or restore the provider's files from a backup",
+            Self::NotNoted => "make room in the list of volumes, or repair the list, as the cause says",
             Self::NotBackedUp => {
-                "take a backup with `sealblk provider backup NAME --to FILE --passphrase-file FILE`, or do without: `sealblk provider \
-                 backup NAME --waive`"
+                "take a backup with `sealblk provider backup NAME --to FILE --passphrase-file FILE`, or do without a backup: \
+                 `sealblk provider backup NAME --waive`"
             }
             Self::Unreachable => "check the server and the network, then try again",
-            Self::Untrusted => {
-                "renew or exchange the certificate that the cause names, and look at both clocks"
-            }
-            Self::Failed => "see the provider's log, and mend what lies behind it",
+            Self::Untrusted => "renew or replace the certificate that the cause names, and check both clocks",
+            Self::Failed => "see the provider's log, and remove the cause",
             Self::Garbled => "check that the address is the provider's, and that its version is supported",
             Self::Attestation => "compare this host's measured state with the provider's reference values",
             Self::Refused => "grant this host access at the provider",
             Self::Missing => "restore the key at the provider, or open the volume with a recovery key",
             Self::NotActive => {
-                "activate the key at the provider; one that was revoked stays so: open the volume with a recovery key"
+                "activate the key at the provider; a revoked key cannot be activated: open the volume with a recovery key"
             }
-            Self::Indestructible => "revoke the key on this host alone: leave --destroy out",
+            Self::Indestructible => "leave out --destroy, to revoke the key on this host only",
             Self::Unauthentic => "restore the volume's header from a backup, or open it with a recovery key",
             Self::Host => "remove the cause, then try again",
         }

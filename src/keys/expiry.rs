@@ -1,8 +1,7 @@
-//! Certificates that are about to expire: this host's own, and those of the authorities that it believes.
+//! Certificates that are about to expire: this host's own, and those of the authorities that it trusts.
 //!
-//! They are told of from 60 days before on, and then with more weight from 30 and 7 days on, and when they have expired. Of
-//! several certificates of one subject in a file, as there are while one is being replaced, the one that lasts longest
-//! counts.
+//! They are reported from 60 days before expiry on, with more weight from 30 and 7 days on, and after expiry. If a file has
+//! several certificates of one subject, for instance while one is being replaced, the one that is valid longest counts.
 
 use std::fmt;
 use std::path::Path;

@@ -1,22 +1,22 @@
-//! Keys: where they come from (providers), how they are wrapped, and the memory that they live in.
+//! Keys: the providers that supply them, their wrapping, and the memory that holds them.
 //!
-//! A provider owns key encryption keys (KEKs), each known by a [`KeyId`]. Under a KEK it wraps the slot secret of one
-//! LUKS2 keyslot; what is wrapped is bound to its place by a [`Binding`], so that it opens nothing if it is moved to
-//! another volume or keyslot. The wrapped secret is stored in the volume; this module stores no list of volumes, and
+//! A provider owns key encryption keys (KEKs), each with a [`KeyId`]. Under a KEK it wraps the slot secret of one
+//! LUKS2 keyslot. A [`Binding`] binds the wrapped secret to its volume and keyslot, so that it opens nothing in another
+//! volume or keyslot. The wrapped secret is stored in the volume; this module stores no list of volumes, and
 //! a volume stores no KEK.
 //!
 //! ```text
 //! registry   the providers of this host, by name, in the state directory
-//! shared     the same for a process that goes on, and keeps KEKs for a while (cache)
-//! source     providers whose KEKs come to this host: what differs between them, and the wrapping, which does not
-//! native     the one that needs nothing but a file: KEKs derived from a primary key
+//! shared     the same for a long-running process, with a cache of KEKs (cache)
+//! source     providers whose KEKs come to this host: a trait for their differences, and the common wrapping
+//! native     KEKs derived from a primary key in a file
 //! kmip       key servers by the standard protocol, over mutual TLS
 //! transit    keys that an OpenBao or Vault server wraps
-//! trusted    a broker's resource, released against a proof of what this host has booted
-//! https      requests to servers that take JSON
+//! trusted    a resource that a broker releases after a proof of what this host has booted
+//! https      requests to servers with a JSON API
 //! tls        a server's certificates, and this host's
-//! expiry     which of those are about to expire
-//! revoked    KEKs that this host does not use any more; sealed_cache: those that it keeps for a reboot
+//! expiry     certificates that are about to expire
+//! revoked    KEKs that were revoked on this host; sealed_cache: KEKs that it keeps for a reboot
 //! wrap       AES-256-GCM under a KEK that is on this host
 //! arena      the memory of every secret        harden   the process around it
 //! ```

@@ -1,9 +1,9 @@
-//! The native provider: KEKs derived from one primary key in a file of this host, with no server to run.
+//! The native provider: KEKs derived from one primary key in a file of this host, without a server.
 //!
 //! The KEK of a key ID is HKDF-SHA256 of the primary key with the key ID as its context. So there is no list of KEKs
-//! that could be lost or lag behind: one backup of the primary key, taken once, opens every volume made later too. A
-//! key ID starts with the identity of the primary key that it was made under, so that the provider can tell a key that
-//! it does not have from one that was tampered with.
+//! that could be lost or outdated: one backup of the primary key, taken once, also opens every volume made later. A
+//! key ID starts with the identity of the primary key that it was made under, so that the provider can distinguish a key
+//! of another primary key from an altered one.
 //!
 //! The file, mode 0600 and the running user's own:
 //!
@@ -11,7 +11,7 @@
 //! offset  length
 //!      0      16   magic, "sealblk-native\0\x01"
 //!     16      32   primary key, random
-//!     48       8   its identity, derived from it; tells a damaged file
+//!     48       8   its identity, derived from it; detects a damaged file
 //! ```
 //!
 //! Or the primary key is sealed to the host's TPM, and the file is JSON: [`SealedKey`].
@@ -71,13 +71,13 @@ pub(super) struct Native {
 /// Why a primary key's file cannot be used.
 #[derive(Debug, thiserror::Error)]
 enum FileError {
-    #[error("it is not a primary key of sealblk, or of a version that this one does not know")]
+    #[error("it is not a primary key of sealblk, or has an unknown version")]
     Magic,
-    #[error("it is damaged: the key in it is not the one that was written")]
+    #[error("it is damaged: the key and its identity do not match")]
     Damaged,
-    #[error("the backup is of the primary key {0}, and this provider's is {1}")]
+    #[error("the backup holds the primary key {0}, but this provider has {1}")]
     OtherKey(String, String),
-    #[error("it holds the primary key {0} by now, and {1} is in use: restart the agent, or restore the file")]
+    #[error("it now holds the primary key {0}, but {1} is in use: restart the agent, or restore the file")]
     Replaced(String, String),
 }
 
@@ -85,11 +85,11 @@ enum FileError {
 #[derive(Debug, thiserror::Error)]
 enum ForeignKey {
     #[error(
-        "the key belongs to the primary key {wanted}, and this provider has {held}: point --state-dir at the directory that \
-         has it, or restore its backup with `sealblk provider restore`"
+        "the key belongs to the primary key {wanted}, but this provider has {held}: give the state directory of that key with \
+         --state-dir, or restore its backup with `sealblk provider restore`"
     )]
     OtherPrimary { wanted: String, held: String },
-    #[error("no native provider makes key IDs like this")]
+    #[error("a native provider does not make key IDs of this form")]
     Form,
 }
 
@@ -175,7 +175,7 @@ impl Native {
         };
         if !key.unseal(name)?.ct_eq(primary) {
             return Err(KeyError::new(name, tpm, KeyReason::Garbled)
-                .because("it gives back another key than it was given"));
+                .because("it unseals a key that differs from the sealed key"));
         }
         let text = serde_json::to_string_pretty(&key).expect("texts are JSON") + "\n";
         private_file::replace_wiping(path, text.as_bytes()).map_err(host)

@@ -1,12 +1,12 @@
-//! KEKs that this host does not use any more, whatever their source would give out.
+//! KEKs that were revoked on this host: the host does not use them, even if their source would still give them out.
 //!
 //! ```text
 //! revoked/HASH.json    in the state directory; the SHA-256 of provider and key ID
 //! ```
 //!
-//! A native provider derives its KEKs and a transit provider has its server unwrap them: neither has a record of a single
-//! KEK in which a state could stand. So it stands here, for all kinds alike. The files outlive their provider, so that one
-//! that is restored from a backup does not bring back what was revoked.
+//! A native provider derives its KEKs, and a transit provider lets its server unwrap them: neither has a record of a single
+//! KEK that could hold a state. So this directory holds the state, for all kinds of providers. The files stay when their
+//! provider is removed, so that a provider that is restored from a backup does not restore revoked keys.
 
 use std::fs;
 use std::io;

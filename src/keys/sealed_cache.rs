@@ -1,13 +1,12 @@
-//! KEKs that were fetched, on this host's disk for a while, for a reboot while their server is away.
+//! Fetched KEKs on this host's disk, for a limited time: for a reboot while their server does not answer.
 //!
 //! ```text
-//! sealed-keks/cache.json   in the state directory: the cache's key, as the host's TPM has sealed it
-//! sealed-keks/HASH.kek     a KEK and when it was fetched, under the cache's key; the SHA-256 of provider and key ID
+//! sealed-keks/cache.json   in the state directory: the cache's key, sealed by the host's TPM
+//! sealed-keks/HASH.kek     a KEK and the time of its fetch, under the cache's key; HASH is the SHA-256 of provider and key ID
 //! ```
 //!
-//! They open volumes on this host alone, booted as it was, until their grace period is over, and only if the server does not
-//! answer, or not as it should: a clear no counts, and what it does not give out any more is forgotten here. Nothing is
-//! wrapped under them.
+//! They open volumes only on this host in the same boot state, until their grace period is over, and only if the server does
+//! not answer, or answers with an error. An explicit refusal evicts the entry. Nothing is wrapped under them.
 
 use std::fs;
 use std::io;
@@ -50,7 +49,7 @@ pub struct SealedCache {
 
 /// Why there is no such cache.
 #[derive(Debug, thiserror::Error)]
-#[error("no keys are kept for a reboot in {}: {cause}", dir.display())]
+#[error("the sealed cache in {} keeps no keys: {cause}", dir.display())]
 pub struct SealedCacheError {
     dir: PathBuf,
     cause: Box<dyn std::error::Error + Send + Sync>,
@@ -94,7 +93,7 @@ impl SealedCache {
                         return Err(error.into());
                     }
                     Some(Err(error)) => {
-                        tracing::warn!("what was kept for a reboot is not to be had: {error}")
+                        tracing::warn!("the sealed cache cannot be read: {error}")
                     }
                     None => {}
                 }
@@ -124,7 +123,7 @@ impl SealedCache {
             Ok(private_file::replace(&self.file(provider, key_id), &wrapped)?)
         };
         if let Err(error) = keep() {
-            tracing::warn!(provider, %key_id, "a key cannot be kept for a reboot: {error}");
+            tracing::warn!(provider, %key_id, "the sealed cache cannot store a key: {error}");
         }
     }
 
@@ -149,7 +148,7 @@ impl SealedCache {
     pub(super) fn forget(&self, provider: &str, key_id: &KeyId) {
         match fs::remove_file(self.file(provider, key_id)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::error!(provider, %key_id, "a key that is out of use is kept for a reboot still: {error}");
+                tracing::error!(provider, %key_id, "the sealed cache cannot remove a key that is no longer in use: {error}");
             }
             _ => {}
         }

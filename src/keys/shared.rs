@@ -1,4 +1,4 @@
-//! The providers of a host for a process that goes on, as the agent does: opened once, with their KEKs kept for a while.
+//! The providers of a host for a long-running process such as the agent: opened once, with a cache of their KEKs.
 
 use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;

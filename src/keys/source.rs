@@ -1,8 +1,8 @@
-//! Providers whose KEKs come to this host: one trait for what differs between them, and the wrapping, which does not.
+//! Providers whose KEKs come to this host: one trait for their differences, and the common wrapping.
 //!
-//! A [`KekSource`] makes KEKs, fetches them by their key IDs and tells their states. [`HostProvider`] makes a
-//! [`KeyProvider`] of it: secrets are wrapped here, under the KEK that was fetched, so that a volume that was bound
-//! under one kind of source is wrapped exactly as under another.
+//! A [`KekSource`] makes KEKs, fetches them by their key IDs and returns their states. [`HostProvider`] makes a
+//! [`KeyProvider`] of it: it wraps secrets on this host, under the fetched KEK, in the same form for every kind of
+//! source.
 
 use std::fmt;
 use std::sync::Arc;
@@ -100,7 +100,7 @@ pub(super) struct HostProvider {
 
 /// A source that gives another key than it gave before.
 #[derive(Debug, thiserror::Error)]
-#[error("what was wrapped a moment ago unwraps to something else")]
+#[error("a newly wrapped secret unwraps to another value")]
 struct Fickle;
 
 impl HostProvider {

@@ -26,7 +26,7 @@ pub(crate) struct Kek(SecretBytes);
 
 /// Key material that is none of AES-256.
 #[derive(Debug, thiserror::Error)]
-#[error("it has {} bits, and a KEK has {}", 8 * .0, 8 * KEK_LEN)]
+#[error("it has {} bits, but a KEK has {}", 8 * .0, 8 * KEK_LEN)]
 pub(crate) struct KekLength(usize);
 
 impl Kek {

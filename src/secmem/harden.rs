@@ -1,6 +1,6 @@
 //! Process-wide protection of keys: no core dump, no debugger, no reading of `/proc/PID/mem` by the same user.
 //!
-//! What needs no privilege is done here and nothing else; root on a running host is outside the threat model.
+//! This module uses only calls that need no privilege; root on a running host is outside the threat model.
 
 use std::io;
 

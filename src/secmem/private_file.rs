@@ -1,7 +1,7 @@
-//! Files that hold keys or say which keys count: readable by their owner alone, written whole or not at all.
+//! Files with keys, or with settings that name keys: readable only by their owner, and written completely or not at all.
 //!
 //! A new file is written beside its final place, synced, renamed, and the directory synced: after a crash at any
-//! moment there is the old file, or none, or the whole new one.
+//! point the directory has the old file, no file, or the complete new file.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
@@ -15,8 +15,8 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 #[derive(Debug, thiserror::Error)]
 pub enum Exposed {
     #[error(
-        "its mode {mode:04o} lets others {verb} it; take that away (`chmod go-{letters} {path}`), and consider who \
-         has had it meanwhile"
+        "its mode {mode:04o} lets other users {verb} it; run `chmod go-{letters} {path}`, and consider that other users \
+         may have done so"
     )]
     Mode {
         path: String,
@@ -25,7 +25,7 @@ pub enum Exposed {
         letters: &'static str,
     },
     #[error(
-        "it belongs to user {owner}, not to user {user} who runs this; run as its owner, or `chown {user} {path}`"
+        "it belongs to user {owner}, but this process runs as user {user}; run as its owner, or `chown {user} {path}`"
     )]
     Owner { path: String, owner: u32, user: u32 },
 }

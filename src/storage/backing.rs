@@ -1,14 +1,14 @@
 //! A file or block device that holds a header, a payload, or both.
 //!
 //! [`Backing`] is the claim: it is opened once, locked against every other process that would attach the same disk
-//! (through whatever path: [`claim`](super::claim) has how, and what is left), and keeps that lock until it is dropped.
-//! From it, [`Backing::data_file`] opens the same inode once more for the data path, with direct I/O where the file
-//! allows it. What the storage can do is asked of it: [`capabilities`](super::capabilities).
+//! by any path ([`claim`](super::claim) describes how, and the remaining gaps), and keeps that lock until it is dropped.
+//! [`Backing::data_file`] opens the same inode again for the data path, with direct I/O if the file
+//! allows it. [`capabilities`](super::capabilities) checks what the storage supports.
 //!
 //! The lock is an open file description lock (fcntl(2), "Open file description locks") on the whole file. QEMU's
 //! `file` driver locks single bytes of the same kind, so a QEMU that has the file open and sealblk exclude each
-//! other. It is independent of the flock(2) that cryptsetup and we hold while LUKS2 metadata is read or written.
-//! On a block device O_EXCL claims it from mounts, device-mapper and other O_EXCL openers too.
+//! other. It is independent of the flock(2) that cryptsetup and sealblk hold while they read or write LUKS2 metadata.
+//! On a block device O_EXCL also excludes mounts, device-mapper and other O_EXCL openers.
 
 use std::fs::File;
 use std::io;
@@ -63,18 +63,18 @@ pub enum StorageError {
     #[error("{}: is neither a regular file nor a block device; name the disk's file or device", path.display())]
     NotStorage { path: PathBuf },
     #[error(
-        "{}: is in use by another process (another sealblk, a QEMU, a mount or device-mapper); detach it there first",
+        "{}: another process uses it (another sealblk, a QEMU, a mount or device-mapper); detach it there first",
         path.display()
     )]
     InUse { path: PathBuf },
     #[error(
-        "{}: the loop device {} stands over it, and through that others may write; detach it (`losetup --detach {1}`), or \
-         name it in the place of what is under it", path.display(), device.display()
+        "{}: the loop device {} uses it, so other processes could write to it; detach the loop device (`losetup --detach {1}`), \
+         or name the loop device instead", path.display(), device.display()
     )]
     UnderLoop { path: PathBuf, device: PathBuf },
     #[error(
-        "{}: cannot be locked, so nothing would keep a second server from it; mount its file system with locks, or put the disk \
-         elsewhere", path.display()
+        "{}: cannot be locked, so a second server could use it at the same time; mount its file system with locks, or move the \
+         disk to another file system", path.display()
     )]
     Lock { path: PathBuf, source: io::Error },
     #[error("{}: its size cannot be read{}", path.display(), remedy(source))]
@@ -324,8 +324,7 @@ impl Backing {
     }
 }
 
-const LOST: &str = "storage has failed to keep data that were written before; check it, then start `sealblk serve` and the \
-                    guest anew";
+const LOST: &str = "the storage has lost data that were written before; check it, then restart `sealblk serve` and the guest";
 
 /// The payload's file as the data path uses it.
 #[derive(Debug)]

@@ -1,7 +1,7 @@
-//! What storage can do, asked of it: whether it can be written, how direct I/O is aligned, whether it takes discards.
+//! The capabilities of the storage: whether it is writable, how direct I/O is aligned, whether it supports discards.
 //!
-//! Nothing here changes what is stored. A discard is asked for where the kernel checks the support first and the range
-//! then, with a range that cannot be discarded.
+//! These checks do not change the stored data. The check for discards requests a range that cannot be discarded: the kernel
+//! first checks the support, then the range.
 
 #![allow(unsafe_code)] // The ioctls of block devices have no safe wrapper.
 
@@ -20,15 +20,15 @@ use super::backing::Kind;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Protection {
     #[error(
-        "the device is read-only; make it writable where that comes from (`blockdev --setrw`, a loop device set up without \
-         --read-only, the write protection of the LUN)"
+        "the device is read-only; make it writable (`blockdev --setrw`, a loop device set up without --read-only, the write \
+         protection of the LUN)"
     )]
     Device,
-    #[error("it is on a file system that is mounted read-only; remount that for writing")]
+    #[error("its file system is mounted read-only; remount it for writing")]
     FileSystem,
-    #[error("it is immutable or append-only, as `lsattr` shows; take that off with `chattr -i -a`")]
+    #[error("it is immutable or append-only (see `lsattr`); clear these attributes with `chattr -i -a`")]
     Attribute,
-    #[error("this user may read it, but not write to it; give the user that right")]
+    #[error("this user has read access, but no write access; give the user write access")]
     Permission,
 }
 

@@ -1,29 +1,30 @@
-//! What keeps two processes from attaching one disk, by whatever name: open file description locks (fcntl(2)).
+//! Locks that prevent two processes from attaching one disk, by any of its names: open file description locks (fcntl(2)).
 //!
-//! Such a lock belongs to an inode, and one disk can have several: so a claim locks all that are found, each in the range
-//! of bytes that the disk takes of it.
+//! Such a lock belongs to an inode, and one disk can have several inodes. So a claim locks all that it finds, each in the
+//! range of bytes that belongs to the disk.
 //!
 //! ```text
-//! what is opened           what is locked besides
+//! opened                   also locked
 //! block device             its node in /dev, if another node was named
 //! partition                its range of the whole disk's node
 //! loop device              its range of the file or device under it, and so on downwards
 //! file of an overlayfs     the file in its upper directory
 //! ```
 //!
-//! Loop devices over a file or device are looked for too, since whoever uses one takes no lock of this kind. On a block
-//! device that is to be written, O_EXCL excludes mounts, device-mapper, and other nodes of the device in other containers.
+//! A claim also searches for loop devices over a file or device, since users of a loop device take no lock of this kind. On a
+//! block device that is opened for writing, O_EXCL excludes mounts, device-mapper, and other nodes of the device in other
+//! containers.
 //!
-//! A network file system may have one kind of lock alone ([`one_kind_of_lock`]); then a claim keeps out flock(2), too, and
-//! nobody may take that by the same open file description: the one would take the place of the other.
+//! A network file system may have only one kind of lock ([`one_kind_of_lock`]). Then a claim also excludes flock(2), and
+//! the same open file description must not take flock(2): one lock would replace the other.
 //!
-//! What is left, because Linux tells nobody of it, or gives nothing to lock:
-//! - a device that two numbers lead to (paths of a LUN without multipath), or two hosts; a network file system whose
+//! Remaining gaps, because Linux does not report them or has nothing to lock:
+//! - a device with two numbers (paths of a LUN without multipath), or on two hosts; a network file system whose
 //!   server keeps no locks;
-//! - a loop device that is set up over a file after that was claimed: the claim keeps another sealblk from it, not a mount;
-//! - a reader of a device that device-mapper writes to, and readers of one device in containers with a `/dev` of their own;
-//! - what this process may not open or cannot see: the file under a loop device of another user or mount namespace, the
-//!   upper directory of a container. The log tells of it, where there is such a thing.
+//! - a loop device that is set up over a file after the claim: the claim excludes another sealblk, but not a mount;
+//! - a reader of a device that device-mapper writes to, and readers of one device in containers with their own `/dev`;
+//! - objects that this process cannot open or see: the file under a loop device of another user or mount namespace, the
+//!   upper directory of a container. The log reports this if it applies.
 
 #![allow(unsafe_code)] // Open file description locks and the loop device's status have no safe wrapper.
 
@@ -164,7 +165,7 @@ impl Claiming<'_> {
                 true => Ok(file),
                 false => Err(io::Error::new(
                     io::ErrorKind::NotFound,
-                    "there is something else now",
+                    "it was replaced in the meantime",
                 )),
             });
         match opened {
@@ -175,7 +176,7 @@ impl Claiming<'_> {
             Err(error) => {
                 tracing::warn!(
                     %error,
-                    "{}: what it stands on, {}, cannot be locked too: nothing but care keeps others from that",
+                    "{}: cannot also lock {}, which it is stored on: make sure that no other process uses that",
                     self.path.display(),
                     name.display()
                 );

@@ -1,9 +1,9 @@
-//! One worker's io_uring: transfers between the payload's file and the worker's buffers, and the one place where
-//! the worker waits, for completions and for the descriptors that it watches alike.
+//! One worker's io_uring: transfers between the payload's file and the worker's buffers. It is also the only place where
+//! the worker waits, both for completions and for the descriptors that it watches.
 //!
-//! An operation owns its buffer from the moment it is accepted until [`Engine::next_event`] hands it back; nothing
-//! else can give the pages away, and dropping the engine waits for every operation before it unmaps them. A
-//! transfer is complete or it failed: short transfers are continued here, so that no caller can take one for
+//! An operation owns its buffer from the moment it is accepted until [`Engine::next_event`] returns it; no other code
+//! can free the pages, and dropping the engine waits for every operation before it unmaps them. A
+//! transfer either completes or fails: the engine continues short transfers, so that no caller can take one for
 //! success.
 
 #![allow(unsafe_code)] // io_uring takes addresses, and what it does with them the compiler cannot follow.
@@ -121,7 +121,7 @@ impl<C> Engine<C> {
             tracing::warn!(
                 %error,
                 bytes = pages as usize * PAGE,
-                "buffers are not registered with io_uring, which costs speed; raise the locked-memory limit"
+                "buffers cannot be registered with io_uring, which costs speed; raise the locked-memory limit"
             );
         }
         Ok(Self {

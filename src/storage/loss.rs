@@ -1,17 +1,17 @@
-//! What is known of data that storage did not keep, for an inode that is attached.
+//! Data that the storage lost, for an attached inode.
 //!
-//! Linux writes cached data back when it likes. Where that fails, it marks them clean, as if they had been written, and
-//! tells of it once to each open description, at the next fsync there. So the fsync after that succeeds though the data
-//! are gone, and a description that is opened after somebody was told is never told. Whoever is told first would hide the
-//! loss from all who come later: the sync of a header, another program's, another queue's.
+//! Linux writes cached data back at a time of its choice. If that fails, it marks the data clean, as if they had been written,
+//! and reports the failure once to each open file description, at its next fsync. The fsync after that succeeds although the
+//! data are lost, and a description that is opened after the first report never gets one. So the first reader of the failure
+//! would hide the loss from all later ones: the sync of a header, another program, another queue.
 //!
-//! So each queue has a description of its own, and one more is opened with the claim and does no I/O: the witness. It is
-//! told of every failure since then, whoever else was told.
+//! So each queue has its own description, and one more is opened with the claim and does no I/O: the witness. It gets a
+//! report of every failure since then, independent of other descriptions.
 //!
-//! A failure is the guest's to know, at a flush or at a write that has to be durable:
-//! - Of data in the page cache for ever, that is until the disk is attached anew. What the cache gives to reads is not what
-//!   storage has, so a guest that repairs by what it reads repairs nothing, and no later sync can make that good.
-//! - Else once. The data passed by no cache of ours, and whoever wrote them was told of a failure at the write itself.
+//! The guest gets a failure at a flush, or at a write that must be durable:
+//! - With the page cache, each time until the disk is attached again. The cache returns data to reads that the storage does
+//!   not have, so a guest that repairs by what it reads repairs nothing, and no later sync corrects that.
+//! - Without the page cache, once. The writer got the failure at the write itself.
 
 #![allow(unsafe_code)] // sync_file_range has no safe wrapper.
 

@@ -1,9 +1,9 @@
 //! Bounce buffers: one region of pages, mapped once, handed out in contiguous runs.
 //!
 //! The region is one mapping so that io_uring registers it as one fixed buffer, whose pages the kernel pins once
-//! instead of at every transfer. A buffer takes just the pages that it needs, so a pool serves many small requests
-//! or a few large ones. The lowest free run is taken first: a lightly loaded disk stays within a few pages, which
-//! stay in the cache. The pool asks for huge pages: the kernel then hands a large buffer to the device as one segment instead
+//! instead of at every transfer. A buffer takes only the pages that it needs, so a pool serves many small requests
+//! or a few large ones. The pool takes the lowest free run first: a lightly loaded disk uses few pages, which
+//! stay in the cache. The pool asks for huge pages: the kernel then passes a large buffer to the device as one segment instead
 //! of one for each page.
 
 #![allow(unsafe_code)] // The region is memory that the kernel writes to, so no Rust allocation owns it.

@@ -1,8 +1,8 @@
-//! Keys that only this TPM has, what they sign of its registers, and how a verifier reads that.
+//! Keys that only this TPM has, their quotes of its registers, and the verification of quotes.
 //!
-//! The endorsement key (EK) is the TPM's identity, for which its maker has given a certificate; it signs nothing. The attestation
-//! key (AK) signs quotes. That both are in one TPM is proved by a credential: what a verifier encrypts to the EK and the AK's
-//! Name, the TPM gives back only if it has both (part 1, 24).
+//! The endorsement key (EK) is the TPM's identity, with a certificate of its maker; it signs nothing. The attestation
+//! key (AK) signs quotes. A credential proves that both are in one TPM: a verifier encrypts a secret to the EK and the AK's
+//! Name, and the TPM decrypts it only if it has both (part 1, 24).
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -163,7 +163,7 @@ impl Tpm {
                     });
                 }
             }
-            Err(tpm.failed(TpmFailure::Changed("its registers change all the time")))
+            Err(tpm.failed(TpmFailure::Changed("its registers change constantly")))
         })
     }
 
@@ -314,25 +314,25 @@ impl Attested {
     /// [`NotAttested`].
     pub fn parse(message: &[u8]) -> Result<Self, NotAttested> {
         let (attest, rest) =
-            TpmsAttest::unmarshal(message).map_err(|_| NotAttested("it is no TPMS_ATTEST"))?;
+            TpmsAttest::unmarshal(message).map_err(|_| NotAttested("it is not a TPMS_ATTEST"))?;
         let TpmuAttest::Quote(quote) = &attest.attested else {
-            return Err(NotAttested("it is no quote"));
+            return Err(NotAttested("it is not a quote"));
         };
         let [bank] = quote.pcr_select[..] else {
-            return Err(NotAttested("it is not of one bank of registers"));
+            return Err(NotAttested("it does not cover exactly one bank of registers"));
         };
         let pcrs = (bank.hash == TpmAlgId::Sha256)
             .then(|| Selection::from_bits(&bank.pcr_select))
             .flatten()
-            .ok_or(NotAttested("it is not of registers of SHA-256"))?;
+            .ok_or(NotAttested("it does not cover the SHA-256 bank"))?;
         let digest = <[u8; 32]>::try_from(&quote.pcr_digest[..]);
         if !rest.is_empty() {
-            return Err(NotAttested("something follows it"));
+            return Err(NotAttested("extra bytes follow it"));
         }
         Ok(Self {
             qualifying: attest.extra_data.to_vec(),
             pcrs,
-            digest: digest.map_err(|_| NotAttested("its digest is not of SHA-256"))?,
+            digest: digest.map_err(|_| NotAttested("its digest is not SHA-256"))?,
             resets: attest.clock_info.reset_count.value(),
             restarts: attest.clock_info.restart_count.value(),
         })
@@ -373,7 +373,7 @@ impl RsaPublic {
                 && matches!(scheme.details, TpmuAsymScheme::Hash(hash) if hash.hash_alg == TpmAlgId::Sha256)
         })
         .ok_or(NotAttested(
-            "the key is no attestation key for RSASSA with SHA-256",
+            "the key is not an attestation key for RSASSA with SHA-256",
         ))
     }
 
@@ -383,7 +383,7 @@ impl RsaPublic {
     /// [`NotAttested`], if it is another kind of key.
     pub fn endorsement(public: &[u8]) -> Result<Self, NotAttested> {
         Self::parse(public, FIXED | RESTRICTED | DECRYPTS, SIGNS, |_| true)
-            .ok_or(NotAttested("the key is no RSA endorsement key"))
+            .ok_or(NotAttested("the key is not an RSA endorsement key"))
     }
 
     fn parse(public: &[u8], has: u32, lacks: u32, fits: impl Fn(&TpmtRsaScheme) -> bool) -> Option<Self> {

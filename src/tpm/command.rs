@@ -1,7 +1,7 @@
 //! One command and its answer (TPM 2.0 Library, part 1, 18).
 //!
-//! Handles come first, then the sessions that authorise their use, then parameters. Of the answers' handles, ours are objects
-//! and sessions that stay in the TPM until they are flushed: [`Tpm::flush`].
+//! Handles come first, then the sessions that authorise their use, then parameters. Handles in answers are objects
+//! and sessions, which stay in the TPM until they are flushed: [`Tpm::flush`].
 
 use std::thread;
 use std::time::Duration;

@@ -1,5 +1,5 @@
-//! Credentials: a secret that only the TPM with a certain endorsement key gives back, and only if it has a certain
-//! attestation key as well (TPM 2.0 Library, part 1, 24; part 3, 12.6, TPM2_MakeCredential). No TPM is needed to make one.
+//! Credentials: an encrypted secret that only the TPM with a given endorsement key decrypts, and only if it also has a given
+//! attestation key (TPM 2.0 Library, part 1, 24; part 3, 12.6, TPM2_MakeCredential). Making a credential needs no TPM.
 
 use aes::cipher::KeyIvInit;
 use crypto_bigint::modular::{BoxedMontyForm, BoxedMontyParams};
@@ -30,7 +30,7 @@ pub enum CredentialError {
     #[error("the random number generator fails")]
     Random(#[from] getrandom::Error),
     /// No RSA key has such a modulus.
-    #[error("the endorsement key is no RSA key")]
+    #[error("the endorsement key is not an RSA key")]
     Key,
 }
 

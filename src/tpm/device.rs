@@ -1,4 +1,4 @@
-//! Where a TPM is, and bytes to it and from it.
+//! The device of a TPM, and the transport of bytes to and from it.
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
@@ -105,7 +105,12 @@ impl Stream {
 
     /// Sends a command, and takes its answer: as long as its header says, and no longer than any is.
     pub(super) fn transmit(&mut self, command: &[u8]) -> io::Result<Vec<u8>> {
-        let invalid = || io::Error::new(io::ErrorKind::InvalidData, "the length of its answer is none");
+        let invalid = || {
+            io::Error::new(
+                io::ErrorKind::InvalidData,
+                "the length of its answer is not valid",
+            )
+        };
         let mut answer = vec![0; MAX_MESSAGE];
         let read = match self {
             Self::File(file) => {

@@ -1,18 +1,19 @@
-//! The host's TPM 2.0: proofs of what the host is and has booted, and secrets that only this host, booted so, gets back.
+//! The host's TPM 2.0: proofs of the host's identity and boot state, and secrets that only this host in the same boot state
+//! can unseal.
 //!
 //! ```text
-//! device    where a TPM is, and bytes to it and from it
+//! device    the device of a TPM, and the transport of bytes to and from it
 //! command   one command and its answer: handles, sessions, parameters (TPM 2.0 Library, part 1, 18)
 //! session   authorisation sessions that encrypt a secret on its way through the TPM's bus
-//! pcr       which registers, and what they hold
-//! attest    keys that only this TPM has, what they sign of its registers, and how to read that
-//! credential  what a verifier encrypts to an endorsement key, for one attestation key
-//! spki      an RSA key as others than TPMs write it
+//! pcr       selections of registers, and their values
+//! attest    keys that only this TPM has, their quotes of its registers, and the verification of quotes
+//! credential  a secret that a verifier encrypts to an endorsement key, for one attestation key
+//! spki      an RSA key in the form of X.509
 //! seal      a secret under this TPM's storage key, bound to registers
 //! ```
 //!
-//! Structures that a TPM or a stranger has made are read by the crate tpm2-protocol, which is pure Rust: no C library is in
-//! a process that has keys. Names are those of the TPM 2.0 Library specification, revision 1.59.
+//! The crate tpm2-protocol, which is pure Rust, parses structures from a TPM or from untrusted peers: no C library is in
+//! a process with keys. Names are those of the TPM 2.0 Library specification, revision 1.59.
 
 pub mod attest;
 mod command;
@@ -54,7 +55,7 @@ pub struct TpmError {
 #[derive(Debug, thiserror::Error)]
 pub enum TpmFailure {
     /// There is none, or it does not answer.
-    #[error("it does not answer; name another with --tpm, or see that this user may use it")]
+    #[error("it does not answer; name another TPM with --tpm, or give this user access to it")]
     Io(#[from] io::Error),
     /// Its answer is none.
     #[error("its answer to {command} makes no sense: {what}")]
@@ -65,7 +66,7 @@ pub enum TpmFailure {
         what: &'static str,
     },
     /// It says no.
-    #[error("{command} is refused: {code}")]
+    #[error("it refuses {command}: {code}")]
     Refused {
         /// The command.
         command: &'static str,

@@ -1,4 +1,4 @@
-//! Platform configuration registers: what was booted, measured into 24 registers of the SHA-256 bank.
+//! Platform configuration registers: measurements of the booted software, in 24 registers of the SHA-256 bank.
 
 use std::fmt;
 use std::str::FromStr;
@@ -155,7 +155,7 @@ impl Tpm {
             });
             let read = read.map_err(|e| self.failed(e))?;
             if read.0 == 0 {
-                return Err(self.failed(TpmFailure::Changed("it has no registers of SHA-256")));
+                return Err(self.failed(TpmFailure::Changed("it has no SHA-256 bank of registers")));
             }
             wanted.0 &= !read.0;
         }

@@ -1,4 +1,5 @@
-//! A secret under a TPM's storage key, bound to registers: it comes back on this host alone, while those hold what they held.
+//! A secret under a TPM's storage key, bound to registers: only this TPM unseals it, and only while the registers hold the
+//! same values.
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
@@ -99,7 +100,7 @@ impl Tpm {
     pub fn unseal(&mut self, sealed: &Sealed) -> Result<SecretBytes, TpmError> {
         self.with_storage_key(|tpm, parent| {
             let other = TpmFailure::Changed(
-                "the key was sealed by another TPM, or this one was cleared, or what it has sealed is damaged",
+                "another TPM sealed the key, or this TPM was cleared, or the sealed key is damaged",
             );
             if parent.name != sealed.parent {
                 return Err(tpm.failed(other));
@@ -130,7 +131,7 @@ impl Tpm {
             tpm.flush(handle);
             match unsealed {
                 Err(error) if error.is_refusal(POLICY_FAIL) => Err(tpm.failed(TpmFailure::Changed(
-                    "its registers are not what they were when the key was sealed: the host has booted something else",
+                    "its registers have changed since the key was sealed: the host has booted other software",
                 ))),
                 unsealed => unsealed,
             }
@@ -179,7 +180,7 @@ impl Tpm {
             Some(key) => work(self, &key),
             None => Err(self.failed(TpmFailure::Garbled {
                 command: "TPM2_CreatePrimary",
-                what: "the key is none of P-256",
+                what: "the key is not a P-256 key",
             })),
         };
         self.flush(handle);
@@ -223,7 +224,7 @@ impl Tpm {
             true => Ok((handle, public, name)),
             false => Err(TpmFailure::Garbled {
                 command: NAME,
-                what: "the key has the Name of another",
+                what: "the Name does not belong to the key",
             }),
         });
         checked.map_err(|error| {

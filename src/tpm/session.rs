@@ -1,8 +1,8 @@
 //! Authorisation sessions that encrypt a secret on its way through the TPM's bus (TPM 2.0 Library, part 1, 19 and 21).
 //!
 //! The session's key comes from a salt that only the TPM's storage key can read; every command and answer of it carries an
-//! HMAC, and its first parameter, the secret, is encrypted by AES-128-CFB. So who listens on the bus between processor and TPM
-//! learns nothing, and who alters what passes is found out.
+//! HMAC, and its first parameter, the secret, is encrypted by AES-128-CFB. So an eavesdropper on the bus between processor and
+//! TPM learns nothing, and a change of the data is detected.
 
 use aes::cipher::KeyIvInit;
 use hmac::{Hmac, KeyInit, Mac};
@@ -66,7 +66,7 @@ impl Session {
             on_wiped_stack(|| kdfe(z, "SECRET", our_x, &parent.x))
         });
         let salt =
-            salt.map_err(|_| tpm.failed(TpmFailure::Changed("its storage key is no point of P-256")))?;
+            salt.map_err(|_| tpm.failed(TpmFailure::Changed("its storage key is not a point of P-256")))?;
 
         let mut parameters = Vec::new();
         parameters.sized(&nonce_caller);

@@ -1,4 +1,4 @@
-//! An RSA key of a TPM's as X.509 has it: SubjectPublicKeyInfo in DER (RFC 5280, 4.1; RFC 8017, A.1.1).
+//! An RSA key of a TPM in the form of X.509: SubjectPublicKeyInfo in DER (RFC 5280, 4.1; RFC 8017, A.1.1).
 
 use super::attest::RsaPublic;
 

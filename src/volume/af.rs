@@ -1,6 +1,6 @@
 //! The anti-forensic splitter `luks1` (LUKS2 1.1, "Keyslots Object"; LUKS1 1.2 "AFsplit").
 //!
-//! A key is blown up to `stripes` times its length, so that losing any small part of what was written (a wiped or
+//! The splitter expands a key to `stripes` times its length, so that the loss of any small part (a wiped or
 //! remapped sector) loses the key. All stripes but the last are random; the last is chosen so that the chain
 //! `state = diffuse(state ^ stripe)` over all others, exclusive-or the last, gives the key.
 

@@ -177,11 +177,11 @@ pub enum BinaryError {
     Magic,
     #[error("header version {version}, not {VERSION}")]
     Version { version: u16 },
-    #[error("it says that it stands at byte {said}, and stands at {offset}")]
+    #[error("it is for byte offset {said}, but is at {offset}")]
     Offset { said: u64, offset: u64 },
-    #[error("header size {header_size} is not one of those that LUKS2 permits")]
+    #[error("LUKS2 does not permit the header size {header_size}")]
     Size { header_size: u64 },
-    #[error("checksum algorithm {name:?} is not known here")]
+    #[error("unknown checksum algorithm {name:?}")]
     ChecksumAlgorithm { name: String },
     #[error("{text:?} is not a UUID")]
     Uuid { text: String },

@@ -1,4 +1,4 @@
-//! What a volume is bound to, for whoever keeps a list of volumes: read without a key.
+//! The bindings of a volume, for the list of volumes: read without a key.
 
 use std::time::Duration;
 

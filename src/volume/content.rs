@@ -1,4 +1,4 @@
-//! What a file or device holds, for whoever is about to overwrite it.
+//! The content of a file or device that is about to be overwritten.
 
 use std::fmt;
 

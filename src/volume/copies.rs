@@ -1,12 +1,12 @@
 //! The two copies of the header, and updates that survive a crash at any byte.
 //!
 //! Each copy is the binary header and the JSON area in one piece, with one checksum over both. An update writes the
-//! primary copy with the next `seqid` and syncs it, then the secondary. Whatever a crash leaves of the first write,
-//! the secondary still holds the old state in full; once the primary is durable, it holds the new one. A copy that
-//! is damaged or of an older `seqid` is rewritten from the other before anything else is written, or the next
-//! update would put at risk the only good one.
+//! primary copy with the next `seqid` and syncs it, then the secondary. If a crash interrupts the first write,
+//! the secondary still holds the complete old state; once the primary is durable, it holds the new one. A copy that
+//! is damaged or has an older `seqid` is rewritten from the other before anything else is written. Otherwise the next
+//! update would put the only good copy at risk.
 //!
-//! [`read`] gives a [`Header`] only after it has looked at both copies, and says in [`Found`] whether they agree.
+//! [`read`] returns a [`Header`] only after it has read both copies, and says in [`Found`] whether they agree.
 
 use std::io;
 use std::thread;
@@ -64,8 +64,8 @@ impl Header {
         match self.write(Copy::Secondary, io) {
             Ok(()) => Ok(HeaderState::Sound),
             Err(HeaderError::Write { copy, source }) => {
-                let text = "the change is in force, but only one copy of the LUKS2 header has it: the other cannot \
-                            be written; check the storage, for the next opening repairs it";
+                let text = "the change took effect, but only one copy of the LUKS2 header has it: the other cannot \
+                            be written; check the storage; sealblk repairs the copy when it next opens the volume";
                 warn!(volume = %self.binary.uuid, "{}: {text}: {source}", io.path().display());
                 Ok(HeaderState::NeedsRepair {
                     copy: copy.name(),
@@ -347,15 +347,15 @@ pub enum Damage {
     Io(#[from] io::Error),
     #[error(transparent)]
     Binary(#[from] BinaryError),
-    #[error("it goes on behind the end")]
+    #[error("it extends beyond the end")]
     CutShort { end: u64 },
     #[error("its checksum is wrong")]
     Checksum,
-    #[error("its metadata are not understood: {source}")]
+    #[error("its metadata cannot be parsed: {source}")]
     Metadata { seqid: u64, source: MetadataError },
-    #[error("its sequence number is {seqid}, and {newer} in the other copy")]
+    #[error("its sequence number is {seqid}, but {newer} in the other copy")]
     Older { seqid: u64, newer: u64 },
-    #[error("it is not found at any place where it can be")]
+    #[error("it is at none of the possible offsets")]
     NotFound,
 }
 
@@ -391,27 +391,27 @@ pub enum HeaderError {
         secondary: Box<Damage>,
     },
     #[error(
-        "both copies of the LUKS2 header have sequence number {seqid} and sound checksums, but differ; somebody \
-         wrote one of them alone: restore a backup of the header with `cryptsetup luksHeaderRestore`"
+        "both copies of the LUKS2 header have sequence number {seqid} and valid checksums, but differ; only one \
+         of them was written: restore a backup of the header with `cryptsetup luksHeaderRestore`"
     )]
     CopiesDisagree { seqid: u64 },
     #[error(
-        "the {copy} copy of the LUKS2 header is whole and in force, but its metadata are not understood: {source}; \
-         a later version of cryptsetup may have written it"
+        "the {copy} copy of the LUKS2 header is complete and valid, but its metadata cannot be parsed: {source}; \
+         perhaps a later version of cryptsetup wrote it"
     )]
     NotUnderstood { copy: Copy, source: MetadataError },
     #[error(
-        "the LUKS2 header takes {end} bytes, and there are only {len}: the file or device was cut short; bring it back from a backup, or make the device as long as it was"
+        "the LUKS2 header takes {end} bytes, but the file or device has only {len}: it was truncated; restore it from a backup, or \
+         restore the size of the device"
     )]
     Truncated { len: u64, end: u64 },
     #[error(
-        "the primary copy of the LUKS2 header is damaged, and there is a signature of {format} in its place; if \
-         it is a LUKS2 volume nevertheless, run `cryptsetup repair`"
+        "the primary copy of the LUKS2 header is damaged, and a signature of {format} is in its place; if \
+         this is a LUKS2 volume, run `cryptsetup repair`"
     )]
     ForeignSignature { format: Format },
     #[error(
-        "the LUKS2 header cannot be read: its storage fails, and neither copy is found sound; check the storage, and \
-         try again"
+        "the LUKS2 header cannot be read: the storage fails, and neither copy is valid; check the storage, and try again"
     )]
     Read(#[source] io::Error),
     #[error("its length cannot be read")]
@@ -420,7 +420,7 @@ pub enum HeaderError {
     Write { copy: Copy, source: io::Error },
     #[error("the metadata cannot be written")]
     Unwritable(#[source] MetadataError),
-    #[error("the header's sequence number is at its end")]
+    #[error("the header's sequence number has reached its maximum")]
     SequenceEnds,
     #[error("the kernel's random source failed")]
     Random(#[source] getrandom::Error),

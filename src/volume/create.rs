@@ -1,8 +1,8 @@
 //! Making a volume.
 //!
-//! Everything that can fail without the disk fails first: sizes, the provider's wrapping, key derivation; then the
-//! locks and the growth of files. Only then what was there is destroyed, keyslots are written, and the binary headers
-//! last: whatever a crash leaves, it is either no volume at all or this one in full.
+//! First come all steps that can fail without touching the disk: sizes, the provider's wrapping, key derivation; then the
+//! locks and the growth of files. Only then `create` destroys the old content, writes the keyslots, and writes the binary
+//! headers last. After a crash at any point the disk is either not a volume, or the complete new volume.
 
 use std::collections::BTreeMap;
 

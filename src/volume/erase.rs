@@ -1,16 +1,17 @@
-//! Crypto-erase: a volume's header and keyslots are destroyed, and with them all that could ever give its volume key.
+//! Crypto-erase: destroys a volume's header and keyslots, and so every source of its volume key.
 //!
 //! ```text
-//! mark       the header requires `sealblk-erase` of whoever opens it: nothing opens the volume any more, and all say why
-//! keyslots   the whole area is written over, and read back
-//! header     both copies are written over, and read back
-//! discard    the device is told that it need not keep the blocks
+//! mark       the header gets the requirement `sealblk-erase`: no program opens the volume any longer, and each says why
+//! keyslots   the whole area is overwritten, and read back
+//! header     both copies are overwritten, and read back
+//! discard    the range is discarded on the device
 //! ```
 //!
-//! A crash leaves a volume that opens, one that says that its erasure was begun (and whose erasure can be begun anew), or
-//! none. At no step a header promises a way in that is destroyed, and none is taken for erased that is not.
+//! After a crash the volume still opens, or it says that its erasure has begun (and can be erased again), or it is no
+//! longer a volume. At no step does a header list a usable keyslot that is destroyed, and no volume counts as erased before
+//! it is.
 //!
-//! What is beyond reach: copies and backups of the header, blocks that flash or a file system keeps of what was written over,
+//! Erasure does not reach copies and backups of the header, overwritten blocks that flash or a file system keeps,
 //! and a key in the memory of a process that still has the volume open.
 
 use std::fs::File;
@@ -113,7 +114,7 @@ impl<'io> Erasure<'io> {
         let end = self.keyslots.end;
         // What was read back is gone, whether storage wants the blocks or not: a full file system may not even take a hole.
         let discarded = io.discard(0..end).unwrap_or_else(|error| {
-            tracing::warn!(%error, "{}: what was erased is not given back to storage", io.path().display());
+            tracing::warn!(%error, "{}: the erased range cannot be discarded", io.path().display());
             false
         });
         io.forget_cached(0..end).map_err(Reason::ForgetCached)?;
@@ -155,7 +156,7 @@ fn mark(header: &mut Header, io: &dyn HeaderIo) -> Result<(), Reason> {
     }
     match committed {
         Err(error @ (HeaderError::Unwritable(_) | HeaderError::SequenceEnds)) => {
-            tracing::warn!(%error, "{}: cannot be marked as being erased, and is erased all the same", io.path().display());
+            tracing::warn!(%error, "{}: cannot mark the header before the erasure; erasing it nevertheless", io.path().display());
             Ok(())
         }
         committed => Ok(committed?),

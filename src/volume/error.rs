@@ -1,4 +1,4 @@
-//! What goes wrong with a volume, as its callers see it.
+//! The errors of a volume, for its callers.
 
 use std::error::Error;
 use std::fmt::{self, Write as _};
@@ -66,11 +66,11 @@ pub enum Reason {
     Header(#[from] HeaderError),
     #[error("sealblk does not serve this volume: {0}")]
     Refused(#[from] Refusal),
-    #[error("the lock on its metadata is not to be had")]
+    #[error("cannot lock its metadata")]
     Lock(#[source] io::Error),
     #[error("its length cannot be read")]
     Length(#[source] io::Error),
-    #[error("it is opened for reading only, so its metadata cannot be changed")]
+    #[error("it is open for reading only, so its metadata cannot be changed")]
     ReadOnly,
 
     #[error(
@@ -84,15 +84,15 @@ pub enum Reason {
     #[error("this passphrase does not open it; try another one")]
     WrongBackupPassphrase,
     #[error(
-        "it has no keyslot to try a passphrase on; one of priority \"ignore\" is tried after `cryptsetup config \
+        "it has no keyslot for a passphrase; to use one of priority \"ignore\", run `cryptsetup config \
          --priority normal --key-slot`"
     )]
     NoKeyslots,
     #[error("keyslot {keyslot}: {source}")]
     Keyslot { keyslot: u32, source: KeyslotError },
-    #[error("there is no keyslot {keyslot}; see `sealblk info`")]
+    #[error("keyslot {keyslot} does not exist; see `sealblk info`")]
     NoSuchKeyslot { keyslot: u32 },
-    #[error("keyslot {keyslot} belongs to no recovery key; see `sealblk info`")]
+    #[error("keyslot {keyslot} does not belong to a recovery key; see `sealblk info`")]
     NoRecoveryKey { keyslot: u32 },
     #[error("the volume key cannot be used")]
     Cipher(#[from] CipherError),
@@ -114,9 +114,8 @@ pub enum Reason {
     #[error("the slot secret cannot be wrapped: {0}")]
     Wrap(#[source] KeyError),
     #[error(
-        "token {token} does not belong to volume {uuid}: key {key_id} of provider {provider:?} says that its slot \
-         secret was wrapped for another volume or keyslot, or altered; restore this volume's own header, or open it \
-         with its recovery key"
+        "token {token} does not belong to volume {uuid}: its slot secret was wrapped by key {key_id} of provider {provider:?} for \
+         another volume or keyslot, or was altered; restore this volume's own header, or open it with its recovery key"
     )]
     ForeignToken {
         token: u32,
@@ -125,65 +124,63 @@ pub enum Reason {
         key_id: KeyId,
     },
     #[error(
-        "keyslot {keyslot} does not open with the slot secret of token {token}; somebody replaced one of them: \
-         open the volume with its recovery key"
+        "keyslot {keyslot} does not open with the slot secret of token {token}; one of them was replaced: open the volume with its \
+         recovery key"
     )]
     TokenOpensNothing { token: u32, keyslot: u32 },
 
     #[error(
-        "its erasure has begun, so it opens no more, and cannot be finished; mend the storage, and run `sealblk erase` again"
+        "its erasure has begun, so it no longer opens, but the erasure cannot be finished; repair the storage, and run `sealblk \
+         erase` again"
     )]
     Erase(#[source] io::Error),
-    #[error(
-        "what was written over the header is not what is read back: the storage keeps something else, and the volume is \
-         not erased"
-    )]
+    #[error("the storage returns other data than sealblk wrote over the header: the volume is not erased")]
     NotErased,
 
-    #[error("the header was replaced meanwhile (it was volume {expected}, and is {found}); try again")]
+    #[error(
+        "the header was replaced in the meantime (it was volume {expected}, and is now {found}); try again"
+    )]
     Replaced { expected: Uuid, found: Uuid },
-    #[error("its metadata were changed meanwhile by another program; try again")]
+    #[error("another program changed its metadata in the meantime; try again")]
     ChangedMeanwhile,
-    #[error("the key that is at hand is not this volume's")]
+    #[error("the key does not belong to this volume")]
     NotItsKey,
-    #[error("all {limit} {what}s are taken; remove one first")]
+    #[error("all {limit} {what}s are in use; remove one first")]
     NoneFree { what: &'static str, limit: u32 },
     #[error("the keyslots area has no room for another keyslot; remove one first")]
     NoRoom,
     #[error(
-        "keyslot {keyslot} is the one that opened the volume; open it by its key provider, or name another \
-         --unlock-key"
+        "the volume was opened by keyslot {keyslot} itself; open it by its key provider, or give another --unlock-key"
     )]
     SameKey { keyslot: u32 },
     #[error("the material of keyslot {keyslot} cannot be written")]
     WriteKeyslot { keyslot: u32, source: io::Error },
     #[error(
-        "the material of keyslot {keyslot} cannot be overwritten, so it stays in the header, though it may open \
-         nothing any more; check the storage, and remove it with `sealblk recovery remove --keyslot {keyslot}`"
+        "the material of keyslot {keyslot} cannot be overwritten, so the keyslot stays in the header, although it may no longer \
+         open the volume; check the storage, and remove it with `sealblk recovery remove --keyslot {keyslot}`"
     )]
     Wipe { keyslot: u32, source: io::Error },
     #[error(
-        "keyslot {keyslot} is destroyed and opens nothing any more, but is still listed: {source}; remove it with \
+        "keyslot {keyslot} is destroyed and no longer opens the volume, but is still listed: {source}; remove it with \
          `sealblk recovery remove --keyslot {keyslot}`"
     )]
     Entry { keyslot: u32, source: HeaderError },
 
-    #[error("there is no key provider to bind it to; `sealblk provider add` adds one")]
+    #[error("this host has no key provider for it; add one with `sealblk provider add`")]
     NoProvider,
-    #[error("there is no key to bind it to: {0}")]
+    #[error("it cannot get a key: {0}")]
     Kek(#[source] KeyError),
     #[error(
-        "the volume has its new key, but what it had before may open it still: {0}; run `sealblk rekey` again, which \
-         goes on from there"
+        "the volume has its new key, but the old key may still open it: {0}; run `sealblk rekey` again to continue"
     )]
     RekeyUnfinished(#[source] Box<Reason>),
     #[error("read back from storage, the new keyslot does not open: {0}")]
     ReadBack(#[source] Box<Reason>),
-    #[error("the provider has its key as {state:?}, not as Active")]
+    #[error("its key is in the state {state:?} at the provider, not Active")]
     KekState { state: KeyState },
     #[error("the {copy} copy of the header is damaged: {damage}")]
     DamagedCopy { copy: &'static str, damage: Damage },
-    #[error("it is no backup that can be used: {what}; take another copy of it")]
+    #[error("it is not a usable backup: {what}; use another copy of it")]
     NoVault { what: &'static str },
     #[error("its keyslots area cannot be read")]
     ReadArea(#[source] io::Error),
@@ -193,34 +190,34 @@ pub enum Reason {
     WipeReplaced { keyslot: u32, source: io::Error },
 
     #[error(
-        "it holds no LUKS2 volume, but at byte {offset} there is what one would have there, so it is not served as a \
-         unencrypted disk; if the whole disk was a volume, restore a backup of its header with `cryptsetup luksHeaderRestore`; if it \
-         was never one, copy it to where these bytes are not at that place"
+        "it has no LUKS2 header, but a trace of one at byte {offset}, so it is not served as an unencrypted disk; if the disk was \
+         a volume, restore a backup of its header with `cryptsetup luksHeaderRestore`; if it was never one, copy its data to a \
+         disk on which these bytes are at another offset"
     )]
     TraceOfHeader { offset: u64 },
     #[error(
-        "it is {format}, and not served as it lies there: {}; if it is an unencrypted disk, and its guest has written that onto it, \
-         say so: --format raw", Advice { path, format: *format }
+        "it is {format}, and is not served as raw: {}; if it is an unencrypted disk, and its guest has written that content, \
+         give --format raw", Advice { path, format: *format }
     )]
     Foreign { path: PathBuf, format: Format },
-    #[error("it is a LUKS volume already; its data would be lost")]
+    #[error("it is already a LUKS volume; its data would be lost")]
     AlreadyLuks,
     #[error(
-        "{} is to be the payload of a detached header, but holds a LUKS volume of its own, which it would overwrite; \
-         open it by its own header, or name the payload that belongs to this one", path.display()
+        "{} is given as the payload of a detached header, but holds a LUKS volume itself, which would be overwritten; \
+         open it by its own header, or name the payload that belongs to this header", path.display()
     )]
     PayloadIsLuks { path: PathBuf },
-    #[error("a volume needs a way in: a key provider, a recovery key, or both")]
+    #[error("a volume needs a key provider, a recovery key, or both")]
     NoWayIn,
     #[error(
         "a disk of {capacity} bytes is not possible: it must be a multiple of the sector size, {sector_size}"
     )]
     Capacity { capacity: u64, sector_size: usize },
-    #[error("{len} bytes are too few: {needed} are needed; make it longer, or ask for a smaller disk")]
+    #[error("{len} bytes are too few: {needed} are needed; make it larger, or choose a smaller disk")]
     TooSmall { len: u64, needed: u64 },
-    #[error("label {label:?} does not fit: it can be 47 bytes long; give a shorter one")]
+    #[error("label {label:?} is too long: the limit is 47 bytes; give a shorter one")]
     Label { label: String },
-    #[error("it cannot be made {len} bytes long{}", remedy(source))]
+    #[error("its size cannot be set to {len} bytes{}", remedy(source))]
     Grow { len: u64, source: io::Error },
     #[error("its header area cannot be written{}", remedy(.0))]
     Prepare(#[source] io::Error),
@@ -252,16 +249,16 @@ impl fmt::Display for Advice<'_> {
         match self.format.owner() {
             Owner::Image(Unpack::QemuImg(format)) => write!(
                 f,
-                "the disk is packed in it, and a guest would see the package and write over it; unpack it with `qemu-img convert \
+                "a guest would see the image itself instead of the disk in it, and overwrite it; convert it with `qemu-img convert \
                  -f {format} -O raw {path} NEWFILE`, and name NEWFILE"
             ),
             Owner::Image(Unpack::Decompress) => f.write_str(
-                "the disk is packed in it, and a guest would see the package and write over it; decompress it to a new file, \
-                 and name that",
+                "a guest would see the compressed file instead of the disk in it, and overwrite it; decompress it to a new file, \
+                 and name that file",
             ),
             Owner::Pool | Owner::Disk => f.write_str(
-                "if it is one of this host's, or of another that shares the storage, a guest would write over what that host \
-                 has in use: name another disk",
+                "if this host, or another host that shares the storage, uses it, a guest would overwrite the host's data: name another \
+                 disk",
             ),
         }
     }
@@ -272,7 +269,7 @@ struct Untried<'a>(&'a [(u32, KeyslotError)]);
 impl fmt::Display for Untried<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (keyslot, error) in self.0 {
-            write!(f, "; keyslot {keyslot} could not be tried: {error}")?;
+            write!(f, "; cannot try keyslot {keyslot}: {error}")?;
         }
         Ok(())
     }

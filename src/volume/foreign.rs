@@ -1,9 +1,9 @@
-//! What a disk holds that is no LUKS2 volume, known by its signatures.
+//! The content of a disk that is not a LUKS2 volume, detected by signatures.
 //!
-//! Served as it lies there, an image in which a disk is packed shows the guest the package, and the guest writes over it;
-//! what belongs to a pool or is encrypted otherwise has an owner who does not expect a guest. But an unencrypted disk is the
-//! guest's, who can write any of these signatures onto it. So a signature refuses, and an operator who says what the disk
-//! is overrules it; what is in an image is never interpreted.
+//! If an image were served as raw, the guest would see the image itself and overwrite it. A member of a pool, or a disk
+//! that another program encrypts, has an owner that does not expect a guest. But an unencrypted disk belongs to the guest,
+//! which can write any of these signatures to it. So a signature leads to a refusal, and the operator can override it with
+//! --format raw. sealblk never interprets the content of an image.
 //!
 //! Offsets are those of each format's description: QEMU's `docs/interop/` (qcow2, qed, parallels) and `block/` (VDI, VHD),
 //! VMware's "Virtual Disk Format 5.0", MS-VHDX, the kernel's `Documentation/admin-guide/md.rst` and `md_p.h`, LVM2's

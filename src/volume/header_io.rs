@@ -1,5 +1,5 @@
-//! What the metadata code asks of the storage under it: little enough that a test can stand in for it and lose
-//! everything that was not synced.
+//! The storage interface of the metadata code: so small that a test can replace it and lose everything that was not
+//! synced.
 
 use std::fmt::Debug;
 use std::fs::File;

@@ -1,5 +1,5 @@
-//! Headers that nobody's software wrote: whatever they hold, reading them ends with a volume that makes sense or
-//! with an error, and never with a panic. The fuzz target `header`, in `fuzz/`, looks further in the same way.
+//! Hostile headers: reading one ends with a consistent volume or with an error, and never with a panic. The fuzz target
+//! `header`, in `fuzz/`, tests the same with more inputs.
 
 use proptest::prelude::*;
 use serde_json::{Value, json};

@@ -1,4 +1,4 @@
-//! What can be told of a volume without any key.
+//! The properties of a volume that can be read without a key.
 
 use serde::Serialize;
 use uuid::Uuid;

@@ -1,7 +1,7 @@
-//! Key derivation: what makes a passphrase the key of a keyslot's area (LUKS2 1.1, "Keyslots Object").
+//! Key derivation: from a passphrase to the key of a keyslot's area (LUKS2 1.1, "Keyslots Object").
 //!
-//! The costs stand in a header that anybody may have written. cryptsetup writes at most 4 GiB and 4 lanes for argon2;
-//! the caps on time here are far above what it ever picks, and keep a hostile header from hanging an attach.
+//! The costs come from a header, which is untrusted. cryptsetup writes at most 4 GiB and 4 lanes for argon2;
+//! the limits on time here are far above its values, and prevent a hostile header from hanging an attach.
 
 use std::thread;
 
@@ -190,30 +190,30 @@ pub(super) fn fresh_salt() -> Result<Base64, KdfError> {
 /// Why no key can be derived.
 #[derive(Debug, thiserror::Error)]
 pub enum KdfError {
-    #[error("its key derivation {name:?} is not known here")]
+    #[error("its key derivation {name:?} is unknown")]
     Unknown { name: String },
-    #[error("its hash {name:?} is not known here")]
+    #[error("its hash {name:?} is unknown")]
     Hash { name: String },
-    #[error("its PBKDF2 iterations ({iterations}) are not within 1 to {MAX_ITERATIONS}")]
+    #[error("its PBKDF2 iterations ({iterations}) are not in the range 1 to {MAX_ITERATIONS}")]
     Iterations { iterations: u32 },
     #[error(
-        "the digest of its key has {iterations} PBKDF2 iterations, and more than {MAX_DIGEST_ITERATIONS} nobody \
-         writes; somebody has altered the header: restore a backup of it with `cryptsetup luksHeaderRestore`"
+        "the digest of its key has {iterations} PBKDF2 iterations, but no program writes more than {MAX_DIGEST_ITERATIONS}; the \
+         header was altered: restore a backup of it with `cryptsetup luksHeaderRestore`"
     )]
     DigestIterations { iterations: u32 },
     #[error(
-        "the keyslots tried before it took all the time that one attempt is given; open it with `cryptsetup open \
-         --key-slot`, or remove keyslots that nobody needs"
+        "the keyslots that were tried before used up the time limit; open it with `cryptsetup open \
+         --key-slot`, or remove unneeded keyslots"
     )]
     Budget,
     #[error(
-        "its argon2 cost (time {}, memory {} KiB, {} lanes) is out of bounds", cost.time, cost.memory_kib, cost.lanes
+        "its argon2 cost (time {}, memory {} KiB, {} lanes) is out of range", cost.time, cost.memory_kib, cost.lanes
     )]
     Argon2Cost { cost: Argon2Cost },
     #[error(
-        "its argon2 takes {needed_kib} KiB of memory{}; free some, raise the limit of this control group if it \
+        "its argon2 needs {needed_kib} KiB of memory{}; free memory, raise the limit of this control group if it \
          has one, or open the volume on a larger host",
-        available_kib.map(|kib| format!(", and {kib} KiB are available")).unwrap_or_default()
+        available_kib.map(|kib| format!(", but {kib} KiB are available")).unwrap_or_default()
     )]
     Memory {
         needed_kib: u64,

@@ -1,4 +1,4 @@
-//! A key in a LUKS2 header that belongs to no disk: the form of backups, which cryptsetup opens as any other header.
+//! A key backup: a key in a LUKS2 header without a disk. cryptsetup can open it like any other header.
 //!
 //! ```text
 //! 0                16 KiB            32 KiB                            284 KiB
@@ -8,9 +8,9 @@
 //! +----------------+-----------------+---------------------------------+
 //! ```
 //!
-//! What LUKS2 calls the volume key is the key. The token tells what it is for, and the SHA-256 of the keyslots area, which
-//! LUKS2's own checksums leave out: so each bit of the file counts, and a backup that was damaged says so before anybody
-//! relies on it. Whoever can write to it can put another key under another passphrase there, of course.
+//! The backed up key is stored as LUKS2's volume key. The token has the purpose of the key, and the SHA-256 of the keyslots
+//! area, which LUKS2's own checksums do not cover. So every bit of the file is checked, and a damaged backup is detected
+//! before an operator relies on it. A user with write access to the file can of course replace it by another backup.
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
@@ -107,7 +107,7 @@ pub fn read(io: &dyn HeaderIo, passphrase: &SecretBytes, kind: &str) -> Result<C
         let no_vault = |what| Reason::NoVault { what };
         let _lock = io.lock(LockMode::Read).map_err(Reason::Lock)?;
         if io.size().map_err(Reason::Length)? != END {
-            return Err(no_vault("it has not the length of one"));
+            return Err(no_vault("it does not have the length of a backup"));
         }
         io.forget_cached(0..END).map_err(Reason::ForgetCached)?;
         let header = match copies::read(io)? {

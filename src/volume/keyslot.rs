@@ -1,6 +1,5 @@
 //! Keyslots of type `luks2`: a key, split by the anti-forensic splitter, encrypted under a key derived from a
-//! passphrase (LUKS2 1.1, "Keyslots Object"), and the digest that tells whether what came out is right ("Digests
-//! Object").
+//! passphrase (LUKS2 1.1, "Keyslots Object"), and the digest that verifies the decrypted key ("Digests Object").
 //!
 //! ```text
 //! passphrase --kdf--> area key --+
@@ -177,7 +176,7 @@ pub enum KeyslotError {
     Af { kind: String, stripes: u32 },
     #[error("it holds a key of {bits} bits, not 512")]
     KeySize { bits: u64 },
-    #[error("the digest of its key has {len} bytes, which fits no hash")]
+    #[error("the digest of its key has {len} bytes, which matches no hash")]
     DigestLength { len: usize },
     #[error("{0}")]
     Kdf(#[from] KdfError),

@@ -1,5 +1,5 @@
-//! The segment of the metadata (LUKS2 1.1, "Segments Object") laid out on a payload: every question answered but the
-//! key's. A size that was `dynamic` is a number, and the range lies within the payload, behind the header. With a key
+//! The segment of the metadata (LUKS2 1.1, "Segments Object") on a payload, complete except for the key. A `dynamic` size
+//! is resolved to a number, and the range is within the payload, after the header. With a key
 //! it becomes the [`SegmentTable`] that the data path uses.
 
 use std::sync::Arc;

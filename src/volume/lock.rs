@@ -1,16 +1,15 @@
-//! The lock around metadata, as cryptsetup takes it, so that the two can work on one volume.
+//! The lock on metadata: the same lock as cryptsetup's, so that both can work on one volume.
 //!
-//! A regular file is locked itself by flock(2). A block device is locked through the file
-//! `/run/cryptsetup/L_<major>:<minor>`, because udev takes flock(2) on the device for purposes of its own. That
-//! file is unlinked by the last one to hold it, so whoever gets the lock looks whether the file that he locked is
-//! still the one in the directory.
+//! A regular file is locked directly by flock(2). A block device is locked through the file
+//! `/run/cryptsetup/L_<major>:<minor>`, because udev takes flock(2) on the device for its own purposes. The last
+//! holder unlinks that file, so a process that gets the lock checks that the locked file is still in the directory.
 //!
-//! Only root may make that file, unless somebody lets others into the directory. Who may not reads without the lock, and
-//! looks again where what is read is not sound ([`copies::read_locked`](super::copies::read_locked)): both copies have checksums
-//! and a sequence number, so that no half-written header passes for one. Nothing is written without the lock.
+//! Only root can make that file, unless other users have access to the directory. A process without access reads without
+//! the lock, and reads again if the result is not valid ([`copies::read_locked`](super::copies::read_locked)): both copies
+//! have checksums and a sequence number, so a half-written header is detected. sealblk writes nothing without the lock.
 //!
-//! The lock is held for the moment of reading or writing metadata, never while a key is derived or a disk is served;
-//! it does not keep two servers off one disk: their storage has a lock for that, which flock(2) does not see.
+//! The lock is held only while metadata are read or written, never while a key is derived or a disk is served.
+//! It does not keep two servers off one disk: the storage has another lock for that, which is independent of flock(2).
 
 use std::fs::File;
 use std::io;
@@ -189,8 +188,8 @@ fn wait_for(file: BorrowedFd<'_>, mode: LockMode) -> io::Result<()> {
     }
 }
 
-const NOT_PERMITTED: &str = "this user may not lock the metadata of a block device, which takes a file in /run/cryptsetup, as \
-    cryptsetup does it: do this as root, or let a group of the user's in (`install -d -m 770 -g GROUP /run/cryptsetup`; \
+const NOT_PERMITTED: &str = "this user cannot lock the metadata of a block device, which needs a file in /run/cryptsetup, as in \
+    cryptsetup: run this as root, or give a group of the user access (`install -d -m 770 -g GROUP /run/cryptsetup`; \
     tmpfiles.d(5) does that at each boot)";
 
 /// cryptsetup's own, as compiled into every distribution's.

@@ -1,5 +1,5 @@
-//! A volume at rest: its header is known, its key is not. Unlocking gives a [`Volume`], and a volume at hand is what
-//! it takes to add another way in.
+//! A volume at rest: its header was read, but its key is not known. Unlocking returns a [`Volume`], which is needed to add
+//! another keyslot.
 
 use std::fmt;
 use std::io;
@@ -74,7 +74,9 @@ impl Identity {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Changed {
     /// Another volume.
-    #[error("the header was replaced: it was that of volume {expected}, and is that of {found}; restore it")]
+    #[error(
+        "the header was replaced: it belonged to volume {expected}, and now belongs to {found}; restore it"
+    )]
     Volume {
         /// The volume that is being served.
         expected: Uuid,
@@ -83,20 +85,20 @@ pub enum Changed {
     },
     /// What the guest has written would be read under another key.
     #[error(
-        "the header has the UUID of this volume, and another volume key than when the disk was attached: if that was meant, start \
-         `sealblk serve` anew; if not, somebody has altered it: restore the header from a backup (`cryptsetup luksHeaderRestore`)"
+        "the header has the UUID of this volume, but its volume key has changed since the disk was attached: if this is intended, \
+         restart `sealblk serve`; if not, the header was altered: restore it from a backup (`cryptsetup luksHeaderRestore`)"
     )]
     Key,
     /// What the guest has written would be read at another place.
     #[error(
-        "the header has the UUID of this volume, and tells another place or sector size of its data than when the disk was \
-         attached: if that was meant, start `sealblk serve` anew; if not, somebody has altered it: restore the header from a backup \
+        "the header has the UUID of this volume, but the offset or sector size of its data has changed since the disk was \
+         attached: if this is intended, restart `sealblk serve`; if not, the header was altered: restore it from a backup \
          (`cryptsetup luksHeaderRestore`)"
     )]
     Place,
     /// The guest would see an end where there was none.
     #[error(
-        "the disk had {was} bytes when it was attached, and has {now}; make its file or device as long as it was"
+        "the disk had {was} bytes when it was attached, and now has {now}; restore the size of its file or device"
     )]
     Shrunk {
         /// When it was attached, in bytes.
@@ -170,7 +172,7 @@ impl<'header> Locked<'header> {
         if found != *expected {
             tracing::warn!(
                 bytes = found.layout.capacity,
-                "the disk is longer than when it was attached; its guest sees that when `sealblk serve` is started anew"
+                "the disk has grown since it was attached; its guest sees the new size after a restart of `sealblk serve`"
             );
         }
         self.layout = expected.layout;

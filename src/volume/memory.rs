@@ -1,8 +1,9 @@
-//! How much memory there is, for this process and not for the host alone: a control group may give it less, and the kernel
-//! ends a process that takes more than its group has.
+//! The memory that is available to this process: its control group can have less than the host, and the kernel
+//! kills a process that takes more than its group has.
 //!
-//! A group's limit holds for all groups below it, so each from this process' own up to the highest that is to be seen is
-//! asked (the kernel's `cgroup-v2.rst` and `cgroup-v1/memory.rst`). In a container that is where its own tree begins.
+//! A group's limit holds for all groups below it, so this module reads the limit of each group, from this process' own up
+//! to the highest visible one (the kernel's `cgroup-v2.rst` and `cgroup-v1/memory.rst`). In a container this is the root of
+//! the container's tree.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,10 +1,9 @@
 //! The JSON area: keyslots, tokens, segments, digests and config (LUKS2 1.1, "LUKS2 JSON Metadata Format").
 //!
-//! What is known here is typed; what is not (other types of objects, further fields, requirements) is carried along
-//! as it was found and written back, because others may have put it there. [`Metadata::parse`] gives back only
-//! metadata whose numbers fit together: areas within the keyslots area and clear of each other, references that
-//! lead somewhere, offsets aligned. Whether sealblk can serve what they describe is another question: see
-//! [`super::refusal`].
+//! Known content has types. Unknown content (other types of objects, further fields, requirements) is kept
+//! and written back unchanged, because other programs may have put it there. [`Metadata::parse`] returns only
+//! consistent metadata: areas are within the keyslots area and do not overlap, references lead to
+//! existing objects, offsets are aligned. [`super::refusal`] decides whether sealblk can serve the volume.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -686,13 +685,13 @@ pub enum MetadataError {
     Unterminated,
     #[error("bytes follow the NUL that ends the JSON text")]
     Trailing,
-    #[error("the JSON text cannot be understood: {0}")]
+    #[error("the JSON text cannot be parsed: {0}")]
     Json(#[from] NotUnderstood),
     #[error("the metadata cannot be written as JSON")]
     Unwritable,
     #[error("{len} bytes of JSON do not fit into the JSON area of {room} bytes; remove a keyslot or a token")]
     TooLong { len: usize, room: usize },
-    #[error("there are {count} {what}, and {MAX_OBJECTS} at most are possible")]
+    #[error("there are {count} {what}, but the limit is {MAX_OBJECTS}")]
     TooMany { what: &'static str, count: usize },
     #[error("config: json_size {json_size} does not fit the header's size {header_size}")]
     JsonSize { json_size: u64, header_size: u64 },
@@ -714,7 +713,7 @@ pub enum MetadataError {
     },
     #[error("the areas of keyslots {keyslot} and {other} overlap")]
     AreasOverlap { keyslot: Id, other: Id },
-    #[error("{from} {id} refers to {what} {to}, which there is not")]
+    #[error("{from} {id} refers to {what} {to}, which does not exist")]
     Dangling {
         from: &'static str,
         id: Id,
@@ -734,7 +733,7 @@ pub enum MetadataError {
         size: SegmentSize,
         sector_size: u64,
     },
-    #[error("segment {segment}: no digest tells its key")]
+    #[error("segment {segment}: it has no digest for its key")]
     SegmentWithoutDigest { segment: Id },
 }
 

@@ -16,23 +16,23 @@
 //! whose [`SegmentTable`](segment::SegmentTable) the data path works by.
 //!
 //! ```text
-//! create, locked, ways_in, info   what is done with a volume
-//! rekey                           a new KEK in the place of the old one
+//! create, locked, ways_in, info   operations on a volume
+//! rekey                           replaces a KEK by a new one
 //! bindings                        the KEKs that open it
-//! erase                           its end
+//! erase                           crypto-erase
 //! vault                           a key in a header without a disk
 //! plain                           a disk that is none
-//! foreign, content                what else may be on a disk, and what it holds that is to be overwritten
-//! layout, refusal                 metadata -> segments that can be served, or why not
-//! memory                          how much of it a key derivation may take
+//! foreign, content                other formats on a disk, and the content that would be overwritten
+//! layout, refusal                 metadata -> segments that can be served, or the reason if they cannot
+//! memory                          the memory that a key derivation can use
 //! token, keyslot, kdf, af, hash   wrapped slot secret -> passphrase -> volume key
 //! copies                          the two copies, updates that survive a crash
 //! binary, metadata                bytes and JSON -> types
 //! header_io, lock                 storage under the header
 //! ```
 //!
-//! No header, whoever wrote it, makes any of this panic, hang, or take more memory than a few times its own size,
-//! beside what its key derivation takes, which is capped.
+//! No header makes this code panic, hang, or take more memory than a few times the header's size plus the memory of its key
+//! derivation, which is limited.
 
 mod af;
 mod binary;

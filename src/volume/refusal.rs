@@ -1,9 +1,9 @@
-//! What sealblk does not serve, and why: a volume whose header is sound, but which it would read wrongly, or which
-//! somebody else is in the middle of changing.
+//! Volumes that sealblk refuses to serve, and the reasons: the header is valid, but sealblk would read the volume
+//! wrongly, or another program has not finished a change of it.
 //!
-//! Nothing authenticates a header: a checksum anybody can make. So what is served is one encrypted segment and
-//! nothing beside it. A `linear` segment, which whoever has the storage could enter, would store in the clear what
-//! the guest takes for encrypted.
+//! Nothing authenticates a header: its checksum needs no key. So sealblk serves only a single encrypted segment. An attacker
+//! with write access to the storage could add a `linear` segment, which would store in clear what the guest takes for
+//! encrypted.
 
 use super::erase::MARK;
 use super::keyslot::{ENCRYPTION, KEY_LEN};
@@ -112,18 +112,18 @@ fn check_segment<'m>(metadata: &'m Metadata, id: Id, segment: &'m Segment) -> Re
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
     #[error(
-        "it is in the middle of a reencryption; finish that with `cryptsetup repair` and \
+        "its reencryption is not finished; finish it with `cryptsetup repair` and \
          `cryptsetup reencrypt --resume-only`"
     )]
     MidReencryption,
-    #[error("its erasure was begun: nothing opens it any more; finish that with `sealblk erase`")]
+    #[error("its erasure has begun, so it can no longer be opened; finish the erasure with `sealblk erase`")]
     MidErasure,
-    #[error("it requires {name:?} of whoever opens it, which this version of sealblk does not know")]
+    #[error("it has the requirement {name:?}, which this version of sealblk does not know")]
     Requirement { name: String },
-    #[error("segment {segment} is encrypted with {encryption}; sealblk serves {ENCRYPTION} alone")]
+    #[error("segment {segment} is encrypted with {encryption}; sealblk serves only {ENCRYPTION}")]
     Cipher { segment: Id, encryption: String },
     #[error(
-        "segment {segment} has a key of {bits} bits; sealblk serves {ENCRYPTION} with 512 bits (AES-256) alone"
+        "segment {segment} has a key of {bits} bits; sealblk serves {ENCRYPTION} only with 512 bits (AES-256)"
     )]
     KeySize { segment: Id, bits: u64 },
     #[error("segment {segment} has sectors of {bytes} bytes; sealblk serves 512 and 4096")]
@@ -138,25 +138,25 @@ pub enum Refusal {
         "the digest of segment {segment} is of type {kind:?}, which this version of sealblk does not know"
     )]
     DigestType { segment: Id, kind: String },
-    #[error("no digest tells the key of segment {segment}")]
+    #[error("segment {segment} has no digest for its key")]
     NoDigest { segment: Id },
     #[error(
-        "it has {count} segments, and sealblk serves one; if nobody has made them on purpose, somebody has altered \
-         the header: restore a backup of it with `cryptsetup luksHeaderRestore`"
+        "it has {count} segments, but sealblk serves only one; if this is not intended, the header was altered: restore a \
+         backup of it with `cryptsetup luksHeaderRestore`"
     )]
     Segments { count: usize },
     #[error(
-        "the data of segment {segment} are not encrypted (it is of type \"linear\"); if nobody has made it so on \
-         purpose, somebody has altered the header: restore a backup of it with `cryptsetup luksHeaderRestore`"
+        "the data of segment {segment} are not encrypted (its type is \"linear\"); if this is not intended, the header was \
+         altered: restore a backup of it with `cryptsetup luksHeaderRestore`"
     )]
     NotEncrypted { segment: Id },
     #[error(
-        "segment {segment} starts where the header is: the header is detached from its payload; name both"
+        "segment {segment} overlaps the header, so the header is detached from its payload; name both files"
     )]
     Detached { segment: Id },
     #[error(
-        "segment {segment} needs the payload to be {needed} bytes long, and it has {payload_len}: the file or \
-         device was cut short; bring it back from a backup, or make the device as long as it was"
+        "segment {segment} needs a payload of {needed} bytes, but it has {payload_len}: the file or \
+         device was truncated; restore it from a backup, or restore the size of the device"
     )]
     PayloadTruncated {
         segment: Id,

@@ -1,16 +1,16 @@
 //! Shallow rekey: a new KEK and a new slot secret for the same volume key. Only the header changes.
 //!
 //! ```text
-//! add        a keyslot for the new slot secret, and its token, which says what it replaces: both keys open the volume
-//! read back  the header from storage, and the volume key out of it with the provider's help
-//! remove     the material of the old keyslots, then them and their tokens: the new key alone opens the volume
+//! add        a keyslot for the new slot secret, and its token, which lists the tokens that it replaces: both keys open the volume
+//! read back  the header from storage, and open the volume with the new key
+//! remove     the material of the old keyslots, then the keyslots and their tokens: only the new key opens the volume
 //! ```
 //!
-//! A crash leaves the volume at one of these steps, and a token that replaces others tells that it is not the last. So
-//! nothing is to be remembered elsewhere: whoever rekeys next finishes that first.
+//! After a crash the volume is at one of these steps, and a token that replaces others shows that the rekey is not finished.
+//! So no other state is needed: the next rekey first finishes the interrupted one.
 //!
-//! A backup of the header from before opens with the old KEK still, and so does what flash storage keeps of blocks that
-//! were written over. Only a deep rekey helps against somebody who has the volume key.
+//! The old KEK still opens an older backup of the header, and overwritten blocks that flash storage keeps. Only a deep rekey
+//! helps against an attacker with the volume key.
 
 use super::copies::{self, Found};
 use super::error::{Reason, VolumeError};
@@ -100,11 +100,11 @@ impl Locked<'_> {
             Ok(rekeyed) => Ok(Some(rekeyed)),
             Err(Reason::ReadBack(source)) => {
                 // It never came into force; the next rekey replaces it with all others.
-                tracing::warn!(token = token.0, %source, "what an interrupted rekey has added opens nothing");
+                tracing::warn!(token = token.0, %source, "the keyslot that an interrupted rekey added does not open");
                 Ok(None)
             }
             Err(Reason::Kek(source)) if name.is_some_and(|name| name != provider) => {
-                tracing::warn!(token = token.0, %source, "an interrupted rekey cannot be finished, and is replaced");
+                tracing::warn!(token = token.0, %source, "an interrupted rekey cannot be finished; replacing it");
                 Ok(None)
             }
             Err(reason) => Err(self.failed(Reason::RekeyUnfinished(Box::new(reason)))),

@@ -1,7 +1,7 @@
 //! The segment table: LUKS2's list of segments (LUKS2 1.1, "Segments Object") as the data path uses it.
 //!
-//! It tells for each sector of the disk where it lies in the payload's file and what is done to it. A table does not
-//! change; whoever changes what it says makes a new one.
+//! For each sector of the disk, the table has its offset in the payload's file and its treatment. A table does not
+//! change; a change makes a new table.
 
 use std::sync::Arc;
 

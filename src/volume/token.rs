@@ -5,18 +5,18 @@
 //!  "bound": "2026-11-23T10:44:14Z"}
 //! ```
 //!
-//! `bound` tells when the keyslot was bound to the KEK, by the clock of the host that did it. It is not authenticated, and
-//! tokens of earlier versions have none.
+//! `bound` is the time of the binding to the KEK, by the clock of the host that made it. It is not authenticated, and
+//! tokens of earlier versions do not have it.
 //!
-//! While a rekey is under way, the new token has the numbers of the tokens that it replaces too: `"replaces": ["0"]`.
+//! During a rekey, the new token also has the numbers of the tokens that it replaces: `"replaces": ["0"]`.
 //!
-//! The slot secret is 32 random bytes. What the keyslot takes as its passphrase is their base64 text (44
-//! characters, with padding), as systemd-cryptenroll does it for its tokens: who has unwrapped the secret by other
+//! The slot secret is 32 random bytes. The passphrase of the keyslot is their base64 text (44
+//! characters, with padding), as in the tokens of systemd-cryptenroll: an operator who unwraps the secret by other
 //! means can type it into `cryptsetup open`, which would stop at a newline or a NUL in the raw bytes.
 //!
 //! The wrapping authenticates the volume's UUID, the provider's name, the key ID and the keyslot's number, so that a
 //! token that was moved to another volume or keyslot does not open. It also binds the volume to its UUID: after
-//! `cryptsetup luksUUID --uuid` a volume opens by its recovery key alone.
+//! `cryptsetup luksUUID --uuid` only a recovery key opens the volume.
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;

@@ -1,16 +1,16 @@
-//! A disk that is no volume: its bytes are the guest's, as they lie there, and none is encrypted.
+//! An unencrypted disk: a disk that is not a volume. Its bytes belong to the guest, and are not encrypted.
 //!
-//! Whoever takes a volume for such a disk hands its ciphertext to a guest, which sees nothing that it knows and writes
-//! over header and data. So a disk is unencrypted when there is not the least trace of a LUKS header in any place where one
-//! can stand: the first bytes of the magic of either copy, of LUKS1 too, or JSON metadata where its magic is gone.
-//! What a header that was overwritten in full leaves, and the payload of a detached header, cannot be told from noise:
-//! that one is not plain only the operator knows, and so he has to ask for it.
+//! If a volume were served as an unencrypted disk, the guest would see ciphertext, and overwrite header and data. So a disk
+//! counts as unencrypted only if no possible header offset has a trace of a LUKS header: the first bytes of the magic of
+//! either copy (also of LUKS1), or JSON metadata without a magic. A disk with a completely overwritten header, and the
+//! payload of a detached header, look like noise: only the operator knows that they are encrypted, so he must request
+//! unencrypted disks explicitly.
 //!
-//! What another format is known by refuses a disk too ([`Format`]), unless the operator says that it is raw: an image in which
-//! a disk is packed is nothing to show to a guest, and what a guest has written onto its unencrypted disk is.
+//! The signature of another format also refuses a disk ([`Format`]), unless the operator says that the disk is raw: a guest
+//! should not see an image as its disk, but a guest may have written such a signature to its unencrypted disk.
 //!
-//! A guest can write a LUKS2 header onto its unencrypted disk. By that it denies the disk to itself: what it wrote is then taken
-//! for a volume, of which nobody has the key.
+//! A guest can write a LUKS2 header to its unencrypted disk. It then loses access to the disk: sealblk takes it for a volume
+//! without a known key.
 
 use std::io;
 use std::sync::Arc;

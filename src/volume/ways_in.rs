@@ -1,9 +1,9 @@
-//! Ways into a volume: recovery keys, which are passphrases behind argon2id, and bindings to a provider's KEK,
-//! which are tokens. Each is a keyslot with the same volume key in it.
+//! The keyslots of a volume: for recovery keys, which are passphrases with argon2id, and for bindings to a provider's KEK,
+//! which are tokens. Each keyslot holds the same volume key.
 //!
-//! Order of writes: a keyslot's area is durable before any metadata refers to it, and is wiped before the metadata
-//! forget it. A crash between the wipe and the commit leaves a keyslot that opens nothing, and that can be removed as
-//! any other; the other way round it would leave material that nobody finds any more, and that the key still opens
+//! Order of writes: a keyslot's area is durable before any metadata refer to it, and is wiped before the metadata
+//! drop it. A crash between the wipe and the commit leaves a keyslot that opens nothing, and that can be removed like
+//! any other. In the opposite order, a crash would leave material without a reference, which the key still opens
 //! with an old copy of the header.
 
 use tracing::warn;
@@ -304,7 +304,7 @@ impl Drop for Announced<'_> {
         if let Some(stored) = self.became
             && let Err(error) = self.provider.settle(&self.binding, stored)
         {
-            warn!(%error, volume = %self.binding.volume, stored, "the list of volumes does not know what became of a binding");
+            warn!(%error, volume = %self.binding.volume, stored, "cannot report to the list of volumes whether a binding was stored");
         }
     }
 }

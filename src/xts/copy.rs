@@ -1,4 +1,4 @@
-//! Sectors that are not encrypted: they are copied, to where their reader looks for them.
+//! Unencrypted sectors: they are copied to the memory of their reader.
 #![allow(unsafe_code)] // Stores past the cache, from memory that must not be borrowed.
 
 use vm_memory::VolatileSlice;

@@ -1,4 +1,4 @@
-//! What computes XTS: the interface of a kernel, and the table that one is chosen from at run time.
+//! The interface of an XTS kernel, and the table of kernels from which one is selected at run time.
 
 use std::fmt;
 use std::str::FromStr;

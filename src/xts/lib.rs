@@ -2,10 +2,10 @@
 //!
 //! [`SectorCipher`] stands between guest memory, which is scattered and may change while it is read, and a bounce
 //! buffer, which is contiguous. It works out of place: guest memory never holds ciphertext, the bounce buffer never
-//! holds plaintext. Most pieces of guest memory are whole sectors, and those go to a [`kernel`] as they lie, many at
-//! a time; a sector that is split between pieces takes a detour over a scratch buffer that is wiped.
+//! holds plaintext. Most pieces of guest memory are whole sectors; a [`kernel`] processes these in place, many at
+//! a time. A sector that is split between pieces goes through a scratch buffer that is wiped.
 //!
-//! The tweak of a sector is its number in 512-byte units, little-endian, whatever the sector size.
+//! The tweak of a sector is its number in 512-byte units, little-endian, for every sector size.
 #![allow(unsafe_code)] // Kernels work on raw memory: guest memory must not be borrowed as a Rust slice.
 
 mod copy;
@@ -102,7 +102,7 @@ pub enum CipherError {
     #[error("the volume key has {0} bytes, XTS-AES-256 needs {KEY_LEN}")]
     KeyLength(usize),
     /// Such a key makes the tweak predictable; none comes out of a random source.
-    #[error("the two halves of the volume key are equal, which makes XTS unsafe: the key is refused")]
+    #[error("sealblk refuses this volume key: its two halves are equal, which makes XTS unsafe")]
     EqualHalves,
     /// No memory for the round keys.
     #[error("cannot hold the cipher's round keys")]

@@ -1,4 +1,4 @@
-//! The kernel that runs everywhere: `xts-mode` over `aes`, a sector at a time. It is the oracle of faster ones.
+//! The portable kernel: `xts-mode` over `aes`, one sector at a time. It is the oracle for tests of the faster kernels.
 #![allow(unsafe_code)] // Copies from and to guest memory, which must not be borrowed.
 
 use aes::Aes256;

@@ -1,4 +1,4 @@
-//! Known answers for every kernel of this machine, before it touches anybody's data.
+//! Known-answer tests of every kernel of this machine, before the kernel processes any data.
 
 use sha2::{Digest, Sha256};
 use vm_memory::VolatileSlice;

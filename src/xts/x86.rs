@@ -22,7 +22,7 @@
 //! - **Tweaks are made during rounds**: 8 vectors (a *group*) are in flight at a time, which hides an instruction's
 //!   latency; between their rounds are made the V of the next group.
 //!
-//! Each byte of the source is read once. Branches and addresses depend on the number and size of the units alone. The
+//! Each byte of the source is read once. Branches and addresses depend only on the number and size of the units. The
 //! rounds are assembly, so that no compiler puts round keys or plaintext on the stack; V, from which a round key follows,
 //! lies in a [`Workspace`], in the key arena. The registers are wiped at the end.
 #![allow(unsafe_code)] // Assembly, on raw memory.

@@ -139,7 +139,7 @@ fn wrapping_key_that_is_none_or_another_is_the_hosts_own_fault() {
     let key = std::fs::read(file).unwrap();
     let refused = |reason, cause| assert_fails(wrap(&*provider, &key_id), reason, cause);
     write_key(file, &[7; 32]);
-    refused(KeyReason::Invalid, "does not come out of its wrapping");
+    refused(KeyReason::Invalid, "the key cannot be unwrapped");
     write_key(file, &key[..31]);
     refused(KeyReason::Invalid, "32 bytes");
     write_key(file, &[&key[..], b"\n"].concat());
@@ -331,7 +331,7 @@ fn certificates_that_are_wrong_are_not_trusted() {
         (settings(&[stranger.address()]), "leads to \"CN=stranger\""),
         (settings(&[expired.address()]), "expired"),
         (settings(&[future.address()]), "is not valid before"),
-        (as_client("stranger-client"), "which has signed it"),
+        (as_client("stranger-client"), "does not know its issuer"),
         (as_client("expired-client"), "it has expired"),
         (as_client("future-client"), "it is not valid before"),
     ] {
@@ -466,14 +466,14 @@ fn settings_of_the_wrong_form_are_refused_when_they_are_made() {
                 servers: vec!["https://kms1".into()],
                 ..good.clone()
             },
-            "is no server",
+            "is not the address of a server",
         ),
         (
             Settings {
                 ca: "ca.pem".into(),
                 ..good.clone()
             },
-            "whole path",
+            "absolute path",
         ),
         (
             Settings {
@@ -489,8 +489,8 @@ fn settings_of_the_wrong_form_are_refused_when_they_are_made() {
             },
             "timeout = 101",
         ),
-        (wrapping("key 1", "/wrapping.key"), "is no Unique Identifier"),
-        (wrapping("1", "wrapping.key"), "whole path"),
+        (wrapping("key 1", "/wrapping.key"), "is not a Unique Identifier"),
+        (wrapping("1", "wrapping.key"), "absolute path"),
         (
             Settings {
                 wrap: Wrap::Server,
@@ -537,7 +537,7 @@ fn no_server_answers() {
     assert_fails(
         nameless.create_kek(),
         KeyReason::Unreachable,
-        "its name is not known",
+        "its name is unknown",
     );
 }
 

@@ -67,8 +67,14 @@ fn hostile_answers_are_garbled_and_nothing_worse() {
         (bytes(header), "ends too early"),
         (bytes(&format!("{header} 00000010 42000f01")), "ends too early"),
         (bytes(&format!("{header} 7ffffff8")), "2147483640 bytes long"),
-        (bytes(&format!("{header} 00000004 00000000")), "is no message"),
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec(), "is no message"),
+        (
+            bytes(&format!("{header} 00000004 00000000")),
+            "is not a KMIP message",
+        ),
+        (
+            b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec(),
+            "is not a KMIP message",
+        ),
         (bytes(&format!("{header} 00000000")), "lacks the item 42000f"),
         // A text that is none.
         (
@@ -388,7 +394,7 @@ fn answers_that_are_none_to_what_was_asked_are_garbled() {
         (with_answers(state(2), symmetric_key(7)), "lacks the item 420042"),
         (
             with_answers(state(2), wrapped_key(&[7; 40])),
-            "which was to come in clear",
+            "but a key in clear was requested",
         ),
     ] {
         assert_fails(answers, KeyReason::Garbled, cause);
@@ -420,7 +426,7 @@ fn keys_that_were_to_come_wrapped_and_did_not_are_not_taken() {
     assert_fails(
         with_answer(symmetric_key(1)),
         KeyReason::Garbled,
-        "in clear, which was to come wrapped",
+        "in clear, but a wrapped key was requested",
     );
     let wrapped = *WRAPPED;
     with_answer(wrapped_key(&WRAPPED[..])).unwrap();
@@ -429,11 +435,11 @@ fn keys_that_were_to_come_wrapped_and_did_not_are_not_taken() {
         altered[at] ^= 1;
         let altered: &'static [u8] = Box::leak(Box::new(altered));
         let answer = with_answer(wrapped_key(altered));
-        assert_fails(answer, KeyReason::Invalid, "does not come out of its wrapping");
+        assert_fails(answer, KeyReason::Invalid, "the key cannot be unwrapped");
     }
     for len in [0, 8, 32, 39] {
         let answer = with_answer(wrapped_key(&WRAPPED[..len]));
-        assert_fails(answer, KeyReason::Invalid, "does not come out of its wrapping");
+        assert_fails(answer, KeyReason::Invalid, "the key cannot be unwrapped");
     }
 }
 

@@ -109,7 +109,7 @@ fn a_key_of_a_kmip_server_ends_there_when_no_disk_needs_it() {
             .operator(&["attributes", &key])
             .contains("State=State.ACTIVE")
     );
-    assert!(does(dir, &revoke).contains("revoked, here and at its server"));
+    assert!(does(dir, &revoke).contains("revoked on this host and at its server"));
     assert!(
         server
             .operator(&["attributes", &key])

@@ -217,12 +217,12 @@ fn enrolment_takes_a_token_and_a_makers_tpm_or_a_named_one() {
     let wrong = || SecretBytes::take(&mut [b'x'; 32]).unwrap();
     assert_not_enrolled(host.enrol(Some(&wrong())), "no host of this name");
     let token = broker.token("node1");
-    assert_not_enrolled(host.enrol(None), "the token is not this host's");
-    assert_not_enrolled(host.enrol(Some(&wrong())), "the token is not this host's");
+    assert_not_enrolled(host.enrol(None), "the token belongs to another host");
+    assert_not_enrolled(host.enrol(Some(&wrong())), "the token belongs to another host");
     host.enrol(Some(&token)).unwrap();
     assert_not_enrolled(
         host.enrol(Some(&token)),
-        "the token is not this host's, or was used",
+        "the token belongs to another host, was used",
     );
     host.provider().check().unwrap();
 
@@ -230,7 +230,7 @@ fn enrolment_takes_a_token_and_a_makers_tpm_or_a_named_one() {
     let other = Swtpm::new();
     let foreign = Host::stranger(&other, &broker);
     let token = broker.token("node1");
-    assert_not_enrolled(foreign.enrol(Some(&token)), "not one of a maker that is known");
+    assert_not_enrolled(foreign.enrol(Some(&token)), "no trusted maker issued");
     let public = Tpm::open(&Device::from(other.device()))
         .unwrap()
         .endorsement_key()
@@ -249,10 +249,10 @@ fn enrolment_takes_a_token_and_a_makers_tpm_or_a_named_one() {
         "--endorsement-key",
         &digest,
     ]);
-    assert_not_enrolled(host.enrol(None), "not the one that was named");
+    assert_not_enrolled(host.enrol(None), "differs from the one that the broker has");
     foreign.enrol(None).unwrap();
     foreign.provider().check().unwrap();
-    assert_not_enrolled(foreign.enrol(None), "the token is not this host's, or was used");
+    assert_not_enrolled(foreign.enrol(None), "the token belongs to another host, was used");
 }
 
 /// A host by kbs-types.
@@ -449,7 +449,7 @@ fn hosts_by_kbs_types_are_served_and_replays_are_refused() {
 
     // The same once more, in the same session and in a new one.
     let again = foreign.attest(&cookie, &attestation).unwrap_err();
-    assert!(again.contains("the session is not known, was used"), "{again}");
+    assert!(again.contains("the session is unknown, was used"), "{again}");
     let (cookie, _) = foreign.challenge();
     let again = foreign.attest(&cookie, &attestation).unwrap_err();
     assert!(again.contains("another session's nonce"), "{again}");
@@ -458,7 +458,7 @@ fn hosts_by_kbs_types_are_served_and_replays_are_refused() {
     let made_up = made_up.replace("id=", "id=A");
     let attestation_of_none = foreign.attestation(&challenge.nonce, &OneTimeKey::new().unwrap());
     let told = foreign.attest(&made_up, &attestation_of_none).unwrap_err();
-    assert!(told.contains("the session is not known"), "{told}");
+    assert!(told.contains("the session is unknown"), "{told}");
     // And the old quote under another one.
     let (cookie, challenge) = foreign.challenge();
     let mut replayed = attestation.clone();
@@ -490,7 +490,10 @@ fn hosts_by_kbs_types_are_served_and_replays_are_refused() {
         "{told}"
     );
     let told = altered(&|evidence| evidence["tpm_quote"]["pcrs"][7] = "ab".repeat(32).into());
-    assert!(told.contains("not those that the TPM has signed"), "{told}");
+    assert!(
+        told.contains("differ from those that the TPM has signed"),
+        "{told}"
+    );
     let told = altered(&|evidence| drop(evidence["tpm_quote"]["pcrs"].as_array_mut().unwrap().pop()));
     assert!(told.contains("24 registers"), "{told}");
 }
@@ -674,10 +677,10 @@ fn what_is_not_there_or_not_permitted_is_told_apart() {
     let host = Host::enrolled(&tpm, &broker);
     broker.does(&["resource", "add", "sealblk/kek/2"]);
     let other = host.other(|settings| settings.resource = "sealblk/kek/2".parse().unwrap());
-    assert_refused(&other, KeyReason::Refused, "may not have this resource");
+    assert_refused(&other, KeyReason::Refused, "not allowed to have this resource");
     let key_id = host.provider().create_kek().unwrap();
     broker.does(&["resource", "remove", RESOURCE, "--confirm", RESOURCE]);
-    assert_refused(&host, KeyReason::Missing, "no such resource");
+    assert_refused(&host, KeyReason::Missing, "resource does not exist");
     // One of the same path is another key.
     broker.does(&["resource", "add", RESOURCE]);
     let wrapped = vec![1; 64];
@@ -786,7 +789,11 @@ fn what_was_begun_before_an_operator_changed_something_comes_to_nothing() {
     assert_eq!(ask(&admitted).0, 401);
     let (status, _, told) = broker.request("POST /sealblk/v0/activate", &enrolling.to_string());
     assert!(
-        status == 403 && told["detail"].as_str().unwrap().contains("changed meanwhile"),
+        status == 403
+            && told["detail"]
+                .as_str()
+                .unwrap()
+                .contains("changed in the meantime"),
         "{told}"
     );
     let hosts = String::from_utf8(broker.does(&["host", "list"]).stdout).unwrap();

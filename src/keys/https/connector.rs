@@ -1,4 +1,4 @@
-//! TLS for the HTTP client, with this host's own settings: the client's own would end the process where a certificate and
+//! TLS for the HTTP client, with this host's own settings: the client's own TLS would end the process if a certificate and
 //! its key do not belong together.
 
 use std::fmt;

@@ -1,4 +1,4 @@
-//! What went wrong with one server, before it is said of which provider and key.
+//! Failures of one server, before provider and key are added to them.
 
 use std::error::Error;
 use std::io;
@@ -24,7 +24,7 @@ pub(in crate::keys) struct Failure {
 pub(in crate::keys) enum Nonsense {
     #[error("the answer is longer than {0} bytes")]
     TooLong(usize),
-    #[error("an answer wants more than {0} bytes sent back")]
+    #[error("an answer asks this host to send back more than {0} bytes")]
     TooMuch(usize),
     #[error("the answer is not the JSON that was expected: {0}")]
     Json(NotUnderstood),
@@ -35,15 +35,15 @@ pub(in crate::keys) enum Nonsense {
 enum Trouble {
     #[error("there was no answer in time")]
     Timeout,
-    #[error("its name is not known; correct the address, or this host's name service")]
+    #[error("its name is unknown; correct the address, or this host's name service")]
     NoName,
-    #[error("it cannot be connected to")]
+    #[error("the connection failed")]
     Connect,
-    #[error("its address has a name that no server can have")]
+    #[error("the name in its address is not valid for a server")]
     Name,
     #[error("the head of the answer is too long")]
     LongHead,
-    #[error("the answer is no HTTP as it should be")]
+    #[error("the answer is not valid HTTP")]
     Http,
 }
 

@@ -1,7 +1,7 @@
-//! One server's HTTPS API that takes and gives JSON, for as long as an operation may take, and the choice among several.
+//! Requests to the JSON API of an HTTPS server, within the time limit of an operation, and the choice among several servers.
 //!
-//! No redirects are followed, and no proxy of the environment is used. Answers are read into the key arena, up to a limit, and
-//! understood where they lie.
+//! The client follows no redirects, and uses no proxy of the environment. It reads answers into the key arena, up to a
+//! limit, and parses them there.
 
 mod connector;
 mod failure;
@@ -35,15 +35,13 @@ const REQUEST_LIMIT: usize = 20 << 10;
 /// A setting by which no server can be asked. What stands there instead is not shown: it may be a secret in the wrong place.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Setting {
-    #[error(
-        "address {0} is no server's: https://HOST:PORT is wanted, with nothing before HOST or after PORT"
-    )]
+    #[error("address {0} is not valid: write https://HOST:PORT, with nothing before HOST or after PORT")]
     Address(usize),
-    #[error("there is no server's address")]
+    #[error("the address of a server is missing")]
     NoAddress,
-    #[error("{0}: write the file's whole path, from / on")]
+    #[error("{0}: write an absolute path")]
     Relative(&'static str),
-    #[error("timeout = {0}: from 1 to {LONGEST_TIMEOUT} seconds are possible")]
+    #[error("timeout = {0}: must be 1 to {LONGEST_TIMEOUT} seconds")]
     Timeout(u16),
 }
 

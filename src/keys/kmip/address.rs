@@ -1,4 +1,4 @@
-//! Where a KMIP server listens, as the operator writes it: `HOST[:PORT]`, an IPv6 address in brackets if a port follows.
+//! The address of a KMIP server, as the operator writes it: `HOST[:PORT]`, with an IPv6 address in brackets if a port follows.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};

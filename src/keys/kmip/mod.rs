@@ -8,13 +8,13 @@
 //! UNIQUE-IDENTIFIER.BASE64(nonce, 12 bytes | ciphertext, 32 bytes | tag, 16 bytes)      AES-256-GCM
 //! ```
 //!
-//! In both cases the server's word on the key's State counts at each fetch, not only its willingness to do the operation.
+//! In both cases each fetch checks the key's State at the server, not only whether the server does the operation.
 //!
 //! ```text
-//! address   where a server listens
-//! wrapping  a key under which KEKs come from the server
+//! address   the address of a server
+//! wrapping  the key under which the server wraps KEKs for this host
 //! session   a connection: TLS, the protocol's version, requests one by one until a deadline
-//! message   what is asked, and what is answered
+//! message   requests and answers
 //! ttlv      the encoding
 //! ```
 
@@ -110,15 +110,18 @@ pub(super) struct Kmip {
 enum SettingsError {
     #[error("servers: name at least one")]
     NoServer,
-    #[error("servers: number {number} is no server: {}", address::NoAddress)]
+    #[error(
+        "servers: number {number} is not the address of a server: {}",
+        address::NoAddress
+    )]
     Server { number: usize },
-    #[error("{0}: write the file's whole path, from / on")]
+    #[error("{0}: write an absolute path")]
     Relative(&'static str),
-    #[error("wrapping-key: with wrap = \"server\" no key leaves the server; take one of the two")]
+    #[error("wrapping-key: with wrap = \"server\" no key leaves the server; use only one of the two")]
     Wrapping,
-    #[error("wrapping-key.id: this is no Unique Identifier: visible ASCII is wanted")]
+    #[error("wrapping-key.id: this is not a Unique Identifier, which is visible ASCII")]
     WrappingId,
-    #[error("timeout = {0}: between 1 and {LONGEST_TIMEOUT} seconds are possible")]
+    #[error("timeout = {0}: must be 1 to {LONGEST_TIMEOUT} seconds")]
     Timeout(u64),
 }
 
@@ -347,7 +350,7 @@ impl KekSource for Kmip {
         if let Err(error) = told {
             tracing::debug!(
                 provider = self.name,
-                "a key's use is not told to its server: {error}"
+                "cannot mark the key at its server with the volume that uses it: {error}"
             );
         }
     }
@@ -414,7 +417,7 @@ impl KekSource for Kmip {
 
 /// A key ID that this provider has not made.
 #[derive(Debug, thiserror::Error)]
-#[error("no provider with these settings makes key IDs like this")]
+#[error("a provider with these settings does not make key IDs of this form")]
 struct Foreign;
 
 /// The keys of a server that `key_id` can be about, whichever way of wrapping it was made for.

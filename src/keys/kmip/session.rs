@@ -1,7 +1,7 @@
 //! A connection to one KMIP server: mutual TLS, a version of the protocol that both sides speak, requests one by one.
 //!
-//! A session lasts for one operation of the provider and has one deadline: whatever a server does or does not do, nobody
-//! waits longer. What it sends is read up to a bound, into the key arena.
+//! A session lasts for one operation of the provider and has one deadline, which holds for everything that a server does or
+//! does not do. The session reads answers into the key arena, up to a limit.
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
@@ -31,9 +31,9 @@ pub(super) struct Session {
 /// Why a server did not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Trouble {
-    #[error("its name is not known")]
+    #[error("its name is unknown")]
     Resolve(#[source] io::Error),
-    #[error("it cannot be connected to")]
+    #[error("the connection failed")]
     Connect(#[source] io::Error),
     #[error("there was no answer in time")]
     Timeout,
@@ -45,7 +45,7 @@ pub(super) enum Trouble {
     Tls(#[source] TlsFailure),
     #[error("the answer to {0} ends too early")]
     Truncated(&'static str),
-    #[error("the answer to {request} is no message of KMIP")]
+    #[error("the answer to {request} is not a KMIP message")]
     Malformed {
         request: &'static str,
         source: Malformed,
@@ -55,23 +55,22 @@ pub(super) enum Trouble {
         request: &'static str,
         source: AnswerError,
     },
-    #[error("{request} is refused")]
+    #[error("the server refuses {request}")]
     Refused { request: &'static str, source: Refusal },
-    #[error("it speaks none of the versions 1.1 to 1.4, 2.0 and 2.1 of KMIP")]
+    #[error("it supports none of the KMIP versions 1.1 to 1.4, 2.0 and 2.1")]
     NoCommonVersion,
-    #[error("it speaks KMIP {0}, and its keys wrap from KMIP {v1_4} on; with wrap = \"client\" older versions will do", v1_4 = Version::V1_4)]
+    #[error("it supports KMIP {0}, but wrap = \"server\" needs KMIP {v1_4} or later; wrap = \"client\" also works with older versions", v1_4 = Version::V1_4)]
     NoWrapping(Version),
     #[error("its state is {0:?}")]
     State(KeyState),
-    #[error("the server calls this key {0:?}: name it so")]
+    #[error("the server calls this key {0:?}: use this name")]
     Spelled(String),
     #[error(
-        "the key does not come out of its wrapping: {} holds another key than the server has as {id:?}, or the answer was \
-         altered",
+        "the key cannot be unwrapped: {} and the server's key {id:?} differ, or the answer was altered",
         file.display()
     )]
     NotUnwrapped { id: String, file: PathBuf },
-    #[error("the key is none of AES-256")]
+    #[error("the key is not an AES-256 key")]
     NoKek(#[source] Box<dyn std::error::Error + Send + Sync>),
     #[error(transparent)]
     Arena(#[from] ArenaError),

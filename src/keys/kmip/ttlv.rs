@@ -7,9 +7,9 @@
 //!      4       4   length of the value, without its padding
 //!      8       n   value; zeros up to a multiple of 8
 //! ```
-//! A structure's value is a row of such items. What is decoded may come from anybody: depth and number of items are
-//! bounded, and nothing is believed before it was compared with what is there. Decoding is strict, so that an item has one
-//! encoding. Byte strings and texts of a decoded item lie where they were received, and an encoded message lies in the key
+//! A structure's value is a sequence of such items. The input of the decoder is untrusted: depth and number of items are
+//! limited, and each length is checked against the bytes that are present. Decoding is strict, so that an item has one
+//! encoding. Byte strings and texts of a decoded item stay in the receive buffer, and an encoded message is in the key
 //! arena: both may hold a key.
 
 use std::fmt;
@@ -65,9 +65,9 @@ pub enum Malformed {
     Truncated,
     #[error("{0} bytes follow its end")]
     Trailing(usize),
-    #[error("it begins with the item {found}, not with {wanted}")]
+    #[error("it begins with the item {found} instead of {wanted}")]
     Begins { found: Tag, wanted: Tag },
-    #[error("it is {length} bytes long; up to {limit} are read")]
+    #[error("it is {length} bytes long; the limit is {limit}")]
     TooLong { length: usize, limit: usize },
     #[error("the item {tag} has a type that is unknown, {kind:#04x}")]
     Type { tag: Tag, kind: u8 },

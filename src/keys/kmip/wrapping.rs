@@ -1,5 +1,5 @@
-//! A key under which KEKs come from the server: what TLS carries, and what a server between the key's and this host sees, is
-//! a wrapped key then.
+//! A key under which the server wraps KEKs for this host: TLS, and a proxy between the server and this host, then see only a
+//! wrapped key.
 //!
 //! AES Key Wrap (RFC 3394), which KMIP calls NISTKeyWrap, of the bare key material (Encoding Option No Encoding).
 

@@ -1,4 +1,4 @@
-//! Why the providers of a host are not known, or cannot be changed.
+//! Why the providers of a host cannot be read or changed.
 
 use std::io;
 use std::path::PathBuf;
@@ -39,7 +39,7 @@ pub enum RegistryError {
     #[error(transparent)]
     File(#[from] TomlFileError),
     /// The settings name a default that is not there.
-    #[error("{}: there is no provider of the name that `default` has; known: {known}", path.display())]
+    #[error("{}: `default` names a provider that does not exist; known: {known}", path.display())]
     UnknownDefault {
         /// The file.
         path: PathBuf,
@@ -47,18 +47,18 @@ pub enum RegistryError {
         known: String,
     },
     /// The settings name a provider as none can be named.
-    #[error("{}: a [provider.NAME], or one that is being removed, has a name that none can have: {NAME_RULE}", path.display())]
+    #[error("{}: the name of a [provider.NAME], or of one that is being removed, is not allowed: {NAME_RULE}", path.display())]
     SettingsName {
         /// The file.
         path: PathBuf,
     },
     /// Names appear in paths and in volume headers.
-    #[error("{0:?} cannot name a provider: {NAME_RULE}")]
+    #[error("{0:?} is not allowed as the name of a provider: {NAME_RULE}")]
     Name(String),
     /// There is one already.
     #[error(
-        "there is a provider called {name:?} already, in {}; volumes know theirs by its name: `sealblk provider remove` it if no \
-         disk needs it, or choose another name for one that no disk knows yet",
+        "a provider called {name:?} exists already, in {}; volumes find their provider by its name: remove it with \
+         `sealblk provider remove` if no disk needs it, or choose another name for a provider without disks",
         dir.display()
     )]
     Exists {
@@ -68,9 +68,7 @@ pub enum RegistryError {
         dir: PathBuf,
     },
     /// New volumes would have no provider, though there are some.
-    #[error(
-        "{name:?} is the default provider; name the one that takes its place, with --new-default: {others}"
-    )]
+    #[error("{name:?} is the default provider; name the new default provider with --new-default: {others}")]
     IsDefault {
         /// The name.
         name: String,
@@ -78,7 +76,7 @@ pub enum RegistryError {
         others: String,
     },
     /// The provider is gone, its files are not.
-    #[error("{name:?} was removed, but its files in {} cannot be wiped; wipe them by other means", dir.display())]
+    #[error("{name:?} was removed, but sealblk cannot wipe its files in {}; wipe them by other means", dir.display())]
     NotWiped {
         /// The name.
         name: String,
@@ -91,25 +89,25 @@ pub enum RegistryError {
     #[error(transparent)]
     Settings(KeyError),
     /// A provider that does not work is not added.
-    #[error("{0}; the provider was not added: mend that, or add it as it is with --no-check")]
+    #[error("{0}; the provider was not added: remove the cause, or add it without a test, with --no-check")]
     NotAdded(#[source] KeyError),
     /// Only a primary key can be backed up here.
-    #[error("provider {0:?} is no native one: its keys are its server's, and are backed up there")]
+    #[error("provider {0:?} is not a native one: its keys belong to its server, and are backed up there")]
     NotNative(String),
     /// The TPM would have the only copy of a primary key.
     #[error(
-        "the primary key of {0:?} has no backup, and a TPM that breaks or is cleared, or a host that boots otherwise, would \
-         take it along: take one with `sealblk provider backup {0} --to FILE --passphrase-file FILE` first"
+        "the primary key of {0:?} has no backup; if the TPM breaks or is cleared, or the host boots other software, the key would \
+         be lost: first take a backup with `sealblk provider backup {0} --to FILE --passphrase-file FILE`"
     )]
     SealWithoutBackup(String),
     /// A backup is of a primary key that the provider has no more.
     #[error(
-        "the primary key of {0:?} was replaced while its backup was taken, so the backup is of another one: keep it for the disks \
-         of that one, and take a new backup"
+        "the primary key of {0:?} was replaced while its backup was taken, so the backup has the previous key: keep it for the \
+         disks of that key, and take a new backup"
     )]
     BackupOfAnother(String),
     /// Only a host that proves what it has booted is enrolled.
-    #[error("provider {0:?} is no trusted one: its servers know this host by other means")]
+    #[error("provider {0:?} is not a trusted one: its servers identify this host by other means")]
     NotTrusted(String),
     /// The provider's own files.
     #[error(transparent)]

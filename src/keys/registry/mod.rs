@@ -1,17 +1,17 @@
-//! The key providers of this host: which there are, by name, and which one new volumes take.
+//! The key providers of this host, by name, and the default provider of new volumes.
 //!
-//! They live in the state directory:
+//! They are in the state directory:
 //!
 //! ```text
-//! providers.toml                   what the operator may read and edit
-//! providers/NAME/                  mode 0700: what the provider NAME needs
+//! providers.toml                   settings, which the operator can read and edit
+//! providers/NAME/                  mode 0700: the files of the provider NAME
 //! providers/NAME/primary.key       of a native provider
-//! providers/NAME/attestation.key   of a trusted one
+//! providers/NAME/attestation.key   of a trusted provider
 //! ```
 //!
 //! The settings are replaced atomically and under a lock on the directory. A provider's own files exist before the
-//! settings name it; those left behind by a crash in between are taken up when the provider is added again. When a provider
-//! is removed, the settings keep its name as one to be wiped until its files are.
+//! settings name it. If a crash in between leaves such files, adding the provider again uses them. When a provider
+//! is removed, the settings keep its name in the list of providers to wipe until its files are wiped.
 
 mod error;
 pub(super) mod settings;
@@ -364,7 +364,7 @@ impl Registry {
         }
         prepare(&source, &dir).inspect_err(|_| {
             if is_new && let Err(error) = wipe_dir(&dir) {
-                tracing::warn!(%error, "{} was made for a provider that is not added, and stays", dir.display());
+                tracing::warn!(%error, "cannot remove {}, which was made for a provider that is not added", dir.display());
             }
         })?;
         settings.provider.insert(name.to_owned(), source);

@@ -1,4 +1,4 @@
-//! `providers.toml`: the providers of a host as the operator may read and edit them.
+//! `providers.toml`: the providers of a host, in a form that the operator can read and edit.
 //!
 //! ```toml
 //! default = "native"
@@ -27,7 +27,7 @@ use crate::toml_file;
 
 /// What can be the name of a provider: it appears in paths and in volume headers.
 pub(super) const NAME_RULE: &str =
-    "up to 64 lower-case letters, digits, '-' and '_' are allowed, a letter or digit first";
+    "a name has up to 64 lower-case letters, digits, '-' and '_', and begins with a letter or digit";
 
 /// The settings' name in the state directory.
 pub(in crate::keys) const FILE: &str = "providers.toml";
@@ -208,8 +208,11 @@ impl Settings {
     /// Replaces the settings of a state directory. The caller has it locked since it read them.
     pub(super) fn write(&self, dir: &Path) -> Result<(), RegistryError> {
         let path = dir.join(FILE);
-        let not_text =
-            |_| io::Error::other("TOML has no path that is not UTF-8; rename the file, or name a link to it");
+        let not_text = |_| {
+            io::Error::other(
+                "TOML cannot hold a path that is not UTF-8; rename the file, or give a link to it",
+            )
+        };
         let written = toml::to_string(self).map_err(not_text);
         let replaced = written.and_then(|text| private_file::replace(&path, text.as_bytes()));
         replaced.map_err(|source| RegistryError::Io {

@@ -1,6 +1,6 @@
-//! What can be told of a certificate (RFC 5280), beyond whether it is believed, which webpki decides.
+//! The content of a certificate (RFC 5280), for error messages; webpki decides whether to trust it.
 //!
-//! All texts are those of whoever has made it, and are fit to be shown.
+//! All texts are untrusted, and are escaped for display.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -40,7 +40,7 @@ const NAMES: [(&str, &str); 10] = [
     ("1.3.132.0.10", "ECDSA with the curve secp256k1"),
     ("1.3.101.113", "Ed448"),
     ("1.2.840.10040.4.1", "DSA"),
-    ("1.2.840.113549.1.1.10", "RSA for PSS alone"),
+    ("1.2.840.113549.1.1.10", "RSA for PSS only"),
     ("1.2.840.113549.1.1.4", "RSA with MD5"),
     ("1.2.840.113549.1.1.5", "RSA with SHA-1"),
     ("1.2.840.10045.4.1", "ECDSA with SHA-1"),

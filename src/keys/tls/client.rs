@@ -1,4 +1,4 @@
-//! Connections to a server: its certificate is checked as webpki does it, and what is wrong with it is told.
+//! Connections to a server: webpki checks the server's certificate, and errors describe its problem.
 
 use std::fmt;
 use std::io::Read;

@@ -1,7 +1,7 @@
-//! What a failure of TLS means to an operator: a reason, and a text that says what is wrong and how to make it right.
+//! TLS failures for operators: a reason, and a text with the problem and its remedy.
 //!
-//! The errors of rustls are made for programmers, and some hold what the peer has sent. This is the one place where they are
-//! translated; none leaves `keys::tls`.
+//! The errors of rustls are made for programmers, and some contain data of the peer. Only this module translates them; none
+//! leaves `keys::tls`.
 
 use std::path::Path;
 
@@ -57,18 +57,18 @@ impl TlsFailure {
             Error::FailedToGetCurrentTime => (KeyReason::Host, "this host has no clock".into()),
             Error::InvalidMessage(_) | Error::PeerSentOversizedRecord => (
                 KeyReason::Garbled,
-                "what answers there does not speak TLS; correct the address or the port".into(),
+                "the server at this address does not speak TLS; correct the address or the port".into(),
             ),
             Error::InappropriateMessage { .. }
             | Error::InappropriateHandshakeMessage { .. }
             | Error::PeerMisbehaved(_)
             | Error::DecryptError => (
                 KeyReason::Garbled,
-                "what answers there breaks the rules of TLS, or something between alters it".into(),
+                "the server violates the TLS protocol, or a device between alters its messages".into(),
             ),
             _ => (
                 KeyReason::Garbled,
-                "there is no connection by TLS 1.2 or 1.3 with it".into(),
+                "a connection by TLS 1.2 or 1.3 is not possible".into(),
             ),
         };
         Self::new(reason, text)
@@ -81,7 +81,7 @@ impl TlsFailure {
         let text = match error {
             Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => format!(
                 "it is not the key of the first certificate in {certificate}: `openssl x509 -in {certificate} -noout -pubkey` and \
-                 `openssl pkey -in {key} -pubout` have to print the same; name the files that belong together, this host's own \
+                 `openssl pkey -in {key} -pubout` must print the same; give files that belong together, with this host's own \
                  certificate first"
             ),
             Error::InvalidCertificate(error) => {
@@ -92,12 +92,12 @@ impl TlsFailure {
             }
             _ => match kind.filter(|kind| !kind.can_be_own()) {
                 Some(kind) => format!(
-                    "the key is {kind}, and RSA with 2048 to 4096 bits, ECDSA with P-256 or P-384, and Ed25519 are supported; make \
-                     a new one with {MAKE_KEY}, and have a certificate made for it"
+                    "the key is {kind}, but only RSA with 2048 to 4096 bits, ECDSA with P-256 or P-384, and Ed25519 are supported; \
+                     make a new key with {MAKE_KEY}, and request a certificate for it"
                 ),
                 None => format!(
-                    "the private key is damaged, or of a kind that is not supported; {KEYS} are; `openssl pkey -in {key} -noout \
-                     -check` tells what it is"
+                    "the private key is damaged, or of an unsupported kind; supported are {KEYS}; check it with `openssl pkey -in {key} \
+                     -noout -check`"
                 ),
             },
         };
@@ -117,7 +117,7 @@ impl TlsFailure {
 /// The server's chain is not believed.
 fn of_server(error: &CertificateError, at: &Circumstances<'_>) -> String {
     let [own, ..] = at.shown else {
-        return "the server's certificate is not believed".to_owned();
+        return "the server's certificate is not trusted".to_owned();
     };
     let chain: Vec<_> = at.shown.iter().filter_map(Certificate::parse).collect();
     let ca = at.ca.display();
@@ -146,8 +146,8 @@ fn of_server(error: &CertificateError, at: &Circumstances<'_>) -> String {
             if let Some(signer) = unsupported =>
         {
             format!(
-                "the key of the certificate {:?} is {}, and {KEYS} are supported; make a new one with {MAKE_KEY}, and \
-                 have the certificate made anew for it",
+                "the key of the certificate {:?} is {}, but only {KEYS} are supported; make a new key with {MAKE_KEY}, and \
+                 request a new certificate for it",
                 signer.subject(),
                 signer.key()
             )
@@ -170,21 +170,21 @@ fn of_server(error: &CertificateError, at: &Circumstances<'_>) -> String {
             let (subject, issuer) = (first.subject(), last.issuer());
             if roots.iter().any(|root| last.names_as_issuer(root)) {
                 format!(
-                    "the server's certificate {subject:?} is signed in the name of {issuer:?}, but not by the key of the \
-                     certificate that {ca} has of that authority; put its present certificate there"
+                    "the server's certificate {subject:?} names the issuer {issuer:?}, but the key of the certificate that {ca} has for \
+                     that authority did not sign it; put the authority's current certificate there"
                 )
             } else if matches!(error, CertificateError::BadSignature) {
                 of_certificate("the server's", error, own, at.name)
             } else if first.names_as_issuer(first) {
                 format!(
-                    "the server's certificate {subject:?} is self-signed, and not in {ca}; put it there, or better have it \
-                     signed by an authority whose certificate is there"
+                    "the server's certificate {subject:?} is self-signed, and not in {ca}; put it there, or better let an authority \
+                     whose certificate is there sign it"
                 )
             } else {
                 format!(
-                    "the server's certificate {subject:?} leads to {issuer:?}, of which {ca} has no certificate; if that is an \
-                     intermediate authority, have the server send its certificate too (append it to the server's own in the \
-                     server's certificate file), else put the authority's certificate into {ca}"
+                    "the server's certificate {subject:?} was issued by {issuer:?}, for which {ca} has no certificate; if that is an \
+                     intermediate authority, configure the server to send its certificate too (append it to the server's own in \
+                     the server's certificate file), else put the authority's certificate into {ca}"
                 )
             }
         }
@@ -238,7 +238,7 @@ fn of_certificate(
 ) -> String {
     let Some(certificate) = Certificate::parse(der) else {
         return format!(
-            "{whose} certificate is no X.509 certificate that can be read; it is damaged: make or copy it anew"
+            "{whose} certificate is not a readable X.509 certificate; it is damaged: make or copy it again"
         );
     };
     let (from, until) = certificate.validity();
@@ -250,7 +250,7 @@ fn of_certificate(
             )
         }
         CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => format!(
-            "is not valid before {from}, and this host's clock says {}; correct the clock that is wrong",
+            "is not valid before {from}, but this host's clock says {}; correct the wrong clock",
             Timestamp::now()
         ),
         CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
@@ -258,13 +258,13 @@ fn of_certificate(
             let wanted = name.map(|name| name.to_str().into_owned()).unwrap_or_default();
             match names.is_empty() {
                 true => format!(
-                    "has no subject alternative name, and its common name is not looked at; {}",
+                    "has no subject alternative name, and sealblk ignores its common name; {}",
                     make(name)
                 ),
                 false => {
                     let shown: Vec<_> = names.iter().take(8).map(String::as_str).collect();
                     format!(
-                        "is for {}, and the settings call the server {wanted}; call it there as its certificate does, or: {}",
+                        "is for {}, but the settings name the server {wanted}; use the name of the certificate in the settings, or: {}",
                         shown.join(", "),
                         make(name)
                     )
@@ -273,56 +273,56 @@ fn of_certificate(
         }
         CertificateError::UnhandledCriticalExtension => critical(&certificate),
         CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => String::from(
-            "is not for servers: its extended key usage lacks serverAuth; have it made anew with `extendedKeyUsage=serverAuth`, or \
+            "is not for servers: its extended key usage lacks serverAuth; request a new one with `extendedKeyUsage=serverAuth`, or \
              without that extension",
         ),
         CertificateError::BadSignature => format!(
-            "is not signed by the key of {:?}: it is damaged or forged; copy it anew, or have it made anew",
+            "is not signed by the key of {:?}: it is damaged or forged; copy it again, or request a new one",
             certificate.issuer()
         ),
         CertificateError::UnsupportedSignatureAlgorithmContext { .. }
         | CertificateError::UnsupportedSignatureAlgorithmForPublicKeyContext { .. } => format!(
-            "is signed with {}, which is not supported; have it made anew, signed with SHA-256 or SHA-384 by a key that is \
-             supported ({KEYS})",
+            "is signed with {}, which is not supported; request a new one, signed with SHA-256 or SHA-384 by a supported key \
+             ({KEYS})",
             certificate.signature()
         ),
-        CertificateError::Revoked => "is revoked; have a new one made".to_owned(),
-        CertificateError::BadEncoding => "breaks the rules of X.509; have it made anew".to_owned(),
+        CertificateError::Revoked => "is revoked; request a new one".to_owned(),
+        CertificateError::BadEncoding => "violates X.509; request a new one".to_owned(),
         CertificateError::Other(OtherError(cause)) => match cause.downcast_ref::<webpki::Error>() {
             Some(webpki::Error::CaUsedAsEndEntity) => {
                 let signed = match certificate.names_as_issuer(&certificate) {
-                    true => "is self-signed and that of an authority (CA:TRUE)",
-                    false => "is that of an authority (CA:TRUE)",
+                    true => "is self-signed and belongs to an authority (CA:TRUE)",
+                    false => "belongs to an authority (CA:TRUE)",
                 };
-                format!("{signed}, and a server needs one that is not; {}", make(name))
+                format!("{signed}, but a server needs a certificate with CA:FALSE; {}", make(name))
             }
             Some(webpki::Error::UnsupportedCriticalExtension) => critical(&certificate),
             Some(webpki::Error::EndEntityUsedAsCa) => {
-                "is signed by one that is no authority's (CA:FALSE); have an authority sign it".to_owned()
+                "is signed by a certificate that does not belong to an authority (CA:FALSE); let an authority sign it".to_owned()
             }
             Some(webpki::Error::UnsupportedCertVersion) => format!(
-                "is of version {} of X.509, and version 3 is needed; `openssl x509 -req` makes one only with -extfile; {}",
+                "has X.509 version {}, but version 3 is required; `openssl x509 -req` makes version 3 only with -extfile; {}",
                 certificate.version(),
                 make(name)
             ),
             Some(webpki::Error::NameConstraintViolation) => {
-                "has a name that its authority may not sign for (name constraints); have it made anew"
+                "has a name that its authority is not allowed to sign (name constraints); request a new one"
                     .to_owned()
             }
             Some(webpki::Error::PathLenConstraintViolated) => {
-                "has more authorities above it than these allow (path length); have it signed higher up"
+                "has more authorities above it than they allow (path length); let a higher authority sign it"
                     .to_owned()
             }
-            _ => "breaks the rules of X.509 (RFC 5280); have it made anew".to_owned(),
+            _ => "violates X.509 (RFC 5280); request a new one".to_owned(),
         },
-        _ => "is not believed; have it made anew".to_owned(),
+        _ => "is not trusted; request a new one".to_owned(),
     };
     format!("{whose} certificate {:?} {what}", certificate.subject())
 }
 
 fn critical(certificate: &Certificate) -> String {
     format!(
-        "has critical extensions that are not known here ({}); have it made without them, or with them not critical",
+        "has unknown critical extensions ({}); request one without them, or with them not critical",
         certificate.unknown_critical().join(", ")
     )
 }
@@ -335,16 +335,16 @@ fn make(name: Option<&ServerName<'static>>) -> String {
         None => "DNS:NAME".to_owned(),
     };
     format!(
-        "have an authority make one by `openssl x509 -req -in REQUEST -CA CA -CAkey CAKEY -days 365 -extfile EXT -out NEW`, \
+        "let an authority make a new one with `openssl x509 -req -in REQUEST -CA CA -CAkey CAKEY -days 365 -extfile EXT -out NEW`, \
          where EXT has the lines `basicConstraints=CA:FALSE` and `subjectAltName={alternative}`"
     )
 }
 
 fn nothing_in_common() -> String {
     format!(
-        "the server and this host have nothing in common to go on with: this host speaks TLS 1.2 and 1.3, and takes certificates \
-         whose keys are {KEYS}; a server whose key is another, as P-521, ends like this: make a new one with {MAKE_KEY}, and have \
-         a certificate made for it"
+        "the server and this host have no TLS parameters in common: this host supports TLS 1.2 and 1.3, and certificates with \
+         keys of {KEYS}; a server with another key, such as P-521, causes this error: make a new key with {MAKE_KEY}, and \
+         request a certificate for it"
     )
 }
 
@@ -354,7 +354,7 @@ fn of_alert(alert: Alert, at: &Circumstances<'_>) -> (KeyReason, String) {
         return match alert {
             Alert::CertificateRequired | Alert::NoCertificate | Alert::BadCertificate => (
                 KeyReason::Untrusted,
-                "the server wants a certificate of this host, and the settings name none".into(),
+                "the server requires a certificate of this host, but the settings name none".into(),
             ),
             other => of_other_alert(other),
         };
@@ -365,7 +365,7 @@ fn of_alert(alert: Alert, at: &Circumstances<'_>) -> (KeyReason, String) {
         .as_ref()
         .map(|own| (own.subject(), own.issuer()))
         .unwrap_or_default();
-    let refused = format!("the server does not take this host's certificate {subject:?} in {file}");
+    let refused = format!("the server rejects this host's certificate {subject:?} in {file}");
     let (from, until) = own.as_ref().map(Certificate::validity).unzip();
     let now = Timestamp::now();
     let text = match alert {
@@ -389,24 +389,24 @@ fn of_alert(alert: Alert, at: &Circumstances<'_>) -> (KeyReason, String) {
             if from.is_some_and(|from| now < from) =>
         {
             format!(
-                "{refused}: it is not valid before {}; correct the clock that is wrong",
+                "{refused}: it is not valid before {}; correct the wrong clock",
                 from.unwrap_or(now)
             )
         }
         Alert::CertificateExpired => {
-            format!("{refused}: by the server's clock it has expired; look at both clocks, or renew it")
+            format!("{refused}: it has expired by the server's clock; check both clocks, or renew it")
         }
         Alert::UnknownCA => format!(
-            "{refused}: the server does not know {issuer:?}, which has signed it; make that authority known to the server, or have \
-             one sign it that the server knows"
+            "{refused}: the server does not know its issuer {issuer:?}; make that authority known to the server, or let an \
+             authority that the server knows sign it"
         ),
-        Alert::CertificateRevoked => format!("{refused}: it is revoked; have a new one made"),
+        Alert::CertificateRevoked => format!("{refused}: it is revoked; request a new one"),
         Alert::CertificateRequired | Alert::NoCertificate => {
-            format!("the server wants a certificate of this host, and did not take {file} for one")
+            format!("the server requires a certificate of this host, and did not accept {file}")
         }
         Alert::BadCertificate | Alert::UnsupportedCertificate | Alert::CertificateUnknown => format!(
-            "{refused}; it has to be signed by an authority that the server believes, here {issuer:?}, and to be for TLS clients \
-             (`extendedKeyUsage=clientAuth`)"
+            "{refused}; an authority that the server trusts must have signed it (its issuer is {issuer:?}), and it must be for TLS \
+             clients (`extendedKeyUsage=clientAuth`)"
         ),
         Alert::DecryptError => format!("{refused}: the server cannot check a signature of its key"),
         other => return of_other_alert(other),
@@ -419,15 +419,15 @@ fn of_other_alert(alert: Alert) -> (KeyReason, String) {
         Alert::HandshakeFailure | Alert::InsufficientSecurity => (KeyReason::Failed, nothing_in_common()),
         Alert::ProtocolVersion => (
             KeyReason::Failed,
-            "the server speaks neither TLS 1.2 nor TLS 1.3; switch one of them on at the server".into(),
+            "the server supports neither TLS 1.2 nor TLS 1.3; enable one of them at the server".into(),
         ),
         Alert::AccessDenied => (
             KeyReason::Refused,
-            "the server takes this host's certificate, and gives it no access; grant it there".into(),
+            "the server accepts this host's certificate, but gives it no access; grant access at the server".into(),
         ),
         Alert::UnrecognisedName => (
             KeyReason::Failed,
-            "the server does not know the name that the settings call it by; correct that, or the server's"
+            "the server does not have the name that the settings give it; correct the settings, or the server's name"
                 .into(),
         ),
         Alert::BadCertificate
@@ -440,7 +440,7 @@ fn of_other_alert(alert: Alert) -> (KeyReason, String) {
         | Alert::NoCertificate
         | Alert::DecryptError => (
             KeyReason::Untrusted,
-            "the server refuses a certificate, and this host shows none".into(),
+            "the server rejects a certificate, although this host sends none".into(),
         ),
         other => (
             KeyReason::Failed,

@@ -1,12 +1,12 @@
-//! TLS with a key server: whom this host believes, and what it shows of itself.
+//! TLS with a key server: the authorities that this host trusts, and its own certificate.
 //!
 //! The operator names PEM files. They are read at each new connection, so that a renewed certificate needs no restart.
 //! TLS 1.2 and 1.3.
 //!
 //! ```text
-//! client       connections to a server, whose certificate is checked
-//! failure      what goes wrong with them: the one place where errors of rustls are understood
-//! certificate  what can be told of a certificate
+//! client       connections to a server, and the check of its certificate
+//! failure      failures of connections: the only module that translates errors of rustls
+//! certificate  the content of a certificate, for error messages
 //! pem          files of certificates and keys
 //! ```
 

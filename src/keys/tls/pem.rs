@@ -1,7 +1,7 @@
-//! PEM files (RFC 7468): the certificates and the private key in them, and what is wrong with a file that has none.
+//! PEM files (RFC 7468): the certificates and the private key in them, and the problem of a file without them.
 //!
-//! The library's errors hold lines of the file. None of them leaves this module: what is wrong is found by looking at the file
-//! again, and told without a byte of it.
+//! The library's errors hold lines of the file. None of them leaves this module: it inspects the file again to find the
+//! problem, and reports it without a byte of the file.
 
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -11,54 +11,54 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 pub(in crate::keys) enum BadPem {
     #[error("it is empty")]
     Empty,
-    #[error("it is UTF-16, and PEM is ASCII; convert it: `iconv -f UTF-16 -t ASCII FILE > NEW`")]
+    #[error("it is UTF-16, but PEM is ASCII; convert it: `iconv -f UTF-16 -t ASCII FILE > NEW`")]
     Utf16,
-    #[error("it is DER, and PEM is wanted; convert it: `openssl {} -inform DER -in FILE -out NEW`", .0.command())]
+    #[error("it is DER, but must be PEM; convert it: `openssl {} -inform DER -in FILE -out NEW`", .0.command())]
     Der(Wanted),
     #[error(
-        "it is PKCS#12, and PEM is wanted; convert it: `openssl pkcs12 -in FILE {} -out NEW`",
+        "it is PKCS#12, but must be PEM; convert it: `openssl pkcs12 -in FILE {} -out NEW`",
         match .0 { Wanted::Certificates => "-nokeys", Wanted::PrivateKey => "-nocerts -nodes" }
     )]
     Pkcs12(Wanted),
-    #[error("there is no line '-----BEGIN ...-----' in it, so it is no PEM file")]
+    #[error("it has no line '-----BEGIN ...-----', so it is not a PEM file")]
     NoPem,
     #[error(
-        "its line breaks were lost: BEGIN and END stand on lines of their own in PEM; put them back: `sed -e \
+        "its line breaks were lost: in PEM, BEGIN and END are on separate lines; restore them: `sed -e \
          's/-----BEGIN [A-Z0-9 ]*-----/&\\n/g' -e 's/-----END/\\n&/g' FILE > NEW`"
     )]
     NoLineBreaks,
     #[error(
-        "its line breaks are written as '\\n', two characters; make real ones of them: `sed 's/\\\\n/\\n/g' FILE > NEW`"
+        "its line breaks are written as '\\n', two characters; convert them to line breaks: `sed 's/\\\\n/\\n/g' FILE > NEW`"
     )]
     EscapedLineBreaks,
     #[error(
-        "its lines begin with blanks, as where it was pasted from another file; remove them: `sed 's/^[ \\t]*//' FILE > NEW`"
+        "its lines begin with blanks, perhaps because it was pasted from another file; remove them: `sed 's/^[ \\t]*//' FILE > NEW`"
     )]
     Indented,
     #[error("it ends in the middle: an END line is missing; copy it again")]
     Truncated,
-    #[error("what stands between BEGIN and END is no base64: the file is damaged; copy it again")]
+    #[error("the text between BEGIN and END is not base64: the file is damaged; copy it again")]
     Damaged,
     #[error(
-        "the private key in it is encrypted, and nobody is there to type the passphrase; `openssl pkey -in FILE -out NEW` \
-         asks for it and writes the key without it (after `umask 077`, so that its owner alone can read NEW)"
+        "the private key in it is encrypted, and sealblk cannot ask for the passphrase; write the key without a passphrase with \
+         `openssl pkey -in FILE -out NEW` (after `umask 077`, so that only its owner can read NEW)"
     )]
     Encrypted,
-    #[error("there are several private keys in it; leave the one that belongs to the certificate")]
+    #[error("it has several private keys; keep only the one that belongs to the certificate")]
     SeveralKeys,
     #[error(
-        "there is a certificate in it and no private key; name the file of the certificate's key here, whose text \
-         says PRIVATE KEY"
+        "it has a certificate and no private key; name the file of the certificate's key here, which contains \
+         PRIVATE KEY"
     )]
     CertificateForKey,
     #[error(
-        "there is a private key in it and no certificate; name the file here whose text says CERTIFICATE, and keep \
-         the key in one that its owner alone can read"
+        "it has a private key and no certificate; name the file here that contains CERTIFICATE, and keep the key in a file \
+         that only its owner can read"
     )]
     KeyForCertificate,
-    #[error("there is a public key in it; what is wanted is {}", .0.name())]
+    #[error("it has a public key instead of {}", .0.name())]
     PublicKey(Wanted),
-    #[error("there is a request for a certificate in it; what is wanted is {}", .0.name())]
+    #[error("it has a request for a certificate instead of {}", .0.name())]
     Request(Wanted),
     #[error(
         "the key in it is in OpenSSH's form; convert it: `ssh-keygen -p -m PKCS8 -f FILE`, with an empty new passphrase"
@@ -68,7 +68,7 @@ pub(in crate::keys) enum BadPem {
     OpenSslTrusted,
     #[error("it is PKCS#7; convert it: `openssl pkcs7 -in FILE -print_certs -out NEW`")]
     Pkcs7,
-    #[error("there is no {} in it", .0.name())]
+    #[error("it has no {}", .0.name())]
     Nothing(Wanted),
 }
 

@@ -1,4 +1,4 @@
-//! What a server's refusals mean.
+//! The meaning of a server's refusals.
 
 use std::path::{Path, PathBuf};
 
@@ -17,7 +17,7 @@ pub(super) struct Refusal {
 /// A login by AppRole that the server does not take.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "the login by AppRole fails; the secret ID in {} may have expired: put a new one there, and see that the role ID is right",
+    "the login by AppRole failed; the secret ID in {} may have expired: put a new one there, and check the role ID",
     secret_id_file.display()
 )]
 struct WrongSecretId {
@@ -30,9 +30,9 @@ struct WrongSecretId {
 pub(super) enum Nonsense {
     #[error("the key in the answer is not base64")]
     Base64,
-    #[error("the ciphertext in the answer is of no known form")]
+    #[error("the ciphertext in the answer has an unknown form")]
     Ciphertext,
-    #[error("the token in the answer cannot be one")]
+    #[error("the token in the answer is not valid")]
     Token,
 }
 

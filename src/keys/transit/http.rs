@@ -1,4 +1,4 @@
-//! The API of OpenBao and Vault: what is the same in each request to it.
+//! The API of OpenBao and Vault: the common part of all requests.
 
 use std::time::Instant;
 

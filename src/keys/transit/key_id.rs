@@ -4,8 +4,8 @@
 //! NAME:vault:vVERSION:BASE64
 //! ```
 //!
-//! A key ID comes out of a volume's header, which anybody may have written: what is not exactly of this form never gets as
-//! far as a request.
+//! A key ID comes from a volume's header, which is untrusted: a key ID that does not have exactly this form never gets into
+//! a request.
 
 use std::fmt;
 
@@ -31,7 +31,7 @@ pub(super) struct WrappedKek<'a> {
 
 /// It is no key ID of transit.
 #[derive(Debug, thiserror::Error)]
-#[error("no transit provider makes key IDs like this")]
+#[error("a transit provider does not make key IDs of this form")]
 pub(super) struct ForeignForm;
 
 impl<'a> WrappedKek<'a> {

@@ -1,4 +1,4 @@
-//! How this host makes itself known, and the token that it gets for that.
+//! The login of this host at the server, and the token that it gets.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;

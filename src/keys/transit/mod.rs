@@ -1,20 +1,20 @@
 //! The transit provider: KEKs that the Transit secrets engine of OpenBao or HashiCorp Vault has made and wrapped.
 //!
-//! The server has one key of which nobody ever sees a bit; it may have many versions. A new KEK is a data key of the
-//! server's making, which comes wrapped under the newest version and is stored so, in the key ID ([`key_id`]): the server
-//! keeps nothing of it. To use the KEK, the server is asked to unwrap it.
+//! The server has one key, which never leaves it and can have many versions. A new KEK is a data key that the server
+//! makes and returns wrapped under the newest version. The wrapped KEK is stored in the key ID ([`key_id`]); the server
+//! does not store it. To use the KEK, this provider asks the server to unwrap it.
 //!
 //! ```text
 //! create    POST  MOUNT/datakey/wrapped/NAME   {"bits": 256}           no plaintext travels
 //! fetch     POST  MOUNT/decrypt/NAME           {"ciphertext": ...}
-//! state     GET   MOUNT/keys/NAME              or, where that is not granted, as fetch
+//! state     GET   MOUNT/keys/NAME              or as fetch, if that is not granted
 //! ```
 //!
-//! The settings name one key of the server's. A key ID that names another one is foreign, so that a volume's header cannot
-//! have other keys used that this host's token may happen to use.
+//! The settings name one key of the server. A key ID with another key is refused, so that a volume's header cannot
+//! make this host use other keys that its token permits.
 //!
-//! Servers are tried in their order. Each has an even share of the time that is left; the next one is asked if one cannot be
-//! had or fails, and not if it refuses.
+//! Servers are tried in their order. Each has an equal share of the remaining time. The next one is asked if a server is
+//! unreachable or fails, but not if it refuses.
 
 mod failure;
 mod http;
@@ -77,19 +77,19 @@ pub struct Settings {
 enum Setting {
     #[error(transparent)]
     Server(#[from] https::Setting),
-    #[error("transit-key: this cannot be the name of a transit key")]
+    #[error("transit-key: this is not a valid name of a transit key")]
     Key,
     #[error(
-        "{0}: this cannot be a path at the server: letters, digits, '-', '_' and '.' are possible, with '/' between names"
+        "{0}: this is not a valid path at the server, which has letters, digits, '-', '_' and '.', with '/' between names"
     )]
     Path(&'static str),
-    #[error("login.role-id: this cannot be a role's ID")]
+    #[error("login.role-id: this is not a valid ID of a role")]
     Role,
 }
 
 /// A key ID that is none of this provider's.
 #[derive(Debug, thiserror::Error)]
-#[error("the KEK is wrapped under the server's key {theirs:?}, and this provider's is {ours:?}")]
+#[error("the KEK is wrapped under the server's key {theirs:?}, but this provider uses {ours:?}")]
 struct OtherKey {
     theirs: String,
     ours: String,

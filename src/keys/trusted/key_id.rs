@@ -4,8 +4,8 @@
 //! REPOSITORY/TYPE/TAG:v1:BASE64
 //! ```
 //!
-//! The KEK is stored beside the data so, and is of no use to who has not been released the resource. A key ID comes out of a
-//! volume's header, which anybody may have written: what is not exactly of this form never gets as far as a request.
+//! So the wrapped KEK is stored with the data, and only a host with the released resource can use it. A key ID comes from a
+//! volume's header, which is untrusted: a key ID that does not have exactly this form never gets into a request.
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
@@ -30,7 +30,7 @@ pub(super) struct WrappedKek {
 
 /// A key ID that is none of this kind.
 #[derive(Debug, thiserror::Error)]
-#[error("it is no key ID of a trusted provider")]
+#[error("it is not a key ID of a trusted provider")]
 pub(super) struct Foreign;
 
 impl WrappedKek {

@@ -1,16 +1,16 @@
 //! A broker that releases a key to this host against a proof of what it has booted: Confidential Containers' Key Broker
 //! Service (Trustee), or `sealblk broker`.
 //!
-//! What the broker releases is a resource of 32 bytes. It wraps KEKs of this host's making, whose ciphertexts are the key IDs,
-//! and so lie beside the data ([`key_id`]). For each release the broker gives a fresh nonce, the host makes a fresh key, and
-//! the TPM signs both together with its registers ([`release`]).
+//! The broker releases a resource of 32 bytes. The host makes KEKs and wraps them under the resource. Their ciphertexts are
+//! part of the key IDs, and so are stored with the data ([`key_id`]). For each release the broker sends a fresh nonce, the
+//! host makes a fresh key, and the TPM signs both together with its registers ([`release`]).
 //!
-//! So that hundreds of disks attached at once make one attestation, a released resource may be held for a short while. What
-//! a host has been released it may use; a host whose state has changed since is found out when that while has passed. What is
-//! held opens volumes and does nothing else: before a volume is bound to a KEK, or loses another way in for one, the broker
-//! has to release the resource again. A list of keys takes one release for all of them.
+//! The host can hold a released resource for a short time, so that hundreds of disks attached at once need one attestation.
+//! A change of the host's state takes effect when that time is over. A held resource opens volumes and does nothing else:
+//! before a volume is bound to a KEK, or loses another keyslot in favour of a KEK, the broker must release the resource
+//! again. A list of keys needs one release for all of them.
 //!
-//! Brokers are tried in their order, as key servers of transit are.
+//! Brokers are tried in their order, like the servers of transit.
 
 mod key_id;
 mod release;
@@ -75,7 +75,7 @@ fn timeout() -> u16 {
 
 /// A key ID of another resource.
 #[derive(Debug, thiserror::Error)]
-#[error("the KEK is under the broker's resource {theirs}, and this provider's is {ours}")]
+#[error("the KEK is wrapped under the broker's resource {theirs}, but this provider uses {ours}")]
 struct OtherResource {
     theirs: ResourcePath,
     ours: ResourcePath,
@@ -86,7 +86,7 @@ struct OtherResource {
 enum KeyFile {
     #[error(transparent)]
     Unreadable(#[from] Unreadable),
-    #[error("it is no attestation key")]
+    #[error("it is not an attestation key")]
     Form,
 }
 

@@ -1,4 +1,4 @@
-//! One release: the host proves its state, and is given the resource (`crate::kbs` has the messages).
+//! One release: the host proves its state, and gets the resource (`crate::kbs` has the messages).
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
@@ -31,9 +31,9 @@ struct Refusal {
 /// What a broker must not answer.
 #[derive(Debug, thiserror::Error)]
 enum Nonsense {
-    #[error("the broker gives no session")]
+    #[error("the broker opens no session")]
     NoSession,
-    #[error("the broker wants a hash that this host does not have")]
+    #[error("the broker requires a hash that this host does not support")]
     Hash,
     #[error("the broker's credential is not base64")]
     Credential,

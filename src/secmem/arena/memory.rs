@@ -1,4 +1,4 @@
-//! Where the arena's memory comes from: `memfd_secret(2)`, or locked anonymous memory where the kernel has none.
+//! The arena's memory: `memfd_secret(2)`, or locked anonymous memory if the kernel has no `memfd_secret(2)`.
 #![allow(unsafe_code)] // Mapping, protecting and locking memory.
 
 use std::io;

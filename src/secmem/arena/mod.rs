@@ -1,4 +1,4 @@
-//! The memory that keys live in: never swapped, never dumped, out of reach of `/proc/PID/mem`, wiped when let go.
+//! The memory of keys: never swapped, never dumped, not readable by `/proc/PID/mem`, wiped when it is freed.
 //!
 //! Every volume key, slot secret, KEK and round key of the process is a [`SecretBytes`] or a [`SecretBox`]. They are
 //! cut from one arena, so that many small secrets do not each cost a mapping and a page of `RLIMIT_MEMLOCK`:

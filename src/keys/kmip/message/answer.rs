@@ -1,4 +1,4 @@
-//! What a KMIP server answers.
+//! The answers of a KMIP server.
 
 use std::fmt;
 
@@ -11,23 +11,21 @@ use crate::keys::kmip::ttlv::{Item, Malformed, Tag, Value};
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // The texts say it.
 pub enum AnswerError {
-    #[error("it is no TTLV")]
+    #[error("it is not TTLV")]
     Malformed(#[from] Malformed),
     #[error("it lacks the item {0}, or has one of another type")]
     Lacks(Tag),
-    #[error("it answers {answered:#x}, and the operation asked for is {asked:#x}")]
+    #[error("it answers operation {answered:#x}, but the request was for {asked:#x}")]
     OtherOperation { answered: u32, asked: u32 },
     #[error("the key has the state {0:#x}, which is unknown")]
     State(u32),
-    #[error("it has {found} bytes where {wanted} belong")]
+    #[error("it has {found} bytes instead of {wanted}")]
     Length { found: usize, wanted: usize },
-    #[error(
-        "its Unique Identifier is empty, longer than {LONGEST_IDENTIFIER} bytes, or more than visible ASCII"
-    )]
+    #[error("its Unique Identifier is empty, longer than {LONGEST_IDENTIFIER} bytes, or not visible ASCII")]
     Identifier,
-    #[error("it has the key in clear, which was to come wrapped")]
+    #[error("it has the key in clear, but a wrapped key was requested")]
     InClear,
-    #[error("it has a wrapped key, which was to come in clear")]
+    #[error("it has a wrapped key, but a key in clear was requested")]
     Wrapped,
     /// The server says no.
     #[error(transparent)]

@@ -1,8 +1,8 @@
-//! What is asked of a KMIP server, and what it answers: KMIP 1.1 to 1.4, 2.0 and 2.1.
+//! Requests to a KMIP server, and its answers: KMIP 1.1 to 1.4, 2.0 and 2.1.
 //!
 //! Each message has one batch item. The versions differ in how attributes are written: up to 1.4 an attribute is a name in
-//! text with a value (Template-Attribute), from 2.0 on it is an item of its own, and one that the specification does not
-//! know belongs to a vendor.
+//! text with a value (Template-Attribute), from 2.0 on it is an item of its own, and an attribute that is not in the
+//! specification belongs to a vendor.
 
 mod answer;
 mod request;

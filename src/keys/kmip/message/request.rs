@@ -1,4 +1,4 @@
-//! What is asked of a KMIP server.
+//! Requests to a KMIP server.
 
 use super::{ANSWER_LIMIT, PRODUCT, TAG_LEN, VERSIONS, Version, tag, value};
 use crate::keys::arena::{ArenaError, SecretBytes};
