@@ -1,5 +1,5 @@
-//! Reads of paths that may never answer: a file system whose server does not answer, a device that has lost its paths. Even
-//! a kill may not end such a read, so each read has a thread that can be abandoned.
+//! Reads of paths that may never answer: a file system whose server does not answer, a device that has lost its paths. Sometimes
+//! even a kill does not end such a read, so each read has a thread that can be abandoned.
 //!
 //! Each [`Pool`] has at most [`MOST`] such threads: paths that callers name cannot use up the threads for the files that this
 //! host's settings name. One thread at a time reads a path. While that thread waits, no other thread reads the path, nor

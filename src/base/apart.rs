@@ -1,6 +1,6 @@
 //! Threads for calls that may never return. They delay only the callers that wait for them.
 //!
-//! Another process can block such a call for ever, and the kernel may not even be able to kill its thread; then the process
+//! Another process can block such a call for ever, and sometimes the kernel cannot even kill its thread; then the process
 //! cannot end either. So the thread has a separate table of descriptors: the sockets and locks of the process, above all the
 //! lock of the audit log, are still released for the next process.
 

@@ -1,17 +1,17 @@
 //! The control sockets: other programs send calls to a process of sealblk, which checks their privileges.
 //!
 //! They speak the varlink wire protocol: JSON objects over a Unix socket, each ended by a NUL byte, with an interface
-//! that describes itself. Any varlink client can call what needs no descriptor.
+//! that describes itself. Any varlink client can call the methods that need no descriptor.
 //!
 //! ```text
 //! wire       messages, and descriptors with them: a secret goes through a pipe, never through JSON
 //! varlink    calls, replies and errors; the methods of every service
 //! events     events, for the log and for watchers
-//! server     callers, each with a thread, within limits (places)
+//! server     callers, each with a thread, within limits (quota)
 //! socket     the sockets of a process, and the signals that end it
 //! manager    notifications to the service manager
 //! peer       the credentials of the caller, from the kernel; privilege: its privileges
-//! refusals   the rate limit of refusal records
+//! rate_limit the rate limit of refusal records
 //! ```
 
 pub mod events;

@@ -353,7 +353,7 @@ fn derive(primary: &SecretBytes, label: &[u8], context: &[u8]) -> Result<SecretB
 fn expand(primary: &SecretBytes, info: &[&[u8]], out: &mut [u8]) {
     Hkdf::<Sha256>::new(None, primary)
         .expand_multi_info(info, out)
-        .expect("what is asked for is shorter than HKDF's limit of 8160 bytes");
+        .expect("the requested length is below HKDF's limit of 8160 bytes");
 }
 
 #[cfg(test)]

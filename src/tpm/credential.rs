@@ -46,7 +46,7 @@ pub fn make(ek: &RsaPublic, name: &[u8; 34], secret: &[u8; 32]) -> Result<Creden
     let mut identity = Zeroizing::new([&(HASH as u16).to_be_bytes()[..], secret].concat());
     let key = kdfa(&seed[..], "STORAGE", name, &[], 128);
     cfb_mode::Encryptor::<aes::Aes128>::new_from_slices(&key[..16], &[0; 16])
-        .expect("both are as long as they have to be")
+        .expect("both have the same length")
         .encrypt(&mut identity);
     let key = kdfa(&seed[..], "INTEGRITY", &[], &[], 256);
     let mut hmac = Hmac::<Sha256>::new_from_slice(&key[..]).expect("any length will do");

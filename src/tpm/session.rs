@@ -159,10 +159,10 @@ impl Session {
             let (key, iv) = secret.split_at(16);
             match direction {
                 Direction::Encrypt => cfb_mode::Encryptor::<aes::Aes128>::new_from_slices(key, iv)
-                    .expect("both are as long as they have to be")
+                    .expect("both have the same length")
                     .encrypt(bytes),
                 Direction::Decrypt => cfb_mode::Decryptor::<aes::Aes128>::new_from_slices(key, iv)
-                    .expect("both are as long as they have to be")
+                    .expect("both have the same length")
                     .decrypt(bytes),
             }
         });

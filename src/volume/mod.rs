@@ -20,8 +20,8 @@
 //! rekey                           replaces a KEK by a new one
 //! bindings                        the KEKs that open it
 //! erase                           crypto-erase
-//! vault                           a key in a header without a disk
-//! plain                           a disk that is none
+//! key_backup                      a key in a header without a disk
+//! unencrypted                     a disk that is not a volume
 //! foreign, content                other formats on a disk, and the content that would be overwritten
 //! layout, refusal                 metadata -> segments that can be served, or the reason if they cannot
 //! memory                          the memory that a key derivation can use

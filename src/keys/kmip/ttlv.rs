@@ -157,7 +157,7 @@ impl<'a> Item<'a> {
         let length = self.value.len();
         let (header, out) = out.split_at_mut(HEADER_LEN);
         header[..4].copy_from_slice(&(self.tag.0 << 8 | u32::from(self.value.kind())).to_be_bytes());
-        let announced = u32::try_from(length).expect("what lies in the arena is shorter than 4 GiB");
+        let announced = u32::try_from(length).expect("secrets in the arena are shorter than 4 GiB");
         header[4..].copy_from_slice(&announced.to_be_bytes());
         let (out, rest) = out.split_at_mut(length.next_multiple_of(8));
         match &self.value {
