@@ -181,7 +181,7 @@ impl AuditLog {
         let ours = file.metadata().map_err(self.failed("read"))?;
         match fs::metadata(&self.path) {
             Ok(there) if (there.dev(), there.ino()) == (ours.dev(), ours.ino()) => Ok(()),
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(self.failed("looked at")(error)),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(self.failed("read")(error)),
             _ => Err(AuditError::Moved {
                 path: self.path.clone(),
             }),

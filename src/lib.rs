@@ -1,6 +1,6 @@
 //! sealblk: VM encryption for QEMU/KVM.
 //!
-//! A vhost-user-blk backend that stands between a guest's virtio disk and the storage under it. Upper modules know
+//! A vhost-user-blk back-end between a guest's virtio disk and the storage under it. Upper modules know
 //! the lower ones, never the reverse:
 //!
 //! ```text

@@ -89,11 +89,7 @@ fn no_new_volume_relies_on_a_provider_that_was_not_backed_up() {
     assert!(!host.path("vm.luks").exists());
     let list = host.on("state", &["provider", "list"]);
     assert_eq!(list.status.code(), Some(KEY));
-    assert!(
-        String::from_utf8(list.stdout)
-            .unwrap()
-            .contains("has no backup yet")
-    );
+    assert!(String::from_utf8(list.stdout).unwrap().contains("not backed up"));
     let listed = || {
         let output = host.on("state", &["provider", "list", "--json"]);
         serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap()
@@ -222,7 +218,7 @@ fn a_backup_with_one_flipped_bit_or_another_passphrase_is_refused() {
     }
     for damaged in [&whole[..whole.len() - 1], &[&whole[..], &[0]].concat()] {
         fs::write(host.path("backup"), damaged).unwrap();
-        host.fails_on("second", &RESTORE, VOLUME, "no backup");
+        host.fails_on("second", &RESTORE, VOLUME, "not a usable backup");
     }
     fs::write(host.path("backup"), &whole).unwrap();
     let wrong = ["provider", "restore", "backup", "--passphrase-file", "wrong"];
@@ -256,7 +252,7 @@ fn what_is_no_backup_and_what_cannot_be_backed_up_is_told() {
     host.does(&["provider", "backup", "native", "--waive"]);
     host.does(&["create", "disk", "--size", "1M", "--recovery-key", "key"]);
     fs::rename(host.path("disk"), host.path("backup")).unwrap();
-    host.fails_on("second", &RESTORE, VOLUME, "no backup");
+    host.fails_on("second", &RESTORE, VOLUME, "not a usable backup");
 }
 
 /// The passphrase is waited for, and argon2id takes its time: meanwhile the provider is replaced by another one.

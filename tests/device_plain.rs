@@ -389,7 +389,7 @@ fn options_that_belong_to_volumes_are_refused_for_a_plain_disk() {
             &volume,
             &[option, key],
             USAGE,
-            &["--passphrase-file", "plain disk"],
+            &["--passphrase-file", "unencrypted disk"],
         );
     }
     refused(&volume, &["--header", key], USAGE, &["--header"]);
@@ -398,9 +398,9 @@ fn options_that_belong_to_volumes_are_refused_for_a_plain_disk() {
 #[test]
 fn sector_size_is_for_plain_disks_alone() {
     let mut volume = Volume::created(MIB, 512);
-    refused(&volume, &["--sector-size", "512"], USAGE, &["its sector size"]);
+    refused(&volume, &["--sector-size", "512"], USAGE, &["the sector size"]);
     volume.open.push("--allow-unencrypted".into());
-    refused(&volume, &["--sector-size", "512"], USAGE, &["its sector size"]);
+    refused(&volume, &["--sector-size", "512"], USAGE, &["the sector size"]);
     let plain = Volume::plain(MIB);
     refused(&plain, &["--sector-size", "1024"], USAGE, &["512 or 4096"]);
 }

@@ -214,7 +214,7 @@ fn what_is_in_a_file_of_settings_or_state_is_in_no_error() {
             "config.toml",
             format!("[[grant]]\nuser = {pem:?}\nprivileges = []\n"),
             &config,
-            "[[grant]] number 1 names a user that this host does not have",
+            "[[grant]] number 1 names a user that does not exist on this host",
         ),
         (
             "config.toml",

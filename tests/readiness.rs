@@ -214,13 +214,13 @@ fn a_key_server_that_does_not_answer_keeps_neither_the_start_nor_the_end_waiting
     let manager = Manager::of(&mut command, &volume.beside("notify"));
     let mut process = Process::spawn(&mut command);
     let ready = manager.waits_for("READY=1");
-    assert!(ready.contains("no answer yet"), "{ready}");
+    assert!(ready.contains("has not answered yet"), "{ready}");
     let status = run(Command::new(SEALBLK)
         .args(["status", "--control-socket"])
         .arg(&control));
     let status = String::from_utf8(status.stdout).unwrap();
     assert!(
-        status.contains("locked") && status.contains("no answer yet"),
+        status.contains("locked") && status.contains("has not answered yet"),
         "{status}"
     );
     process.signal(Signal::TERM);

@@ -285,7 +285,7 @@ fn file_that_cannot_be_opened_is_refused() {
 fn truncated_payload_is_refused() {
     let volume = small();
     volume.file().set_len(16 * MIB + 2 * MIB).unwrap();
-    refused(&volume, &[], VOLUME, &[named(&volume.path), "cut short"]);
+    refused(&volume, &[], VOLUME, &[named(&volume.path), "truncated"]);
 }
 
 #[test]

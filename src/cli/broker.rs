@@ -24,7 +24,7 @@ use crate::keys::arena::SecretBytes;
 use crate::keys::private_file;
 use crate::tpm::pcr;
 
-/// Where the broker's settings are, if nobody says otherwise.
+/// The default path of the broker's settings.
 const DEFAULT_SETTINGS: &str = "/etc/sealblk/broker.toml";
 /// How long a token for an enrolment can be used.
 const TOKEN_LIFETIME: Duration = Duration::from_secs(24 * 3600);
@@ -185,7 +185,7 @@ struct Desk {
 }
 
 impl Desk {
-    /// Makes a change that can be made, once the audit log tells of it.
+    /// Makes a change after it is recorded in the audit log.
     fn change(
         &self,
         event: Event,
@@ -257,7 +257,7 @@ impl Resource {
 impl Enrol {
     fn run(self, desk: &Desk) -> Result<(), Failure> {
         check_name(&self.name)?;
-        // A token that enrols nobody is not left behind.
+        // Removes a token that enrols no host.
         let mut made = Made::default();
         let token = match &self.token_file {
             Some(path) => {

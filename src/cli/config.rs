@@ -31,10 +31,10 @@ use crate::toml_file::{self, TomlFileError};
 use crate::tpm::Device;
 use crate::tpm::pcr::Selection;
 
-/// Where the configuration is, if nobody says otherwise; it need not be there.
+/// The default path of the configuration, which may be missing.
 pub(super) const DEFAULT_PATH: &str = "/etc/sealblk/config.toml";
 
-/// How long what is kept for a reboot is good, if nobody says otherwise.
+/// The default grace period of the sealed cache.
 const DEFAULT_GRACE: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// What runs: users and groups are those of the host.
@@ -42,7 +42,7 @@ const DEFAULT_GRACE: Duration = Duration::from_secs(24 * 60 * 60);
 pub(super) struct Config {
     /// The agent, if keys come from one.
     pub(super) agent: Option<Agent>,
-    /// Who may ask it for what.
+    /// The privileges of its callers.
     pub(super) grants: Grants,
     /// How long a volume may be bound to a key.
     pub(super) max_key_age: Option<Duration>,
@@ -72,7 +72,7 @@ impl Default for Agent {
     }
 }
 
-/// Grants name any users and groups, and a socket has one group. Whoever connects is asked who it is.
+/// Grants name any users and groups, but a socket has one group. So the agent identifies each caller after it connects.
 const ANYBODY: Permissions = Permissions {
     mode: 0o666,
     group: None,
@@ -96,7 +96,7 @@ pub enum ConfigError {
         /// The file.
         path: PathBuf,
     },
-    /// A grant to nobody.
+    /// A grant without a user or group, or with both.
     #[error("{}: a [[grant]] must name either a user or a group, not both; add `user` or `group`", path.display())]
     Grantee {
         /// The file.
@@ -119,7 +119,7 @@ pub enum ConfigError {
         /// What cannot be granted so.
         privilege: Privilege,
     },
-    /// A grant to somebody whom the host does not know.
+    /// A grant to a user or group that the host does not have.
     #[error("{}: [[grant]] number {number} names a {what} that does not exist on this host; correct it, or make the {what}", path.display())]
     Unknown {
         /// The file.

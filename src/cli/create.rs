@@ -190,7 +190,7 @@ impl Create {
 }
 
 /// The provider of volumes for which none is named. A host without one gets a native one, if the volume has a recovery key
-/// too: it is not lost with a primary key that nobody has backed up.
+/// too: the recovery key still opens it if the primary key is lost without a backup.
 fn default_provider(
     host: &Host,
     keys: &mut Keys,

@@ -146,7 +146,7 @@ impl Erase {
             path: path_text::to_text(&path),
             step,
         };
-        // So is the record: nothing is erased that the log does not tell of, with who it was.
+        // So is the record: each erasure, and its user, is in the log before it begins.
         let keys = host.keys(Purpose::Access)?;
         let named = match self.revoke_key {
             true => self.keys_to_revoke(header, before.uuid, &keys)?,
@@ -202,7 +202,7 @@ impl Erase {
     /// The keys that opened the volume: those that its header names, and those that were replaced, as far as this host has noted
     /// that they opened it. What is known to be in the way of their revocation is told while nothing is erased.
     fn keys_to_revoke(&self, header: &Backing, volume: Uuid, keys: &Keys) -> Result<Vec<Opened>, Failure> {
-        // First, since a proof is noted, too, and the note of a key that was replaced makes room for it.
+        // First, since a proof also makes an entry, which may displace the entry of a replaced key.
         let noted = keys.opened(volume);
         let named = Bindings::prove(header, keys)?.into_iter();
         let mut opened: Vec<_> = named.map(Opened::from).collect();
@@ -334,7 +334,7 @@ pub(super) fn sha256(bytes: &[u8]) -> String {
 struct Opened {
     provider: String,
     key_id: KeyId,
-    /// Whoever wrote to the header could have named another disk's key.
+    /// An attacker with write access to the header could have named another disk's key.
     proved: Result<(), KeyError>,
 }
 
@@ -361,7 +361,7 @@ fn tell_left(Opened { provider, key_id, .. }: &Opened) {
     ));
 }
 
-/// Takes the keys out of use that opened the volume and no other one; tells the first that was left though it should have gone.
+/// Revokes the keys that opened only this volume; returns the first failure.
 fn revoke_keys(keys: &Keys, named: Vec<Opened>) -> (Vec<Revoked>, Option<Failure>) {
     let mut left = None;
     let revoke = |key: Opened| {

@@ -40,7 +40,7 @@ impl Events {
 
 /// How a stream came to its end.
 enum Ended {
-    /// Nobody reads what is printed.
+    /// The reader of standard output is gone.
     Reader,
     /// Nothing more comes.
     Teller(CallError),

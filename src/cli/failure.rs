@@ -52,7 +52,7 @@ pub enum Failure {
         /// The answer.
         source: io::Error,
     },
-    /// A disk's device cannot be looked at before it is overwritten.
+    /// A disk's device cannot be read before it is overwritten.
     #[error("cannot read {}; it must exist, and this user must have read access to it", path.display())]
     Look {
         /// The device.
@@ -78,13 +78,13 @@ pub enum Failure {
         /// The file.
         disk: PathBuf,
     },
-    /// There is nobody to ask for a key.
+    /// The host has no key provider.
     #[error(
         "this host has no key provider: add one with `sealblk provider add native`, and back it up with \
          `sealblk provider backup`; or give --recovery-key, then sealblk adds a native provider itself"
     )]
     NoProvider,
-    /// A secret that somebody would guess.
+    /// A secret that is easy to guess.
     #[error("the secret in {location} is too weak: {why}; use a longer one, or --weak to accept this one")]
     WeakSecret {
         /// Where it is.
@@ -122,15 +122,15 @@ pub enum Failure {
     Storage(#[from] StorageError),
     /// What could be done while the disk is served.
     #[error(
-        "{}: another process uses it; if this is `sealblk serve`, give its --control-socket instead of the disk, else end that \
-         process first",
+        "{}: is in use by another process; if this is `sealblk serve`, give its --control-socket instead of the disk, else end \
+         that process first",
         path.display()
     )]
     MayBeServed {
         /// The disk or its header.
         path: PathBuf,
     },
-    /// A key is not to be had.
+    /// A key is not available.
     #[error(transparent)]
     Key(#[from] KeyError),
     /// The state directory.
@@ -213,12 +213,12 @@ pub enum Failure {
     /// What stands for the disk that is not there.
     #[error("/dev/null cannot be opened")]
     Null(#[source] io::Error),
-    /// Somebody confirms another thing than what is about to be lost.
+    /// --confirm names another key or provider than the command.
     #[error(
         "--confirm names {confirmed:?}, but the command names {what}: nothing was changed; give the same name in both"
     )]
     Confirm {
-        /// What is to go.
+        /// The key or provider.
         what: String,
         /// What was confirmed.
         confirmed: String,
@@ -261,7 +261,7 @@ pub enum Failure {
         /// Why not, which was told.
         why: Box<Failure>,
     },
-    /// Nobody can be asked whether the volume is to go.
+    /// Standard input is not a terminal, so the erasure cannot be confirmed.
     #[error(
         "{}: nothing was erased, because the erasure was not confirmed; add --confirm UUID, with the UUID that `sealblk info` shows",
         disk.display()
@@ -289,7 +289,7 @@ pub enum Failure {
     /// Several disks, where one is meant.
     #[error("several disks at once need --if-due, and have no --header: rekey them one by one")]
     OneDisk,
-    /// Nobody says how old a key may get.
+    /// No maximum age of keys is set.
     #[error(
         "no maximum age of keys is set: give --max-age, or set max-key-age under [policy] in the configuration"
     )]
@@ -324,10 +324,10 @@ pub enum Failure {
     NoReceipt {
         /// What was taken for one.
         path: PathBuf,
-        /// Whether the log tells of the erasure.
+        /// Whether the log has the erasure.
         erased: bool,
     },
-    /// Nobody answers.
+    /// No process answers.
     #[error(
         "{}: no answer on this control socket; check that `sealblk serve`, or the agent, listens there, and that this user can \
          connect to it",
@@ -514,7 +514,7 @@ fn secret_code(error: &SecretError) -> u8 {
     }
 }
 
-/// Settings that somebody writes: a file that cannot be read is told from one that says what makes no sense.
+/// Settings of an operator: distinguishes a file that cannot be read from a file with wrong content.
 fn toml_code(error: &TomlFileError) -> u8 {
     match error {
         TomlFileError::Read { .. } | TomlFileError::Exposed { .. } => STORAGE,

@@ -149,7 +149,7 @@ pub(super) struct Insistence {
 }
 
 impl Insistence {
-    /// Whether somebody insists that `subject` is taken away.
+    /// Whether --force is given, and confirmed, for `subject`.
     ///
     /// # Errors
     /// [`Failure::Confirm`], if something else was confirmed.
@@ -167,7 +167,7 @@ impl Insistence {
     /// to go past it, and does nothing.
     ///
     /// # Errors
-    /// What stands in the way, unless somebody insists; with --force, what that does not go past.
+    /// The obstacle, unless --force is given; with --force, an obstacle that it does not override.
     pub(super) fn foresee(
         &self,
         subject: &str,
@@ -307,11 +307,11 @@ impl States {
     }
 
     fn ask(&mut self, keys: &Keys, provider: &str, key_id: &KeyId) -> Result<KeyState, KeyError> {
-        // What is told for one key will do for the next one. The call takes its time, too.
+        // A reply for one key is also used for the next one. The call takes time, too.
         let age = self.began.elapsed() + Duration::from_secs(1);
         let asked = match self.providers.get(provider) {
             Some(Err(error)) => {
-                // What this host has revoked is revoked whoever answers.
+                // A key that this host has revoked is revoked for every provider.
                 let note = keys
                     .provider(provider)
                     .and_then(|opened| opened.state_here(key_id));
@@ -403,7 +403,7 @@ struct DueVolume {
     key_id: KeyId,
     #[serde(rename = "standing")]
     verdict: String,
-    /// Null if nobody knows since when.
+    /// Null if it is unknown.
     bound: Option<Timestamp>,
     age: Option<u64>,
 }

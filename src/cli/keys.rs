@@ -88,7 +88,7 @@ impl Keys {
         Ok(volumes)
     }
 
-    /// The keys that have opened a volume on this host, as far as that is noted.
+    /// The keys that have opened a volume on this host, according to the list of volumes.
     pub(super) fn opened(&self, volume: Uuid) -> Result<Vec<(String, KeyId)>, Failure> {
         let notes: Vec<Note> = match self {
             Keys::Agent(client) => {
@@ -100,7 +100,7 @@ impl Keys {
                 index.list().map_err(|source| unreadable(&index, source))?.notes
             }
         };
-        // That somebody has said so is no proof; that the key has unwrapped the volume's secret is.
+        // A claim of a user is not a proof; the unwrapped secret of the volume is.
         let opened = notes
             .into_iter()
             .filter(|note| note.volume == volume && note.opened.is_some());
@@ -126,7 +126,7 @@ impl Keys {
         }
     }
 
-    /// Takes a KEK out of use, unless volumes need it.
+    /// Revokes a KEK, unless volumes need it.
     pub(super) fn revoke(
         &self,
         provider: &str,

@@ -28,7 +28,7 @@ use crate::control::rate_limit::RateLimit;
 /// How many lines of a kind are written at once, and after what time one more is.
 const AT_ONCE: u32 = 10;
 const INTERVAL: Duration = Duration::from_secs(60);
-/// How many errors of a line are told apart.
+/// The number of errors of a line that have separate limits.
 const ERRORS: usize = 4;
 
 /// Limits how often each line of the code is heard. An operator who asks for more than `info` gets all of that; events
@@ -98,7 +98,7 @@ const CAPACITY: usize = 1024;
 /// How long the end of the process waits for the last lines.
 const FLUSH: Duration = Duration::from_secs(1);
 
-/// Has lines written by a thread of their own from now on. If there is none to be had, they are written where they arise.
+/// Starts the thread that writes lines. If it cannot be started, each caller writes its own lines.
 pub(super) fn begin() {
     let (send, receive) = mpsc::sync_channel(CAPACITY);
     let (ready, wait) = mpsc::sync_channel::<()>(1);
@@ -132,7 +132,7 @@ fn tell(told: Told) {
                 waiting.lost.fetch_add(1, Ordering::Relaxed);
             }
         }
-        // If nobody can be told, nobody is.
+        // A failure cannot be reported.
         None => drop(told.out()),
     }
 }
@@ -203,7 +203,7 @@ mod tests {
     use std::sync::{Arc, Mutex};
     use tracing_subscriber::layer::SubscriberExt;
 
-    /// Keeps the levels of what it is told.
+    /// Records the levels of its input.
     struct Heard(Arc<Mutex<Vec<Level>>>);
 
     impl<S: Subscriber> Layer<S> for Heard {

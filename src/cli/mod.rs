@@ -152,7 +152,7 @@ impl Host {
         self.config.clone().unwrap_or_else(|| config::DEFAULT_PATH.into())
     }
 
-    /// The socket of the host's agent, for verbs that ask nobody else.
+    /// The socket of the host's agent, for verbs that ask only the agent.
     ///
     /// # Errors
     /// [`Failure::NoAgent`], if the configuration has none, and none listens at the usual place.
@@ -196,7 +196,7 @@ impl Host {
         })
     }
 
-    /// The same, for the volume whose header is in `path`: it is noted which key opens it.
+    /// The same, for the volume whose header is in `path`: the list of volumes gets an entry for it.
     fn keys_of(&self, path: &Path, purpose: Purpose) -> Result<Keys, Failure> {
         Ok(match self.keys(purpose)? {
             Keys::Own(registry, _) => Keys::Own(registry, Some(path.to_owned())),
@@ -273,7 +273,7 @@ fn parse(given: impl Iterator<Item = OsString>) -> Result<Cli, clap::Error> {
     let given: Vec<_> = given.collect();
     let mut command = Cli::command();
     if is_second_name(given.first()) {
-        // Nobody typed the verb.
+        // The user did not type the verb.
         command = command.mut_subcommand("serve", |serve| {
             serve.override_usage(format!("{SECOND_NAME} [OPTIONS]"))
         });

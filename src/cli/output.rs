@@ -32,7 +32,7 @@ pub fn print(text: &str) -> Result<(), Failure> {
     }
 }
 
-/// Prints a line of many, at once. Tells whether anybody reads them.
+/// Prints one of several lines at once. Returns whether a reader is left.
 ///
 /// # Errors
 /// As for [`print`].
@@ -54,7 +54,7 @@ pub fn print_json(answer: &impl Serialize) -> Result<(), Failure> {
     print(&(text + "\n"))
 }
 
-/// Text that may be anybody's, as that of a header: nothing of it reaches a terminal as a control character.
+/// Untrusted text, for instance from a header: control characters are escaped.
 pub fn printable(text: &str) -> String {
     harmless(text, usize::MAX)
 }
@@ -64,7 +64,7 @@ pub fn shown(path: &Path) -> String {
     printable(&path.to_string_lossy())
 }
 
-/// Tells the user something beside the answer, on one line. If standard error is closed, nobody is told.
+/// Prints a note to the user, in addition to the result, on one line. If standard error is closed, the note is lost.
 pub fn note(text: &str) {
     log::write(format!("sealblk: {}\n", printable(text)).as_bytes());
 }
@@ -109,7 +109,7 @@ impl<W: Write> Write for OneLine<W> {
     }
 }
 
-/// Whether each part of a filter has a level: a slip of the pen would be a target's name, and silence all others.
+/// Whether each part of a filter has a level: a typing error would count as a target's name, and silence all others.
 fn names_levels(filter: &str) -> bool {
     // Nothing is a level too, for tracing.
     let level = |part: &str| {
@@ -119,7 +119,7 @@ fn names_levels(filter: &str) -> bool {
     filter.split(',').all(|part| level(part.trim()))
 }
 
-/// Prints an error, and what lies under it, a line each.
+/// Prints an error and its causes, each on a line.
 pub fn complain(error: &dyn Error) {
     log::write(format!("sealblk: {}\n", describe(error)).as_bytes());
 }

@@ -433,7 +433,7 @@ fn add_servers(
         registry.add(name, source, common.default)?;
         next = format!("`sealblk provider check {name}` tests whether its keys can be used");
     } else {
-        // A broker knows this host by a key that is made just now.
+        // A broker identifies this host by a key that is made here.
         let is_trusted = matches!(source, Source::Trusted(_));
         registry.add_working(name, source, common.default, |error| match error.reason {
             KeyReason::Refused | KeyReason::Attestation if is_trusted => {

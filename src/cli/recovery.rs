@@ -152,7 +152,7 @@ impl Remove {
             (None, Some(keyslot)) => keyslot,
             (None, None) => unreachable!("one of the group is required"),
         };
-        // A key that was added more than once has to go as often: who removes it fears that somebody has it.
+        // A key that was added more than once is removed from each keyslot: an operator removes it because it may be stolen.
         loop {
             locked.remove_recovery_key(keyslot, &other)?;
             let disk = output::shown(&self.volume.disk);

@@ -87,7 +87,7 @@ impl Rekey {
 
     fn at_rest(&self, host: &Host, volume: &VolumeArgs, max_age: Option<Duration>) -> Result<(), Failure> {
         if let Some(max_age) = max_age {
-            // Whoever has the disk in use need not be disturbed for that.
+            // This does not disturb a process that uses the disk.
             let files = volume.open(Access::Inspect)?;
             if !files.locked()?.bindings().are_older_than(max_age) {
                 return tell_not_due(&volume.disk);

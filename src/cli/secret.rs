@@ -66,7 +66,7 @@ pub enum SecretError {
         /// Where.
         location: String,
     },
-    /// There is no such directory.
+    /// The directory does not exist.
     #[error(
         "{location}: CREDENTIALS_DIRECTORY is not set; load the credential with systemd's LoadCredential="
     )]
@@ -207,7 +207,7 @@ impl SecretSource {
     }
 
     /// Whether it is gone once it has been read: an inherited descriptor's offset stays at the end of what was read, and the pipe
-    /// of a shell's `<(...)` gives nothing more. A FIFO that has a name is opened anew, by its next writer too.
+    /// of a shell's `<(...)` gives nothing more. A FIFO with a name is opened again, also by its next writer.
     pub fn can_be_read_once(&self) -> bool {
         match self {
             Self::Descriptor(_) => true,
@@ -326,7 +326,7 @@ impl Key {
     }
 }
 
-/// Whether somebody could have typed `secret`, and a newline after it.
+/// Whether a user could have typed `secret`, with a newline after it.
 pub(super) fn is_text(secret: &[u8]) -> bool {
     let line = secret.strip_suffix(b"\n").unwrap_or(secret);
     std::str::from_utf8(line).is_ok_and(|line| !line.chars().any(char::is_control))

@@ -161,7 +161,7 @@ impl Serve {
                 Endpoint::Path(path.clone(), permissions)
             }
             (None, Some(fd)) => Endpoint::Fd(fd),
-            // clap lets nobody past without an endpoint, or the question for capabilities.
+            // clap requires an endpoint, or --print-capabilities.
             (None, None) => return output::print(&format!("{CAPABILITIES}\n")),
         };
         if let Some(fd) = self.fd
@@ -447,7 +447,7 @@ impl Serve {
     }
 }
 
-/// How long the first try to get a key may hold up the guest.
+/// How long the first attempt to get a key can delay the guest.
 const FIRST_TRY: Duration = Duration::from_secs(10);
 
 /// What opening a volume takes of the key arena: keys, and the anti-forensic material of a keyslot.
@@ -484,7 +484,7 @@ impl ControlSocket {
     }
 }
 
-/// What lies under a disk.
+/// The storage of a disk.
 struct Medium {
     shape: Shape,
     key: Key,
@@ -501,7 +501,7 @@ struct Shape {
 
 /// Where its segment table comes from.
 enum Key {
-    /// From the volume, which has to be unlocked for it.
+    /// From the volume, which must be unlocked first.
     Volume { opener: Box<Opener>, identity: Identity },
     /// It is there, and stays.
     Known {

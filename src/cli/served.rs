@@ -136,7 +136,7 @@ pub(super) fn ask<T: DeserializeOwned>(
     }
 }
 
-/// Why a call on a control socket came to nothing.
+/// Why a call on a control socket failed.
 pub(super) fn failure(socket: &Path, error: CallError) -> Failure {
     match error {
         CallError::Method(error) => refused(socket, &error),

@@ -40,7 +40,7 @@ pub(super) fn differ(front_ends: &Path, control: &Path) -> Result<(), Failure> {
     }
 }
 
-/// Says so if anybody on the host may read and write the disk.
+/// Warns if every user of the host can read and write the disk.
 pub(super) fn warn_of_others(permissions: Permissions) {
     if permissions.mode & 0o002 != 0 {
         tracing::warn!("--socket-mode lets every user of this host read and write the disk");

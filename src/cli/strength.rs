@@ -15,7 +15,7 @@ use super::secret::{SecretSource, is_text};
 const LEAST: usize = 12;
 /// What is taken without a warning.
 const ADVISED: usize = 20;
-/// Nobody's secret gets strong only after so many bytes.
+/// The number of bytes that are measured: a strong secret is strong within these.
 const LOOKED_AT: usize = 4096;
 
 /// A secret that counts too little.
@@ -35,7 +35,7 @@ impl fmt::Display for Weakness {
     }
 }
 
-/// Warns of a weak `secret`, or refuses it, unless `insisted`.
+/// Warns about a weak `secret`, or refuses it, unless `insisted`.
 ///
 /// # Errors
 /// [`Failure::WeakSecret`].
@@ -90,7 +90,7 @@ fn repeated(secret: &[u8], at: usize) -> usize {
     (0..at).map(same).max().unwrap_or(0)
 }
 
-/// Whether the byte `at` goes on as the two before it do, by the same step of one or none.
+/// Whether the byte `at` continues the two before it, by the same step of one or zero.
 fn continues_run(secret: &[u8], at: usize) -> bool {
     let [a, b, c] = match secret.get(at.wrapping_sub(2)..=at) {
         Some(&[a, b, c]) => [a, b, c].map(i16::from),

@@ -12,7 +12,7 @@ use super::{Cli, arguments, failure};
 /// Prints why the arguments are wrong, or the help that they ask for. Gives the exit code.
 pub(super) fn refuse(mut refusal: Error) -> u8 {
     if !refusal.use_stderr() {
-        // Nobody is left to tell if this fails.
+        // A failure cannot be reported.
         let _ = refusal.print();
         return 0;
     }

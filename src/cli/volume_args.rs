@@ -29,7 +29,7 @@ impl VolumeArgs {
         self.header.as_ref().unwrap_or(&self.disk)
     }
 
-    /// Opens the header for `access`. If it is detached, nobody writes to the payload here. One that is a copy of the disk's own
+    /// Opens the header for `access`. If it is detached, the verb does not write to the payload. One that is a copy of the disk's own
     /// is not to be changed: the disk would open as before.
     pub(super) fn open(&self, access: Access) -> Result<Files, Failure> {
         let Some(header) = &self.header else {

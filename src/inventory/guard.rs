@@ -82,8 +82,8 @@ impl From<Entry> for Disk {
     fn from(entry: Entry) -> Self {
         let mut why = entry.why.map(|why| harmless(&why, 200));
         if let Some(user) = entry.note.user {
-            let noted = format!("recorded for user {user}");
-            why = Some(why.map_or(noted.clone(), |why| format!("{why}; {noted}")));
+            let whose = format!("recorded for user {user}");
+            why = Some(why.map_or(whose.clone(), |why| format!("{why}; {whose}")));
         }
         Self {
             volume: entry.note.volume,

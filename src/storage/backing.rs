@@ -63,7 +63,7 @@ pub enum StorageError {
     #[error("{}: is neither a regular file nor a block device; name the disk's file or device", path.display())]
     NotStorage { path: PathBuf },
     #[error(
-        "{}: another process uses it (another sealblk, a QEMU, a mount or device-mapper); detach it there first",
+        "{}: is in use by another process (another sealblk, a QEMU, a mount or device-mapper); detach it there first",
         path.display()
     )]
     InUse { path: PathBuf },

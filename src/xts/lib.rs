@@ -350,7 +350,7 @@ impl<'a, 'm> Pieces<'a, 'm> {
     fn take(&mut self, len: usize) -> VolatileSlice<'m> {
         let taken = self.rest[0]
             .subslice(self.done, len)
-            .expect("the caller looked at the current piece");
+            .expect("the caller has checked the current piece");
         self.done += len;
         taken
     }
