@@ -230,7 +230,7 @@ fn a_backup_with_one_flipped_bit_or_another_passphrase_is_refused() {
     let said = String::from_utf8(restored.stderr).unwrap();
     assert!(restored.status.success(), "{said}");
     assert!(
-        said.contains("bound to provider \"native\" look for that name, and not for \"other\""),
+        said.contains("bound to provider \"native\" do not find it under the name \"other\""),
         "{said}"
     );
 }

@@ -176,7 +176,7 @@ fn a_disk_that_has_become_longer_is_unlocked_and_a_shorter_one_is_not() {
     set_len(len - MIB);
     let output = disk.run("unlock");
     let stderr = String::from_utf8_lossy(&output.stderr);
-    let said = "had 4194304 bytes when it was attached, and has 3145728";
+    let said = "had 4194304 bytes when it was attached, and now has 3145728";
     assert!(!output.status.success() && stderr.contains(said), "{stderr}");
     set_len(len);
     disk.does("unlock");
@@ -407,7 +407,7 @@ fn a_served_disk_is_rekeyed_and_the_driver_does_not_notice() {
                 .next()
                 .unwrap();
             assert!(
-                told.contains(&format!("no more       provider \"native\", key {before}")),
+                told.contains(&format!("no longer     provider \"native\", key {before}")),
                 "{told}"
             );
             before = after.to_owned();

@@ -250,19 +250,19 @@ fn what_is_in_a_file_of_settings_or_state_is_in_no_error() {
             "state/providers.toml",
             kmip(&format!("{servers}key = {pem:?}\n")),
             &check,
-            "key: write the file's whole path",
+            "key: write an absolute path",
         ),
         (
             "state/providers.toml",
             kmip(&format!("servers = [{pem:?}]\nkey = \"/k\"\n")),
             &check,
-            "servers: number 1 is no server",
+            "servers: number 1 is not the address of a server",
         ),
         (
             "state/providers.toml",
             kmip(&format!("servers = [{pem:?}]\nkey = \"/k\"\n")),
             &list,
-            "servers: number 1 is no server",
+            "servers: number 1 is not the address of a server",
         ),
         (
             "state/providers.toml",
@@ -290,7 +290,7 @@ fn what_is_in_a_file_of_settings_or_state_is_in_no_error() {
             "state/providers.toml",
             transit(&format!("{bao}mount = {pem:?}\n"), token),
             &check,
-            "mount: this cannot be a path",
+            "mount: this is not a valid path",
         ),
         (
             "state/providers.toml",
@@ -311,7 +311,7 @@ fn what_is_in_a_file_of_settings_or_state_is_in_no_error() {
                 token,
             ),
             &list,
-            "address 1 is no server's",
+            "address 1 is not valid",
         ),
         (
             "state/providers.toml",

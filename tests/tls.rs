@@ -134,7 +134,7 @@ fn what_is_wrong_with_a_servers_certificate_is_said_with_what_to_do() {
             "self-signed-ca",
             "self-signed-ca",
             &[
-                "\"CN=self-signed-ca\" is self-signed and that of an authority (CA:TRUE)",
+                "\"CN=self-signed-ca\" is self-signed and belongs to an authority (CA:TRUE)",
                 make,
             ],
         ),
@@ -150,7 +150,7 @@ fn what_is_wrong_with_a_servers_certificate_is_said_with_what_to_do() {
             "version-1",
             "ca",
             &[
-                "\"CN=version-1\" is of version 1 of X.509, and version 3 is needed",
+                "\"CN=version-1\" has X.509 version 1, but version 3 is required",
                 make,
             ],
         ),
@@ -163,7 +163,7 @@ fn what_is_wrong_with_a_servers_certificate_is_said_with_what_to_do() {
             "wrong-name",
             "ca",
             &[
-                "is for kms.example.com, 192.0.2.1, and the settings call the server 127.0.0.1",
+                "is for kms.example.com, 192.0.2.1, but the settings name the server 127.0.0.1",
                 make,
             ],
         ),
@@ -229,7 +229,7 @@ fn what_is_wrong_with_a_servers_certificate_is_said_with_what_to_do() {
             "stranger",
             "ca",
             &[
-                "leads to \"CN=stranger\", of which ",
+                "was issued by \"CN=stranger\", for which ",
                 "put the authority's certificate into ",
             ],
         ),
@@ -265,7 +265,7 @@ fn what_is_wrong_with_a_servers_certificate_is_said_with_what_to_do() {
             "stranger-client",
             &[
                 "\"CN=stranger-client\"",
-                "the server does not know \"CN=stranger\", which has signed it",
+                "the server does not know its issuer \"CN=stranger\"",
             ],
         ),
         (
@@ -483,7 +483,7 @@ fn what_is_wrong_with_a_file_of_a_key_or_certificate_is_said_with_what_to_do() {
     let own: &[(&str, &[&str])] = &[
         (
             "own-version-1",
-            &["this host's certificate \"CN=client\" is of version 1 of X.509"],
+            &["this host's certificate \"CN=client\" has X.509 version 1"],
         ),
         (
             "own-p521",

@@ -213,7 +213,10 @@ fn a_recovery_key_is_not_removed_while_only_a_memory_opens_the_disk() {
     let output = verb(&remove);
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(KEY), "{stderr}");
-    assert!(stderr.contains("as Missing, not as Active"), "{stderr}");
+    assert!(
+        stderr.contains("in the state Missing at the provider, not Active"),
+        "{stderr}"
+    );
     succeeds(&["recovery", "test", "vm", "--recovery-key", "vm.key"]);
 
     // Another key opens it, which its server has: the recovery key may go.
