@@ -534,7 +534,7 @@ fn a_lost_list_comes_back(host: &Host) {
     fs::rename(host.path("two"), host.path("vms/two")).unwrap();
     fs::write(host.path("vms/notes.txt"), "no volume").unwrap();
     let told = host.does(&["key", "scan", "vms"]);
-    assert!(told.starts_with("1 volumes seen, 1 of them bound"), "{told}");
+    assert!(told.starts_with("1 volumes found, 1 of them bound"), "{told}");
     let all = known(host);
     assert_eq!(all.len(), 2);
     let scanned = all
@@ -548,11 +548,11 @@ fn a_lost_list_comes_back(host: &Host) {
     // What is found not to be so is dropped, and what is not found only on demand.
     host.does(&["rekey", "one"]);
     fs::remove_file(host.path("vms/two")).unwrap();
-    assert!(host.does(&["key", "scan"]).contains("1 notes dropped"));
+    assert!(host.does(&["key", "scan"]).contains("1 entries dropped"));
     assert_eq!(known(host).len(), 2);
     assert!(
         host.does(&["key", "scan", "--forget-missing"])
-            .contains("1 notes dropped")
+            .contains("1 entries dropped")
     );
     assert_eq!(texts(&known(host), "path"), [host.path("one").to_str().unwrap()]);
 }
@@ -663,14 +663,14 @@ fn a_list_without_room_keeps_no_key_from_being_changed_and_says_what_helps() {
     assert_eq!(texts(&used, "standing"), ["bound"]);
     let listed = host.command(&["key", "where-used", &new]).output().unwrap();
     assert!(
-        said(&listed).contains("room for 16384 volumes, and 16384 are noted"),
+        said(&listed).contains("room for 16384 volumes, and holds 16384"),
         "{}",
         said(&listed)
     );
     host.fails(&["key", "revoke", &new, "--provider", "native"], IN_USE);
 
     let told = host.does(&["key", "scan", "--forget-missing"]);
-    assert!(told.contains("16384 notes dropped"), "{told}");
+    assert!(told.contains("16384 entries dropped"), "{told}");
     host.create("more.luks", &[]);
     host.fails(&["key", "revoke", &new, "--provider", "native"], IN_USE);
     host.does(&["key", "revoke", &old, "--provider", "native"]);
@@ -714,7 +714,7 @@ fn a_key_that_a_disk_is_about_to_get_is_kept() {
     fs::write(&note, known.to_string()).unwrap();
     assert_eq!(standing(), "unknown");
     assert!(host.fails(&revoke, IN_USE).contains("about to be bound"));
-    assert!(host.does(&["key", "scan"]).contains("0 notes dropped"));
+    assert!(host.does(&["key", "scan"]).contains("0 entries dropped"));
     known["bound"] = "2020-02-29T12:00:00Z".into();
     fs::write(&note, known.to_string()).unwrap();
     assert_eq!(standing(), "not_bound");
@@ -774,12 +774,12 @@ fn a_disk_whose_making_was_killed_is_on_the_list_for_an_hour() {
         age(&whole, true);
         assert_eq!(killed(&known())["standing"], "not_bound");
         host.does(&revoke);
-        assert!(host.does(&["key", "scan"]).contains("1 notes dropped"));
+        assert!(host.does(&["key", "scan"]).contains("1 entries dropped"));
         assert_eq!(texts(&known(), "standing"), ["bound"]);
         // So does one that is known to have come about, wherever it may be now.
         age(&whole, false);
         fs::rename(host.path("made"), host.path("elsewhere")).unwrap();
-        assert!(host.does(&["key", "scan"]).contains("0 notes dropped"));
+        assert!(host.does(&["key", "scan"]).contains("0 entries dropped"));
         assert_eq!(texts(&known(), "standing"), ["missing"]);
     }
 }

@@ -88,7 +88,7 @@ fn a_disk_lives(verb: Verb<'_>, dir: &Path, log: &Path) {
         .unwrap();
     assert_eq!(revoked.status.code(), Some(5), "{revoked:?}");
     let seen = run(&mut of(&["key", "scan"], &[dir]));
-    assert!(seen.stdout.starts_with(b"1 volumes seen, 1 of them"), "{seen:?}");
+    assert!(seen.stdout.starts_with(b"1 volumes found, 1 of them"), "{seen:?}");
     run(&mut verb(&["key", "list"]));
 
     let receipt = odd(dir, b"receipt");
