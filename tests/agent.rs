@@ -417,7 +417,11 @@ fn the_audit_log_tells_what_was_changed_and_an_agent_does_not_go_on_with_it() {
     fs::write(&log, cut).unwrap();
     let refused = verify(&["--head", &head]);
     assert_eq!(refused.status.code(), Some(3));
-    assert!(String::from_utf8(refused.stderr).unwrap().contains("was truncated"));
+    assert!(
+        String::from_utf8(refused.stderr)
+            .unwrap()
+            .contains("was truncated")
+    );
 
     agent.stop();
     fs::write(&log, whole.replacen("KeyCreated", "KeyRemoved", 1)).unwrap();
