@@ -24,8 +24,9 @@
 //! sealblk-base     what every package stands on: errors, JSON, time, threads
 //! ```
 //!
-//! To begin with: a guest's request from end to end is `device::path`; what becomes of a volume's key while it is served,
-//! [`attachment`]; where it comes from, [`key_helper`]; what opens a keyslot, [`keys`]; what the agent is asked, [`agent`].
+//! Where to begin: `device::path` has the whole path of a guest's request, [`attachment`] the life of a volume's key while
+//! the volume is served, [`key_helper`] the way to that key, [`keys`] the keys that open keyslots, and [`agent`] the agent's
+//! methods.
 
 pub mod agent;
 pub mod attachment;

@@ -1,4 +1,4 @@
-//! The agent at its socket: its providers, and what else it can be asked.
+//! The client of the agent: the agent's providers, and its other methods.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -1,14 +1,14 @@
 //! The host's key agent: the one process that talks to key providers and holds KEKs, for all `sealblk serve` of a host.
 //!
 //! ```text
-//! service       what it answers on its socket, to whom, and what of it stands in the audit log
-//! manage        the part of it for who manages keys and providers
-//! registered    which volumes are being served, under which KEKs
-//! certificates  when those that are about to expire are told of
-//! erasure       what the log is told of a volume's end
-//! client        the other side: the agent at its socket
-//! providers     what answers this interface, be it an agent or a disk's key helper, as a volume sees providers
-//! messages      what goes between the two
+//! service       the methods on its socket, the check of privileges, and the records in the audit log
+//! manage        methods for the management of keys and providers
+//! registered    the volumes that are being served, and their KEKs
+//! certificates  reports of certificates that are about to expire
+//! erasure       records of erasures in the audit log
+//! client        the other side: calls to the agent's socket
+//! providers     an agent, or a disk's key helper, as key providers of a volume
+//! messages      the messages between the two
 //! ```
 //!
 //! A disk's process has neither a KEK nor a provider's credentials: it gets the slot secret of one keyslot, through a

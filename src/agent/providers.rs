@@ -115,9 +115,9 @@ enum Refusal {
         user: u32,
         volume: Option<Uuid>,
     },
-    #[error("it gives out nothing that its audit log does not tell of, and that cannot be written: {reason}")]
+    #[error("the agent refused: its audit log cannot be written: {reason}")]
     NotAudited { reason: String },
-    #[error("the agent says {0}")]
+    #[error("the agent answers {0}")]
     Other(MethodError),
 }
 

@@ -6,8 +6,8 @@
 //!    +-- the key is not available: sealblk tries again until it is
 //! ```
 //!
-//! While the disk is locked, the guest's requests wait; nothing of the volume's key is in this process. What it takes to
-//! get the key again is kept: the header, and the key helper ([`crate::key_helper`]).
+//! While the disk is locked, the guest's requests wait, and no part of the volume's key is in this process. The process keeps
+//! what it needs to fetch the key again: the header, and the key helper ([`crate::key_helper`]).
 
 mod interface;
 mod twins;
@@ -230,7 +230,7 @@ pub enum AttachmentError {
     )]
     NoWayBack,
     /// The same, for another reason.
-    #[error("nothing could unlock the disk again")]
+    #[error("sealblk could not unlock the disk again")]
     NoHelper(#[source] KeyError),
 }
 

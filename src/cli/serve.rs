@@ -359,7 +359,7 @@ impl Serve {
         })
     }
 
-    /// The disk as it lies there, which is no volume.
+    /// The disk as raw: it is not a volume.
     fn unencrypted(&self, disk: Backing) -> Result<Medium, Failure> {
         if self.passphrase_file.is_some() {
             return Err(Failure::KeyOfPlainDisk {

@@ -56,7 +56,7 @@ fn answer(stream: ClosedElsewhere<UnixStream>, service: &Arc<dyn Interface>, cal
     let spawned = thread.spawn(move || {
         let mut connection = Connection::new(stream.into_inner(), CALLER_TIMEOUT);
         if let Err(error) = varlink::serve(&mut connection, &peer, &[&*service]) {
-            tracing::debug!(%error, user = peer.user, "a caller was left");
+            tracing::debug!(%error, user = peer.user, "the connection of a caller ended with an error");
         }
         drop(connection);
         drop(place);

@@ -117,7 +117,7 @@ pub struct HelperFailure {
 impl HelperFailure {
     /// It answers, and gives no passphrase.
     pub(crate) fn no_passphrase() -> Self {
-        Self::of("the key helper gives none", 1)
+        Self::of("the key helper returned none", 1)
     }
 
     fn of(message: &str, exit_code: u8) -> Self {

@@ -127,8 +127,8 @@ impl Process {
             tracing::error!(
                 process = child.id(),
                 %how,
-                "the key helper has ended: an open disk is served on, but can be neither locked nor rekeyed, and a locked one stays so; \
-                 end `sealblk serve` (SIGTERM) and start it again"
+                "the key helper has ended: an open disk stays open, but can be neither locked nor rekeyed, and a locked disk stays \
+                 locked; end `sealblk serve` (SIGTERM) and start it again"
             );
         })?;
         Ok(())

@@ -122,7 +122,7 @@ impl KeyReason {
             Self::UnknownProvider => "this host has no such key provider",
             Self::NoAgent => "this host's key agent does not answer",
             Self::NoHelper => "the process that gets this disk's keys has ended",
-            Self::NotPermitted => "this host's key agent does not let this user do that",
+            Self::NotPermitted => "this host's key agent does not permit this user to do that",
             Self::Invalid => "the key provider's own state cannot be used",
             Self::NotNoted => {
                 "this host cannot record the volume in its list of volumes, so the volume gets no key"
@@ -152,7 +152,7 @@ impl KeyReason {
                 "start `sealblk agent`, or correct its `socket` under [agent] in the configuration"
             }
             Self::NoHelper => {
-                "end `sealblk serve` (SIGTERM) and start it again: the guest waits meanwhile, and loses nothing"
+                "end `sealblk serve` (SIGTERM) and start it again: the guest waits in the meantime, and loses nothing"
             }
             Self::NotPermitted => {
                 "grant the privilege that the cause names in the agent's configuration, and restart the agent"
