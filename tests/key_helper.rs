@@ -176,7 +176,7 @@ fn a_disk_whose_helper_was_killed_is_served_on_and_says_what_it_cannot_do() {
         "a zombie is left"
     );
     for (verb, says) in [
-        ("lock", "nothing could unlock the disk again"),
+        ("lock", "sealblk could not unlock the disk again"),
         ("rekey", "the process that gets this disk's keys has ended"),
     ] {
         let refused = disk.run(verb);
