@@ -370,9 +370,10 @@ impl KeyProvider for RemoteProvider {
         let (answer, descriptors) = self.ask::<Unwrapped>("Unwrap", parameters, &[])?;
         let garbled = || self.fail(binding.key_id, KeyReason::Garbled);
         let descriptor = descriptors
-            .get(answer.secret)
+            .into_iter()
+            .nth(answer.secret)
             .ok_or_else(|| garbled().because(io::Error::from(io::ErrorKind::UnexpectedEof)))?;
-        wire::take(descriptor).map_err(|error| garbled().because(error))
+        wire::take_from_trusted(descriptor).map_err(|error| garbled().because(error))
     }
 
     fn state(&self, key_id: &KeyId) -> Result<KeyState, KeyError> {

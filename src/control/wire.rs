@@ -284,6 +284,33 @@ pub fn take(descriptor: &OwnedFd) -> Result<SecretBytes, ReceiveError> {
     apart::on(descriptor, take_now)?
 }
 
+/// The same from a process that gives this one its keys, and so could do worse than to have it wait. No thread is needed, which would
+/// copy all descriptors and close them: a file that a front-end has passed can be one whose close waits for ever.
+///
+/// # Errors
+/// [`ReceiveError`].
+pub fn take_from_trusted(descriptor: OwnedFd) -> Result<SecretBytes, ReceiveError> {
+    let mut pipe = std::fs::File::from(descriptor);
+    let mut secret = SecretBytes::zeroed(MAX_SECRET + 1)?;
+    let mut len = 0;
+    while len < secret.len() {
+        match pipe.read(&mut secret[len..]) {
+            Ok(0) => break,
+            Ok(read) => len += read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    match len {
+        0 => Err(ReceiveError::Empty),
+        len if len > MAX_SECRET => Err(ReceiveError::TooLong),
+        len => {
+            secret.truncate(len);
+            Ok(secret)
+        }
+    }
+}
+
 fn take_now(descriptor: &OwnedFd) -> Result<SecretBytes, ReceiveError> {
     let stat = rustix::fs::fstat(descriptor).map_err(io::Error::from)?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::Fifo {
