@@ -11,6 +11,7 @@
 //! control      the sockets on which sealblk's processes answer, and what each caller may ask for
 //! attachment   a volume that is being served: its key comes, goes and is changed
 //! key_helper   the process that gets a served disk's keys, and the way to it
+//! sandbox      what a process that serves a disk gives up
 //! device       what the guest sees: virtio-blk over vhost-user
 //! inventory    the volumes that this host has bound or opened: hints, each checked against the volume itself
 //! storage      files and block devices: claims on them, what they can do, and the io_uring engine
@@ -40,6 +41,7 @@ pub mod kbs;
 pub mod key_helper;
 pub mod keys;
 mod probe;
+pub mod sandbox;
 pub mod storage;
 mod toml_file;
 pub mod tpm;

@@ -18,6 +18,7 @@ use crate::control::varlink::{self, Answer, MethodError, Request};
 use crate::error_chain::causes;
 use crate::keys::{KeyId, KeyReason};
 use crate::path_text;
+use crate::sandbox::Measure;
 use crate::timestamp::Timestamp;
 
 /// The interface's name.
@@ -41,6 +42,8 @@ pub struct Status {
     pub read_only: bool,
     /// Whether a front-end is connected. A process of an earlier version does not tell.
     pub front_end: Option<FrontEnd>,
+    /// What the process has given up. One of an earlier version does not tell.
+    pub sandbox: Option<Vec<Measure>>,
 }
 
 /// Whether a front-end is connected.
@@ -125,6 +128,7 @@ impl LockStatus {
 pub struct Interface {
     served: Arc<Attachment>,
     grants: Grants,
+    sandbox: Vec<Measure>,
     /// By user.
     refusals: RateLimit<Option<u32>, ()>,
 }
@@ -139,11 +143,12 @@ struct Rekey {
 type Answered = Result<Answer, MethodError>;
 
 impl Interface {
-    /// Answers for `served` to those who have `grants`.
-    pub fn new(served: Arc<Attachment>, grants: Grants) -> Self {
+    /// Answers for `served`, whose process has given up `sandbox`, to those who have `grants`.
+    pub fn new(served: Arc<Attachment>, grants: Grants, sandbox: Vec<Measure>) -> Self {
         Self {
             served,
             grants,
+            sandbox,
             refusals: RateLimit::new(100, Duration::from_secs(60)),
         }
     }
@@ -165,6 +170,7 @@ impl Interface {
                 connected: since.is_some(),
                 since,
             }),
+            sandbox: Some(self.sandbox.clone()),
         }))
     }
 

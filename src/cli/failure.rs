@@ -17,6 +17,7 @@ use crate::inventory::GuardError;
 use crate::key_helper::{HelperError, HelperFailure};
 use crate::keys::registry::RegistryError;
 use crate::keys::{KeyError, KeyId, KeyReason};
+use crate::sandbox::SandboxError;
 use crate::storage::StorageError;
 use crate::toml_file::TomlFileError;
 use crate::volume::{Advice, Content, HeaderError, KdfError, KeyslotError, Owner, Reason, VolumeError};
@@ -372,6 +373,9 @@ pub enum Failure {
     /// What it says.
     #[error(transparent)]
     Helper(HelperFailure),
+    /// The process cannot give up what it has to.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     /// The control socket.
     #[error(transparent)]
     Socket(#[from] BindError),
@@ -409,6 +413,7 @@ impl Failure {
         match self {
             Self::Process(_) | Self::Cipher(_) | Self::Null(_) | Self::Host(_) | Self::StartHelper(_) => HOST,
             Self::Helper(error) => error.exit_code,
+            Self::Sandbox(_) => HOST,
             Self::SizeNeeded { .. }
             | Self::SameDescriptor { .. }
             | Self::WeakSecret { .. }

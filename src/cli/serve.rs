@@ -28,6 +28,7 @@ use crate::control::{manager, server, varlink};
 use crate::device::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES, Disk, Endpoint, Server, Waited};
 use crate::key_helper::{KeyHelper, Settings};
 use crate::keys::arena::{self, SecretBytes};
+use crate::sandbox::{Choice, Measure};
 use crate::storage::{Access, Backing, DataFile, PAGE, StorageError};
 use crate::volume::segment::{SegmentTable, Treatment};
 use crate::volume::{HeaderError, Identity, Locked, MATERIAL_LEN, Reason, VolumeError, unencrypted};
@@ -146,6 +147,10 @@ pub(super) struct Serve {
     /// large requests in flight [default: 8M]
     #[arg(long, value_name = "SIZE", value_parser = parse_pool_size)]
     pool_size: Option<u32>,
+    /// Confine the process before it reads anything of a guest: 'require' ends if this kernel cannot do that, 'prefer' warns and
+    /// continues, 'off' does not confine it. `sealblk status` shows the measures in force
+    #[arg(long, value_name = "WHEN", default_value = "prefer", value_enum)]
+    sandbox: Choice,
     /// The implementation of the cipher: 'fastest' on this machine, or 'avx512', 'avx2', 'aes-ni' (x86-64) or
     /// 'portable'
     #[arg(long, value_name = "NAME", default_value_t)]
@@ -212,6 +217,7 @@ impl Serve {
         // From here on threads do not get the signals that end the process.
         let server = Server::new(Arc::clone(&disk), self.num_queues, endpoint)?;
         let control = self.control_socket(host)?;
+        let sandbox = self.sandbox.enter()?;
         let (served, _claim) = match medium.key {
             Key::Volume { opener, identity } => {
                 arena::reserve(&SECRETS).map_err(SecretError::from)?;
@@ -234,7 +240,7 @@ impl Serve {
                 .map_or("serving".to_owned(), |served| served.standing()),
         );
         match (&served, control) {
-            (Some(served), Some(control)) => control.run_with(server, served),
+            (Some(served), Some(control)) => control.run_with(server, served, sandbox),
             _ => Ok(server.run()?),
         }
     }
@@ -465,9 +471,14 @@ struct ControlSocket {
 
 impl ControlSocket {
     /// Serves, and answers on the control socket meanwhile.
-    fn run_with(self, server: Server, served: &Arc<Attachment>) -> Result<(), Failure> {
+    fn run_with(
+        self,
+        server: Server,
+        served: &Arc<Attachment>,
+        sandbox: Vec<Measure>,
+    ) -> Result<(), Failure> {
         let interface: Arc<dyn varlink::Interface> =
-            Arc::new(Interface::new(Arc::clone(served), self.grants));
+            Arc::new(Interface::new(Arc::clone(served), self.grants, sandbox));
         let ended = eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| Failure::Host(error.into()))?;
         thread::scope(|scope| {
             let control = thread::Builder::new().name("control".into());

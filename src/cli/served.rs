@@ -99,6 +99,11 @@ fn text(status: &attachment::Status) -> String {
         };
         row("front-end", told);
     }
+    if let Some(sandbox) = &status.sandbox {
+        let names: Vec<_> = sandbox.iter().map(|measure| measure.name()).collect();
+        let none = "none".to_owned();
+        row("sandbox", if names.is_empty() { none } else { names.join(", ") });
+    }
     match status.state {
         State::Open => row("state", "open".to_owned()),
         State::Locking => row("state", "locking: finishing the requests in flight".to_owned()),

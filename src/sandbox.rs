@@ -1,0 +1,241 @@
+//! What a process that serves a disk gives up before it reads a byte of a guest or a front-end, so that a guest that takes it over has
+//! little to go on with.
+//!
+//! ```text
+//! no_new_privileges   no program can raise its privileges (prctl(2), PR_SET_NO_NEW_PRIVS)
+//! system_calls        a filter (seccomp(2)) for all threads, those that are there and those to come. These fail with EPERM:
+//!                       a program or process that it would start
+//!                       a socket that is not a Unix socket
+//!                       looking into another process, or sending it a signal
+//!                       memory that is executable
+//!                       changes of name spaces, mounts, users, keys, modules and the like
+//! ```
+//!
+//! Nothing of that is needed from here on: the key helper runs already, names of users and groups are looked up, sockets are bound. A
+//! filter cannot be taken back, and threads inherit it.
+//!
+//! The filter lists what fails, and lets the rest through: files can be opened as before, and the kernel does not ask it about what an
+//! io_uring does. It costs nothing on the path of a request: the kernel remembers the calls that pass whatever their arguments are.
+//!
+//! x86-64 kernels can have system calls twice: the numbers of the x32 ABI are refused as well.
+
+use std::collections::BTreeMap;
+
+use clap::ValueEnum;
+use seccompiler::{
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, apply_filter_all_threads,
+};
+use serde::{Deserialize, Serialize};
+
+/// What a process has given up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Measure {
+    /// It gets no new privileges.
+    NoNewPrivileges,
+    /// It makes no system calls but those that a disk needs.
+    SystemCalls,
+}
+
+impl Measure {
+    /// For people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::NoNewPrivileges => "no new privileges",
+            Self::SystemCalls => "system calls",
+        }
+    }
+}
+
+/// When a process gives something up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Choice {
+    /// All of it, or the process ends.
+    Require,
+    /// What this kernel can take away.
+    Prefer,
+    /// Never.
+    Off,
+}
+
+/// Why it keeps what it was to give up.
+#[derive(Debug, thiserror::Error)]
+pub enum SandboxError {
+    /// The rules are for no processor that they know.
+    #[error(
+        "--sandbox: there is no filter of system calls for this processor; serve the disk with --sandbox=prefer"
+    )]
+    Rules(#[from] BackendError),
+    /// The kernel has no filters.
+    #[error(
+        "--sandbox: the system calls of this process cannot be filtered; run it on a kernel with seccomp filters \
+         (CONFIG_SECCOMP_FILTER), or serve the disk with --sandbox=prefer"
+    )]
+    Filter(#[from] seccompiler::Error),
+}
+
+impl Choice {
+    /// Gives it up. What is in force then, for good, is in the answer.
+    ///
+    /// # Errors
+    /// [`SandboxError`], if it was required.
+    pub fn enter(self) -> Result<Vec<Measure>, SandboxError> {
+        match self {
+            Self::Off => {
+                tracing::warn!(
+                    "--sandbox=off: a guest that takes this process over has all that its user has"
+                );
+                Ok(Vec::new())
+            }
+            Self::Require => enter(),
+            Self::Prefer => enter().or_else(|error| {
+                tracing::warn!(%error, "this process is not confined");
+                Ok(Vec::new())
+            }),
+        }
+    }
+}
+
+fn enter() -> Result<Vec<Measure>, SandboxError> {
+    // Each sets PR_SET_NO_NEW_PRIVS first, without which no filter is taken.
+    apply_filter_all_threads(&no_clone3()?)?;
+    apply_filter_all_threads(&refused()?)?;
+    Ok(vec![Measure::NoNewPrivileges, Measure::SystemCalls])
+}
+
+/// Calls that fail whatever their arguments are.
+const REFUSED: &[libc::c_long] = &[
+    // Another program or process.
+    libc::SYS_execve,
+    libc::SYS_execveat,
+    // Other processes.
+    libc::SYS_ptrace,
+    libc::SYS_process_vm_readv,
+    libc::SYS_process_vm_writev,
+    libc::SYS_process_madvise,
+    libc::SYS_pidfd_getfd,
+    libc::SYS_pidfd_send_signal,
+    libc::SYS_kcmp,
+    libc::SYS_kill,
+    libc::SYS_tkill,
+    libc::SYS_rt_sigqueueinfo,
+    libc::SYS_rt_tgsigqueueinfo,
+    libc::SYS_perf_event_open,
+    libc::SYS_userfaultfd,
+    // Other users, name spaces and file systems.
+    libc::SYS_setuid,
+    libc::SYS_setgid,
+    libc::SYS_setreuid,
+    libc::SYS_setregid,
+    libc::SYS_setresuid,
+    libc::SYS_setresgid,
+    libc::SYS_setgroups,
+    libc::SYS_capset,
+    libc::SYS_unshare,
+    libc::SYS_setns,
+    libc::SYS_mount,
+    libc::SYS_umount2,
+    libc::SYS_move_mount,
+    libc::SYS_open_tree,
+    libc::SYS_fsopen,
+    libc::SYS_fsconfig,
+    libc::SYS_fsmount,
+    libc::SYS_fspick,
+    libc::SYS_mount_setattr,
+    libc::SYS_pivot_root,
+    libc::SYS_chroot,
+    libc::SYS_open_by_handle_at,
+    libc::SYS_mknodat,
+    // The kernel itself.
+    libc::SYS_bpf,
+    libc::SYS_add_key,
+    libc::SYS_request_key,
+    libc::SYS_keyctl,
+    libc::SYS_init_module,
+    libc::SYS_finit_module,
+    libc::SYS_delete_module,
+    libc::SYS_kexec_load,
+    libc::SYS_reboot,
+    libc::SYS_swapon,
+    libc::SYS_swapoff,
+    libc::SYS_acct,
+    libc::SYS_settimeofday,
+    libc::SYS_clock_settime,
+    libc::SYS_adjtimex,
+    libc::SYS_clock_adjtime,
+    libc::SYS_sethostname,
+    libc::SYS_setdomainname,
+    libc::SYS_syslog,
+    libc::SYS_quotactl,
+    libc::SYS_personality,
+];
+
+/// Those of x86-64 alone.
+#[cfg(target_arch = "x86_64")]
+const REFUSED_HERE: &[libc::c_long] = &[
+    libc::SYS_fork,
+    libc::SYS_vfork,
+    libc::SYS_mknod,
+    libc::SYS_iopl,
+    libc::SYS_ioperm,
+    libc::SYS_modify_ldt,
+];
+#[cfg(not(target_arch = "x86_64"))]
+const REFUSED_HERE: &[libc::c_long] = &[];
+
+/// The bit of a number of the x32 ABI, and the numbers that are that ABI's own (arch/x86/entry/syscalls/syscall_64.tbl): to the end of
+/// their range.
+#[cfg(target_arch = "x86_64")]
+const X32_BIT: libc::c_long = 0x4000_0000;
+#[cfg(target_arch = "x86_64")]
+const X32_OWN: std::ops::RangeInclusive<libc::c_long> = 512..=547;
+
+fn refused() -> Result<BpfProgram, SandboxError> {
+    use SeccompCmpArgLen::{Dword, Qword};
+    let own = u64::from(std::process::id());
+    let exec = libc::PROT_EXEC as u64;
+    let thread = libc::CLONE_THREAD as u64;
+    let unix = libc::AF_UNIX as u64;
+    let when = |argument, len, operator, value| -> Result<Vec<SeccompRule>, BackendError> {
+        let condition = SeccompCondition::new(argument, len, operator, value)?;
+        Ok(vec![SeccompRule::new(vec![condition])?])
+    };
+    let executable = || when(2, Dword, SeccompCmpOp::MaskedEq(exec), exec);
+    let mut rules = BTreeMap::from([
+        (libc::SYS_socket, when(0, Dword, SeccompCmpOp::Ne, unix)?),
+        (libc::SYS_tgkill, when(0, Dword, SeccompCmpOp::Ne, own)?),
+        (
+            libc::SYS_clone,
+            when(0, Qword, SeccompCmpOp::MaskedEq(thread), 0)?,
+        ),
+        (libc::SYS_mmap, executable()?),
+        (libc::SYS_mprotect, executable()?),
+        (libc::SYS_pkey_mprotect, executable()?),
+    ]);
+    // Without a condition: always.
+    rules.extend(REFUSED.iter().chain(REFUSED_HERE).map(|&call| (call, Vec::new())));
+    #[cfg(target_arch = "x86_64")]
+    {
+        let known: Vec<_> = rules.keys().copied().collect();
+        let x32 = known.into_iter().chain(X32_OWN).map(|call| call | X32_BIT);
+        rules.extend(x32.map(|call| (call, Vec::new())));
+    }
+    program(rules, libc::EPERM)
+}
+
+/// clone3(2) has its flags in memory, where no filter looks. Without it the C library takes clone(2).
+fn no_clone3() -> Result<BpfProgram, SandboxError> {
+    program(BTreeMap::from([(libc::SYS_clone3, Vec::new())]), libc::ENOSYS)
+}
+
+fn program(rules: BTreeMap<i64, Vec<SeccompRule>>, errno: libc::c_int) -> Result<BpfProgram, SandboxError> {
+    let refuse = SeccompAction::Errno(errno.unsigned_abs());
+    let filter = SeccompFilter::new(
+        rules,
+        SeccompAction::Allow,
+        refuse,
+        std::env::consts::ARCH.try_into()?,
+    )?;
+    Ok(filter.try_into()?)
+}
