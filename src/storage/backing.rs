@@ -19,69 +19,12 @@ use std::sync::{Arc, OnceLock};
 
 use rustix::fs::{Advice, Mode, OFlags, fadvise};
 
-use super::capabilities::{self, Protection, block_device_size, direct_alignment, logical_block_size};
+use super::access::{Access, StorageError};
+use super::capabilities::{self, Kind, Protection, block_device_size, direct_alignment, logical_block_size};
 use super::claim::{self, Claim};
 use super::loss::Losses;
 use super::pool::PAGE_U32;
-use crate::error_chain::remedy;
 use crate::volume::FileLock;
-
-/// What a [`Backing`] is opened for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
-    /// Reads only; any number of read-only openers share the file.
-    ReadOnly,
-    /// Reads and writes; nobody else may have the file attached.
-    ReadWrite,
-    /// Reads of metadata, whoever has the file attached: it is not claimed. What is read may change at any time.
-    Inspect,
-}
-
-/// What kind of inode a [`Backing`] is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// A regular file.
-    File,
-    /// A block device.
-    BlockDevice,
-}
-
-/// Why a file or block device cannot be used as storage.
-#[derive(Debug, thiserror::Error)]
-pub enum StorageError {
-    #[error("{}: cannot be opened for {}{}", path.display(), match access {
-        Access::ReadOnly | Access::Inspect => "reading",
-        Access::ReadWrite => "reading and writing",
-    }, remedy(source))]
-    Open {
-        path: PathBuf,
-        access: Access,
-        source: io::Error,
-    },
-    #[error("{}: {by}", path.display())]
-    WriteProtected { path: PathBuf, by: Protection },
-    #[error("{}: is neither a regular file nor a block device; name the disk's file or device", path.display())]
-    NotStorage { path: PathBuf },
-    #[error(
-        "{}: is in use by another process (another sealblk, a QEMU, a mount or device-mapper); detach it there first",
-        path.display()
-    )]
-    InUse { path: PathBuf },
-    #[error(
-        "{}: the loop device {} uses it, so other processes could write to it; detach the loop device (`losetup --detach {1}`), \
-         or name the loop device instead", path.display(), device.display()
-    )]
-    UnderLoop { path: PathBuf, device: PathBuf },
-    #[error(
-        "{}: cannot be locked, so a second server could use it at the same time; mount its file system with locks, or move the \
-         disk to another file system", path.display()
-    )]
-    Lock { path: PathBuf, source: io::Error },
-    #[error("{}: its size cannot be read{}", path.display(), remedy(source))]
-    Size { path: PathBuf, source: io::Error },
-    #[error("{}: cannot be opened a second time for the data path{}", path.display(), remedy(source))]
-    Reopen { path: PathBuf, source: io::Error },
-}
 
 /// An opened and locked file or block device. See the module's header.
 #[derive(Debug)]

@@ -14,7 +14,14 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, FallocateFlags, Mode, OFlags, StatxAttributes, StatxFlags, major, minor};
 use rustix::io::Errno;
 
-use super::backing::Kind;
+/// What kind of inode a [`Backing`] is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A regular file.
+    File,
+    /// A block device.
+    BlockDevice,
+}
 
 /// Why storage that can be read cannot be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

@@ -39,7 +39,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags, major, minor};
 
-use super::backing::{Access, StorageError};
+use super::access::{Access, StorageError};
 use super::capabilities::sysfs;
 use sealblk_base::mounts::{Mount, overlay_upper};
 

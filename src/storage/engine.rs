@@ -15,8 +15,8 @@ use std::time::Duration;
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
-use super::backing::{DataFile, Kind};
-use super::capabilities::BLKDISCARD;
+use super::backing::DataFile;
+use super::capabilities::{BLKDISCARD, Kind};
 use super::pool::{Buffer, PAGE, Pool};
 
 /// What came of something that was asked of an [`Engine`].

@@ -10,7 +10,8 @@ use std::path::Path;
 use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate};
 use rustix::io::Errno;
 
-use super::backing::{Backing, Kind};
+use super::backing::Backing;
+use super::capabilities::Kind;
 use crate::volume::{BLOCK, HeaderIo, LockMode, MetadataLock};
 
 impl HeaderIo for Backing {

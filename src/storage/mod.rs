@@ -7,6 +7,7 @@
     clippy::cast_lossless
 )]
 
+mod access;
 mod backing;
 mod capabilities;
 mod claim;
@@ -15,7 +16,8 @@ mod header_io;
 mod loss;
 mod pool;
 
-pub use backing::{Access, Backing, DataFile, Kind, StorageError};
-pub use capabilities::{Protection, opening_acts};
+pub use access::{Access, StorageError};
+pub use backing::{Backing, DataFile};
+pub use capabilities::{Kind, Protection, opening_acts};
 pub use engine::{Done, Engine, Event};
 pub use pool::{Buffer, PAGE};
