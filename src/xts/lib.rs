@@ -8,6 +8,7 @@
 //! The tweak of a sector is its number in 512-byte units, little-endian, for every sector size.
 #![allow(unsafe_code)] // Kernels work on raw memory: guest memory must not be borrowed as a Rust slice.
 
+mod choice;
 mod copy;
 mod kernel;
 mod portable;
@@ -24,8 +25,9 @@ use vm_memory::VolatileSlice;
 use kernel::{Kernel, Units};
 use sealblk_secmem::arena::{ArenaError, SecretBytes};
 
+pub use choice::KernelChoice;
 pub use copy::copy;
-pub use kernel::{KernelChoice, Reader, Workspace};
+pub use kernel::{Reader, Workspace};
 pub use self_test::self_test;
 
 /// The length of an `aes-xts-plain64` key with AES-256: one half encrypts data, the other tweaks. In bytes.
@@ -154,7 +156,7 @@ impl SectorCipher {
         if data.ct_eq(tweak).into() {
             return Err(CipherError::EqualHalves);
         }
-        let chosen = kernel::choose(choice)?;
+        let chosen = choice::choose(choice)?;
         Ok(Self {
             kernel: (chosen.expand)(key)?,
             name: chosen.name,
@@ -440,7 +442,7 @@ mod tests {
             let plain: Vec<u8> = (0..sectors * size.bytes()).map(|i| (i as u64 ^ seed) as u8).collect();
             let expected = oracle(key, size, Sector(first), &plain);
             let readers = [Reader::Device, Reader::Processor];
-            for (kernel, reader) in kernel::running_here().flat_map(|kernel| readers.map(|reader| (kernel, reader))) {
+            for (kernel, reader) in choice::running_here().flat_map(|kernel| readers.map(|reader| (kernel, reader))) {
                 let cipher = cipher(key, size, kernel.choice);
                 let mut guest = plain.clone();
                 let mut bounce = vec![0xee; plain.len() + 128];
@@ -462,7 +464,7 @@ mod tests {
     /// whose numbers wrap or carry on the way; with a bounce buffer that vectors are aligned to, and with none.
     #[test]
     fn every_count_of_sectors_gives_what_aws_lc_gives() {
-        for candidate in kernel::KERNELS {
+        for candidate in choice::KERNELS {
             if !(candidate.runs_here)() {
                 eprintln!("skipped: this machine cannot run the kernel {}", candidate.name);
             }
@@ -483,7 +485,7 @@ mod tests {
         let plain: Vec<u8> = (0..count * size.bytes()).map(|i| (i % 241) as u8).collect();
         let expected = aws_lc(key, size, first, &plain);
         let from = (count * 7) % 59;
-        for kernel in kernel::running_here() {
+        for kernel in choice::running_here() {
             let cipher = cipher(key, size, kernel.choice);
             let mut guest = vec![0; from + plain.len()];
             guest[from..].copy_from_slice(&plain);
@@ -633,8 +635,8 @@ mod tests {
     /// Whichever machine this is, it runs the portable kernel, so that is what it says.
     #[test]
     fn kernel_that_the_machine_lacks_is_refused_with_those_it_has() {
-        for candidate in kernel::KERNELS {
-            match kernel::choose(candidate.choice) {
+        for candidate in choice::KERNELS {
+            match choice::choose(candidate.choice) {
                 Ok(chosen) => assert_eq!(chosen.choice, candidate.choice),
                 Err(refused) => {
                     let refused = refused.to_string();
@@ -653,7 +655,7 @@ mod tests {
     fn ieee_1619_vector_10() {
         let mut plain: Vec<u8> = (0..512).map(|i| i as u8).collect();
         let mut encrypted = vec![0; 512];
-        for kernel in kernel::running_here() {
+        for kernel in choice::running_here() {
             let cipher = cipher(self_test::KEY, SectorSize::B512, kernel.choice);
             cipher.encrypt(
                 Sector(0xff),
@@ -688,7 +690,7 @@ mod tests {
                     "[ENCRYPT]" => encrypting = true,
                     "[DECRYPT]" => encrypting = false,
                     vector if vector.starts_with("COUNT") => {
-                        for kernel in kernel::running_here() {
+                        for kernel in choice::running_here() {
                             check_vector(kernel, vector, encrypting);
                         }
                         run += 1;
@@ -700,7 +702,7 @@ mod tests {
         assert_eq!(run, 1200);
     }
 
-    fn check_vector(kernel: &kernel::Candidate, vector: &str, encrypting: bool) {
+    fn check_vector(kernel: &choice::Candidate, vector: &str, encrypting: bool) {
         let field = |name: &str| {
             vector
                 .lines()

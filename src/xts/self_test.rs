@@ -3,7 +3,7 @@
 use sha2::{Digest, Sha256};
 use vm_memory::VolatileSlice;
 
-use super::kernel::running_here;
+use super::choice::running_here;
 use super::{CipherError, KEY_LEN, Reader, Sector, SectorCipher, SectorSize, Workspace};
 use sealblk_secmem::arena::SecretBytes;
 
