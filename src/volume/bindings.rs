@@ -8,7 +8,7 @@ use super::copies::{self, Header, HeaderError};
 use super::error::{Reason, VolumeError};
 use super::header_io::HeaderIo;
 use super::metadata::Base64;
-use super::rekey::sealblk_tokens;
+use super::token::sealblk_tokens;
 use crate::keys::{Binding, KeyError, KeyId, Providers};
 use crate::timestamp::Timestamp;
 

@@ -27,10 +27,8 @@ use super::error::{Reason, VolumeError};
 use super::header_io::{BLOCK, HeaderIo};
 use super::lock::{LockMode, MetadataLock};
 use super::metadata::{Other, Requirements, Token};
+use super::refusal::MARK;
 use super::token::SealblkToken;
-
-/// What the header of a volume requires that is being erased.
-pub(super) const MARK: &str = "sealblk-erase";
 
 /// What was erased, and how it was seen to be.
 #[derive(Clone, Debug, PartialEq, Eq)]

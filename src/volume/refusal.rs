@@ -5,9 +5,11 @@
 //! with write access to the storage could add a `linear` segment, which would store in clear what the guest takes for
 //! encrypted.
 
-use super::erase::MARK;
 use super::keyslot::{ENCRYPTION, KEY_LEN};
 use super::metadata::{CryptSegment, Digest, Id, Keyslot, Metadata, Pbkdf2Digest, Segment};
+
+/// The requirement that erasure puts into a header first: a volume with it opens no more.
+pub(super) const MARK: &str = "sealblk-erase";
 
 /// The one segment that there is to serve, and the digest that tells its key.
 #[derive(Debug, Clone, Copy)]

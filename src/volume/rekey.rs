@@ -17,8 +17,8 @@ use super::error::{Reason, VolumeError};
 use super::kdf::Budget;
 use super::lock::LockMode;
 use super::locked::{Locked, Volume};
-use super::metadata::{Id, Metadata};
-use super::token::SealblkToken;
+use super::metadata::Id;
+use super::token::{ours, sealblk_tokens};
 use super::ways_in::{add_token, bound_keyslot, free_keyslot, place, random_fill};
 use crate::keys::{Binding, KeyId, KeyState, Providers};
 
@@ -246,17 +246,4 @@ impl Locked<'_> {
             false => Err(Reason::NotItsKey),
         }
     }
-}
-
-/// The sealblk tokens that can be read, with their keyslots.
-pub(super) fn sealblk_tokens(metadata: &Metadata) -> Vec<(Id, Id, SealblkToken)> {
-    let ids = metadata.tokens.keys();
-    ids.filter_map(|&id| ours(metadata, id).map(|(keyslot, token)| (id, keyslot, token)))
-        .collect()
-}
-
-fn ours(metadata: &Metadata, id: Id) -> Option<(Id, SealblkToken)> {
-    let token = metadata.tokens.get(&id)?;
-    let sealblk = SealblkToken::of(token)?.ok()?;
-    Some((token.keyslots[0], sealblk))
 }

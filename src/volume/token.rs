@@ -23,7 +23,7 @@ use base64::prelude::BASE64_STANDARD;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
-use super::metadata::{Base64, Id, Other, Token};
+use super::metadata::{Base64, Id, Metadata, Other, Token};
 use crate::keys::KeyId;
 use crate::keys::arena::{ArenaError, SecretBytes};
 use crate::parsing;
@@ -95,6 +95,20 @@ pub(super) fn passphrase_of(slot_secret: &SecretBytes) -> Result<SecretBytes, Ar
 
 pub(super) const TYPE: &str = "sealblk";
 pub(super) const SLOT_SECRET_LEN: usize = 32;
+
+/// The sealblk tokens that can be read, with their keyslots.
+pub(super) fn sealblk_tokens(metadata: &Metadata) -> Vec<(Id, Id, SealblkToken)> {
+    let ids = metadata.tokens.keys();
+    ids.filter_map(|&id| ours(metadata, id).map(|(keyslot, token)| (id, keyslot, token)))
+        .collect()
+}
+
+/// The keyslot of sealblk token `id`, and the token, if it is one that can be read.
+pub(super) fn ours(metadata: &Metadata, id: Id) -> Option<(Id, SealblkToken)> {
+    let token = metadata.tokens.get(&id)?;
+    let sealblk = SealblkToken::of(token)?.ok()?;
+    Some((token.keyslots[0], sealblk))
+}
 
 #[cfg(test)]
 mod tests {
