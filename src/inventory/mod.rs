@@ -115,6 +115,15 @@ enum Remark {
 }
 
 impl Note {
+    /// Why its place does not tell whether the volume is bound to the key, if so.
+    fn remark(&self) -> Option<Remark> {
+        match self {
+            Note { path, .. } if path.is_empty() => Some(Remark::Untold),
+            Note { elsewhere: true, .. } => Some(Remark::Elsewhere),
+            _ => None,
+        }
+    }
+
     /// Whether it is bound to this provider and this key, if they are given.
     pub fn is_under(&self, provider: Option<&str>, key_id: Option<&KeyId>) -> bool {
         provider.is_none_or(|provider| self.provider == provider)

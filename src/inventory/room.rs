@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::verify::{Verdict, look};
-use super::{Index, MOST, Note, PLACES, Rarely, Remark, name_of, note_of, read, remove};
+use super::{Index, MOST, Note, PLACES, Rarely, name_of, note_of, read, remove};
 use crate::error_chain::remedy;
 use crate::keys::{Binding, KeyError, KeyReason, private_file};
 
@@ -330,15 +330,6 @@ impl Index {
 
 /// Callers can provoke it.
 static WARNED: Rarely = Rarely::every(Duration::from_secs(3600));
-
-/// What is known of a place that nobody has named, or of places that were not kept.
-pub(super) fn remark(note: &Note) -> Option<Remark> {
-    match note {
-        Note { path, .. } if path.is_empty() => Some(Remark::Untold),
-        Note { elsewhere: true, .. } => Some(Remark::Elsewhere),
-        _ => None,
-    }
-}
 
 #[cfg(test)]
 mod tests {

@@ -12,7 +12,6 @@ use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::room::remark;
 use super::{By, Index, Note, Occasion, Remark, read, remove};
 use crate::keys::Binding;
 use crate::path_text::{from_text, to_text};
@@ -223,7 +222,7 @@ impl Index {
             self.clear_incomplete()?;
             for file in self.files()? {
                 match read(&file) {
-                    Some(note) if remark(&note) == Some(Remark::Elsewhere) => {
+                    Some(note) if note.remark() == Some(Remark::Elsewhere) => {
                         self.put_anew(
                             &file,
                             Note {
@@ -243,7 +242,7 @@ impl Index {
         }
         let mut entries = verify(self.list()?.notes);
         let is_missing =
-            |entry: &Entry| entry.verdict == MISSING || remark(&entry.note) == Some(Remark::Untold);
+            |entry: &Entry| entry.verdict == MISSING || entry.note.remark() == Some(Remark::Untold);
         entries.retain(|entry| !entry.in_use() || missing && is_missing(entry));
         self.forget(entries.iter().map(|entry| &entry.note))?;
         Ok(dropped + entries.len())
@@ -291,7 +290,7 @@ impl Found {
 
     fn judge(&self, note: &Note) -> Verdict {
         let verdict = self.judge_place(note);
-        match (remark(note), &verdict) {
+        match (note.remark(), &verdict) {
             (Some(Remark::Untold), _) => Verdict::Unknown("its path is unknown".to_owned()),
             (Some(Remark::Elsewhere), Verdict::NotBound) => {
                 Verdict::Unknown("it was at other paths, too, which the list no longer has".to_owned())
