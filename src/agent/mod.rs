@@ -17,6 +17,7 @@
 mod certificates;
 mod client;
 mod erasure;
+mod listing;
 mod manage;
 pub(crate) mod messages;
 pub(crate) mod providers;

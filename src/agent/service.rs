@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use super::Purpose;
 use super::certificates::Certificates;
-use super::manage::{LastListing, page};
+use super::listing::{LastListing, page};
 use super::messages::{
     CreateKek, DefaultProvider, Disks, INTERFACE, Kek, KeyFailure, ListDisks, MAX_NAME, MAX_PATH,
     MAX_WRAPPED, NamedProvider, PushKek, SettleBinding, Unwrap, WireBinding, Wrap, may_be,
