@@ -23,6 +23,7 @@
 
 pub use sealblk_secmem::{arena, harden, private_file};
 
+mod backup;
 mod cache;
 mod error;
 mod expiry;

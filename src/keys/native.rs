@@ -28,8 +28,8 @@ use sha2::Sha256;
 use uuid::Uuid;
 
 use super::arena::{ArenaError, SecretBytes, on_wiped_stack};
+use super::backup::Backup;
 use super::private_file;
-use super::registry::Backup;
 use super::settings_file::{self, Unreadable};
 use super::source::KekSource;
 use super::wrap::{KEK_LEN, Kek};

@@ -35,8 +35,9 @@ use super::{Expiring, KeyError, KeyProvider, KeyReason, Providers};
 use crate::tpm::Device;
 use crate::tpm::pcr::Selection;
 
+pub use super::backup::Backup;
 pub use error::RegistryError;
-pub use settings::{Backup, Source};
+pub use settings::Source;
 use settings::{Settings, check_name, check_private, primary_key};
 
 /// The providers of one state directory, as they were when it was opened.

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::RegistryError;
 use crate::keys::KeyError;
+use crate::keys::backup::Backup;
 use crate::keys::expiry::{self, Expiring};
 use crate::keys::kmip::{self, Kmip};
 use crate::keys::native::Native;
@@ -63,19 +64,6 @@ pub enum Source {
     Transit(transit::Settings),
     /// A broker that releases a key to a host which proves what it has booted.
     Trusted(trusted::Settings),
-}
-
-/// Whether a primary key was backed up. Until it was, it is for no new volumes, unless somebody has waived that.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Backup {
-    /// It was not.
-    #[default]
-    None,
-    /// It was, and what was written was seen to hold the key.
-    Taken,
-    /// It was not, and somebody does without.
-    Waived,
 }
 
 impl Source {
