@@ -82,7 +82,9 @@ impl HeaderIo for Backing {
 /// Fills `buffer` from `offset` by direct I/O, which is in whole blocks.
 fn read_blocks(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
     const MOST: usize = 1 << 20;
-    let block = BLOCK as usize;
+    const LEN: usize = 4096;
+    const { assert!(LEN as u64 == BLOCK) };
+    let block = LEN;
     let mut memory = vec![0; MOST.min(buffer.len()).next_multiple_of(block) + 2 * block];
     let start = memory.as_ptr().align_offset(block);
     let blocks = &mut memory[start..];
