@@ -11,7 +11,7 @@
 //! control      the sockets on which sealblk's processes answer, and what each caller may ask for
 //! attachment   a volume that is being served: its key comes, goes and is changed
 //! key_helper   the process that gets a served disk's keys, and the way to it
-//! sandbox      what a process that serves a disk gives up
+//! sandbox      confines a process that serves a disk
 //! device       what the guest sees: virtio-blk over vhost-user
 //! inventory    the volumes that this host has bound or opened: hints, each checked against the volume itself
 //! storage      files and block devices: claims on them, what they can do, and the io_uring engine

@@ -1,5 +1,5 @@
-//! What a process that serves a disk gives up before it reads a byte of a guest or a front-end, so that a guest that takes it over has
-//! little to go on with.
+//! The sandbox of a process that serves a disk. The process enters it before it reads a byte of a guest or a front-end, so that a guest
+//! that takes the process over can do little with it.
 //!
 //! ```text
 //! no_new_privileges   no program can raise its privileges (prctl(2), PR_SET_NO_NEW_PRIVS)
@@ -11,8 +11,8 @@
 //!                       changes of name spaces, mounts, users, keys, modules and the like
 //! ```
 //!
-//! Nothing of that is needed from here on: the key helper runs already, names of users and groups are looked up, sockets are bound. A
-//! filter cannot be taken back, and threads inherit it.
+//! The process needs none of these calls any more: the key helper runs, the names of users and groups are known, the sockets are bound.
+//! No thread can remove a filter, and new threads inherit it.
 //!
 //! The filter lists what fails, and lets the rest through: files can be opened as before, and the kernel does not ask it about what an
 //! io_uring does. It costs nothing on the path of a request: the kernel remembers the calls that pass whatever their arguments are.
@@ -28,7 +28,7 @@ use seccompiler::{
 };
 use serde::{Deserialize, Serialize};
 
-/// What a process has given up.
+/// A measure of the sandbox.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Measure {
@@ -48,21 +48,21 @@ impl Measure {
     }
 }
 
-/// When a process gives something up.
+/// Whether a process enters the sandbox.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Choice {
-    /// All of it, or the process ends.
+    /// It ends if this kernel has no sandbox.
     Require,
-    /// What this kernel can take away.
+    /// It warns and continues if this kernel has none.
     Prefer,
-    /// Never.
+    /// It does not.
     Off,
 }
 
-/// Why it keeps what it was to give up.
+/// Why a process cannot enter the sandbox.
 #[derive(Debug, thiserror::Error)]
 pub enum SandboxError {
-    /// The rules are for no processor that they know.
+    /// The rules cannot be compiled for this processor.
     #[error(
         "--sandbox: there is no filter of system calls for this processor; serve the disk with --sandbox=prefer"
     )]
@@ -76,7 +76,7 @@ pub enum SandboxError {
 }
 
 impl Choice {
-    /// Gives it up. What is in force then, for good, is in the answer.
+    /// Enters the sandbox, and returns the measures in force.
     ///
     /// # Errors
     /// [`SandboxError`], if it was required.
@@ -84,7 +84,7 @@ impl Choice {
         match self {
             Self::Off => {
                 tracing::warn!(
-                    "--sandbox=off: a guest that takes this process over has all that its user has"
+                    "--sandbox=off: a guest that takes this process over can do all that its user can do"
                 );
                 Ok(Vec::new())
             }
