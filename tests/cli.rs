@@ -150,7 +150,7 @@ fn recovery_keys_are_added_tested_and_removed() {
     bench.fails(
         &["recovery", "remove", "vm.luks", "--keyslot", "9"],
         USAGE,
-        &["no keyslot 9"],
+        &["keyslot 9 does not exist"],
     );
     let same = [
         "recovery",
