@@ -328,7 +328,7 @@ fn certificates_that_are_wrong_are_not_trusted() {
         ..settings(&[server.address()])
     };
     for (settings, cause) in [
-        (settings(&[stranger.address()]), "leads to \"CN=stranger\""),
+        (settings(&[stranger.address()]), "was issued by \"CN=stranger\""),
         (settings(&[expired.address()]), "expired"),
         (settings(&[future.address()]), "is not valid before"),
         (as_client("stranger-client"), "does not know its issuer"),
