@@ -189,7 +189,7 @@ fn every_version_is_spoken() {
     assert_fails(
         provider(&server).create_kek(),
         KeyReason::Failed,
-        "Discover Versions is refused",
+        "the server refuses Discover Versions",
     );
 }
 

@@ -322,7 +322,7 @@ fn key_that_cannot_be_made_ready_is_not_left_behind() {
     assert_fails(
         result,
         KeyReason::Failed,
-        "Activate is refused: Operation Not Supported",
+        "the server refuses Activate: Operation Not Supported",
     );
     assert_eq!(
         server.operations(),
@@ -334,7 +334,7 @@ fn key_that_cannot_be_made_ready_is_not_left_behind() {
         wrap: Wrap::Server,
         ..settings(&[server.mock.address()])
     });
-    assert_fails(provider.create_kek(), KeyReason::Failed, "Encrypt is refused");
+    assert_fails(provider.create_kek(), KeyReason::Failed, "the server refuses Encrypt");
     assert_eq!(
         server.operations(),
         [DISCOVER_VERSIONS, CREATE, ACTIVATE, ENCRYPT, REVOKE, DESTROY]
@@ -368,7 +368,7 @@ fn refusals_are_told_by_what_to_do_about_them() {
         assert_eq!(error.reason, reason, "{causes}");
         // Nothing of what a server says reaches a terminal as a control character.
         assert!(
-            causes.contains(&format!("Get is refused: {shown}: \"see[2Jthe log\"")),
+            causes.contains(&format!("the server refuses Get: {shown}: \"see[2Jthe log\"")),
             "{causes}"
         );
     }
