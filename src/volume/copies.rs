@@ -9,17 +9,13 @@
 //! [`read`] returns a [`Header`] only after it has read both copies, and says in [`Found`] whether they agree.
 
 use std::io;
-use std::thread;
-use std::time::Duration;
 
 use getrandom::fill;
 use tracing::warn;
 
 use super::binary::{self, BinaryError, BinaryHeader, Copy, HEADER_SIZES, checksum_holds};
-use super::error::Reason;
 use super::foreign::{self, Format};
 use super::header_io::HeaderIo;
-use super::lock::LockMode;
 use super::metadata::{Metadata, MetadataError};
 
 /// A header that both copies hold, or that the sound one of them holds.
@@ -148,24 +144,6 @@ impl Recoverable {
         Ok(self.header)
     }
 }
-
-/// Reads both copies under the lock for reading. Where this process may not have that, what is not sound may be another
-/// program's update on its way, and is looked at again.
-pub(super) fn read_locked(io: &dyn HeaderIo) -> Result<Found, Reason> {
-    let lock = io.lock(LockMode::Read).map_err(Reason::Lock)?;
-    let mut looks = if lock.is_held() { 0 } else { UNLOCKED_LOOKS };
-    loop {
-        match read(io) {
-            Ok(Found::NeedsRecovery(_)) | Err(_) if looks > 0 => thread::sleep(PAUSE),
-            found => return Ok(found?),
-        }
-        looks -= 1;
-    }
-}
-
-/// An update takes milliseconds.
-const UNLOCKED_LOOKS: u32 = 20;
-const PAUSE: Duration = Duration::from_millis(10);
 
 /// Reads both copies and compares them. The caller holds the lock, for reading at least.
 pub(super) fn read(io: &dyn HeaderIo) -> Result<Found, HeaderError> {

@@ -3,10 +3,10 @@
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::copies::{self, Found};
+use super::copies::Found;
 use super::error::{Reason, VolumeError};
 use super::header_io::HeaderIo;
-use super::locked::{keyslots_of_segments, layout};
+use super::locked::{keyslots_of_segments, layout, read_locked};
 use super::metadata::{Id, Kdf, Keyslot, Metadata, Segment, SegmentSize, Token};
 use super::token::{self, SealblkToken};
 use crate::timestamp::Timestamp;
@@ -176,7 +176,7 @@ impl Info {
     /// Where there is no LUKS2 header.
     pub fn read(io: &dyn HeaderIo, payload: Option<&dyn HeaderIo>) -> Result<Self, VolumeError> {
         let read = || {
-            let found = copies::read_locked(io)?;
+            let found = read_locked(io)?;
             Ok(Self::of(&found, io, payload))
         };
         read().map_err(|reason: Reason| reason.at(io.path()))

@@ -5,7 +5,7 @@
 //! holder unlinks that file, so a process that gets the lock checks that the locked file is still in the directory.
 //!
 //! Only root can make that file, unless other users have access to the directory. A process without access reads without
-//! the lock, and reads again if the result is not valid ([`copies::read_locked`](super::copies::read_locked)): both copies
+//! the lock, and reads again if the result is not valid (`locked::read_locked`): both copies
 //! have checksums and a sequence number, so a half-written header is detected. sealblk writes nothing without the lock.
 //!
 //! The lock is held only while metadata are read or written, never while a key is derived or a disk is served.

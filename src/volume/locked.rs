@@ -4,6 +4,8 @@
 use std::fmt;
 use std::io;
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use tracing::warn;
 use uuid::Uuid;
@@ -364,10 +366,28 @@ impl fmt::Debug for Volume {
     }
 }
 
+/// Reads both copies under the lock for reading. Where this process may not have that, what is not sound may be another
+/// program's update on its way, and is looked at again.
+pub(super) fn read_locked(io: &dyn HeaderIo) -> Result<Found, Reason> {
+    let lock = io.lock(LockMode::Read).map_err(Reason::Lock)?;
+    let mut looks = if lock.is_held() { 0 } else { UNLOCKED_LOOKS };
+    loop {
+        match copies::read(io) {
+            Ok(Found::NeedsRecovery(_)) | Err(_) if looks > 0 => thread::sleep(PAUSE),
+            found => return Ok(found?),
+        }
+        looks -= 1;
+    }
+}
+
+/// An update takes milliseconds.
+const UNLOCKED_LOOKS: u32 = 20;
+const PAUSE: Duration = Duration::from_millis(10);
+
 /// Reads the header under the lock. What needs recovery is looked at again under the write lock before it is
 /// repaired, because what looked like damage may have been another program's update.
 fn read_and_repair(io: &dyn HeaderIo) -> Result<(Header, HeaderState), Reason> {
-    let found = copies::read_locked(io)?;
+    let found = read_locked(io)?;
     if let Found::Sound(header) = found {
         return Ok((header, HeaderState::Sound));
     }
