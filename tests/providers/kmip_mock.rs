@@ -334,7 +334,11 @@ fn key_that_cannot_be_made_ready_is_not_left_behind() {
         wrap: Wrap::Server,
         ..settings(&[server.mock.address()])
     });
-    assert_fails(provider.create_kek(), KeyReason::Failed, "the server refuses Encrypt");
+    assert_fails(
+        provider.create_kek(),
+        KeyReason::Failed,
+        "the server refuses Encrypt",
+    );
     assert_eq!(
         server.operations(),
         [DISCOVER_VERSIONS, CREATE, ACTIVATE, ENCRYPT, REVOKE, DESTROY]
