@@ -100,17 +100,17 @@ fn pieces_of_source(source: &str) -> Vec<Piece> {
             let len = source[begin..].find(&close).expect("a literal ends");
             pieces.push((line_of(at), source[begin..begin + len].to_owned()));
             at = begin + len + close.len();
-        } else if rest.starts_with('"') {
-            let len = 1 + literal_len(&rest[1..]);
+        } else if let Some(literal) = rest.strip_prefix('"') {
+            let len = literal_len(literal);
             pieces.push((
                 line_of(at),
-                rest[1..len].replace("\\\n", "\n").replace("\\n", "\n"),
+                literal[..len].replace("\\\n", "\n").replace("\\n", "\n"),
             ));
-            at += len + 1;
+            at += len + 2;
         } else if rest.starts_with("'\"'") {
             at += 3;
-        } else if rest.starts_with("'\\") {
-            at += 2 + rest[2..].chars().next().map_or(0, char::len_utf8);
+        } else if let Some(escaped) = rest.strip_prefix("'\\") {
+            at += 2 + escaped.chars().next().map_or(0, char::len_utf8);
         } else {
             at += rest.chars().next().map_or(1, char::len_utf8);
         }
