@@ -384,14 +384,14 @@ mod tests {
     #[test]
     fn slips_of_the_pen_are_refused() {
         for (text, expected) in [
-            ("agent = 1", "cannot be understood"),
-            ("[agent]\nsokcet = \"/run/a\"", "cannot be understood"),
-            ("[policy]\nmax-key-age = 90", "cannot be understood"),
-            ("[policy]\nmax-key-age = \"0d\"", "cannot be understood"),
-            ("[policy]\nmax-key-age = \"soon\"", "cannot be understood"),
+            ("agent = 1", "cannot be parsed"),
+            ("[agent]\nsokcet = \"/run/a\"", "cannot be parsed"),
+            ("[policy]\nmax-key-age = 90", "cannot be parsed"),
+            ("[policy]\nmax-key-age = \"0d\"", "cannot be parsed"),
+            ("[policy]\nmax-key-age = \"soon\"", "cannot be parsed"),
             (
                 "[[grant]]\nuser = \"root\"\nprivileges = [\"Everything\"]",
-                "cannot be understood",
+                "cannot be parsed",
             ),
             ("[[grant]]\nprivileges = [\"Access\"]", "either a user or a group"),
             (
@@ -400,7 +400,7 @@ mod tests {
             ),
             (
                 "[[grant]]\nuser = 1\nprivileges = [\"RegisterVM\"]\nvolumes = [\"vm7\"]",
-                "cannot be understood",
+                "cannot be parsed",
             ),
             (
                 "[[grant]]\nuser = 1\nprivileges = [\"RegisterVM\", \"EncryptNew\"]\nvolumes = []",
