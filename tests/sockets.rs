@@ -253,7 +253,7 @@ fn a_path_that_is_too_long_for_a_socket_is_told_with_its_length() {
     };
     let longest = long(107);
     end(serving(&volume, &longest, &[]), Signal::TERM);
-    let says = ["the path has 108 bytes", "no more than 107", "shorter"];
+    let says = ["the path has 108 bytes", "only 107", "shorter"];
     refused(&volume, &long(108), &[], USAGE, &says);
     let too_long = long(108);
     let args = ["--control-socket", too_long.to_str().unwrap()];
