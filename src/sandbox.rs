@@ -118,6 +118,8 @@ const REFUSED: &[libc::c_long] = &[
     libc::SYS_pidfd_send_signal,
     libc::SYS_kcmp,
     libc::SYS_kill,
+    libc::SYS_process_mrelease,
+    libc::SYS_shmat,
     libc::SYS_tkill,
     libc::SYS_rt_sigqueueinfo,
     libc::SYS_rt_tgsigqueueinfo,
@@ -131,6 +133,8 @@ const REFUSED: &[libc::c_long] = &[
     libc::SYS_setresuid,
     libc::SYS_setresgid,
     libc::SYS_setgroups,
+    libc::SYS_setfsuid,
+    libc::SYS_setfsgid,
     libc::SYS_capset,
     libc::SYS_unshare,
     libc::SYS_setns,
@@ -156,6 +160,8 @@ const REFUSED: &[libc::c_long] = &[
     libc::SYS_finit_module,
     libc::SYS_delete_module,
     libc::SYS_kexec_load,
+    libc::SYS_kexec_file_load,
+    libc::SYS_fanotify_init,
     libc::SYS_reboot,
     libc::SYS_swapon,
     libc::SYS_swapoff,
@@ -170,6 +176,12 @@ const REFUSED: &[libc::c_long] = &[
     libc::SYS_quotactl,
     libc::SYS_personality,
 ];
+
+/// Commands of fcntl(2) and ioctl(2) that libc does not have for every target.
+const F_SETSIG: libc::c_int = 10;
+const F_SETOWN_EX: libc::c_int = 15;
+const TIOCSTI: libc::c_int = 0x5412;
+const TIOCLINUX: libc::c_int = 0x541c;
 
 /// Those of x86-64 alone.
 #[cfg(target_arch = "x86_64")]
@@ -201,10 +213,29 @@ fn refused() -> Result<BpfProgram, SandboxError> {
         let condition = SeccompCondition::new(argument, len, operator, value)?;
         Ok(vec![SeccompRule::new(vec![condition])?])
     };
+    let any_of = |argument, values: &[libc::c_int]| -> Result<Vec<SeccompRule>, BackendError> {
+        let rule = |value: &libc::c_int| {
+            let condition =
+                SeccompCondition::new(argument, Dword, SeccompCmpOp::Eq, u64::from(value.unsigned_abs()))?;
+            SeccompRule::new(vec![condition])
+        };
+        values.iter().map(rule).collect()
+    };
     let executable = || when(2, Dword, SeccompCmpOp::MaskedEq(exec), exec);
     let mut rules = BTreeMap::from([
         (libc::SYS_socket, when(0, Dword, SeccompCmpOp::Ne, unix)?),
         (libc::SYS_tgkill, when(0, Dword, SeccompCmpOp::Ne, own)?),
+        // Limits of another process, by which it can be ended.
+        (libc::SYS_prlimit64, when(0, Dword, SeccompCmpOp::Ne, 0)?),
+        // A signal that the kernel sends to another process when something happens to a descriptor.
+        (
+            libc::SYS_fcntl,
+            any_of(1, &[libc::F_SETOWN, F_SETSIG, F_SETOWN_EX])?,
+        ),
+        // Input that another program reads from this process' terminal.
+        (libc::SYS_ioctl, any_of(1, &[TIOCSTI, TIOCLINUX])?),
+        // Memory that others of the same user can read and write.
+        (libc::SYS_prctl, any_of(0, &[libc::PR_SET_DUMPABLE])?),
         (
             libc::SYS_clone,
             when(0, Qword, SeccompCmpOp::MaskedEq(thread), 0)?,
@@ -218,7 +249,11 @@ fn refused() -> Result<BpfProgram, SandboxError> {
     #[cfg(target_arch = "x86_64")]
     {
         let known: Vec<_> = rules.keys().copied().collect();
-        let x32 = known.into_iter().chain(X32_OWN).map(|call| call | X32_BIT);
+        let x32 = known
+            .into_iter()
+            .chain([libc::SYS_clone3])
+            .chain(X32_OWN)
+            .map(|call| call | X32_BIT);
         rules.extend(x32.map(|call| (call, Vec::new())));
     }
     program(rules, libc::EPERM)

@@ -594,6 +594,26 @@ fn a_disk_whose_passphrase_can_be_read_once_is_not_locked() {
     disk.server.still_serves();
 }
 
+/// The key helper had another standard input.
+#[test]
+fn a_key_file_that_is_standard_input_is_read_again_after_a_lock() {
+    let mut volume = Volume::cryptsetup(MIB, 512);
+    let passphrase = std::mem::replace(&mut volume.open[1], "/dev/stdin".into());
+    let (socket, control) = (volume.beside("sock"), volume.beside("control"));
+    let direct = serve(&volume, &socket, &["--control-socket", control.to_str().unwrap()]);
+    let mut command = Command::new("sh");
+    command.args(["-c", r#"exec "$@" <"$0""#, &passphrase]);
+    command.arg(direct.get_program()).args(direct.get_args());
+    let disk = Served {
+        server: Server::at(&mut command, socket),
+        control,
+    };
+    assert_eq!(disk.status()["state"], "open");
+    disk.does("lock");
+    disk.does("unlock");
+    disk.server.still_serves();
+}
+
 /// A volume that is served with a control socket.
 struct Served {
     server: Server,

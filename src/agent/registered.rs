@@ -114,11 +114,23 @@ fn stat_field<T: FromStr>(process: i32, field: usize) -> io::Result<T> {
     number.ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
-/// Who serves the volume that `peer` asks for: `process`, if it is the peer's parent, whose key helper the peer is then; else the
-/// peer itself.
+/// The effective user of a process (proc_pid_status(5), `Uid`).
+fn user_of(process: i32) -> io::Result<u32> {
+    let status = fs::read_to_string(format!("/proc/{process}/status"))?;
+    let users = status.lines().find_map(|line| line.strip_prefix("Uid:"));
+    let effective = users.and_then(|users| users.split_whitespace().nth(1)?.parse().ok());
+    effective.ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// The process that serves the volume that `peer` asks for: `process`, if it is the peer's parent and has the same user, since the
+/// peer is its key helper then; else the peer itself. The first process is the parent of any that has lost its own, and serves no disk.
 pub(super) fn serving(peer: &Peer, process: Option<u32>) -> Peer {
     let named = process.and_then(|process| i32::try_from(process).ok());
-    let is_parent = |named: &i32| stat_field::<i32>(peer.process, 4).is_ok_and(|parent| parent == *named);
+    let is_parent = |named: &i32| {
+        *named > 1
+            && stat_field::<i32>(peer.process, 4).is_ok_and(|parent| parent == *named)
+            && user_of(*named).is_ok_and(|user| user == peer.user)
+    };
     Peer {
         process: named.filter(is_parent).unwrap_or(peer.process),
         ..peer.clone()
@@ -350,6 +362,25 @@ mod tests {
         assert_eq!(registered.ended().len(), ended.len());
         ended.iter().for_each(|(volume, _)| registered.forget(volume));
         ended
+    }
+
+    /// Any process could be named, and was in the audit log as the one that got the key.
+    #[test]
+    fn a_disk_is_served_by_the_callers_parent_of_the_same_user_or_by_the_caller() {
+        let own = i32::try_from(std::process::id()).unwrap();
+        let peer = |user| Peer {
+            user,
+            groups: Vec::new(),
+            process: own,
+        };
+        let user = rustix::process::geteuid().as_raw();
+        let parent = std::os::unix::process::parent_id();
+        let told = |user, process| serving(&peer(user), process).process;
+        assert_eq!(told(user, Some(parent)), i32::try_from(parent).unwrap());
+        assert_eq!(told(user + 1, Some(parent)), own);
+        for other in [None, Some(1), Some(u32::MAX), Some(std::process::id())] {
+            assert_eq!(told(user, other), own, "{other:?}");
+        }
     }
 
     #[test]

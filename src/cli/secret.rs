@@ -240,7 +240,8 @@ impl SecretSource {
                 .filter(|found| found.file_type().is_fifo()),
         };
         let (Some(pipe), true) = (pipe, self.can_be_read_once()) else {
-            return Ok(Vec::new());
+            let named = self.descriptor_of_path().filter(|fd| is_inherited(*fd));
+            return Ok(named.into_iter().collect());
         };
         let leads_there = |fd: &RawFd| {
             let found = fs::metadata(format!("/proc/self/fd/{fd}"));
@@ -251,6 +252,21 @@ impl SecretSource {
         Ok(numbers
             .filter(|fd| is_inherited(*fd) && leads_there(fd))
             .collect())
+    }
+
+    /// The descriptor that the path of a file names, as `/dev/stdin` does.
+    fn descriptor_of_path(&self) -> Option<RawFd> {
+        let Self::File(path) = self else {
+            return None;
+        };
+        let path = path.to_str()?;
+        let number = ["/dev/fd/", "/proc/self/fd/"]
+            .iter()
+            .find_map(|directory| path.strip_prefix(directory));
+        match path {
+            "/dev/stdin" => Some(0),
+            _ => number?.parse().ok(),
+        }
     }
 
     fn open(&self, location: &str) -> Result<File, SecretError> {

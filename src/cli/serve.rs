@@ -217,11 +217,13 @@ impl Serve {
         // From here on threads do not get the signals that end the process.
         let server = Server::new(Arc::clone(&disk), self.num_queues, endpoint)?;
         let control = self.control_socket(host)?;
+        if let Key::Volume { opener, .. } = &medium.key {
+            arena::reserve(&SECRETS).map_err(SecretError::from)?;
+            opener.helper.watch().map_err(Failure::Host)?;
+        }
         let sandbox = self.sandbox.enter()?;
         let (served, _claim) = match medium.key {
             Key::Volume { opener, identity } => {
-                arena::reserve(&SECRETS).map_err(SecretError::from)?;
-                opener.helper.watch().map_err(Failure::Host)?;
                 let served = Attachment::new(*opener, disk, identity);
                 if self.get_key(&server, &served)? == Waited::Stopped {
                     return Ok(());

@@ -79,7 +79,8 @@ mod tests {
         );
         // The list of the verbs was empty.
         let none = said("serve", &["sealblk", "help", "create", "serve"]);
-        let expected = "`sealblk create` has no verbs, so \"serve\" is not valid; see `sealblk create --help`\n";
+        let expected =
+            "`sealblk create` has no verbs, so \"serve\" is not valid; see `sealblk create --help`\n";
         assert_eq!(none, expected);
         let kinds = said("vault", &["sealblk", "provider", "add", "vault"]);
         assert!(

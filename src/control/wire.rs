@@ -207,6 +207,12 @@ impl Connection {
         }
     }
 
+    /// Ends the connection, for both sides: no message of it is read any more.
+    pub fn shut_down(&self) {
+        // One that has ended already is as good.
+        let _ = self.stream.shutdown(std::net::Shutdown::Both);
+    }
+
     /// Waits for messages without a limit from now on.
     pub fn wait_for_ever(&mut self) {
         self.patient = true;

@@ -280,8 +280,11 @@ impl Route for Line {
         match &called {
             Ok(_) | Err(CallError::Method(_)) => {}
             Err(error) if lacks_descriptors(error) => {}
-            // No call comes to an answer any more.
-            Err(_) => self.process.give_up(),
+            // What comes next could be the rest of this answer. The helper ends with its socket.
+            Err(_) => {
+                connection.shut_down();
+                self.process.give_up();
+            }
         }
         called
     }

@@ -159,8 +159,10 @@ impl Drop for Process {
         self.state.dismissed.store(true, Ordering::Release);
         // One that is watched ends with the socket.
         if let Some(mut child) = lock(&self.child).take() {
-            drop(child.kill());
-            drop(child.wait());
+            // The sandbox refuses signals to others; the helper ends with the socket then, and init reaps it.
+            if child.kill().is_ok() {
+                drop(child.wait());
+            }
         }
     }
 }
