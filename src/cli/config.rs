@@ -408,7 +408,7 @@ mod tests {
             ),
             (
                 "[[grant]]\nuser = \"no one at all\"\nprivileges = []",
-                "[[grant]] number 1 names a user that this host does not have",
+                "[[grant]] number 1 names a user that does not exist on this host",
             ),
         ] {
             let error = read(text).unwrap_err().to_string();
