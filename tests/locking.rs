@@ -573,17 +573,8 @@ fn strangers_may_look_and_not_lock() {
 /// It was locked, and then nothing could unlock it.
 #[test]
 fn a_disk_whose_passphrase_can_be_read_once_is_not_locked() {
-    let mut volume = Volume::cryptsetup(MIB, 512);
-    let passphrase = std::mem::replace(&mut volume.open[1], "-".into());
-    let (socket, control) = (volume.beside("sock"), volume.beside("control"));
-    let direct = serve(&volume, &socket, &["--control-socket", control.to_str().unwrap()]);
-    let mut command = Command::new("sh");
-    command.args(["-c", r#"exec "$@" <"$0""#, &passphrase]);
-    command.arg(direct.get_program()).args(direct.get_args());
-    let disk = Served {
-        server: Server::at(&mut command, socket),
-        control,
-    };
+    let volume = Volume::cryptsetup(MIB, 512);
+    let disk = Served::with_standard_input(&volume, "-");
     let refused = disk.run("lock");
     let said = String::from_utf8_lossy(&refused.stderr);
     assert!(
@@ -597,17 +588,8 @@ fn a_disk_whose_passphrase_can_be_read_once_is_not_locked() {
 /// The key helper had another standard input.
 #[test]
 fn a_key_file_that_is_standard_input_is_read_again_after_a_lock() {
-    let mut volume = Volume::cryptsetup(MIB, 512);
-    let passphrase = std::mem::replace(&mut volume.open[1], "/dev/stdin".into());
-    let (socket, control) = (volume.beside("sock"), volume.beside("control"));
-    let direct = serve(&volume, &socket, &["--control-socket", control.to_str().unwrap()]);
-    let mut command = Command::new("sh");
-    command.args(["-c", r#"exec "$@" <"$0""#, &passphrase]);
-    command.arg(direct.get_program()).args(direct.get_args());
-    let disk = Served {
-        server: Server::at(&mut command, socket),
-        control,
-    };
+    let volume = Volume::cryptsetup(MIB, 512);
+    let disk = Served::with_standard_input(&volume, "/dev/stdin");
     assert_eq!(disk.status()["state"], "open");
     disk.does("lock");
     disk.does("unlock");
@@ -635,6 +617,24 @@ impl Served {
         let args = [&["--control-socket", &socket], args].concat();
         Self {
             server: Server::of(volume, &args),
+            control,
+        }
+    }
+
+    /// With the passphrase's file as standard input, which `source` names.
+    fn with_standard_input(volume: &Volume, source: &str) -> Self {
+        let (socket, control) = (volume.beside("sock"), volume.beside("control"));
+        let direct = serve(volume, &socket, &["--control-socket", control.to_str().unwrap()]);
+        let passphrase = &volume.open[1];
+        let args = direct.get_args().map(|arg| match arg == passphrase.as_str() {
+            true => source.as_ref(),
+            false => arg,
+        });
+        let mut command = Command::new("sh");
+        command.args(["-c", r#"exec "$@" <"$0""#, passphrase]);
+        command.arg(direct.get_program()).args(args);
+        Self {
+            server: Server::at(&mut command, socket),
             control,
         }
     }

@@ -68,6 +68,18 @@ fn no_key_is_asked_for_if_the_disk_cannot_be_served() {
         let command = served(&[]);
         limited.arg(command.get_program()).args(command.get_args());
         refused(limited, Stdio::null(), HOST, &["RLIMIT_MEMLOCK is 65536 bytes"]);
+
+        // Enough for io_uring and not for keys: confined already, the process waited for a helper that it could not end.
+        let mut limited = Command::new("setpriv");
+        limited.args(["--bounding-set", "-ipc_lock", "prlimit", "--memlock=131072"]);
+        let command = served(&["--pool-size", "1M"]);
+        limited.arg(command.get_program()).args(command.get_args());
+        refused(
+            limited,
+            Stdio::null(),
+            HOST,
+            &["bytes of memory for keys", "is 131072 bytes"],
+        );
     }
 
     // A socket that nobody can come by: it was served, to nobody, and that was a success.

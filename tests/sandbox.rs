@@ -107,6 +107,14 @@ fn what_a_confined_process_must_not_do_fails() {
         refused(&[libc::SYS_tkill, other_id, signal.into()]);
         refused(&[libc::SYS_tgkill, other_id, other_id, signal.into()]);
     }
+    // Signals that the kernel sends when something happens to a descriptor, and limits that end a process.
+    for command in [libc::F_SETOWN, F_SETSIG, F_SETOWN_EX] {
+        refused(&[libc::SYS_fcntl, 0, command.into(), other_id]);
+    }
+    refused(&[libc::SYS_prlimit64, other_id, 0, 0, 0]);
+    refused(&[libc::SYS_ioctl, 0, TIOCSTI, 0]);
+    refused(&[libc::SYS_prctl, libc::PR_SET_DUMPABLE.into(), 1]);
+    refused(&[libc::SYS_shmat, 0, 0, 0]);
     refused(&[libc::SYS_process_vm_readv, other_id, 0, 0, 0, 0, 0]);
     refused(&[libc::SYS_clone, libc::SIGCHLD.into(), 0, 0, 0, 0]);
     refused(&[libc::SYS_unshare, libc::CLONE_NEWUSER.into()]);
@@ -122,15 +130,23 @@ fn what_a_confined_process_must_not_do_fails() {
         // execve and ptrace of the x32 ABI.
         refused(&[0x4000_0000 | 520, 0, 0, 0]);
         refused(&[0x4000_0000 | 521, 0, 0, 0, 0]);
+        refused(&[0x4000_0000 | libc::SYS_clone3, 0, 0]);
     }
 
     // What a disk needs goes on.
     let pair = std::os::unix::net::UnixStream::pair();
     assert!(pair.is_ok() && std::thread::spawn(|| 7).join().unwrap() == 7);
     assert!(fs::read("/dev/null").is_ok());
+    assert!(call(&[libc::SYS_prlimit64, 0, libc::RLIMIT_NOFILE as libc::c_long, 0, 0]).is_ok());
+    assert!(call(&[libc::SYS_fcntl, 0, libc::F_GETFD.into()]).is_ok());
     // No signal has reached it.
     assert!(other.try_wait().unwrap().is_none());
 }
+
+/// As in the kernel's headers; libc does not have all of them for every target.
+const F_SETSIG: libc::c_int = 10;
+const F_SETOWN_EX: libc::c_int = 15;
+const TIOCSTI: libc::c_long = 0x5412;
 
 fn refused(arguments: &[libc::c_long]) {
     let error = call(arguments).expect_err("it works");

@@ -10,6 +10,7 @@ use std::time::Duration;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use clap::Args;
+use rustix::process::Signal;
 use serde_json::json;
 use uuid::Uuid;
 
@@ -55,6 +56,13 @@ impl KeyHelper {
         let _ = rustix::thread::set_name(c"sealblk-keys");
         let stream = UnixStream::from(OwnedFd::from(duplicate(self.fd).map_err(Failure::Host)?));
         let peer = Peer::of(&stream).map_err(Failure::Host)?;
+        // Again, for the kernel forgets it where the executable has capabilities of its own; the parent may have ended before.
+        rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
+            .map_err(|error| Failure::Host(error.into()))?;
+        let parent = rustix::process::getppid().map(|parent| parent.as_raw_nonzero().get());
+        if parent != Some(peer.process) {
+            return Ok(());
+        }
         let mut connection = Connection::new(stream, TIMEOUT);
         connection.wait_for_ever();
         let disk = Disk {
@@ -97,6 +105,10 @@ type Answered = Result<Answer, MethodError>;
 
 impl Disk<'_> {
     fn open(&self, mut request: Request<'_>) -> Answered {
+        // It serves one volume for life, and looks at no other file.
+        if let Some(volume) = self.opened.get() {
+            return Err(not_this_volume(volume.uuid));
+        }
         let open: Open = request.parameters()?;
         let header = request.descriptors.get(open.header);
         let header = header.ok_or_else(|| MethodError::invalid_parameter("header"))?;
@@ -104,7 +116,6 @@ impl Disk<'_> {
             .look(header, &path_of(&open))
             .map_err(|error| failed(&error))?;
         let uuid = volume.uuid;
-        // It serves one volume for life.
         self.opened
             .set(volume)
             .map_err(|other| not_this_volume(other.uuid))?;

@@ -19,7 +19,7 @@ use super::secret::{SecretError, SecretSource};
 use super::size::{NotASize, Size};
 use super::socket_args::{differ, parse_group, parse_mode, warn_of_others};
 use super::{Host, output, process};
-use crate::attachment::{Attachment, By, Interface, Opener};
+use crate::attachment::{Attachment, By, Interface, OpenError, Opener};
 use crate::cipher::{KEY_LEN, KernelChoice, Sector, SectorCipher, SectorSize};
 use crate::closer::{self, ClosedElsewhere};
 use crate::control::privilege::Grants;
@@ -31,7 +31,7 @@ use crate::keys::arena::{self, SecretBytes};
 use crate::sandbox::{Choice, Measure};
 use crate::storage::{Access, Backing, DataFile, PAGE, StorageError};
 use crate::volume::segment::{SegmentTable, Treatment};
-use crate::volume::{HeaderError, Identity, Locked, MATERIAL_LEN, Reason, VolumeError, unencrypted};
+use crate::volume::{Changed, HeaderError, Identity, Locked, MATERIAL_LEN, Reason, VolumeError, unencrypted};
 
 const AFTER_HELP: &str = "\
 Then start QEMU with shared memory and the disk:
@@ -307,8 +307,17 @@ impl Serve {
         match opened {
             Ok(locked) => {
                 let volume = self.volume(&disk, &locked)?;
-                helper.open(header.as_ref().unwrap_or(&disk))?;
+                let opened = helper.open(header.as_ref().unwrap_or(&disk))?;
                 let identity = locked.identity()?;
+                // The helper reads the header after this process, and it may have been replaced between.
+                let expected = identity.uuid();
+                if opened != expected {
+                    return Err(OpenError::from(Changed::Volume {
+                        expected,
+                        found: opened,
+                    })
+                    .into());
+                }
                 if let Some(expected) = self.volume
                     && identity.uuid() != expected
                 {

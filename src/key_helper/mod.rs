@@ -172,11 +172,11 @@ impl KeyHelper {
         })))
     }
 
-    /// Has the helper read the header, of the volume that it serves from then on.
+    /// Has the helper read the header, of the volume that it serves from then on: its UUID.
     ///
     /// # Errors
     /// Where there is no such volume for it, or no way to its keys.
-    pub(crate) fn open(&self, header: &Backing) -> Result<(), HelperError> {
+    pub(crate) fn open(&self, header: &Backing) -> Result<Uuid, HelperError> {
         let failed = |error: std::io::Error| self.0.fail().because(error);
         let file = header.reopen_to_read().map_err(failed)?;
         let path = header.path();
@@ -189,7 +189,7 @@ impl KeyHelper {
             Err(HelperError::Ended(error)) => {
                 Err(self.0.process.failure().map_or(error.into(), HelperError::Failed))
             }
-            asked => asked.map(drop),
+            asked => asked.map(|(Opened { volume }, _)| volume),
         }
     }
 
