@@ -1,4 +1,5 @@
-//! What a served disk costs while its guest does nothing: processor time, wake-ups, memory, threads and descriptors;
+//! What a served disk costs while its guest does nothing: processor time, wake-ups, memory, threads and descriptors, those of
+//! its key helper included;
 //! how long it takes from its start to its first answer; and what 200 of them cost on one machine.
 //!
 //! `cargo bench --bench footprint`; the figures are those that the kernel keeps in `/proc`, so it has to run as root
@@ -18,7 +19,7 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use common::driver::{Driver, Setup};
 use common::frontend::{GET_FEATURES, VERSION, message};
-use common::process::{Process, Thread};
+use common::process::{Process, Thread, threads_of};
 use common::serve::serve;
 use common::volume::{MIB, Volume};
 use report::{Better, Conditions, Contender, Metric, Options, Report, Role};
@@ -122,7 +123,17 @@ fn idle(report: &mut Report, disks: &Disks, window: Duration) {
         .collect();
     // What polls for a while after a request, and threads that leave after 5 s without work, are gone by then.
     std::thread::sleep(window * 6 / 10 + Duration::from_secs(1));
-    let threads = || -> Vec<Vec<Thread>> { served.iter().map(|served| served.process.threads()).collect() };
+    let threads = || -> Vec<Vec<Thread>> {
+        served
+            .iter()
+            .map(|served| {
+                processes_of(served.process.pid())
+                    .into_iter()
+                    .flat_map(threads_of)
+                    .collect()
+            })
+            .collect()
+    };
     let before = threads();
     std::thread::sleep(window);
     for (((state, _), before), after) in STATES.into_iter().zip(before).zip(threads()) {
@@ -167,7 +178,7 @@ fn all(report: &mut Report, disks: &Disks) {
         std::thread::sleep(Duration::from_millis(500));
         let costs: Vec<Cost> = served
             .iter()
-            .map(|served| Cost::of(served.process.pid()))
+            .map(|served| Cost::of_all(&processes_of(served.process.pid())))
             .collect();
         let mean = |part: fn(&Cost) -> f64| costs.iter().map(part).sum::<f64>() / costs.len() as f64;
         report.record(&workload, state, BEYOND_POOL, mean(|cost| cost.beyond_pool));
@@ -269,7 +280,14 @@ fn wait_for_answer(socket: &Path) {
     stream.read_exact(&mut [0; 20]).unwrap();
 }
 
-/// What the kernel says a process takes.
+/// The processes of a served disk: the one that serves it, and its key helper.
+fn processes_of(serving: u32) -> Vec<u32> {
+    let children = fs::read_to_string(format!("/proc/{serving}/task/{serving}/children")).unwrap();
+    let children = children.split_whitespace().map(|child| child.parse().unwrap());
+    [serving].into_iter().chain(children).collect()
+}
+
+/// What the kernel says processes take.
 struct Cost {
     beyond_pool: f64,
     pool: f64,
@@ -279,6 +297,18 @@ struct Cost {
 }
 
 impl Cost {
+    fn of_all(processes: &[u32]) -> Self {
+        let costs: Vec<Self> = processes.iter().copied().map(Self::of).collect();
+        let sum = |part: fn(&Self) -> f64| costs.iter().map(part).sum();
+        Self {
+            beyond_pool: sum(|cost| cost.beyond_pool),
+            pool: sum(|cost| cost.pool),
+            pss: sum(|cost| cost.pss),
+            threads: sum(|cost| cost.threads),
+            descriptors: sum(|cost| cost.descriptors),
+        }
+    }
+
     fn of(pid: u32) -> Self {
         let file = |name: &str| fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap();
         let (status, rollup) = (file("status"), file("smaps_rollup"));

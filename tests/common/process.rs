@@ -47,6 +47,27 @@ pub struct Facts {
     pub locked_kib: u64,
 }
 
+/// As [`Process::threads`], of any process.
+pub fn threads_of(pid: u32) -> Vec<Thread> {
+    let thread = |task: PathBuf| {
+        let read = |name: &str| fs::read_to_string(task.join(name)).ok();
+        let number = |text: &str| text.split_whitespace().next()?.parse().ok();
+        let status = read("status")?;
+        let switches = status
+            .lines()
+            .filter_map(|line| line.split_once("ctxt_switches:"));
+        Some(Thread {
+            id: number(task.file_name()?.to_str()?)?,
+            name: read("comm")?.trim().to_owned(),
+            ran_ns: number(&read("schedstat")?)?,
+            switches: switches.filter_map(|(_, count)| number(count)).sum(),
+        })
+    };
+    let tasks = fs::read_dir(format!("/proc/{}/task", pid)).unwrap();
+    // One that ends meanwhile is not there.
+    tasks.filter_map(|task| thread(task.unwrap().path())).collect()
+}
+
 /// What a thread has done so far.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Thread {
@@ -168,23 +189,7 @@ impl Process {
 
     /// How long and how often each of its threads has run so far, those included that the kernel runs for it.
     pub fn threads(&self) -> Vec<Thread> {
-        let thread = |task: PathBuf| {
-            let read = |name: &str| fs::read_to_string(task.join(name)).ok();
-            let number = |text: &str| text.split_whitespace().next()?.parse().ok();
-            let status = read("status")?;
-            let switches = status
-                .lines()
-                .filter_map(|line| line.split_once("ctxt_switches:"));
-            Some(Thread {
-                id: number(task.file_name()?.to_str()?)?,
-                name: read("comm")?.trim().to_owned(),
-                ran_ns: number(&read("schedstat")?)?,
-                switches: switches.filter_map(|(_, count)| number(count)).sum(),
-            })
-        };
-        let tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
-        // One that ends meanwhile is not there.
-        tasks.filter_map(|task| thread(task.unwrap().path())).collect()
+        threads_of(self.pid())
     }
 
     pub fn facts(&self) -> Facts {
