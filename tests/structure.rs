@@ -16,10 +16,10 @@ const TO_BE_CUT: &[&[&str]] = &[
         "src/cli/config.rs",
         "src/cli/failure.rs",
         "src/cli/journal.rs",
-        "src/cli/log.rs",
         "src/cli/output.rs",
         "src/cli/secret.rs",
         "src/cli/socket_args.rs",
+        "src/cli/stderr.rs",
         "src/cli/strength.rs",
     ],
     &[

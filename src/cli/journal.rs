@@ -13,8 +13,8 @@ use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::Layer;
 use tracing_subscriber::layer::Context;
 
-use super::log;
 use super::output::printable;
+use super::stderr;
 use crate::error_chain::causes;
 
 /// Where the journal takes records.
@@ -66,7 +66,7 @@ impl<S: Subscriber> Layer<S> for Journal {
             put(&mut bytes, "CODE_FILE", file);
             put(&mut bytes, "CODE_LINE", &line.to_string());
         }
-        log::record(bytes);
+        stderr::record(bytes);
     }
 }
 

@@ -18,7 +18,6 @@ mod key;
 mod key_helper;
 mod keys;
 mod list;
-mod log;
 mod made;
 pub mod output;
 mod primary_key;
@@ -32,6 +31,7 @@ mod serve;
 mod served;
 mod size;
 mod socket_args;
+mod stderr;
 mod strength;
 mod usage;
 mod volume_args;
@@ -223,7 +223,7 @@ pub fn main() -> ExitCode {
             ExitCode::from(failure.exit_code())
         }
     };
-    log::flush();
+    stderr::flush();
     code
 }
 
@@ -238,7 +238,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         cli.verb,
         Verb::Serve(_) | Verb::Agent(_) | Verb::Broker(_) | Verb::KeyHelper(_)
     ) {
-        log::begin();
+        stderr::begin();
         output::log_events("info");
     } else {
         output::log_events("warn");

@@ -16,7 +16,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use super::failure::Failure;
 use super::journal::{self, Journal};
-use super::log::{self, Limit, Lines};
+use super::stderr::{self, Limit, Lines};
 use crate::error_chain::causes;
 use crate::keys::harmless;
 
@@ -66,7 +66,7 @@ pub fn shown(path: &Path) -> String {
 
 /// Prints a note to the user, in addition to the result, on one line. If standard error is closed, the note is lost.
 pub fn note(text: &str) {
-    log::write(format!("sealblk: {}\n", printable(text)).as_bytes());
+    stderr::write(format!("sealblk: {}\n", printable(text)).as_bytes());
 }
 
 /// Lets the log go to standard error, which is the journal's for a service; SEALBLK_LOG says which, else `level` and up.
@@ -121,7 +121,7 @@ fn names_levels(filter: &str) -> bool {
 
 /// Prints an error and its causes, each on a line.
 pub fn complain(error: &dyn Error) {
-    log::write(format!("sealblk: {}\n", describe(error)).as_bytes());
+    stderr::write(format!("sealblk: {}\n", describe(error)).as_bytes());
 }
 
 /// The same of a failure, with the list that goes with it.
@@ -131,7 +131,7 @@ pub(super) fn complain_of(failure: &Failure) {
         .iter()
         .map(|line| format!("\n    {}", printable(line)))
         .collect();
-    log::write(format!("sealblk: {}{list}\n", describe(failure)).as_bytes());
+    stderr::write(format!("sealblk: {}{list}\n", describe(failure)).as_bytes());
 }
 
 /// Rows of text as columns, each as wide as its widest cell.
