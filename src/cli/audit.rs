@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 
 use super::erase::sha256;
 use super::failure::Failure;
-use super::{Host, output};
+use super::{Host, output, text};
 use crate::agent;
 use crate::control::events::Event;
 use crate::parsing;
@@ -77,7 +77,7 @@ impl Audit {
         })?;
         output::print(&format!(
             "{}: {} records, unchanged\n  head  {}\n",
-            output::shown(&path),
+            text::shown(&path),
             verified.records,
             verified.head
         ))?;
@@ -149,7 +149,7 @@ impl<'p> Receipt<'p> {
         let told = |name| issued.get(name).map(Value::to_string).unwrap_or_default();
         output::print(&format!(
             "{}: unchanged; issued by user {}, record {} of {}\n",
-            output::shown(self.path),
+            text::shown(self.path),
             told("user"),
             told("seq"),
             told("time").trim_matches('"'),

@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 
 use super::failure::Failure;
 use super::made::Made;
-use super::{Host, output};
+use super::{Host, output, text};
 use crate::audit::AuditLog;
 use crate::broker::state::{self, Kept, Reference, Token, check_name};
 use crate::broker::{Broker as Server, Settings, State, StateError, audit_log};
@@ -325,7 +325,7 @@ fn hosts(kept: &Kept) -> String {
             host.endorsement.clone().unwrap_or_else(|| "-".to_owned()),
         ]);
     }
-    output::table(&rows)
+    text::table(&rows)
 }
 
 impl ReferenceVerb {

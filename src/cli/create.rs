@@ -16,7 +16,7 @@ use super::made::Made;
 use super::recovery_key::RecoveryKey;
 use super::secret::SecretSource;
 use super::size::Size;
-use super::{Host, Keys, output, provider};
+use super::{Host, Keys, output, provider, stderr, text};
 use crate::agent::Purpose;
 use crate::cipher::SectorSize;
 use crate::keys::registry::Backup;
@@ -130,7 +130,7 @@ impl Create {
             && recovery_key.is_none()
             && registry.backup(provider.name()) == Some(Backup::Waived)
         {
-            output::note(&format!(
+            stderr::note(&format!(
                 "only the primary key of provider {:?} opens this disk, and it has no backup: run {}, or \
                  `sealblk recovery add`",
                 provider.name(),
@@ -140,7 +140,7 @@ impl Create {
 
         let mut answer = format!(
             "Created {}: a disk of {}\n",
-            output::shown(&self.disk),
+            text::shown(&self.disk),
             Size(created.capacity())
         );
         let mut tell = |what: &str, value: &str| answer.push_str(&format!("  {what:<13} {value}\n"));

@@ -17,7 +17,7 @@ use super::key::revoked_text;
 use super::made::Made;
 use super::size::Size;
 use super::volume_args::VolumeArgs;
-use super::{Host, Keys, output};
+use super::{Host, Keys, output, stderr, text};
 use crate::agent::{Erasure, ErasureStep, Purpose};
 use crate::inventory::{GuardError, Removal};
 use crate::keys::private_file;
@@ -193,7 +193,7 @@ impl Erase {
         });
         self.hand_over(&text, before.uuid)?;
         for text in NOT_COVERED {
-            output::note(&format!("not covered: {text}"));
+            stderr::note(&format!("not covered: {text}"));
         }
         logged?;
         left.map_or(Ok(()), Err)
@@ -284,9 +284,9 @@ impl Erase {
                 }
                 output::print(&format!(
                     "{}: volume {} was erased; the receipt is in {}\n",
-                    output::shown(&self.volume.disk),
+                    text::shown(&self.volume.disk),
                     volume,
-                    output::shown(path)
+                    text::shown(path)
                 ))
             }
             None => output::print(text),
@@ -305,7 +305,7 @@ impl Erase {
                 let _ = write!(
                     io::stderr(),
                     "This destroys {}: volume {}, {capacity}, for good. Type its UUID: ",
-                    output::shown(&self.volume.disk),
+                    text::shown(&self.volume.disk),
                     before.uuid,
                 );
                 let mut line = String::new();
@@ -356,7 +356,7 @@ fn is_final(reason: KeyReason) -> bool {
 }
 
 fn tell_left(Opened { provider, key_id, .. }: &Opened) {
-    output::note(&format!(
+    stderr::note(&format!(
         "key {key_id} of provider {provider:?} was not revoked: while it is active, it opens backups of the header"
     ));
 }
@@ -378,7 +378,7 @@ fn revoke_keys(keys: &Keys, named: Vec<Opened>) -> (Vec<Revoked>, Option<Failure
         let (revoked, why) = match result {
             Ok(reach) => {
                 let reach = reach.unwrap_or(Reach::Host);
-                output::note(&format!(
+                stderr::note(&format!(
                     "key {key_id} of provider {provider:?}: {}",
                     revoked_text(reach, revocation)
                 ));

@@ -24,7 +24,7 @@ use crate::volume::{Advice, Content, HeaderError, KdfError, KeyslotError, Owner,
 
 use super::config::ConfigError;
 use super::secret::SecretError;
-use super::strength::Weakness;
+use super::strength::WeakSecret;
 
 /// clap's own choice too.
 pub(super) const USAGE: u8 = 2;
@@ -86,13 +86,8 @@ pub enum Failure {
     )]
     NoProvider,
     /// A secret that is easy to guess.
-    #[error("the secret in {location} is too weak: {why}; use a longer one, or --weak to accept this one")]
-    WeakSecret {
-        /// Where it is.
-        location: String,
-        /// By which measure.
-        why: Weakness,
-    },
+    #[error(transparent)]
+    WeakSecret(#[from] WeakSecret),
     /// A backup that holds something else.
     #[error("{}: {what}", path.display())]
     Backup {
@@ -416,7 +411,7 @@ impl Failure {
             Self::Sandbox(_) => HOST,
             Self::SizeNeeded { .. }
             | Self::SameDescriptor { .. }
-            | Self::WeakSecret { .. }
+            | Self::WeakSecret(_)
             | Self::SameSocket { .. }
             | Self::OpensAlready { .. }
             | Self::KeyOfPlainDisk { .. }

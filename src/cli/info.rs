@@ -6,8 +6,9 @@ use clap::Args;
 
 use super::failure::Failure;
 use super::key::age_text;
-use super::output::{self, printable};
+use super::output;
 use super::size::Size;
+use super::text::{self, printable};
 use crate::storage::{Access, Backing};
 use crate::volume::{CopiesInfo, Info as VolumeInfo, KdfInfo, KeyslotInfo, Purpose, SegmentInfo, TokenInfo};
 
@@ -92,7 +93,7 @@ fn text(disk: &str, info: &VolumeInfo) -> String {
     if !info.requirements.is_empty() {
         row("requirements", printable(&info.requirements.join(", ")));
     }
-    output::table(&rows)
+    text::table(&rows)
 }
 
 fn segment_text(segment: &SegmentInfo) -> String {

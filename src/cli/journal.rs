@@ -1,41 +1,20 @@
 //! Log records in the journal's native protocol (<https://systemd.io/JOURNAL_NATIVE_PROTOCOL/>): the message is the log line, and
-//! the fields for searches are separate. The log's thread sends the records, since a journal that does not read blocks the
-//! sender.
+//! the fields for searches are separate.
 
 use std::error::Error;
 use std::fmt::{self, Write as _};
-use std::io;
-use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixDatagram;
 
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::Layer;
 use tracing_subscriber::layer::Context;
 
-use super::output::printable;
 use super::stderr;
+use super::text::printable;
 use crate::error_chain::causes;
 
-/// Where the journal takes records.
-const SOCKET: &str = "/run/systemd/journal/socket";
 /// The longest value. A datagram holds some of this length.
 const MAX_VALUE: usize = 16 << 10;
-
-/// Whether standard error goes to the journal (systemd.exec(5), "JOURNAL_STREAM").
-pub(super) fn is_standard_error() -> bool {
-    let stream = std::env::var("JOURNAL_STREAM").unwrap_or_default();
-    let is = |(device, inode): (&str, &str)| {
-        let stderr = std::fs::metadata("/proc/self/fd/2");
-        stderr.is_ok_and(|stderr| (device.parse(), inode.parse()) == (Ok(stderr.dev()), Ok(stderr.ino())))
-    };
-    stream.split_once(':').is_some_and(is)
-}
-
-/// Sends what the layer has made; waits if the journal does not read.
-pub(super) fn send(record: &[u8]) -> io::Result<()> {
-    UnixDatagram::unbound()?.send_to(record, SOCKET).map(drop)
-}
 
 /// The layer that makes the records.
 #[derive(Debug)]

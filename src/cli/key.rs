@@ -13,7 +13,7 @@ use uuid::Uuid;
 use super::config::parse_age;
 use super::failure::Failure;
 use super::secret::SecretSource;
-use super::{Host, Keys, absolute, output};
+use super::{Host, Keys, absolute, output, stderr, text};
 use crate::agent::Purpose;
 use crate::inventory;
 use crate::inventory::{GuardError, Note, Removal};
@@ -193,7 +193,7 @@ impl Insistence {
                 let disks = uses
                     .lines()
                     .into_iter()
-                    .map(|disk| format!("  {}\n", output::printable(&disk)));
+                    .map(|disk| format!("  {}\n", text::printable(&disk)));
                 let needed = match uses.count {
                     0 => format!("{subject}: {lacks}it can only be {done} with --force\n"),
                     _ => format!(
@@ -285,9 +285,9 @@ impl List {
                 0 => "-".to_owned(),
                 _ => age_text(row.bound),
             };
-            table.push([output::printable(&row.provider), key, state, volumes, age]);
+            table.push([text::printable(&row.provider), key, state, volumes, age]);
         }
-        output::print(&output::table(&table))
+        output::print(&text::table(&table))
     }
 }
 
@@ -367,14 +367,14 @@ impl WhereUsed {
                 && let Err(error) = keys.provider(provider).and_then(|provider| provider.check())
                 && error.reason == KeyReason::UnknownProvider
             {
-                output::note(&format!("this host has no key provider {provider:?}"));
+                stderr::note(&format!("this host has no key provider {provider:?}"));
             }
             return output::print("no volume is known to be bound to it\n");
         }
         let mut table = vec![["DISK", "VOLUME", "STATE", "LAST OPENED", "KEY"].map(str::to_owned)];
         for entry in entries {
             let verdict = match &entry.why {
-                Some(why) => format!("{}: {}", entry.verdict, output::printable(why)),
+                Some(why) => format!("{}: {}", entry.verdict, text::printable(why)),
                 None => entry.verdict.replace('_', " "),
             };
             let note = entry.note;
@@ -382,14 +382,14 @@ impl WhereUsed {
                 .opened
                 .map_or("never".to_owned(), |opened| opened.to_string());
             table.push([
-                output::printable(&note.path),
+                text::printable(&note.path),
                 note.volume.to_string(),
                 verdict,
                 opened,
-                format!("{} of {}", note.key_id, output::printable(&note.provider)),
+                format!("{} of {}", note.key_id, text::printable(&note.provider)),
             ]);
         }
-        output::print(&output::table(&table))
+        output::print(&text::table(&table))
     }
 }
 
@@ -440,13 +440,13 @@ impl Due {
         let mut table = vec![["DISK", "VOLUME", "AGE", "KEY"].map(str::to_owned)];
         for volume in due {
             table.push([
-                output::printable(&volume.path),
+                text::printable(&volume.path),
                 volume.volume.to_string(),
                 age_text(volume.bound),
-                format!("{} of {}", volume.key_id, output::printable(&volume.provider)),
+                format!("{} of {}", volume.key_id, text::printable(&volume.provider)),
             ]);
         }
-        output::print(&output::table(&table))
+        output::print(&text::table(&table))
     }
 }
 
@@ -481,8 +481,8 @@ impl Scan {
         }
         let scanned = host.keys(Purpose::Check)?.scan(&paths, self.forget_missing)?;
         for passed in &scanned.passed_over {
-            let (path, why) = (output::printable(&passed.path), output::printable(&passed.why));
-            output::note(&format!("{path}: skipped: {why}"));
+            let (path, why) = (text::printable(&passed.path), text::printable(&passed.why));
+            stderr::note(&format!("{path}: skipped: {why}"));
         }
         let bound = scanned.found.iter().filter(|seen| seen.keys > 0).count();
         output::print(&format!(

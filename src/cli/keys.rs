@@ -8,7 +8,7 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::failure::Failure;
-use super::output;
+use super::stderr;
 use crate::agent::{Client, Erasure, ErasureStep, record_erasure};
 use crate::inventory;
 use crate::inventory::verify::{Scanned, verify};
@@ -71,19 +71,19 @@ impl Keys {
             }
         };
         if full {
-            output::note(
+            stderr::note(
                 "the list of known volumes is incomplete: it was full, or a file of it cannot be read; add your disks with \
                  `sealblk key scan`, then drop missing volumes with `sealblk key scan --forget-missing`",
             );
         }
         if volumes.iter().any(inventory::Entry::is_untold) {
-            output::note(
+            stderr::note(
                 "the agent shows only callers with the privilege ManageKeys whether these entries still hold, because it reads \
                  paths that other users cannot read",
             );
         }
         for share in crowded {
-            output::note(&share.to_string());
+            stderr::note(&share.to_string());
         }
         Ok(volumes)
     }

@@ -4,7 +4,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::failure::Failure;
-use super::{Host, output};
+use super::{Host, output, text};
 use crate::agent::{Client, Purpose};
 
 const AFTER_HELP: &str = "\
@@ -51,6 +51,6 @@ impl List {
             ]
         });
         let rows: Vec<_> = [head].into_iter().chain(rows).collect();
-        output::print(&output::table(&rows))
+        output::print(&text::table(&rows))
     }
 }

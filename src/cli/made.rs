@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::PathBuf;
 
-use super::output;
+use super::stderr;
 use crate::keys::private_file;
 
 /// Removes the files it holds when it is dropped, unless they are kept.
@@ -19,7 +19,7 @@ impl Made {
     pub(super) fn keep(mut self) {
         for path in self.0.drain(..) {
             if let Err(e) = private_file::sync_dir_of(&path) {
-                output::note(&format!(
+                stderr::note(&format!(
                     "{} was made, but a crash now may lose it: {e}",
                     path.display()
                 ));
@@ -32,7 +32,7 @@ impl Drop for Made {
     fn drop(&mut self) {
         for path in &self.0 {
             if let Err(e) = fs::remove_file(path) {
-                output::note(&format!("{} was made and cannot be removed: {e}", path.display()));
+                stderr::note(&format!("{} was made and cannot be removed: {e}", path.display()));
             }
         }
     }

@@ -18,6 +18,7 @@ mod key;
 mod key_helper;
 mod keys;
 mod list;
+mod log;
 mod made;
 pub mod output;
 mod primary_key;
@@ -33,6 +34,7 @@ mod size;
 mod socket_args;
 mod stderr;
 mod strength;
+mod text;
 mod usage;
 mod volume_args;
 
@@ -239,9 +241,9 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Serve(_) | Verb::Agent(_) | Verb::Broker(_) | Verb::KeyHelper(_)
     ) {
         stderr::begin();
-        output::log_events("info");
+        log::begin("info");
     } else {
-        output::log_events("warn");
+        log::begin("warn");
     }
     let host = Host {
         state_dir: cli.state_dir,

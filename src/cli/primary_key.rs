@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 use super::failure::Failure;
 use super::made::Made;
 use super::secret::{SecretError, SecretSource};
-use super::{Host, output, strength};
+use super::{Host, output, stderr, strength, text};
 use crate::keys::arena::{SecretBytes, on_wiped_stack};
 use crate::keys::registry::Backup as Taken;
 use crate::keys::{PRIMARY_LEN, private_file};
@@ -142,7 +142,7 @@ impl Backup {
         output::print(&format!(
             "{}: the backup of the primary key of {:?}, read back and checked; store it and its passphrase in different places, \
              apart from the disks\n",
-            output::shown(path),
+            text::shown(path),
             self.name
         ))
     }
@@ -160,7 +160,7 @@ impl Restore {
         };
         registry.import(&name, &primary, self.default)?;
         if let Some(known) = known.filter(|known| *known != name) {
-            output::note(&format!(
+            stderr::note(&format!(
                 "volumes that are bound to provider {known:?} do not find it under the name {name:?}: restore the backup as {known:?} \
                  into another state directory, and serve them with it (`--state-dir DIR`); or bind them to this provider by \
                  their recovery keys (`sealblk rekey DISK --provider {name} --unlock-key FILE`)"

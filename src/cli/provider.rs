@@ -11,7 +11,7 @@ use serde_json::json;
 use super::failure::Failure;
 use super::key::Insistence;
 use super::secret::SecretSource;
-use super::{Host, Keys, absolute, output, primary_key};
+use super::{Host, Keys, absolute, output, primary_key, stderr, text};
 use crate::agent::Purpose;
 use crate::inventory::Removal;
 use crate::kbs::ResourcePath;
@@ -446,7 +446,7 @@ fn add_servers(
             _ => Err(error),
         })?;
     }
-    output::note(&format!("added key provider {name:?}; {next}"));
+    stderr::note(&format!("added key provider {name:?}; {next}"));
     Ok(())
 }
 
@@ -465,8 +465,8 @@ pub(super) fn add_native(
     backup: Backup,
 ) -> Result<(), Failure> {
     registry.add(name, Source::Native { backup }, default)?;
-    let dir = output::shown(registry.dir());
-    output::note(&format!(
+    let dir = text::shown(registry.dir());
+    stderr::note(&format!(
         "added key provider {name:?}; its primary key is in {dir}: back it up with {}; only the primary key and their \
          recovery keys open the volumes of this provider",
         backup_command(host, name)
@@ -476,7 +476,7 @@ pub(super) fn add_native(
 
 /// The command that backs up a native provider.
 pub(super) fn backup_command(host: &Host, name: &str) -> String {
-    let state_dir = host.state_dir.as_deref().map(output::shown);
+    let state_dir = host.state_dir.as_deref().map(text::shown);
     let option = state_dir.map_or(String::new(), |dir| format!(" --state-dir {dir}"));
     format!("`sealblk{option} provider backup {name} --to FILE --passphrase-file FILE`")
 }
@@ -512,7 +512,7 @@ impl Remove {
 
 fn tell_expiring(entry: &Entry) {
     for expiring in &entry.expiring {
-        output::note(&format!("key provider {:?}: {expiring}", entry.name));
+        stderr::note(&format!("key provider {:?}: {expiring}", entry.name));
     }
 }
 
@@ -580,7 +580,7 @@ impl List {
             let default = if entry.default { "yes" } else { "no" };
             rows.push([entry.name, entry.kind, default.to_owned(), usable, entry.location]);
         }
-        output::print(&output::table(&rows))
+        output::print(&text::table(&rows))
     }
 }
 

@@ -7,7 +7,7 @@ use super::made::Made;
 use super::recovery_key::RecoveryKey;
 use super::secret::SecretSource;
 use super::volume_args::{Unlock, VolumeArgs};
-use super::{Host, output};
+use super::{Host, output, text};
 use crate::agent::Purpose;
 use crate::storage::Access;
 use crate::volume::{Argon2Cost, HeaderError, Reason};
@@ -129,7 +129,7 @@ impl Add {
             }
         };
         made.keep();
-        let (disk, place) = (output::shown(&self.volume.disk), &self.recovery_key);
+        let (disk, place) = (text::shown(&self.volume.disk), &self.recovery_key);
         output::print(&format!(
             "{disk}: the recovery key in {place} was {verb}, in keyslot {keyslot}\n"
         ))
@@ -155,7 +155,7 @@ impl Remove {
         // A key that was added more than once is removed from each keyslot: an operator removes it because it may be stolen.
         loop {
             locked.remove_recovery_key(keyslot, &other)?;
-            let disk = output::shown(&self.volume.disk);
+            let disk = text::shown(&self.volume.disk);
             output::print(&format!(
                 "{disk}: the recovery key was removed from keyslot {keyslot}\n"
             ))?;
@@ -180,7 +180,7 @@ impl Test {
         let volume = key.open(|form| locked.unlock_with_passphrase(form))?;
         output::print(&format!(
             "{}: the recovery key opens keyslot {}\n",
-            output::shown(&self.volume.disk),
+            text::shown(&self.volume.disk),
             volume.keyslot()
         ))
     }

@@ -11,7 +11,7 @@ use super::config::parse_age;
 use super::failure::Failure;
 use super::key::max_key_age;
 use super::volume_args::{Unlock, VolumeArgs};
-use super::{Host, output, served};
+use super::{Host, output, served, text};
 use crate::agent::Purpose;
 use crate::keys::KeyId;
 use crate::storage::{Access, StorageError};
@@ -140,7 +140,7 @@ impl Rekey {
 fn tell_not_due(disk: &Path) -> Result<(), Failure> {
     output::print(&format!(
         "{}: the key has not reached its maximum age\n",
-        output::shown(disk)
+        text::shown(disk)
     ))
 }
 
@@ -151,7 +151,7 @@ fn tell(disk: &Path, rekeyed: &Rekeyed) -> Result<(), Failure> {
         keyslot,
         replaced,
     } = rekeyed;
-    let mut answer = format!("{}: rekeyed, in keyslot {keyslot}\n", output::shown(disk));
+    let mut answer = format!("{}: rekeyed, in keyslot {keyslot}\n", text::shown(disk));
     answer.push_str(&format!("  opens now     provider {provider:?}, key {key_id}\n"));
     for (provider, key_id) in replaced {
         answer.push_str(&format!("  no longer     provider {provider:?}, key {key_id}\n"));

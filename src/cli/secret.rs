@@ -17,7 +17,7 @@ use std::str::FromStr;
 use clap::builder::{OsStringValueParser, TypedValueParser, ValueParser, ValueParserFactory};
 use rustix::io::FdFlags;
 
-use super::output;
+use super::{stderr, text};
 use crate::key_helper::MAX_SECRET;
 use crate::keys::arena::{ArenaError, SecretBytes};
 use crate::keys::private_file::{self, Exposed, Forbid};
@@ -129,7 +129,7 @@ impl FromStr for SecretSource {
 impl fmt::Display for SecretSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::File(path) => f.write_str(&output::shown(path)),
+            Self::File(path) => f.write_str(&text::shown(path)),
             Self::Descriptor(0) => f.write_str("standard input"),
             Self::Descriptor(fd) => write!(f, "descriptor {fd}"),
             Self::Credential(name) => write!(f, "credential {name:?}"),
@@ -165,7 +165,7 @@ impl SecretSource {
             && let Err(open_to_others @ Exposed::Mode { .. }) =
                 private_file::check(path, &metadata, Forbid::All)
         {
-            output::note(&format!("{location}: {open_to_others}"));
+            stderr::note(&format!("{location}: {open_to_others}"));
         }
         // A file tells how long it is. One byte more is for its end.
         let expected = metadata.len();

@@ -17,7 +17,7 @@ use uuid::Uuid;
 use super::failure::Failure;
 use super::secret::{SecretError, SecretSource};
 use super::size::{NotASize, Size};
-use super::socket_args::{differ, parse_group, parse_mode, warn_of_others};
+use super::socket_args::{is_same_socket, parse_group, parse_mode, warn_of_others};
 use super::{Host, output, process};
 use crate::attachment::{Attachment, By, Interface, OpenError, Opener};
 use crate::cipher::{KEY_LEN, KernelChoice, Sector, SectorCipher, SectorSize};
@@ -174,8 +174,12 @@ impl Serve {
         {
             return Err(Failure::SameDescriptor { fd });
         }
-        if let (Some(front_ends), Some(control)) = (&self.socket_path, &self.control_socket) {
-            differ(front_ends, control)?;
+        if let (Some(front_ends), Some(control)) = (&self.socket_path, &self.control_socket)
+            && is_same_socket(front_ends, control)
+        {
+            return Err(Failure::SameSocket {
+                path: front_ends.clone(),
+            });
         }
         process::raise_descriptor_limit();
         let by = match &self.passphrase_file {

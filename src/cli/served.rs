@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::failure::Failure;
-use super::output;
 use super::size::Size;
+use super::{output, text};
 use crate::attachment::{self, FrontEnd, LockedBy, State};
 use crate::control::varlink::{CallError, MethodError, call};
 use crate::control::wire::Connection;
@@ -78,7 +78,7 @@ struct Nothing {}
 fn text(status: &attachment::Status) -> String {
     let mut rows: Vec<[String; 2]> = Vec::new();
     let mut row = |what: &str, value: String| rows.push([what.to_owned(), value]);
-    row("disk", output::printable(&status.disk));
+    row("disk", text::printable(&status.disk));
     row("volume", format!("LUKS2 {}", status.volume));
     row("capacity", Size(status.capacity).to_string());
     row(
@@ -121,7 +121,7 @@ fn text(status: &attachment::Status) -> String {
             row("", message.clone());
         }
     }
-    output::table(&rows)
+    text::table(&rows)
 }
 
 /// Asks the disk that is served with this control socket.

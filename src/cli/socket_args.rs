@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use super::failure::Failure;
 use crate::control::socket::Permissions;
 use crate::parsing::rule;
 
@@ -24,20 +23,15 @@ pub(super) fn parse_mode(text: &str) -> Result<u32, String> {
     mode.ok_or_else(|| rule::MODE.to_owned())
 }
 
-/// The same socket for two things.
-pub(super) fn differ(front_ends: &Path, control: &Path) -> Result<(), Failure> {
-    // Both may be links, or lead through some; what does not exist is told when it is bound.
+/// Whether two paths name the same socket. Both may be links, or lead through links.
+pub(super) fn is_same_socket(front_ends: &Path, control: &Path) -> bool {
+    // What does not exist is told when it is bound.
     let place = |path: &Path| {
         let directory = path.parent().filter(|parent| *parent != Path::new(""));
         let directory = directory.unwrap_or(Path::new(".")).canonicalize().ok()?;
         Some(directory.join(path.file_name()?))
     };
-    match place(front_ends).is_some_and(|at| Some(at) == place(control)) {
-        true => Err(Failure::SameSocket {
-            path: front_ends.to_owned(),
-        }),
-        false => Ok(()),
-    }
+    place(front_ends).is_some_and(|at| Some(at) == place(control))
 }
 
 /// Warns if every user of the host can read and write the disk.

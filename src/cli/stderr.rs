@@ -1,81 +1,24 @@
-//! The log of a process, with limits: guests, front-ends, callers, and hosts that ask a broker cause log lines.
+//! Lines and records from a process to standard error or to the journal, which cannot block it.
 //!
-//! None of them can fill the log, or block this process by it. Each kind of line has its own rate limit, and the next line
-//! reports the number of suppressed ones. A separate thread writes lines to standard error, or records to the journal. If no
-//! process reads them, only this thread waits; then lines are lost, and the log reports their number.
+//! A separate thread writes lines to standard error, or sends records to the journal. If no process reads them, only this thread
+//! waits; then lines are lost, and the log reports their number.
 
 #![allow(unsafe_code)] // Signal masks have no safe interface.
 
-use std::fmt;
 use std::io::{self, Write};
 use std::mem::MaybeUninit;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixDatagram;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::thread;
 use std::time::Duration;
 
-use tracing::callsite::Identifier;
-use tracing::field::{Field, Visit};
-use tracing::{Level, Subscriber};
-use tracing_subscriber::Layer;
-use tracing_subscriber::layer::Context;
+use super::text::printable;
 
-use super::journal;
-use crate::control::events;
-use crate::control::rate_limit::RateLimit;
-
-/// How many lines of a kind are written at once, and after what time one more is.
-const AT_ONCE: u32 = 10;
-const INTERVAL: Duration = Duration::from_secs(60);
-/// The number of errors of a line that have separate limits.
-const ERRORS: usize = 4;
-
-/// Limits how often each line of the code is heard. An operator who asks for more than `info` gets all of that; events
-/// have limits of their own, and each of the others was asked for by somebody with a privilege. A line with another error is
-/// another one, as long as there are not too many of them.
-#[derive(Debug)]
-pub(super) struct Limit(RateLimit<Identifier, String>);
-
-impl Limit {
-    pub(super) fn new() -> Self {
-        Self(RateLimit::new(AT_ONCE, INTERVAL).with_kinds(ERRORS))
-    }
-}
-
-/// The error of a record.
-#[derive(Default)]
-struct ErrorOf(String);
-
-impl Visit for ErrorOf {
-    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        if field.name() == "error" {
-            self.0 = format!("{value:?}");
-        }
-    }
-}
-
-impl<S: Subscriber> Layer<S> for Limit {
-    fn event_enabled(&self, event: &tracing::Event<'_>, _: Context<'_, S>) -> bool {
-        let metadata = event.metadata();
-        if *metadata.level() > Level::INFO || metadata.target() == events::TARGET {
-            return true;
-        }
-        let mut error = ErrorOf::default();
-        event.record(&mut error);
-        let Some(suppressed) = self.0.admit(metadata.callsite(), error.0) else {
-            return false;
-        };
-        if suppressed.count() > 0 {
-            let text = format!(
-                "sealblk: {} lines like the next one were suppressed\n",
-                suppressed.count()
-            );
-            write(text.as_bytes());
-        }
-        true
-    }
-}
+/// Where the journal takes records.
+const SOCKET: &str = "/run/systemd/journal/socket";
 
 /// The lines that wait for the thread that writes them, once there is one.
 static WAITING: OnceLock<Waiting> = OnceLock::new();
@@ -115,6 +58,11 @@ pub(super) fn begin() {
     }
 }
 
+/// Prints a note to the user, in addition to the result, on one line. If standard error is closed, the note is lost.
+pub(super) fn note(text: &str) {
+    write(format!("sealblk: {}\n", printable(text)).as_bytes());
+}
+
 /// Writes a line to standard error, without waiting where a thread does it.
 pub(super) fn write(line: &[u8]) {
     tell(Told::Line(line.to_vec()));
@@ -141,7 +89,7 @@ impl Told {
     fn out(self) -> io::Result<()> {
         match self {
             Self::Line(line) => io::stderr().write_all(&line),
-            Self::Record(record) => journal::send(&record),
+            Self::Record(record) => send(&record),
             Self::Flush(done) => {
                 let _ = done.try_send(());
                 Ok(())
@@ -174,6 +122,11 @@ fn run(receive: &Receiver<Told>) {
     }
 }
 
+/// Sends a record to the journal; waits if the journal does not read.
+fn send(record: &[u8]) -> io::Result<()> {
+    UnixDatagram::unbound()?.send_to(record, SOCKET).map(drop)
+}
+
 fn block_signals() {
     let mut set = MaybeUninit::<libc::sigset_t>::uninit();
     // SAFETY: sigfillset initialises the set it is given.
@@ -182,65 +135,12 @@ fn block_signals() {
     unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), std::ptr::null_mut()) };
 }
 
-/// Where the lines of `tracing` go. Each comes in one piece.
-#[derive(Debug)]
-pub(super) struct Lines;
-
-impl Write for Lines {
-    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        write(line);
-        Ok(line.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::sync::{Arc, Mutex};
-    use tracing_subscriber::layer::SubscriberExt;
-
-    /// Records the levels of its input.
-    struct Heard(Arc<Mutex<Vec<Level>>>);
-
-    impl<S: Subscriber> Layer<S> for Heard {
-        fn on_event(&self, event: &tracing::Event<'_>, _: Context<'_, S>) {
-            self.0.lock().unwrap().push(*event.metadata().level());
-        }
-    }
-
-    #[test]
-    fn a_line_is_left_out_when_it_comes_too_often_and_no_other_is() {
-        let heard = Arc::new(Mutex::new(Vec::new()));
-        let registry = tracing_subscriber::registry()
-            .with(Limit::new())
-            .with(Heard(Arc::clone(&heard)));
-        tracing::subscriber::with_default(registry, || {
-            for _ in 0..100 {
-                tracing::warn!("the guest breaks its queue");
-                tracing::debug!("a request is refused");
-                tracing::error!(error = %"the guest's memory is gone", "the session has ended");
-                tracing::info!(target: events::TARGET, "a key was released");
-            }
-            // Another cause is not hidden by that; one that is another one each time fills no log.
-            tracing::error!(error = %"the front-end hangs", "the session has ended");
-            for n in 0..100 {
-                tracing::warn!(error = %n, "the queue is broken");
-            }
-        });
-        let heard = heard.lock().unwrap();
-        let times = |level| heard.iter().filter(|heard| **heard == level).count();
-        let expected = [
-            (Level::WARN, 10 + 4 + 10),
-            (Level::DEBUG, 100),
-            (Level::INFO, 100),
-            (Level::ERROR, 10 + 1),
-        ];
-        for (level, count) in expected {
-            assert_eq!(times(level), count, "{level}");
-        }
-    }
+/// Whether standard error goes to the journal (systemd.exec(5), "JOURNAL_STREAM").
+pub(super) fn is_journal() -> bool {
+    let stream = std::env::var("JOURNAL_STREAM").unwrap_or_default();
+    let is = |(device, inode): (&str, &str)| {
+        let stderr = std::fs::metadata("/proc/self/fd/2");
+        stderr.is_ok_and(|stderr| (device.parse(), inode.parse()) == (Ok(stderr.dev()), Ok(stderr.ino())))
+    };
+    stream.split_once(':').is_some_and(is)
 }

@@ -7,9 +7,8 @@
 
 use std::fmt;
 
-use super::failure::Failure;
-use super::output;
 use super::secret::{SecretSource, is_text};
+use super::stderr;
 
 /// What is taken without --weak. argon2id makes each guess cost a second; twelve letters at random are 56 bits.
 const LEAST: usize = 12;
@@ -18,9 +17,17 @@ const ADVISED: usize = 20;
 /// The number of bytes that are measured: a strong secret is strong within these.
 const LOOKED_AT: usize = 4096;
 
-/// A secret that counts too little.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Weakness {
+/// A secret that is easy to guess.
+#[derive(Debug, thiserror::Error)]
+#[error("the secret in {location} is too weak: {why}; use a longer one, or --weak to accept this one")]
+pub struct WeakSecret {
+    location: String,
+    why: Weakness,
+}
+
+/// The measure of a weak secret.
+#[derive(Debug)]
+struct Weakness {
     counts: usize,
 }
 
@@ -38,15 +45,15 @@ impl fmt::Display for Weakness {
 /// Warns about a weak `secret`, or refuses it, unless `insisted`.
 ///
 /// # Errors
-/// [`Failure::WeakSecret`].
-pub(super) fn demand(secret: &[u8], source: &SecretSource, insisted: bool) -> Result<(), Failure> {
+/// [`WeakSecret`].
+pub(super) fn demand(secret: &[u8], source: &SecretSource, insisted: bool) -> Result<(), WeakSecret> {
     let why = Weakness {
         counts: characters(secret),
     };
     let location = source.to_string();
     match why.counts {
-        ..LEAST if !insisted => return Err(Failure::WeakSecret { location, why }),
-        ..ADVISED => output::note(&format!("the secret in {location} is weak: {why}")),
+        ..LEAST if !insisted => return Err(WeakSecret { location, why }),
+        ..ADVISED => stderr::note(&format!("the secret in {location} is weak: {why}")),
         _ => {}
     }
     Ok(())

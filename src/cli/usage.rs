@@ -6,7 +6,7 @@ use std::io::Write;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Command, CommandFactory, Error};
 
-use super::output::{self, printable};
+use super::text::{self, printable};
 use super::{Cli, arguments, failure};
 
 /// Prints why the arguments are wrong, or the help that they ask for. Gives the exit code.
@@ -58,10 +58,7 @@ fn no_such_verb(wrong: &str, arguments: impl Iterator<Item = OsString>) -> Strin
     let rows: Vec<_> = verbs
         .map(|verb| [format!("  {}", verb.get_name()), about(verb)])
         .collect();
-    format!(
-        "`{path}` has no verb {wrong:?}; it has:\n{}",
-        output::table(&rows)
-    )
+    format!("`{path}` has no verb {wrong:?}; it has:\n{}", text::table(&rows))
 }
 
 #[cfg(test)]
