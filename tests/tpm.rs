@@ -12,8 +12,8 @@ use base16ct::lower;
 use common::Random;
 use common::swtpm::Swtpm;
 use sealblk::keys::arena::SecretBytes;
-use sealblk::tpm::attest::{Attested, RsaPublic, is_of_another_tpm, name};
-use sealblk::tpm::{Device, Tpm, TpmError, TpmFailure};
+use sealblk::tpm::attest::{Attested, RsaPublic, is_of_another_tpm};
+use sealblk::tpm::{Device, Tpm, TpmError, TpmFailure, object_name};
 
 fn open(tpm: &Swtpm) -> Tpm {
     Tpm::open(&Device::from(tpm.device())).unwrap()
@@ -205,7 +205,7 @@ fn credentials_of_tpm2_makecredential_are_activated_and_those_for_others_are_not
         let secret = sized(8 + 2 + credential.len());
         (credential, secret)
     };
-    let (credential, secret) = make(&name(&key.public));
+    let (credential, secret) = make(&object_name(&key.public));
     let activated = open(&swtpm).activate(&key, &credential, &secret).unwrap();
     assert_eq!(&activated[..], b"released");
 

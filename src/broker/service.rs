@@ -23,8 +23,9 @@ use crate::kbs::enrolment::{ACTIVATE, Activate, Challenge as Credential, ENROL, 
 use crate::kbs::{self, ATTEST, AUTH, Attestation, COOKIE, Challenge, ErrorInformation, RESOURCE, jwe};
 use crate::mutex::lock;
 use crate::parsing;
-use crate::tpm::attest::{self, RsaPublic};
+use crate::tpm::attest::RsaPublic;
 use crate::tpm::credential;
+use crate::tpm::object_name;
 
 /// Strangers must not fill the audit log: of what is refused, one is told in this time, with the number of the others.
 const REFUSALS_EVERY: Duration = Duration::from_secs(1);
@@ -281,7 +282,7 @@ impl Service {
             attestation: BASE64_STANDARD.encode(&candidate.attestation),
             as_known: self.sessions.mark(as_known),
         })?;
-        let name = attest::name(&candidate.attestation);
+        let name = object_name(&candidate.attestation);
         let credential = credential::make(&candidate.endorsement_key, &name, &secret)
             .map_err(|e| Refusal::Broker(e.into()))?;
         let challenge = Credential {

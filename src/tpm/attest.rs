@@ -5,16 +5,15 @@
 //! Name, and the TPM decrypts it only if it has both (part 1, 24).
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 use tpm2_protocol::TpmUnmarshal;
 use tpm2_protocol::data::{
     TpmAlgId, TpmCc, TpmsAttest, TpmtPublic, TpmtRsaScheme, TpmuAsymScheme, TpmuAttest, TpmuPublicId,
     TpmuPublicParms,
 };
 
-use super::command::{Auth, Command, Marshal};
+use super::codec::{Marshal, text};
+use super::command::{Auth, Command};
 use super::pcr::{COUNT, Selection, Value};
-use super::seal::text;
 use super::session::{CONTINUE, ENCRYPT, Kind};
 use super::{Tpm, TpmError, TpmFailure};
 use crate::keys::arena::SecretBytes;
@@ -337,14 +336,6 @@ impl Attested {
             restarts: attest.clock_info.restart_count.value(),
         })
     }
-}
-
-/// The Name of an object (part 1, 16): the hash of its TPMT_PUBLIC.
-pub fn name(public: &[u8]) -> [u8; 34] {
-    let mut name = [0; 34];
-    name[..2].copy_from_slice(&0x000b_u16.to_be_bytes());
-    name[2..].copy_from_slice(&Sha256::digest(public));
-    name
 }
 
 /// An RSA key of a TPM's.

@@ -9,6 +9,7 @@ use std::time::Duration;
 use tpm2_protocol::data::TpmCc;
 use zeroize::{Zeroize, Zeroizing};
 
+use super::codec::{Marshal, Reader};
 use super::device::{HEADER, MAX_MESSAGE};
 use super::session::Session;
 use super::{Code, Tpm, TpmError, TpmFailure};
@@ -51,28 +52,6 @@ pub(super) struct Answer {
     parameters: Vec<u8>,
     at: usize,
     command: &'static str,
-}
-
-/// Bytes in TPM order: integers big-endian, and arrays after their length (TPM2B).
-pub(super) trait Marshal {
-    fn u16(&mut self, value: u16);
-    fn u32(&mut self, value: u32);
-    fn sized(&mut self, bytes: &[u8]);
-}
-
-impl Marshal for Vec<u8> {
-    fn u16(&mut self, value: u16) {
-        self.extend_from_slice(&value.to_be_bytes());
-    }
-
-    fn u32(&mut self, value: u32) {
-        self.extend_from_slice(&value.to_be_bytes());
-    }
-
-    fn sized(&mut self, bytes: &[u8]) {
-        self.u16(u16::try_from(bytes.len()).expect("what we send is short"));
-        self.extend_from_slice(bytes);
-    }
 }
 
 impl<'s> Command<'s> {
@@ -234,30 +213,6 @@ impl Tpm {
             }
         }
         Err(self.failed(std::io::Error::from(std::io::ErrorKind::TimedOut)))
-    }
-}
-
-/// What is left to be read.
-pub(super) struct Reader<'a>(pub(super) &'a [u8]);
-
-impl<'a> Reader<'a> {
-    pub(super) fn take(&mut self, len: usize) -> Option<&'a [u8]> {
-        let (taken, rest) = self.0.split_at_checked(len)?;
-        self.0 = rest;
-        Some(taken)
-    }
-
-    pub(super) fn u16(&mut self) -> Option<u16> {
-        Some(u16::from_be_bytes(self.take(2)?.try_into().ok()?))
-    }
-
-    pub(super) fn u32(&mut self) -> Option<u32> {
-        Some(u32::from_be_bytes(self.take(4)?.try_into().ok()?))
-    }
-
-    pub(super) fn sized(&mut self) -> Option<&'a [u8]> {
-        let len = self.u16()?;
-        self.take(len.into())
     }
 }
 

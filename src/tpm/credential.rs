@@ -35,7 +35,7 @@ pub enum CredentialError {
 }
 
 /// Makes a credential for the TPM with the endorsement key `ek` and an attestation key whose Name is `name`
-/// ([`super::attest::name`]).
+/// ([`super::object_name`]).
 ///
 /// # Errors
 /// [`CredentialError`].

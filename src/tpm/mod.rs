@@ -2,9 +2,11 @@
 //! can unseal.
 //!
 //! ```text
+//! codec     bytes as a TPM has them
 //! device    the device of a TPM, and the transport of bytes to and from it
 //! command   one command and its answer: handles, sessions, parameters (TPM 2.0 Library, part 1, 18)
 //! session   authorisation sessions that encrypt a secret on its way through the TPM's bus
+//! storage_key  the key under which a TPM keeps what is ours, and what works with it
 //! pcr       selections of registers, and their values
 //! attest    keys that only this TPM has, their quotes of its registers, and the verification of quotes
 //! credential  a secret that a verifier encrypts to an endorsement key, for one attestation key
@@ -16,6 +18,7 @@
 //! a process with keys. Names are those of the TPM 2.0 Library specification, revision 1.59.
 
 pub mod attest;
+mod codec;
 mod command;
 pub mod credential;
 mod device;
@@ -23,12 +26,14 @@ pub mod pcr;
 pub mod seal;
 mod session;
 mod spki;
+mod storage_key;
 
 use std::fmt;
 use std::io;
 
 use tpm2_protocol::data::TpmRc;
 
+pub use codec::object_name;
 pub use device::{DEFAULT_DEVICE, Device};
 
 use device::Stream;

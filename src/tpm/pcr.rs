@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tpm2_protocol::data::TpmCc;
 
-use super::command::{Command, Marshal};
+use super::codec::Marshal;
+use super::command::Command;
 use super::{Tpm, TpmError, TpmFailure};
 use crate::parsing::rule;
 

@@ -1,21 +1,17 @@
 //! A secret under a TPM's storage key, bound to registers: only this TPM unseals it, and only while the registers hold the
 //! same values.
 
-use base64::Engine;
-use base64::prelude::BASE64_STANDARD;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tpm2_protocol::data::TpmCc;
 
-use super::attest;
-use super::command::{Auth, Command, Marshal};
+use super::codec::{Marshal, text};
+use super::command::{Auth, Command};
 use super::pcr::Selection;
 use super::session::{CONTINUE, DECRYPT, ENCRYPT, Kind, Session};
 use super::{Code, Tpm, TpmError, TpmFailure};
 use crate::keys::arena::SecretBytes;
 
-/// TPM_RH_OWNER.
-const OWNER: u32 = 0x4000_0001;
 /// TPM_RC_POLICY_FAIL, TPM_RC_INTEGRITY: the registers, or the TPM, are others than those that it was sealed to.
 const POLICY_FAIL: u32 = 0x09d;
 pub(super) const INTEGRITY: u32 = 0x09f;
@@ -23,15 +19,6 @@ pub(super) const INTEGRITY: u32 = 0x09f;
 const PCR_CHANGED: u32 = 0x128;
 /// How often the policy is asked for anew then. Some registers are extended all the time.
 const TRIES: usize = 20;
-
-/// The key under which a TPM keeps what is ours. It is made anew from the TPM's own seed whenever it is needed, the same each
-/// time.
-pub(super) struct StorageKey {
-    pub(super) handle: u32,
-    pub(super) name: Vec<u8>,
-    pub(super) x: Vec<u8>,
-    pub(super) y: Vec<u8>,
-}
 
 /// A sealed secret. Whoever has it has nothing without the TPM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -138,113 +125,6 @@ impl Tpm {
         })
     }
 
-    /// Loads a key or a sealed object under the storage key; gives its handle and Name.
-    pub(super) fn load(
-        &mut self,
-        parent: &StorageKey,
-        private: &[u8],
-        public: &[u8],
-    ) -> Result<(u32, Vec<u8>), TpmError> {
-        let mut parameters = Vec::new();
-        parameters.sized(private);
-        parameters.sized(public);
-        let command = Command::new(TpmCc::Load, "TPM2_Load")
-            .object(parent.handle, &parent.name)
-            .auth(Auth::Password)
-            .parameters(parameters)
-            .answers_handle();
-        let mut answer = self.run(command)?;
-        let name = answer.sized().map_err(|e| self.failed(e))?;
-        Ok((answer.handle(), name))
-    }
-
-    /// Works with the storage key (TCG TPM v2.0 Provisioning Guidance, 7.5.1: ECC P-256).
-    pub(super) fn with_storage_key<T>(
-        &mut self,
-        work: impl FnOnce(&mut Self, &StorageKey) -> Result<T, TpmError>,
-    ) -> Result<T, TpmError> {
-        let mut public = Vec::new();
-        public.u16(0x0023);
-        public.u16(0x000b);
-        public.u32(0x0003_0472);
-        public.sized(&[]);
-        // AES, 128 bits, CFB; no scheme; P-256; no KDF.
-        for value in [0x0006, 0x0080, 0x0043, 0x0010, 0x0003, 0x0010] {
-            public.u16(value);
-        }
-        public.sized(&[0; 32]);
-        public.sized(&[0; 32]);
-        let (handle, public, name) = self.create_primary(OWNER, &public)?;
-        let key = point(&public).map(|(x, y)| StorageKey { handle, name, x, y });
-        let done = match key {
-            Some(key) => work(self, &key),
-            None => Err(self.failed(TpmFailure::Garbled {
-                command: "TPM2_CreatePrimary",
-                what: "the key is not a P-256 key",
-            })),
-        };
-        self.flush(handle);
-        done
-    }
-
-    /// TPM2_CreatePrimary of a template: the handle, TPMT_PUBLIC and Name.
-    ///
-    /// No HMAC covers this answer. That the Name is that of the public part binds what is encrypted to the key to a Name that
-    /// was stored earlier: an interposer who gives a key of its own has to give its Name as well.
-    pub(super) fn create_primary(
-        &mut self,
-        hierarchy: u32,
-        template: &[u8],
-    ) -> Result<(u32, Vec<u8>, Vec<u8>), TpmError> {
-        const NAME: &str = "TPM2_CreatePrimary";
-        let mut parameters = Vec::new();
-        parameters.u16(4);
-        parameters.sized(&[]);
-        parameters.sized(&[]);
-        parameters.sized(template);
-        parameters.sized(&[]);
-        parameters.u32(0);
-        let command = Command::new(TpmCc::CreatePrimary, NAME)
-            .handle(hierarchy)
-            .auth(Auth::Password)
-            .parameters(parameters)
-            .answers_handle();
-        let mut answer = self.run(command)?;
-        let handle = answer.handle();
-        let read = answer.read(|reader| {
-            let public = reader.sized()?.to_vec();
-            // Creation data, their hash, and a ticket for them.
-            reader.sized()?;
-            reader.sized()?;
-            reader.take(6)?;
-            reader.sized()?;
-            Some((public, reader.sized()?.to_vec()))
-        });
-        let checked = read.and_then(|(public, name)| match name == attest::name(&public) {
-            true => Ok((handle, public, name)),
-            false => Err(TpmFailure::Garbled {
-                command: NAME,
-                what: "the Name does not belong to the key",
-            }),
-        });
-        checked.map_err(|error| {
-            self.flush(handle);
-            self.failed(error)
-        })
-    }
-
-    pub(super) fn with_session<T>(
-        &mut self,
-        kind: Kind,
-        parent: &StorageKey,
-        work: impl FnOnce(&mut Self, &mut Session) -> Result<T, TpmError>,
-    ) -> Result<T, TpmError> {
-        let mut session = Session::start(self, kind, parent)?;
-        let done = work(self, &mut session);
-        self.flush(session.handle);
-        done
-    }
-
     fn policy_pcr(&mut self, session: &Session, pcrs: Selection) -> Result<(), TpmError> {
         let mut parameters = Vec::new();
         parameters.sized(&[]);
@@ -265,36 +145,4 @@ fn policy(pcrs: Selection, digest: &[u8; 32]) -> [u8; 32] {
         .chain_update(digest)
         .finalize()
         .into()
-}
-
-/// The point of a TPMT_PUBLIC of P-256, whose coordinates end it.
-fn point(public: &[u8]) -> Option<(Vec<u8>, Vec<u8>)> {
-    let mut reader = super::command::Reader(public);
-    reader.take(8)?;
-    reader.sized()?;
-    reader.take(12)?;
-    let coordinate = |bytes: &[u8]| {
-        let mut padded = vec![0; 32_usize.checked_sub(bytes.len())?];
-        padded.extend_from_slice(bytes);
-        Some(padded)
-    };
-    let point = (coordinate(reader.sized()?)?, coordinate(reader.sized()?)?);
-    reader.0.is_empty().then_some(point)
-}
-
-/// Bytes as base64.
-pub(super) mod text {
-    use super::{BASE64_STANDARD, Engine};
-    use serde::{Deserialize, Deserializer, Serializer};
-
-    use crate::parsing::{broken, rule};
-
-    pub(in crate::tpm) fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(&BASE64_STANDARD.encode(bytes))
-    }
-
-    pub(in crate::tpm) fn deserialize<'d, D: Deserializer<'d>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        BASE64_STANDARD.decode(text).map_err(|_| broken(rule::BASE64))
-    }
 }

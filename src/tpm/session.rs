@@ -10,12 +10,10 @@ use ring::agreement::{ECDH_P256, EphemeralPrivateKey, UnparsedPublicKey, agree_e
 use ring::rand::SystemRandom;
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
-use tpm2_protocol::data::TpmCc;
 use zeroize::Zeroizing;
 
-use super::command::{Command, Marshal, Reader};
-use super::seal::StorageKey;
-use super::{Tpm, TpmError, TpmFailure};
+use super::TpmFailure;
+use super::codec::{Marshal, Reader};
 use crate::keys::arena::on_wiped_stack;
 
 /// TPMA_SESSION: it goes on after the command; the first parameter of the command, and of the answer, is encrypted.
@@ -30,8 +28,6 @@ pub(super) enum Kind {
     Policy = 1,
 }
 
-/// TPM_RH_NULL: bound to nothing.
-const NULL: u32 = 0x4000_0007;
 const NONCE: usize = 32;
 
 /// A session of ours in the TPM.
@@ -43,57 +39,70 @@ pub(super) struct Session {
     encrypts_answer: bool,
 }
 
-impl Session {
-    pub(super) fn nonce_caller(&self) -> &[u8] {
-        &self.nonce_caller
-    }
+/// A session that the TPM does not have yet.
+pub(super) struct Start {
+    kind: Kind,
+    nonce_caller: [u8; NONCE],
+    /// TPMS_ECC_POINT of a key that is used once. The salt is what it agrees on with the storage key.
+    point: Vec<u8>,
+    salt: Zeroizing<[u8; 32]>,
+}
 
-    /// Makes a session whose key is known to the TPM of `parent` alone.
-    pub(super) fn start(tpm: &mut Tpm, kind: Kind, parent: &StorageKey) -> Result<Self, TpmError> {
-        let host = |tpm: &Tpm| {
-            let error = std::io::Error::other("the random number generator fails");
-            tpm.failed(TpmFailure::Host(error.into()))
-        };
+impl Start {
+    /// A session with a salt that only the TPM with the storage key at the point (`x`, `y`) can read.
+    pub(super) fn new(kind: Kind, x: &[u8], y: &[u8]) -> Result<Self, TpmFailure> {
+        let host = || TpmFailure::Host(std::io::Error::other("the random number generator fails").into());
         let mut nonce_caller = [0; NONCE];
-        getrandom::fill(&mut nonce_caller).map_err(|_| host(tpm))?;
-        let private =
-            EphemeralPrivateKey::generate(&ECDH_P256, &SystemRandom::new()).map_err(|_| host(tpm))?;
-        let public = private.compute_public_key().map_err(|_| host(tpm))?;
+        getrandom::fill(&mut nonce_caller).map_err(|_| host())?;
+        let private = EphemeralPrivateKey::generate(&ECDH_P256, &SystemRandom::new()).map_err(|_| host())?;
+        let public = private.compute_public_key().map_err(|_| host())?;
         // An uncompressed point: 4, x, y.
         let (our_x, our_y) = public.as_ref()[1..].split_at(32);
-        let peer = [&[4][..], &parent.x, &parent.y].concat();
+        let peer = [&[4][..], x, y].concat();
         let salt = agree_ephemeral(private, &UnparsedPublicKey::new(&ECDH_P256, peer), |z| {
-            on_wiped_stack(|| kdfe(z, "SECRET", our_x, &parent.x))
+            on_wiped_stack(|| kdfe(z, "SECRET", our_x, x))
         });
-        let salt =
-            salt.map_err(|_| tpm.failed(TpmFailure::Changed("its storage key is not a point of P-256")))?;
-
-        let mut parameters = Vec::new();
-        parameters.sized(&nonce_caller);
+        let salt = salt.map_err(|_| TpmFailure::Changed("its storage key is not a point of P-256"))?;
         let mut point = Vec::new();
         point.sized(our_x);
         point.sized(our_y);
-        parameters.sized(&point);
-        parameters.push(kind as u8);
+        Ok(Self {
+            kind,
+            nonce_caller,
+            point,
+            salt,
+        })
+    }
+
+    /// The parameters of TPM2_StartAuthSession.
+    pub(super) fn parameters(&self) -> Vec<u8> {
+        let mut parameters = Vec::new();
+        parameters.sized(&self.nonce_caller);
+        parameters.sized(&self.point);
+        parameters.push(self.kind as u8);
         // AES, 128 bits, CFB; SHA-256.
         [0x0006, 0x0080, 0x0043, 0x000b]
             .into_iter()
             .for_each(|value| parameters.u16(value));
-        let command = Command::new(TpmCc::StartAuthSession, "TPM2_StartAuthSession")
-            .handle(parent.handle)
-            .handle(NULL)
-            .parameters(parameters)
-            .answers_handle();
-        let mut answer = tpm.run(command)?;
-        let nonce_tpm = answer.sized().map_err(|e| tpm.failed(e))?;
-        let key = on_wiped_stack(|| kdfa(&salt[..], "ATH", &nonce_tpm, &nonce_caller, 256));
-        Ok(Self {
-            handle: answer.handle(),
+        parameters
+    }
+
+    /// The session by its handle and the nonce of the TPM's answer.
+    pub(super) fn answered(self, handle: u32, nonce_tpm: Vec<u8>) -> Session {
+        let key = on_wiped_stack(|| kdfa(&self.salt[..], "ATH", &nonce_tpm, &self.nonce_caller, 256));
+        Session {
+            handle,
             key,
-            nonce_caller,
+            nonce_caller: self.nonce_caller,
             nonce_tpm,
             encrypts_answer: false,
-        })
+        }
+    }
+}
+
+impl Session {
+    pub(super) fn nonce_caller(&self) -> &[u8] {
+        &self.nonce_caller
     }
 
     /// Begins a command: a fresh nonce, and, with [`DECRYPT`], its first parameter encrypted.
