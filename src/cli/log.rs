@@ -37,6 +37,7 @@ pub(super) fn begin(level: &str) {
     };
     let registry = tracing_subscriber::registry().with(filter).with(Limit::new());
     if stderr::is_journal() {
+        stderr::connect_to_journal();
         registry.with(Journal).init();
     } else {
         let lines = tracing_subscriber::fmt::layer().with_writer(|| OneLine(Lines));

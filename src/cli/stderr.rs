@@ -8,14 +8,15 @@
 use std::io::{self, Write};
 use std::mem::MaybeUninit;
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixDatagram;
-use std::sync::OnceLock;
+use std::os::unix::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, SyncSender};
+use std::sync::{LazyLock, OnceLock};
 use std::thread;
 use std::time::Duration;
 
 use super::text::printable;
+use crate::control::datagram::Service;
 
 /// Where the journal takes records.
 const SOCKET: &str = "/run/systemd/journal/socket";
@@ -122,9 +123,18 @@ fn run(receive: &Receiver<Told>) {
     }
 }
 
+static JOURNAL: LazyLock<Option<Service>> =
+    LazyLock::new(|| SocketAddr::from_pathname(SOCKET).ok().map(Service::at));
+
+/// Connects to the journal, which a confined process cannot do.
+pub(super) fn connect_to_journal() {
+    LazyLock::force(&JOURNAL);
+}
+
 /// Sends a record to the journal; waits if the journal does not read.
 fn send(record: &[u8]) -> io::Result<()> {
-    UnixDatagram::unbound()?.send_to(record, SOCKET).map(drop)
+    let journal = JOURNAL.as_ref().ok_or(io::ErrorKind::NotConnected)?;
+    journal.send(record)
 }
 
 fn block_signals() {

@@ -2,23 +2,49 @@
 //!
 //! A failure to notify it is not a failure of the service: the manager's own time limit reveals it.
 
-use sd_notify::NotifyState;
+use std::ffi::OsStr;
+use std::io;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::SocketAddr;
+use std::sync::LazyLock;
 
+use super::datagram::Service;
 use crate::keys::harmless;
+
+/// The manager of this service, if it has one.
+static MANAGER: LazyLock<Option<Service>> = LazyLock::new(|| {
+    let address = address(&std::env::var_os("NOTIFY_SOCKET")?);
+    let complain = |error: &io::Error| tracing::debug!(%error, "cannot notify the service manager");
+    address.inspect_err(complain).ok().map(Service::at)
+});
+
+/// Connects to the service manager, which a confined process cannot do.
+pub fn connect() {
+    LazyLock::force(&MANAGER);
+}
 
 /// The service can be used now; `status` is how it is.
 pub fn ready(status: &str) {
-    tell(&[NotifyState::Ready, NotifyState::Status(&line(status))]);
+    tell(&format!("READY=1\nSTATUS={}\n", line(status)));
 }
 
 /// How the service is.
 pub fn status(status: &str) {
-    tell(&[NotifyState::Status(&line(status))]);
+    tell(&format!("STATUS={}\n", line(status)));
 }
 
 /// It finishes what it has begun, and ends.
 pub fn stopping() {
-    tell(&[NotifyState::Stopping]);
+    tell("STOPPING=1\n");
+}
+
+/// A path, or behind an '@' an abstract name (sd_notify(3)).
+fn address(socket: &OsStr) -> io::Result<SocketAddr> {
+    match socket.as_bytes().strip_prefix(b"@") {
+        Some(name) => SocketAddr::from_abstract_name(name),
+        None => SocketAddr::from_pathname(socket),
+    }
 }
 
 /// A line would be an assignment of its own, and some texts are others'.
@@ -29,8 +55,9 @@ fn line(status: &str) -> String {
 /// A status is for people.
 const MAX_STATUS: usize = 1024;
 
-fn tell(state: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(state) {
+fn tell(state: &str) {
+    let Some(manager) = &*MANAGER else { return };
+    if let Err(error) = manager.send(state.as_bytes()) {
         tracing::debug!(%error, "cannot notify the service manager");
     }
 }

@@ -10,10 +10,12 @@
 //! server     callers, each with a thread, within limits (quota)
 //! socket     the sockets of a process, and the signals that end it
 //! manager    notifications to the service manager
+//! datagram   how they, and records of the journal, are sent
 //! peer       the credentials of the caller, from the kernel; privilege: its privileges
 //! rate_limit the rate limit of refusal records
 //! ```
 
+pub mod datagram;
 pub mod events;
 pub mod manager;
 pub mod peer;

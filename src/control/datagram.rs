@@ -1,0 +1,45 @@
+//! Datagrams to a service of this host: the journal, and the service manager.
+//!
+//! The socket is connected once and kept, since a confined process can connect none. If the service has bound its socket
+//! anew, a process that may connect does so again.
+
+use std::io;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::sync::Mutex;
+
+use crate::mutex::lock;
+
+/// See the module's header.
+#[derive(Debug)]
+pub struct Service {
+    address: SocketAddr,
+    socket: Mutex<Option<UnixDatagram>>,
+}
+
+impl Service {
+    /// The one at this address, connected if it is there.
+    pub fn at(address: SocketAddr) -> Self {
+        let socket = Mutex::new(connected(&address).ok());
+        Self { address, socket }
+    }
+
+    /// Sends a datagram; waits if the service does not read.
+    ///
+    /// # Errors
+    /// If nothing is at the address, or the datagram is too long.
+    pub fn send(&self, datagram: &[u8]) -> io::Result<()> {
+        let mut socket = lock(&self.socket);
+        let sent = socket.as_ref().map(|socket| socket.send(datagram));
+        if let Some(Ok(_)) = sent {
+            return Ok(());
+        }
+        socket.insert(connected(&self.address)?).send(datagram)?;
+        Ok(())
+    }
+}
+
+fn connected(address: &SocketAddr) -> io::Result<UnixDatagram> {
+    let socket = UnixDatagram::unbound()?;
+    socket.connect_addr(address)?;
+    Ok(socket)
+}
