@@ -1,17 +1,28 @@
 //! What a process that serves a disk cannot do any more.
 
-#![allow(unsafe_code)] // System calls that no library makes.
-
 mod common;
 
 use std::fs;
-use std::io;
-use std::process::{Command, Stdio};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::chown;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 
-use common::serve::{SEALBLK, Server};
+use common::agent::Agent;
+use common::inside::{Arg, Inside};
+use common::serve::{SEALBLK, Server, serve};
 use common::volume::{Volume, run};
-use sealblk::sandbox::Choice;
 use serde_json::{Value, json};
+
+/// On a kernel that has them all.
+const MEASURES: [&str; 5] = [
+    "no_new_privileges",
+    "abstract_sockets",
+    "network",
+    "files",
+    "system_calls",
+];
 
 /// Every thread of a served disk is confined, and the disk works as before; its helper is not confined by it.
 #[test]
@@ -39,13 +50,15 @@ fn all_threads_of_a_served_disk_are_confined_and_status_says_so() {
             run(Command::new(SEALBLK).args(["status", "--json", "--control-socket", &control])).stdout;
         let status: Value = serde_json::from_slice(&status).unwrap();
         let measures = match confined {
-            true => json!(["no_new_privileges", "system_calls"]),
+            true => json!(MEASURES),
             false => json!([]),
         };
         assert_eq!(status["sandbox"], measures);
+        let missing: Vec<_> = status["sandboxMissing"].as_array().unwrap().iter().collect();
+        assert_eq!(missing.len(), if confined { 0 } else { MEASURES.len() });
         let text = String::from_utf8(verb("status").stdout).unwrap();
         let line = if confined {
-            "no new privileges, system calls"
+            "no new privileges, abstract sockets, network, files, system calls"
         } else {
             "none"
         };
@@ -54,44 +67,193 @@ fn all_threads_of_a_served_disk_are_confined_and_status_says_so() {
     }
 }
 
-/// The test runs itself in a process of its own, since a filter is for good.
+/// An ordinary user, whom no host has.
+const USER: u32 = 4_200_100;
+
+/// A disk that is served, with what its process must not reach.
+struct Host {
+    server: Server,
+    agent: Option<Agent>,
+    volume: Volume,
+    /// A disk of the same user, and of the same providers.
+    other: PathBuf,
+    /// A process of the same user.
+    bystander: Child,
+}
+
+impl Host {
+    fn new(user: u32, with_agent: bool) -> Self {
+        let agent = with_agent.then(|| {
+            Agent::new(&format!(
+                "[[grant]]\nuser = {user}\nprivileges = [\"RegisterVM\"]\n"
+            ))
+        });
+        let volume = agent.as_ref().map_or_else(Volume::new, Agent::volume);
+        let other = volume.beside("other");
+        run(Command::new(SEALBLK)
+            .args(&volume.open)
+            .args(["create", "--size", "1M"])
+            .arg(&other));
+        let top = volume.beside("");
+        for path in all_below(&top) {
+            chown(path, Some(user), Some(user)).unwrap();
+        }
+        let socket = volume.beside("sock");
+        let mut command = serve(&volume, &socket, &["--sandbox=require"]);
+        command.uid(user).gid(user);
+        let server = Server::at(&mut command, socket);
+        let mut bystander = Command::new("cat");
+        let bystander = bystander
+            .uid(user)
+            .gid(user)
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
+        Self {
+            server,
+            agent,
+            volume,
+            other,
+            bystander,
+        }
+    }
+
+    fn helper(&self) -> u32 {
+        let serving = self.server.process.pid();
+        let children = fs::read_to_string(format!("/proc/{serving}/task/{serving}/children")).unwrap();
+        children.trim().parse().unwrap()
+    }
+
+    fn primary_key(&self) -> PathBuf {
+        let key = "state/providers/native/primary.key";
+        self.agent
+            .as_ref()
+            .map_or_else(|| self.volume.beside(key), |agent| agent.path(key))
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        // It has got no signal until now.
+        let ended = self.bystander.try_wait();
+        let _ = self.bystander.kill();
+        let _ = self.bystander.wait();
+        if !std::thread::panicking() {
+            assert!(ended.unwrap().is_none());
+        }
+    }
+}
+
+fn all_below(top: &Path) -> Vec<PathBuf> {
+    let mut found = vec![top.to_owned()];
+    for entry in fs::read_dir(top).unwrap() {
+        let path = entry.unwrap().path();
+        match path.is_dir() {
+            true => found.extend(all_below(&path)),
+            false => found.push(path),
+        }
+    }
+    found
+}
+
+/// As the kernel takes it.
+fn path(path: impl AsRef<Path>) -> Vec<u8> {
+    [path.as_ref().as_os_str().as_bytes(), b"\0"].concat()
+}
+
+/// As root and as an ordinary user, with an agent and without.
 #[test]
-fn what_a_confined_process_must_not_do_fails() {
-    const INSIDE: &str = "SEALBLK_TEST_INSIDE";
-    if std::env::var_os(INSIDE).is_none() {
-        let mut inside = Command::new(std::env::current_exe().unwrap());
-        run(inside
-            .args(["--exact", "what_a_confined_process_must_not_do_fails"])
-            .env(INSIDE, "1"));
+fn what_takes_a_served_disk_s_process_over_reaches_neither_files_nor_processes_nor_networks() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: it takes root to trace");
         return;
     }
-    // It ends with this process.
-    let mut other = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
-    let other_id = other.id() as libc::c_long;
-    // There before the filter, and asked after it.
-    let (ask, asked) = std::sync::mpsc::channel::<()>();
-    let before = std::thread::spawn(move || {
-        asked.recv().unwrap();
-        refused(&[
-            libc::SYS_socket,
-            libc::AF_INET.into(),
-            libc::SOCK_STREAM.into(),
-            0,
-        ])
-    });
-    let works = call(&[
-        libc::SYS_socket,
-        libc::AF_INET.into(),
-        libc::SOCK_STREAM.into(),
-        0,
-    ]);
-    assert!(works.is_ok(), "the method of this test finds what works");
+    for user in [0, USER] {
+        for with_agent in [false, true] {
+            let host = Host::new(user, with_agent);
+            let driver = host.server.connect();
+            let inside = Inside::of(host.server.process.pid());
+            files(&host, &inside);
+            processes(&host, &inside);
+            networks(&inside);
+            other_calls(&inside);
+            drop(inside);
+            host.server.still_serves_both(driver);
+        }
+    }
+}
 
-    Choice::Require.enter().unwrap();
-    ask.send(()).unwrap();
-    before.join().unwrap();
-    let error = Command::new("/bin/true").status().unwrap_err();
-    assert_eq!(error.raw_os_error(), Some(libc::EPERM), "a program was started");
+fn files(host: &Host, inside: &Inside) {
+    let here: Arg<'_> = libc::AT_FDCWD.into();
+    let open = |path: &[u8], flags: i32| {
+        inside.call(libc::SYS_openat, &[here, path.into(), flags.into(), 0o600.into()])
+    };
+    let refused = |what: &Path, flags: i32| {
+        let error = open(&path(what), flags).expect_err("it opens");
+        assert_eq!(error.raw_os_error(), Some(libc::EACCES), "{what:?}");
+    };
+    let beside = |name: &str| host.volume.beside(name);
+    // It may open its own disk, as any queue does.
+    assert!(open(&path(&host.volume.path), libc::O_RDWR).is_ok());
+    for file in [
+        host.primary_key(),
+        host.other.clone(),
+        "/etc/passwd".into(),
+        "/etc/sealblk/config.toml".into(),
+        format!("/proc/{}/mem", host.helper()).into(),
+        format!("/proc/{}/environ", host.helper()).into(),
+        format!("/proc/{}/mem", host.bystander.id()).into(),
+    ] {
+        if file.exists() {
+            refused(&file, libc::O_RDONLY);
+        }
+    }
+    refused(&host.other, libc::O_RDWR);
+    refused(&beside(""), libc::O_RDONLY | libc::O_DIRECTORY);
+    refused(&beside("new"), libc::O_RDWR | libc::O_CREAT);
+    for name in ["/proc", "/dev", "/tmp"] {
+        refused(name.as_ref(), libc::O_RDONLY | libc::O_DIRECTORY);
+    }
+    assert!(!beside("new").exists());
+}
+
+fn processes(host: &Host, inside: &Inside) {
+    let refused = |what, number, arguments: &[Arg<'_>]| inside.refused(what, libc::EPERM, number, arguments);
+    for other in [host.helper(), host.bystander.id()] {
+        let other: Arg<'_> = i64::from(other).into();
+        refused(
+            "trace",
+            libc::SYS_ptrace,
+            &[i64::from(libc::PTRACE_ATTACH).into(), other],
+        );
+        for signal in [0, libc::SIGKILL] {
+            refused("kill", libc::SYS_kill, &[other, signal.into()]);
+            refused("tkill", libc::SYS_tkill, &[other, signal.into()]);
+            refused("tgkill", libc::SYS_tgkill, &[other, other, signal.into()]);
+        }
+        // Signals that the kernel sends when something happens to a descriptor, and limits that end a process.
+        for command in [libc::F_SETOWN, F_SETSIG, F_SETOWN_EX] {
+            refused("own", libc::SYS_fcntl, &[0.into(), command.into(), other]);
+        }
+        refused(
+            "limit",
+            libc::SYS_prlimit64,
+            &[other, 0.into(), 0.into(), 0.into()],
+        );
+        refused("read memory", libc::SYS_process_vm_readv, &[other]);
+        refused("write memory", libc::SYS_process_vm_writev, &[other]);
+    }
+    let program = path("/bin/true");
+    let program: Arg<'_> = program.as_slice().into();
+    refused("exec", libc::SYS_execve, &[program]);
+    refused("exec", libc::SYS_execveat, &[libc::AT_FDCWD.into(), program]);
+    refused("fork", libc::SYS_fork, &[]);
+    refused("fork", libc::SYS_vfork, &[]);
+    refused("clone", libc::SYS_clone, &[libc::SIGCHLD.into()]);
+    inside.refused("clone", libc::ENOSYS, libc::SYS_clone3, &[]);
+}
+
+fn networks(inside: &Inside) {
     for domain in [
         libc::AF_INET,
         libc::AF_INET6,
@@ -99,76 +261,44 @@ fn what_a_confined_process_must_not_do_fails() {
         libc::AF_PACKET,
         libc::AF_VSOCK,
     ] {
-        refused(&[libc::SYS_socket, domain.into(), libc::SOCK_DGRAM.into(), 0]);
+        let arguments = [domain.into(), libc::SOCK_DGRAM.into(), 0.into()];
+        inside.refused("socket", libc::EPERM, libc::SYS_socket, &arguments);
     }
-    refused(&[libc::SYS_ptrace, libc::PTRACE_ATTACH.into(), other_id, 0, 0]);
-    for signal in [0, libc::SIGKILL] {
-        refused(&[libc::SYS_kill, other_id, signal.into()]);
-        refused(&[libc::SYS_tkill, other_id, signal.into()]);
-        refused(&[libc::SYS_tgkill, other_id, other_id, signal.into()]);
-    }
-    // Signals that the kernel sends when something happens to a descriptor, and limits that end a process.
-    for command in [libc::F_SETOWN, F_SETSIG, F_SETOWN_EX] {
-        refused(&[libc::SYS_fcntl, 0, command.into(), other_id]);
-    }
-    refused(&[libc::SYS_prlimit64, other_id, 0, 0, 0]);
-    refused(&[libc::SYS_ioctl, 0, TIOCSTI, 0]);
-    refused(&[libc::SYS_prctl, libc::PR_SET_DUMPABLE.into(), 1]);
-    refused(&[libc::SYS_shmat, 0, 0, 0]);
-    refused(&[libc::SYS_process_vm_readv, other_id, 0, 0, 0, 0, 0]);
-    refused(&[libc::SYS_clone, libc::SIGCHLD.into(), 0, 0, 0, 0]);
-    refused(&[libc::SYS_unshare, libc::CLONE_NEWUSER.into()]);
-    refused(&[libc::SYS_bpf, 0, 0, 0]);
-    let executable = libc::c_long::from(libc::PROT_READ | libc::PROT_EXEC);
-    let anonymous = libc::c_long::from(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-    refused(&[libc::SYS_mmap, 0, 4096, executable, anonymous, -1, 0]);
-    let clone3 = call(&[libc::SYS_clone3, 0, 0]).unwrap_err();
-    assert_eq!(clone3.raw_os_error(), Some(libc::ENOSYS));
-    #[cfg(target_arch = "x86_64")]
-    {
-        refused(&[libc::SYS_fork]);
-        // execve and ptrace of the x32 ABI.
-        refused(&[0x4000_0000 | 520, 0, 0, 0]);
-        refused(&[0x4000_0000 | 521, 0, 0, 0, 0]);
-        refused(&[0x4000_0000 | libc::SYS_clone3, 0, 0]);
-    }
+}
 
-    // What a disk needs goes on.
-    let pair = std::os::unix::net::UnixStream::pair();
-    assert!(pair.is_ok() && std::thread::spawn(|| 7).join().unwrap() == 7);
-    assert!(fs::read("/dev/null").is_ok());
-    assert!(call(&[libc::SYS_prlimit64, 0, libc::RLIMIT_NOFILE as libc::c_long, 0, 0]).is_ok());
-    assert!(call(&[libc::SYS_fcntl, 0, libc::F_GETFD.into()]).is_ok());
-    // No signal has reached it.
-    assert!(other.try_wait().unwrap().is_none());
+fn other_calls(inside: &Inside) {
+    let refused = |what, number, arguments: &[Arg<'_>]| inside.refused(what, libc::EPERM, number, arguments);
+    refused(
+        "input of a terminal",
+        libc::SYS_ioctl,
+        &[0.into(), TIOCSTI.into()],
+    );
+    refused(
+        "dumpable",
+        libc::SYS_prctl,
+        &[libc::PR_SET_DUMPABLE.into(), 1.into()],
+    );
+    refused("shared memory", libc::SYS_shmat, &[]);
+    refused("name space", libc::SYS_unshare, &[libc::CLONE_NEWUSER.into()]);
+    refused("bpf", libc::SYS_bpf, &[]);
+    let executable = libc::PROT_READ | libc::PROT_EXEC;
+    let anonymous = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    let map = [
+        0.into(),
+        4096.into(),
+        executable.into(),
+        anonymous.into(),
+        (-1).into(),
+        0.into(),
+    ];
+    refused("executable memory", libc::SYS_mmap, &map);
+    // execve, ptrace and clone3 of the x32 ABI.
+    for number in [520, 521, libc::SYS_clone3] {
+        refused("x32", 0x4000_0000 | number, &[]);
+    }
 }
 
 /// As in the kernel's headers; libc does not have all of them for every target.
 const F_SETSIG: libc::c_int = 10;
 const F_SETOWN_EX: libc::c_int = 15;
-const TIOCSTI: libc::c_long = 0x5412;
-
-fn refused(arguments: &[libc::c_long]) {
-    let error = call(arguments).expect_err("it works");
-    assert_eq!(error.raw_os_error(), Some(libc::EPERM), "{arguments:?}");
-}
-
-fn call(arguments: &[libc::c_long]) -> io::Result<libc::c_long> {
-    let argument = |n: usize| arguments.get(n).copied().unwrap_or(0);
-    // SAFETY: the calls here take numbers, or null for what they would write to; none of them changes this process' memory.
-    let result = unsafe {
-        libc::syscall(
-            argument(0),
-            argument(1),
-            argument(2),
-            argument(3),
-            argument(4),
-            argument(5),
-            argument(6),
-        )
-    };
-    match result {
-        -1 => Err(io::Error::last_os_error()),
-        result => Ok(result),
-    }
-}
+const TIOCSTI: libc::c_int = 0x5412;

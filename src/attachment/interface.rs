@@ -18,7 +18,7 @@ use crate::control::varlink::{self, Answer, MethodError, Request};
 use crate::error_chain::causes;
 use crate::keys::{KeyId, KeyReason};
 use crate::path_text;
-use crate::sandbox::Measure;
+use crate::sandbox::{Measure, Missing, Sandbox};
 use crate::timestamp::Timestamp;
 
 /// The interface's name.
@@ -44,6 +44,8 @@ pub struct Status {
     pub front_end: Option<FrontEnd>,
     /// What the process has given up. One of an earlier version does not tell.
     pub sandbox: Option<Vec<Measure>>,
+    /// What it could not give up, and why not.
+    pub sandbox_missing: Option<Vec<Missing>>,
 }
 
 /// Whether a front-end is connected.
@@ -128,7 +130,7 @@ impl LockStatus {
 pub struct Interface {
     served: Arc<Attachment>,
     grants: Grants,
-    sandbox: Vec<Measure>,
+    sandbox: Sandbox,
     /// By user.
     refusals: RateLimit<Option<u32>, ()>,
 }
@@ -144,7 +146,7 @@ type Answered = Result<Answer, MethodError>;
 
 impl Interface {
     /// Answers for `served`, whose process has given up `sandbox`, to those who have `grants`.
-    pub fn new(served: Arc<Attachment>, grants: Grants, sandbox: Vec<Measure>) -> Self {
+    pub fn new(served: Arc<Attachment>, grants: Grants, sandbox: Sandbox) -> Self {
         Self {
             served,
             grants,
@@ -170,7 +172,8 @@ impl Interface {
                 connected: since.is_some(),
                 since,
             }),
-            sandbox: Some(self.sandbox.clone()),
+            sandbox: Some(self.sandbox.in_force.clone()),
+            sandbox_missing: Some(self.sandbox.missing.clone()),
         }))
     }
 

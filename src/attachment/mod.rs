@@ -284,11 +284,13 @@ impl Attachment {
     }
 
     /// Has a thread get the key. If it is not to be had, and `wait` says so, it tries again until the key is there, or somebody
-    /// locks the disk; so it does if nobody is left to hear of the first try.
+    /// locks the disk; so it does if nobody is left to hear of the first try. Call it once threads do not get the signals that end
+    /// the process.
     ///
     /// # Errors
     /// If threads or descriptors are exhausted.
     pub fn get_key(self: &Arc<Self>, wait: bool) -> io::Result<FirstTry> {
+        self.opener.helper.watch()?;
         let ended = eventfd(0, EventfdFlags::CLOEXEC)?;
         let signal = ended.try_clone()?;
         let (tell, outcome) = sync_channel(0);

@@ -236,14 +236,14 @@ fn run(cli: Cli) -> Result<(), Failure> {
     if !matches!(cli.verb, Verb::KeyHelper(_)) {
         cipher::self_test()?;
     }
-    if matches!(
-        cli.verb,
-        Verb::Serve(_) | Verb::Agent(_) | Verb::Broker(_) | Verb::KeyHelper(_)
-    ) {
-        stderr::begin();
-        log::begin("info");
-    } else {
-        log::begin("warn");
+    match cli.verb {
+        Verb::Agent(_) | Verb::Broker(_) | Verb::KeyHelper(_) => {
+            stderr::begin();
+            log::begin("info");
+        }
+        // It is confined before it has a second thread.
+        Verb::Serve(_) => log::begin("info"),
+        _ => log::begin("warn"),
     }
     let host = Host {
         state_dir: cli.state_dir,

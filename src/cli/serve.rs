@@ -1,5 +1,7 @@
 //! `sealblk serve`: one disk, one process, until SIGTERM. It follows QEMU's "Backend program conventions".
 
+use std::fs;
+use std::io;
 use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixListener;
@@ -18,7 +20,7 @@ use super::failure::Failure;
 use super::secret::{SecretError, SecretSource};
 use super::size::{NotASize, Size};
 use super::socket_args::{is_same_socket, parse_group, parse_mode, warn_of_others};
-use super::{Host, output, process};
+use super::{Host, output, process, stderr};
 use crate::attachment::{Attachment, By, Interface, OpenError, Opener};
 use crate::cipher::{KEY_LEN, KernelChoice, Sector, SectorCipher, SectorSize};
 use crate::closer::{self, ClosedElsewhere};
@@ -28,7 +30,7 @@ use crate::control::{manager, server, varlink};
 use crate::device::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES, Disk, Endpoint, Server, Waited};
 use crate::key_helper::{KeyHelper, Settings};
 use crate::keys::arena::{self, SecretBytes};
-use crate::sandbox::{Choice, Measure};
+use crate::sandbox::{Allowed, Choice, Sandbox};
 use crate::storage::{Access, Backing, DataFile, PAGE, StorageError};
 use crate::volume::segment::{SegmentTable, Treatment};
 use crate::volume::{Changed, HeaderError, Identity, Locked, MATERIAL_LEN, Reason, VolumeError, unencrypted};
@@ -147,8 +149,8 @@ pub(super) struct Serve {
     /// large requests in flight [default: 8M]
     #[arg(long, value_name = "SIZE", value_parser = parse_pool_size)]
     pool_size: Option<u32>,
-    /// Confine the process before it reads anything of a guest: 'require' ends if this kernel cannot do that, 'prefer' warns and
-    /// continues, 'off' does not confine it. `sealblk status` shows the measures in force
+    /// Confine the process before it reads anything of a guest: 'prefer' takes the measures that this kernel has, 'require' ends
+    /// if it does not have all, 'off' takes none. `sealblk status` shows the measures in force
     #[arg(long, value_name = "WHEN", default_value = "prefer", value_enum)]
     sandbox: Choice,
     /// The implementation of the cipher: 'fastest' on this machine, or 'avx512', 'avx2', 'aes-ni' (x86-64) or
@@ -221,24 +223,28 @@ impl Serve {
         // From here on threads do not get the signals that end the process.
         let server = Server::new(Arc::clone(&disk), self.num_queues, endpoint)?;
         let control = self.control_socket(host)?;
-        if let Key::Volume { opener, .. } = &medium.key {
+        if let Key::Volume { .. } = &medium.key {
             arena::reserve(&SECRETS).map_err(SecretError::from)?;
-            opener.helper.watch().map_err(Failure::Host)?;
         }
-        let sandbox = self.sandbox.enter()?;
+        let allowed = self
+            .allowed(&medium, &server, control.as_ref())
+            .map_err(Failure::Host)?;
         let (served, _claim) = match medium.key {
-            Key::Volume { opener, identity } => {
-                let served = Attachment::new(*opener, disk, identity);
-                if self.get_key(&server, &served)? == Waited::Stopped {
-                    return Ok(());
-                }
-                (Some(served), None)
-            }
+            Key::Volume { opener, identity } => (Some(Attachment::new(*opener, disk, identity)), None),
             Key::Known { table, claim } => {
                 disk.unlock(table);
                 (None, claim)
             }
         };
+        manager::connect();
+        // From here on there are threads.
+        let sandbox = self.sandbox.enter(&allowed)?;
+        stderr::begin();
+        if let Some(served) = &served
+            && self.get_key(&server, served)? == Waited::Stopped
+        {
+            return Ok(());
+        }
         self.announce(&medium.shape);
         manager::ready(
             &served
@@ -275,8 +281,51 @@ impl Serve {
         Ok(Some(ControlSocket {
             listener: listener.into(),
             grants,
-            _bound: bound,
+            bound,
         }))
+    }
+
+    /// The files that this process opens once it is confined.
+    fn allowed(
+        &self,
+        medium: &Medium,
+        server: &Server,
+        control: Option<&ControlSocket>,
+    ) -> io::Result<Allowed> {
+        let mut allowed = Allowed::default();
+        // Each queue opens it for itself.
+        let file = &medium.shape.file;
+        allowed.reopen(file, file.is_null() || !self.read_only)?;
+        if let Key::Volume { opener, .. } = &medium.key {
+            let header = opener.header.as_ref().unwrap_or(&opener.disk);
+            if let Some(directory) = header.lock_files() {
+                allowed.lock_files_in(directory);
+            }
+        }
+        // Sockets go with the process.
+        for bound in [server.bound(), control.map(|control| &control.bound)]
+            .into_iter()
+            .flatten()
+        {
+            allowed.remove_from(bound.directory())?;
+        }
+        // The kind and the size of memory that a front-end passes.
+        for device in fs::read_dir("/sys/bus/dax/devices")
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            allowed.read(&device.path());
+        }
+        // Why there is no ring.
+        allowed.read("/proc/sys/kernel/io_uring_disabled".as_ref());
+        if self.passphrase_file.is_some() {
+            // How much memory a passphrase's keyslot can take.
+            for path in ["/proc/self", "/proc/meminfo", "/sys/fs/cgroup"] {
+                allowed.read(path.as_ref());
+            }
+        }
+        Ok(allowed)
     }
 
     /// Gets the key of `served`, or finds that the disk has to wait for it. A key server that does not answer holds up a guest
@@ -481,17 +530,12 @@ const CONTROL_MODE: u32 = 0o660;
 struct ControlSocket {
     listener: ClosedElsewhere<UnixListener>,
     grants: Grants,
-    _bound: Bound,
+    bound: Bound,
 }
 
 impl ControlSocket {
     /// Serves, and answers on the control socket meanwhile.
-    fn run_with(
-        self,
-        server: Server,
-        served: &Arc<Attachment>,
-        sandbox: Vec<Measure>,
-    ) -> Result<(), Failure> {
+    fn run_with(self, server: Server, served: &Arc<Attachment>, sandbox: Sandbox) -> Result<(), Failure> {
         let interface: Arc<dyn varlink::Interface> =
             Arc::new(Interface::new(Arc::clone(served), self.grants, sandbox));
         let ended = eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| Failure::Host(error.into()))?;

@@ -104,6 +104,10 @@ fn text(status: &attachment::Status) -> String {
         let none = "none".to_owned();
         row("sandbox", if names.is_empty() { none } else { names.join(", ") });
     }
+    for missing in status.sandbox_missing.iter().flatten() {
+        let reason = text::printable(&missing.reason);
+        row("", format!("without {}: {reason}", missing.measure.name()));
+    }
     match status.state {
         State::Open => row("state", "open".to_owned()),
         State::Locking => row("state", "locking: finishing the requests in flight".to_owned()),

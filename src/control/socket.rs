@@ -5,7 +5,7 @@
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -158,6 +158,13 @@ const BACKLOG: i32 = 4096;
 pub struct Bound {
     place: SocketPath,
     inode: (u64, u64),
+}
+
+impl Bound {
+    /// The directory that has its name.
+    pub fn directory(&self) -> BorrowedFd<'_> {
+        self.place.directory.as_fd()
+    }
 }
 
 impl Drop for Bound {

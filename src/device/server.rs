@@ -125,6 +125,11 @@ impl Server {
         })
     }
 
+    /// The socket that it has bound, if it has.
+    pub fn bound(&self) -> Option<&Bound> {
+        self.bound.as_ref()
+    }
+
     /// Waits for `event`, a descriptor that becomes readable, but no longer than `limit`, and not after SIGINT or SIGTERM.
     pub fn wait_for(&self, event: impl AsFd, limit: Option<Duration>) -> io::Result<Waited> {
         let deadline = limit.map(|limit| Instant::now() + limit);

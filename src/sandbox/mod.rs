@@ -3,6 +3,9 @@
 //!
 //! ```text
 //! no_new_privileges   no program can raise its privileges (prctl(2), PR_SET_NO_NEW_PRIVS)
+//! abstract_sockets    no abstract Unix sockets of other processes (Landlock)
+//! network             no TCP (Landlock)
+//! files               no files but its own (Landlock); landlock_rules has these three
 //! system_calls        a filter (seccomp(2)) for all threads, those that are there and those to come. These fail with EPERM:
 //!                       a program or process that it would start
 //!                       a socket that is not a Unix socket
@@ -11,19 +14,26 @@
 //!                       changes of name spaces, mounts, users, keys, modules and the like
 //! ```
 //!
-//! The process needs none of these calls any more: the key helper runs, the names of users and groups are known, the sockets are bound.
-//! No thread can remove a filter, and new threads inherit it.
+//! The process needs none of these any more: the key helper runs, the names of users and groups are known, the sockets are bound, the
+//! journal and the service manager are connected to. No thread can leave the sandbox, and new threads inherit it. The measures
+//! overlap on purpose: a kernel may lack one of them.
 //!
-//! The filter lists what fails, and lets the rest through: files can be opened as before, and the kernel does not ask it about what an
-//! io_uring does. It costs nothing on the path of a request: the kernel remembers the calls that pass whatever their arguments are.
+//! The filter lists what fails, and lets the rest through; and the kernel does not ask it about what an io_uring does. It costs
+//! nothing on the path of a request: the kernel remembers the calls that pass whatever their arguments are.
 //!
 //! x86-64 kernels can have system calls twice: the numbers of the x32 ABI are refused as well.
 
+mod landlock_rules;
 mod system_calls;
 
+use std::io;
+
 use clap::ValueEnum;
+use landlock::RulesetError;
 use seccompiler::BackendError;
 use serde::{Deserialize, Serialize};
+
+pub use landlock_rules::Allowed;
 
 /// A measure of the sandbox.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,16 +41,63 @@ use serde::{Deserialize, Serialize};
 pub enum Measure {
     /// It gets no new privileges.
     NoNewPrivileges,
+    /// It connects to no abstract Unix sockets of other processes.
+    AbstractSockets,
+    /// It uses no TCP.
+    Network,
+    /// It opens no files but its own.
+    Files,
     /// It makes no system calls but those that a disk needs.
     SystemCalls,
 }
 
 impl Measure {
+    /// In the order in which they are taken.
+    const ALL: [Self; 5] = [
+        Self::NoNewPrivileges,
+        Self::AbstractSockets,
+        Self::Network,
+        Self::Files,
+        Self::SystemCalls,
+    ];
+
     /// For people.
     pub fn name(self) -> &'static str {
         match self {
             Self::NoNewPrivileges => "no new privileges",
+            Self::AbstractSockets => "abstract sockets",
+            Self::Network => "network",
+            Self::Files => "files",
             Self::SystemCalls => "system calls",
+        }
+    }
+
+    /// What a kernel needs for it.
+    fn needs(self) -> &'static str {
+        match self {
+            Self::NoNewPrivileges => "Linux 3.5",
+            Self::AbstractSockets => {
+                "Linux 6.12 with Landlock (CONFIG_SECURITY_LANDLOCK, and `landlock` in the parameter lsm=)"
+            }
+            Self::Network => {
+                "Linux 6.7 with Landlock (CONFIG_SECURITY_LANDLOCK, and `landlock` in the parameter lsm=)"
+            }
+            Self::Files => {
+                "Linux 5.13 with Landlock (CONFIG_SECURITY_LANDLOCK, and `landlock` in the parameter lsm=)"
+            }
+            Self::SystemCalls => "CONFIG_SECCOMP_FILTER, and x86-64 or aarch64",
+        }
+    }
+
+    fn take(self, allowed: &Allowed) -> Result<(), NotTaken> {
+        match self {
+            Self::NoNewPrivileges => {
+                rustix::thread::set_no_new_privs(true).map_err(|error| NotTaken::Kernel(error.into()))
+            }
+            Self::AbstractSockets => landlock_rules::abstract_sockets(),
+            Self::Network => landlock_rules::network(),
+            Self::Files => landlock_rules::files(allowed),
+            Self::SystemCalls => system_calls::filter(),
         }
     }
 }
@@ -48,53 +105,97 @@ impl Measure {
 /// Whether a process enters the sandbox.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Choice {
-    /// It ends if this kernel has no sandbox.
+    /// It ends if this kernel does not have all measures.
     Require,
-    /// It warns and continues if this kernel has none.
+    /// It takes the measures that this kernel has, and warns of each that it does not have.
     Prefer,
-    /// It does not.
+    /// It takes none.
     Off,
 }
 
-/// Why a process cannot enter the sandbox.
+/// The measures of a process.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sandbox {
+    /// Those in force.
+    pub in_force: Vec<Measure>,
+    /// The others.
+    pub missing: Vec<Missing>,
+}
+
+/// A measure that is not in force.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Missing {
+    /// Which.
+    pub measure: Measure,
+    /// Why, for people.
+    pub reason: String,
+}
+
+/// A process that has to be confined cannot be.
 #[derive(Debug, thiserror::Error)]
-pub enum SandboxError {
+#[error(
+    "--sandbox=require: this kernel does not have the measure `{}`, which needs {}; serve the disk with --sandbox=prefer",
+    measure.name(),
+    measure.needs()
+)]
+pub struct SandboxError {
+    measure: Measure,
+    source: NotTaken,
+}
+
+/// Why a measure is not in force.
+#[derive(Debug, thiserror::Error)]
+enum NotTaken {
     /// The rules cannot be compiled for this processor.
-    #[error(
-        "--sandbox: there is no filter of system calls for this processor; serve the disk with --sandbox=prefer"
-    )]
+    #[error(transparent)]
     Rules(#[from] BackendError),
-    /// The kernel has no filters.
-    #[error(
-        "--sandbox: the system calls of this process cannot be filtered; run it on a kernel with seccomp filters \
-         (CONFIG_SECCOMP_FILTER), or serve the disk with --sandbox=prefer"
-    )]
+    #[error(transparent)]
     Filter(#[from] seccompiler::Error),
+    #[error(transparent)]
+    Landlock(RulesetError),
+    #[error("cannot count the threads")]
+    Threads(#[source] io::Error),
+    /// A defect of sealblk.
+    #[error("the process has {0} threads already")]
+    HasThreads(usize),
+    #[error(transparent)]
+    Kernel(io::Error),
 }
 
 impl Choice {
-    /// Enters the sandbox, and returns the measures in force.
+    /// Enters the sandbox, in which the process can open what is `allowed`. Call it while there is one thread.
     ///
     /// # Errors
     /// [`SandboxError`], if it was required.
-    pub fn enter(self) -> Result<Vec<Measure>, SandboxError> {
-        match self {
-            Self::Off => {
-                tracing::warn!(
-                    "--sandbox=off: a guest that takes this process over can do all that its user can do"
-                );
-                Ok(Vec::new())
-            }
-            Self::Require => enter(),
-            Self::Prefer => enter().or_else(|error| {
-                tracing::warn!(%error, "this process is not confined");
-                Ok(Vec::new())
-            }),
+    pub fn enter(self, allowed: &Allowed) -> Result<Sandbox, SandboxError> {
+        let mut sandbox = Sandbox::default();
+        for measure in Measure::ALL {
+            let reason = match self {
+                Self::Off => "--sandbox=off".to_owned(),
+                Self::Require | Self::Prefer => match measure.take(allowed) {
+                    Ok(()) => {
+                        sandbox.in_force.push(measure);
+                        continue;
+                    }
+                    Err(source) if self == Self::Require => return Err(SandboxError { measure, source }),
+                    Err(error) => {
+                        let reason = format!("it needs {} ({error})", measure.needs());
+                        tracing::warn!(
+                            measure = measure.name(),
+                            reason,
+                            "a measure of the sandbox is not in force"
+                        );
+                        reason
+                    }
+                },
+            };
+            sandbox.missing.push(Missing { measure, reason });
         }
+        if self == Self::Off {
+            tracing::warn!(
+                "--sandbox=off: a guest that takes this process over can do all that its user can do"
+            );
+        }
+        Ok(sandbox)
     }
-}
-
-fn enter() -> Result<Vec<Measure>, SandboxError> {
-    system_calls::filter()?;
-    Ok(vec![Measure::NoNewPrivileges, Measure::SystemCalls])
 }

@@ -8,10 +8,10 @@ use seccompiler::{
     apply_filter_all_threads,
 };
 
-use super::SandboxError;
+use super::NotTaken;
 
 /// Filters the system calls of all threads, and sets PR_SET_NO_NEW_PRIVS first, without which no filter is taken.
-pub(super) fn filter() -> Result<(), SandboxError> {
+pub(super) fn filter() -> Result<(), NotTaken> {
     apply_filter_all_threads(&no_clone3()?)?;
     Ok(apply_filter_all_threads(&refused()?)?)
 }
@@ -115,7 +115,7 @@ const X32_BIT: libc::c_long = 0x4000_0000;
 #[cfg(target_arch = "x86_64")]
 const X32_OWN: std::ops::RangeInclusive<libc::c_long> = 512..=547;
 
-fn refused() -> Result<BpfProgram, SandboxError> {
+fn refused() -> Result<BpfProgram, NotTaken> {
     use SeccompCmpArgLen::{Dword, Qword};
     let own = u64::from(std::process::id());
     let exec = libc::PROT_EXEC as u64;
@@ -172,11 +172,11 @@ fn refused() -> Result<BpfProgram, SandboxError> {
 }
 
 /// clone3(2) has its flags in memory, where no filter looks. Without it the C library takes clone(2).
-fn no_clone3() -> Result<BpfProgram, SandboxError> {
+fn no_clone3() -> Result<BpfProgram, NotTaken> {
     program(BTreeMap::from([(libc::SYS_clone3, Vec::new())]), libc::ENOSYS)
 }
 
-fn program(rules: BTreeMap<i64, Vec<SeccompRule>>, errno: libc::c_int) -> Result<BpfProgram, SandboxError> {
+fn program(rules: BTreeMap<i64, Vec<SeccompRule>>, errno: libc::c_int) -> Result<BpfProgram, NotTaken> {
     let refuse = SeccompAction::Errno(errno.unsigned_abs());
     let filter = SeccompFilter::new(
         rules,

@@ -190,6 +190,15 @@ impl Backing {
         }
     }
 
+    /// The directory with the files by which a device's metadata are locked ([`crate::volume::MetadataLock`]); none for a file, which
+    /// is locked itself.
+    pub fn lock_files(&self) -> Option<&'static Path> {
+        match self.kind {
+            Kind::File => None,
+            Kind::BlockDevice => Some(Path::new("/run/cryptsetup")),
+        }
+    }
+
     /// The path that it was opened by, for messages.
     pub fn path(&self) -> &Path {
         &self.path

@@ -15,6 +15,8 @@ pub mod agent;
 pub mod driver;
 pub mod frontend;
 pub mod fuse;
+#[cfg(target_arch = "x86_64")]
+pub mod inside;
 pub mod memory;
 pub mod mistakes;
 pub mod process;
