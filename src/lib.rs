@@ -15,11 +15,13 @@
 //! device       what the guest sees: virtio-blk over vhost-user
 //! inventory    the volumes that this host has bound or opened: hints, each checked against the volume itself
 //! storage      files and block devices: claims on them, what they can do, and the io_uring engine
-//! volume       LUKS2, and the segment table that maps sectors to it
+//! map          where each sector of a disk lies in its file, and what is done to it on the way
+//! binding      a volume and the KEKs that open it: sealblk's tokens, rekey
 //! keys, tpm
 //! toml_file    how settings are written; probe: threads that wait for files that may never answer
 //!
 //! and packages of their own, which know nothing of the above:
+//! sealblk-luks2    LUKS2 headers (here `luks2`)
 //! sealblk-xts      XTS-AES-256 over sectors (here `cipher`)
 //! sealblk-secmem   memory and files for keys (in `keys`)
 //! sealblk-base     what every package stands on: errors, JSON, time, threads
@@ -32,6 +34,7 @@
 pub mod agent;
 pub mod attachment;
 mod audit;
+pub mod binding;
 pub mod broker;
 pub mod cli;
 pub mod control;
@@ -40,14 +43,15 @@ pub mod inventory;
 pub mod kbs;
 pub mod key_helper;
 pub mod keys;
+pub mod map;
 mod probe;
 pub mod sandbox;
 pub mod storage;
 mod toml_file;
 pub mod tpm;
-pub mod volume;
 
 pub use sealblk_base::{
     apart, boot_time, closer, deadline, error_chain, mutex, parsing, path_text, timestamp,
 };
+pub use sealblk_luks2 as luks2;
 pub use sealblk_xts as cipher;

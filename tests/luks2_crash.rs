@@ -19,14 +19,16 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
+use sealblk::binding::{self, BindingError, BindingReason, CreateOptions, Info, Rekeyed, create, is_ours};
 use sealblk::cipher::SectorSize;
 use sealblk::keys::arena::SecretBytes;
 use sealblk::keys::registry::{Backup, Registry, Source};
 use sealblk::keys::{KeyProvider, Providers};
-use sealblk::volume::{
-    Argon2Cost, CreateOptions, HeaderError, HeaderIo, HeaderState, Info, LockMode, Locked, MetadataLock,
-    Reason, Refusal, Rekeyed, VolumeError, create, erase,
+use sealblk::luks2::{
+    Argon2Cost, Erased, HeaderError, HeaderIo, HeaderState, LockMode, Locked, MetadataLock, Reason, Refusal,
+    VolumeError,
 };
+use uuid::Uuid;
 
 const CHEAP: Argon2Cost = Argon2Cost {
     time: 1,
@@ -205,7 +207,7 @@ fn repairing_either_copy_and_then_adding_a_recovery_key() {
             let mut locked = Locked::open(medium, None).unwrap();
             assert!(matches!(locked.header_state(), HeaderState::Repaired { .. }));
             let volume = locked.unlock_with_passphrase(&secret(OLD_KEY)).unwrap();
-            locked.add_recovery_key(&volume, &secret(NEW_KEY), CHEAP).unwrap();
+            locked.add_passphrase(&volume, &secret(NEW_KEY), CHEAP).unwrap();
         });
         host.replay(&before, &log, &ONE_KEY, &TWO_KEYS);
     }
@@ -220,7 +222,7 @@ fn an_update_repairs_a_copy_that_was_damaged_after_it_was_opened() {
     let mut before = medium.now();
     before[COPY + 100] ^= 0xff;
     medium.reset(before.clone());
-    locked.add_recovery_key(&volume, &secret(NEW_KEY), CHEAP).unwrap();
+    locked.add_passphrase(&volume, &secret(NEW_KEY), CHEAP).unwrap();
     host.replay(&before, &medium.log(), &ONE_KEY, &TWO_KEYS);
 }
 
@@ -276,7 +278,7 @@ fn a_recovery_key_is_added_or_not_whatever_fails() {
         let result = host.add_new_key(medium);
         medium.heal();
         let now = described(&medium.now()).unwrap();
-        match result.map_err(|error| *error.reason) {
+        match result.map_err(of_volume) {
             Ok(()) => {
                 host.opens(medium, &TWO_KEYS);
                 added += 1;
@@ -304,7 +306,7 @@ fn a_recovery_key_that_was_removed_opens_nothing_whatever_fails() {
         let result = host.remove_old_key(medium);
         medium.heal();
         let now = described(&medium.now()).unwrap();
-        match result.map_err(|error| *error.reason) {
+        match result.map_err(of_volume) {
             Ok(()) => {
                 assert_ne!(now, old, "{at}");
                 assert!(!opens_with_the_header_of(&before, &medium.now()), "{at}");
@@ -318,7 +320,7 @@ fn a_recovery_key_that_was_removed_opens_nothing_whatever_fails() {
             Err(reason) => panic!("{at}: {reason}"),
         }
         // Tried again on sound storage, it goes.
-        match host.remove_old_key(medium).map_err(|error| *error.reason) {
+        match host.remove_old_key(medium).map_err(of_volume) {
             Ok(()) | Err(Reason::NoSuchKeyslot { keyslot: 1 }) => {}
             Err(reason) => panic!("{at}, again: {reason}"),
         }
@@ -340,13 +342,17 @@ fn a_rekey_loses_no_way_in_whatever_fails() {
         host.opens(medium, &ONE_KEY);
         match result.map_err(|error| *error.reason) {
             Ok(_) => done += 1,
-            Err(Reason::RekeyUnfinished(_)) => unfinished += 1,
-            Err(Reason::WriteKeyslot { .. } | Reason::Lock(_) | Reason::Keyslot { .. }) => {
+            Err(BindingReason::RekeyUnfinished(_)) => unfinished += 1,
+            Err(BindingReason::Volume(
+                Reason::WriteKeyslot { .. } | Reason::Lock(_) | Reason::Keyslot { .. },
+            )) => {
                 assert_eq!(described(&medium.now()).unwrap(), old, "{at}");
                 untouched += 1;
             }
             // Storage that says it failed may have done it.
-            Err(Reason::Header(HeaderError::Write { copy: _, source: _ })) => untouched += 1,
+            Err(BindingReason::Volume(Reason::Header(HeaderError::Write { copy: _, source: _ }))) => {
+                untouched += 1
+            }
             Err(reason) => panic!("{at}: {reason}"),
         }
         // Tried again on sound storage, one key is left, and it is not the old one.
@@ -373,7 +379,7 @@ fn a_volume_that_is_overwritten_stays_until_nothing_but_writing_can_fail() {
     faults(&before, |medium, at| {
         let result = host.overwrite(medium, 64 * MIB as u64);
         medium.heal();
-        match result.map_err(|error| *error.reason) {
+        match result.map_err(of_volume) {
             Ok(_) => {
                 host.opens(medium, &ONE_KEY);
                 created += 1;
@@ -406,13 +412,25 @@ fn faults(before: &[u8], mut operation: impl FnMut(&Medium<'_>, &str)) {
     }
 }
 
+/// Why an operation failed, which asked no provider for anything that it did not give.
+fn of_volume(error: BindingError) -> Reason {
+    match *error.reason {
+        BindingReason::Volume(reason) => reason,
+        other => panic!("{other}"),
+    }
+}
+
+fn erase(medium: &Medium<'_>, uuid: Uuid) -> Result<Erased, VolumeError> {
+    sealblk::luks2::erase(medium, uuid, is_ours)
+}
+
 /// Whether the provider opens `now` with the header that the volume had before.
 fn provider_opens_with_the_header_of(host: &Host, before: &[u8], now: &[u8]) -> bool {
     let mut image = now.to_vec();
     image[..2 * COPY].copy_from_slice(&before[..2 * COPY]);
     let medium = Medium::new(image);
     let locked = Locked::open(&medium, None).unwrap();
-    locked.unlock_with_provider(&host.providers).is_ok()
+    binding::unlock(&locked, &host.providers).is_ok()
 }
 
 /// Whether the old recovery key opens `now` with the header that the volume had before, of which there is a backup.
@@ -480,11 +498,16 @@ impl Host {
         self.create(medium, None, false).unwrap();
     }
 
-    fn overwrite(&self, medium: &Medium<'_>, capacity: u64) -> Result<(), VolumeError> {
+    fn overwrite(&self, medium: &Medium<'_>, capacity: u64) -> Result<(), BindingError> {
         self.create(medium, Some(capacity), true)
     }
 
-    fn create(&self, medium: &Medium<'_>, capacity: Option<u64>, overwrite: bool) -> Result<(), VolumeError> {
+    fn create(
+        &self,
+        medium: &Medium<'_>,
+        capacity: Option<u64>,
+        overwrite: bool,
+    ) -> Result<(), BindingError> {
         let provider = self.provider();
         let options = CreateOptions {
             capacity,
@@ -497,30 +520,34 @@ impl Host {
         create(medium, None, &options).map(drop)
     }
 
-    fn add_new_key(&self, medium: &Medium<'_>) -> Result<(), VolumeError> {
+    fn add_new_key(&self, medium: &Medium<'_>) -> Result<(), BindingError> {
         let mut locked = Locked::open(medium, None)?;
-        let volume = locked.unlock_with_provider(&self.providers)?;
+        let volume = binding::unlock(&locked, &self.providers)?;
         locked
-            .add_recovery_key(&volume, &secret(NEW_KEY), CHEAP)
+            .add_passphrase(&volume, &secret(NEW_KEY), CHEAP)
             .map(drop)
+            .map_err(BindingError::from)
     }
 
-    fn remove_old_key(&self, medium: &Medium<'_>) -> Result<(), VolumeError> {
+    fn remove_old_key(&self, medium: &Medium<'_>) -> Result<(), BindingError> {
         let mut locked = Locked::open(medium, None)?;
-        let volume = locked.unlock_with_provider(&self.providers)?;
-        locked.remove_recovery_key(1, &volume)
+        let volume = binding::unlock(&locked, &self.providers)?;
+        Ok(locked.remove_passphrase(1, &volume)?)
     }
 
-    fn rekey(&self, medium: &Medium<'_>) -> Result<Rekeyed, VolumeError> {
+    fn rekey(&self, medium: &Medium<'_>) -> Result<Rekeyed, BindingError> {
         let mut locked = Locked::open(medium, None)?;
-        let volume = locked.unlock_with_provider(&self.providers)?;
-        locked.rekey(&volume, &self.providers, "native")
+        let volume = binding::unlock(&locked, &self.providers)?;
+        binding::rekey(&mut locked, &volume, &self.providers, Some("native"))
     }
 
+    /// Finishes a rekey that was interrupted, if there is one.
     fn finish(&self, medium: &Medium<'_>) -> Option<Rekeyed> {
+        let tokens = Info::read(medium, None).unwrap().tokens;
+        tokens.iter().find(|token| !token.replaces.is_empty())?;
         let mut locked = Locked::open(medium, None).unwrap();
-        let volume = locked.unlock_with_provider(&self.providers).unwrap();
-        locked.finish_rekey(&volume, &self.providers, None).unwrap()
+        let volume = binding::unlock(&locked, &self.providers).unwrap();
+        Some(binding::rekey(&mut locked, &volume, &self.providers, None).unwrap())
     }
 
     /// Opens every state that a crash could have left of `log`.
@@ -566,7 +593,7 @@ impl Host {
         for passphrase in state.passphrases {
             locked.unlock_with_passphrase(&secret(passphrase)).unwrap();
         }
-        assert_eq!(locked.unlock_with_provider(&self.providers).is_ok(), state.bound);
+        assert_eq!(binding::unlock(&locked, &self.providers).is_ok(), state.bound);
     }
 
     fn cryptsetup_opens(&self, image: &[u8], state: &State, at: &str) {

@@ -9,16 +9,17 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use sealblk::cipher::{Reader, Sector, SectorSize, Workspace};
+use sealblk::binding::{self, BindingReason, CopiesInfo, CreateOptions, Info, create};
+use sealblk::cipher::{KernelChoice, Reader, Sector, SectorSize, Workspace};
 use sealblk::keys::arena::SecretBytes;
 use sealblk::keys::registry::{Backup, Registry, Source};
 use sealblk::keys::{KeyProvider, Providers};
-use sealblk::storage::{Access, Backing, StorageError};
-use sealblk::volume::segment::Treatment;
-use sealblk::volume::{
-    Argon2Cost, CopiesInfo, CreateOptions, FileLock, HeaderError, HeaderIo, HeaderState, Info, LockMode,
-    Locked, MetadataLock, Reason, Refusal, Volume, create,
+use sealblk::luks2::{
+    Argon2Cost, FileLock, HeaderError, HeaderIo, HeaderState, LockMode, Locked, MetadataLock, Reason,
+    Refusal, Volume,
 };
+use sealblk::map::{SegmentTable, Treatment};
+use sealblk::storage::{Access, Backing, StorageError};
 use serde_json::Value;
 use vm_memory::VolatileSlice;
 
@@ -58,7 +59,7 @@ fn a_new_volume_opens_by_its_provider_and_by_its_recovery_key() {
     let disk = Disk::created(SectorSize::B512);
     assert_eq!(disk.unlock_with_provider().unwrap().keyslot(), 0);
     let volume = disk.unlock(RECOVERY).unwrap();
-    assert_eq!((volume.keyslot(), volume.capacity()), (1, 8 * MIB));
+    assert_eq!((volume.keyslot(), volume.layout().capacity), (1, 8 * MIB));
     assert!(matches!(
         disk.unlock("wrong"),
         Err(Reason::WrongPassphrase { .. })
@@ -142,9 +143,9 @@ fn cryptsetup_exports_our_token_and_leaves_it_whole_through_an_import_of_another
     // And ours leaves the other one whole.
     let (header, _) = disk.backings(Access::ReadWrite);
     let mut locked = Locked::open(&header, None).unwrap();
-    let volume = locked.unlock_with_provider(&disk.providers).unwrap();
+    let volume = binding::unlock(&locked, &disk.providers).unwrap();
     locked
-        .add_recovery_key(&volume, &secret(PASSPHRASE), CHEAP)
+        .add_passphrase(&volume, &secret(PASSPHRASE), CHEAP)
         .unwrap();
     let metadata = disk.metadata();
     assert_eq!(
@@ -180,16 +181,16 @@ fn recovery_keys_come_and_go() {
     let disk = Disk::created(SectorSize::B512);
     let (header, _) = disk.backings(Access::ReadWrite);
     let mut locked = Locked::open(&header, None).unwrap();
-    let volume = locked.unlock_with_provider(&disk.providers).unwrap();
+    let volume = binding::unlock(&locked, &disk.providers).unwrap();
     let keyslot = locked
-        .add_recovery_key(&volume, &secret(PASSPHRASE), CHEAP)
+        .add_passphrase(&volume, &secret(PASSPHRASE), CHEAP)
         .unwrap();
     assert_eq!(keyslot, 2);
     disk.cryptsetup_opens(PASSPHRASE);
     let area = area_of(&disk.metadata(), "1");
     let before = read_range(&disk.path, area);
 
-    locked.remove_recovery_key(1, &volume).unwrap();
+    locked.remove_passphrase(1, &volume).unwrap();
     assert_ne!(
         read_range(&disk.path, area),
         before,
@@ -204,9 +205,9 @@ fn recovery_keys_come_and_go() {
     disk.cryptsetup_opens(PASSPHRASE);
 
     let other = locked.unlock_with_passphrase(&secret(PASSPHRASE)).unwrap();
-    let error = locked.remove_recovery_key(2, &other).unwrap_err();
+    let error = locked.remove_passphrase(2, &other).unwrap_err();
     assert!(matches!(*error.reason, Reason::SameKey { keyslot: 2 }), "{error}");
-    let error = locked.remove_recovery_key(0, &other).unwrap_err();
+    let error = locked.remove_passphrase(0, &other).unwrap_err();
     assert!(
         matches!(*error.reason, Reason::NoRecoveryKey { keyslot: 0 }),
         "{error}"
@@ -219,7 +220,7 @@ fn recovery_keys_come_and_go() {
     arguments.extend(CHEAP_PBKDF);
     arguments.extend([DISK, new_key.to_str().unwrap()]);
     disk.cryptsetup_with(PASSPHRASE, &arguments);
-    let error = locked.remove_recovery_key(2, &volume).unwrap_err();
+    let error = locked.remove_passphrase(2, &volume).unwrap_err();
     assert!(matches!(*error.reason, Reason::ChangedMeanwhile), "{error}");
     disk.cryptsetup_opens("another");
 }
@@ -259,7 +260,7 @@ fn volumes_of_cryptsetup_open_whatever_their_key_derivation_and_sizes() {
         let info = disk.info();
         let segment = &info.segments[0];
         assert_eq!(
-            volume.capacity(),
+            volume.layout().capacity,
             40 * MIB - segment.offset.unwrap(),
             "{options:?}"
         );
@@ -353,10 +354,10 @@ fn keyslots_that_both_add_at_a_time_are_all_there() {
             }
         });
         let mut locked = Locked::open(&header, None).unwrap();
-        let volume = locked.unlock_with_provider(&disk.providers).unwrap();
+        let volume = binding::unlock(&locked, &disk.providers).unwrap();
         for i in 0..4 {
             locked
-                .add_recovery_key(&volume, &secret(&format!("ours {i}")), CHEAP)
+                .add_passphrase(&volume, &secret(&format!("ours {i}")), CHEAP)
                 .unwrap();
             thread::sleep(Duration::from_millis(100));
         }
@@ -488,7 +489,7 @@ fn a_token_of_another_volume_says_so() {
     disk.cryptsetup(&["luksUUID", "--uuid", "6f2d5a2e-8b0e-4a43-9c39-0f4a63c0a001", DISK]);
     assert!(matches!(
         disk.unlock_with_provider(),
-        Err(Reason::ForeignToken { token: 0, .. })
+        Err(BindingReason::ForeignToken { token: 0, .. })
     ));
     disk.unlock(RECOVERY).unwrap();
 }
@@ -506,14 +507,17 @@ fn a_volume_is_not_made_over_another_unless_told() {
         overwrite: false,
     };
     let error = create(&header, None, &options).unwrap_err();
-    assert!(matches!(*error.reason, Reason::AlreadyLuks), "{error}");
+    assert!(
+        matches!(*error.reason, BindingReason::Volume(Reason::AlreadyLuks)),
+        "{error}"
+    );
     drop(header);
     disk.unlock(PASSPHRASE).unwrap();
     let (header, _) = disk.backings(Access::ReadWrite);
     options.overwrite = true;
     create(&header, None, &options).unwrap();
     drop(header);
-    assert_eq!(disk.unlock(RECOVERY).unwrap().capacity(), 24 * MIB);
+    assert_eq!(disk.unlock(RECOVERY).unwrap().layout().capacity, 24 * MIB);
     disk.cryptsetup_opens(RECOVERY);
 }
 
@@ -537,12 +541,12 @@ fn a_detached_header_of_ours_opens_with_cryptsetup() {
     drop((header, payload));
     assert_eq!(fs::metadata(&disk.path).unwrap().len(), 8 * MIB);
     disk.cryptsetup_opens(RECOVERY);
-    assert_eq!(disk.unlock(RECOVERY).unwrap().capacity(), 8 * MIB);
+    assert_eq!(disk.unlock(RECOVERY).unwrap().layout().capacity, 8 * MIB);
 }
 
 /// 8 KiB of zeros from sector 8 on, as they lie on storage, and where.
 fn encrypted(volume: &Volume) -> (u64, Vec<u8>) {
-    let table = volume.table();
+    let table = SegmentTable::of(volume, KernelChoice::default()).unwrap();
     let extent = table.extent(Sector(8), 16);
     assert_eq!(extent.sectors, 16);
     let treatment = table.treatment(extent.treatment);
@@ -710,12 +714,10 @@ impl Disk {
             .map_err(|error| *error.reason)
     }
 
-    fn unlock_with_provider(&self) -> Result<Volume, Reason> {
+    fn unlock_with_provider(&self) -> Result<Volume, BindingReason> {
         let (header, payload) = self.backings(Access::ReadWrite);
-        let locked = Locked::open(&header, as_io(&payload)).map_err(|error| *error.reason)?;
-        locked
-            .unlock_with_provider(&self.providers)
-            .map_err(|error| *error.reason)
+        let locked = Locked::open(&header, as_io(&payload)).unwrap();
+        binding::unlock(&locked, &self.providers).map_err(|error| *error.reason)
     }
 
     /// Runs cryptsetup on this disk: its command and options, for which it succeeds.

@@ -11,9 +11,10 @@ use std::time::Instant;
 
 use common::serve::SEALBLK;
 use common::volume::{Volume, run};
+use sealblk::binding::{self, BindingReason};
 use sealblk::keys::registry::Registry;
+use sealblk::luks2::Locked;
 use sealblk::storage::{Access, Backing};
-use sealblk::volume::{Locked, Reason};
 use serde_json::Value;
 
 /// Where the payload of a volume starts that sealblk made.
@@ -73,7 +74,7 @@ fn rekey_changes_the_header_alone_and_the_old_key_opens_nothing() {
             assert!(
                 matches!(
                     reason,
-                    Reason::ForeignToken { .. } | Reason::TokenOpensNothing { .. }
+                    BindingReason::ForeignToken { .. } | BindingReason::TokenOpensNothing { .. }
                 ),
                 "{reason}"
             );
@@ -111,10 +112,7 @@ fn a_volume_moves_to_another_provider_and_back_from_its_recovery_key() {
     assert!(opens(&volume).is_err());
     let registry = Registry::open(elsewhere.as_ref()).unwrap();
     let disk = Backing::open(&volume.path, Access::Inspect).unwrap();
-    Locked::open(&disk, None)
-        .unwrap()
-        .unlock_with_provider(&registry)
-        .unwrap();
+    binding::unlock(&Locked::open(&disk, None).unwrap(), &registry).unwrap();
 }
 
 #[test]
@@ -188,20 +186,19 @@ fn cryptsetup(args: &[&str], volume: &Volume) -> Command {
 }
 
 /// Whether the volume's provider opens it.
-fn opens(volume: &Volume) -> Result<(), Reason> {
+fn opens(volume: &Volume) -> Result<(), BindingReason> {
     unlock(volume, &volume.path)
 }
 
-fn reason_of(volume: &Volume, path: &std::path::Path) -> Reason {
+fn reason_of(volume: &Volume, path: &std::path::Path) -> BindingReason {
     unlock(volume, path).unwrap_err()
 }
 
-fn unlock(volume: &Volume, path: &std::path::Path) -> Result<(), Reason> {
+fn unlock(volume: &Volume, path: &std::path::Path) -> Result<(), BindingReason> {
     let registry = Registry::open(volume.open[1].as_ref()).unwrap();
     let disk = Backing::open(path, Access::Inspect).unwrap();
-    let locked = Locked::open(&disk, None).map_err(|error| *error.reason)?;
-    locked
-        .unlock_with_provider(&registry)
+    let locked = Locked::open(&disk, None).unwrap();
+    binding::unlock(&locked, &registry)
         .map(drop)
         .map_err(|error| *error.reason)
 }

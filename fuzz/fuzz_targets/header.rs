@@ -10,7 +10,8 @@ use std::ops::Range;
 use std::path::Path;
 
 use libfuzzer_sys::fuzz_target;
-use sealblk::volume::{HeaderIo, Info, LockMode, Locked, MetadataLock};
+use sealblk::binding::Info;
+use sealblk::luks2::{HeaderIo, LockMode, Locked, MetadataLock};
 use sha2::{Digest, Sha256};
 
 fuzz_target!(|input: &[u8]| {

@@ -14,6 +14,7 @@ mod twins;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, SendError, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -23,15 +24,17 @@ use rustix::event::{EventfdFlags, eventfd};
 use serde_json::{Value, json};
 
 use crate::agent::Purpose;
-use crate::cipher::KernelChoice;
+use crate::binding::{self, BindingError, BindingReason, Bindings, Rekeyed};
+use crate::cipher::{CipherError, KernelChoice};
 use crate::control::events::{Event, Events};
 use crate::control::manager;
 use crate::device::Disk;
 use crate::key_helper::{HelperError, HelperFailure, KeyHelper};
 use crate::keys::{KeyError, KeyReason};
+use crate::luks2::{Changed, Identity, Locked, Volume, VolumeError};
+use crate::map::SegmentTable;
 use crate::mutex::lock;
 use crate::storage::Backing;
-use crate::volume::{Changed, Identity, Locked, Reason, Rekeyed, Volume, VolumeError};
 
 use twins::Announcement;
 
@@ -72,9 +75,17 @@ pub enum By {
 /// Why a volume is not opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// The volume.
+    /// The volume, or its bindings.
     #[error(transparent)]
-    Volume(#[from] VolumeError),
+    Volume(#[from] BindingError),
+    /// The volume key.
+    #[error("{}: the volume key cannot be used", path.display())]
+    Cipher {
+        /// What holds the header.
+        path: PathBuf,
+        /// Why.
+        source: CipherError,
+    },
     /// What unlocks it.
     #[error("the passphrase cannot be read")]
     Passphrase(#[source] HelperFailure),
@@ -95,7 +106,9 @@ impl OpenError {
         match self {
             Self::NoHelper(error) => Some(error),
             Self::Volume(error) => match &*error.reason {
-                Reason::Provider { source, .. } | Reason::Wrap(source) | Reason::Kek(source) => Some(source),
+                BindingReason::Provider { source, .. }
+                | BindingReason::Wrap(source)
+                | BindingReason::Kek(source) => Some(source),
                 _ => None,
             },
             _ => None,
@@ -122,11 +135,10 @@ impl Opener {
     /// # Errors
     /// Where it is no volume that can be served.
     pub fn locked(&self) -> Result<Locked<'_>, VolumeError> {
-        let locked = match &self.header {
-            Some(header) => Locked::open(header, Some(&self.disk))?,
-            None => Locked::open(&self.disk, None)?,
-        };
-        Ok(locked.with_kernel(self.kernel))
+        match &self.header {
+            Some(header) => Locked::open(header, Some(&self.disk)),
+            None => Locked::open(&self.disk, None),
+        }
     }
 
     /// Unlocks the volume.
@@ -135,17 +147,28 @@ impl Opener {
     /// [`OpenError`].
     pub fn unlock(&self, locked: &Locked<'_>) -> Result<Volume, OpenError> {
         match self.by {
-            By::Providers => Ok(locked.unlock_with_provider(&self.helper.providers(Purpose::Attach))?),
+            By::Providers => Ok(binding::unlock(locked, &self.helper.providers(Purpose::Attach))?),
             By::Passphrase { .. } => {
                 let forms = self.helper.passphrase()?;
-                let mut forms = forms.iter().map(|form| locked.unlock_with_passphrase(form));
+                let mut forms = forms
+                    .iter()
+                    .map(|form| locked.unlock_with_passphrase(form).map_err(OpenError::from));
                 let Some(first) = forms.next() else {
                     return Err(OpenError::Passphrase(HelperFailure::no_passphrase()));
                 };
                 // Where none opens it, the form that is likely meant tells why.
-                Ok(first.or_else(|error| forms.find_map(Result::ok).ok_or(error))?)
+                first.or_else(|error| forms.find_map(Result::ok).ok_or(error))
             }
         }
+    }
+
+    /// The map of the disk, for the data path.
+    fn table(&self, volume: &Volume) -> Result<Arc<SegmentTable>, OpenError> {
+        let table = SegmentTable::of(volume, self.kernel).map_err(|source| OpenError::Cipher {
+            path: self.header.as_ref().unwrap_or(&self.disk).path().to_owned(),
+            source,
+        })?;
+        Ok(Arc::new(table))
     }
 
     /// Why a disk that is locked now could not be unlocked again.
@@ -154,6 +177,12 @@ impl Opener {
             return Some(AttachmentError::NoWayBack);
         }
         self.helper.ended().map(AttachmentError::NoHelper)
+    }
+}
+
+impl From<VolumeError> for OpenError {
+    fn from(error: VolumeError) -> Self {
+        Self::Volume(error.into())
     }
 }
 
@@ -403,13 +432,12 @@ impl Attachment {
             return Err(AttachmentError::IsLocked);
         }
         let mut locked = self.read_header()?;
-        if if_older_than.is_some_and(|age| !locked.bindings().are_older_than(age)) {
+        if if_older_than.is_some_and(|age| !Bindings::of(locked.header()).are_older_than(age)) {
             return Ok(None);
         }
         let volume = self.opener.unlock(&locked)?;
-        let rekeyed = locked
-            .rekey_to(&volume, &self.opener.helper.providers(Purpose::Recrypt), provider)
-            .map_err(OpenError::from)?;
+        let providers = self.opener.helper.providers(Purpose::Recrypt);
+        let rekeyed = binding::rekey(&mut locked, &volume, &providers, provider).map_err(OpenError::from)?;
         let bound =
             json!({ "provider": rekeyed.provider, "keyId": rekeyed.key_id, "keyslot": rekeyed.keyslot });
         self.tell(Event::DiskRekeyed, bound);
@@ -427,12 +455,13 @@ impl Attachment {
         }
         let locked = self.read_header()?;
         let volume = self.opener.unlock(&locked)?;
+        let table = self.opener.table(&volume)?;
         {
             let mut order = lock(&self.order);
             if order.locks != locks {
                 return Err(OpenError::LockedMeanwhile);
             }
-            self.disk.unlock(volume.table());
+            self.disk.unlock(table);
             order.lock = None;
         }
         self.changed.notify_all();

@@ -9,4 +9,5 @@ pub mod mounts;
 pub mod mutex;
 pub mod parsing;
 pub mod path_text;
+pub mod sector;
 pub mod timestamp;

@@ -18,11 +18,12 @@ use super::secret::SecretSource;
 use super::size::Size;
 use super::{Host, Keys, output, provider, stderr, text};
 use crate::agent::Purpose;
+use crate::binding::{self, CreateOptions};
 use crate::cipher::SectorSize;
 use crate::keys::registry::Backup;
 use crate::keys::{KeyProvider, Providers};
+use crate::luks2::{Argon2Cost, Content, HeaderIo, Locked};
 use crate::storage::{Access, Backing, Kind};
-use crate::volume::{self, Argon2Cost, Content, CreateOptions, HeaderIo, Locked};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -122,7 +123,7 @@ impl Create {
                 .map(|key| (key.key.first(), Argon2Cost::for_this_host())),
             overwrite: self.force,
         };
-        volume::create(header_io, payload, &options)?;
+        binding::create(header_io, payload, &options)?;
         // Read back before anybody relies on it.
         let created = Locked::open(header_io, payload)?;
         made.keep();

@@ -19,13 +19,14 @@ use super::size::Size;
 use super::volume_args::VolumeArgs;
 use super::{Host, Keys, output, stderr, text};
 use crate::agent::{Erasure, ErasureStep, Purpose};
+use crate::binding::{self, Bindings, BoundTo, Info, Proof};
 use crate::inventory::{GuardError, Removal};
 use crate::keys::private_file;
 use crate::keys::{KeyError, KeyId, KeyReason, Reach, Revocation};
+use crate::luks2::{Erased, erase};
 use crate::path_text;
 use crate::storage::{Access, Backing, Kind};
 use crate::timestamp::Timestamp;
-use crate::volume::{Bindings, BoundTo, Erased, Info, Proof, erase};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -154,7 +155,7 @@ impl Erase {
         };
         keys.report_erasure(&step(ErasureStep::Begun))?;
         let started = Timestamp::now();
-        let erased = erase(header, before.uuid)?;
+        let erased = erase(header, before.uuid, binding::is_ours)?;
         made.keep();
         let finished = Timestamp::now();
 

@@ -8,6 +8,7 @@ use uuid::Uuid;
 
 use crate::agent::{AgentError, AuditError};
 use crate::attachment::OpenError;
+use crate::binding::{BindingError, BindingReason};
 use crate::broker::{BrokerError, SettingsError, StateError};
 use crate::cipher::{CipherError, SectorSize};
 use crate::control::socket::BindError;
@@ -17,10 +18,11 @@ use crate::inventory::GuardError;
 use crate::key_helper::{HelperError, HelperFailure};
 use crate::keys::registry::RegistryError;
 use crate::keys::{KeyError, KeyId, KeyReason};
+use crate::luks2::{Advice, Content, HeaderError, KdfError, KeyslotError, Owner, Reason, VolumeError};
+use crate::map::UnencryptedError;
 use crate::sandbox::SandboxError;
 use crate::storage::StorageError;
 use crate::toml_file::TomlFileError;
-use crate::volume::{Advice, Content, HeaderError, KdfError, KeyslotError, Owner, Reason, VolumeError};
 
 use super::config::ConfigError;
 use super::secret::SecretError;
@@ -133,8 +135,11 @@ pub enum Failure {
     #[error(transparent)]
     Registry(#[from] RegistryError),
     /// The volume.
-    #[error("{error}{remedy}", error = .0, remedy = where_else(.0))]
-    Volume(#[from] VolumeError),
+    #[error("{error}{remedy}", error = .0, remedy = remedy(.0))]
+    Volume(#[from] BindingError),
+    /// A disk that is not served as an unencrypted one.
+    #[error(transparent)]
+    NotUnencrypted(#[from] UnencryptedError),
     /// A disk that is not encrypted.
     #[error("{volume}; {}", unencrypted(volume))]
     Unencrypted {
@@ -385,6 +390,12 @@ pub enum Failure {
     Secret(#[from] SecretError),
 }
 
+impl From<VolumeError> for Failure {
+    fn from(error: VolumeError) -> Self {
+        Self::Volume(error.into())
+    }
+}
+
 impl From<HelperError> for Failure {
     fn from(error: HelperError) -> Self {
         match error {
@@ -437,9 +448,17 @@ impl Failure {
             Self::NotRevoked { why, .. } => why.exit_code(),
             Self::Refused { reason, .. } => reason.map_or(ASKED, key_code),
             Self::Storage(error) => storage_code(error),
-            Self::Volume(VolumeError { reason, .. }) => volume_code(reason),
+            Self::Volume(error) => binding_code(&error.reason),
+            Self::NotUnencrypted(error) => match error {
+                UnencryptedError::TraceOfHeader { .. } | UnencryptedError::Foreign { .. } => CONTENT,
+                UnencryptedError::Disk(error) => volume_code(&error.reason),
+            },
             Self::Open(error) => match error {
-                OpenError::Volume(VolumeError { reason, .. }) => volume_code(reason),
+                OpenError::Volume(error) => binding_code(&error.reason),
+                OpenError::Cipher { source, .. } => match source {
+                    CipherError::EqualHalves | CipherError::KeyLength(_) => CONTENT,
+                    _ => HOST,
+                },
                 OpenError::Passphrase(error) => error.exit_code,
                 OpenError::NoHelper(error) => key_code(error.reason),
                 OpenError::LockedMeanwhile => ASKED,
@@ -548,13 +567,16 @@ fn broker_code(error: &StateError) -> u8 {
     }
 }
 
-/// Where a volume may be that was looked for in the wrong place.
-fn where_else(volume: &VolumeError) -> &'static str {
+/// What to do about a volume that failed, as far as its own error does not tell.
+fn remedy(volume: &BindingError) -> String {
     match &*volume.reason {
-        Reason::Header(HeaderError::NotLuks { .. }) => {
-            "; name the disk that holds the volume, or the file of its header if that is detached"
+        BindingReason::Volume(Reason::Header(HeaderError::NotLuks { .. })) => {
+            "; name the disk that holds the volume, or the file of its header if that is detached".to_owned()
         }
-        _ => "",
+        BindingReason::Volume(Reason::Wipe { keyslot, .. } | Reason::Entry { keyslot, .. }) => {
+            format!(", with `sealblk recovery remove --keyslot {keyslot}`")
+        }
+        _ => String::new(),
     }
 }
 
@@ -598,6 +620,23 @@ fn registry_code(error: &RegistryError) -> u8 {
     }
 }
 
+fn binding_code(reason: &BindingReason) -> u8 {
+    match reason {
+        BindingReason::Volume(reason) => volume_code(reason),
+        BindingReason::Arena(_) => HOST,
+        BindingReason::BrokenToken { .. } => CONTENT,
+        BindingReason::NoToken
+        | BindingReason::NoProvider
+        | BindingReason::KekState { .. }
+        | BindingReason::ForeignToken { .. }
+        | BindingReason::TokenOpensNothing { .. } => KEY,
+        BindingReason::Provider { source, .. } | BindingReason::Wrap(source) | BindingReason::Kek(source) => {
+            key_code(source.reason)
+        }
+        BindingReason::RekeyUnfinished(reason) | BindingReason::ReadBack(reason) => binding_code(reason),
+    }
+}
+
 fn volume_code(reason: &Reason) -> u8 {
     match reason {
         Reason::Capacity { .. }
@@ -608,17 +647,7 @@ fn volume_code(reason: &Reason) -> u8 {
         | Reason::PayloadIsLuks { .. } => USAGE,
         // Whether one of those that were not tried would have opened only a host that can try them tells.
         Reason::WrongPassphrase { untried } if untried.iter().any(|(_, error)| lacks_memory(error)) => HOST,
-        Reason::WrongPassphrase { .. }
-        | Reason::WrongBackupPassphrase
-        | Reason::NoToken
-        | Reason::NoProvider
-        | Reason::KekState { .. }
-        | Reason::ForeignToken { .. }
-        | Reason::TokenOpensNothing { .. } => KEY,
-        Reason::Provider { source, .. } | Reason::Wrap(source) | Reason::Kek(source) => {
-            key_code(source.reason)
-        }
-        Reason::RekeyUnfinished(reason) | Reason::ReadBack(reason) => volume_code(reason),
+        Reason::WrongPassphrase { .. } | Reason::WrongBackupPassphrase => KEY,
         Reason::AlreadyLuks => IN_USE,
         Reason::Header(HeaderError::Read(_) | HeaderError::Length(_) | HeaderError::Write { .. })
         | Reason::Keyslot {
@@ -633,7 +662,6 @@ fn volume_code(reason: &Reason) -> u8 {
         | Reason::Prepare(_)
         | Reason::WriteKeyslot { .. }
         | Reason::Wipe { .. }
-        | Reason::WipeReplaced { .. }
         | Reason::ForgetCached(_)
         | Reason::ReadArea(_)
         | Reason::DamagedCopy { .. }
@@ -641,11 +669,18 @@ fn volume_code(reason: &Reason) -> u8 {
         | Reason::NotErased
         | Reason::Entry { .. } => STORAGE,
         Reason::Keyslot { source, .. } if lacks_memory(source) => HOST,
-        Reason::Cipher(CipherError::EqualHalves | CipherError::KeyLength(_)) => CONTENT,
-        Reason::Cipher(_) | Reason::Arena(_) | Reason::Kdf(_) | Reason::NewKeyslot(_) | Reason::Random(_) => {
-            HOST
-        }
-        _ => CONTENT,
+        Reason::Arena(_) | Reason::NewKeyslot(_) | Reason::Random(_) => HOST,
+        Reason::Header(_)
+        | Reason::Keyslot { .. }
+        | Reason::Refused(_)
+        | Reason::NoKeyslots
+        | Reason::Replaced { .. }
+        | Reason::ChangedMeanwhile
+        | Reason::NotItsKey
+        | Reason::NoneFree { .. }
+        | Reason::NoRoom
+        | Reason::NoVault { .. }
+        | Reason::NoWayIn => CONTENT,
     }
 }
 

@@ -9,8 +9,8 @@ use super::key::age_text;
 use super::output;
 use super::size::Size;
 use super::text::{self, printable};
+use crate::binding::{CopiesInfo, Info as VolumeInfo, KdfInfo, KeyslotInfo, Purpose, SegmentInfo, TokenInfo};
 use crate::storage::{Access, Backing};
-use crate::volume::{CopiesInfo, Info as VolumeInfo, KdfInfo, KeyslotInfo, Purpose, SegmentInfo, TokenInfo};
 
 /// Show the properties of a disk, and the keyslots that open it; needs no key
 #[derive(Debug, Args)]

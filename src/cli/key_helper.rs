@@ -23,6 +23,7 @@ use crate::agent::messages::{
     Wrap,
 };
 use crate::agent::{Purpose, failure};
+use crate::binding::Bindings;
 use crate::control::peer::Peer;
 use crate::control::varlink::{self, Answer, Interface, MethodError, Request};
 use crate::control::wire::{self, Connection};
@@ -32,8 +33,8 @@ use crate::key_helper::{
 };
 use crate::keys::arena::SecretBytes;
 use crate::keys::{KeyError, KeyId, KeyReason, Providers};
+use crate::luks2::Reason;
 use crate::storage::{Access, Backing};
-use crate::volume::{Bindings, Reason, VolumeError};
 
 /// How long a message may take that has begun.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -124,10 +125,7 @@ impl Disk<'_> {
 
     fn look(&self, header: &OwnedFd, path: &Path) -> Result<Volume, Failure> {
         let backing = Backing::open(&reopened(header), Access::Inspect)?;
-        let bindings = Bindings::read(&backing).map_err(|error| VolumeError {
-            path: path.to_owned(),
-            reason: Box::new(Reason::Header(error)),
-        })?;
+        let bindings = Bindings::read(&backing).map_err(|error| Reason::Header(error).at(path))?;
         let keys = match self.passphrase {
             Some(_) => None,
             None => Some(Ways {

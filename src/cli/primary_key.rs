@@ -12,10 +12,10 @@ use super::{Host, output, stderr, strength, text};
 use crate::keys::arena::{SecretBytes, on_wiped_stack};
 use crate::keys::registry::Backup as Taken;
 use crate::keys::{PRIMARY_LEN, private_file};
+use crate::luks2::{Argon2Cost, key_backup};
 use crate::storage::{Access, Backing};
 use crate::tpm::pcr::Selection;
 use crate::tpm::{DEFAULT_DEVICE, Device};
-use crate::volume::{Argon2Cost, key_backup};
 
 const BACKUP_HELP: &str = "\
 Examples:

@@ -9,8 +9,8 @@ use super::secret::SecretSource;
 use super::volume_args::{Unlock, VolumeArgs};
 use super::{Host, output, text};
 use crate::agent::Purpose;
+use crate::luks2::{Argon2Cost, HeaderError, Reason};
 use crate::storage::Access;
-use crate::volume::{Argon2Cost, HeaderError, Reason};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -117,7 +117,7 @@ impl Add {
         };
         let mut made = Made::default();
         made.extend(key.made);
-        let added = locked.add_recovery_key(&volume, key.key.first(), Argon2Cost::for_this_host());
+        let added = locked.add_passphrase(&volume, key.key.first(), Argon2Cost::for_this_host());
         let keyslot = match added {
             Ok(keyslot) => keyslot,
             Err(error) => {
@@ -154,7 +154,7 @@ impl Remove {
         };
         // A key that was added more than once is removed from each keyslot: an operator removes it because it may be stolen.
         loop {
-            locked.remove_recovery_key(keyslot, &other)?;
+            locked.remove_passphrase(keyslot, &other)?;
             let disk = text::shown(&self.volume.disk);
             output::print(&format!(
                 "{disk}: the recovery key was removed from keyslot {keyslot}\n"

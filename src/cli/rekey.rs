@@ -13,9 +13,9 @@ use super::key::max_key_age;
 use super::volume_args::{Unlock, VolumeArgs};
 use super::{Host, output, served, text};
 use crate::agent::Purpose;
+use crate::binding::{self, Bindings, Rekeyed};
 use crate::keys::KeyId;
 use crate::storage::{Access, StorageError};
-use crate::volume::Rekeyed;
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -89,7 +89,7 @@ impl Rekey {
         if let Some(max_age) = max_age {
             // This does not disturb a process that uses the disk.
             let files = volume.open(Access::Inspect)?;
-            if !files.locked()?.bindings().are_older_than(max_age) {
+            if !Bindings::of(files.locked()?.header()).are_older_than(max_age) {
                 return tell_not_due(&volume.disk);
             }
         }
@@ -100,7 +100,7 @@ impl Rekey {
         let mut locked = files.locked()?;
         let keys = || host.keys_of(volume.header_path(), Purpose::Recrypt);
         let unlocked = self.unlock.open(&locked, keys)?;
-        let rekeyed = locked.rekey_to(&unlocked, &keys()?, self.provider.as_deref())?;
+        let rekeyed = binding::rekey(&mut locked, &unlocked, &keys()?, self.provider.as_deref())?;
         tell(&volume.disk, &rekeyed)
     }
 

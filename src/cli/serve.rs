@@ -30,10 +30,10 @@ use crate::control::{manager, server, varlink};
 use crate::device::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES, Disk, Endpoint, Server, Waited};
 use crate::key_helper::{KeyHelper, Settings};
 use crate::keys::arena::{self, SecretBytes};
+use crate::luks2::{Changed, HeaderError, Identity, Locked, MATERIAL_LEN, Reason, VolumeError};
+use crate::map::{SegmentTable, Treatment, unencrypted};
 use crate::sandbox::{Allowed, Choice, Sandbox};
 use crate::storage::{Access, Backing, DataFile, PAGE, StorageError};
-use crate::volume::segment::{SegmentTable, Treatment};
-use crate::volume::{Changed, HeaderError, Identity, Locked, MATERIAL_LEN, Reason, VolumeError, unencrypted};
 
 const AFTER_HELP: &str = "\
 Then start QEMU with shared memory and the disk:
@@ -424,7 +424,7 @@ impl Serve {
         Ok(Shape {
             sectors: locked.capacity() / Sector::LEN,
             sector_size,
-            file: Arc::new(disk.data_file(locked.alignment(sector_size.bytes() as u32))?),
+            file: Arc::new(disk.data_file(locked.layout().alignment(sector_size.bytes() as u32))?),
             serial: locked.uuid().simple().to_string(),
         })
     }

@@ -7,8 +7,9 @@ use clap::Args;
 use super::Keys;
 use super::failure::Failure;
 use super::secret::SecretSource;
+use crate::binding;
+use crate::luks2::{self, HeaderIo, Locked, Volume};
 use crate::storage::{Access, Backing};
-use crate::volume::{HeaderIo, Info, Locked, Volume};
 
 #[derive(Debug, Args)]
 pub(super) struct VolumeArgs {
@@ -43,7 +44,7 @@ impl VolumeArgs {
         let header = Backing::open(header, access)?;
         let disk = Backing::open(&self.disk, payload)?;
         if access == Access::ReadWrite {
-            let volume = |backing| Info::read(backing, None).ok().map(|info| info.uuid);
+            let volume = |backing| luks2::read(backing).ok().map(|found| found.header().uuid());
             if volume(&disk).is_some_and(|own| volume(&header) == Some(own)) {
                 return Err(Failure::OwnHeader {
                     disk: self.disk.clone(),
@@ -94,11 +95,11 @@ impl Unlock {
     ) -> Result<Volume, Failure> {
         match &self.unlock_key {
             Some(key) => Ok(key.read_key()?.open(|form| locked.unlock_with_passphrase(form))?),
-            None => Ok(locked.unlock_with_provider(&keys()?)?),
+            None => Ok(binding::unlock(locked, &keys()?)?),
         }
     }
 
-    /// The same, by a way in that stays: not only by a KEK that is in some memory.
+    /// The same, by something that will still open it tomorrow: not only by a KEK that is in some memory.
     pub(super) fn open_for_good(
         &self,
         locked: &Locked<'_>,
@@ -108,8 +109,8 @@ impl Unlock {
             return self.open(locked, keys);
         }
         let keys = keys()?;
-        let volume = locked.unlock_with_provider(&keys)?;
-        locked.check_way_in(&volume, &keys)?;
+        let volume = binding::unlock(locked, &keys)?;
+        binding::check_binding(locked, &volume, &keys)?;
         Ok(volume)
     }
 }

@@ -14,10 +14,10 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use super::limits::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES};
 use crate::cipher::SectorSize;
+use crate::map::SegmentTable;
 use crate::mutex::lock;
 use crate::storage::DataFile;
 use crate::timestamp::Timestamp;
-use crate::volume::segment::SegmentTable;
 
 /// How often a lock looks whether the workers are done.
 const LOCK_TICK: Duration = Duration::from_millis(1);

@@ -34,8 +34,8 @@ use super::sigbus;
 use super::task::{Piece, TaskIndex, Tasks, data_len};
 use crate::cipher::{Reader, Workspace};
 use crate::keys::arena::on_wiped_stack;
+use crate::map::{Extent, SegmentTable};
 use crate::storage::{Buffer, Done, Engine, PAGE};
-use crate::volume::segment::{Extent, SegmentTable};
 
 /// All that the requests of one ring pass through.
 pub(super) struct RequestPath {

@@ -9,7 +9,7 @@ use super::guest::Position;
 use super::limits::MAX_REQUESTS;
 use super::request::{Kind, Request, Status};
 use crate::cipher::Sector;
-use crate::volume::segment::Extent;
+use crate::map::Extent;
 
 /// A part of a request that is in flight.
 #[derive(Clone, Copy, Debug)]

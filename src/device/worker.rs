@@ -14,8 +14,8 @@ use super::path::RequestPath;
 use super::polling::Polling;
 use super::ring::Ring;
 use super::task::Piece;
+use crate::map::SegmentTable;
 use crate::storage::{Engine, Event};
-use crate::volume::segment::SegmentTable;
 
 /// The most events, and the most chains, of a round. What a round has brought goes to storage and to the driver before
 /// the next one begins: with long rounds, device and driver would idle while the worker works, and the other way round.

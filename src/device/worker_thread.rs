@@ -16,8 +16,8 @@ use super::disk::Disk;
 use super::ring::Ring;
 use super::task::Piece;
 use super::worker::{End, Worker};
+use crate::map::SegmentTable;
 use crate::storage::Engine;
-use crate::volume::segment::SegmentTable;
 
 /// The thread that serves a virtqueue.
 #[derive(Debug)]

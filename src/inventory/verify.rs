@@ -13,11 +13,12 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::{By, Index, Note, Occasion, Remark, read, remove};
+use crate::binding::{Bindings, BoundTo};
 use crate::keys::Binding;
+use crate::luks2::HeaderError;
 use crate::path_text::{from_text, to_text};
 use crate::probe::{OF_CALLERS, Probe};
 use crate::storage::{Access, Backing, opening_acts};
-use crate::volume::{Bindings, BoundTo, HeaderError};
 
 /// How long a look at all volumes may take. Those that it has not come to are unknown.
 const PATIENCE: Duration = Duration::from_secs(20);

@@ -24,7 +24,7 @@ use super::capabilities::{self, Kind, Protection, block_device_size, direct_alig
 use super::claim::{self, Claim};
 use super::loss::Losses;
 use super::pool::PAGE_U32;
-use crate::volume::FileLock;
+use crate::luks2::FileLock;
 
 /// An opened and locked file or block device. See the module's header.
 #[derive(Debug)]

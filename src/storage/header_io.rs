@@ -12,7 +12,7 @@ use rustix::io::Errno;
 
 use super::backing::Backing;
 use super::capabilities::Kind;
-use crate::volume::{BLOCK, HeaderIo, LockMode, MetadataLock};
+use crate::luks2::{HeaderIo, LockMode, MetadataLock, read_direct};
 
 impl HeaderIo for Backing {
     fn path(&self) -> &Path {
@@ -40,7 +40,7 @@ impl HeaderIo for Backing {
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         match self.direct() {
-            Some(file) => read_blocks(file, buffer, offset),
+            Some(file) => read_direct(file, buffer, offset),
             // A file system without direct I/O keeps its cache in step with its storage; NFS does when the file is locked.
             None => self.file().read_exact_at(buffer, offset),
         }
@@ -77,36 +77,4 @@ impl HeaderIo for Backing {
     fn lock(&self, mode: LockMode) -> io::Result<MetadataLock<'_>> {
         MetadataLock::acquire(self.file(), mode, self.metadata_lock())
     }
-}
-
-/// Fills `buffer` from `offset` by direct I/O, which is in whole blocks.
-fn read_blocks(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-    const MOST: usize = 1 << 20;
-    const LEN: usize = 4096;
-    const { assert!(LEN as u64 == BLOCK) };
-    let block = LEN;
-    let mut memory = vec![0; MOST.min(buffer.len()).next_multiple_of(block) + 2 * block];
-    let start = memory.as_ptr().align_offset(block);
-    let blocks = &mut memory[start..];
-    let mut filled = 0;
-    while filled < buffer.len() {
-        let at = offset.saturating_add(filled as u64);
-        let before = (at % BLOCK) as usize;
-        let rest = (buffer.len() - filled).min(MOST);
-        let len = (before + rest)
-            .next_multiple_of(block)
-            .min(blocks.len() / block * block);
-        let read = match file.read_at(&mut blocks[..len], at - before as u64) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            result => result?,
-        };
-        // Less than was asked for ends at the end of the file, in the middle of a block perhaps.
-        let found = read.saturating_sub(before).min(rest);
-        if found == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        buffer[filled..filled + found].copy_from_slice(&blocks[before..before + found]);
-        filled += found;
-    }
-    Ok(())
 }

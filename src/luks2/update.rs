@@ -1,0 +1,269 @@
+//! Changes of a header, from reading it under the write lock to the commit.
+//!
+//! Order of writes: a keyslot's area is durable before any metadata refer to it, and is wiped before the metadata
+//! drop it. A crash between the wipe and the commit leaves a keyslot that opens nothing, and that can be removed like
+//! any other. In the opposite order, a crash would leave material without a reference, which the key still opens
+//! with an old copy of the header.
+
+use std::fmt;
+use std::io;
+use std::ops::Range;
+
+use sealblk_secmem::arena::SecretBytes;
+
+use crate::copies::{self, Found, Header};
+use crate::error::Reason;
+use crate::header_io::HeaderIo;
+use crate::keyslot::{self, AREA_LEN, NewKeyslot};
+use crate::lock::{LockMode, MetadataLock};
+use crate::locked::Locked;
+use crate::metadata::{AREA_ALIGNMENT, Digest, Id, Keyslot, MAX_OBJECTS, Metadata, Token};
+use crate::refusal;
+
+/// A change of the metadata, which were read anew (other programs write them too), under the write lock, which is held until this
+/// is dropped. [`Update::commit`] puts the whole change in force; without it, none of it is.
+pub struct Update<'header> {
+    io: &'header dyn HeaderIo,
+    header: Header,
+    /// The areas of the keyslots that were removed.
+    removed: Vec<(Id, Range<u64>)>,
+    _lock: MetadataLock<'header>,
+}
+
+impl fmt::Debug for Update<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Update")
+            .field("header", &self.header)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<'header> Locked<'header> {
+    /// Begins a change of the metadata on storage.
+    ///
+    /// # Errors
+    /// If the header cannot be locked, read or written, or is another volume's by now.
+    pub fn update(&self) -> Result<Update<'header>, Reason> {
+        let io = self.io;
+        if io.read_only() {
+            return Err(Reason::ReadOnly);
+        }
+        let lock = io.lock(LockMode::Write).map_err(Reason::Lock)?;
+        let header = match copies::read(io)? {
+            Found::Sound(header) => header,
+            Found::NeedsRecovery(recoverable) => recoverable.recover(io)?,
+        };
+        let (expected, found) = (self.uuid(), header.binary.uuid);
+        if found != expected {
+            return Err(Reason::Replaced { expected, found });
+        }
+        refusal::check(&header.metadata)?;
+        Ok(Update {
+            io,
+            header,
+            removed: Vec::new(),
+            _lock: lock,
+        })
+    }
+}
+
+impl Update<'_> {
+    /// The metadata as they will be.
+    pub fn metadata(&self) -> &Metadata {
+        &self.header.metadata
+    }
+
+    /// Adds keyslot `id`, with `key` in it, which must be the volume key. Its area is written, and durable when this returns.
+    ///
+    /// # Errors
+    /// If there is such a keyslot already, the keyslots area has no room, or the area cannot be written.
+    pub fn add_keyslot(&mut self, id: Id, key: &SecretBytes, new: NewKeyslot) -> Result<(), Reason> {
+        if self.header.metadata.keyslots.contains_key(&id) {
+            return Err(Reason::ChangedMeanwhile);
+        }
+        place(&mut self.header, id, key, new)?.store(self.io)
+    }
+
+    /// Removes keyslot `id`. The commit wipes its area first.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn remove_keyslot(&mut self, id: Id) -> Result<(), Reason> {
+        let metadata = &mut self.header.metadata;
+        let slot = metadata
+            .keyslots
+            .remove(&id)
+            .ok_or(Reason::NoSuchKeyslot { keyslot: id.0 })?;
+        for digest in metadata.digests.values_mut() {
+            digest.keyslots_mut().retain(|&named| named != id);
+        }
+        for token in metadata.tokens.values_mut() {
+            token.keyslots.retain(|&named| named != id);
+        }
+        let (offset, size) = slot.area();
+        self.removed.push((id, offset..offset + size));
+        Ok(())
+    }
+
+    /// Adds a token, and gives its number.
+    ///
+    /// # Errors
+    /// If there are as many as there may be.
+    pub fn add_token(&mut self, token: Token) -> Result<Id, Reason> {
+        add_token(&mut self.header.metadata, token)
+    }
+
+    /// Puts `token` in the place of token `id`.
+    pub fn replace_token(&mut self, id: Id, token: Token) {
+        self.header.metadata.tokens.insert(id, token);
+    }
+
+    /// Removes token `id`, and gives it.
+    pub fn remove_token(&mut self, id: Id) -> Option<Token> {
+        self.header.metadata.tokens.remove(&id)
+    }
+
+    /// Wipes the areas of the keyslots that were removed, and writes the header to both copies, and to `locked`, which the update
+    /// began with. It is done once the primary copy is durable; `locked` tells then whether the secondary is.
+    ///
+    /// # Errors
+    /// [`Reason::Wipe`]: a keyslot is still in the header, and may open nothing. [`Reason::Entry`]: it opens nothing, and is
+    /// still in the header. Others: nothing was changed.
+    pub fn commit(mut self, locked: &mut Locked<'_>) -> Result<(), Reason> {
+        for (keyslot, area) in &self.removed {
+            random_fill(self.io, area.clone())
+                .and_then(|()| self.io.sync())
+                .map_err(|source| Reason::Wipe {
+                    keyslot: keyslot.0,
+                    source,
+                })?;
+        }
+        locked.state = self
+            .header
+            .commit(self.io)
+            .map_err(|source| match self.removed.first() {
+                Some(&(Id(keyslot), _)) => Reason::Entry { keyslot, source },
+                None => source.into(),
+            })?;
+        locked.header = self.header;
+        Ok(())
+    }
+}
+
+/// The material of a keyslot that has its place in the metadata, and is not written yet.
+#[must_use = "metadata may refer to it only once it is stored"]
+pub(crate) struct Material {
+    keyslot: Id,
+    bytes: Vec<u8>,
+    offset: u64,
+}
+
+impl Material {
+    /// Writes it to its area. It is durable when this returns.
+    pub(crate) fn store(self, io: &dyn HeaderIo) -> Result<(), Reason> {
+        let keyslot = self.keyslot.0;
+        let stored = io.write_at(&self.bytes, self.offset).and_then(|()| io.sync());
+        stored.map_err(|source| Reason::WriteKeyslot { keyslot, source })
+    }
+}
+
+/// Enters a keyslot with `key` in it into the metadata, wherever the keyslots area has room.
+pub(crate) fn place(
+    header: &mut Header,
+    keyslot: Id,
+    key: &SecretBytes,
+    new: NewKeyslot,
+) -> Result<Material, Reason> {
+    let offset = free_area(header)?;
+    let digest = digest_of_disk(&mut header.metadata, key, keyslot)?;
+    digest.keyslots_mut().push(keyslot);
+    let (slot, bytes) = new.at(offset);
+    header
+        .metadata
+        .keyslots
+        .insert(keyslot, Keyslot::Luks2(Box::new(slot)));
+    Ok(Material {
+        keyslot,
+        bytes,
+        offset,
+    })
+}
+
+fn free_area(header: &Header) -> Result<u64, Reason> {
+    let mut areas: Vec<_> = header.metadata.keyslots.values().map(Keyslot::area).collect();
+    areas.sort_unstable();
+    let mut offset = 2 * header.binary.header_size;
+    for (taken, size) in areas {
+        if taken >= offset + AREA_LEN {
+            break;
+        }
+        offset = (taken + size).next_multiple_of(AREA_ALIGNMENT);
+    }
+    if offset + AREA_LEN > header.end() {
+        return Err(Reason::NoRoom);
+    }
+    Ok(offset)
+}
+
+/// The digest of `key`, which is the segment's. That `key` is the right one is looked at, not believed: a keyslot
+/// with a key of another volume would lock out its owner.
+fn digest_of_disk<'m>(
+    metadata: &'m mut Metadata,
+    key: &SecretBytes,
+    keyslot: Id,
+) -> Result<&'m mut Digest, Reason> {
+    let served = refusal::check(metadata)?;
+    let id = served.digest_id;
+    if !keyslot::verify(served.digest, key).map_err(|source| Reason::Keyslot {
+        keyslot: keyslot.0,
+        source,
+    })? {
+        return Err(Reason::NotItsKey);
+    }
+    metadata.digests.get_mut(&id).ok_or(Reason::NotItsKey)
+}
+
+pub(crate) fn add_token(metadata: &mut Metadata, token: Token) -> Result<Id, Reason> {
+    let free = (0..MAX_TOKENS)
+        .map(Id)
+        .find(|id| !metadata.tokens.contains_key(id));
+    let id = free.ok_or(Reason::NoneFree {
+        what: "token",
+        limit: MAX_TOKENS,
+    })?;
+    metadata.tokens.insert(id, token);
+    Ok(id)
+}
+
+/// The lowest number that no keyslot has.
+///
+/// # Errors
+/// If there are as many as there may be.
+pub fn free_keyslot(metadata: &Metadata) -> Result<Id, Reason> {
+    let free = (0..MAX_KEYSLOTS)
+        .map(Id)
+        .find(|id| !metadata.keyslots.contains_key(id));
+    free.ok_or(Reason::NoneFree {
+        what: "keyslot",
+        limit: MAX_KEYSLOTS,
+    })
+}
+
+/// Overwrites a range with random bytes, in pieces of bounded size.
+pub(crate) fn random_fill(io: &dyn HeaderIo, range: Range<u64>) -> io::Result<()> {
+    let mut piece = vec![0; PIECE.min((range.end - range.start) as usize)];
+    let mut offset = range.start;
+    while offset < range.end {
+        let len = piece.len().min((range.end - offset) as usize);
+        getrandom::fill(&mut piece[..len]).map_err(io::Error::other)?;
+        io.write_at(&piece[..len], offset)?;
+        offset += len as u64;
+    }
+    Ok(())
+}
+
+/// cryptsetup does not see what has a greater number.
+const MAX_KEYSLOTS: u32 = MAX_OBJECTS as u32;
+const MAX_TOKENS: u32 = MAX_OBJECTS as u32;
+
+const PIECE: usize = 1 << 20;
