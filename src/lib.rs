@@ -8,7 +8,6 @@
 //! agent        the host's key agent, and its client
 //! broker       releases keys to hosts that attest an allowed state; kbs: the protocol that they speak
 //! audit        a log that shows tampering
-//! control      the sockets on which sealblk's processes answer, and what each caller may ask for
 //! attachment   a volume that is being served: its key comes, goes and is changed
 //! key_helper   the process that gets a served disk's keys, and the way to it
 //! sandbox      confines a process that serves a disk
@@ -21,6 +20,7 @@
 //! toml_file    how settings are written; probe: threads that wait for files that may never answer
 //!
 //! and packages of their own, which know nothing of the above:
+//! sealblk-control  the sockets on which sealblk's processes answer, and what each caller may ask for (here `control`)
 //! sealblk-luks2    LUKS2 headers (here `luks2`)
 //! sealblk-xts      XTS-AES-256 over sectors (here `cipher`)
 //! sealblk-secmem   memory and files for keys (in `keys`)
@@ -37,7 +37,6 @@ mod audit;
 pub mod binding;
 pub mod broker;
 pub mod cli;
-pub mod control;
 pub mod device;
 pub mod inventory;
 pub mod kbs;
@@ -51,7 +50,8 @@ mod toml_file;
 pub mod tpm;
 
 pub use sealblk_base::{
-    apart, boot_time, closer, deadline, error_chain, mutex, parsing, path_text, timestamp,
+    apart, boot_time, closer, deadline, error_chain, harmless, mutex, parsing, path_text, timestamp,
 };
+pub use sealblk_control as control;
 pub use sealblk_luks2 as luks2;
 pub use sealblk_xts as cipher;

@@ -11,7 +11,14 @@ use std::path::{Path, PathBuf};
 use syn::visit::Visit;
 
 /// Where the packages begin.
-const PACKAGES: &[&str] = &["src", "src/base", "src/luks2", "src/secmem", "src/xts"];
+const PACKAGES: &[&str] = &[
+    "src",
+    "src/base",
+    "src/control",
+    "src/luks2",
+    "src/secmem",
+    "src/xts",
+];
 
 /// The files of a package, by the path of the module that each is.
 type Modules = BTreeMap<Vec<String>, PathBuf>;

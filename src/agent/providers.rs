@@ -21,10 +21,9 @@ use super::messages::{
 };
 use crate::control::varlink::{CallError, MethodError, object};
 use crate::control::wire::{self, WireError};
+use crate::harmless::harmless;
 use crate::keys::arena::SecretBytes;
-use crate::keys::{
-    Binding, KeyError, KeyId, KeyProvider, KeyReason, KeyState, Providers, Reach, Revocation, harmless,
-};
+use crate::keys::{Binding, KeyError, KeyId, KeyProvider, KeyReason, KeyState, Providers, Reach, Revocation};
 use crate::parsing;
 use crate::path_text;
 

@@ -5,6 +5,7 @@ pub mod boot_time;
 pub mod closer;
 pub mod deadline;
 pub mod error_chain;
+pub mod harmless;
 pub mod mounts;
 pub mod mutex;
 pub mod parsing;

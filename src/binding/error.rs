@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
+use crate::harmless::harmless;
 use crate::keys::arena::ArenaError;
 use crate::keys::{KeyError, KeyId, KeyState};
-use crate::luks2::{self, Printable, VolumeError};
+use crate::luks2::{self, VolumeError};
 
 /// An operation on a volume and its bindings that failed: on which file or device, and why.
 #[derive(Debug)]
@@ -21,7 +22,9 @@ pub struct BindingError {
 
 impl fmt::Display for BindingError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.path.display(), Printable(&self.reason))
+        // It may have pieces of a hostile header.
+        let reason = harmless(&self.reason.to_string(), SHOWN);
+        write!(f, "{}: {reason}", self.path.display())
     }
 }
 
@@ -37,6 +40,9 @@ impl From<VolumeError> for BindingError {
         BindingReason::Volume(*error.reason).at(&error.path)
     }
 }
+
+/// How much of a reason is shown, in characters.
+const SHOWN: usize = 2000;
 
 /// Why an operation on a volume and its bindings failed.
 #[derive(Debug, thiserror::Error)]

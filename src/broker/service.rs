@@ -191,7 +191,7 @@ impl Service {
     fn challenge(&self, request: &Request) -> Result<Answer, Refusal> {
         let request: kbs::Request = parse(request)?;
         if request.tee != kbs::TEE {
-            return Err(Refusal::Tee(crate::keys::harmless(&request.tee, 32)));
+            return Err(Refusal::Tee(crate::harmless::harmless(&request.tee, 32)));
         }
         let Issued { session, nonce } = self.sessions.challenge()?;
         let challenge = Challenge {

@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use crate::keys::harmless;
+use crate::harmless::harmless;
 
 /// Untrusted text, for instance from a header: control characters are escaped.
 pub(super) fn printable(text: &str) -> String {

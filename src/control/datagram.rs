@@ -7,7 +7,7 @@ use std::io;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::Mutex;
 
-use crate::mutex::lock;
+use sealblk_base::mutex::lock;
 
 /// See the module's header.
 #[derive(Debug)]

@@ -13,7 +13,7 @@ use serde_json::{Map, Value};
 
 use super::peer::Peer;
 use super::quota::{Limits, Quota, Standing, UserQuota, UserShare};
-use crate::mutex::lock;
+use sealblk_base::mutex::lock;
 
 /// Everything that is told of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,7 +91,7 @@ pub enum Event {
 impl Event {
     /// All of them.
     #[cfg(test)]
-    pub(crate) const ALL: [Self; 34] = [
+    pub const ALL: [Self; 34] = [
         Self::AgentStarted,
         Self::KeyCreated,
         Self::KeyBound,

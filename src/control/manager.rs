@@ -10,7 +10,7 @@ use std::os::unix::net::SocketAddr;
 use std::sync::LazyLock;
 
 use super::datagram::Service;
-use crate::keys::harmless;
+use sealblk_base::harmless::harmless;
 
 /// The manager of this service, if it has one.
 static MANAGER: LazyLock<Option<Service>> = LazyLock::new(|| {

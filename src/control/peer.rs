@@ -38,7 +38,7 @@ impl Peer {
 
 /// Who made the other end of `socket`. rustix takes the process for a number that is not 0, which it is for one outside of our
 /// namespace.
-pub(crate) fn credentials(socket: &impl AsRawFd) -> io::Result<libc::ucred> {
+pub fn credentials(socket: &impl AsRawFd) -> io::Result<libc::ucred> {
     let mut credentials = libc::ucred {
         pid: 0,
         uid: 0,

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use super::peer::Peer;
 use super::privilege::has_all;
-use crate::mutex::lock;
+use sealblk_base::mutex::lock;
 
 /// How a caller stands to the process that it asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

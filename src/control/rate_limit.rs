@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::mutex::lock;
+use sealblk_base::mutex::lock;
 
 /// The most kinds of one caller that are told apart; all others of his are one kind. All disks of a large host may be one user's.
 const MAX_KINDS: usize = 1024;

@@ -11,7 +11,7 @@ use super::quota::{Limits, Quota, Standing, UserQuota};
 use super::socket;
 use super::varlink::{self, Interface};
 use super::wire::Connection;
-use crate::closer::ClosedElsewhere;
+use sealblk_base::closer::ClosedElsewhere;
 
 /// The most callers at a time; what is more is turned away. Strangers have nothing to wait for.
 const ROOMS: Limits = Limits {

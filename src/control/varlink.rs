@@ -15,7 +15,7 @@ use serde_json::{Map, Value, json};
 use super::events::{Events, Next, Watch};
 use super::peer::Peer;
 use super::wire::{Connection, WireError};
-use crate::parsing;
+use sealblk_base::parsing;
 
 /// What every service answers.
 const SERVICE: &str = "org.varlink.service";
@@ -381,7 +381,7 @@ pub fn reply<T: DeserializeOwned>(connection: &mut Connection) -> Result<(T, Vec
 }
 
 /// `parameters`, which are a JSON object, as a message carries them.
-pub(crate) fn object(parameters: impl Serialize) -> Map<String, Value> {
+pub fn object(parameters: impl Serialize) -> Map<String, Value> {
     match serde_json::to_value(parameters) {
         Ok(Value::Object(object)) => object,
         // Whoever waits for them finds them missing. It must not end the process: they may hold what others have chosen.
@@ -396,8 +396,8 @@ pub(crate) fn object(parameters: impl Serialize) -> Map<String, Value> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::wire;
-    use crate::keys::arena::SecretBytes;
+    use crate::wire;
+    use sealblk_secmem::arena::SecretBytes;
     use std::os::unix::net::UnixStream;
 
     /// Gives back what it gets, secrets among it.

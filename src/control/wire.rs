@@ -27,10 +27,10 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::socket::MAX_PATH;
-use crate::apart;
-use crate::deadline::{self, Deadline};
-use crate::keys::arena::{ArenaError, SecretBytes};
-use crate::parsing::{self, NotUnderstood};
+use sealblk_base::apart;
+use sealblk_base::deadline::{self, Deadline};
+use sealblk_base::parsing::{self, NotUnderstood};
+use sealblk_secmem::arena::{ArenaError, SecretBytes};
 
 /// No socket is there.
 #[derive(Debug, thiserror::Error)]

@@ -10,8 +10,9 @@ use uuid::Uuid;
 use super::verify::{Entry, UNTOLD, verify};
 use super::{Index, Note};
 use crate::error_chain::remedy;
+use crate::harmless::harmless;
 use crate::keys::registry::{Backup, Registry, RegistryError};
-use crate::keys::{KeyError, KeyId, KeyProvider, KeyReason, KeyState, Reach, Revocation, harmless};
+use crate::keys::{KeyError, KeyId, KeyProvider, KeyReason, KeyState, Reach, Revocation};
 
 /// How many volumes a refusal lists.
 const LISTED: usize = 10;

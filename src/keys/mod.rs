@@ -51,6 +51,7 @@ use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use arena::SecretBytes;
+use sealblk_base::harmless::harmless;
 
 pub use error::{KeyError, KeyReason};
 pub use expiry::{Expiring, Step, Whose};
@@ -79,21 +80,6 @@ impl fmt::Display for KeyId {
         // It may come from a hostile header.
         write!(f, "{}", harmless(&self.0, SHOWN))
     }
-}
-
-/// The first `limit` characters of what others wrote. Characters that end a line, control a terminal or turn the direction of
-/// writing are shown as escapes.
-pub(crate) fn harmless(text: &str, limit: usize) -> String {
-    let steers = |c: char| {
-        c.is_control()
-            || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
-    };
-    let shown = text.chars().take(limit).map(|c| match steers(c) {
-        true => c.escape_default().to_string(),
-        false => c.to_string(),
-    });
-    let more = text.chars().nth(limit).map(|_| "…".to_owned());
-    shown.chain(more).collect()
 }
 
 /// What a wrapped secret is bound to: it is unwrapped for exactly these, or not at all.

@@ -1,7 +1,7 @@
 //! The errors of a volume, for its callers.
 
 use std::error::Error;
-use std::fmt::{self, Write as _};
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -12,6 +12,7 @@ use crate::foreign::{Format, Owner, Unpack};
 use crate::keyslot::KeyslotError;
 use crate::refusal::Refusal;
 use sealblk_base::error_chain::remedy;
+use sealblk_base::harmless::harmless;
 use sealblk_secmem::arena::ArenaError;
 
 /// An operation on a volume that failed: on which file or device, and why.
@@ -25,36 +26,9 @@ pub struct VolumeError {
 
 impl fmt::Display for VolumeError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.path.display(), Printable(&self.reason))
-    }
-}
-
-/// Text that may hold pieces of a hostile header, as it may reach a terminal or a log: without control characters, and not longer than
-/// 2000 characters.
-#[derive(Debug)]
-pub struct Printable<T>(pub T);
-
-impl<T: fmt::Display> fmt::Display for Printable<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(Escaping { f, room: 2000 }, "{}", self.0)
-    }
-}
-
-struct Escaping<'a, 'f> {
-    f: &'a mut fmt::Formatter<'f>,
-    room: usize,
-}
-
-impl fmt::Write for Escaping<'_, '_> {
-    fn write_str(&mut self, text: &str) -> fmt::Result {
-        for c in text.chars().take(self.room) {
-            self.room -= 1;
-            match c.is_control() {
-                true => write!(self.f, "{}", c.escape_default())?,
-                false => self.f.write_char(c)?,
-            }
-        }
-        Ok(())
+        // It may have pieces of a hostile header.
+        let reason = harmless(&self.reason.to_string(), SHOWN);
+        write!(f, "{}: {reason}", self.path.display())
     }
 }
 
@@ -64,6 +38,9 @@ impl Error for VolumeError {
         self.reason.source()
     }
 }
+
+/// How much of a reason is shown, in characters.
+const SHOWN: usize = 2000;
 
 /// Why an operation on a volume failed.
 #[derive(Debug, thiserror::Error)]

@@ -85,7 +85,7 @@ pub use content::Content;
 pub use copies::{Damage, Found, Header, HeaderError, HeaderState, Recoverable, read as read_unlocked};
 pub use create::{NewVolume, Options};
 pub use erase::{Erased, erase};
-pub use error::{Advice, Printable, Reason, VolumeError};
+pub use error::{Advice, Reason, VolumeError};
 pub use foreign::{Format, Owner, Unpack, find as find_format};
 pub use header_file::{HeaderFile, read_direct};
 pub use header_io::{BLOCK, HeaderIo};

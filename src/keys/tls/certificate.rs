@@ -12,7 +12,7 @@ use x509_cert::der::asn1::{AnyRef, ObjectIdentifier, UintRef};
 use x509_cert::ext::pkix::SubjectAltName;
 use x509_cert::ext::pkix::name::GeneralName;
 
-use crate::keys::harmless;
+use crate::harmless::harmless;
 use crate::timestamp::Timestamp;
 
 /// A certificate that could be read. What RFC 5280 forbids, as a long serial number, is in none's way.

@@ -2,8 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::harmless::harmless;
+use crate::keys::KeyReason;
 use crate::keys::https::Failure;
-use crate::keys::{KeyReason, harmless};
 use crate::parsing;
 
 /// An answer that is an error: the server's own words, bounded and without control characters.

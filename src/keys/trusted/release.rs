@@ -4,16 +4,17 @@ use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 
 use super::Trusted;
+use crate::harmless::harmless;
 use crate::kbs::enrolment::{ACTIVATE, Activate, Challenge as Credential, ENROL, Enrol};
 use crate::kbs::jwe::{JweError, OneTimeKey, Response};
 use crate::kbs::{
     ATTEST, AUTH, Attestation, Challenge, CompositeEvidence, ErrorInformation, Evidence, RESOURCE, Request,
     RuntimeData, TEE, VERSION,
 };
+use crate::keys::KeyReason;
 use crate::keys::arena::SecretBytes;
 use crate::keys::https::{Body, Failure, Server};
 use crate::keys::wrap::Kek;
-use crate::keys::{KeyReason, harmless};
 use crate::parsing;
 use crate::tpm::attest::{AttestationKey, RsaPublic, is_of_another_tpm};
 use crate::tpm::pcr::Selection;
