@@ -190,7 +190,7 @@ impl Backing {
         }
     }
 
-    /// The directory with the files by which a device's metadata are locked ([`crate::volume::MetadataLock`]); none for a file, which
+    /// The directory with the files by which a device's metadata are locked ([`crate::luks2::MetadataLock`]); none for a file, which
     /// is locked itself.
     pub fn lock_files(&self) -> Option<&'static Path> {
         match self.kind {
