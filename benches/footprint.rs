@@ -5,8 +5,6 @@
 //! `cargo bench --bench footprint`; the figures are those that the kernel keeps in `/proc`, so it has to run as root
 //! (sealblk keeps its process from others of the same user).
 
-#[path = "../tests/common/mod.rs"]
-mod common;
 mod report;
 
 use std::fs;

@@ -1,7 +1,5 @@
 //! The host's key agent, as its callers see it: users who have neither the state directory nor a provider's credentials.
 
-mod common;
-
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -15,7 +13,7 @@ use common::DEADLINE;
 use common::agent::Agent;
 use common::fuse::Fuse;
 use common::secrets::as_user;
-use common::serve::{SEALBLK, Server};
+use common::serve::{Server, sealblk_path};
 use common::volume::run;
 use sealblk::agent::Purpose;
 use sealblk::keys::arena::SecretBytes;
@@ -393,7 +391,7 @@ fn the_audit_log_tells_what_was_changed_and_an_agent_does_not_go_on_with_it() {
         agent.provider(Purpose::Create).create_kek().unwrap();
     }
     let verify = |args: &[&str]| {
-        let mut command = Command::new(SEALBLK);
+        let mut command = Command::new(sealblk_path());
         command
             .current_dir(agent.path(""))
             .args(["--state-dir", "state", "audit", "verify"])
@@ -425,7 +423,7 @@ fn the_audit_log_tells_what_was_changed_and_an_agent_does_not_go_on_with_it() {
 
     agent.stop();
     fs::write(&log, whole.replacen("KeyCreated", "KeyRemoved", 1)).unwrap();
-    let refused = Command::new(SEALBLK)
+    let refused = Command::new(sealblk_path())
         .current_dir(agent.path(""))
         .args(["--state-dir", "state", "--config", "config.toml", "agent"])
         .output()

@@ -1,13 +1,11 @@
 //! The backup of a native provider's primary key: restored elsewhere it opens the disks, and nothing else does.
 
-mod common;
-
 use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
-use common::serve::SEALBLK;
+use common::serve::sealblk_path;
 use common::volume::run;
 use tempfile::TempDir;
 
@@ -33,7 +31,7 @@ impl Host {
     }
 
     fn on(&self, state: &str, args: &[&str]) -> Output {
-        let mut command = Command::new(SEALBLK);
+        let mut command = Command::new(sealblk_path());
         command
             .current_dir(self.0.path())
             .args(["--state-dir", state])
@@ -261,7 +259,7 @@ fn a_backup_of_one_primary_key_is_none_of_another() {
     let host = Host::new();
     let fifo = host.path("fifo");
     run(Command::new("mkfifo").arg(&fifo));
-    let mut command = Command::new(SEALBLK);
+    let mut command = Command::new(sealblk_path());
     command.current_dir(host.0.path()).args(["--state-dir", "state"]);
     command.args([
         "provider",

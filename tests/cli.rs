@@ -1,7 +1,5 @@
 //! The command as a shell sees it: what it prints, its exit codes, and that a failure changes nothing.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::fs::{self, File, Permissions};
 use std::io::Write;
@@ -10,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
-use common::serve::SEALBLK;
+use common::serve::sealblk_path;
 use sealblk::storage::{Access, Backing};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -445,7 +443,7 @@ fn one_exit_code_has_one_meaning() {
     )
     .unwrap();
     let silent = |verb: &[&str]| {
-        let mut command = Command::new(SEALBLK);
+        let mut command = Command::new(sealblk_path());
         command
             .current_dir(bench.dir.path())
             .env_remove("SEALBLK_STATE_DIR");
@@ -700,7 +698,7 @@ fn disk_without_space_is_refused_and_leaves_nothing() {
         "-c",
         "ulimit -f 8192; exec \"$@\"",
         "sh",
-        SEALBLK,
+        sealblk_path(),
         "--state-dir",
         "state",
     ]);
@@ -1074,7 +1072,7 @@ fn memory_that_cannot_be_locked_is_told_with_the_remedy() {
         "-ipc_lock",
         "prlimit",
         "--memlock=4096",
-        SEALBLK,
+        sealblk_path(),
         "--state-dir",
         "state",
     ]);
@@ -1124,7 +1122,7 @@ fn help_tells_exit_codes_and_examples() {
 fn second_name_of_the_binary_serves() {
     let bench = Bench::empty();
     let second_name = bench.path("vhost-user-sealblk");
-    std::os::unix::fs::symlink(SEALBLK, &second_name).unwrap();
+    std::os::unix::fs::symlink(sealblk_path(), &second_name).unwrap();
     let mut command = Command::new(&second_name);
     command.arg("--print-capabilities");
     let told = outcome(command);
@@ -1184,7 +1182,7 @@ impl Bench {
     }
 
     fn command<S: AsRef<str>>(&self, args: &[S]) -> Command {
-        let mut command = Command::new(SEALBLK);
+        let mut command = Command::new(sealblk_path());
         command
             .current_dir(self.dir.path())
             .env_remove("CREDENTIALS_DIRECTORY");

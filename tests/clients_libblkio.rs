@@ -3,8 +3,6 @@
 // Unsafe for one thing: libblkio hands completions out in memory that it says is filled.
 #![allow(unsafe_code)]
 
-mod common;
-
 use blkio::{Blkio, Blkioq, Completion, MemoryRegion, ReqFlags, iovec};
 use common::serve::Server;
 use common::volume::{MIB, Volume};

@@ -1,7 +1,5 @@
 //! What an operator takes from the docs and scripts: units and domains fit together, and scripts say what they mean to.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -9,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use common::process::Process;
-use common::serve::SEALBLK;
+use common::serve::sealblk_path;
 use common::volume::run;
 
 fn repository(path: &str) -> PathBuf {
@@ -137,7 +135,7 @@ fn units_are_ones_that_systemd_knows_and_starts_again() {
     for (name, text) in unit_files() {
         let path = dir.path().join(name);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(path, text.replace("/usr/local/bin/sealblk", SEALBLK)).unwrap();
+        fs::write(path, text.replace("/usr/local/bin/sealblk", sealblk_path())).unwrap();
     }
     let mut verify = Command::new("systemd-analyze");
     verify.env("SYSTEMD_UNIT_PATH", format!("{}:", dir.path().display()));
@@ -183,12 +181,12 @@ fn commands_for_a_libvirt_host_work_in_their_order() {
     .unwrap();
     // systemd makes it, by StateDirectory.
     fs::create_dir(host.path().join("state")).unwrap();
-    let mut agent = Command::new(SEALBLK);
+    let mut agent = Command::new(sealblk_path());
     agent.args(["--config", "config.toml", "--state-dir", "state", "agent"]);
     let agent = Process::spawn(agent.current_dir(&host).env_remove("SEALBLK_LOG"));
     agent.wait_stderr("the agent answers");
 
-    let dir = Path::new(SEALBLK).parent().unwrap().display();
+    let dir = Path::new(sealblk_path()).parent().unwrap().display();
     let search = format!("{dir}:{}", std::env::var("PATH").unwrap());
     let mut ran = Vec::new();
     for line in blocks("docs/libvirt.md", "sh").remove(0).lines() {
@@ -233,7 +231,7 @@ fn agent_that_nobody_asks_says_so() {
     .unwrap();
     // systemd makes it, by StateDirectory.
     fs::create_dir(host.path().join("state")).unwrap();
-    let mut agent = Command::new(SEALBLK);
+    let mut agent = Command::new(sealblk_path());
     agent.args(["--config", "config.toml", "--state-dir", "state"]);
     agent.args(["agent", "--socket-path", "agent.sock"]);
     let agent = Process::spawn(agent.current_dir(&host).env_remove("SEALBLK_LOG"));

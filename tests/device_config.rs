@@ -1,7 +1,5 @@
 //! The configuration space (virtio 1.2 §5.2.4), read and written as front-ends do and as they should not.
 
-mod common;
-
 use common::driver::{
     Data, Driver, F_BLK_SIZE, F_CONFIG_WCE, F_DISCARD, F_EVENT_IDX, F_FLUSH, F_INDIRECT_DESC, F_MQ, F_RO,
     F_SEG_MAX, F_SIZE_MAX, F_TOPOLOGY, F_VERSION_1, F_WRITE_ZEROES, S_IOERR, S_OK, Setup, T_IN, T_OUT,

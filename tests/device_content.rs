@@ -1,8 +1,6 @@
 //! What lies on storage is right by a judge that shares no code with us: Python's `cryptography` (OpenSSL) with the
 //! volume key that cryptsetup hands out.
 
-mod common;
-
 use common::pattern;
 use common::serve::Server;
 use common::volume::{MIB, PASSPHRASE, Volume, run};

@@ -1,7 +1,5 @@
 //! Discard, write zeroes, flush and the write cache (virtio 1.2 §5.2.6), by a driver over a real socket.
 
-mod common;
-
 use common::driver::{
     Data, Done, Driver, F_CONFIG_WCE, F_DISCARD, F_FLUSH, F_RO, F_WRITE_ZEROES, S_IOERR, S_OK, S_UNSUPP,
     SECTOR, Setup, T_DISCARD, T_FLUSH, T_IN, T_WRITE_ZEROES, range_bytes,

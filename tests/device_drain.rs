@@ -3,14 +3,12 @@
 //! Storage is held up for real: the volume lies on a file system that is frozen while requests are in flight. These
 //! tests do nothing where no file system can be mounted.
 
-mod common;
-
 use common::driver::{Data, Driver, Pending, S_OK, SECTOR, Setup, T_IN, T_OUT};
 use common::frontend::{
     GET_VRING_BASE, NEED_REPLY, RESET_DEVICE, SET_FEATURES, SET_MEM_TABLE, SET_VRING_ENABLE, mem_table,
     vring_state,
 };
-use common::serve::{SEALBLK, Server};
+use common::serve::{Server, sealblk_path};
 use common::storage::{Filesystem, LoopDevice};
 use common::volume::{MIB, Volume, run};
 use common::{DEADLINE, pattern};
@@ -59,7 +57,7 @@ impl Bench {
 
     /// A verb on the served disk.
     fn verb(&self, name: &str) -> Command {
-        let mut verb = Command::new(SEALBLK);
+        let mut verb = Command::new(sealblk_path());
         verb.args([name, "--control-socket"])
             .arg(self.volume.beside("control"));
         verb

@@ -1,8 +1,6 @@
 //! What I/O stands on changes under it: rings stop and start, memory comes and goes, front-ends leave. Each such edge
 //! first waits for what is in flight; after it nothing more is written, and nothing was lost.
 
-mod common;
-
 use common::driver::{Data, Driver, F_EVENT_IDX, S_IOERR, S_OK, SECTOR, Setup, T_IN, T_OUT, header};
 use common::frontend::{
     F_PROTOCOL_FEATURES, Frontend, RESET_DEVICE, SET_FEATURES, SET_VRING_CALL, SET_VRING_ERR, SET_VRING_KICK,

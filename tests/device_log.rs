@@ -1,7 +1,5 @@
 //! The log of a served disk, which belongs to the operator: a guest or a front-end that wants to cannot fill it.
 
-mod common;
-
 use common::driver::Setup;
 use common::frontend::{ADD_MEM_REG, Frontend, NEED_REPLY, single_region};
 use common::memory::{HOLE, Region};

@@ -1,12 +1,10 @@
 //! Null storage: all that sealblk does for a request, with no storage under it.
 
-mod common;
-
 use common::driver::{
     Data, F_CONFIG_WCE, F_FLUSH, S_OK, Setup, T_DISCARD, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES,
 };
 use common::pattern;
-use common::serve::{SEALBLK, Server};
+use common::serve::{Server, sealblk_path};
 use std::collections::HashSet;
 use std::process::Command;
 
@@ -75,7 +73,7 @@ fn what_makes_no_sense_with_null_storage_is_refused() {
 }
 
 fn refused(size: &str, args: &[&str], says: &str) {
-    let mut serve = Command::new(SEALBLK);
+    let mut serve = Command::new(sealblk_path());
     serve.args([
         "serve",
         "--socket-path",

@@ -1,11 +1,9 @@
 //! Disks that are no volume, served as they are by `--allow-unencrypted`; and that no volume is ever taken for one.
 
-mod common;
-
 use base16ct::lower;
 use common::driver::{Data, S_OK, T_GET_ID};
 use common::pattern;
-use common::serve::{SEALBLK, Server, serve_fails};
+use common::serve::{Server, sealblk_path, serve_fails};
 use common::volume::{MIB, Volume, run};
 use std::fs;
 use std::os::unix::fs::FileExt;
@@ -189,7 +187,7 @@ fn image_in_which_a_disk_is_packed_is_no_plain_disk() {
 
 fn assert_create_names(volume: &Volume, name: &str) {
     let before = volume.bytes();
-    let mut create = Command::new(SEALBLK);
+    let mut create = Command::new(sealblk_path());
     let state = volume.beside("state");
     create
         .arg("--state-dir")

@@ -3,8 +3,6 @@
 //! The server may refuse a message or hang up. It must neither die nor hang, must leave nothing behind, and must
 //! serve the next front-end.
 
-mod common;
-
 use common::driver::{Data, Driver, S_OK, SECTOR, Setup, T_IN, T_OUT};
 use common::frontend::*;
 use common::memory::{HOLE, Memory, Region};

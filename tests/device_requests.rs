@@ -5,8 +5,6 @@
 //! a status byte comes back with `used.len` 0. And the device goes on serving, on the same queue and on new
 //! connections.
 
-mod common;
-
 use common::driver::{
     Data, Done, Driver, F_EVENT_IDX, F_RO, S_IOERR, S_OK, S_UNSUPP, SECTOR, Setup, T_DISCARD, T_FLUSH,
     T_GET_ID, T_IN, T_OUT, T_WRITE_ZEROES, header, range_bytes,

@@ -1,7 +1,5 @@
 //! Front-ends come and go, any number of times and in any way, and leave the server as it was.
 
-mod common;
-
 use common::driver::{Data, Driver, S_OK, SECTOR, Setup, T_IN};
 use common::frontend::Frontend;
 use common::pattern;

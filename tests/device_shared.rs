@@ -1,8 +1,6 @@
 //! What a front-end shares with the device, and goes on to have in its hands: descriptors, their flags, the files behind them,
 //! and the guest's memory. None of it may hold up `lock` or the end of the process, whatever becomes of it.
 
-mod common;
-
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::net::{TcpListener, TcpStream};
@@ -18,7 +16,7 @@ use common::fuse::Fuse;
 use common::memory::{HOLE, Region};
 use common::process::Process;
 use common::queue::{readable, writable};
-use common::serve::{SEALBLK, Server, serve};
+use common::serve::{Server, sealblk_path, serve};
 use common::volume::Volume;
 use common::{DEADLINE, driver};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -45,7 +43,7 @@ impl Lockable {
 }
 
 fn verb_on(control: &PathBuf, verb: &str) {
-    let mut command = Command::new(SEALBLK);
+    let mut command = Command::new(sealblk_path());
     command.args([verb, "--control-socket"]).arg(control);
     let ended = Process::spawn(&mut command).wait();
     assert!(ended.status.success(), "{verb}: {}", ended.stderr);

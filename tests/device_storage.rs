@@ -1,8 +1,6 @@
 //! Every kind of storage passes one suite of awkward requests: files and block devices, with direct I/O and without,
 //! with the alignment of the guest's blocks and with a coarser one.
 
-mod common;
-
 use common::driver::{Driver, F_DISCARD, S_OK, SECTOR, T_DISCARD, T_IN, T_OUT, T_WRITE_ZEROES, header};
 use common::queue::{readable, writable};
 use common::serve::Server;

@@ -1,7 +1,5 @@
 //! The tests' own driver, judged by a back-end that is not ours: what it does right, QEMU's storage daemon serves.
 
-mod common;
-
 use common::driver::{
     Data, Driver, F_EVENT_IDX, S_IOERR, S_OK, S_UNSUPP, Setup, T_GET_ID, T_IN, T_OUT, T_WRITE_ZEROES,
 };

@@ -1,7 +1,5 @@
 //! What operators and their programs hear of keys and disks: streams on the control sockets, and the journal.
 
-mod common;
-
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -14,7 +12,7 @@ use std::time::{Duration, Instant};
 use common::DEADLINE;
 use common::agent::Agent;
 use common::secrets::as_user;
-use common::serve::{SEALBLK, Server};
+use common::serve::{Server, sealblk_path};
 use common::volume::{Volume, run};
 use serde_json::Value;
 
@@ -157,7 +155,7 @@ fn what_happens_to_a_served_disk_is_told_to_who_watches_and_may() {
     let control = volume.beside("control");
     let server = Server::of(volume, &["--control-socket", control.to_str().unwrap()]);
     let verb = |verb: &str| {
-        let mut command = Command::new(SEALBLK);
+        let mut command = Command::new(sealblk_path());
         command.args([verb, "--control-socket"]).arg(&control);
         command
     };
@@ -223,7 +221,10 @@ fn in_the_journal_events_keep_their_fields() {
     .unwrap();
     let mut script = Command::new("unshare");
     script.args(["--mount", "bash", "-c", SCRIPT]);
-    let journal = run(script.env("DIR", dir.path()).env("SEALBLK", Path::new(SEALBLK))).stdout;
+    let journal = run(script
+        .env("DIR", dir.path())
+        .env("SEALBLK", Path::new(sealblk_path())))
+    .stdout;
     let records: Vec<Value> = String::from_utf8(journal)
         .unwrap()
         .lines()
@@ -291,5 +292,5 @@ time.sleep(1000)' &
         "--kill-child",
     ]);
     script.args(["sh", "-c", SCRIPT]);
-    run(script.env("DIR", dir.path()).env("SEALBLK", SEALBLK));
+    run(script.env("DIR", dir.path()).env("SEALBLK", sealblk_path()));
 }

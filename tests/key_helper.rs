@@ -1,8 +1,6 @@
 //! The process that gets a served disk's keys, and the one that serves the disk: what each of them has, what the one gives the
 //! other, and what becomes of one without the other.
 
-mod common;
-
 use std::fs::{self, File};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
@@ -16,7 +14,7 @@ use common::agent::Agent;
 use common::driver::Driver;
 use common::pattern;
 use common::secrets::{Search, readable_memory, slot_secret, token, without_secret_memory};
-use common::serve::{SEALBLK, Server, serve};
+use common::serve::{Server, sealblk_path, serve};
 use common::volume::{MIB, PASSPHRASE, Volume, run};
 use hkdf::Hkdf;
 use rustix::process::{Pid, Signal};
@@ -35,7 +33,7 @@ fn a_helper_gets_the_keys_of_the_first_volume_that_it_is_shown_and_no_others() {
     fs::remove_dir_all(&state).unwrap();
     run(Command::new("cp").arg("-r").arg(own.beside("state")).arg(&state));
     let other = other.beside("disk");
-    run(Command::new(SEALBLK)
+    run(Command::new(sealblk_path())
         .args(["--state-dir".as_ref(), own.beside("state").as_os_str()])
         .args(["create", "--force", "--size", "1M"].map(AsRef::<std::ffi::OsStr>::as_ref))
         .arg(&other));
@@ -282,7 +280,7 @@ impl Helper {
     fn start(volume: &Volume) -> Self {
         let (ours, theirs) = UnixStream::pair().unwrap();
         rustix::io::fcntl_setfd(&theirs, rustix::io::FdFlags::empty()).unwrap();
-        let child = Command::new(SEALBLK)
+        let child = Command::new(sealblk_path())
             .args(&volume.open)
             .arg("key-helper")
             .arg(format!("--fd={}", theirs.as_raw_fd()))
@@ -392,7 +390,7 @@ impl Disk {
     }
 
     fn run(&self, verb: &str) -> Output {
-        let mut command = Command::new(SEALBLK);
+        let mut command = Command::new(sealblk_path());
         command.args([verb, "--control-socket"]).arg(&self.control);
         command.output().unwrap()
     }
@@ -407,7 +405,7 @@ impl Disk {
     }
 
     fn status(&self) -> Value {
-        let mut command = Command::new(SEALBLK);
+        let mut command = Command::new(sealblk_path());
         let output = run(command
             .args(["status", "--json", "--control-socket"])
             .arg(&self.control));

@@ -1,7 +1,5 @@
 //! The end of a key's life: which disks a key opens, and what is not taken away while a disk needs it.
 
-mod common;
-
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -14,7 +12,7 @@ use std::time::{Duration, Instant};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use common::secrets::as_user;
-use common::serve::SEALBLK;
+use common::serve::sealblk_path;
 use common::storage::{LoopDevice, SilentFilesystem};
 use common::volume::run;
 use sealblk::agent::{Client, Erasure, ErasureStep, Purpose};
@@ -85,7 +83,7 @@ impl Host {
     }
 
     fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(SEALBLK);
+        let mut command = Command::new(sealblk_path());
         command.current_dir(self.dir.path()).args(&self.keys).args(args);
         command
     }
@@ -1271,7 +1269,7 @@ fn a_revoked_key_is_told_whether_its_provider_answers_or_not() {
         fs::write(host.path("ca.pem"), "").unwrap();
         fs::write(host.path("token"), "token").unwrap();
         fs::set_permissions(host.path("token"), fs::Permissions::from_mode(0o600)).unwrap();
-        let add = Command::new(SEALBLK)
+        let add = Command::new(sealblk_path())
             .current_dir(host.dir.path())
             .args(["--state-dir", "state", "provider", "add", "transit", "--no-check"])
             .args(["--address", "https://127.0.0.1:1", "--ca", "ca.pem"])

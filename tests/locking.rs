@@ -1,8 +1,6 @@
 //! A served disk and its key: taken away and brought back under load, missing at the start, changed while a driver is at
 //! work. The driver's requests wait meanwhile; none fails, and none is lost.
 
-mod common;
-
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::FileExt;
@@ -16,7 +14,7 @@ use common::frontend::{SET_CONFIG, VERSION};
 use common::pattern;
 use common::process::Process;
 use common::secrets::{Core, Search, core, readable_memory, slot_secret, without_secret_memory};
-use common::serve::{SEALBLK, Server, serve, serve_fails};
+use common::serve::{Server, sealblk_path, serve, serve_fails};
 use common::storage::LoopDevice;
 use common::volume::{MIB, Volume, run};
 use sealblk::keys::registry::Registry;
@@ -113,7 +111,9 @@ fn front_ends_come_and_go_while_the_disk_is_locked() {
 fn a_header_with_another_volume_key_is_not_gone_on_with() {
     let volume = Volume::cryptsetup(4 * MIB, 512);
     let info = |volume: &Volume| -> Value {
-        let output = run(Command::new(SEALBLK).args(["info", "--json"]).arg(&volume.path));
+        let output = run(Command::new(sealblk_path())
+            .args(["info", "--json"])
+            .arg(&volume.path));
         serde_json::from_slice(&output.stdout).unwrap()
     };
     let other = Volume::cryptsetup(4 * MIB, 512);
@@ -253,7 +253,7 @@ fn a_disk_locked_under_load_has_no_key_in_memory_nor_in_a_core_dump() {
     );
 
     let verb = |name: &str| {
-        let mut command = Command::new(SEALBLK);
+        let mut command = Command::new(sealblk_path());
         run(command.args([name, "--control-socket"]).arg(&control));
     };
     for round in 0..3 {
@@ -521,7 +521,9 @@ fn strangers_may_look_and_not_lock() {
     for (user, privilege) in [(4_000_001, "RegisterVM"), (4_000_002, "Recrypt")] {
         granted += &format!("[[grant]]\nuser = {user}\nprivileges = [{privilege:?}]\n");
     }
-    let info = run(Command::new(SEALBLK).args(["info", "--json"]).arg(&volume.path));
+    let info = run(Command::new(sealblk_path())
+        .args(["info", "--json"])
+        .arg(&volume.path));
     let info: Value = serde_json::from_slice(&info.stdout).unwrap();
     let other = Value::from(uuid::Uuid::nil().to_string());
     for (user, volume) in [(4_000_004, &info["uuid"]), (4_000_005, &other)] {
@@ -640,7 +642,7 @@ impl Served {
     }
 
     fn run(&self, verb: &str) -> Output {
-        let mut command = Command::new(SEALBLK);
+        let mut command = Command::new(sealblk_path());
         command.args([verb, "--control-socket"]).arg(&self.control);
         command.output().unwrap()
     }
@@ -661,7 +663,7 @@ impl Served {
     }
 
     fn status(&self) -> Value {
-        let mut command = Command::new(SEALBLK);
+        let mut command = Command::new(sealblk_path());
         let output = run(command
             .args(["status", "--json", "--control-socket"])
             .arg(&self.control));
@@ -672,7 +674,7 @@ impl Served {
 /// By cryptsetup, with a recovery key that is added for it.
 fn volume_key(volume: &Volume) -> Vec<u8> {
     let (recovery, key) = (volume.beside("recovery"), volume.beside("volume.key"));
-    let mut add = Command::new(SEALBLK);
+    let mut add = Command::new(sealblk_path());
     run(add
         .args(&volume.open)
         .args(["recovery", "add"])

@@ -1,8 +1,6 @@
 //! What is said of mistakes: of arguments, files, rights, storage, front-ends, the agent and the broker, each word for word and
 //! with its exit code in `tests/mistakes`. Those of key servers are made in tests/providers.
 
-mod common;
-
 use std::fs::{self, File, Permissions};
 use std::io::Write;
 use std::os::unix::fs::{FileExt, PermissionsExt, chown, symlink};

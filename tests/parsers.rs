@@ -2,7 +2,6 @@
 
 #[path = "providers/certificates.rs"]
 mod certificates;
-mod common;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -14,7 +13,7 @@ use base64::prelude::BASE64_STANDARD;
 use common::agent::Agent;
 use common::process::Process;
 use common::secrets::Search;
-use common::serve::{SEALBLK, Server};
+use common::serve::{Server, sealblk_path};
 use common::volume::run;
 
 /// A private key that was copied without its line breaks, and how to look for it.
@@ -75,7 +74,7 @@ fn private_key_without_line_breaks_is_in_no_error_log_answer_or_audit_log() {
 
     let told = "its line breaks were lost";
     let state = agent.path("state").display().to_string();
-    let mut own = Command::new(SEALBLK);
+    let mut own = Command::new(sealblk_path());
     own.args(["--state-dir", &state, "provider", "check", "native"]);
     let control = agent.path("control.sock");
     let server = Server::of(volume, &["--control-socket", control.to_str().unwrap()]);
@@ -110,7 +109,7 @@ fn private_key_without_line_breaks_is_in_no_error_log_answer_or_audit_log() {
         agent.path("broker"),
     );
     fs::write(agent.path("broker.toml"), settings).unwrap();
-    let mut broker = Command::new(SEALBLK);
+    let mut broker = Command::new(sealblk_path());
     broker
         .args(["broker", "serve", "--config"])
         .arg(agent.path("broker.toml"));
@@ -361,13 +360,13 @@ fn what_is_in_a_file_of_settings_or_state_is_in_no_error() {
     ];
     write_private(&path("good.toml"), &brokers);
     // It has a master key from then on.
-    let mut hosts = Command::new(SEALBLK);
+    let mut hosts = Command::new(sealblk_path());
     run(hosts
         .current_dir(&dir)
         .args(["--config", "good.toml", "broker", "host", "list"]));
     for (file, content, verb, told) in cases {
         write_private(&path(file), &content);
-        let output = Command::new(SEALBLK)
+        let output = Command::new(sealblk_path())
             .current_dir(&dir)
             .args(verb)
             .output()

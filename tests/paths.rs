@@ -1,10 +1,8 @@
 //! Paths that are not UTF-8: every verb takes them, and what is told of them in JSON leads back to them.
 
-mod common;
-
 use common::agent::Agent;
 use common::process::Process;
-use common::serve::SEALBLK;
+use common::serve::sealblk_path;
 use common::volume::run;
 use rustix::process::Signal;
 use serde_json::Value;
@@ -97,7 +95,7 @@ fn a_disk_lives(verb: Verb<'_>, dir: &Path, log: &Path) {
         .arg(&receipt));
     let confirmed: Value = serde_json::from_slice(&std::fs::read(&receipt).unwrap()).unwrap();
     assert_eq!(confirmed["path"], told(&disk));
-    run(Command::new(SEALBLK)
+    run(Command::new(sealblk_path())
         .args(["audit", "verify"])
         .arg(log)
         .arg("--receipt")
@@ -118,7 +116,7 @@ fn a_disk_whose_path_is_not_utf8_is_made_served_rekeyed_found_and_erased() {
     let dir = tempfile::tempdir().unwrap();
     let state = odd(dir.path(), b"state");
     let verb = |args: &[&str]| {
-        let mut command = Command::new(SEALBLK);
+        let mut command = Command::new(sealblk_path());
         command.arg("--state-dir").arg(&state).args(args);
         command
     };
@@ -152,7 +150,7 @@ fn a_provider_whose_files_cannot_be_named_in_its_settings_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let made = odd(dir.path(), b"file");
     std::fs::write(&made, "").unwrap();
-    let mut add = Command::new(SEALBLK);
+    let mut add = Command::new(sealblk_path());
     add.arg("--state-dir").arg(dir.path().join("state"));
     add.args(["provider", "add", "kmip", "--server", "kms.example:5696", "--ca"]);
     add.arg(&made)

@@ -2,8 +2,6 @@
 //!
 //! tests/agent.rs has the same for the calls under the verbs.
 
-mod common;
-
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
@@ -14,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use common::DEADLINE;
 use common::agent::Agent;
-use common::serve::{SEALBLK, Server};
+use common::serve::{Server, sealblk_path};
 use common::volume::run;
 use sealblk::agent::Purpose;
 use serde_json::Value;
@@ -208,7 +206,7 @@ fn all_verbs() -> Vec<Vec<String>> {
     let mut all = Vec::new();
     let mut left = vec![Vec::new()];
     while let Some(verb) = left.pop() {
-        let help = run(Command::new(SEALBLK).args(&verb).arg("--help")).stdout;
+        let help = run(Command::new(sealblk_path()).args(&verb).arg("--help")).stdout;
         let help = String::from_utf8(help).unwrap();
         let listed = help.split_once("\nCommands:\n").map(|(_, rest)| rest);
         let Some(listed) = listed.filter(|_| verb.len() < 2) else {
@@ -246,7 +244,7 @@ impl Host {
     fn new(grants: &str) -> Self {
         let agent = Agent::new(grants);
         let state = agent.path("state");
-        let mut add = Command::new(SEALBLK);
+        let mut add = Command::new(sealblk_path());
         run(add.arg("--state-dir").arg(state).args([
             "provider",
             "add",
@@ -256,7 +254,8 @@ impl Host {
             "--no-backup",
         ]));
         let binary = agent.path("sealblk");
-        fs::copy(SEALBLK, &binary).unwrap();
+        // By another process: while this one writes a file, one that it starts meanwhile keeps the file from being executed.
+        run(Command::new("cp").arg(sealblk_path()).arg(&binary));
         let [disk, recovery_key] = ["disk", "recovery-key"].map(|name| agent.path(name));
         let mut create = agent.verb(&["create", "--size", "1M"]);
         run(create.arg(&disk).arg("--recovery-key").arg(&recovery_key));

@@ -204,7 +204,7 @@ fn help_has_no_banned_phrase() {
     let mut seen = 0;
     let mut all = Vec::new();
     while let Some(verb) = left.pop() {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_sealblk"));
+        let mut command = Command::new(common::serve::sealblk_path());
         let output = command.args(&verb).arg("--help").output().unwrap();
         assert!(output.status.success(), "{verb:?}: {output:?}");
         let help = String::from_utf8(output.stdout).unwrap();

@@ -1,13 +1,11 @@
 //! Before a disk's key is asked for, all else that it takes to serve it is there; and a service says that it is ready when one
 //! can connect, and not before.
 
-mod common;
-
 use common::DEADLINE;
 use common::agent::Agent;
 use common::process::Process;
 use common::secrets::without_call;
-use common::serve::{SEALBLK, serve};
+use common::serve::{sealblk_path, serve};
 use common::volume::{MIB, Volume, run};
 use rustix::process::Signal;
 use std::fs;
@@ -94,7 +92,7 @@ fn no_key_is_asked_for_if_the_disk_cannot_be_served() {
     args.splice(at..at + 2, ["--fd".as_ref(), "9".as_ref()]);
     let mut with_fd = Command::new("sh");
     with_fd
-        .args(["-c", r#"exec "$@" 9<&0 </dev/null"#, "sh", SEALBLK])
+        .args(["-c", r#"exec "$@" 9<&0 </dev/null"#, "sh", sealblk_path()])
         .args(args);
     refused(
         with_fd,
@@ -149,7 +147,7 @@ fn the_service_manager_hears_of_a_disk_that_can_be_connected_to_and_of_its_locks
     assert!(ready.contains("STATUS=serving"), "{ready}");
     UnixStream::connect(&socket).unwrap();
     let verb = |verb: &str| {
-        run(Command::new(SEALBLK)
+        run(Command::new(sealblk_path())
             .args([verb, "--control-socket"])
             .arg(&control));
     };
@@ -183,7 +181,7 @@ fn the_agent_is_ready_when_it_answers() {
     let socket = dir.path().join("agent.sock");
     let state = dir.path().join("state");
     fs::create_dir(&state).unwrap();
-    let mut command = Command::new(SEALBLK);
+    let mut command = Command::new(sealblk_path());
     command.arg("--state-dir").arg(&state);
     command.args(["agent", "--socket-path"]).arg(&socket);
     let manager = Manager::of(&mut command, &dir.path().join("notify"));
@@ -227,7 +225,7 @@ fn a_key_server_that_does_not_answer_keeps_neither_the_start_nor_the_end_waiting
     let mut process = Process::spawn(&mut command);
     let ready = manager.waits_for("READY=1");
     assert!(ready.contains("has not answered yet"), "{ready}");
-    let status = run(Command::new(SEALBLK)
+    let status = run(Command::new(sealblk_path())
         .args(["status", "--control-socket"])
         .arg(&control));
     let status = String::from_utf8(status.stdout).unwrap();

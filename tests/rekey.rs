@@ -1,7 +1,5 @@
 //! Shallow rekey as an operator does it: what changes, what opens afterwards, and what is left when it is killed.
 
-mod common;
-
 use std::collections::BTreeSet;
 use std::env;
 use std::fs;
@@ -9,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::Instant;
 
-use common::serve::SEALBLK;
+use common::serve::sealblk_path;
 use common::volume::{Volume, run};
 use sealblk::binding::{self, BindingReason};
 use sealblk::keys::registry::Registry;
@@ -160,7 +158,7 @@ fn killed_at_any_moment_the_volume_opens_and_the_next_rekey_ends_with_one_key() 
 }
 
 fn sealblk(state: &str, args: &[&str]) -> Command {
-    let mut command = Command::new(SEALBLK);
+    let mut command = Command::new(sealblk_path());
     command.args(["--state-dir", state]).args(args);
     command
 }

@@ -1,7 +1,5 @@
 //! What a process that serves a disk cannot do any more.
 
-mod common;
-
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::chown;
@@ -11,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 
 use common::agent::Agent;
 use common::inside::{Arg, Inside};
-use common::serve::{SEALBLK, Server, serve};
+use common::serve::{Server, sealblk_path, serve};
 use common::volume::{Volume, run};
 use serde_json::{Value, json};
 
@@ -34,7 +32,7 @@ fn all_threads_of_a_served_disk_are_confined_and_status_says_so() {
         let server = Server::of(volume, &["--control-socket", &control, &sandbox]);
         let mut driver = server.connect();
         driver.still_serves();
-        let verb = |name: &str| run(Command::new(SEALBLK).args([name, "--control-socket", &control]));
+        let verb = |name: &str| run(Command::new(sealblk_path()).args([name, "--control-socket", &control]));
         verb("lock");
         verb("unlock");
         driver.still_serves();
@@ -47,7 +45,7 @@ fn all_threads_of_a_served_disk_are_confined_and_status_says_so() {
             assert_eq!(has("Seccomp:\t2"), confined, "{choice}: {name}");
         }
         let status =
-            run(Command::new(SEALBLK).args(["status", "--json", "--control-socket", &control])).stdout;
+            run(Command::new(sealblk_path()).args(["status", "--json", "--control-socket", &control])).stdout;
         let status: Value = serde_json::from_slice(&status).unwrap();
         let measures = match confined {
             true => json!(MEASURES),
@@ -90,7 +88,7 @@ impl Host {
         });
         let volume = agent.as_ref().map_or_else(Volume::new, Agent::volume);
         let other = volume.beside("other");
-        run(Command::new(SEALBLK)
+        run(Command::new(sealblk_path())
             .args(&volume.open)
             .args(["create", "--size", "1M"])
             .arg(&other));

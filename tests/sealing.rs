@@ -1,14 +1,12 @@
 //! A native provider whose primary key is sealed to the host's TPM: its disks open on this host, booted as it was, alone.
 
-mod common;
-
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
 use common::secrets::finds;
-use common::serve::{SEALBLK, Server};
+use common::serve::{Server, sealblk_path};
 use common::swtpm::Swtpm;
 use common::volume::{Volume, run};
 use tempfile::TempDir;
@@ -51,7 +49,7 @@ impl Host {
     }
 
     fn on(&self, state: &str, args: &[&str]) -> Output {
-        let mut command = Command::new(SEALBLK);
+        let mut command = Command::new(sealblk_path());
         command
             .current_dir(self.dir.path())
             .args(["--state-dir", state])
@@ -240,7 +238,7 @@ fn a_disk_is_locked_while_the_host_is_not_what_it_was() {
         vec!["--state-dir".into(), host.path("state").display().to_string()],
     );
     let server = Server::of(volume, &["--control-socket", control.to_str().unwrap()]);
-    let mut status = Command::new(SEALBLK);
+    let mut status = Command::new(sealblk_path());
     status
         .args(["status", "--json", "--control-socket"])
         .arg(&control);

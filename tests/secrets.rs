@@ -4,11 +4,9 @@
 //! debugger would get, in its core dump and in what the kernel swaps out of it; in its arguments and environment; in every
 //! file that the programs wrote, their logs among them; in all that they said. It takes root to look.
 
-mod common;
-
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -19,7 +17,7 @@ use common::pattern;
 use common::secrets::{
     Core, Search, core, readable_memory, slot_secret, swapped_out, token, without_secret_memory,
 };
-use common::serve::{SEALBLK, Server};
+use common::serve::{Server, sealblk_path};
 use common::volume::{MIB, PASSPHRASE, Volume, passphrase_file, run};
 use hkdf::Hkdf;
 use sealblk::keys::registry::Registry;
@@ -179,7 +177,7 @@ fn secrets_are_in_no_file_log_argument_answer_core_dump_or_swap() {
                     assert!(known(bytes), "{place} has what is known to be in memory");
                     search.assert_absent(bytes, place);
                 }
-                if let Some(swapped) = swapped_out(pid) {
+                if let Some(swapped) = swapped_out(pid, Path::new(env!("CARGO_TARGET_TMPDIR"))) {
                     assert!(known(&swapped), "swap has what is known to be in memory");
                     search.assert_absent(&swapped, "swap");
                 }
@@ -263,7 +261,7 @@ impl Host {
             format!("[agent]\nsocket = {:?}\n", path("agent.sock")),
         )
         .unwrap();
-        let mut add = Command::new(SEALBLK);
+        let mut add = Command::new(sealblk_path());
         run(add
             .arg("--state-dir")
             .arg(path("state"))
@@ -406,7 +404,7 @@ impl Host {
 
 /// The program, which tells all that it may.
 fn program(dir: &tempfile::TempDir, hidden: bool, args: &[&str]) -> Command {
-    let mut command = Command::new(SEALBLK);
+    let mut command = Command::new(sealblk_path());
     command
         .current_dir(dir)
         .args(args)

@@ -1,15 +1,13 @@
 //! What keeps `sealblk serve` from serving, and what goes wrong under it: each failure says what, where and what to
 //! do, has the exit code of its kind, and changes nothing.
 
-mod common;
-
 use common::driver::{
     Data, Driver, F_FLUSH, S_IOERR, S_OK, SECTOR, Setup, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES,
 };
 use common::frontend::Frontend;
 use common::pattern;
 use common::process::Process;
-use common::serve::{SEALBLK, Server, serve, serve_fails};
+use common::serve::{Server, sealblk_path, serve, serve_fails};
 use common::storage::{Filesystem, LoopDevice};
 use common::volume::{MIB, Volume, run};
 use std::fs;
@@ -104,7 +102,7 @@ fn keyslot_that_takes_more_memory_than_the_control_group_has_is_not_tried() {
     let mut test = Command::new("sh");
     test.args(["-c", r#"echo $$ > "$0/cgroup.procs" && exec "$@""#])
         .arg(&group.0)
-        .args([SEALBLK, "recovery", "test"])
+        .args([sealblk_path(), "recovery", "test"])
         .arg(&volume.path)
         .arg("--recovery-key")
         .arg(volume.beside("passphrase"));
@@ -627,7 +625,7 @@ fn flushes_fail_after_data_were_lost_whoever_was_told_first() {
         server.wait_idle();
         match consumer {
             "rekey" => {
-                let mut rekey = Command::new(SEALBLK);
+                let mut rekey = Command::new(sealblk_path());
                 let output = rekey
                     .args(["rekey", "--control-socket", &control])
                     .output()

@@ -1,12 +1,10 @@
 //! The sockets that sealblk binds: who can connect to them, from the first moment on; what their directory's other users can do
 //! to them; and that none stays behind.
 
-mod common;
-
 use common::DEADLINE;
 use common::process::{Ended, Process};
-use common::serve::{SEALBLK, serve};
-use common::volume::{MIB, Volume};
+use common::serve::{sealblk_path, serve};
+use common::volume::{MIB, Volume, run};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::process::Signal;
 use sealblk::control::socket::{BindError, Permissions, accept, bind};
@@ -183,7 +181,8 @@ fn a_member_of_the_sockets_group_connects_and_another_user_does_not() {
     let process = serving(&volume, &socket, &args);
     // Where others may execute it.
     let binary = volume.beside("sealblk");
-    fs::copy(SEALBLK, &binary).unwrap();
+    // By another process: while this one writes a file, one that it starts meanwhile keeps the file from being executed.
+    run(Command::new("cp").arg(sealblk_path()).arg(&binary));
     for (group, connects) in [(GROUP, true), (GROUP + 1, false)] {
         let mut status = Command::new(&binary);
         status.args(["status", "--control-socket"]).arg(&control);
@@ -259,7 +258,7 @@ fn a_path_that_is_too_long_for_a_socket_is_told_with_its_length() {
     let args = ["--control-socket", too_long.to_str().unwrap()];
     refused(&volume, &volume.beside("vhost"), &args, USAGE, &says);
     assert!(!volume.beside("vhost").exists());
-    let mut status = Command::new(SEALBLK);
+    let mut status = Command::new(sealblk_path());
     let asked = status
         .args(["status", "--control-socket"])
         .arg(&too_long)

@@ -1,12 +1,10 @@
 //! What storage can do, and who else has it, is asked before a disk is served: devices that take no writes or no discards,
 //! disks that are attached under another name, and block devices of ordinary users.
 
-mod common;
-
 use common::driver::{Data, F_DISCARD, F_RO, S_OK, SECTOR, T_IN};
 use common::pattern;
 use common::process::Process;
-use common::serve::{SEALBLK, Server, serve, serve_fails};
+use common::serve::{Server, sealblk_path, serve, serve_fails};
 use common::storage::{Filesystem, LoopDevice};
 use common::volume::{MIB, PASSPHRASE, Volume, run};
 use rustix::fs::{FileType, Mode, mknodat};
@@ -47,7 +45,7 @@ fn refused(volume: &Volume, args: &[&str], code: i32, says: &[&str]) {
 
 /// The same volume, by another path.
 fn refused_at(volume: &Volume, path: &Path, args: &[&str], code: i32, says: &[&str]) {
-    let mut command = Command::new(SEALBLK);
+    let mut command = Command::new(sealblk_path());
     command
         .arg("serve")
         .args(&volume.open)
@@ -68,7 +66,7 @@ fn named(mut volume: Volume, path: PathBuf) -> Volume {
 }
 
 fn sealblk(volume: &Volume, verb: &[&str]) -> Output {
-    Command::new(SEALBLK)
+    Command::new(sealblk_path())
         .args(&volume.open)
         .args(verb)
         .output()
@@ -465,7 +463,7 @@ fn ordinary_user_serves_a_device_and_may_not_change_its_metadata() {
     drop(driver);
     server.stop();
 
-    let mut add = Command::new(SEALBLK);
+    let mut add = Command::new(sealblk_path());
     let recovery = own.join("recovery");
     add.args(["recovery", "add"])
         .arg(device.path())
@@ -489,5 +487,5 @@ fn ordinary_user_serves_a_device_and_may_not_change_its_metadata() {
     server.still_serves();
     assert!(server.stop().stderr.contains("needs repair"));
     chown(device.path(), Some(before.uid()), Some(before.gid())).unwrap();
-    run(Command::new(SEALBLK).arg("info").arg(device.path()));
+    run(Command::new(sealblk_path()).arg("info").arg(device.path()));
 }

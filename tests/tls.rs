@@ -2,7 +2,6 @@
 
 #[path = "providers/certificates.rs"]
 mod certificates;
-mod common;
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -11,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use common::process::Process;
-use common::serve::SEALBLK;
+use common::serve::sealblk_path;
 use tempfile::TempDir;
 
 /// Files and servers by `tls/servers.py`.
@@ -69,7 +68,7 @@ impl Servers {
         let state = tempfile::tempdir().unwrap();
         let settings = format!("[provider.p]\n{settings}");
         fs::write(state.path().join("providers.toml"), settings).unwrap();
-        let mut check = Command::new(SEALBLK);
+        let mut check = Command::new(sealblk_path());
         check
             .arg("--state-dir")
             .arg(state.path())
@@ -504,7 +503,7 @@ fn what_is_wrong_with_a_file_of_a_key_or_certificate_is_said_with_what_to_do() {
             servers.path("broker")
         );
         fs::write(servers.path("broker.toml"), settings).unwrap();
-        let mut serve = Command::new(SEALBLK);
+        let mut serve = Command::new(sealblk_path());
         serve
             .args(["broker", "serve", "--config"])
             .arg(servers.path("broker.toml"));

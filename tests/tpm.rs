@@ -1,7 +1,5 @@
 //! A real TPM (swtpm), and what we make of it, judged by tpm2-tools.
 
-mod common;
-
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;

@@ -13,10 +13,11 @@ use sealblk::keys::{KeyProvider, Providers};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::serve::SEALBLK;
+use super::serve::sealblk_path;
 use super::volume::{Volume, run};
 
 /// An agent with a native provider, ended with this.
+#[derive(Debug)]
 pub struct Agent {
     dir: TempDir,
     pub child: Child,
@@ -28,7 +29,14 @@ impl Agent {
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
         let path = |name: &str| dir.path().join(name);
         let state = path("state").display().to_string();
-        run(Command::new(SEALBLK).args(["--state-dir", &state, "provider", "add", "native", "--no-backup"]));
+        run(Command::new(sealblk_path()).args([
+            "--state-dir",
+            &state,
+            "provider",
+            "add",
+            "native",
+            "--no-backup",
+        ]));
         let socket = path("agent.sock").display().to_string();
         fs::write(
             path("config.toml"),
@@ -70,7 +78,7 @@ impl Agent {
 
     /// A verb that knows the agent, and has no state directory of its own.
     pub fn verb(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(SEALBLK);
+        let mut command = Command::new(sealblk_path());
         command.current_dir(self.dir.path());
         command.args(["--config", "config.toml"]).args(args);
         command
@@ -121,7 +129,7 @@ fn start(dir: &TempDir) -> Child {
     let mut log = OpenOptions::new();
     let log = log.append(true).create(true).open(dir.path().join("agent.log"));
     let log = log.unwrap();
-    let child = Command::new(SEALBLK)
+    let child = Command::new(sealblk_path())
         .current_dir(dir.path())
         .args(["--state-dir", "state", "--config", "config.toml", "agent"])
         .env("SEALBLK_LOG", "trace")

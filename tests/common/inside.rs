@@ -13,6 +13,7 @@ use std::os::unix::fs::FileExt;
 use libc::{c_long, pid_t, user_regs_struct};
 
 /// A process that is stopped, until this is dropped.
+#[derive(Debug)]
 pub struct Inside {
     pid: pid_t,
     registers: user_regs_struct,

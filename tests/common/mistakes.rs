@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use super::DEADLINE;
-use super::serve::SEALBLK;
+use super::serve::sealblk_path;
 use tempfile::TempDir;
 
 /// The mistakes of one section, made in a directory of their own.
@@ -80,12 +80,12 @@ impl Mistakes {
     pub fn command(&self, line: &str) -> Command {
         let words = words(line);
         let mut command = match words[0].as_str() {
-            "sealblk" => Command::new(SEALBLK),
+            "sealblk" => Command::new(sealblk_path()),
             other => Command::new(other),
         };
         command.args(&words[1..]);
         // Also for who runs it from a shell.
-        let dir = Path::new(SEALBLK).parent().unwrap().display();
+        let dir = Path::new(sealblk_path()).parent().unwrap().display();
         command.env("PATH", format!("{dir}:{}", std::env::var("PATH").unwrap()));
         command.current_dir(self.dir.path()).stdin(Stdio::null());
         for name in [
@@ -194,7 +194,7 @@ impl Mistakes {
     /// Compares with what is expected.
     pub fn check(self) {
         let path = Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("tests/mistakes")
+            .join("../mistakes")
             .join(format!("{}.txt", self.section));
         let expected = parse(&fs::read_to_string(&path).unwrap_or_default());
         let twice: Vec<_> = self.rows.iter().map(|row| &row.done).collect();

@@ -73,11 +73,10 @@ pub fn core(pid: u32, which: Core) -> Vec<u8> {
 }
 
 /// Has the kernel swap out what it may of a process, and gives all that is in the swap file then, if this machine lets us
-/// have one.
-pub fn swapped_out(pid: u32) -> Option<Vec<u8>> {
+/// have one. The swap file is under `dir`, which must not be in memory, as /tmp may be.
+pub fn swapped_out(pid: u32, dir: &Path) -> Option<Vec<u8>> {
     const LEN: usize = 64 << 20;
-    // Not in /tmp, which may be in memory.
-    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let dir = tempfile::tempdir_in(dir).unwrap();
     let swap = Swap(dir.path().join("swap"));
     let mut zeros = File::create(&swap.0).unwrap();
     zeros.write_all(&vec![0; LEN]).unwrap();

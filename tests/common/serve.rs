@@ -6,10 +6,18 @@ use super::process::{Ended, Facts, Process};
 use super::volume::Volume;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-pub const SEALBLK: &str = env!("CARGO_BIN_EXE_sealblk");
+/// The `sealblk` that Cargo has built for the test program.
+pub fn sealblk_path() -> &'static str {
+    static BINARY: LazyLock<String> = LazyLock::new(|| {
+        std::env::var("CARGO_BIN_EXE_sealblk")
+            .expect("run the test program by Cargo, or set CARGO_BIN_EXE_sealblk to the path of sealblk")
+    });
+    &BINARY
+}
 
 #[derive(Debug)]
 pub struct Server {
@@ -58,7 +66,7 @@ impl Server {
     pub fn null(size: &str, args: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("vhost.sock");
-        let mut command = Command::new(SEALBLK);
+        let mut command = Command::new(sealblk_path());
         command
             .args(["serve", "--null-storage", size, "--socket-path"])
             .arg(&socket)
@@ -101,7 +109,7 @@ impl Server {
             );
             std::thread::sleep(Duration::from_millis(2));
         }
-        if command.get_program() == SEALBLK {
+        if command.get_program() == sealblk_path() {
             // Who connects before that waits; but not all of its threads are there.
             process.wait_stderr("serving");
         }
@@ -184,7 +192,7 @@ impl Server {
 
 /// The command line that serves a volume.
 pub fn serve(volume: &Volume, socket: &Path, args: &[&str]) -> Command {
-    let mut command = Command::new(SEALBLK);
+    let mut command = Command::new(sealblk_path());
     command
         .arg("serve")
         .args(&volume.open)

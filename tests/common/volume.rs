@@ -1,7 +1,7 @@
 //! Volumes to serve, made by the real tools: `sealblk create` with a native provider in a state directory of its own,
 //! or stock cryptsetup with a passphrase.
 
-use super::serve::SEALBLK;
+use super::serve::sealblk_path;
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -36,9 +36,9 @@ impl Volume {
     /// A volume of `sealblk create` anywhere, with its state directory in `dir`.
     pub fn created_at(dir: TempDir, path: PathBuf, args: &[&str]) -> Self {
         let state = dir.path().join("state").display().to_string();
-        let mut add = Command::new(SEALBLK);
+        let mut add = Command::new(sealblk_path());
         run(add.args(["--state-dir", &state, "provider", "add", "native", "--no-backup"]));
-        let mut create = Command::new(SEALBLK);
+        let mut create = Command::new(sealblk_path());
         run(create
             .args(["--state-dir", &state, "create"])
             .arg(&path)

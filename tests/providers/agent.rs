@@ -3,8 +3,8 @@
 use sealblk::agent::Purpose;
 use sealblk::keys::Providers;
 
-use crate::common::agent::Agent;
 use crate::conformance;
+use common::agent::Agent;
 
 #[test]
 fn native_by_the_agent_conforms() {

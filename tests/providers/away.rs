@@ -18,10 +18,10 @@ use sealblk::keys::{Binding, KeyError, KeyId, KeyProvider, KeyReason, Providers}
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::common::agent::Agent;
-use crate::common::swtpm::Swtpm;
 use crate::openbao::{Server, settings};
 use crate::ports::free_port;
+use common::agent::Agent;
+use common::swtpm::Swtpm;
 
 /// The way to a server, which can be cut.
 struct Way {
@@ -156,7 +156,7 @@ fn after_a_reboot_without_the_server_disks_open_on_this_host_alone() {
     let record = host.attaches().unwrap();
     assert_eq!(record["event"], "KeyReleased");
     assert!(record["grace"].as_str().unwrap().ends_with('Z'), "{record}");
-    let listed = crate::common::volume::run(&mut host.agent.verb(&["list", "--json"])).stdout;
+    let listed = common::volume::run(&mut host.agent.verb(&["list", "--json"])).stdout;
     let listed: Value = serde_json::from_slice(&listed).unwrap();
     assert_eq!(listed["disks"][0]["grace"], record["grace"]);
     // Nothing new is bound to what only this host knows to be good.
@@ -211,7 +211,7 @@ fn a_key_that_its_server_has_taken_out_of_use_is_not_kept() {
         "--force",
         "--confirm",
     ];
-    crate::common::volume::run(host.agent.verb(&revoke).arg(&host.key_id.0));
+    common::volume::run(host.agent.verb(&revoke).arg(&host.key_id.0));
     host.way.cut(true);
     host.reboots();
     host.cannot_attach(KeyReason::NotActive);

@@ -21,11 +21,11 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::certificates;
-use crate::common::DEADLINE;
-use crate::common::process::Process;
-use crate::common::serve::SEALBLK;
-use crate::common::swtpm::Swtpm;
 use crate::ports::free_port;
+use common::DEADLINE;
+use common::process::Process;
+use common::serve::sealblk_path;
+use common::swtpm::Swtpm;
 
 pub(crate) const RESOURCE: &str = "sealblk/kek/1";
 /// The registers that count.
@@ -111,7 +111,7 @@ impl Broker {
     }
 
     pub(crate) fn verb(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(SEALBLK);
+        let mut command = Command::new(sealblk_path());
         command
             .arg("--config")
             .arg(self.path("broker.toml"))
@@ -121,7 +121,7 @@ impl Broker {
     }
 
     pub(crate) fn does(&self, args: &[&str]) -> Output {
-        crate::common::volume::run(&mut self.verb(args))
+        common::volume::run(&mut self.verb(args))
     }
 
     /// The state that the TPM's host is in now is the one that it has to be in.
@@ -156,7 +156,7 @@ impl Broker {
     /// The records of the audit log, whose chain holds.
     pub(crate) fn audit(&self, event: &str) -> Vec<Value> {
         let path = self.path("state/audit.log");
-        crate::common::volume::run(Command::new(SEALBLK).args(["audit", "verify"]).arg(&path));
+        common::volume::run(Command::new(sealblk_path()).args(["audit", "verify"]).arg(&path));
         let log = fs::read_to_string(path).unwrap();
         log.lines()
             .map(|line| serde_json::from_str(line).unwrap())

@@ -9,11 +9,11 @@ use sealblk::keys::registry::{Registry, Source};
 use sealblk::keys::transit::Login;
 use serde_json::json;
 
-use crate::common::agent::Agent;
-use crate::common::secrets::{Core, Search, core, readable_memory, token};
-use crate::common::serve::Server;
-use crate::common::volume::run;
 use crate::openbao;
+use common::agent::Agent;
+use common::secrets::{Core, Search, core, readable_memory, token};
+use common::serve::Server;
+use common::volume::run;
 
 #[test]
 fn credentials_and_keks_of_a_server_are_in_no_disks_process_log_or_event() {

@@ -10,14 +10,12 @@ use serde_json::Value;
 
 use crate::certificates;
 
-const SEALBLK: &str = env!("CARGO_BIN_EXE_sealblk");
-
 #[test]
 fn certificates_that_are_about_to_expire_are_told_of() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name);
     let sealblk = |args: &[&str]| {
-        let mut command = Command::new(SEALBLK);
+        let mut command = Command::new(common::serve::sealblk_path());
         command.current_dir(dir.path()).args(args);
         command
     };

@@ -6,17 +6,16 @@ use std::process::{Command, Output};
 use sealblk::keys::{KeyId, KeyState};
 use serde_json::Value;
 
-use crate::common::agent::Agent;
 use crate::kmip::open;
 use crate::pykmip::{Server, settings};
+use common::agent::Agent;
 use sealblk::keys::kmip::Settings;
 
-const SEALBLK: &str = env!("CARGO_BIN_EXE_sealblk");
 const KEY: i32 = 4;
 const IN_USE: i32 = 5;
 
 fn sealblk(dir: &Path, args: &[&str]) -> Output {
-    let mut command = Command::new(SEALBLK);
+    let mut command = Command::new(common::serve::sealblk_path());
     command.current_dir(dir).args(["--state-dir", "state"]).args(args);
     command.output().unwrap()
 }

@@ -4,8 +4,6 @@ mod agent;
 mod away;
 mod broker;
 mod certificates;
-#[path = "../common/mod.rs"]
-mod common;
 mod conformance;
 mod credentials;
 mod expiry;

@@ -7,8 +7,8 @@ use sealblk::keys::transit::Login;
 use serde_json::json;
 
 use crate::certificates;
-use crate::common::mistakes::Mistakes;
 use crate::openbao::Server;
+use common::mistakes::Mistakes;
 
 #[test]
 fn mistakes_with_key_servers_are_told_word_for_word() {

@@ -5,8 +5,8 @@ use sealblk::keys::{KeyReason, Providers};
 use sealblk::tpm::Device;
 use tempfile::TempDir;
 
-use crate::common::swtpm::Swtpm;
 use crate::conformance;
+use common::swtpm::Swtpm;
 
 fn host() -> (TempDir, Registry) {
     let dir = tempfile::tempdir().unwrap();

@@ -12,8 +12,8 @@ use sealblk::keys::registry::{Registry, Source};
 use sealblk::keys::{Binding, KeyId, KeyProvider, Providers};
 use uuid::Uuid;
 
-use crate::common::agent::Agent;
 use crate::{openbao, pykmip};
+use common::agent::Agent;
 
 #[test]
 fn openbao_is_asked_once_for_each_kek() {

@@ -535,7 +535,7 @@ fn volume_moves_to_the_new_version_of_a_rotated_key() {
     let dir = tempfile::tempdir().unwrap();
     let (disk, left_out) = (dir.path().join("vm.luks"), dir.path().join("left-out.luks"));
     let run = |verb: &[&str], operands: &[&str]| {
-        Command::new(env!("CARGO_BIN_EXE_sealblk"))
+        Command::new(common::serve::sealblk_path())
             .args(verb)
             .arg("--state-dir")
             .arg(dir.path().join("state"))
@@ -615,7 +615,7 @@ fn volume_moves_to_the_new_version_of_a_rotated_key() {
 fn ways_to_log_in_exclude_each_other() {
     let dir = tempfile::tempdir().unwrap();
     let add = |login: &[&str]| {
-        Command::new(env!("CARGO_BIN_EXE_sealblk"))
+        Command::new(common::serve::sealblk_path())
             .args(["provider", "add", "transit", "--state-dir"])
             .arg(dir.path().join("state"))
             .args(["--address=https://bao1", "--ca=ca.pem", "--transit-key=sealblk"])

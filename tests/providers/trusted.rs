@@ -25,12 +25,12 @@ use sha2::{Digest, Sha256, Sha384};
 use uuid::Uuid;
 
 use crate::broker::{Broker, Host, RESOURCE, nobody};
-use crate::common::agent::Agent;
-use crate::common::serve::{SEALBLK, Server};
-use crate::common::swtpm::Swtpm;
-use crate::common::volume::{Volume, run};
 use crate::mock::{Mock, Stream};
 use crate::{certificates, conformance};
+use common::agent::Agent;
+use common::serve::{Server, sealblk_path};
+use common::swtpm::Swtpm;
+use common::volume::{Volume, run};
 
 fn binding(key_id: &KeyId) -> Binding<'_> {
     Binding {
@@ -126,7 +126,7 @@ fn a_list_of_keys_makes_one_attestation() {
         run(&mut agent.verb(&["create", disk, "--size", "1M"]));
     }
     let list = ["key", "list", "--json"];
-    let mut own = std::process::Command::new(SEALBLK);
+    let mut own = std::process::Command::new(sealblk_path());
     own.arg("--state-dir").arg(agent.path("state")).args(list);
     for mut list in [agent.verb(&list), own] {
         let before = broker.audit("ResourceReleased").len();
@@ -930,7 +930,7 @@ fn a_disk_of_a_host_that_has_booted_something_else_is_locked_until_that_is_expec
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk");
     let state = host.state.path().display().to_string();
-    run(std::process::Command::new(SEALBLK)
+    run(std::process::Command::new(sealblk_path())
         .args(["--state-dir", &state, "create", "--size", "64M"])
         .arg(&path));
     tpm.extend(11);
@@ -938,7 +938,7 @@ fn a_disk_of_a_host_that_has_booted_something_else_is_locked_until_that_is_expec
     let control = volume.beside("control");
     let server = Server::of(volume, &["--control-socket", control.to_str().unwrap()]);
     let status = || -> Value {
-        let mut command = std::process::Command::new(SEALBLK);
+        let mut command = std::process::Command::new(sealblk_path());
         let output = run(command
             .args(["status", "--json", "--control-socket"])
             .arg(&control));

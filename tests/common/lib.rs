@@ -1,4 +1,4 @@
-//! What the tests outside the crate share: a real `sealblk serve` in its own process, volumes made by the real
+//! What the test programs share: a real `sealblk serve` in its own process, volumes made by the real
 //! tools, and a vhost-user front-end with a virtio-blk driver that does what it is told, right or wrong.
 //!
 //! The driver takes nothing from the crate under test nor from the vhost crates under it: message numbers, layouts
@@ -6,9 +6,6 @@
 //! mistake shared by device and driver cannot hide. Only the mapping of memory comes from vm-memory.
 //!
 //! Every wait has a deadline: a device that hangs fails its test.
-
-// Each test program compiles this module and uses its own part of it.
-#![allow(dead_code, unreachable_pub)]
 
 pub mod aes;
 pub mod agent;
