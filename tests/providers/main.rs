@@ -17,6 +17,8 @@ mod openbao;
 mod ports;
 mod pykmip;
 mod storm;
+mod tls;
+mod tpm;
 mod transit;
 mod transit_hostile;
 mod trusted;

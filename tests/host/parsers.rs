@@ -1,8 +1,5 @@
 //! What a file holds that cannot be understood is told nobody: it may be a secret, in the wrong place or in the wrong form.
 
-#[path = "providers/certificates.rs"]
-mod certificates;
-
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -15,6 +12,8 @@ use common::process::Process;
 use common::secrets::Search;
 use common::serve::{Server, sealblk_path};
 use common::volume::run;
+
+use crate::certificates;
 
 /// A private key that was copied without its line breaks, and how to look for it.
 struct Key {

@@ -1,8 +1,5 @@
 //! What is wrong with a certificate or a key is said in words, with what to do: real files, and real servers of OpenSSL's.
 
-#[path = "providers/certificates.rs"]
-mod certificates;
-
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
@@ -13,7 +10,9 @@ use common::process::Process;
 use common::serve::sealblk_path;
 use tempfile::TempDir;
 
-/// Files and servers by `tls/servers.py`.
+use crate::certificates;
+
+/// Files and servers by `tls_servers.py`.
 struct Servers {
     child: Child,
     ports: Vec<(String, u16)>,
@@ -28,7 +27,7 @@ impl Servers {
             fs::copy(file.path(), dir.path().join(file.file_name())).unwrap();
         }
         let mut child = Command::new("python3")
-            .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tls/servers.py"))
+            .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/providers/tls_servers.py"))
             .arg(dir.path())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

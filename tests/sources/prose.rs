@@ -1,4 +1,4 @@
-//! The texts that users and newcomers read are free of phrases that were hard to read: `tests/prose/banned.txt` has them.
+//! The texts that users and newcomers read are free of phrases that were hard to read: `tests/sources/banned.txt` has them.
 //!
 //! What is read: README.md and docs/, the varlink interfaces, the `--help` of each verb, and of each source file the module header
 //! and the string literals, except those of its unit tests.
@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const BANNED: &str = "tests/prose/banned.txt";
+const BANNED: &str = "tests/sources/banned.txt";
 
 /// A phrase, and what to write instead.
 struct Phrase {

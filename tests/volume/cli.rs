@@ -92,7 +92,7 @@ fn json_has_the_documented_fields() {
     paths(&json, String::new(), &mut fields);
     fields.sort();
     fields.dedup();
-    let documented: Vec<_> = include_str!("../docs/info-json.md")
+    let documented: Vec<_> = include_str!("../../docs/info-json.md")
         .lines()
         .filter_map(|line| line.strip_prefix("| `")?.split('`').next())
         .filter(|field| !["header.copy", "header.damage"].contains(field))

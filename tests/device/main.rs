@@ -1,0 +1,17 @@
+//! What a guest and a front-end see of a served disk: requests, messages, memory, sessions, and what reaches storage.
+
+mod config;
+mod content;
+mod discard;
+mod drain;
+mod driver;
+mod libblkio;
+mod lifecycle;
+mod log;
+mod null;
+mod plain;
+mod protocol;
+mod requests;
+mod sessions;
+mod shared;
+mod storage;

@@ -1,0 +1,10 @@
+//! Volumes and the command: the format with cryptsetup as its judge, and what the verbs do to disks and keys at rest.
+
+mod backup;
+mod cli;
+mod lifecycle;
+mod luks2_crash;
+mod luks2_interop;
+mod paths;
+mod rekey;
+mod storage;
