@@ -190,7 +190,7 @@ impl Server {
     }
 }
 
-/// The command line that serves a volume.
+/// The command line that serves a volume. SEALBLK_TEST_KERNEL=NAME has all volumes encrypted by that kernel.
 pub fn serve(volume: &Volume, socket: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(sealblk_path());
     command
@@ -202,6 +202,11 @@ pub fn serve(volume: &Volume, socket: &Path, args: &[&str]) -> Command {
         .arg(socket);
     if !args.contains(&"--num-queues") {
         command.args(["--num-queues", "4"]);
+    }
+    if !args.contains(&"--cipher-kernel")
+        && let Ok(kernel) = std::env::var("SEALBLK_TEST_KERNEL")
+    {
+        command.args(["--cipher-kernel", &kernel]);
     }
     command.args(args);
     command

@@ -1,9 +1,11 @@
 //! What lies on storage is right by a judge that shares no code with us: Python's `cryptography` (OpenSSL) with the
-//! volume key that cryptsetup hands out.
+//! volume key that cryptsetup hands out. It judges each cipher kernel that this processor can run.
 
 use common::pattern;
 use common::serve::Server;
 use common::volume::{MIB, PASSPHRASE, Volume, run};
+use sealblk::cipher::{KEY_LEN, KernelChoice, SectorCipher, SectorSize};
+use sealblk::keys::arena::SecretBytes;
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::FileExt;
@@ -61,32 +63,51 @@ fn volume_key(volume: &Volume) -> std::path::PathBuf {
     key
 }
 
+/// The kernels that this processor can run, by the names of `--cipher-kernel`.
+fn kernels() -> Vec<String> {
+    let runs_here = |kernel: &KernelChoice| {
+        let mut key: Vec<u8> = (0..KEY_LEN as u8).collect();
+        let key = SecretBytes::take(&mut key).unwrap();
+        match SectorCipher::new(&key, SectorSize::B512, *kernel) {
+            Ok(_) => true,
+            Err(error) => {
+                eprintln!("skipped: {error}");
+                false
+            }
+        }
+    };
+    let kernels = KernelChoice::ALL.into_iter().filter(runs_here);
+    kernels.map(|kernel| kernel.to_string()).collect()
+}
+
 #[test]
-fn what_the_device_writes_an_independent_xts_decrypts() {
+fn what_the_device_writes_with_any_kernel_an_independent_xts_decrypts() {
     for sector_size in [512, 4096] {
         let volume = Volume::cryptsetup(64 * MIB, sector_size);
-        let server = Server::with(&volume, &[]);
-        let mut driver = server.connect();
-        let last = driver.capacity() - 2048;
-        let bytes = pattern(1, MIB as usize);
-        for sector in [0, 8 * 1001, last] {
-            driver.write(sector, &bytes);
-        }
-        drop(driver);
-        server.stop();
         let (key, payload) = (volume_key(&volume), volume.payload_offset());
-        for sector in [0, 8 * 1001, last] {
-            let stored = volume.stored(payload + sector * 512, bytes.len());
-            assert!(
-                judge("decrypt", &key, sector, sector_size, &stored) == bytes,
-                "{sector_size}: at {sector}"
-            );
+        for (seed, kernel) in (1..).zip(kernels()) {
+            let server = Server::with(&volume, &["--cipher-kernel", &kernel]);
+            let mut driver = server.connect();
+            let last = driver.capacity() - 2048;
+            let bytes = pattern(seed, MIB as usize);
+            for sector in [0, 8 * 1001, last] {
+                driver.write(sector, &bytes);
+            }
+            drop(driver);
+            server.stop();
+            for sector in [0, 8 * 1001, last] {
+                let stored = volume.stored(payload + sector * 512, bytes.len());
+                assert!(
+                    judge("decrypt", &key, sector, sector_size, &stored) == bytes,
+                    "{kernel}, {sector_size}: at {sector}"
+                );
+            }
         }
     }
 }
 
 #[test]
-fn what_an_independent_xts_encrypts_the_device_reads() {
+fn what_an_independent_xts_encrypts_the_device_reads_with_any_kernel() {
     for sector_size in [512, 4096] {
         let volume = Volume::cryptsetup(64 * MIB, sector_size);
         let (key, payload) = (volume_key(&volume), volume.payload_offset());
@@ -98,15 +119,17 @@ fn what_an_independent_xts_encrypts_the_device_reads() {
                 .write_all_at(&stored, payload + sector * 512)
                 .unwrap();
         }
-        let server = Server::with(&volume, &[]);
-        let mut driver = server.connect();
-        for sector in [0, 8 * 777, 129_024] {
-            assert!(
-                driver.read(sector, bytes.len()) == bytes,
-                "{sector_size}: at {sector}"
-            );
+        for kernel in kernels() {
+            let server = Server::with(&volume, &["--cipher-kernel", &kernel]);
+            let mut driver = server.connect();
+            for sector in [0, 8 * 777, 129_024] {
+                assert!(
+                    driver.read(sector, bytes.len()) == bytes,
+                    "{kernel}, {sector_size}: at {sector}"
+                );
+            }
+            server.stop();
         }
-        server.stop();
     }
 }
 
