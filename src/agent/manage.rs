@@ -14,7 +14,7 @@ use super::service::{Answered, Service, by, check_names, failure, with};
 use crate::control::events::Event;
 use crate::control::peer::Peer;
 use crate::control::privilege::Privilege;
-use crate::control::varlink::{Answer, MethodError, Request};
+use crate::control::varlink::{MethodError, Reply, Request};
 use crate::inventory;
 use crate::inventory::verify::{Scanned, verify};
 use crate::inventory::{By, Disk, GuardError, Note, Removal, SERVED, Uses, remove_provider, revoke};
@@ -44,7 +44,7 @@ impl Service {
             true => verify(notes),
             false => notes.map(inventory::Entry::untold).collect(),
         };
-        Ok(Answer::of(Volumes {
+        Ok(Reply::of(Volumes {
             volumes,
             next,
             full: listing.full,
@@ -62,7 +62,7 @@ impl Service {
         self.permit(request.peer, Privilege::ManageKeys, None, json!({}))?;
         if paths.is_empty() {
             let dropped = self.index.sweep(missing).map_err(|error| unreadable(&error))?;
-            return Ok(Answer::of(Scanned {
+            return Ok(Reply::of(Scanned {
                 dropped,
                 ..Scanned::default()
             }));
@@ -72,7 +72,7 @@ impl Service {
             .iter()
             .map(PathBuf::as_path)
             .filter(|path| path.is_absolute());
-        Ok(Answer::of(self.index.scan(absolute, by(request.peer))))
+        Ok(Reply::of(self.index.scan(absolute, by(request.peer))))
     }
 
     pub(super) fn revoke_kek(&self, mut request: Request<'_>) -> Answered {
@@ -102,7 +102,7 @@ impl Service {
         };
         take_away(guarded).map_err(|error| self.guarded(request.peer, error))?;
         if dry_run {
-            return Ok(Answer::of(json!({})));
+            return Ok(Reply::of(json!({})));
         }
         self.audited(Event::KeyRevoked, request.peer, subject.clone())?;
         // What was seen just now need not be seen again.
@@ -113,7 +113,7 @@ impl Service {
             Err(GuardError::Key(error)) => self.judged(request.peer, &subject, Err(error))?,
             result => result.map_err(|error| self.guarded(request.peer, error))?,
         };
-        Ok(Answer::of(json!({ "reach": reach })))
+        Ok(Reply::of(json!({ "reach": reach })))
     }
 
     pub(super) fn remove_provider(&self, mut request: Request<'_>) -> Answered {
@@ -146,7 +146,7 @@ impl Service {
             .map_err(|error| self.guarded(request.peer, error))?;
             self.providers.refresh();
         }
-        Ok(Answer::of(json!({})))
+        Ok(Reply::of(json!({})))
     }
 
     /// Takes the caller's word for it: that somebody says so, stands in the log with who it was.
@@ -167,7 +167,7 @@ impl Service {
             };
             self.index.erased(erasure.volume, &from_text(&erasure.path), by);
         }
-        Ok(Answer::of(json!({})))
+        Ok(Reply::of(json!({})))
     }
 
     /// The volumes that are being served under such keys.

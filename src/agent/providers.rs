@@ -104,7 +104,7 @@ impl Cause {
 
 /// What the agent's answer makes of a call.
 #[derive(Debug, thiserror::Error)]
-enum Refusal {
+enum AgentRefusal {
     #[error(
         "user {user} lacks the privilege {privilege}{}",
         volume.map(|volume| format!(" for volume {volume}")).unwrap_or_default()
@@ -207,7 +207,7 @@ impl Caller {
                     .to_owned();
                 let user = field("user").and_then(Value::as_u64).unwrap_or(0) as u32;
                 let volume = field("volume").and_then(Value::as_str);
-                let refusal = Refusal::NotPermitted {
+                let refusal = AgentRefusal::NotPermitted {
                     privilege,
                     user,
                     volume: volume.and_then(|uuid| uuid.parse().ok()),
@@ -217,19 +217,19 @@ impl Caller {
             ".InUse" => {
                 return self
                     .fail(provider, KeyReason::Refused)
-                    .because(Refusal::Other(error));
+                    .because(AgentRefusal::Other(error));
             }
             ".NotAudited" => {
                 let reason = error.parameters.get("reason").and_then(Value::as_str);
                 let reason = reason.unwrap_or("?").to_owned();
                 return self
                     .fail(provider, KeyReason::Failed)
-                    .because(Refusal::NotAudited { reason });
+                    .because(AgentRefusal::NotAudited { reason });
             }
             _ => {}
         }
         self.fail(provider, KeyReason::Failed)
-            .because(Refusal::Other(error))
+            .because(AgentRefusal::Other(error))
     }
 
     fn failure(&self, failure: KeyFailure) -> KeyError {

@@ -24,7 +24,7 @@ use crate::control::events::{Event, Events};
 use crate::control::peer::Peer;
 use crate::control::privilege::{Grants, Privilege, has_all};
 use crate::control::rate_limit::RateLimit;
-use crate::control::varlink::{Answer, Interface, MethodError, Request};
+use crate::control::varlink::{Interface, MethodError, Reply, Request};
 use crate::control::wire;
 use crate::inventory::{By, Index, Occasion};
 use crate::keys::arena::SecretBytes;
@@ -50,7 +50,7 @@ pub(super) struct Service {
     failures: RateLimit<u32, (Option<Uuid>, KeyReason)>,
 }
 
-pub(super) type Answered = Result<Answer, MethodError>;
+pub(super) type Answered = Result<Reply, MethodError>;
 
 impl Service {
     pub(super) fn new(providers: SharedProviders, grants: Grants, audit: AuditLog) -> Self {
@@ -108,7 +108,7 @@ impl Service {
         let ListDisks { from } = request.parameters()?;
         self.permit(request.peer, Privilege::ReadKeyServersInfo, None, json!({}))?;
         let (disks, next) = page(self.registered.list().into_iter(), from);
-        Ok(Answer::of(Disks { disks, next }))
+        Ok(Reply::of(Disks { disks, next }))
     }
 
     fn watch(&self, request: &Request<'_>) -> Answered {
@@ -131,7 +131,7 @@ impl Service {
         // What no record tells of must open nothing.
         self.audited(Event::KeyPushed, request.peer, subject)
             .inspect_err(|_| self.providers.forget(&provider, &key_id))?;
-        Ok(Answer::default())
+        Ok(Reply::default())
     }
 
     fn list_providers(&self, request: &Request<'_>) -> Answered {
@@ -140,7 +140,7 @@ impl Service {
             let error = KeyError::new("", "the agent's settings", KeyReason::Invalid).because(error);
             failure(&error)
         })?;
-        Ok(Answer::of(json!({ "providers": entries })))
+        Ok(Reply::of(json!({ "providers": entries })))
     }
 
     fn default_provider(&self, mut request: Request<'_>) -> Answered {
@@ -148,7 +148,7 @@ impl Service {
         let purposes = [Purpose::Create, Purpose::Recrypt, Purpose::Check];
         self.permit_for(&request, purpose, &purposes, None, &json!({ "purpose": purpose }))?;
         let name = self.providers.default_name().map_err(|error| failure(&error))?;
-        Ok(Answer::of(json!({ "name": name })))
+        Ok(Reply::of(json!({ "name": name })))
     }
 
     fn create_kek(&self, mut request: Request<'_>) -> Answered {
@@ -163,7 +163,7 @@ impl Service {
             .and_then(|provider| provider.create_kek());
         let key_id = self.judged(request.peer, &subject, made)?;
         self.audited(Event::KeyCreated, request.peer, with(subject, "keyId", &key_id))?;
-        Ok(Answer::of(json!({ "keyId": key_id })))
+        Ok(Reply::of(json!({ "keyId": key_id })))
     }
 
     fn wrap(&self, mut request: Request<'_>) -> Answered {
@@ -191,7 +191,7 @@ impl Service {
         let wrapped = self.judged(request.peer, &subject, wrapped)?;
         self.audited(Event::KeyBound, request.peer, subject)
             .inspect_err(|_| self.index.settle(&bound, &place, false, by))?;
-        Ok(Answer::of(json!({ "wrapped": BASE64_STANDARD.encode(wrapped) })))
+        Ok(Reply::of(json!({ "wrapped": BASE64_STANDARD.encode(wrapped) })))
     }
 
     fn settle_binding(&self, mut request: Request<'_>) -> Answered {
@@ -208,7 +208,7 @@ impl Service {
         let place = place(path.as_deref());
         self.index
             .settle(&binding.binding(), &place, stored, by(request.peer));
-        Ok(Answer::default())
+        Ok(Reply::default())
     }
 
     fn unwrap(&self, mut request: Request<'_>) -> Answered {
@@ -263,7 +263,7 @@ impl Service {
                 self.providers.forget(&before.provider, &before.key_id);
             }
         }
-        Ok(Answer::of(json!({ "secret": 0 })).with(pipe))
+        Ok(Reply::of(json!({ "secret": 0 })).with(pipe))
     }
 
     fn kek_state(&self, mut request: Request<'_>) -> Answered {
@@ -285,7 +285,7 @@ impl Service {
         });
         let state = self.judged(request.peer, &subject, state)?;
         self.audited(Event::KeyLookedUp, request.peer, with(subject, "state", state))?;
-        Ok(Answer::of(json!({ "state": state })))
+        Ok(Reply::of(json!({ "state": state })))
     }
 
     fn check_provider(&self, mut request: Request<'_>) -> Answered {
@@ -299,7 +299,7 @@ impl Service {
             .and_then(|provider| provider.check());
         self.judged(request.peer, &subject, checked)?;
         self.audited(Event::ProviderChecked, request.peer, subject)?;
-        Ok(Answer::default())
+        Ok(Reply::default())
     }
 
     /// Lets through who may do this for `purpose`, if that is one of `purposes`.

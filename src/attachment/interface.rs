@@ -14,7 +14,7 @@ use crate::control::events::Event;
 use crate::control::peer::Peer;
 use crate::control::privilege::{Grants, Privilege};
 use crate::control::rate_limit::RateLimit;
-use crate::control::varlink::{self, Answer, MethodError, Request};
+use crate::control::varlink::{self, MethodError, Reply, Request};
 use crate::error_chain::causes;
 use crate::keys::{KeyId, KeyReason};
 use crate::path_text;
@@ -142,7 +142,7 @@ struct Rekey {
     if_older_than: Option<u64>,
 }
 
-type Answered = Result<Answer, MethodError>;
+type Answered = Result<Reply, MethodError>;
 
 impl Interface {
     /// Answers for `served`, whose process has given up `sandbox`, to those who have `grants`.
@@ -160,7 +160,7 @@ impl Interface {
         let (state, lock) = served.state();
         let path = served.opener.disk.path();
         let since = served.disk.front_end();
-        Ok(Answer::of(Status {
+        Ok(Reply::of(Status {
             // Who asks may be in another directory.
             disk: path_text::to_text(&std::path::absolute(path).unwrap_or_else(|_| path.to_owned())),
             volume: served.identity.uuid(),
@@ -180,13 +180,13 @@ impl Interface {
     fn lock(&self, peer: &Peer) -> Answered {
         self.permit(peer, Privilege::RegisterVM)?;
         self.served.lock().map_err(|error| failed(&error))?;
-        Ok(Answer::default())
+        Ok(Reply::default())
     }
 
     fn unlock(&self, peer: &Peer) -> Answered {
         self.permit(peer, Privilege::RegisterVM)?;
         self.served.unlock().map_err(|error| failed(&error))?;
-        Ok(Answer::default())
+        Ok(Reply::default())
     }
 
     fn rekey(&self, mut request: Request<'_>) -> Answered {
@@ -207,7 +207,7 @@ impl Interface {
         let replaced: Vec<_> = replaced
             .map(|(provider, key_id)| json!({ "provider": provider, "keyId": key_id }))
             .collect();
-        Ok(Answer::of(json!({
+        Ok(Reply::of(json!({
             "provider": rekeyed.provider,
             "keyId": rekeyed.key_id,
             "keyslot": rekeyed.keyslot,

@@ -106,13 +106,13 @@ fn head(bytes: &[u8]) -> Result<Option<(Request, usize, usize)>, ReadError> {
 
 /// What is answered.
 #[derive(Debug)]
-pub(super) struct Answer {
+pub(super) struct Response {
     status: u16,
     cookie: Option<String>,
     json: Vec<u8>,
 }
 
-impl Answer {
+impl Response {
     pub(super) fn new(status: u16, body: &impl Serialize) -> Self {
         Self {
             status,

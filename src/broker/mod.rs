@@ -183,7 +183,7 @@ fn serve(socket: TcpStream, peer: SocketAddr, settings: &Settings, service: &Ser
     let answer = match http::read(&mut stream) {
         Ok(request) => service.answer(peer, &request),
         Err(http::ReadError::Io(error)) => return Err(error),
-        Err(http::ReadError::Status(status)) => http::Answer::empty(status),
+        Err(http::ReadError::Status(status)) => http::Response::empty(status),
     };
     answer.write(&mut stream)?;
     stream.conn.send_close_notify();

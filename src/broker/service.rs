@@ -13,7 +13,7 @@ use zeroize::Zeroizing;
 
 use super::enrolment::{Makers, Unknown};
 use super::evidence::{self, Distrust};
-use super::http::{Answer, Request};
+use super::http::{Request, Response};
 use super::session::{Attested, Enrolling, Issued, NoSession, Sessions};
 use super::state::{Host, Kept, State, StateError};
 use super::{BrokerError, Settings};
@@ -49,7 +49,7 @@ struct RateLimit {
 
 /// What is answered instead.
 #[derive(Debug, thiserror::Error)]
-enum Refusal {
+enum BrokerRefusal {
     #[error("there is nothing at this path")]
     NoPath,
     #[error("the request cannot be parsed")]
@@ -81,7 +81,7 @@ enum Refusal {
     Broker(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
-impl Refusal {
+impl BrokerRefusal {
     fn status(&self) -> u16 {
         match self {
             Self::NoPath | Self::NoResource => 404,
@@ -104,19 +104,19 @@ impl Refusal {
     }
 }
 
-impl From<StateError> for Refusal {
+impl From<StateError> for BrokerRefusal {
     fn from(error: StateError) -> Self {
         Self::Broker(error.into())
     }
 }
 
-impl From<AuditError> for Refusal {
+impl From<AuditError> for BrokerRefusal {
     fn from(error: AuditError) -> Self {
         Self::Broker(error.into())
     }
 }
 
-impl From<NoSession> for Refusal {
+impl From<NoSession> for BrokerRefusal {
     fn from(none: NoSession) -> Self {
         match none {
             NoSession::Full => Self::Full,
@@ -125,7 +125,7 @@ impl From<NoSession> for Refusal {
     }
 }
 
-impl From<getrandom::Error> for Refusal {
+impl From<getrandom::Error> for BrokerRefusal {
     fn from(error: getrandom::Error) -> Self {
         Self::Broker(error.into())
     }
@@ -165,7 +165,7 @@ impl Service {
     }
 
     /// Answers a request.
-    pub(super) fn answer(&self, peer: SocketAddr, request: &Request) -> Answer {
+    pub(super) fn answer(&self, peer: SocketAddr, request: &Request) -> Response {
         let mut caller = Caller { peer, host: None };
         let answer = match (request.method.as_str(), request.path.as_str()) {
             ("POST", AUTH) => self.challenge(request),
@@ -174,9 +174,9 @@ impl Service {
             ("POST", ACTIVATE) => self.activate(request, &mut caller),
             ("GET", path) => match path.strip_prefix(RESOURCE) {
                 Some(path) => self.resource(request, path, &mut caller),
-                None => Err(Refusal::NoPath),
+                None => Err(BrokerRefusal::NoPath),
             },
-            _ => Err(Refusal::NoPath),
+            _ => Err(BrokerRefusal::NoPath),
         };
         answer.unwrap_or_else(|refusal| {
             self.refused(&caller, &refusal);
@@ -184,33 +184,33 @@ impl Service {
                 error_type: refusal.kind().to_owned(),
                 detail: refusal.to_string(),
             };
-            Answer::new(refusal.status(), &information)
+            Response::new(refusal.status(), &information)
         })
     }
 
-    fn challenge(&self, request: &Request) -> Result<Answer, Refusal> {
+    fn challenge(&self, request: &Request) -> Result<Response, BrokerRefusal> {
         let request: kbs::Request = parse(request)?;
         if request.tee != kbs::TEE {
-            return Err(Refusal::Tee(crate::harmless::harmless(&request.tee, 32)));
+            return Err(BrokerRefusal::Tee(crate::harmless::harmless(&request.tee, 32)));
         }
         let Issued { session, nonce } = self.sessions.challenge()?;
         let challenge = Challenge {
             nonce,
             extra_params: "".into(),
         };
-        Ok(Answer::new(200, &challenge).with_cookie(COOKIE, &session))
+        Ok(Response::new(200, &challenge).with_cookie(COOKIE, &session))
     }
 
-    fn attest(&self, request: &Request, caller: &mut Caller) -> Result<Answer, Refusal> {
-        let id = session_of(request).ok_or(Refusal::Session)?;
-        let nonce = self.sessions.challenged(id).ok_or(Refusal::Session)?;
+    fn attest(&self, request: &Request, caller: &mut Caller) -> Result<Response, BrokerRefusal> {
+        let id = session_of(request).ok_or(BrokerRefusal::Session)?;
+        let nonce = self.sessions.challenged(id).ok_or(BrokerRefusal::Session)?;
         let Attestation {
             runtime_data,
             tee_evidence,
             ..
         } = parse(request)?;
         if runtime_data.nonce != nonce {
-            return Err(Refusal::Nonce);
+            return Err(BrokerRefusal::Nonce);
         }
         let evidence = tee_evidence.primary_evidence;
         let kept = self.state.read()?;
@@ -230,10 +230,15 @@ impl Service {
             key: runtime_data.tee_pubkey,
         };
         self.sessions.put(id, attested)?;
-        Ok(Answer::new(200, &kbs::Token { token: id.to_owned() }))
+        Ok(Response::new(200, &kbs::Token { token: id.to_owned() }))
     }
 
-    fn resource(&self, request: &Request, path: &str, caller: &mut Caller) -> Result<Answer, Refusal> {
+    fn resource(
+        &self,
+        request: &Request,
+        path: &str,
+        caller: &mut Caller,
+    ) -> Result<Response, BrokerRefusal> {
         // One attestation is for one release.
         let attested = session_of(request).and_then(|id| self.sessions.take(id));
         let Some(Attested {
@@ -243,33 +248,33 @@ impl Service {
             key,
         }) = attested
         else {
-            return Err(Refusal::Session);
+            return Err(BrokerRefusal::Session);
         };
         caller.host = Some(host.clone());
         let path = path
             .trim_start_matches('/')
             .parse()
-            .map_err(|_| Refusal::NoResource)?;
+            .map_err(|_| BrokerRefusal::NoResource)?;
         let kept = self.state.read()?;
         // What its operator has changed since is in force at once.
-        let known = kept.hosts.get(&host).ok_or(Refusal::NotPermitted)?;
+        let known = kept.hosts.get(&host).ok_or(BrokerRefusal::NotPermitted)?;
         if !known.resources.contains(&path) {
-            return Err(Refusal::NotPermitted);
+            return Err(BrokerRefusal::NotPermitted);
         }
         if *known != as_known || kept.references.get(&known.reference) != Some(&reference) {
-            return Err(Refusal::Changed);
+            return Err(BrokerRefusal::Changed);
         }
-        let sealed = kept.resources.get(&path).ok_or(Refusal::NoResource)?;
+        let sealed = kept.resources.get(&path).ok_or(BrokerRefusal::NoResource)?;
         let secret = self.state.unwrap(&path, sealed)?;
         let response = jwe::encrypt(&key, &secret).map_err(|e| match e {
-            jwe::JweError::Form(_) => Refusal::Request,
-            e => Refusal::Broker(e.into()),
+            jwe::JweError::Form(_) => BrokerRefusal::Request,
+            e => BrokerRefusal::Broker(e.into()),
         })?;
         self.record(Event::ResourceReleased, caller, json!({ "resource": path }))?;
-        Ok(Answer::new(200, &response))
+        Ok(Response::new(200, &response))
     }
 
-    fn enrol(&self, request: &Request, caller: &mut Caller) -> Result<Answer, Refusal> {
+    fn enrol(&self, request: &Request, caller: &mut Caller) -> Result<Response, BrokerRefusal> {
         let request: Enrol<'_> = parse(request)?;
         let kept = self.state.read()?;
         let host = kept.hosts.get(&request.host);
@@ -284,19 +289,19 @@ impl Service {
         })?;
         let name = object_name(&candidate.attestation);
         let credential = credential::make(&candidate.endorsement_key, &name, &secret)
-            .map_err(|e| Refusal::Broker(e.into()))?;
+            .map_err(|e| BrokerRefusal::Broker(e.into()))?;
         let challenge = Credential {
             session,
             credential: BASE64_STANDARD.encode(credential.object),
             secret: BASE64_STANDARD.encode(credential.secret),
         };
-        Ok(Answer::new(200, &challenge))
+        Ok(Response::new(200, &challenge))
     }
 
-    fn activate(&self, request: &Request, caller: &mut Caller) -> Result<Answer, Refusal> {
+    fn activate(&self, request: &Request, caller: &mut Caller) -> Result<Response, BrokerRefusal> {
         let request: Activate<'_> = parse(request)?;
         let begun = self.sessions.enrolling(&request.session);
-        let (enrolling, secret) = begun.ok_or(Refusal::Session)?;
+        let (enrolling, secret) = begun.ok_or(BrokerRefusal::Session)?;
         let Enrolling {
             host: name,
             endorsement,
@@ -307,15 +312,15 @@ impl Service {
         let opened = BASE64_STANDARD
             .decode(request.secret)
             .map(Zeroizing::new)
-            .map_err(|_| Refusal::Request)?;
+            .map_err(|_| BrokerRefusal::Request)?;
         if !bool::from(opened[..].ct_eq(&secret[..])) {
-            return Err(Refusal::Credential);
+            return Err(BrokerRefusal::Credential);
         }
         self.state.change(|kept| {
             // Somebody else may have enrolled by the same token meanwhile, or the operator may have said something else.
             let host = kept.hosts.get(&name).cloned().ok_or(Unknown::Host)?;
             if self.sessions.mark(&host) != as_known {
-                return Err(Refusal::from(Unknown::Changed));
+                return Err(BrokerRefusal::from(Unknown::Changed));
             }
             let is_other = |(other, host): (&String, &Host)| {
                 *other != name
@@ -335,7 +340,7 @@ impl Service {
             kept.hosts.insert(name, enrolled);
             Ok(())
         })?;
-        Ok(Answer::new(200, &json!({})))
+        Ok(Response::new(200, &json!({})))
     }
 
     fn record(&self, event: Event, caller: &Caller, more: Value) -> Result<(), AuditError> {
@@ -345,8 +350,8 @@ impl Service {
         Ok(())
     }
 
-    fn refused(&self, caller: &Caller, refusal: &Refusal) {
-        if let Refusal::Broker(cause) = refusal {
+    fn refused(&self, caller: &Caller, refusal: &BrokerRefusal) {
+        if let BrokerRefusal::Broker(cause) = refusal {
             tracing::error!(peer = %caller.peer, %cause, "a host got no answer");
         }
         let suppressed = {
@@ -365,8 +370,8 @@ impl Service {
     }
 }
 
-fn parse<'a, T: Deserialize<'a>>(request: &'a Request) -> Result<T, Refusal> {
-    parsing::json(&request.body).map_err(|_| Refusal::Request)
+fn parse<'a, T: Deserialize<'a>>(request: &'a Request) -> Result<T, BrokerRefusal> {
+    parsing::json(&request.body).map_err(|_| BrokerRefusal::Request)
 }
 
 /// The session that a request is of: by its cookie, or by the token that stands for it.
@@ -379,7 +384,7 @@ fn session_of(request: &Request) -> Option<&str> {
 }
 
 /// The host whose attestation key it is, with that key's TPMT_PUBLIC.
-fn known<'a>(kept: &'a Kept, spki: &[u8]) -> Result<(&'a str, Vec<u8>), Refusal> {
+fn known<'a>(kept: &'a Kept, spki: &[u8]) -> Result<(&'a str, Vec<u8>), BrokerRefusal> {
     let of = |text: &str| {
         let public = BASE64_STANDARD.decode(text).ok()?;
         let key = RsaPublic::attestation(&public).ok()?;
@@ -389,5 +394,5 @@ fn known<'a>(kept: &'a Kept, spki: &[u8]) -> Result<(&'a str, Vec<u8>), Refusal>
         .hosts
         .iter()
         .filter_map(|(name, host)| Some((name.as_str(), of(host.attestation.as_deref()?)?)));
-    found.next().ok_or(Refusal::UnknownKey)
+    found.next().ok_or(BrokerRefusal::UnknownKey)
 }

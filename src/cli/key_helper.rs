@@ -25,7 +25,7 @@ use crate::agent::messages::{
 use crate::agent::{Purpose, failure};
 use crate::binding::Bindings;
 use crate::control::peer::Peer;
-use crate::control::varlink::{self, Answer, Interface, MethodError, Request};
+use crate::control::varlink::{self, Interface, MethodError, Reply, Request};
 use crate::control::wire::{self, Connection};
 use crate::error_chain::causes;
 use crate::key_helper::{
@@ -102,7 +102,7 @@ struct Ways {
     recrypt: Keys,
 }
 
-type Answered = Result<Answer, MethodError>;
+type Answered = Result<Reply, MethodError>;
 
 impl Disk<'_> {
     fn open(&self, mut request: Request<'_>) -> Answered {
@@ -120,7 +120,7 @@ impl Disk<'_> {
         self.opened
             .set(volume)
             .map_err(|other| not_this_volume(other.uuid))?;
-        Ok(Answer::of(Opened { volume: uuid }))
+        Ok(Reply::of(Opened { volume: uuid }))
     }
 
     fn look(&self, header: &OwnedFd, path: &Path) -> Result<Volume, Failure> {
@@ -156,8 +156,8 @@ impl Disk<'_> {
             });
             descriptors.push(give(secret).map_err(|error| failed(&Failure::Host(error)))?);
         }
-        let answer = Answer::of(Passphrase { forms });
-        Ok(descriptors.into_iter().fold(answer, Answer::with))
+        let answer = Reply::of(Passphrase { forms });
+        Ok(descriptors.into_iter().fold(answer, Reply::with))
     }
 
     /// Where keys for `purpose` come from.
@@ -187,7 +187,7 @@ impl Disk<'_> {
         let DefaultProvider { purpose } = request.parameters()?;
         let keys = self.keys(purpose, &[Purpose::Recrypt])?;
         let name = keys.default_name().map_err(|error| failure(&error))?;
-        Ok(Answer::of(json!({ "name": name })))
+        Ok(Reply::of(json!({ "name": name })))
     }
 
     fn create_kek(&self, mut request: Request<'_>) -> Answered {
@@ -197,7 +197,7 @@ impl Disk<'_> {
             .provider(&provider)
             .and_then(|provider| provider.create_kek());
         let key_id: KeyId = made.map_err(|error| failure(&error))?;
-        Ok(Answer::of(json!({ "keyId": key_id })))
+        Ok(Reply::of(json!({ "keyId": key_id })))
     }
 
     fn wrap(&self, mut request: Request<'_>) -> Answered {
@@ -218,7 +218,7 @@ impl Disk<'_> {
             .provider(&binding.provider)
             .and_then(|provider| provider.wrap(&binding.binding(), &secret))
             .map_err(|error| failure(&error))?;
-        Ok(Answer::of(json!({ "wrapped": BASE64_STANDARD.encode(wrapped) })))
+        Ok(Reply::of(json!({ "wrapped": BASE64_STANDARD.encode(wrapped) })))
     }
 
     fn settle_binding(&self, mut request: Request<'_>) -> Answered {
@@ -233,7 +233,7 @@ impl Disk<'_> {
         keys.provider(&binding.provider)
             .and_then(|provider| provider.settle(&binding.binding(), stored))
             .map_err(|error| failure(&error))?;
-        Ok(Answer::default())
+        Ok(Reply::default())
     }
 
     fn unwrap(&self, mut request: Request<'_>) -> Answered {
@@ -258,7 +258,7 @@ impl Disk<'_> {
             let error = KeyError::new(&binding.provider, "the key helper", KeyReason::Host).because(error);
             failure(&error)
         })?;
-        Ok(Answer::of(json!({ "secret": 0 })).with(pipe))
+        Ok(Reply::of(json!({ "secret": 0 })).with(pipe))
     }
 
     /// Tells the state of a key: a rekey asks for that of the key that it has made.
@@ -269,7 +269,7 @@ impl Disk<'_> {
             .provider(&provider)
             .and_then(|provider| provider.state(&key_id))
             .map_err(|error| failure(&error))?;
-        Ok(Answer::of(json!({ "state": state })))
+        Ok(Reply::of(json!({ "state": state })))
     }
 }
 

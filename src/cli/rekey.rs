@@ -108,7 +108,7 @@ impl Rekey {
     fn served(&self, socket: &Path, max_age: Option<Duration>) -> Result<(), Failure> {
         #[derive(Deserialize)]
         #[serde(rename_all = "camelCase")]
-        struct Answer {
+        struct Reply {
             provider: String,
             key_id: KeyId,
             keyslot: u32,
@@ -122,7 +122,7 @@ impl Rekey {
         }
         let age = max_age.map(|age| age.as_secs());
         let parameters = json!({ "provider": self.provider, "ifOlderThan": age });
-        let answer: Answer = match served::ask(socket, "Rekey", parameters) {
+        let answer: Reply = match served::ask(socket, "Rekey", parameters) {
             Err(Failure::NotDue) => return tell_not_due(socket),
             answer => answer?,
         };

@@ -35,7 +35,7 @@ struct Call {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-struct Reply {
+struct ReplyMessage {
     #[serde(default)]
     parameters: Map<String, Value>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -77,13 +77,13 @@ impl fmt::Display for MethodError {
 
 /// What a method answers, and the descriptors beside it.
 #[derive(Debug, Default)]
-pub struct Answer {
+pub struct Reply {
     parameters: Map<String, Value>,
     descriptors: Vec<OwnedFd>,
     watch: Option<Watch>,
 }
 
-impl Answer {
+impl Reply {
     /// An answer of these parameters, which are a JSON object.
     pub fn of(parameters: impl Serialize) -> Self {
         Self {
@@ -133,13 +133,13 @@ impl Request<'_> {
     ///
     /// # Errors
     /// `org.varlink.service.ExpectedMore`, and `TooManyWatchers` of `interface`.
-    pub fn watch(&self, interface: &str, events: &Events) -> Result<Answer, MethodError> {
+    pub fn watch(&self, interface: &str, events: &Events) -> Result<Reply, MethodError> {
         if !self.more {
             return Err(MethodError::new(SERVICE, "ExpectedMore", json!({})));
         }
         let watch = events.watch(self.peer);
         let watch = watch.ok_or_else(|| MethodError::new(interface, "TooManyWatchers", json!({})))?;
-        Ok(Answer::stream(watch))
+        Ok(Reply::stream(watch))
     }
 }
 
@@ -158,7 +158,7 @@ pub trait Interface: Send + Sync {
     ///
     /// # Errors
     /// Those of the interface.
-    fn call(&self, method: &str, request: Request<'_>) -> Option<Result<Answer, MethodError>>;
+    fn call(&self, method: &str, request: Request<'_>) -> Option<Result<Reply, MethodError>>;
 }
 
 /// Answers the calls of `peer` to these interfaces until it leaves, sends what is no call, or is silent for too long.
@@ -183,7 +183,7 @@ pub fn serve(
             continue;
         }
         let (parameters, error, descriptors) = match answer {
-            Ok(Answer {
+            Ok(Reply {
                 watch: Some(watch), ..
             }) => {
                 if tell(connection, &watch, interface_of(&call.method))? == Stream::Left {
@@ -194,7 +194,7 @@ pub fn serve(
             Ok(answer) => (answer.parameters, None, answer.descriptors),
             Err(refusal) => (refusal.parameters, Some(refusal.name), Vec::new()),
         };
-        let reply = Reply {
+        let reply = ReplyMessage {
             parameters,
             error,
             continues: false,
@@ -219,7 +219,7 @@ const LOOK: Duration = Duration::from_secs(1);
 
 /// Sends events until the caller leaves, or cannot follow.
 fn tell(connection: &mut Connection, watch: &Watch, interface: &str) -> Result<Stream, WireError> {
-    let event = |event: Option<&Value>| Reply {
+    let event = |event: Option<&Value>| ReplyMessage {
         parameters: event
             .map(|event| object(json!({ "event": event })))
             .unwrap_or_default(),
@@ -233,7 +233,7 @@ fn tell(connection: &mut Connection, watch: &Watch, interface: &str) -> Result<S
             Next::Quiet if connection.has_ended()? => return Ok(Stream::Left),
             Next::Quiet => {}
             Next::Behind => {
-                let lost = Reply {
+                let lost = ReplyMessage {
                     parameters: Map::new(),
                     error: Some(format!("{interface}.EventsLost")),
                     continues: false,
@@ -254,7 +254,7 @@ fn answer(
     full_name: &str,
     mut request: Request<'_>,
     interfaces: &[&dyn Interface],
-) -> Result<Answer, MethodError> {
+) -> Result<Reply, MethodError> {
     let (wanted, method) = full_name
         .rsplit_once('.')
         .ok_or_else(|| MethodError::invalid_parameter("method"))?;
@@ -269,7 +269,7 @@ fn answer(
         .chain(interfaces.iter().map(|interface| interface.name()))
         .collect();
     match (wanted, method) {
-        (SERVICE, "GetInfo") => Ok(Answer::of(json!({
+        (SERVICE, "GetInfo") => Ok(Reply::of(json!({
             "vendor": "sealblk",
             "product": "sealblk",
             "version": env!("CARGO_PKG_VERSION"),
@@ -293,7 +293,7 @@ fn answer(
                     ));
                 }
             };
-            Ok(Answer::of(json!({ "description": description })))
+            Ok(Reply::of(json!({ "description": description })))
         }
         (SERVICE, _) => Err(not_found()),
         _ => Err(MethodError::new(
@@ -367,8 +367,8 @@ pub fn call_for_more(
 /// # Errors
 /// As for [`call`].
 pub fn reply<T: DeserializeOwned>(connection: &mut Connection) -> Result<(T, Vec<OwnedFd>), CallError> {
-    let reply = connection.receive::<Reply>()?.ok_or(CallError::NoAnswer)?;
-    let Reply {
+    let reply = connection.receive::<ReplyMessage>()?.ok_or(CallError::NoAnswer)?;
+    let ReplyMessage {
         parameters, error, ..
     } = reply.content;
     match error {
@@ -416,14 +416,14 @@ mod tests {
             true
         }
 
-        fn call(&self, method: &str, mut request: Request<'_>) -> Option<Result<Answer, MethodError>> {
+        fn call(&self, method: &str, mut request: Request<'_>) -> Option<Result<Reply, MethodError>> {
             #[derive(Serialize, Deserialize)]
             struct Text {
                 text: String,
             }
             match method {
-                "Say" => Some(request.parameters::<Text>().map(Answer::of)),
-                "Pass" => Some(Ok(Answer::default().with(request.descriptors.remove(0)))),
+                "Say" => Some(request.parameters::<Text>().map(Reply::of)),
+                "Pass" => Some(Ok(Reply::default().with(request.descriptors.remove(0)))),
                 "Fail" => Some(Err(MethodError::new(
                     self.name(),
                     "Never",

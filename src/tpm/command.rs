@@ -47,7 +47,7 @@ pub(super) enum Auth<'s> {
 
 /// The answer to a command.
 #[derive(Debug)]
-pub(super) struct Answer {
+pub(super) struct Response {
     pub(super) handles: Vec<u32>,
     parameters: Vec<u8>,
     at: usize,
@@ -96,7 +96,7 @@ impl<'s> Command<'s> {
 
 impl Tpm {
     /// Has a command carried out.
-    pub(super) fn run(&mut self, mut command: Command<'_>) -> Result<Answer, TpmError> {
+    pub(super) fn run(&mut self, mut command: Command<'_>) -> Result<Response, TpmError> {
         let name = command.name;
         let names: Vec<u8> = command
             .handles
@@ -149,7 +149,7 @@ impl Tpm {
         let raw = self.transmit(&bytes, name)?;
         let garbled = |what| TpmFailure::Garbled { command: name, what };
         let mut reader = Reader(&raw[HEADER..]);
-        let read = |reader: &mut Reader<'_>| -> Option<Answer> {
+        let read = |reader: &mut Reader<'_>| -> Option<Response> {
             let handles = (0..command.answered_handles).map(|_| reader.u32());
             let handles = handles.collect::<Option<Vec<u32>>>()?;
             let parameters = match sessions.is_empty() {
@@ -159,7 +159,7 @@ impl Tpm {
                     reader.take(usize::try_from(len).ok()?)?
                 }
             };
-            Some(Answer {
+            Some(Response {
                 handles,
                 parameters: parameters.to_vec(),
                 at: 0,
@@ -216,7 +216,7 @@ impl Tpm {
     }
 }
 
-impl Answer {
+impl Response {
     /// Reads parameters.
     pub(super) fn read<'a, T>(
         &'a mut self,
