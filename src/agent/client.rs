@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
-use super::Purpose;
+use super::RequestPurpose;
 use super::erasure::Erasure;
 use super::messages::{
     Disks, INTERFACE, InUse, ListDisks, ListVolumes, NotBackedUp, PushKek, RemoveProvider, RevokeKek,
@@ -80,7 +80,7 @@ impl Route for Socket {
 
 impl Client {
     /// The agent that listens at `socket`, asked for keys for `purpose`.
-    pub fn new(socket: &Path, purpose: Purpose) -> Self {
+    pub fn new(socket: &Path, purpose: RequestPurpose) -> Self {
         Self(Caller::new(Arc::new(Socket(socket.to_owned())), purpose))
     }
 

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::Purpose;
+use super::RequestPurpose;
 use super::registered::Registrant;
 use crate::control::wire;
 use crate::error_chain::causes;
@@ -59,19 +59,19 @@ pub(crate) struct Disks {
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct DefaultProvider {
-    pub(crate) purpose: Purpose,
+    pub(crate) purpose: RequestPurpose,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct CreateKek {
     pub(crate) provider: String,
-    pub(crate) purpose: Purpose,
+    pub(crate) purpose: RequestPurpose,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Wrap {
     pub(crate) binding: WireBinding,
-    pub(crate) purpose: Purpose,
+    pub(crate) purpose: RequestPurpose,
     pub(crate) secret: usize,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) path: Option<String>,
@@ -80,7 +80,7 @@ pub(crate) struct Wrap {
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct SettleBinding {
     pub(crate) binding: WireBinding,
-    pub(crate) purpose: Purpose,
+    pub(crate) purpose: RequestPurpose,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) path: Option<String>,
     pub(crate) stored: bool,
@@ -89,7 +89,7 @@ pub(crate) struct SettleBinding {
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Unwrap {
     pub(crate) binding: WireBinding,
-    pub(crate) purpose: Purpose,
+    pub(crate) purpose: RequestPurpose,
     pub(crate) wrapped: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) path: Option<String>,

@@ -69,10 +69,10 @@ const CHORES: [Chore; 3] = [
     ("certificates", Service::tell_expiring),
 ];
 
-/// What a key is asked for. The interface describes which calls and privileges go with it.
+/// The purpose of a request for a key. The interface describes which calls and privileges go with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Purpose {
+pub enum RequestPurpose {
     /// To serve a volume to a guest.
     Attach,
     /// To open a volume for something else.
@@ -85,7 +85,7 @@ pub enum Purpose {
     Check,
 }
 
-impl Purpose {
+impl RequestPurpose {
     fn privilege(self) -> Privilege {
         match self {
             Self::Attach => Privilege::RegisterVM,

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
-use super::Purpose;
+use super::RequestPurpose;
 use super::messages::{
     CreateKek, DefaultProvider, INTERFACE, Kek, KeyFailure, MAX_NAME, MAX_WRAPPED, NamedProvider, RevokeKek,
     SettleBinding, Unwrap, WireBinding, Wrap, may_be,
@@ -68,7 +68,7 @@ pub(crate) fn lacks_descriptors(error: &CallError) -> bool {
 #[derive(Clone, Debug)]
 pub(crate) struct Caller {
     route: Arc<dyn Route>,
-    purpose: Purpose,
+    purpose: RequestPurpose,
     /// Where the volume is that the keys are for.
     path: Option<String>,
     /// The process that serves the volume, if that is not this one.
@@ -128,7 +128,7 @@ pub(super) enum Failed {
 
 impl Caller {
     /// Calls that take `route`, for keys for `purpose`.
-    pub(crate) fn new(route: Arc<dyn Route>, purpose: Purpose) -> Self {
+    pub(crate) fn new(route: Arc<dyn Route>, purpose: RequestPurpose) -> Self {
         Self {
             route,
             purpose,

@@ -11,7 +11,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
-use super::Purpose;
+use super::RequestPurpose;
 use super::certificates::Certificates;
 use super::listing::{LastListing, page};
 use super::messages::{
@@ -145,7 +145,11 @@ impl Service {
 
     fn default_provider(&self, mut request: Request<'_>) -> Answered {
         let DefaultProvider { purpose } = request.parameters()?;
-        let purposes = [Purpose::Create, Purpose::Recrypt, Purpose::Check];
+        let purposes = [
+            RequestPurpose::Create,
+            RequestPurpose::Recrypt,
+            RequestPurpose::Check,
+        ];
         self.permit_for(&request, purpose, &purposes, None, &json!({ "purpose": purpose }))?;
         let name = self.providers.default_name().map_err(|error| failure(&error))?;
         Ok(Reply::of(json!({ "name": name })))
@@ -155,7 +159,7 @@ impl Service {
         let CreateKek { provider, purpose } = request.parameters()?;
         check_names(&provider, None)?;
         let subject = json!({ "provider": provider, "purpose": purpose });
-        let purposes = [Purpose::Create, Purpose::Recrypt];
+        let purposes = [RequestPurpose::Create, RequestPurpose::Recrypt];
         self.permit_for(&request, purpose, &purposes, None, &subject)?;
         let made = self
             .providers
@@ -175,7 +179,7 @@ impl Service {
         } = request.parameters()?;
         check_names(&binding.provider, Some(&binding.key_id))?;
         let subject = about(&binding, purpose);
-        let purposes = [Purpose::Create, Purpose::Recrypt];
+        let purposes = [RequestPurpose::Create, RequestPurpose::Recrypt];
         self.permit_for(&request, purpose, &purposes, Some(binding.volume), &subject)?;
         let secret = secret_of(&request, secret, "secret")?;
         let wrapped = self
@@ -203,7 +207,7 @@ impl Service {
         } = request.parameters()?;
         check_names(&binding.provider, Some(&binding.key_id))?;
         let subject = about(&binding, purpose);
-        let purposes = [Purpose::Create, Purpose::Recrypt];
+        let purposes = [RequestPurpose::Create, RequestPurpose::Recrypt];
         self.permit_for(&request, purpose, &purposes, Some(binding.volume), &subject)?;
         let place = place(path.as_deref());
         self.index
@@ -221,7 +225,11 @@ impl Service {
         } = request.parameters()?;
         check_names(&binding.provider, Some(&binding.key_id))?;
         let subject = about(&binding, purpose);
-        let purposes = [Purpose::Attach, Purpose::Access, Purpose::Recrypt];
+        let purposes = [
+            RequestPurpose::Attach,
+            RequestPurpose::Access,
+            RequestPurpose::Recrypt,
+        ];
         self.permit_for(&request, purpose, &purposes, Some(binding.volume), &subject)?;
         let peer = &serving(request.peer, process);
         let wrapped = BASE64_STANDARD
@@ -251,7 +259,7 @@ impl Service {
         let place = place(path.as_deref());
         self.index
             .note(&binding.binding(), &place, Occasion::Opened, by(peer));
-        if purpose == Purpose::Attach {
+        if purpose == RequestPurpose::Attach {
             let WireBinding {
                 volume,
                 provider,
@@ -291,8 +299,14 @@ impl Service {
     fn check_provider(&self, mut request: Request<'_>) -> Answered {
         let NamedProvider { provider } = request.parameters()?;
         check_names(&provider, None)?;
-        let subject = json!({ "provider": provider, "purpose": Purpose::Check });
-        self.permit_for(&request, Purpose::Check, &[Purpose::Check], None, &subject)?;
+        let subject = json!({ "provider": provider, "purpose": RequestPurpose::Check });
+        self.permit_for(
+            &request,
+            RequestPurpose::Check,
+            &[RequestPurpose::Check],
+            None,
+            &subject,
+        )?;
         let checked = self
             .providers
             .provider(&provider)
@@ -306,8 +320,8 @@ impl Service {
     fn permit_for(
         &self,
         request: &Request<'_>,
-        purpose: Purpose,
-        purposes: &[Purpose],
+        purpose: RequestPurpose,
+        purposes: &[RequestPurpose],
         volume: Option<Uuid>,
         subject: &Value,
     ) -> Result<(), MethodError> {
@@ -492,7 +506,7 @@ pub(super) fn check_names(provider: &str, key_id: Option<&KeyId>) -> Result<(), 
 }
 
 /// What a record says of a binding.
-fn about(binding: &WireBinding, purpose: Purpose) -> Value {
+fn about(binding: &WireBinding, purpose: RequestPurpose) -> Value {
     let fields = serde_json::to_value(binding).expect("texts and numbers are JSON");
     with(fields, "purpose", purpose)
 }

@@ -23,7 +23,7 @@ use std::time::Duration;
 use rustix::event::{EventfdFlags, eventfd};
 use serde_json::{Value, json};
 
-use crate::agent::Purpose;
+use crate::agent::RequestPurpose;
 use crate::binding::{self, BindingError, BindingReason, Bindings, Rekeyed};
 use crate::cipher::{CipherError, KernelChoice};
 use crate::control::events::{Event, Events};
@@ -147,7 +147,10 @@ impl Opener {
     /// [`OpenError`].
     pub fn unlock(&self, locked: &Locked<'_>) -> Result<Volume, OpenError> {
         match self.by {
-            By::Providers => Ok(binding::unlock(locked, &self.helper.providers(Purpose::Attach))?),
+            By::Providers => Ok(binding::unlock(
+                locked,
+                &self.helper.providers(RequestPurpose::Attach),
+            )?),
             By::Passphrase { .. } => {
                 let forms = self.helper.passphrase()?;
                 let mut forms = forms
@@ -436,7 +439,7 @@ impl Attachment {
             return Ok(None);
         }
         let volume = self.opener.unlock(&locked)?;
-        let providers = self.opener.helper.providers(Purpose::Recrypt);
+        let providers = self.opener.helper.providers(RequestPurpose::Recrypt);
         let rekeyed = binding::rekey(&mut locked, &volume, &providers, provider).map_err(OpenError::from)?;
         let bound =
             json!({ "provider": rekeyed.provider, "keyId": rekeyed.key_id, "keyslot": rekeyed.keyslot });

@@ -17,7 +17,7 @@ use super::recovery_key::RecoveryKey;
 use super::secret::SecretSource;
 use super::size::Size;
 use super::{Host, Keys, output, provider, stderr, text};
-use crate::agent::Purpose;
+use crate::agent::RequestPurpose;
 use crate::binding::{self, CreateOptions};
 use crate::cipher::SectorSize;
 use crate::keys::registry::Backup;
@@ -80,7 +80,7 @@ impl Create {
             "4096" => SectorSize::B4096,
             _ => SectorSize::B512,
         };
-        let mut keys = host.keys_of(self.header.as_ref().unwrap_or(&self.disk), Purpose::Create)?;
+        let mut keys = host.keys_of(self.header.as_ref().unwrap_or(&self.disk), RequestPurpose::Create)?;
         let named = self
             .provider
             .as_deref()

@@ -18,7 +18,7 @@ use super::made::Made;
 use super::size::Size;
 use super::volume_args::VolumeArgs;
 use super::{Host, Keys, output, stderr, text};
-use crate::agent::{Erasure, ErasureStep, Purpose};
+use crate::agent::{Erasure, ErasureStep, RequestPurpose};
 use crate::binding::{self, Bindings, BoundTo, Info, Proof};
 use crate::inventory::{GuardError, Removal};
 use crate::keys::private_file;
@@ -148,7 +148,7 @@ impl Erase {
             step,
         };
         // So is the record: each erasure, and its user, is in the log before it begins.
-        let keys = host.keys(Purpose::Access)?;
+        let keys = host.keys(RequestPurpose::Access)?;
         let named = match self.revoke_key {
             true => self.keys_to_revoke(header, before.uuid, &keys)?,
             false => Vec::new(),

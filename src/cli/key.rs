@@ -14,7 +14,7 @@ use super::config::parse_age;
 use super::failure::Failure;
 use super::secret::SecretSource;
 use super::{Host, Keys, absolute, output, stderr, text};
-use crate::agent::Purpose;
+use crate::agent::RequestPurpose;
 use crate::inventory;
 use crate::inventory::{GuardError, Note, Removal};
 use crate::keys::{KeyError, KeyId, KeyProvider, KeyReason, KeyState, Providers, Reach, Revocation};
@@ -243,7 +243,7 @@ struct Row {
 
 impl List {
     fn run(self, host: &Host) -> Result<(), Failure> {
-        let keys = host.keys(Purpose::Check)?;
+        let keys = host.keys(RequestPurpose::Check)?;
         let mut states = States::new();
         let mut by_key: BTreeMap<(String, String), Vec<inventory::Entry>> = BTreeMap::new();
         for entry in keys.volumes(self.provider.as_deref(), None)? {
@@ -357,7 +357,7 @@ pub(super) fn age_text(bound: Option<Timestamp>) -> String {
 impl WhereUsed {
     fn run(self, host: &Host) -> Result<(), Failure> {
         let key_id = self.key_id.map(KeyId);
-        let keys = host.keys(Purpose::Check)?;
+        let keys = host.keys(RequestPurpose::Check)?;
         let entries = keys.volumes(self.provider.as_deref(), key_id.as_ref())?;
         if self.json {
             return output::print_json(&entries);
@@ -411,7 +411,7 @@ struct DueVolume {
 impl Due {
     fn run(self, host: &Host) -> Result<(), Failure> {
         let max_age = max_key_age(host, self.max_age)?;
-        let volumes = host.keys(Purpose::Check)?.volumes(None, None)?.into_iter();
+        let volumes = host.keys(RequestPurpose::Check)?.volumes(None, None)?.into_iter();
         let is_due = |entry: &inventory::Entry| {
             entry.in_use()
                 && entry
@@ -479,7 +479,9 @@ impl Scan {
                 false => paths.push(absolute),
             }
         }
-        let scanned = host.keys(Purpose::Check)?.scan(&paths, self.forget_missing)?;
+        let scanned = host
+            .keys(RequestPurpose::Check)?
+            .scan(&paths, self.forget_missing)?;
         for passed in &scanned.passed_over {
             let (path, why) = (text::printable(&passed.path), text::printable(&passed.why));
             stderr::note(&format!("{path}: skipped: {why}"));
@@ -496,7 +498,7 @@ impl Scan {
 impl Push {
     fn run(self, host: &Host) -> Result<(), Failure> {
         let key_id = KeyId(self.key_id);
-        let Keys::Agent(client) = host.keys(Purpose::Check)? else {
+        let Keys::Agent(client) = host.keys(RequestPurpose::Check)? else {
             let error = KeyError::new(&self.provider, "the configuration", KeyReason::NoAgent);
             return Err(error.of(&key_id).into());
         };
@@ -516,7 +518,7 @@ impl Revoke {
             false => Revocation::Deactivate,
         };
         let key_id = KeyId(self.key_id);
-        let keys = host.keys(Purpose::Check)?;
+        let keys = host.keys(RequestPurpose::Check)?;
         let revoke = |force, dry_run| {
             let removal = Removal {
                 force,

@@ -22,7 +22,7 @@ use crate::agent::messages::{
     CreateKek, DefaultProvider, INTERFACE as AGENT, Kek, MAX_WRAPPED, SettleBinding, Unwrap, WireBinding,
     Wrap,
 };
-use crate::agent::{Purpose, failure};
+use crate::agent::{RequestPurpose, failure};
 use crate::binding::Bindings;
 use crate::control::peer::Peer;
 use crate::control::varlink::{self, Interface, MethodError, Reply, Request};
@@ -129,11 +129,11 @@ impl Disk<'_> {
         let keys = match self.passphrase {
             Some(_) => None,
             None => Some(Ways {
-                attach: match self.host.keys_of(path, Purpose::Attach)? {
+                attach: match self.host.keys_of(path, RequestPurpose::Attach)? {
                     Keys::Agent(client) => Keys::Agent(client.on_behalf_of(self.serving)),
                     own @ Keys::Own(..) => own,
                 },
-                recrypt: self.host.keys_of(path, Purpose::Recrypt)?,
+                recrypt: self.host.keys_of(path, RequestPurpose::Recrypt)?,
             }),
         };
         Ok(Volume {
@@ -161,12 +161,12 @@ impl Disk<'_> {
     }
 
     /// Where keys for `purpose` come from.
-    fn keys(&self, purpose: Purpose, purposes: &[Purpose]) -> Result<&Keys, MethodError> {
+    fn keys(&self, purpose: RequestPurpose, purposes: &[RequestPurpose]) -> Result<&Keys, MethodError> {
         let ways = self.opened.get().and_then(|volume| volume.keys.as_ref());
         let ways = ways.ok_or_else(not_opened)?;
         match purpose {
-            Purpose::Attach if purposes.contains(&purpose) => Ok(&ways.attach),
-            Purpose::Recrypt if purposes.contains(&purpose) => Ok(&ways.recrypt),
+            RequestPurpose::Attach if purposes.contains(&purpose) => Ok(&ways.attach),
+            RequestPurpose::Recrypt if purposes.contains(&purpose) => Ok(&ways.recrypt),
             _ => Err(MethodError::new(
                 AGENT,
                 "WrongPurpose",
@@ -185,14 +185,14 @@ impl Disk<'_> {
 
     fn default_provider(&self, mut request: Request<'_>) -> Answered {
         let DefaultProvider { purpose } = request.parameters()?;
-        let keys = self.keys(purpose, &[Purpose::Recrypt])?;
+        let keys = self.keys(purpose, &[RequestPurpose::Recrypt])?;
         let name = keys.default_name().map_err(|error| failure(&error))?;
         Ok(Reply::of(json!({ "name": name })))
     }
 
     fn create_kek(&self, mut request: Request<'_>) -> Answered {
         let CreateKek { provider, purpose } = request.parameters()?;
-        let keys = self.keys(purpose, &[Purpose::Recrypt])?;
+        let keys = self.keys(purpose, &[RequestPurpose::Recrypt])?;
         let made = keys
             .provider(&provider)
             .and_then(|provider| provider.create_kek());
@@ -208,7 +208,7 @@ impl Disk<'_> {
             ..
         } = request.parameters()?;
         self.check(&binding)?;
-        let keys = self.keys(purpose, &[Purpose::Recrypt])?;
+        let keys = self.keys(purpose, &[RequestPurpose::Recrypt])?;
         let secret = request
             .descriptors
             .get(secret)
@@ -229,7 +229,7 @@ impl Disk<'_> {
             ..
         } = request.parameters()?;
         self.check(&binding)?;
-        let keys = self.keys(purpose, &[Purpose::Recrypt])?;
+        let keys = self.keys(purpose, &[RequestPurpose::Recrypt])?;
         keys.provider(&binding.provider)
             .and_then(|provider| provider.settle(&binding.binding(), stored))
             .map_err(|error| failure(&error))?;
@@ -244,7 +244,7 @@ impl Disk<'_> {
             ..
         } = request.parameters()?;
         self.check(&binding)?;
-        let keys = self.keys(purpose, &[Purpose::Attach, Purpose::Recrypt])?;
+        let keys = self.keys(purpose, &[RequestPurpose::Attach, RequestPurpose::Recrypt])?;
         let wrapped = BASE64_STANDARD
             .decode(&wrapped)
             .ok()
@@ -264,7 +264,7 @@ impl Disk<'_> {
     /// Tells the state of a key: a rekey asks for that of the key that it has made.
     fn kek_state(&self, mut request: Request<'_>) -> Answered {
         let Kek { provider, key_id, .. } = request.parameters()?;
-        let keys = self.keys(Purpose::Recrypt, &[Purpose::Recrypt])?;
+        let keys = self.keys(RequestPurpose::Recrypt, &[RequestPurpose::Recrypt])?;
         let state = keys
             .provider(&provider)
             .and_then(|provider| provider.state(&key_id))

@@ -5,7 +5,7 @@ use serde_json::json;
 
 use super::failure::Failure;
 use super::{Host, output, text};
-use crate::agent::{Client, Purpose};
+use crate::agent::{Client, RequestPurpose};
 
 const AFTER_HELP: &str = "\
 The agent lists the volumes whose keys it has given out. It does not list a disk
@@ -22,7 +22,7 @@ pub(super) struct List {
 
 impl List {
     pub(super) fn run(self, host: &Host) -> Result<(), Failure> {
-        let disks = Client::new(&host.agent_socket()?, Purpose::Check).disks()?;
+        let disks = Client::new(&host.agent_socket()?, RequestPurpose::Check).disks()?;
         if self.json {
             return output::print_json(&json!({ "disks": disks }));
         }

@@ -44,7 +44,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::agent::{Client, Purpose};
+use crate::agent::{Client, RequestPurpose};
 use crate::cipher;
 use crate::keys::harden;
 use crate::keys::registry::{self, Registry, RegistryError};
@@ -191,7 +191,7 @@ impl Host {
 
     /// The key providers: those of the state directory that was named, else of the host's agent, if the configuration has
     /// one, else of the usual state directory.
-    fn keys(&self, purpose: Purpose) -> Result<Keys, Failure> {
+    fn keys(&self, purpose: RequestPurpose) -> Result<Keys, Failure> {
         Ok(match (&self.state_dir, self.config()?.agent) {
             (None, Some(agent)) => Keys::Agent(Client::new(&agent.socket, purpose)),
             _ => Keys::Own(self.registry()?, None),
@@ -199,7 +199,7 @@ impl Host {
     }
 
     /// The same, for the volume whose header is in `path`: the list of volumes gets an entry for it.
-    fn keys_of(&self, path: &Path, purpose: Purpose) -> Result<Keys, Failure> {
+    fn keys_of(&self, path: &Path, purpose: RequestPurpose) -> Result<Keys, Failure> {
         Ok(match self.keys(purpose)? {
             Keys::Own(registry, _) => Keys::Own(registry, Some(path.to_owned())),
             Keys::Agent(client) => Keys::Agent(client.at(path)),

@@ -12,7 +12,7 @@ use super::failure::Failure;
 use super::key::Insistence;
 use super::secret::SecretSource;
 use super::{Host, Keys, absolute, output, primary_key, stderr, text};
-use crate::agent::Purpose;
+use crate::agent::RequestPurpose;
 use crate::inventory::Removal;
 use crate::kbs::ResourcePath;
 use crate::keys::kmip::{self, Wrap, WrappingKey};
@@ -303,13 +303,13 @@ impl Provider {
             }
             Verb::Remove(remove) => remove.run(host),
             Verb::Check(check) => {
-                let keys = host.keys(Purpose::Check)?;
+                let keys = host.keys(RequestPurpose::Check)?;
                 for entry in keys.list()?.iter().filter(|entry| entry.name == check.name) {
                     tell_expiring(entry);
                 }
                 Ok(keys.provider(&check.name)?.check()?)
             }
-            Verb::List(list) => list.run(&host.keys(Purpose::Check)?),
+            Verb::List(list) => list.run(&host.keys(RequestPurpose::Check)?),
         }
     }
 }
@@ -490,7 +490,7 @@ impl Remove {
     fn run(self, host: &Host) -> Result<(), Failure> {
         let name = &self.name;
         let force = self.insistence.insists(name)?;
-        let mut keys = host.keys(Purpose::Check)?;
+        let mut keys = host.keys(RequestPurpose::Check)?;
         let mut remove = |force, dry_run| {
             let removal = Removal {
                 new_default: self.new_default.as_deref(),

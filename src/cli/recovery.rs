@@ -8,7 +8,7 @@ use super::recovery_key::RecoveryKey;
 use super::secret::SecretSource;
 use super::volume_args::{Unlock, VolumeArgs};
 use super::{Host, output, text};
-use crate::agent::Purpose;
+use crate::agent::RequestPurpose;
 use crate::luks2::{Argon2Cost, HeaderError, Reason};
 use crate::storage::Access;
 
@@ -101,7 +101,7 @@ impl Add {
         let files = self.volume.open(Access::ReadWrite)?;
         let mut locked = files.locked()?;
         let volume = self.unlock.open(&locked, || {
-            host.keys_of(self.volume.header_path(), Purpose::Access)
+            host.keys_of(self.volume.header_path(), RequestPurpose::Access)
         })?;
         let key = RecoveryKey::read_or_make(&self.recovery_key, self.weak)?;
         if key.made.is_none()
@@ -145,7 +145,7 @@ impl Remove {
             None => None,
         };
         let other = self.unlock.open_for_good(&locked, || {
-            host.keys_of(self.volume.header_path(), Purpose::Access)
+            host.keys_of(self.volume.header_path(), RequestPurpose::Access)
         })?;
         let mut keyslot = match (&key, self.which.keyslot) {
             (Some(key), _) => key.open(|form| locked.unlock_with_passphrase(form))?.keyslot(),

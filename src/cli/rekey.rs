@@ -12,7 +12,7 @@ use super::failure::Failure;
 use super::key::max_key_age;
 use super::volume_args::{Unlock, VolumeArgs};
 use super::{Host, output, served, text};
-use crate::agent::Purpose;
+use crate::agent::RequestPurpose;
 use crate::binding::{self, Bindings, Rekeyed};
 use crate::keys::KeyId;
 use crate::storage::{Access, StorageError};
@@ -98,7 +98,7 @@ impl Rekey {
             other => other,
         })?;
         let mut locked = files.locked()?;
-        let keys = || host.keys_of(volume.header_path(), Purpose::Recrypt);
+        let keys = || host.keys_of(volume.header_path(), RequestPurpose::Recrypt);
         let unlocked = self.unlock.open(&locked, keys)?;
         let rekeyed = binding::rekey(&mut locked, &unlocked, &keys()?, self.provider.as_deref())?;
         tell(&volume.disk, &rekeyed)

@@ -47,7 +47,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
-use crate::agent::Purpose;
+use crate::agent::RequestPurpose;
 use crate::agent::providers::{Caller, Cause, Route, lacks_descriptors, unanswered};
 use crate::control::varlink::{CallError, call, object};
 use crate::control::wire::Connection;
@@ -207,7 +207,7 @@ impl KeyHelper {
     }
 
     /// Its providers, asked for `purpose`.
-    pub(crate) fn providers(&self, purpose: Purpose) -> impl Providers {
+    pub(crate) fn providers(&self, purpose: RequestPurpose) -> impl Providers {
         let route: Arc<dyn Route> = Arc::<Line>::clone(&self.0);
         Caller::new(route, purpose)
     }

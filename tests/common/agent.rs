@@ -8,7 +8,7 @@ use std::process::{Child, Command};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use sealblk::agent::{Client, Purpose};
+use sealblk::agent::{Client, RequestPurpose};
 use sealblk::keys::{KeyProvider, Providers};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -84,11 +84,11 @@ impl Agent {
         command
     }
 
-    pub fn client(&self, purpose: Purpose) -> Client {
+    pub fn client(&self, purpose: RequestPurpose) -> Client {
         Client::new(&self.path("agent.sock"), purpose)
     }
 
-    pub fn provider(&self, purpose: Purpose) -> std::sync::Arc<dyn KeyProvider> {
+    pub fn provider(&self, purpose: RequestPurpose) -> std::sync::Arc<dyn KeyProvider> {
         self.client(purpose).provider("native").unwrap()
     }
 

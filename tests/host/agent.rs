@@ -15,7 +15,7 @@ use common::fuse::Fuse;
 use common::secrets::as_user;
 use common::serve::{Server, sealblk_path};
 use common::volume::run;
-use sealblk::agent::Purpose;
+use sealblk::agent::RequestPurpose;
 use sealblk::keys::arena::SecretBytes;
 use sealblk::keys::{Binding, KeyError, KeyId, KeyReason, Providers};
 use serde_json::Value;
@@ -178,9 +178,9 @@ fn a_privilege_allows_its_calls_and_no_others() {
         .collect();
     let agent = Agent::new(&grants);
     let secret = SecretBytes::random(32).unwrap();
-    let key_id = agent.provider(Purpose::Recrypt).create_kek().unwrap();
+    let key_id = agent.provider(RequestPurpose::Recrypt).create_kek().unwrap();
     let wrapped = agent
-        .provider(Purpose::Recrypt)
+        .provider(RequestPurpose::Recrypt)
         .wrap(&binding(&key_id), &secret)
         .unwrap();
 
@@ -206,24 +206,36 @@ fn a_privilege_allows_its_calls_and_no_others() {
         Box::new(move || provider.create_kek().map(drop))
     };
     let (list, state, check) = (
-        agent.client(Purpose::Check),
-        on(Purpose::Access),
-        on(Purpose::Check),
+        agent.client(RequestPurpose::Check),
+        on(RequestPurpose::Access),
+        on(RequestPurpose::Check),
     );
-    let create_client = agent.client(Purpose::Create);
+    let create_client = agent.client(RequestPurpose::Create);
     let created = create_client
         .clone()
         .at(Path::new("/nowhere"))
         .provider("native")
         .unwrap();
     let calls: Vec<(&str, &[&str], Call<'_>)> = vec![
-        ("Unwrap to attach", &["RegisterVM"], unwrap(Purpose::Attach)),
-        ("Unwrap to access", &["Access"], unwrap(Purpose::Access)),
-        ("Unwrap to recrypt", &["Recrypt"], unwrap(Purpose::Recrypt)),
-        ("Wrap to create", &["EncryptNew"], wrap(Purpose::Create)),
-        ("Wrap to recrypt", &["Recrypt"], wrap(Purpose::Recrypt)),
-        ("CreateKek to create", &["EncryptNew"], create(Purpose::Create)),
-        ("CreateKek to recrypt", &["Recrypt"], create(Purpose::Recrypt)),
+        (
+            "Unwrap to attach",
+            &["RegisterVM"],
+            unwrap(RequestPurpose::Attach),
+        ),
+        ("Unwrap to access", &["Access"], unwrap(RequestPurpose::Access)),
+        ("Unwrap to recrypt", &["Recrypt"], unwrap(RequestPurpose::Recrypt)),
+        ("Wrap to create", &["EncryptNew"], wrap(RequestPurpose::Create)),
+        ("Wrap to recrypt", &["Recrypt"], wrap(RequestPurpose::Recrypt)),
+        (
+            "CreateKek to create",
+            &["EncryptNew"],
+            create(RequestPurpose::Create),
+        ),
+        (
+            "CreateKek to recrypt",
+            &["Recrypt"],
+            create(RequestPurpose::Recrypt),
+        ),
         (
             "GetKekState",
             &["Access", "ManageKeys", "Recrypt"],
@@ -292,9 +304,9 @@ fn a_privilege_allows_its_calls_and_no_others() {
 
     // What a purpose is not for, its privilege is not good for either.
     for wrong in [
-        unwrap(Purpose::Create),
-        wrap(Purpose::Attach),
-        create(Purpose::Access),
+        unwrap(RequestPurpose::Create),
+        wrap(RequestPurpose::Attach),
+        create(RequestPurpose::Access),
     ] {
         let error = wrong().unwrap_err();
         assert_eq!(error.reason, KeyReason::Failed);
@@ -319,7 +331,7 @@ fn a_grant_for_some_volumes_opens_no_others() {
     let provider = |purpose| agent.provider(purpose);
     let secret = SecretBytes::random(32).unwrap();
     let keys = volumes.map(|volume| {
-        let creator = provider(Purpose::Create);
+        let creator = provider(RequestPurpose::Create);
         let key_id = creator.create_kek().unwrap();
         let binding = Binding {
             volume,
@@ -345,15 +357,15 @@ fn a_grant_for_some_volumes_opens_no_others() {
             .contains(&format!("for volume {volume}"))
     };
     as_user(SOMEBODY, || {
-        for purpose in [Purpose::Attach, Purpose::Recrypt] {
+        for purpose in [RequestPurpose::Attach, RequestPurpose::Recrypt] {
             unwrap(purpose, own.0, own).unwrap();
             assert!(not_permitted(unwrap(purpose, other.0, other), other.0));
             // Under the name of its own, it does not open.
             let error = unwrap(purpose, own.0, other).unwrap_err();
             assert_eq!(error.reason, KeyReason::Unauthentic, "{error}");
         }
-        assert!(!not_permitted(unwrap(Purpose::Access, own.0, own), own.0));
-        let recrypt = provider(Purpose::Recrypt);
+        assert!(!not_permitted(unwrap(RequestPurpose::Access, own.0, own), own.0));
+        let recrypt = provider(RequestPurpose::Recrypt);
         let key_id = recrypt.create_kek().unwrap();
         let wrap = |volume| {
             let binding = Binding {
@@ -365,7 +377,7 @@ fn a_grant_for_some_volumes_opens_no_others() {
         assert!(not_permitted(wrap(other.0), other.0));
         wrap(own.0).unwrap();
     });
-    as_user(GROUP, || unwrap(Purpose::Attach, other.0, other)).unwrap();
+    as_user(GROUP, || unwrap(RequestPurpose::Attach, other.0, other)).unwrap();
 }
 
 #[test]
@@ -373,7 +385,7 @@ fn members_of_a_group_have_its_privileges_and_strangers_are_told_what_they_lack(
     let agent = Agent::new(&format!(
         "[[grant]]\ngroup = {GROUP}\nprivileges = [\"EncryptNew\"]"
     ));
-    let create = || agent.provider(Purpose::Create).create_kek();
+    let create = || agent.provider(RequestPurpose::Create).create_kek();
     as_user(GROUP, create).unwrap();
     let error = as_user(SOMEBODY, create).unwrap_err();
     let cause = std::error::Error::source(&error).unwrap().to_string();
@@ -388,7 +400,7 @@ fn members_of_a_group_have_its_privileges_and_strangers_are_told_what_they_lack(
 fn the_audit_log_tells_what_was_changed_and_an_agent_does_not_go_on_with_it() {
     let mut agent = Agent::new("");
     for _ in 0..3 {
-        agent.provider(Purpose::Create).create_kek().unwrap();
+        agent.provider(RequestPurpose::Create).create_kek().unwrap();
     }
     let verify = |args: &[&str]| {
         let mut command = Command::new(sealblk_path());
@@ -402,7 +414,7 @@ fn the_audit_log_tells_what_was_changed_and_an_agent_does_not_go_on_with_it() {
     assert!(sound.status.success());
     let said = String::from_utf8(sound.stdout).unwrap();
     let head = said.split_whitespace().last().unwrap().to_owned();
-    agent.provider(Purpose::Create).create_kek().unwrap();
+    agent.provider(RequestPurpose::Create).create_kek().unwrap();
     assert!(verify(&["--head", &head]).status.success());
 
     let log = agent.path("state/audit.log");
@@ -438,10 +450,10 @@ fn the_audit_log_tells_what_was_changed_and_an_agent_does_not_go_on_with_it() {
 #[test]
 fn keys_wait_while_the_audit_log_cannot_be_written() {
     let agent = Agent::new("");
-    let key_id = agent.provider(Purpose::Create).create_kek().unwrap();
+    let key_id = agent.provider(RequestPurpose::Create).create_kek().unwrap();
     let secret = SecretBytes::random(32).unwrap();
     let wrapped = agent
-        .provider(Purpose::Create)
+        .provider(RequestPurpose::Create)
         .wrap(&binding(&key_id), &secret)
         .unwrap();
     // As on a full disk: the agent may write no byte more to a file.
@@ -457,7 +469,7 @@ fn keys_wait_while_the_audit_log_cannot_be_written() {
     limit(Some(len + 20));
     let unwrap = || {
         agent
-            .provider(Purpose::Attach)
+            .provider(RequestPurpose::Attach)
             .unwrap(&binding(&key_id), &wrapped)
     };
     let refused = |why: &str| {
@@ -600,7 +612,7 @@ fn names_that_cannot_be_and_endless_failures_do_not_fill_the_log() {
     ));
     let before = agent.audit().len();
     as_user(SOMEBODY, || {
-        let provider = agent.provider(Purpose::Attach);
+        let provider = agent.provider(RequestPurpose::Attach);
         for key_id in ["\u{1}".repeat(100), "k".repeat(5000), "\u{e4}".into()] {
             let error = provider.unwrap(&binding(&KeyId(key_id)), &[0; 64]).unwrap_err();
             assert_eq!(error.reason, KeyReason::Missing);
@@ -634,10 +646,10 @@ fn list(agent: &Agent) -> Value {
 fn a_storm_of_attaches_is_answered() {
     let attaches: u32 = std::env::var("ATTACHES").map_or(200, |attaches| attaches.parse().unwrap());
     let agent = Agent::new("");
-    let key_id = agent.provider(Purpose::Create).create_kek().unwrap();
+    let key_id = agent.provider(RequestPurpose::Create).create_kek().unwrap();
     let secret = SecretBytes::random(32).unwrap();
     let wrapped = agent
-        .provider(Purpose::Create)
+        .provider(RequestPurpose::Create)
         .wrap(&binding(&key_id), &secret)
         .unwrap();
     let (before, started) = (agent.memory_kib(), Instant::now());
@@ -645,7 +657,7 @@ fn a_storm_of_attaches_is_answered() {
         for _ in 0..attaches {
             scope.spawn(|| {
                 let unwrapped = agent
-                    .provider(Purpose::Attach)
+                    .provider(RequestPurpose::Attach)
                     .unwrap(&binding(&key_id), &wrapped);
                 assert!(unwrapped.unwrap().ct_eq(&secret));
             });

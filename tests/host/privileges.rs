@@ -14,7 +14,7 @@ use common::DEADLINE;
 use common::agent::Agent;
 use common::serve::{Server, sealblk_path};
 use common::volume::run;
-use sealblk::agent::Purpose;
+use sealblk::agent::RequestPurpose;
 use serde_json::Value;
 
 /// Users whom no host has: one for each privilege, in this order, and one who has none.
@@ -72,7 +72,12 @@ fn a_verb_takes_its_privilege_and_no_other_will_do() {
     let control = served.control.to_str().unwrap();
     let state = &host.agent.path("state").display().to_string();
 
-    let key_id = &host.agent.provider(Purpose::Create).create_kek().unwrap().0;
+    let key_id = &host
+        .agent
+        .provider(RequestPurpose::Create)
+        .create_kek()
+        .unwrap()
+        .0;
 
     // With the file of the user's own volume for DISK.
     let verbs: [(&[&str], Takes); 33] = [

@@ -1,6 +1,6 @@
 //! The agent's providers: what volumes see of them is what they see of any.
 
-use sealblk::agent::Purpose;
+use sealblk::agent::RequestPurpose;
 use sealblk::keys::Providers;
 
 use crate::conformance;
@@ -9,7 +9,7 @@ use common::agent::Agent;
 #[test]
 fn native_by_the_agent_conforms() {
     let agent = Agent::new("");
-    let client = agent.client(Purpose::Recrypt);
+    let client = agent.client(RequestPurpose::Recrypt);
     assert_eq!(client.default_name().unwrap().as_deref(), Some("native"));
-    conformance::run(&*agent.provider(Purpose::Recrypt));
+    conformance::run(&*agent.provider(RequestPurpose::Recrypt));
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
-use sealblk::agent::Purpose;
+use sealblk::agent::RequestPurpose;
 use sealblk::keys::arena::SecretBytes;
 use sealblk::keys::registry::{Registry, Source};
 use sealblk::keys::{Binding, KeyError, KeyId, KeyProvider, KeyReason, Providers};
@@ -87,7 +87,7 @@ impl Host {
         let mut registry = Registry::open(&agent.path("state")).unwrap();
         registry.add("bao", Source::Transit(settings), false).unwrap();
         agent.restart();
-        let provider = agent.client(Purpose::Create).provider("bao").unwrap();
+        let provider = agent.client(RequestPurpose::Create).provider("bao").unwrap();
         let key_id = provider.create_kek().unwrap();
         let secret = SecretBytes::random(32).unwrap();
         let wrapped = provider.wrap(&binding(&key_id), &secret).unwrap();
@@ -107,14 +107,14 @@ impl Host {
         self.agent.restart();
     }
 
-    fn provider(&self, purpose: Purpose) -> Arc<dyn KeyProvider> {
+    fn provider(&self, purpose: RequestPurpose) -> Arc<dyn KeyProvider> {
         self.agent.client(purpose).provider("bao").unwrap()
     }
 
     /// Attaches, and gives the audit log's record of it.
     fn attaches(&self) -> Result<Value, KeyError> {
         let unwrapped = self
-            .provider(Purpose::Attach)
+            .provider(RequestPurpose::Attach)
             .unwrap(&binding(&self.key_id), &self.wrapped)?;
         assert!(unwrapped.ct_eq(&self.secret));
         Ok(self.agent.audit().pop().unwrap())
@@ -160,7 +160,7 @@ fn after_a_reboot_without_the_server_disks_open_on_this_host_alone() {
     let listed: Value = serde_json::from_slice(&listed).unwrap();
     assert_eq!(listed["disks"][0]["grace"], record["grace"]);
     // Nothing new is bound to what only this host knows to be good.
-    let create = host.provider(Purpose::Create);
+    let create = host.provider(RequestPurpose::Create);
     let refused = create.wrap(&binding(&host.key_id), &host.secret).unwrap_err();
     assert_cut(&refused);
     assert_cut(&create.create_kek().unwrap_err());
@@ -255,7 +255,7 @@ fn a_key_that_was_fetched_elsewhere_and_pushed_opens_volumes_and_binds_none() {
     assert!(push("kek").status.success());
     assert_eq!(host.agent.audit().pop().unwrap()["event"], "KeyPushed");
     host.attaches().unwrap();
-    let create = host.provider(Purpose::Create);
+    let create = host.provider(RequestPurpose::Create);
     let refused = create.wrap(&binding(&host.key_id), &host.secret).unwrap_err();
     assert_cut(&refused);
     host.attaches().unwrap();

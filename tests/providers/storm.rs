@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use sealblk::agent::Purpose;
+use sealblk::agent::RequestPurpose;
 use sealblk::keys::arena::SecretBytes;
 use sealblk::keys::registry::{Registry, Source};
 use sealblk::keys::{Binding, KeyId, KeyProvider, Providers};
@@ -40,7 +40,7 @@ fn storms(server: &str, source: Source, requests: impl Fn() -> usize) {
     registry.add("kms", source, false).unwrap();
     for keks in [1, attaches] {
         agent.restart();
-        let provider = agent.client(Purpose::Create).provider("kms").unwrap();
+        let provider = agent.client(RequestPurpose::Create).provider("kms").unwrap();
         let disks: Vec<_> = (0..keks).map(|n| Disk::new(n, &*provider)).collect();
         // Nothing is in the agent's memory.
         agent.restart();
@@ -48,7 +48,9 @@ fn storms(server: &str, source: Source, requests: impl Fn() -> usize) {
         thread::scope(|scope| {
             for n in 0..attaches {
                 let (agent, disk) = (&agent, &disks[n % keks]);
-                scope.spawn(move || disk.attach(&agent.client(Purpose::Attach).provider("kms").unwrap()));
+                scope.spawn(move || {
+                    disk.attach(&agent.client(RequestPurpose::Attach).provider("kms").unwrap())
+                });
             }
         });
         let (took, after) = (started.elapsed(), agent.memory_kib());

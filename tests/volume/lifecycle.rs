@@ -15,7 +15,7 @@ use common::secrets::as_user;
 use common::serve::sealblk_path;
 use common::storage::{LoopDevice, SilentFilesystem};
 use common::volume::run;
-use sealblk::agent::{Client, Erasure, ErasureStep, Purpose};
+use sealblk::agent::{Client, Erasure, ErasureStep, RequestPurpose};
 use sealblk::keys::arena::SecretBytes;
 use sealblk::keys::{Binding, KeyId, KeyReason, Providers};
 use sealblk::storage::{Access, Backing};
@@ -341,7 +341,7 @@ fn who_makes_disks_does_not_have_the_agent_forget_the_disks_of_others() {
         for number in 0..12 {
             let invented = PathBuf::from(format!("/nowhere/{number}"));
             for (volume, words) in [(volume, "another user"), (Uuid::new_v4(), "another volume,")] {
-                let maker = at(Purpose::Create, &invented);
+                let maker = at(RequestPurpose::Create, &invented);
                 let error = maker.wrap(&binding(volume), &secret).unwrap_err();
                 let cause = std::error::Error::source(&error).unwrap().to_string();
                 assert!(
@@ -351,7 +351,7 @@ fn who_makes_disks_does_not_have_the_agent_forget_the_disks_of_others() {
                 maker.settle(&binding(volume), true).unwrap();
                 maker.settle(&binding(volume), false).unwrap();
             }
-            at(Purpose::Attach, &invented)
+            at(RequestPurpose::Attach, &invented)
                 .unwrap(&binding(volume), &wrapped)
                 .unwrap();
         }
@@ -378,13 +378,13 @@ fn who_makes_disks_does_not_have_the_agent_forget_the_disks_of_others() {
         },
     };
     as_user(SOMEBODY, || {
-        Client::new(&socket, Purpose::Create).report_erasure(&erased)
+        Client::new(&socket, RequestPurpose::Create).report_erasure(&erased)
     })
     .unwrap();
     host.fails(&revoke, IN_USE);
 
     // What is being served is known without the list.
-    let served = at(Purpose::Attach, &host.path("away"));
+    let served = at(RequestPurpose::Attach, &host.path("away"));
     served.unwrap(&binding(volume), &wrapped).unwrap();
     fs::remove_dir_all(host.path("state/volumes")).unwrap();
     let refused = host.fails(&revoke, IN_USE);
@@ -430,7 +430,7 @@ fn what_is_at_places_is_told_to_who_manages_keys_alone() {
     }
     as_user(SOMEBODY, || {
         for (place, ..) in &places {
-            let maker = Client::new(&host.path("agent.sock"), Purpose::Create).at(place);
+            let maker = Client::new(&host.path("agent.sock"), RequestPurpose::Create).at(place);
             let provider = maker.provider("native").unwrap();
             let key_id = provider.create_kek().unwrap();
             let binding = Binding {
