@@ -23,7 +23,7 @@ use aws_lc_sys::{
 use clap::Parser;
 use report::{Better, Conditions, Contender, Goal, Metric, Options, Report, Role};
 use sealblk::cipher::{KEY_LEN, KernelChoice, Reader, Sector, SectorCipher, SectorSize, Workspace};
-use sealblk::keys::arena::SecretBytes;
+use sealblk_secmem::arena::SecretBytes;
 use vm_memory::VolatileSlice;
 use xts_mode::{Xts128, get_tweak_default};
 

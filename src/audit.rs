@@ -28,8 +28,8 @@ use sha2::{Digest, Sha256};
 
 use crate::control::events::Event;
 use crate::error_chain::remedy;
-use crate::keys::private_file;
 use crate::parsing;
+use sealblk_secmem::private_file;
 
 /// The record behind what a crash has left by half.
 const RECOVERED: &str = "LogRecovered";

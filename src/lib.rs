@@ -15,15 +15,16 @@
 //! inventory    the volumes that this host has bound or opened: hints, each checked against the volume itself
 //! storage      files and block devices: claims on them, what they can do, and the io_uring engine
 //! map          where each sector of a disk lies in its file, and what is done to it on the way
-//! binding      a volume and the KEKs that open it: sealblk's tokens, rekey
-//! keys, tpm
+//! providers    the key providers of a host: native, KMIP, transit, trusted
+//! tpm          the TPM of a host
 //! toml_file    how settings are written; probe: threads that wait for files that may never answer
 //!
 //! and packages of their own, which know nothing of the above:
 //! sealblk-control  the sockets on which sealblk's processes answer, and what each caller may ask for (here `control`)
+//! sealblk-keys     what a key provider is; volumes and the KEKs that open them; the protocol between processes (here `keys`)
 //! sealblk-luks2    LUKS2 headers (here `luks2`)
 //! sealblk-xts      XTS-AES-256 over sectors (here `cipher`)
-//! sealblk-secmem   memory and files for keys (in `keys`)
+//! sealblk-secmem   memory and files for keys
 //! sealblk-base     what every package stands on: errors, JSON, time, threads
 //! ```
 //!
@@ -34,16 +35,15 @@
 pub mod agent;
 pub mod attachment;
 mod audit;
-pub mod binding;
 pub mod broker;
 pub mod cli;
 pub mod device;
 pub mod inventory;
 pub mod kbs;
 pub mod key_helper;
-pub mod keys;
 pub mod map;
 mod probe;
+pub mod providers;
 pub mod sandbox;
 pub mod storage;
 mod toml_file;
@@ -53,5 +53,6 @@ pub use sealblk_base::{
     apart, boot_time, closer, deadline, error_chain, harmless, mutex, parsing, path_text, timestamp,
 };
 pub use sealblk_control as control;
+pub use sealblk_keys as keys;
 pub use sealblk_luks2 as luks2;
 pub use sealblk_xts as cipher;

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use serde::de::DeserializeOwned;
 
 use crate::error_chain::remedy;
-use crate::keys::private_file::{self, Forbid};
 use crate::parsing::NotUnderstood;
+use sealblk_secmem::{private_file, private_file::Forbid};
 
 /// Why such a file cannot be used.
 #[derive(Debug, thiserror::Error)]

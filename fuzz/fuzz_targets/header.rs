@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use libfuzzer_sys::fuzz_target;
-use sealblk::binding::Info;
+use sealblk::keys::binding::Info;
 use sealblk::luks2::{HeaderIo, LockMode, Locked, MetadataLock};
 use sha2::{Digest, Sha256};
 

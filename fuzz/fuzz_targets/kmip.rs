@@ -6,8 +6,8 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use sealblk::keys::kmip::message::Answer;
-use sealblk::keys::kmip::ttlv::Item;
+use sealblk::providers::kmip::message::Answer;
+use sealblk::providers::kmip::ttlv::Item;
 
 fuzz_target!(|input: &[u8]| {
     let Some((operation, message)) = input.split_first() else { return };

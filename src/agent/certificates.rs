@@ -4,9 +4,9 @@ use std::collections::HashMap;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use crate::keys::registry::Entry;
-use crate::keys::{Expiring, Step};
 use crate::mutex::lock;
+use crate::providers::registry::Entry;
+use crate::providers::{Expiring, Step};
 
 /// How often the files are read.
 const LOOK: Duration = Duration::from_secs(3600);
@@ -60,7 +60,7 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::keys::Whose;
+    use crate::providers::Whose;
     use crate::timestamp::Timestamp;
 
     fn provider(until: u64) -> Vec<Entry> {

@@ -11,24 +11,24 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
-use super::RequestPurpose;
 use super::erasure::Erasure;
 use super::messages::{
-    Disks, INTERFACE, InUse, ListDisks, ListVolumes, NotBackedUp, PushKek, RemoveProvider, RevokeKek,
-    ScanVolumes, Volumes, may_be,
+    Disks, InUse, ListDisks, ListVolumes, NotBackedUp, PushKek, RemoveProvider, ScanVolumes, Volumes,
 };
-use super::providers::{Caller, Failed, Nothing, Route};
 use super::registered::Registrant;
 use crate::control::varlink::{CallError, call};
 use crate::control::wire::{self, Connection, WireError};
 use crate::inventory;
 use crate::inventory::verify::Scanned;
 use crate::inventory::{GuardError, Removal, Share, Uses};
-use crate::keys::arena::SecretBytes;
-use crate::keys::registry::Entry;
+use crate::keys::RequestPurpose;
+use crate::keys::protocol::{INTERFACE, RevokeKek, may_be};
+use crate::keys::remote::{Caller, Failed, Nothing, Route};
 use crate::keys::{KeyError, KeyId, KeyProvider, KeyReason, Providers, Reach, Revocation};
 use crate::parsing;
 use crate::path_text;
+use crate::providers::registry::Entry;
+use sealblk_secmem::arena::SecretBytes;
 
 /// How long the agent may take: it may have to wait for several servers, one after the other.
 const TIMEOUT: Duration = Duration::from_secs(120);

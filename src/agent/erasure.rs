@@ -7,10 +7,10 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::audit_log;
-use super::messages::MAX_PATH;
 use super::service::with;
 use crate::audit::{AuditError, AuditLog};
 use crate::control::events::Event;
+use crate::keys::protocol::MAX_PATH;
 use crate::path_text::from_text;
 
 /// How long a SHA-256 is, as text.

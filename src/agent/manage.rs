@@ -7,9 +7,7 @@ use serde_json::{Value, json};
 
 use super::erasure::{Erasure, ErasureStep};
 use super::listing::page;
-use super::messages::{
-    INTERFACE, InUse, ListVolumes, NotBackedUp, RemoveProvider, RevokeKek, ScanVolumes, Volumes,
-};
+use super::messages::{InUse, ListVolumes, NotBackedUp, RemoveProvider, ScanVolumes, Volumes};
 use super::service::{Answered, Service, by, check_names, failure, with};
 use crate::control::events::Event;
 use crate::control::peer::Peer;
@@ -18,9 +16,10 @@ use crate::control::varlink::{MethodError, Reply, Request};
 use crate::inventory;
 use crate::inventory::verify::{Scanned, verify};
 use crate::inventory::{By, Disk, GuardError, Note, Removal, SERVED, Uses, remove_provider, revoke};
-use crate::keys::registry::{Registry, RegistryError};
+use crate::keys::protocol::{INTERFACE, RevokeKek};
 use crate::keys::{KeyError, KeyId, KeyReason, Providers};
 use crate::path_text::from_text;
+use crate::providers::{registry::Registry, registry::RegistryError};
 
 impl Service {
     pub(super) fn list_volumes(&self, mut request: Request<'_>) -> Answered {

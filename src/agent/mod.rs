@@ -7,8 +7,7 @@
 //! certificates  reports of certificates that are about to expire
 //! erasure       records of erasures in the audit log
 //! client        the other side: calls to the agent's socket
-//! providers     an agent, or a disk's key helper, as key providers of a volume
-//! messages      the messages between the two
+//! messages      the messages between the two about management
 //! ```
 //!
 //! A disk's process has neither a KEK nor a provider's credentials: it gets the slot secret of one keyslot, through a
@@ -19,8 +18,7 @@ mod client;
 mod erasure;
 mod listing;
 mod manage;
-pub(crate) mod messages;
-pub(crate) mod providers;
+mod messages;
 mod registered;
 mod service;
 
@@ -32,21 +30,18 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
-
 use crate::closer::ClosedElsewhere;
 use crate::control::events::Event;
-use crate::control::privilege::{Grants, Privilege};
+use crate::control::privilege::Grants;
 use crate::control::server;
 use crate::control::socket::{self, BindError, Bound, Permissions, termination};
 use crate::control::varlink::Interface;
-use crate::keys::{SealedCache, SealedCacheSettings, SharedProviders};
+use crate::providers::{SealedCache, SealedCacheSettings, SharedProviders};
 
 use crate::audit::AuditLog;
 pub use crate::audit::{AuditError, Verified, verify, verify_each};
 pub use client::Client;
 pub use erasure::{Erasure, ErasureStep, record_erasure};
-pub use messages::INTERFACE;
 pub use registered::Registrant;
 use service::Service;
 pub(crate) use service::failure;
@@ -68,34 +63,6 @@ const CHORES: [Chore; 3] = [
     ("ended", Service::tell_ended),
     ("certificates", Service::tell_expiring),
 ];
-
-/// The purpose of a request for a key. The interface describes which calls and privileges go with it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum RequestPurpose {
-    /// To serve a volume to a guest.
-    Attach,
-    /// To open a volume for something else.
-    Access,
-    /// To make a volume.
-    Create,
-    /// To give a volume another KEK.
-    Recrypt,
-    /// To prove that a provider works.
-    Check,
-}
-
-impl RequestPurpose {
-    fn privilege(self) -> Privilege {
-        match self {
-            Self::Attach => Privilege::RegisterVM,
-            Self::Access => Privilege::Access,
-            Self::Create => Privilege::EncryptNew,
-            Self::Recrypt => Privilege::Recrypt,
-            Self::Check => Privilege::ReadKeyServersInfo,
-        }
-    }
-}
 
 /// How an agent is set up.
 #[derive(Debug)]

@@ -24,10 +24,10 @@ use crate::control::peer::Peer;
 use crate::control::privilege::has_all;
 use crate::control::quota::is_fair;
 use crate::keys::KeyId;
-use crate::keys::private_file;
 use crate::mutex::lock;
 use crate::parsing;
 use crate::timestamp::Timestamp;
+use sealblk_secmem::private_file;
 
 /// The most volumes that are watched: each takes a descriptor. The KEKs of others go when their time has come.
 const MAX_VOLUMES: usize = 8192;

@@ -11,13 +11,9 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
-use super::RequestPurpose;
 use super::certificates::Certificates;
 use super::listing::{LastListing, page};
-use super::messages::{
-    CreateKek, DefaultProvider, Disks, INTERFACE, Kek, KeyFailure, ListDisks, MAX_NAME, MAX_PATH,
-    MAX_WRAPPED, NamedProvider, PushKek, SettleBinding, Unwrap, WireBinding, Wrap, may_be,
-};
+use super::messages::{Disks, ListDisks, PushKek};
 use super::registered::{Registered, serving};
 use crate::audit::AuditLog;
 use crate::control::events::{Event, Events};
@@ -27,10 +23,16 @@ use crate::control::rate_limit::RateLimit;
 use crate::control::varlink::{Interface, MethodError, Reply, Request};
 use crate::control::wire;
 use crate::inventory::{By, Index, Occasion};
-use crate::keys::arena::SecretBytes;
-use crate::keys::{KeyError, KeyId, KeyReason, Providers, SharedProviders};
+use crate::keys::RequestPurpose;
+use crate::keys::protocol::{
+    CreateKek, DefaultProvider, INTERFACE, Kek, KeyFailure, MAX_NAME, MAX_PATH, MAX_WRAPPED, NamedProvider,
+    SettleBinding, Unwrap, WireBinding, Wrap, may_be,
+};
+use crate::keys::{KeyError, KeyId, KeyReason, Providers};
 use crate::path_text::from_text;
+use crate::providers::SharedProviders;
 use crate::timestamp::Timestamp;
+use sealblk_secmem::arena::SecretBytes;
 
 /// The agent's side of its socket.
 #[derive(Debug)]

@@ -23,13 +23,13 @@ use std::time::Duration;
 use rustix::event::{EventfdFlags, eventfd};
 use serde_json::{Value, json};
 
-use crate::agent::RequestPurpose;
-use crate::binding::{self, BindingError, BindingReason, Bindings, Rekeyed};
 use crate::cipher::{CipherError, KernelChoice};
 use crate::control::events::{Event, Events};
 use crate::control::manager;
 use crate::device::Disk;
 use crate::key_helper::{HelperError, HelperFailure, KeyHelper};
+use crate::keys::RequestPurpose;
+use crate::keys::binding::{self, BindingError, BindingReason, Bindings, Rekeyed};
 use crate::keys::{KeyError, KeyReason};
 use crate::luks2::{Changed, Identity, Locked, Volume, VolumeError};
 use crate::map::SegmentTable;

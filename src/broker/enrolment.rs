@@ -14,7 +14,7 @@ use webpki::{EndEntityCert, KeyUsage, anchor_from_trusted_cert};
 
 use super::state::Host;
 use crate::kbs::enrolment::Enrol;
-use crate::keys::tls::{self, TlsFileError};
+use crate::providers::{tls, tls::TlsFileError};
 use crate::tpm::attest::{NotAttested, RsaPublic};
 
 /// tcg-kp-EKCertificate, 2.23.133.8.1: what the certificate of an endorsement key is for.

@@ -37,7 +37,7 @@ use crate::control::events::Event;
 use crate::control::quota::{Quota, Share};
 use crate::control::socket::{listen, termination};
 use crate::deadline::{Deadline, Timed};
-use crate::keys::tls::TlsFileError;
+use crate::providers::tls::TlsFileError;
 
 use service::Service;
 pub use settings::{Settings, SettingsError};

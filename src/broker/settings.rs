@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use crate::keys::tls::Identity;
+use crate::providers::tls::Identity;
 use crate::toml_file::{self, TomlFileError};
 
 /// What a broker runs on.

@@ -18,12 +18,12 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
 use crate::kbs::ResourcePath;
-use crate::keys::arena::{ArenaError, SecretBytes};
-use crate::keys::private_file::{self, Forbid};
-use crate::keys::settings_file::{self, Unreadable};
-use crate::keys::wrap::{self, KEK_LEN, Kek};
 use crate::parsing;
+use crate::providers::{settings_file, settings_file::Unreadable};
+use crate::providers::{wrap, wrap::KEK_LEN, wrap::Kek};
 use crate::tpm::pcr;
+use sealblk_secmem::{arena::ArenaError, arena::SecretBytes};
+use sealblk_secmem::{private_file, private_file::Forbid};
 
 /// The file of everything but the master key.
 const KEPT: &str = "broker.json";

@@ -20,9 +20,9 @@ use crate::broker::{Broker as Server, Settings, State, StateError, audit_log};
 use crate::control::events::Event;
 use crate::control::manager;
 use crate::kbs::ResourcePath;
-use crate::keys::arena::SecretBytes;
-use crate::keys::private_file;
 use crate::tpm::pcr;
+use sealblk_secmem::arena::SecretBytes;
+use sealblk_secmem::private_file;
 
 /// The default path of the broker's settings.
 const DEFAULT_SETTINGS: &str = "/etc/sealblk/broker.toml";

@@ -17,12 +17,12 @@ use super::recovery_key::RecoveryKey;
 use super::secret::SecretSource;
 use super::size::Size;
 use super::{Host, Keys, output, provider, stderr, text};
-use crate::agent::RequestPurpose;
-use crate::binding::{self, CreateOptions};
 use crate::cipher::SectorSize;
-use crate::keys::registry::Backup;
+use crate::keys::RequestPurpose;
+use crate::keys::binding::{self, CreateOptions};
 use crate::keys::{KeyProvider, Providers};
 use crate::luks2::{Argon2Cost, Content, HeaderIo, Locked};
+use crate::providers::registry::Backup;
 use crate::storage::{Access, Backing, Kind};
 
 const AFTER_HELP: &str = "\

@@ -18,15 +18,16 @@ use super::made::Made;
 use super::size::Size;
 use super::volume_args::VolumeArgs;
 use super::{Host, Keys, output, stderr, text};
-use crate::agent::{Erasure, ErasureStep, RequestPurpose};
-use crate::binding::{self, Bindings, BoundTo, Info, Proof};
+use crate::agent::{Erasure, ErasureStep};
 use crate::inventory::{GuardError, Removal};
-use crate::keys::private_file;
+use crate::keys::RequestPurpose;
+use crate::keys::binding::{self, Bindings, BoundTo, Info, Proof};
 use crate::keys::{KeyError, KeyId, KeyReason, Reach, Revocation};
 use crate::luks2::{Erased, erase};
 use crate::path_text;
 use crate::storage::{Access, Backing, Kind};
 use crate::timestamp::Timestamp;
+use sealblk_secmem::private_file;
 
 const AFTER_HELP: &str = "\
 Examples:

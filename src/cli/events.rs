@@ -8,9 +8,10 @@ use serde_json::{Value, json};
 
 use super::failure::Failure;
 use super::{Host, output, served};
+use crate::attachment as disk;
 use crate::control::varlink::{CallError, call_for_more, reply};
 use crate::control::wire::Connection;
-use crate::{agent, attachment as disk};
+use crate::keys::protocol;
 
 /// Print events of keys and disks as JSON, one object a line, until you interrupt it
 #[derive(Debug, Args)]
@@ -29,7 +30,7 @@ impl Events {
     pub(super) fn run(self, host: &Host) -> Result<(), Failure> {
         let (socket, interface) = match self.control_socket {
             Some(socket) => (socket, disk::INTERFACE),
-            None => (host.agent_socket()?, agent::INTERFACE),
+            None => (host.agent_socket()?, protocol::INTERFACE),
         };
         match print(&socket, interface)? {
             Ended::Reader => Ok(()),

@@ -9,7 +9,9 @@ use super::key::age_text;
 use super::output;
 use super::size::Size;
 use super::text::{self, printable};
-use crate::binding::{CopiesInfo, Info as VolumeInfo, KdfInfo, KeyslotInfo, Purpose, SegmentInfo, TokenInfo};
+use crate::keys::binding::{
+    CopiesInfo, Info as VolumeInfo, KdfInfo, KeyslotInfo, Purpose, SegmentInfo, TokenInfo,
+};
 use crate::storage::{Access, Backing};
 
 /// Show the properties of a disk, and the keyslots that open it; needs no key

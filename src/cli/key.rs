@@ -14,9 +14,9 @@ use super::config::parse_age;
 use super::failure::Failure;
 use super::secret::SecretSource;
 use super::{Host, Keys, absolute, output, stderr, text};
-use crate::agent::RequestPurpose;
 use crate::inventory;
 use crate::inventory::{GuardError, Note, Removal};
+use crate::keys::RequestPurpose;
 use crate::keys::{KeyError, KeyId, KeyProvider, KeyReason, KeyState, Providers, Reach, Revocation};
 use crate::timestamp::Timestamp;
 

@@ -18,12 +18,7 @@ use super::Host;
 use super::failure::Failure;
 use super::keys::Keys;
 use super::secret::{SecretSource, duplicate};
-use crate::agent::messages::{
-    CreateKek, DefaultProvider, INTERFACE as AGENT, Kek, MAX_WRAPPED, SettleBinding, Unwrap, WireBinding,
-    Wrap,
-};
-use crate::agent::{RequestPurpose, failure};
-use crate::binding::Bindings;
+use crate::agent::failure;
 use crate::control::peer::Peer;
 use crate::control::varlink::{self, Interface, MethodError, Reply, Request};
 use crate::control::wire::{self, Connection};
@@ -31,10 +26,16 @@ use crate::error_chain::causes;
 use crate::key_helper::{
     DESCRIPTION, Form, INTERFACE, Open, Opened, Passphrase, WireFailure, give, path_of, reopened,
 };
-use crate::keys::arena::SecretBytes;
+use crate::keys::RequestPurpose;
+use crate::keys::binding::Bindings;
+use crate::keys::protocol::{
+    CreateKek, DefaultProvider, INTERFACE as AGENT, Kek, MAX_WRAPPED, SettleBinding, Unwrap, WireBinding,
+    Wrap,
+};
 use crate::keys::{KeyError, KeyId, KeyReason, Providers};
 use crate::luks2::Reason;
 use crate::storage::{Access, Backing};
+use sealblk_secmem::arena::SecretBytes;
 
 /// How long a message may take that has begun.
 const TIMEOUT: Duration = Duration::from_secs(30);

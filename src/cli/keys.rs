@@ -13,9 +13,9 @@ use crate::agent::{Client, Erasure, ErasureStep, record_erasure};
 use crate::inventory;
 use crate::inventory::verify::{Scanned, verify};
 use crate::inventory::{By, GuardError, Index, Note, Noting, Removal, remove_provider, revoke};
-use crate::keys::registry::{Entry, Registry};
 use crate::keys::{KeyError, KeyId, KeyProvider, Providers, Reach, Revocation};
 use crate::path_text::from_text;
+use crate::providers::{registry::Entry, registry::Registry};
 
 /// Where a verb gets keys.
 #[derive(Debug)]

@@ -5,7 +5,8 @@ use serde_json::json;
 
 use super::failure::Failure;
 use super::{Host, output, text};
-use crate::agent::{Client, RequestPurpose};
+use crate::agent::Client;
+use crate::keys::RequestPurpose;
 
 const AFTER_HELP: &str = "\
 The agent lists the volumes whose keys it has given out. It does not list a disk

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use super::stderr;
-use crate::keys::private_file;
+use sealblk_secmem::private_file;
 
 /// Removes the files it holds when it is dropped, unless they are kept.
 #[derive(Debug, Default)]

@@ -44,13 +44,14 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::agent::{Client, RequestPurpose};
+use crate::agent::Client;
 use crate::cipher;
-use crate::keys::harden;
-use crate::keys::registry::{self, Registry, RegistryError};
+use crate::keys::RequestPurpose;
+use crate::providers::{registry, registry::Registry, registry::RegistryError};
 use config::{Config, ConfigError};
 use failure::Failure;
 use keys::Keys;
+use sealblk_secmem::harden;
 
 const AFTER_HELP: &str = "\
 Examples:

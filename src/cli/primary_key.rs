@@ -9,13 +9,14 @@ use super::failure::Failure;
 use super::made::Made;
 use super::secret::{SecretError, SecretSource};
 use super::{Host, output, stderr, strength, text};
-use crate::keys::arena::{SecretBytes, on_wiped_stack};
-use crate::keys::registry::Backup as Taken;
-use crate::keys::{PRIMARY_LEN, private_file};
 use crate::luks2::{Argon2Cost, key_backup};
+use crate::providers::PRIMARY_LEN;
+use crate::providers::registry::Backup as Taken;
 use crate::storage::{Access, Backing};
 use crate::tpm::pcr::Selection;
 use crate::tpm::{DEFAULT_DEVICE, Device};
+use sealblk_secmem::private_file;
+use sealblk_secmem::{arena::SecretBytes, arena::on_wiped_stack};
 
 const BACKUP_HELP: &str = "\
 Examples:

@@ -12,14 +12,14 @@ use super::failure::Failure;
 use super::key::Insistence;
 use super::secret::SecretSource;
 use super::{Host, Keys, absolute, output, primary_key, stderr, text};
-use crate::agent::RequestPurpose;
 use crate::inventory::Removal;
 use crate::kbs::ResourcePath;
-use crate::keys::kmip::{self, Wrap, WrappingKey};
-use crate::keys::registry::{Backup, Entry, Registry, Source};
-use crate::keys::transit::{self, Login};
-use crate::keys::trusted;
+use crate::keys::RequestPurpose;
 use crate::keys::{KeyReason, Providers};
+use crate::providers::trusted;
+use crate::providers::{kmip, kmip::Wrap, kmip::WrappingKey};
+use crate::providers::{registry::Backup, registry::Entry, registry::Registry, registry::Source};
+use crate::providers::{transit, transit::Login};
 use crate::tpm::{DEFAULT_DEVICE, Device};
 
 const NATIVE_HELP: &str = "\

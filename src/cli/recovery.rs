@@ -8,7 +8,7 @@ use super::recovery_key::RecoveryKey;
 use super::secret::SecretSource;
 use super::volume_args::{Unlock, VolumeArgs};
 use super::{Host, output, text};
-use crate::agent::RequestPurpose;
+use crate::keys::RequestPurpose;
 use crate::luks2::{Argon2Cost, HeaderError, Reason};
 use crate::storage::Access;
 

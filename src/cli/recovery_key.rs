@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use super::failure::Failure;
 use super::secret::{Key, SecretError, SecretSource};
 use super::strength;
-use crate::keys::arena::{ArenaError, SecretBytes};
-use crate::keys::private_file;
+use sealblk_secmem::private_file;
+use sealblk_secmem::{arena::ArenaError, arena::SecretBytes};
 
 const MODHEX: &[u8; 16] = b"cbdefghijklnrtuv";
 const RANDOM_LEN: usize = 32;

@@ -12,9 +12,9 @@ use super::failure::Failure;
 use super::key::max_key_age;
 use super::volume_args::{Unlock, VolumeArgs};
 use super::{Host, output, served, text};
-use crate::agent::RequestPurpose;
-use crate::binding::{self, Bindings, Rekeyed};
 use crate::keys::KeyId;
+use crate::keys::RequestPurpose;
+use crate::keys::binding::{self, Bindings, Rekeyed};
 use crate::storage::{Access, StorageError};
 
 const AFTER_HELP: &str = "\

@@ -19,8 +19,8 @@ use rustix::io::FdFlags;
 
 use super::{stderr, text};
 use crate::key_helper::MAX_SECRET;
-use crate::keys::arena::{ArenaError, SecretBytes};
-use crate::keys::private_file::{self, Exposed, Forbid};
+use sealblk_secmem::{arena::ArenaError, arena::SecretBytes};
+use sealblk_secmem::{private_file, private_file::Exposed, private_file::Forbid};
 
 /// The longest secret that is read, in bytes: that of cryptsetup's key files.
 const MAX_LEN: usize = MAX_SECRET;

@@ -29,11 +29,11 @@ use crate::control::socket::{self, Bound, Permissions};
 use crate::control::{manager, server, varlink};
 use crate::device::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES, Disk, Endpoint, Server, Waited};
 use crate::key_helper::{KeyHelper, Settings};
-use crate::keys::arena::{self, SecretBytes};
 use crate::luks2::{Changed, HeaderError, Identity, Locked, MATERIAL_LEN, Reason, VolumeError};
 use crate::map::{SegmentTable, Treatment, unencrypted};
 use crate::sandbox::{Allowed, Choice, Sandbox};
 use crate::storage::{Access, Backing, DataFile, PAGE, StorageError};
+use sealblk_secmem::{arena, arena::SecretBytes};
 
 const AFTER_HELP: &str = "\
 Then start QEMU with shared memory and the disk:

@@ -7,7 +7,7 @@ use clap::Args;
 use super::Keys;
 use super::failure::Failure;
 use super::secret::SecretSource;
-use crate::binding;
+use crate::keys::binding;
 use crate::luks2::{self, HeaderIo, Locked, Volume};
 use crate::storage::{Access, Backing};
 

@@ -33,9 +33,9 @@ use super::ring::{HeadsInHand, Ring};
 use super::sigbus;
 use super::task::{Piece, TaskIndex, Tasks, data_len};
 use crate::cipher::{Reader, Workspace};
-use crate::keys::arena::on_wiped_stack;
 use crate::map::{Extent, SegmentTable};
 use crate::storage::{Buffer, Done, Engine, PAGE};
+use sealblk_secmem::arena::on_wiped_stack;
 
 /// All that the requests of one ring pass through.
 pub(super) struct RequestPath {

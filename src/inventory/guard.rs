@@ -11,8 +11,8 @@ use super::verify::{Entry, UNTOLD, verify};
 use super::{Index, Note};
 use crate::error_chain::remedy;
 use crate::harmless::harmless;
-use crate::keys::registry::{Backup, Registry, RegistryError};
 use crate::keys::{KeyError, KeyId, KeyProvider, KeyReason, KeyState, Reach, Revocation};
+use crate::providers::{registry::Backup, registry::Registry, registry::RegistryError};
 
 /// How many volumes a refusal lists.
 const LISTED: usize = 10;

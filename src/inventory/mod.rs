@@ -47,13 +47,13 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
-use crate::keys::private_file;
 use crate::keys::{Binding, KeyId};
 use crate::mutex::lock;
 use crate::parsing;
 use crate::path_text;
 use crate::timestamp::Timestamp;
 use room::Counts;
+use sealblk_secmem::private_file;
 use verify::{Verdict, look};
 
 pub use guard::{Disk, GuardError, Removal, SERVED, Uses, remove_provider, revoke};

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::{By, Index, Occasion};
-use crate::keys::arena::SecretBytes;
 use crate::keys::{Binding, KeyError, KeyId, KeyProvider, KeyState, Providers, Reach, Revocation};
+use sealblk_secmem::arena::SecretBytes;
 
 /// Providers as one volume uses them.
 #[derive(Debug)]

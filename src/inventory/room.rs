@@ -22,7 +22,8 @@ use uuid::Uuid;
 use super::verify::{Verdict, look};
 use super::{Index, MOST, Note, PLACES, Rarely, name_of, note_of, read, remove};
 use crate::error_chain::remedy;
-use crate::keys::{Binding, KeyError, KeyReason, private_file};
+use crate::keys::{Binding, KeyError, KeyReason};
+use sealblk_secmem::private_file;
 
 /// What users have at most, all together: the rest is the owner's.
 const MOST_OF_USERS: usize = MOST / 4 * 3;

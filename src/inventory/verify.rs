@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::{By, Index, Note, Occasion, Remark, read, remove};
-use crate::binding::{Bindings, BoundTo};
 use crate::keys::Binding;
+use crate::keys::binding::{Bindings, BoundTo};
 use crate::luks2::HeaderError;
 use crate::path_text::{from_text, to_text};
 use crate::probe::{OF_CALLERS, Probe};

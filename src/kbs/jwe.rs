@@ -11,9 +11,9 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
 
-use crate::keys::arena::{ArenaError, SecretBytes, on_wiped_stack};
-use crate::keys::wrap::{self, KEK_LEN, Kek};
 use crate::parsing;
+use crate::providers::{wrap, wrap::KEK_LEN, wrap::Kek};
+use sealblk_secmem::{arena::ArenaError, arena::SecretBytes, arena::on_wiped_stack};
 
 const ALGORITHM: &str = "ECDH-ES+A256KW";
 const ENCRYPTION: &str = "A256GCM";

@@ -47,16 +47,16 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
-use crate::agent::RequestPurpose;
-use crate::agent::providers::{Caller, Cause, Route, lacks_descriptors, unanswered};
 use crate::control::varlink::{CallError, call, object};
 use crate::control::wire::Connection;
-use crate::keys::arena::SecretBytes;
+use crate::keys::RequestPurpose;
+use crate::keys::remote::{Caller, Cause, Route, lacks_descriptors, unanswered};
 use crate::keys::{KeyError, KeyReason, Providers};
 use crate::mutex::lock;
 use crate::parsing;
 use crate::path_text;
 use crate::storage::Backing;
+use sealblk_secmem::arena::SecretBytes;
 
 use process::Process;
 pub(crate) use process::Settings;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::KeyId;
+use crate::KeyId;
 
 /// A key operation that failed: at which provider, for which key, on which hop, and why.
 ///
@@ -94,8 +94,8 @@ impl KeyError {
 }
 
 impl KeyReason {
-    #[cfg(test)]
-    pub(crate) const ALL: [Self; 18] = [
+    /// All, for those that must have each.
+    pub const ALL: [Self; 18] = [
         Self::UnknownProvider,
         Self::NoAgent,
         Self::NoHelper,

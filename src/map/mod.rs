@@ -192,7 +192,7 @@ impl SegmentTable {
 mod tests {
     use super::*;
     use crate::cipher::{KEY_LEN, KernelChoice, SectorSize};
-    use crate::keys::arena::SecretBytes;
+    use sealblk_secmem::arena::SecretBytes;
 
     fn linear(sectors: u64, offset: u64, iv: u64) -> Segment {
         Segment {

@@ -16,7 +16,7 @@ use super::command::{Auth, Command};
 use super::pcr::{COUNT, Selection, Value};
 use super::session::{CONTINUE, ENCRYPT, Kind};
 use super::{Tpm, TpmError, TpmFailure};
-use crate::keys::arena::SecretBytes;
+use sealblk_secmem::arena::SecretBytes;
 
 /// TPM_RH_ENDORSEMENT.
 const ENDORSEMENT: u32 = 0x4000_000b;

@@ -13,7 +13,7 @@ use super::codec::{Marshal, Reader};
 use super::device::{HEADER, MAX_MESSAGE};
 use super::session::Session;
 use super::{Code, Tpm, TpmError, TpmFailure};
-use crate::keys::arena::SecretBytes;
+use sealblk_secmem::arena::SecretBytes;
 
 /// TPM_ST_NO_SESSIONS and TPM_ST_SESSIONS.
 const NO_SESSIONS: u16 = 0x8001;

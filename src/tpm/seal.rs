@@ -10,7 +10,7 @@ use super::command::{Auth, Command};
 use super::pcr::Selection;
 use super::session::{CONTINUE, DECRYPT, ENCRYPT, Kind, Session};
 use super::{Code, Tpm, TpmError, TpmFailure};
-use crate::keys::arena::SecretBytes;
+use sealblk_secmem::arena::SecretBytes;
 
 /// TPM_RC_POLICY_FAIL, TPM_RC_INTEGRITY: the registers, or the TPM, are others than those that it was sealed to.
 const POLICY_FAIL: u32 = 0x09d;

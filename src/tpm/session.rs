@@ -14,7 +14,7 @@ use zeroize::Zeroizing;
 
 use super::TpmFailure;
 use super::codec::{Marshal, Reader};
-use crate::keys::arena::on_wiped_stack;
+use sealblk_secmem::arena::on_wiped_stack;
 
 /// TPMA_SESSION: it goes on after the command; the first parameter of the command, and of the answer, is encrypted.
 pub(super) const CONTINUE: u8 = 0x01;

@@ -8,7 +8,8 @@ use std::process::{Child, Command};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use sealblk::agent::{Client, RequestPurpose};
+use sealblk::agent::Client;
+use sealblk::keys::RequestPurpose;
 use sealblk::keys::{KeyProvider, Providers};
 use serde_json::Value;
 use tempfile::TempDir;

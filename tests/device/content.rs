@@ -5,7 +5,7 @@ use common::pattern;
 use common::serve::Server;
 use common::volume::{MIB, PASSPHRASE, Volume, run};
 use sealblk::cipher::{KEY_LEN, KernelChoice, SectorCipher, SectorSize};
-use sealblk::keys::arena::SecretBytes;
+use sealblk_secmem::arena::SecretBytes;
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::FileExt;

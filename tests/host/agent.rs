@@ -15,9 +15,9 @@ use common::fuse::Fuse;
 use common::secrets::as_user;
 use common::serve::{Server, sealblk_path};
 use common::volume::run;
-use sealblk::agent::RequestPurpose;
-use sealblk::keys::arena::SecretBytes;
+use sealblk::keys::RequestPurpose;
 use sealblk::keys::{Binding, KeyError, KeyId, KeyReason, Providers};
+use sealblk_secmem::arena::SecretBytes;
 use serde_json::Value;
 use uuid::Uuid;
 

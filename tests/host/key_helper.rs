@@ -20,7 +20,7 @@ use hkdf::Hkdf;
 use rustix::process::{Pid, Signal};
 use sealblk::control::varlink::{CallError, call};
 use sealblk::control::wire::{self, Connection};
-use sealblk::keys::registry::Registry;
+use sealblk::providers::registry::Registry;
 use serde_json::{Value, json};
 use sha2::Sha256;
 

@@ -17,7 +17,7 @@ use common::secrets::{Core, Search, core, readable_memory, slot_secret, without_
 use common::serve::{Server, sealblk_path, serve, serve_fails};
 use common::storage::LoopDevice;
 use common::volume::{MIB, Volume, run};
-use sealblk::keys::registry::Registry;
+use sealblk::providers::registry::Registry;
 use serde_json::Value;
 
 /// Long enough for a request to be answered, if it were to be.

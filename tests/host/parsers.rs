@@ -388,14 +388,14 @@ const QUOTING: [(&str, &[&str]); 15] = [
     ("Error::custom", &[]),
     ("E::custom", &["base/parsing.rs"]),
     ("from_pem_", &[]),
-    ("pem_slice_iter", &["keys/tls/pem.rs"]),
+    ("pem_slice_iter", &["providers/tls/pem.rs"]),
     ("pem::Error", &[]),
     ("rustls::Error", &[]),
     ("FromUtf8Error", &[]),
     ("DecodeError", &[]),
     (
         "ureq::Error",
-        &["keys/https/failure.rs", "keys/https/connector.rs"],
+        &["providers/https/failure.rs", "providers/https/connector.rs"],
     ),
 ];
 

@@ -14,7 +14,7 @@ use common::DEADLINE;
 use common::agent::Agent;
 use common::serve::{Server, sealblk_path};
 use common::volume::run;
-use sealblk::agent::RequestPurpose;
+use sealblk::keys::RequestPurpose;
 use serde_json::Value;
 
 /// Users whom no host has: one for each privilege, in this order, and one who has none.

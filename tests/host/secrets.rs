@@ -20,7 +20,7 @@ use common::secrets::{
 use common::serve::{Server, sealblk_path};
 use common::volume::{MIB, PASSPHRASE, Volume, passphrase_file, run};
 use hkdf::Hkdf;
-use sealblk::keys::registry::Registry;
+use sealblk::providers::registry::Registry;
 use sha2::Sha256;
 
 #[test]

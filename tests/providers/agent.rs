@@ -1,7 +1,7 @@
 //! The agent's providers: what volumes see of them is what they see of any.
 
-use sealblk::agent::RequestPurpose;
 use sealblk::keys::Providers;
+use sealblk::keys::RequestPurpose;
 
 use crate::conformance;
 use common::agent::Agent;

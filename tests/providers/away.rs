@@ -11,10 +11,10 @@ use std::time::Duration;
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
-use sealblk::agent::RequestPurpose;
-use sealblk::keys::arena::SecretBytes;
-use sealblk::keys::registry::{Registry, Source};
+use sealblk::keys::RequestPurpose;
 use sealblk::keys::{Binding, KeyError, KeyId, KeyProvider, KeyReason, Providers};
+use sealblk::providers::{registry::Registry, registry::Source};
+use sealblk_secmem::arena::SecretBytes;
 use serde_json::{Value, json};
 use uuid::Uuid;
 

@@ -12,11 +12,11 @@ use base16ct::lower;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
-use sealblk::keys::arena::SecretBytes;
-use sealblk::keys::registry::{Registry, RegistryError, Source};
-use sealblk::keys::trusted::Settings;
 use sealblk::keys::{KeyProvider, Providers};
+use sealblk::providers::trusted::Settings;
+use sealblk::providers::{registry::Registry, registry::RegistryError, registry::Source};
 use sealblk::tpm::{Device, Tpm};
+use sealblk_secmem::arena::SecretBytes;
 use serde_json::Value;
 use tempfile::TempDir;
 

@@ -2,8 +2,8 @@
 
 use std::thread;
 
-use sealblk::keys::arena::SecretBytes;
 use sealblk::keys::{Binding, KeyError, KeyId, KeyProvider, KeyReason, KeyState, Revocation};
+use sealblk_secmem::arena::SecretBytes;
 use uuid::Uuid;
 
 /// Panics at the first promise of [`KeyProvider`] that `provider` does not keep.

@@ -5,8 +5,8 @@ use std::process::{Child, Stdio};
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
-use sealblk::keys::registry::{Registry, Source};
-use sealblk::keys::transit::Login;
+use sealblk::providers::transit::Login;
+use sealblk::providers::{registry::Registry, registry::Source};
 use serde_json::json;
 
 use crate::openbao;

@@ -7,10 +7,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 
-use sealblk::keys::arena::SecretBytes;
-use sealblk::keys::kmip::{Settings, Wrap, WrappingKey};
-use sealblk::keys::registry::{Registry, RegistryError, Source};
 use sealblk::keys::{Binding, KeyError, KeyId, KeyProvider, KeyReason, KeyState, Providers};
+use sealblk::providers::{kmip::Settings, kmip::Wrap, kmip::WrappingKey};
+use sealblk::providers::{registry::Registry, registry::RegistryError, registry::Source};
+use sealblk_secmem::arena::SecretBytes;
 use uuid::Uuid;
 
 use crate::certificates;

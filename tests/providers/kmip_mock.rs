@@ -6,10 +6,13 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use sealblk::keys::kmip::message::{Request, Use, VERSIONS, Version, tag};
-use sealblk::keys::kmip::ttlv::{Item, Tag, Value};
-use sealblk::keys::kmip::{Settings, Wrap, WrappingKey};
 use sealblk::keys::{KeyId, KeyReason};
+use sealblk::providers::{kmip::Settings, kmip::Wrap, kmip::WrappingKey};
+use sealblk::providers::{
+    kmip::message::Request, kmip::message::Use, kmip::message::VERSIONS, kmip::message::Version,
+    kmip::message::tag,
+};
+use sealblk::providers::{kmip::ttlv::Item, kmip::ttlv::Tag, kmip::ttlv::Value};
 
 use crate::kmip::{assert_fails, causes, open, wrap};
 use crate::mock::{Mock, Stream};

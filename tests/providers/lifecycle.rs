@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::kmip::open;
 use crate::pykmip::{Server, settings};
 use common::agent::Agent;
-use sealblk::keys::kmip::Settings;
+use sealblk::providers::kmip::Settings;
 
 const KEY: i32 = 4;
 const IN_USE: i32 = 5;

@@ -3,7 +3,7 @@
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 
-use sealblk::keys::transit::Login;
+use sealblk::providers::transit::Login;
 use serde_json::json;
 
 use crate::certificates;

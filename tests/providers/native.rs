@@ -1,7 +1,7 @@
 //! The native provider: a file, and no server.
 
-use sealblk::keys::registry::{Backup, Registry, Source};
 use sealblk::keys::{KeyReason, Providers};
+use sealblk::providers::{registry::Backup, registry::Registry, registry::Source};
 use sealblk::tpm::Device;
 use tempfile::TempDir;
 

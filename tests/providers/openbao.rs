@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use sealblk::keys::transit::{Login, MOUNT, Settings, approle, cert};
+use sealblk::providers::{
+    transit::Login, transit::MOUNT, transit::Settings, transit::approle, transit::cert,
+};
 use serde_json::{Value, json};
 
 use crate::certificates;

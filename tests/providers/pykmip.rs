@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process_group};
-use sealblk::keys::kmip::{Settings, Wrap};
+use sealblk::providers::{kmip::Settings, kmip::Wrap};
 
 use crate::certificates;
 use crate::ports::free_port;

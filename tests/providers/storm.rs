@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use sealblk::agent::RequestPurpose;
-use sealblk::keys::arena::SecretBytes;
-use sealblk::keys::registry::{Registry, Source};
+use sealblk::keys::RequestPurpose;
 use sealblk::keys::{Binding, KeyId, KeyProvider, Providers};
+use sealblk::providers::{registry::Registry, registry::Source};
+use sealblk_secmem::arena::SecretBytes;
 use uuid::Uuid;
 
 use crate::{openbao, pykmip};

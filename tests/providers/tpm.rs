@@ -9,9 +9,9 @@ use std::time::Duration;
 use base16ct::lower;
 use common::Random;
 use common::swtpm::Swtpm;
-use sealblk::keys::arena::SecretBytes;
 use sealblk::tpm::attest::{Attested, RsaPublic, is_of_another_tpm};
 use sealblk::tpm::{Device, Tpm, TpmError, TpmFailure, object_name};
+use sealblk_secmem::arena::SecretBytes;
 
 fn open(tpm: &Swtpm) -> Tpm {
     Tpm::open(&Device::from(tpm.device())).unwrap()

@@ -6,10 +6,10 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use sealblk::keys::arena::SecretBytes;
-use sealblk::keys::registry::{Registry, Source};
-use sealblk::keys::transit::{Login, Settings};
 use sealblk::keys::{Binding, KeyError, KeyId, KeyProvider, KeyReason, KeyState, Providers};
+use sealblk::providers::{registry::Registry, registry::Source};
+use sealblk::providers::{transit::Login, transit::Settings};
+use sealblk_secmem::arena::SecretBytes;
 use serde_json::{Value, json};
 use uuid::Uuid;
 

@@ -9,10 +9,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use sealblk::keys::arena::SecretBytes;
-use sealblk::keys::registry::{Registry, Source};
-use sealblk::keys::transit::{Login, Settings};
 use sealblk::keys::{Binding, KeyError, KeyId, KeyProvider, KeyReason, Providers};
+use sealblk::providers::{registry::Registry, registry::Source};
+use sealblk::providers::{transit::Login, transit::Settings};
+use sealblk_secmem::arena::SecretBytes;
 use serde_json::json;
 use uuid::Uuid;
 

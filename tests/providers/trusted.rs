@@ -14,12 +14,12 @@ use kbs_types::{
 };
 use sealblk::kbs::jwe::OneTimeKey;
 use sealblk::kbs::{self, Evidence};
-use sealblk::keys::arena::SecretBytes;
-use sealblk::keys::registry::{Registry, RegistryError, Source};
 use sealblk::keys::{Binding, KeyError, KeyId, KeyProvider, KeyReason, KeyState};
+use sealblk::providers::{registry::Registry, registry::RegistryError, registry::Source};
 use sealblk::tpm::attest::{AttestationKey, Quote, RsaPublic};
 use sealblk::tpm::pcr::Selection;
 use sealblk::tpm::{Device, Tpm};
+use sealblk_secmem::arena::SecretBytes;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256, Sha384};
 use uuid::Uuid;
@@ -721,7 +721,7 @@ fn a_tpm_that_does_not_answer_is_where_it_fails() {
 
 /// A host of a broker that is none of ours.
 fn host_of(broker: &Mock, tpm: &Swtpm) -> Host {
-    Host::with(sealblk::keys::trusted::Settings {
+    Host::with(sealblk::providers::trusted::Settings {
         addresses: vec![format!("https://{}", broker.address())],
         ca: certificates::directory().join("ca.pem"),
         resource: RESOURCE.parse().unwrap(),

@@ -19,15 +19,17 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
-use sealblk::binding::{self, BindingError, BindingReason, CreateOptions, Info, Rekeyed, create, is_ours};
 use sealblk::cipher::SectorSize;
-use sealblk::keys::arena::SecretBytes;
-use sealblk::keys::registry::{Backup, Registry, Source};
+use sealblk::keys::binding::{
+    self, BindingError, BindingReason, CreateOptions, Info, Rekeyed, create, is_ours,
+};
 use sealblk::keys::{KeyProvider, Providers};
 use sealblk::luks2::{
     Argon2Cost, Erased, HeaderError, HeaderIo, HeaderState, LockMode, Locked, MetadataLock, Reason, Refusal,
     VolumeError,
 };
+use sealblk::providers::{registry::Backup, registry::Registry, registry::Source};
+use sealblk_secmem::arena::SecretBytes;
 use uuid::Uuid;
 
 const CHEAP: Argon2Cost = Argon2Cost {

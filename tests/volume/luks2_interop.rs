@@ -9,17 +9,17 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use sealblk::binding::{self, BindingReason, CopiesInfo, CreateOptions, Info, create};
 use sealblk::cipher::{KernelChoice, Reader, Sector, SectorSize, Workspace};
-use sealblk::keys::arena::SecretBytes;
-use sealblk::keys::registry::{Backup, Registry, Source};
+use sealblk::keys::binding::{self, BindingReason, CopiesInfo, CreateOptions, Info, create};
 use sealblk::keys::{KeyProvider, Providers};
 use sealblk::luks2::{
     Argon2Cost, FileLock, HeaderError, HeaderIo, HeaderState, LockMode, Locked, MetadataLock, Reason,
     Refusal, Volume,
 };
 use sealblk::map::{SegmentTable, Treatment};
+use sealblk::providers::{registry::Backup, registry::Registry, registry::Source};
 use sealblk::storage::{Access, Backing, StorageError};
+use sealblk_secmem::arena::SecretBytes;
 use serde_json::Value;
 use vm_memory::VolatileSlice;
 

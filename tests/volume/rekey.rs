@@ -9,9 +9,9 @@ use std::time::Instant;
 
 use common::serve::sealblk_path;
 use common::volume::{Volume, run};
-use sealblk::binding::{self, BindingReason};
-use sealblk::keys::registry::Registry;
+use sealblk::keys::binding::{self, BindingReason};
 use sealblk::luks2::Locked;
+use sealblk::providers::registry::Registry;
 use sealblk::storage::{Access, Backing};
 use serde_json::Value;
 
