@@ -1,7 +1,7 @@
 //! Datagrams to a service of this host: the journal, and the service manager.
 //!
-//! The socket is connected once and kept, since a confined process can connect none. If the service has bound its socket
-//! anew, a process that may connect does so again.
+//! The socket is connected once and kept, since a confined process can connect none. If the service has bound a new
+//! socket since, a process that may connect connects to that.
 
 use std::io;
 use std::os::unix::net::{SocketAddr, UnixDatagram};

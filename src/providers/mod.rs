@@ -15,7 +15,7 @@
 //! wrap       AES-256-GCM under a KEK that is on this host
 //! ```
 //!
-//! What a provider is, is told in [`crate::keys`].
+//! [`crate::keys`] says what a provider is.
 
 mod backup;
 mod cache;

@@ -6,6 +6,7 @@
 //! mistake shared by device and driver cannot hide. Only the mapping of memory comes from vm-memory.
 //!
 //! Every wait has a deadline: a device that hangs fails its test.
+#![allow(clippy::new_without_default)] // `new` of these starts servers and makes disks.
 
 pub mod aes;
 pub mod agent;
@@ -33,7 +34,7 @@ pub const DEADLINE: Duration = Duration::from_secs(30);
 pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
     let mut random = Random::new(seed);
     let mut bytes: Vec<u8> = (0..len.div_ceil(8))
-        .flat_map(|_| random.next().to_le_bytes())
+        .flat_map(|_| random.number().to_le_bytes())
         .collect();
     bytes.truncate(len);
     bytes
@@ -49,7 +50,7 @@ impl Random {
         Random(seed ^ other << 32)
     }
 
-    pub fn next(&mut self) -> u64 {
+    pub fn number(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -59,7 +60,7 @@ impl Random {
 
     /// A number below `bound`.
     pub fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound
+        self.number() % bound
     }
 
     /// Cuts `len` bytes into fewer than 110 pieces, some of one byte: where each is, and its length.

@@ -131,7 +131,7 @@ fn random_requests(client: &mut Client, model: &mut [u8], random: &mut Random, r
                 let mut check = Check::Nothing;
                 match random.below(8) {
                     kind @ 0..=2 => {
-                        let bytes = pattern(random.next(), len);
+                        let bytes = pattern(random.number(), len);
                         client.put(at, &bytes);
                         model[disk..disk + len].copy_from_slice(&bytes);
                         if kind == 0 {

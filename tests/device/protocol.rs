@@ -721,7 +721,7 @@ fn used_ring_over_the_descriptor_table_does_no_harm() {
     let mut random = common::Random::new(3);
     for _ in 0..200 {
         let desc = driver.queues[0].desc;
-        driver.memory.write(desc, &pattern(random.next(), 4096));
+        driver.memory.write(desc, &pattern(random.number(), 4096));
         driver.queue().kick();
     }
     driver.frontend.shut_down();
@@ -741,7 +741,7 @@ fn noise_in_rings_and_buffers_does_no_harm() {
         for _ in 0..50 {
             // Descriptors of noise, but short and near memory, so that many of them hit something.
             for at in 0..size {
-                let noise = random.next();
+                let noise = random.number();
                 driver.queue().set_desc(
                     at,
                     common::queue::Desc {

@@ -1083,7 +1083,7 @@ fn random_requests_on_four_queues_agree_with_a_model() {
                 let len = (1 + random.below(32)) as usize * SECTOR;
                 let range = start as usize * SECTOR..start as usize * SECTOR + len;
                 if random.below(2) == 0 {
-                    model[range.clone()].copy_from_slice(&pattern(random.next(), len));
+                    model[range.clone()].copy_from_slice(&pattern(random.number(), len));
                     let write = driver.submit(queue, T_OUT, start, Data::Out(&model[range]));
                     pending.insert((queue, write.head), (write, None));
                 } else {

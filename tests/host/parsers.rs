@@ -379,7 +379,7 @@ fn what_is_in_a_file_of_settings_or_state_is_in_no_error() {
 
 /// What calls a parser whose errors quote, or names such an error, and where that is allowed.
 const QUOTING: [(&str, &[&str]); 15] = [
-    ("serde_json::from_", &["base/parsing.rs", "volume/testing.rs"]),
+    ("serde_json::from_", &["base/parsing.rs", "luks2/testing.rs"]),
     ("serde_json::Error", &["base/parsing.rs"]),
     ("serde_json::error", &["base/parsing.rs"]),
     ("toml::from_", &["toml_file.rs"]),

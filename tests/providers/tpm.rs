@@ -67,7 +67,7 @@ fn a_sealed_secret_that_was_altered_does_not_come_back() {
     let mut random = Random::new(1);
     for _ in 0..40 {
         let mut bytes = text.clone().into_bytes();
-        let at = (random.next() % bytes.len() as u64) as usize;
+        let at = (random.number() % bytes.len() as u64) as usize;
         bytes[at] = match bytes[at] {
             b'A' => b'B',
             byte if byte.is_ascii_alphanumeric() => b'A',
@@ -387,15 +387,15 @@ fn answers_that_are_hostile_are_errors() {
             // Whoever waits for more of a spoilt answer is told that there is none.
             before.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
             let mut behind = std::os::unix::net::UnixStream::connect(&behind).unwrap();
-            let spoil = random.next() % 14;
+            let spoil = random.number() % 14;
             let mut answers = 0;
             let mut buffer = vec![0; 8192];
             while let Ok(read @ 1..) = before.read(&mut buffer) {
                 behind.write_all(&buffer[..read]).unwrap();
                 let read = behind.read(&mut buffer).unwrap();
                 if answers == spoil {
-                    let at = random.next() as usize % read;
-                    buffer[at] ^= 1 << (random.next() % 8);
+                    let at = random.number() as usize % read;
+                    buffer[at] ^= 1 << (random.number() % 8);
                 }
                 answers += 1;
                 if before.write_all(&buffer[..read]).is_err() {
