@@ -6,15 +6,17 @@
 
 use serde::{Deserialize, Serialize};
 use tpm2_protocol::TpmUnmarshal;
+use tpm2_protocol::basic::{TpmUint16, TpmUint32};
 use tpm2_protocol::data::{
-    TpmAlgId, TpmCc, TpmsAttest, TpmtPublic, TpmtRsaScheme, TpmuAsymScheme, TpmuAttest, TpmuPublicId,
-    TpmuPublicParms,
+    Tpm2bDigest, Tpm2bNvPublic, Tpm2bPublicKeyRsa, TpmAlgId, TpmCc, TpmaObject, TpmsAttest, TpmsRsaParms,
+    TpmsSchemeHash, TpmtPublic, TpmtRsaScheme, TpmtSignature, TpmuAsymScheme, TpmuAttest, TpmuPublicId,
+    TpmuPublicParms, TpmuSignature,
 };
 
-use super::codec::{Marshal, text};
+use super::codec::{Marshal, marshalled, text};
 use super::command::{Auth, Command};
 use super::pcr::{COUNT, Selection, Value};
-use super::session::{CONTINUE, ENCRYPT, Kind};
+use super::session::{AES_128_CFB, CONTINUE, ENCRYPT, Kind, NO_CIPHER};
 use super::{Tpm, TpmError, TpmFailure};
 use sealblk_secmem::arena::SecretBytes;
 
@@ -87,19 +89,7 @@ impl Tpm {
     /// # Errors
     /// If the TPM does not do it.
     pub fn create_attestation_key(&mut self) -> Result<AttestationKey, TpmError> {
-        let mut public = Vec::new();
-        public.u16(0x0001);
-        public.u16(0x000b);
-        // Among its attributes noDA: its password is empty, so there is nothing to guess, and a TPM that is locked out by what others
-        // have guessed still signs. Nor does a power cut after a quote count as a guess then.
-        public.u32(0x0005_0472);
-        public.sized(&[]);
-        // No symmetric cipher; RSASSA with SHA-256; 2048 bits.
-        for value in [0x0010, 0x0014, 0x000b, 2048] {
-            public.u16(value);
-        }
-        public.u32(0);
-        public.sized(&[]);
+        let public = marshalled(&attestation_template());
         self.with_storage_key(|tpm, parent| {
             let mut parameters = Vec::new();
             parameters.u16(4);
@@ -135,18 +125,17 @@ impl Tpm {
                 let mut parameters = Vec::new();
                 parameters.sized(qualifying);
                 // The key's own scheme.
-                parameters.u16(0x0010);
-                parameters.extend_from_slice(&pcrs.marshal());
+                parameters.put(&TpmAlgId::Null);
+                parameters.put(&pcrs.list());
                 let command = Command::new(TpmCc::Quote, NAME)
                     .object(handle, name)
                     .auth(Auth::Password)
                     .parameters(parameters);
                 let mut answer = tpm.run(command)?;
                 let message = answer.sized().map_err(|e| tpm.failed(e))?;
-                let signature = answer.read(|reader| {
-                    let scheme = (reader.u16()?, reader.u16()?);
-                    (scheme == (0x0014, 0x000b)).then_some(())?;
-                    reader.sized().map(<[u8]>::to_vec)
+                let signature = answer.read(|reader| match reader.get::<TpmtSignature>()?.signature {
+                    TpmuSignature::Rsassa(rsa) if rsa.hash == TpmAlgId::Sha256 => Some(rsa.sig.to_vec()),
+                    _ => None,
                 });
                 let signature = signature.map_err(|e| tpm.failed(e))?;
                 let values = tpm.read_pcrs()?;
@@ -218,18 +207,7 @@ impl Tpm {
         &mut self,
         work: impl FnOnce(&mut Self, u32, &[u8], &[u8]) -> Result<T, TpmError>,
     ) -> Result<T, TpmError> {
-        let mut template = Vec::new();
-        template.u16(0x0001);
-        template.u16(0x000b);
-        template.u32(0x0003_00b2);
-        template.sized(&EK_POLICY);
-        // AES, 128 bits, CFB; no scheme; 2048 bits.
-        for value in [0x0006, 0x0080, 0x0043, 0x0010, 2048] {
-            template.u16(value);
-        }
-        template.u32(0);
-        template.sized(&[0; 256]);
-        let (handle, public, name) = self.create_primary(ENDORSEMENT, &template)?;
+        let (handle, public, name) = self.create_primary(ENDORSEMENT, &endorsement_template())?;
         let done = work(self, handle, &public, &name);
         self.flush(handle);
         done
@@ -255,9 +233,8 @@ impl Tpm {
             answer => answer?,
         };
         let read = answer.read(|reader| {
-            let public = reader.sized()?;
-            let size = public.last_chunk::<2>()?;
-            Some((u16::from_be_bytes(*size), reader.sized()?.to_vec()))
+            let public: Tpm2bNvPublic = reader.get()?;
+            Some((public.data_size.value(), reader.sized()?.to_vec()))
         });
         let (size, name) = read.map_err(|e| self.failed(e))?;
         let mut certificate = Vec::new();
@@ -283,6 +260,57 @@ impl Tpm {
             certificate.truncate(4 + usize::from(u16::from_be_bytes([high, low])));
         }
         Ok(Some(certificate))
+    }
+}
+
+/// Made in its TPM, which it cannot leave, and it decides alone what the key is used for.
+fn of_this_tpm_alone() -> TpmaObject {
+    TpmaObject::FIXED_TPM
+        | TpmaObject::FIXED_PARENT
+        | TpmaObject::SENSITIVE_DATA_ORIGIN
+        | TpmaObject::RESTRICTED
+}
+
+/// The endorsement key, by template L-1 (TCG EK Credential Profile 2.5, B.3.3).
+fn endorsement_template() -> TpmtPublic {
+    TpmtPublic {
+        object_type: TpmAlgId::Rsa,
+        name_alg: TpmAlgId::Sha256,
+        object_attributes: of_this_tpm_alone() | TpmaObject::ADMIN_WITH_POLICY | TpmaObject::DECRYPT,
+        auth_policy: Tpm2bDigest::try_from(&EK_POLICY[..]).expect("it has room for more"),
+        parameters: TpmuPublicParms::Rsa(TpmsRsaParms {
+            symmetric: AES_128_CFB,
+            scheme: TpmtRsaScheme::default(),
+            key_bits: TpmUint16::new(2048),
+            exponent: TpmUint32::new(0),
+        }),
+        unique: TpmuPublicId::Rsa(Tpm2bPublicKeyRsa::try_from(&[0; 256][..]).expect("it has as much room")),
+    }
+}
+
+fn attestation_template() -> TpmtPublic {
+    TpmtPublic {
+        object_type: TpmAlgId::Rsa,
+        name_alg: TpmAlgId::Sha256,
+        // NO_DA: its password is empty, so there is nothing to guess, and a TPM that is locked out by what others have guessed
+        // still signs. Nor does a power cut after a quote count as a guess then.
+        object_attributes: of_this_tpm_alone()
+            | TpmaObject::USER_WITH_AUTH
+            | TpmaObject::NO_DA
+            | TpmaObject::SIGN_ENCRYPT,
+        auth_policy: Tpm2bDigest::new(),
+        parameters: TpmuPublicParms::Rsa(TpmsRsaParms {
+            symmetric: NO_CIPHER,
+            scheme: TpmtRsaScheme {
+                scheme: TpmAlgId::Rsassa,
+                details: TpmuAsymScheme::Hash(TpmsSchemeHash {
+                    hash_alg: TpmAlgId::Sha256,
+                }),
+            },
+            key_bits: TpmUint16::new(2048),
+            exponent: TpmUint32::new(0),
+        }),
+        unique: TpmuPublicId::Rsa(Tpm2bPublicKeyRsa::new()),
     }
 }
 
@@ -347,19 +375,13 @@ pub struct RsaPublic {
     pub exponent: u32,
 }
 
-/// TPMA_OBJECT: it cannot leave its TPM and was made there; its TPM alone decides what it signs, or reads.
-const FIXED: u32 = 0x0000_0032;
-const RESTRICTED: u32 = 0x0001_0000;
-const DECRYPTS: u32 = 0x0002_0000;
-const SIGNS: u32 = 0x0004_0000;
-
 impl RsaPublic {
     /// Reads the TPMT_PUBLIC of an attestation key: restricted, for signing by RSASSA with SHA-256 alone.
     ///
     /// # Errors
     /// [`NotAttested`], if it is another kind of key.
     pub fn attestation(public: &[u8]) -> Result<Self, NotAttested> {
-        Self::parse(public, FIXED | RESTRICTED | SIGNS, DECRYPTS, |scheme| {
+        Self::parse(public, TpmaObject::SIGN_ENCRYPT, TpmaObject::DECRYPT, |scheme| {
             scheme.scheme == TpmAlgId::Rsassa
                 && matches!(scheme.details, TpmuAsymScheme::Hash(hash) if hash.hash_alg == TpmAlgId::Sha256)
         })
@@ -373,21 +395,25 @@ impl RsaPublic {
     /// # Errors
     /// [`NotAttested`], if it is another kind of key.
     pub fn endorsement(public: &[u8]) -> Result<Self, NotAttested> {
-        Self::parse(public, FIXED | RESTRICTED | DECRYPTS, SIGNS, |_| true)
+        Self::parse(public, TpmaObject::DECRYPT, TpmaObject::SIGN_ENCRYPT, |_| true)
             .ok_or(NotAttested("the key is not an RSA endorsement key"))
     }
 
-    fn parse(public: &[u8], has: u32, lacks: u32, fits: impl Fn(&TpmtRsaScheme) -> bool) -> Option<Self> {
+    fn parse(
+        public: &[u8],
+        has: TpmaObject,
+        lacks: TpmaObject,
+        fits: impl Fn(&TpmtRsaScheme) -> bool,
+    ) -> Option<Self> {
         let (key, rest) = TpmtPublic::unmarshal(public).ok()?;
         let (TpmuPublicParms::Rsa(parameters), TpmuPublicId::Rsa(modulus)) = (&key.parameters, &key.unique)
         else {
             return None;
         };
-        let attributes = key.object_attributes.bits();
         let sound = rest.is_empty()
             && key.name_alg == TpmAlgId::Sha256
-            && attributes & has == has
-            && attributes & lacks == 0
+            && key.object_attributes.contains(of_this_tpm_alone() | has)
+            && !key.object_attributes.contains(lacks)
             && parameters.key_bits.value() >= 2048
             && modulus.len() * 8 == usize::from(parameters.key_bits.value())
             && fits(&parameters.scheme);

@@ -5,17 +5,15 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use tpm2_protocol::data::TpmCc;
+use tpm2_protocol::data::{TpmAlgId, TpmCc, TpmlDigest, TpmlPcrSelection, TpmsPcrSelect, TpmsPcrSelection};
 
-use super::codec::Marshal;
+use super::codec::marshalled;
 use super::command::Command;
 use super::{Tpm, TpmError, TpmFailure};
 use crate::parsing::rule;
 
 /// How many registers there are.
 pub const COUNT: u8 = 24;
-/// TPM_ALG_SHA256.
-const SHA256: u16 = 0x000b;
 
 /// What a register holds.
 pub type Value = [u8; 32];
@@ -67,13 +65,15 @@ impl Selection {
     }
 
     /// TPML_PCR_SELECTION of these registers of the SHA-256 bank.
-    pub(super) fn marshal(self) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        bytes.u32(1);
-        bytes.u16(SHA256);
-        bytes.push(3);
-        bytes.extend_from_slice(&self.0.to_le_bytes()[..3]);
-        bytes
+    pub(super) fn list(self) -> TpmlPcrSelection {
+        let pcr_select = TpmsPcrSelect::try_from(&self.0.to_le_bytes()[..3]);
+        let bank = TpmsPcrSelection {
+            hash: TpmAlgId::Sha256,
+            pcr_select: pcr_select.expect("it has room for more"),
+        };
+        let mut list = TpmlPcrSelection::new();
+        list.try_push(bank).expect("it has room for more");
+        list
     }
 
     /// The digest that stands for `values` of these registers, one for each.
@@ -136,21 +136,20 @@ impl Tpm {
         let mut wanted = Selection::ALL;
         // A TPM answers with a few at a time.
         while wanted.0 != 0 {
-            let command = Command::new(TpmCc::PcrRead, NAME).parameters(wanted.marshal());
+            let command = Command::new(TpmCc::PcrRead, NAME).parameters(marshalled(&wanted.list()));
             let mut answer = self.run(command)?;
             let read = answer.read(|reader| {
                 reader.u32()?;
-                let (banks, bank, [3]) = (reader.u32()?, reader.u16()?, reader.take(1)?) else {
+                let (banks, digests): (TpmlPcrSelection, TpmlDigest) = (reader.get()?, reader.get()?);
+                let [bank] = banks[..] else {
                     return None;
                 };
-                let read = Selection(Selection::from_bits(reader.take(3)?)?.0 & wanted.0);
-                if (banks, bank) != (1, SHA256)
-                    || usize::try_from(reader.u32()?).ok()? != read.registers().count()
-                {
+                let read = Selection(Selection::from_bits(&bank.pcr_select)?.0 & wanted.0);
+                if bank.hash != TpmAlgId::Sha256 || digests.len() != read.registers().count() {
                     return None;
                 }
-                for register in read.registers() {
-                    values[usize::from(register)] = reader.sized()?.try_into().ok()?;
+                for (register, digest) in read.registers().zip(&digests[..]) {
+                    values[usize::from(register)] = digest[..].try_into().ok()?;
                 }
                 Some(read)
             });
@@ -172,7 +171,10 @@ mod tests {
     fn selections_are_written_as_operators_write_them() {
         let selection: Selection = "7, 0,4,7".parse().unwrap();
         assert_eq!(selection.to_string(), "0,4,7");
-        assert_eq!(selection.marshal(), [0, 0, 0, 1, 0, 0x0b, 3, 0x91, 0, 0]);
+        assert_eq!(
+            marshalled(&selection.list()),
+            [0, 0, 0, 1, 0, 0x0b, 3, 0x91, 0, 0]
+        );
         for wrong in ["", "24", "a", "1,,2", "-1", "0-7"] {
             wrong.parse::<Selection>().unwrap_err();
         }

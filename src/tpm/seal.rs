@@ -3,9 +3,12 @@
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use tpm2_protocol::data::TpmCc;
+use tpm2_protocol::data::{
+    Tpm2bDigest, TpmAlgId, TpmCc, TpmaObject, TpmsKeyedhashParms, TpmtKeyedhashScheme, TpmtPublic,
+    TpmuKeyedhashScheme, TpmuPublicId, TpmuPublicParms,
+};
 
-use super::codec::{Marshal, text};
+use super::codec::{Marshal, marshalled, text};
 use super::command::{Auth, Command};
 use super::pcr::Selection;
 use super::session::{CONTINUE, DECRYPT, ENCRYPT, Kind, Session};
@@ -44,20 +47,11 @@ impl Tpm {
     pub fn seal(&mut self, secret: &SecretBytes, pcrs: Selection) -> Result<Sealed, TpmError> {
         self.with_storage_key(|tpm, parent| {
             let policy = policy(pcrs, &pcrs.digest(&tpm.read_pcrs()?));
-            let mut public = Vec::new();
-            // A keyed hash that signs nothing, with a policy in the place of a password: it stays in this TPM.
-            public.u16(0x0008);
-            public.u16(0x000b);
-            public.u32(0x0000_0412);
-            public.sized(&policy);
-            public.u16(0x0010);
-            public.sized(&[]);
-
             let mut parameters = Vec::with_capacity(512);
             parameters.u16(4 + secret.len() as u16);
             parameters.sized(&[]);
             parameters.sized(secret);
-            parameters.sized(&public);
+            parameters.sized(&marshalled(&template(&policy)));
             parameters.sized(&[]);
             parameters.u32(0);
             tpm.with_session(Kind::Hmac, parent, |tpm, session| {
@@ -128,11 +122,28 @@ impl Tpm {
     fn policy_pcr(&mut self, session: &Session, pcrs: Selection) -> Result<(), TpmError> {
         let mut parameters = Vec::new();
         parameters.sized(&[]);
-        parameters.extend_from_slice(&pcrs.marshal());
+        parameters.put(&pcrs.list());
         let command = Command::new(TpmCc::PolicyPcr, "TPM2_PolicyPCR")
             .handle(session.handle)
             .parameters(parameters);
         self.run(command).map(drop)
+    }
+}
+
+/// A keyed hash that signs nothing, with a policy in the place of a password: it stays in this TPM.
+fn template(policy: &[u8; 32]) -> TpmtPublic {
+    TpmtPublic {
+        object_type: TpmAlgId::KeyedHash,
+        name_alg: TpmAlgId::Sha256,
+        object_attributes: TpmaObject::FIXED_TPM | TpmaObject::FIXED_PARENT | TpmaObject::NO_DA,
+        auth_policy: Tpm2bDigest::try_from(&policy[..]).expect("it has room for more"),
+        parameters: TpmuPublicParms::KeyedHash(TpmsKeyedhashParms {
+            scheme: TpmtKeyedhashScheme {
+                scheme: TpmAlgId::Null,
+                details: TpmuKeyedhashScheme::Null,
+            },
+        }),
+        unique: TpmuPublicId::KeyedHash(Tpm2bDigest::new()),
     }
 }
 
@@ -141,7 +152,7 @@ fn policy(pcrs: Selection, digest: &[u8; 32]) -> [u8; 32] {
     Sha256::new()
         .chain_update([0; 32])
         .chain_update((TpmCc::PolicyPcr as u32).to_be_bytes())
-        .chain_update(pcrs.marshal())
+        .chain_update(marshalled(&pcrs.list()))
         .chain_update(digest)
         .finalize()
         .into()

@@ -10,6 +10,8 @@ use ring::agreement::{ECDH_P256, EphemeralPrivateKey, UnparsedPublicKey, agree_e
 use ring::rand::SystemRandom;
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
+use tpm2_protocol::basic::TpmUint16;
+use tpm2_protocol::data::{TpmAlgId, TpmtSymDef, TpmuSymKeyBits, TpmuSymMode};
 use zeroize::Zeroizing;
 
 use super::TpmFailure;
@@ -20,6 +22,20 @@ use sealblk_secmem::arena::on_wiped_stack;
 pub(super) const CONTINUE: u8 = 0x01;
 pub(super) const DECRYPT: u8 = 0x20;
 pub(super) const ENCRYPT: u8 = 0x40;
+
+/// AES of 128 bits in CFB mode: how TPMs encrypt parameters, and objects under their parent.
+pub(super) const AES_128_CFB: TpmtSymDef = TpmtSymDef {
+    algorithm: TpmAlgId::Aes,
+    key_bits: TpmuSymKeyBits::Aes(TpmUint16::new(128)),
+    mode: TpmuSymMode::Aes(TpmAlgId::Cfb),
+};
+
+/// A key that encrypts nothing.
+pub(super) const NO_CIPHER: TpmtSymDef = TpmtSymDef {
+    algorithm: TpmAlgId::Null,
+    key_bits: TpmuSymKeyBits::Null,
+    mode: TpmuSymMode::Null,
+};
 
 /// TPM_SE.
 #[derive(Clone, Copy)]
@@ -80,10 +96,8 @@ impl Start {
         parameters.sized(&self.nonce_caller);
         parameters.sized(&self.point);
         parameters.push(self.kind as u8);
-        // AES, 128 bits, CFB; SHA-256.
-        [0x0006, 0x0080, 0x0043, 0x000b]
-            .into_iter()
-            .for_each(|value| parameters.u16(value));
+        parameters.put(&AES_128_CFB);
+        parameters.put(&TpmAlgId::Sha256);
         parameters
     }
 

@@ -1,11 +1,14 @@
 //! The key under which a TPM keeps what is ours, and what works with it: objects that are loaded under it, and sessions whose
 //! salt is encrypted to it.
 
-use tpm2_protocol::data::TpmCc;
+use tpm2_protocol::data::{
+    Tpm2bDigest, Tpm2bEccParameter, TpmAlgId, TpmCc, TpmEccCurve, TpmaObject, TpmsEccParms, TpmsEccPoint,
+    TpmtEccScheme, TpmtKdfScheme, TpmtPublic, TpmuPublicId, TpmuPublicParms,
+};
 
-use super::codec::{Marshal, Reader, object_name};
+use super::codec::{Marshal, Reader, marshalled, object_name};
 use super::command::{Auth, Command};
-use super::session::{Kind, Session, Start};
+use super::session::{AES_128_CFB, Kind, Session, Start};
 use super::{Tpm, TpmError, TpmFailure};
 
 /// TPM_RH_OWNER.
@@ -46,18 +49,7 @@ impl Tpm {
         &mut self,
         work: impl FnOnce(&mut Self, &StorageKey) -> Result<T, TpmError>,
     ) -> Result<T, TpmError> {
-        let mut public = Vec::new();
-        public.u16(0x0023);
-        public.u16(0x000b);
-        public.u32(0x0003_0472);
-        public.sized(&[]);
-        // AES, 128 bits, CFB; no scheme; P-256; no KDF.
-        for value in [0x0006, 0x0080, 0x0043, 0x0010, 0x0003, 0x0010] {
-            public.u16(value);
-        }
-        public.sized(&[0; 32]);
-        public.sized(&[0; 32]);
-        let (handle, public, name) = self.create_primary(OWNER, &public)?;
+        let (handle, public, name) = self.create_primary(OWNER, &template())?;
         let key = point(&public).map(|(x, y)| StorageKey { handle, name, x, y });
         let done = match key {
             Some(key) => work(self, &key),
@@ -77,14 +69,14 @@ impl Tpm {
     pub(super) fn create_primary(
         &mut self,
         hierarchy: u32,
-        template: &[u8],
+        template: &TpmtPublic,
     ) -> Result<(u32, Vec<u8>, Vec<u8>), TpmError> {
         const NAME: &str = "TPM2_CreatePrimary";
         let mut parameters = Vec::new();
         parameters.u16(4);
         parameters.sized(&[]);
         parameters.sized(&[]);
-        parameters.sized(template);
+        parameters.sized(&marshalled(template));
         parameters.sized(&[]);
         parameters.u32(0);
         let command = Command::new(TpmCc::CreatePrimary, NAME)
@@ -139,17 +131,60 @@ impl Tpm {
     }
 }
 
-/// The point of a TPMT_PUBLIC of P-256, whose coordinates end it.
+/// The storage key as the TPM makes it from its seed. Another template would be another key.
+fn template() -> TpmtPublic {
+    let zeros = || Tpm2bEccParameter::try_from(&[0; 32][..]).expect("it has room for more");
+    TpmtPublic {
+        object_type: TpmAlgId::Ecc,
+        name_alg: TpmAlgId::Sha256,
+        object_attributes: TpmaObject::FIXED_TPM
+            | TpmaObject::FIXED_PARENT
+            | TpmaObject::SENSITIVE_DATA_ORIGIN
+            | TpmaObject::USER_WITH_AUTH
+            | TpmaObject::NO_DA
+            | TpmaObject::RESTRICTED
+            | TpmaObject::DECRYPT,
+        auth_policy: Tpm2bDigest::new(),
+        parameters: TpmuPublicParms::Ecc(TpmsEccParms {
+            symmetric: AES_128_CFB,
+            scheme: TpmtEccScheme::default(),
+            curve_id: TpmEccCurve::NistP256,
+            kdf: TpmtKdfScheme::default(),
+        }),
+        unique: TpmuPublicId::Ecc(TpmsEccPoint {
+            x: zeros(),
+            y: zeros(),
+        }),
+    }
+}
+
+/// The point of a TPMT_PUBLIC of P-256.
 fn point(public: &[u8]) -> Option<(Vec<u8>, Vec<u8>)> {
     let mut reader = Reader(public);
-    reader.take(8)?;
-    reader.sized()?;
-    reader.take(12)?;
+    let TpmuPublicId::Ecc(point) = reader.get::<TpmtPublic>()?.unique else {
+        return None;
+    };
     let coordinate = |bytes: &[u8]| {
         let mut padded = vec![0; 32_usize.checked_sub(bytes.len())?];
         padded.extend_from_slice(bytes);
         Some(padded)
     };
-    let point = (coordinate(reader.sized()?)?, coordinate(reader.sized()?)?);
+    let point = (coordinate(&point.x)?, coordinate(&point.y)?);
     reader.0.is_empty().then_some(point)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_storage_key_is_the_one_under_which_earlier_versions_have_sealed() {
+        let expected = [
+            &[
+                0, 0x23, 0, 0x0b, 0, 3, 4, 0x72, 0, 0, 0, 6, 0, 0x80, 0, 0x43, 0, 0x10, 0, 3, 0, 0x10,
+            ][..],
+            &[&[0, 32][..], &[0; 32]].concat().repeat(2),
+        ];
+        assert_eq!(marshalled(&template()), expected.concat());
+    }
 }
