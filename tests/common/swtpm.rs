@@ -68,7 +68,7 @@ impl Swtpm {
             .unwrap();
         self.child = Some(child);
         let started = Instant::now();
-        while !self.dir.path().join("tpm.sock").exists() {
+        while !listens(&path("tpm.sock")) {
             assert!(started.elapsed() < DEADLINE, "swtpm does not answer");
             thread::sleep(Duration::from_millis(10));
         }
@@ -121,6 +121,14 @@ impl Swtpm {
     pub fn extend(&self, register: u8) {
         self.tool("pcrextend", &[&format!("{register}:sha256={}", "5a".repeat(32))]);
     }
+}
+
+/// Whether a process listens at a socket. The socket's file is there before that, and a connection is refused then.
+fn listens(socket: &str) -> bool {
+    const LISTENS: &str = "00010000";
+    let sockets = fs::read_to_string("/proc/net/unix").unwrap();
+    let mut lines = sockets.lines();
+    lines.any(|line| line.ends_with(socket) && line.split(' ').nth(3) == Some(LISTENS))
 }
 
 impl Drop for Swtpm {
