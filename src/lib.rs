@@ -8,19 +8,15 @@
 //! agent        the host's key agent, and its client
 //! broker       releases keys to hosts that attest an allowed state; kbs: the protocol that they speak
 //! audit        a log that shows tampering
-//! attachment   a volume that is being served: its key comes, goes and is changed
-//! key_helper   the process that gets a served disk's keys, and the way to it
-//! sandbox      confines a process that serves a disk
-//! device       what the guest sees: virtio-blk over vhost-user
 //! inventory    the volumes that this host has bound or opened: hints, each checked against the volume itself
-//! storage      files and block devices: claims on them, what they can do, and the io_uring engine
-//! map          where each sector of a disk lies in its file, and what is done to it on the way
 //! providers    the key providers of a host: native, KMIP, transit, trusted
 //! tpm          the TPM of a host
 //! toml_file    how settings are written; probe: threads that wait for files that may never answer
 //!
 //! and packages of their own, which know nothing of the above:
 //! sealblk-control  the sockets on which sealblk's processes answer, and what each caller may ask for (here `control`)
+//! sealblk-serve    what a guest sees of a disk, its storage, its key's life and confinement (here `device`, `storage`, `map`,
+//!                  `attachment`, `key_helper`, `sandbox`)
 //! sealblk-keys     what a key provider is; volumes and the KEKs that open them; the protocol between processes (here `keys`)
 //! sealblk-luks2    LUKS2 headers (here `luks2`)
 //! sealblk-xts      XTS-AES-256 over sectors (here `cipher`)
@@ -33,19 +29,13 @@
 //! methods.
 
 pub mod agent;
-pub mod attachment;
 mod audit;
 pub mod broker;
 pub mod cli;
-pub mod device;
 pub mod inventory;
 pub mod kbs;
-pub mod key_helper;
-pub mod map;
 mod probe;
 pub mod providers;
-pub mod sandbox;
-pub mod storage;
 mod toml_file;
 pub mod tpm;
 
@@ -55,4 +45,5 @@ pub use sealblk_base::{
 pub use sealblk_control as control;
 pub use sealblk_keys as keys;
 pub use sealblk_luks2 as luks2;
+pub use sealblk_serve::{attachment, device, key_helper, map, sandbox, storage};
 pub use sealblk_xts as cipher;

@@ -22,15 +22,15 @@ use crate::mutex::lock;
 
 /// How a helper is to get keys.
 #[derive(Debug)]
-pub(crate) struct Settings {
+pub struct Settings {
     /// As `--state-dir`.
-    pub(crate) state_dir: Option<PathBuf>,
+    pub state_dir: Option<PathBuf>,
     /// As `--config`.
-    pub(crate) config: Option<PathBuf>,
+    pub config: Option<PathBuf>,
     /// As `--passphrase-file`.
-    pub(crate) passphrase: Option<OsString>,
+    pub passphrase: Option<OsString>,
     /// The descriptors that lead to the passphrase: the helper inherits them, and this process closes them.
-    pub(crate) inherited: Vec<RawFd>,
+    pub inherited: Vec<RawFd>,
 }
 
 /// How long a message may take that has begun. An answer may be waited for for as long as a key server, or whoever writes to a
@@ -170,7 +170,7 @@ impl Drop for Process {
 /// This process' own executable, which has the helper's verb, whatever has become of its file.
 const EXECUTABLE: &str = "/proc/self/exe";
 /// The helper's verb.
-pub(crate) const VERB: &str = "key-helper";
+const VERB: &str = "key-helper";
 
 /// An option with its value in one argument: a value may begin with a hyphen.
 fn with_value(option: &str, value: &OsStr) -> OsString {

@@ -59,50 +59,50 @@ use crate::storage::Backing;
 use sealblk_secmem::arena::SecretBytes;
 
 use process::Process;
-pub(crate) use process::Settings;
+pub use process::Settings;
 
 /// The interface's name.
-pub(crate) const INTERFACE: &str = "org.sealblk.KeyHelper";
+pub const INTERFACE: &str = "org.sealblk.KeyHelper";
 /// It in varlink's interface definition language.
-pub(crate) const DESCRIPTION: &str = include_str!("org.sealblk.KeyHelper.varlink");
+pub const DESCRIPTION: &str = include_str!("org.sealblk.KeyHelper.varlink");
 
 /// `Open`, as the interface has it.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct Open {
-    pub(crate) header: usize,
-    pub(crate) path: String,
+pub struct Open {
+    pub header: usize,
+    pub path: String,
 }
 
 /// What it answers.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct Opened {
-    pub(crate) volume: Uuid,
+pub struct Opened {
+    pub volume: Uuid,
 }
 
 /// What `ReadPassphrase` answers.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct Passphrase {
-    pub(crate) forms: Vec<Form>,
+pub struct Passphrase {
+    pub forms: Vec<Form>,
 }
 
 /// A secret on its way.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct Form {
-    pub(crate) secret: usize,
-    pub(crate) bytes: usize,
+pub struct Form {
+    pub secret: usize,
+    pub bytes: usize,
 }
 
 /// The error `Failed`.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(crate) struct WireFailure {
-    pub(crate) message: String,
-    pub(crate) causes: Vec<String>,
-    pub(crate) exit_code: u8,
+pub struct WireFailure {
+    pub message: String,
+    pub causes: Vec<String>,
+    pub exit_code: u8,
 }
 
 /// The longest secret that comes from a helper, in bytes: that of cryptsetup's key files.
-pub(crate) const MAX_SECRET: usize = 8 << 20;
+pub const MAX_SECRET: usize = 8 << 20;
 
 /// What a helper cannot do, with what lies under it.
 #[derive(Debug, thiserror::Error)]
@@ -116,7 +116,7 @@ pub struct HelperFailure {
 
 impl HelperFailure {
     /// It answers, and gives no passphrase.
-    pub(crate) fn no_passphrase() -> Self {
+    pub fn no_passphrase() -> Self {
         Self::of("the key helper returned none", 1)
     }
 
@@ -164,7 +164,7 @@ impl KeyHelper {
     ///
     /// # Errors
     /// If there can be no other process, or descriptors are exhausted.
-    pub(crate) fn start(settings: Settings) -> std::io::Result<Self> {
+    pub fn start(settings: Settings) -> std::io::Result<Self> {
         let (process, connection) = Process::start(settings)?;
         Ok(Self(Arc::new(Line {
             process,
@@ -176,7 +176,7 @@ impl KeyHelper {
     ///
     /// # Errors
     /// Where there is no such volume for it, or no way to its keys.
-    pub(crate) fn open(&self, header: &Backing) -> Result<Uuid, HelperError> {
+    pub fn open(&self, header: &Backing) -> Result<Uuid, HelperError> {
         let failed = |error: std::io::Error| self.0.fail().because(error);
         let file = header.reopen_to_read().map_err(failed)?;
         let path = header.path();
@@ -197,17 +197,17 @@ impl KeyHelper {
     ///
     /// # Errors
     /// If threads are exhausted.
-    pub(crate) fn watch(&self) -> std::io::Result<()> {
+    pub fn watch(&self) -> std::io::Result<()> {
         self.0.process.watch()
     }
 
     /// Why it can do nothing any more, if that is so.
-    pub(crate) fn ended(&self) -> Option<KeyError> {
+    pub fn ended(&self) -> Option<KeyError> {
         self.0.process.has_ended().then(|| self.0.fail())
     }
 
     /// Its providers, asked for `purpose`.
-    pub(crate) fn providers(&self, purpose: RequestPurpose) -> impl Providers {
+    pub fn providers(&self, purpose: RequestPurpose) -> impl Providers {
         let route: Arc<dyn Route> = Arc::<Line>::clone(&self.0);
         Caller::new(route, purpose)
     }
@@ -216,7 +216,7 @@ impl KeyHelper {
     ///
     /// # Errors
     /// If it cannot be read.
-    pub(crate) fn passphrase(&self) -> Result<Vec<SecretBytes>, HelperError> {
+    pub fn passphrase(&self) -> Result<Vec<SecretBytes>, HelperError> {
         let (Passphrase { forms }, descriptors) = self.ask("ReadPassphrase", Map::new(), &[])?;
         let take = |form: &Form| {
             let descriptor = descriptors
@@ -312,7 +312,7 @@ fn receive(descriptor: &OwnedFd, bytes: usize) -> std::io::Result<SecretBytes> {
 ///
 /// # Errors
 /// If descriptors or threads are exhausted.
-pub(crate) fn give(secret: SecretBytes) -> std::io::Result<OwnedFd> {
+pub fn give(secret: SecretBytes) -> std::io::Result<OwnedFd> {
     let (take, mut give) = std::io::pipe()?;
     std::thread::Builder::new()
         .name("passphrase".into())
@@ -322,12 +322,12 @@ pub(crate) fn give(secret: SecretBytes) -> std::io::Result<OwnedFd> {
 }
 
 /// `path`, as [`Open`] tells it.
-pub(crate) fn path_of(open: &Open) -> std::path::PathBuf {
+pub fn path_of(open: &Open) -> std::path::PathBuf {
     path_text::from_text(&open.path)
 }
 
 /// A descriptor as a path by which it can be opened again.
-pub(crate) fn reopened(descriptor: &OwnedFd) -> std::path::PathBuf {
+pub fn reopened(descriptor: &OwnedFd) -> std::path::PathBuf {
     use std::os::fd::AsRawFd;
     Path::new("/proc/self/fd").join(descriptor.as_raw_fd().to_string())
 }

@@ -1,0 +1,26 @@
+//! The process that serves a disk to a guest.
+//!
+//! ```text
+//! attachment   a volume that is being served: its key comes, goes and is changed
+//! key_helper   the process that gets a served disk's keys, and the way to it
+//! sandbox      confines a process that serves a disk
+//! device       what the guest sees: virtio-blk over vhost-user
+//! map          where each sector of a disk lies in its file, and what is done to it on the way
+//! storage      files and block devices: claims on them, what they can do, and the io_uring engine
+//! ```
+//!
+//! A guest and a front-end can attack this process. So this package links no TLS, HTTP, KMIP, TPM or name service code, and none
+//! that reads a configuration: keys come from another process, by one socket.
+
+pub mod attachment;
+pub mod device;
+pub mod key_helper;
+pub mod map;
+pub mod sandbox;
+pub mod storage;
+
+use sealblk_base::{closer, deadline, error_chain, mutex, parsing, path_text, timestamp};
+use sealblk_control as control;
+use sealblk_keys as keys;
+use sealblk_luks2 as luks2;
+use sealblk_xts as cipher;
