@@ -243,7 +243,10 @@ fn run(cli: Cli) -> Result<(), Failure> {
             log::begin("info");
         }
         // It is confined before it has a second thread.
-        Verb::Serve(_) => log::begin("info"),
+        Verb::Serve(_) => {
+            stderr::hold();
+            log::begin("info");
+        }
         _ => log::begin("warn"),
     }
     let host = Host {

@@ -10,22 +10,25 @@ use std::mem::MaybeUninit;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{self, Receiver, SyncSender};
-use std::sync::{LazyLock, OnceLock};
+use std::sync::mpsc::{self, Receiver, SyncSender, TrySendError};
+use std::sync::{LazyLock, Mutex, OnceLock};
 use std::thread;
 use std::time::Duration;
 
 use super::text::printable;
 use crate::control::datagram::Service;
+use crate::mutex::lock;
 
 /// Where the journal takes records.
 const SOCKET: &str = "/run/systemd/journal/socket";
 
-/// The lines that wait for the thread that writes them, once there is one.
+/// The lines that wait for the thread that writes them, once [`hold`] or [`begin`] was called.
 static WAITING: OnceLock<Waiting> = OnceLock::new();
 
 struct Waiting {
     send: SyncSender<Told>,
+    /// Until the thread is there.
+    receive: Mutex<Option<Receiver<Told>>>,
     lost: AtomicU64,
 }
 
@@ -42,9 +45,27 @@ const CAPACITY: usize = 1024;
 /// How long the end of the process waits for the last lines.
 const FLUSH: Duration = Duration::from_secs(1);
 
+/// Has lines wait until [`begin`] or [`flush`], for a process that must not have a thread yet.
+pub(super) fn hold() {
+    waiting();
+}
+
+fn waiting() -> &'static Waiting {
+    WAITING.get_or_init(|| {
+        let (send, receive) = mpsc::sync_channel(CAPACITY);
+        Waiting {
+            send,
+            receive: Mutex::new(Some(receive)),
+            lost: AtomicU64::new(0),
+        }
+    })
+}
+
 /// Starts the thread that writes lines. If it cannot be started, each caller writes its own lines.
 pub(super) fn begin() {
-    let (send, receive) = mpsc::sync_channel(CAPACITY);
+    let Some(receive) = lock(&waiting().receive).take() else {
+        return;
+    };
     let (ready, wait) = mpsc::sync_channel::<()>(1);
     let spawned = thread::Builder::new().name("log".into()).spawn(move || {
         block_signals();
@@ -54,8 +75,6 @@ pub(super) fn begin() {
     if spawned.is_ok() {
         // Until it is out of the way of signals: those that end the process are awaited by the thread that began it.
         let _ = wait.recv();
-        let lost = AtomicU64::new(0);
-        let _ = WAITING.set(Waiting { send, lost });
     }
 }
 
@@ -76,11 +95,14 @@ pub(super) fn record(record: Vec<u8>) {
 
 fn tell(told: Told) {
     match WAITING.get() {
-        Some(waiting) => {
-            if waiting.send.try_send(told).is_err() {
+        Some(waiting) => match waiting.send.try_send(told) {
+            Ok(()) => {}
+            Err(TrySendError::Full(_)) => {
                 waiting.lost.fetch_add(1, Ordering::Relaxed);
             }
-        }
+            // There is no thread.
+            Err(TrySendError::Disconnected(told)) => drop(told.out()),
+        },
         // A failure cannot be reported.
         None => drop(told.out()),
     }
@@ -102,6 +124,7 @@ impl Told {
 /// Waits a while for what is not written yet.
 pub(super) fn flush() {
     if let Some(waiting) = WAITING.get() {
+        begin();
         let (done, wait) = mpsc::sync_channel(1);
         if waiting.send.try_send(Told::Flush(done)).is_ok() {
             let _ = wait.recv_timeout(FLUSH);
