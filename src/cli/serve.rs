@@ -31,7 +31,7 @@ use crate::device::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES, Disk, Endpoint, Server
 use crate::key_helper::{KeyHelper, Settings};
 use crate::luks2::{Changed, HeaderError, Identity, Locked, MATERIAL_LEN, Reason, VolumeError};
 use crate::map::{SegmentTable, Treatment, unencrypted};
-use crate::sandbox::{Allowed, Choice, Sandbox};
+use crate::sandbox::{self, Allowed, Choice, Sandbox};
 use crate::storage::{Access, Backing, DataFile, PAGE, StorageError};
 use sealblk_secmem::{arena, arena::SecretBytes};
 
@@ -226,7 +226,7 @@ impl Serve {
         if let Key::Volume { .. } = &medium.key {
             arena::reserve(&SECRETS).map_err(SecretError::from)?;
         }
-        let allowed = self
+        let mut allowed = self
             .allowed(&medium, &server, control.as_ref())
             .map_err(Failure::Host)?;
         let (served, _claim) = match medium.key {
@@ -237,9 +237,11 @@ impl Serve {
             }
         };
         manager::connect();
+        allowed.connect(server.settle().map_err(Failure::Host)?);
         // From here on there are threads.
         let sandbox = self.sandbox.enter(&allowed)?;
         stderr::begin();
+        sandbox::tell_of_refusals().map_err(Failure::Host)?;
         if let Some(served) = &served
             && self.get_key(&server, served)? == Waited::Stopped
         {

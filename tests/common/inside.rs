@@ -116,13 +116,22 @@ impl Inside {
             ..self.registers
         };
         ptrace(libc::PTRACE_SETREGS, self.pid, (&raw const call).addr());
-        ptrace(libc::PTRACE_SINGLESTEP, self.pid, 0);
-        wait(self.pid);
+        let mut signal = self.step(0);
+        // The process has a handler for calls that its filter refuses: it decides on the result.
+        while signal != libc::SIGTRAP || registers(self.pid).rip != self.registers.rip {
+            signal = self.step(if signal == libc::SIGSYS { signal } else { 0 });
+        }
         let result = registers(self.pid).rax.cast_signed();
         match result {
             -4095..0 => Err(io::Error::from_raw_os_error(-result as i32)),
             result => Ok(result),
         }
+    }
+
+    /// Executes one instruction; gives the signal that it brings.
+    fn step(&self, signal: i32) -> i32 {
+        ptrace(libc::PTRACE_SINGLESTEP, self.pid, signal as usize);
+        wait(self.pid)
     }
 
     /// Makes a system call that must be refused.
@@ -156,10 +165,12 @@ fn ptrace(request: libc::c_uint, pid: pid_t, data: usize) {
     assert_eq!(result, 0, "ptrace {request}: {}", io::Error::last_os_error());
 }
 
-fn wait(pid: pid_t) {
+/// Waits for a stop; gives the signal that stopped it.
+fn wait(pid: pid_t) -> i32 {
     let mut status = 0;
     // SAFETY: writes the status, which lives longer than the call.
     let waited = unsafe { libc::waitpid(pid, &raw mut status, libc::__WALL) };
     assert_eq!(waited, pid, "{}", io::Error::last_os_error());
     assert!(libc::WIFSTOPPED(status), "it ended: {status:x}");
+    libc::WSTOPSIG(status)
 }

@@ -174,8 +174,12 @@ fn what_takes_a_served_disk_s_process_over_reaches_neither_files_nor_processes_n
             files(&host, &inside);
             processes(&host, &inside);
             networks(&inside);
+            unix_sockets(&host, &inside);
             other_calls(&inside);
             drop(inside);
+            host.server
+                .process
+                .wait_stderr(&format!("system_call={}", libc::SYS_execve));
             host.server.still_serves_both(driver);
         }
     }
@@ -264,6 +268,52 @@ fn networks(inside: &Inside) {
     }
 }
 
+/// The agent's socket, and the control socket of another disk.
+fn unix_sockets(host: &Host, inside: &Inside) {
+    let call = |number, arguments: &[Arg<'_>]| inside.call(number, arguments);
+    let refused = |what, number, arguments: &[Arg<'_>]| inside.refused(what, libc::EPERM, number, arguments);
+    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC;
+    let socket = call(libc::SYS_socket, &[libc::AF_UNIX.into(), kind.into(), 0.into()]).unwrap();
+    let at = host.agent.as_ref().map_or_else(
+        || host.server.socket().to_owned(),
+        |agent| agent.path("agent.sock"),
+    );
+    let address = [&libc::AF_UNIX.to_ne_bytes()[..2], &path(&at)].concat();
+    let len = address.len() as i64;
+    let address: Arg<'_> = address.as_slice().into();
+    refused(
+        "connect",
+        libc::SYS_connect,
+        &[socket.into(), address, len.into()],
+    );
+    refused("bind", libc::SYS_bind, &[socket.into(), address, len.into()]);
+    let datagram = [b"x".into(), 1.into(), 0.into(), address, len.into()];
+    refused(
+        "send",
+        libc::SYS_sendto,
+        &[&[socket.into()], &datagram[..]].concat(),
+    );
+    // A descriptor of the socket's file would give it a short name.
+    let file = path(&at);
+    let name = [libc::AT_FDCWD.into(), file.as_slice().into(), libc::O_PATH.into()];
+    refused("name", libc::SYS_openat, &name);
+    refused("name", libc::SYS_openat2, &name);
+    refused("name", libc::SYS_open_tree, &name);
+    refused(
+        "directory",
+        libc::SYS_chdir,
+        &[path(at.parent().unwrap()).as_slice().into()],
+    );
+    for kind in [libc::SOCK_DGRAM, libc::SOCK_SEQPACKET] {
+        refused(
+            "socket",
+            libc::SYS_socket,
+            &[libc::AF_UNIX.into(), kind.into(), 0.into()],
+        );
+    }
+    call(libc::SYS_close, &[socket.into()]).unwrap();
+}
+
 fn other_calls(inside: &Inside) {
     let refused = |what, number, arguments: &[Arg<'_>]| inside.refused(what, libc::EPERM, number, arguments);
     refused(
@@ -279,6 +329,9 @@ fn other_calls(inside: &Inside) {
     refused("shared memory", libc::SYS_shmat, &[]);
     refused("name space", libc::SYS_unshare, &[libc::CLONE_NEWUSER.into()]);
     refused("bpf", libc::SYS_bpf, &[]);
+    refused("another root", libc::SYS_chroot, &[]);
+    refused("timer", libc::SYS_timer_create, &[]);
+    refused("no call", 1000, &[]);
     let executable = libc::PROT_READ | libc::PROT_EXEC;
     let anonymous = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     let map = [

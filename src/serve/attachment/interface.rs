@@ -17,7 +17,6 @@ use crate::control::rate_limit::RateLimit;
 use crate::control::varlink::{self, MethodError, Reply, Request};
 use crate::error_chain::causes;
 use crate::keys::{KeyId, KeyReason};
-use crate::path_text;
 use crate::sandbox::{Measure, Missing, Sandbox};
 use crate::timestamp::Timestamp;
 
@@ -28,7 +27,7 @@ pub const INTERFACE: &str = "org.sealblk.Disk";
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Status {
-    /// The disk's file or device, as [`path_text`] writes it.
+    /// The disk's file or device, as [`crate::path_text`] writes it.
     pub disk: String,
     /// The UUID in its header.
     pub volume: Uuid,
@@ -158,11 +157,9 @@ impl Interface {
     fn status(&self) -> Answered {
         let served = &self.served;
         let (state, lock) = served.state();
-        let path = served.opener.disk.path();
         let since = served.disk.front_end();
         Ok(Reply::of(Status {
-            // Who asks may be in another directory.
-            disk: path_text::to_text(&std::path::absolute(path).unwrap_or_else(|_| path.to_owned())),
+            disk: served.path.clone(),
             volume: served.identity.uuid(),
             state,
             lock,

@@ -34,6 +34,7 @@ use crate::keys::{KeyError, KeyReason};
 use crate::luks2::{Changed, Identity, Locked, Volume, VolumeError};
 use crate::map::SegmentTable;
 use crate::mutex::lock;
+use crate::path_text;
 use crate::storage::Backing;
 
 use twins::Announcement;
@@ -202,6 +203,8 @@ impl From<HelperError> for OpenError {
 #[derive(Debug)]
 pub struct Attachment {
     disk: Arc<Disk>,
+    /// The disk's path, as callers are told of it, who may be in another directory.
+    path: String,
     identity: Identity,
     opener: Opener,
     _announcement: Option<Announcement>,
@@ -302,8 +305,11 @@ impl Attachment {
         let _announcement = twins::announce(identity.uuid(), header)
             .inspect_err(|error| tracing::warn!(%error, "cannot detect whether copies of this volume are served at the same time"))
             .ok();
+        let path = opener.disk.path();
+        let path = path_text::to_text(&std::path::absolute(path).unwrap_or_else(|_| path.to_owned()));
         Arc::new(Self {
             disk,
+            path,
             identity,
             opener,
             _announcement,

@@ -125,6 +125,15 @@ impl Server {
         })
     }
 
+    /// Makes the descriptors of this process its current directory, where sessions find their protocol handler; paths that are not
+    /// absolute lead nowhere from then on. Gives the length of the one address that a session connects to.
+    ///
+    /// # Errors
+    /// Where there is no `/proc`.
+    pub fn settle(&self) -> io::Result<usize> {
+        self.control.host.link.settle()
+    }
+
     /// The socket that it has bound, if it has.
     pub fn bound(&self) -> Option<&Bound> {
         self.bound.as_ref()

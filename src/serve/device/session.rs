@@ -58,7 +58,7 @@ pub(super) fn run(
 }
 
 /// The socket by which a session's protocol handler and its interceptor find each other. The crate connects by path only;
-/// this path leads through a descriptor of ours, so that no other process can connect by it.
+/// this path leads through a descriptor of ours, so that no other process can connect by it. See [`Link::settle`].
 #[derive(Debug)]
 pub(super) struct Link {
     listener: UnixListener,
@@ -80,12 +80,24 @@ impl Link {
         link
     }
 
+    /// Makes the descriptors of this process its current directory: there the socket has a name that is shorter than the path of any
+    /// socket elsewhere. Gives the length of its address, by which a filter of system calls knows it.
+    pub(super) fn settle(&self) -> io::Result<usize> {
+        std::env::set_current_dir("/proc/self/fd")?;
+        // The family, the name, and a zero byte.
+        Ok(size_of::<libc::sa_family_t>() + self.name().len() + 1)
+    }
+
+    /// See [`Link::settle`].
+    fn name(&self) -> String {
+        self.inode.as_raw_fd().to_string()
+    }
+
     /// Starts the handler, and gives the interceptor's end of its connection.
     fn connect(&self, daemon: &mut VhostUserDaemon<Arc<Backend>>) -> Result<UnixStream, SessionError> {
         // A session that could not accept its handler, since descriptors were exhausted, leaves that connection behind.
         while self.listener.accept().is_ok() {}
-        let path = format!("/proc/self/fd/{}", self.inode.as_raw_fd());
-        daemon.start_client(&path).map_err(SessionError::Handler)?;
+        daemon.start_client(&self.name()).map_err(SessionError::Handler)?;
         let accepted = self.listener.accept();
         if accepted.is_err() {
             daemon.request_shutdown();

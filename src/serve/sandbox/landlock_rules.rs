@@ -23,9 +23,13 @@ use rustix::fs::{Mode, OFlags};
 
 use super::NotTaken;
 
-/// The files that a confined process can open, by their inodes.
+/// What a confined process can reach: files, by their inodes, and one socket.
 #[derive(Debug, Default)]
-pub struct Allowed(Vec<(OwnedFd, BitFlags<AccessFs>)>);
+pub struct Allowed {
+    files: Vec<(OwnedFd, BitFlags<AccessFs>)>,
+    /// The length of the socket's address.
+    pub(super) address_len: usize,
+}
 
 impl Allowed {
     /// To open this file again.
@@ -63,15 +67,20 @@ impl Allowed {
         self.add(directory, AccessFs::RemoveFile.into())
     }
 
+    /// To connect to the Unix socket whose address is this long, and to others of which that is true: no filter sees more of an address.
+    pub fn connect(&mut self, address_len: usize) {
+        self.address_len = address_len;
+    }
+
     fn add(&mut self, file: impl AsFd, access: BitFlags<AccessFs>) -> io::Result<()> {
-        self.0.push((file.as_fd().try_clone_to_owned()?, access));
+        self.files.push((file.as_fd().try_clone_to_owned()?, access));
         Ok(())
     }
 
     /// What is not there cannot be opened.
     fn named(&mut self, path: &Path, access: BitFlags<AccessFs>) {
         if let Ok(file) = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()) {
-            self.0.push((file, access));
+            self.files.push((file, access));
         }
     }
 }
@@ -92,7 +101,7 @@ pub(super) fn files(allowed: &Allowed) -> Result<(), NotTaken> {
         })
         .and_then(Ruleset::create);
     let rules = allowed
-        .0
+        .files
         .iter()
         .try_fold(rules.map_err(no)?, |rules, (file, access)| {
             rules.add_rule(PathBeneath::new(file, *access)).map_err(no)

@@ -6,22 +6,15 @@
 //! abstract_sockets    no abstract Unix sockets of other processes (Landlock)
 //! network             no TCP (Landlock)
 //! files               no files but its own (Landlock); landlock_rules has these three
-//! system_calls        a filter (seccomp(2)) for all threads, those that are there and those to come. These fail with EPERM:
-//!                       a program or process that it would start
-//!                       a socket that is not a Unix socket
-//!                       looking into another process, or sending it a signal
-//!                       memory that is executable
-//!                       changes of name spaces, mounts, users, keys, modules and the like
+//! system_calls        none but those that a served disk makes (seccomp(2)): no programs, no processes, no memory that is
+//!                     executable, no sockets but that of the protocol handler
 //! ```
 //!
 //! The process needs none of these any more: the key helper runs, the names of users and groups are known, the sockets are bound, the
 //! journal and the service manager are connected to. No thread can leave the sandbox, and new threads inherit it. The measures
 //! overlap on purpose: a kernel may lack one of them.
 //!
-//! The filter lists what fails, and lets the rest through; and the kernel does not ask it about what an io_uring does. It costs
-//! nothing on the path of a request: the kernel remembers the calls that pass whatever their arguments are.
-//!
-//! x86-64 kernels can have system calls twice: the numbers of the x32 ABI are refused as well.
+//! What an io_uring does, the filter is not asked about; Landlock is.
 
 mod landlock_rules;
 mod system_calls;
@@ -34,6 +27,14 @@ use seccompiler::BackendError;
 use serde::{Deserialize, Serialize};
 
 pub use landlock_rules::Allowed;
+
+/// Has a thread tell the log of system calls that the sandbox refuses.
+///
+/// # Errors
+/// If there is no thread to be had.
+pub fn tell_of_refusals() -> io::Result<()> {
+    system_calls::tell()
+}
 
 /// A measure of the sandbox.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -97,7 +98,7 @@ impl Measure {
             Self::AbstractSockets => landlock_rules::abstract_sockets(),
             Self::Network => landlock_rules::network(),
             Self::Files => landlock_rules::files(allowed),
-            Self::SystemCalls => system_calls::filter(),
+            Self::SystemCalls => system_calls::filter(allowed.address_len),
         }
     }
 }
