@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::chown;
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -14,8 +14,9 @@ use common::volume::{Volume, run};
 use serde_json::{Value, json};
 
 /// On a kernel that has them all.
-const MEASURES: [&str; 5] = [
+const MEASURES: [&str; 6] = [
     "no_new_privileges",
+    "capabilities",
     "abstract_sockets",
     "network",
     "files",
@@ -43,6 +44,9 @@ fn all_threads_of_a_served_disk_are_confined_and_status_says_so() {
             let name = status.lines().next().unwrap();
             assert_eq!(has("NoNewPrivs:\t1"), confined, "{choice}: {name}");
             assert_eq!(has("Seccomp:\t2"), confined, "{choice}: {name}");
+            if confined {
+                assert_eq!(capabilities(&status), kept(0), "{choice}: {name}");
+            }
         }
         let status =
             run(Command::new(sealblk_path()).args(["status", "--json", "--control-socket", &control])).stdout;
@@ -56,13 +60,51 @@ fn all_threads_of_a_served_disk_are_confined_and_status_says_so() {
         assert_eq!(missing.len(), if confined { 0 } else { MEASURES.len() });
         let text = String::from_utf8(verb("status").stdout).unwrap();
         let line = if confined {
-            "no new privileges, abstract sockets, network, files, system calls"
+            "no new privileges, capabilities, abstract sockets, network, files, system calls"
         } else {
             "none"
         };
         assert!(text.contains(line), "{text}");
         server.still_serves_both(driver);
     }
+}
+
+/// Inheritable, permitted, effective, bounding and ambient.
+fn capabilities(status: &str) -> [u64; 5] {
+    ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"].map(|set| {
+        let line = status.lines().find_map(|line| line.strip_prefix(set)).unwrap();
+        u64::from_str_radix(line.trim_start_matches(':').trim(), 16).unwrap()
+    })
+}
+
+/// What a served disk of root has of these if it needs `capabilities`. Where root cannot lift the limit of locked memory, as in a
+/// container, it also needs the capability to lock more.
+fn kept(mut capabilities: u64) -> [u64; 5] {
+    const IPC_LOCK: u64 = 1 << 14;
+    const SYS_RESOURCE: u64 = 1 << 24;
+    let own = self::capabilities(&fs::read_to_string("/proc/self/status").unwrap())[2];
+    if own & SYS_RESOURCE == 0 {
+        capabilities |= own & IPC_LOCK;
+    }
+    [0, capabilities, capabilities, capabilities, 0]
+}
+
+/// Root serves the disk of a user, as libvirt has it, and each queue opens it.
+#[test]
+fn root_keeps_the_capability_to_open_another_user_s_disk_and_no_other() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: it takes root");
+        return;
+    }
+    let volume = Volume::new();
+    chown(&volume.path, Some(USER), Some(USER)).unwrap();
+    fs::set_permissions(&volume.path, fs::Permissions::from_mode(0o600)).unwrap();
+    let server = Server::of(volume, &["--sandbox=require"]);
+    server.connect().still_serves();
+    let status = fs::read_to_string(format!("/proc/{}/status", server.process.pid())).unwrap();
+    const DAC_OVERRIDE: u64 = 1 << 1;
+    assert_eq!(capabilities(&status), kept(DAC_OVERRIDE));
+    server.stop();
 }
 
 /// An ordinary user, whom no host has.

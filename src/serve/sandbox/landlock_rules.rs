@@ -12,14 +12,15 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, Ruleset, RulesetAttr,
     RulesetCreatedAttr, RulesetError, Scope,
 };
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags};
+use rustix::io::Errno;
 
 use super::NotTaken;
 
@@ -70,6 +71,20 @@ impl Allowed {
     /// To connect to the Unix socket whose address is this long, and to others of which that is true: no filter sees more of an address.
     pub fn connect(&mut self, address_len: usize) {
         self.address_len = address_len;
+    }
+
+    /// Whether this thread has access to all of the files as it is.
+    pub(super) fn is_open(&self) -> bool {
+        self.files.iter().all(|(file, access)| {
+            let mut wanted = rustix::fs::Access::empty();
+            wanted.set(rustix::fs::Access::READ_OK, access.contains(AccessFs::ReadFile));
+            wanted.set(
+                rustix::fs::Access::WRITE_OK,
+                access.intersects(AccessFs::WriteFile | AccessFs::RemoveFile),
+            );
+            let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+            rustix::fs::accessat(CWD, path, wanted, AtFlags::EACCESS) != Err(Errno::ACCESS)
+        })
     }
 
     fn add(&mut self, file: impl AsFd, access: BitFlags<AccessFs>) -> io::Result<()> {

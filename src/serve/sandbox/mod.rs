@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! no_new_privileges   no program can raise its privileges (prctl(2), PR_SET_NO_NEW_PRIVS)
+//! capabilities        none of root's privileges (capabilities(7)), but for those that it needs
 //! abstract_sockets    no abstract Unix sockets of other processes (Landlock)
 //! network             no TCP (Landlock)
 //! files               no files but its own (Landlock); landlock_rules has these three
@@ -16,6 +17,7 @@
 //!
 //! What an io_uring does, the filter is not asked about; Landlock is.
 
+mod capabilities;
 mod landlock_rules;
 mod system_calls;
 
@@ -42,6 +44,8 @@ pub fn tell_of_refusals() -> io::Result<()> {
 pub enum Measure {
     /// It gets no new privileges.
     NoNewPrivileges,
+    /// It has no privileges of root but those that it needs.
+    Capabilities,
     /// It connects to no abstract Unix sockets of other processes.
     AbstractSockets,
     /// It uses no TCP.
@@ -54,8 +58,9 @@ pub enum Measure {
 
 impl Measure {
     /// In the order in which they are taken.
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 6] = [
         Self::NoNewPrivileges,
+        Self::Capabilities,
         Self::AbstractSockets,
         Self::Network,
         Self::Files,
@@ -66,6 +71,7 @@ impl Measure {
     pub fn name(self) -> &'static str {
         match self {
             Self::NoNewPrivileges => "no new privileges",
+            Self::Capabilities => "capabilities",
             Self::AbstractSockets => "abstract sockets",
             Self::Network => "network",
             Self::Files => "files",
@@ -77,6 +83,7 @@ impl Measure {
     fn needs(self) -> &'static str {
         match self {
             Self::NoNewPrivileges => "Linux 3.5",
+            Self::Capabilities => "Linux 4.3",
             Self::AbstractSockets => {
                 "Linux 6.12 with Landlock (CONFIG_SECURITY_LANDLOCK, and `landlock` in the parameter lsm=)"
             }
@@ -95,6 +102,7 @@ impl Measure {
             Self::NoNewPrivileges => {
                 rustix::thread::set_no_new_privs(true).map_err(|error| NotTaken::Kernel(error.into()))
             }
+            Self::Capabilities => capabilities::drop_all(allowed),
             Self::AbstractSockets => landlock_rules::abstract_sockets(),
             Self::Network => landlock_rules::network(),
             Self::Files => landlock_rules::files(allowed),
