@@ -134,6 +134,40 @@ impl Inside {
         wait(self.pid)
     }
 
+    /// Sends a message by a socket of the process, and gives the answer, which ends with a zero byte.
+    pub fn exchange(&self, socket: i32, message: &[u8]) -> Vec<u8> {
+        let len = message.len() as i64;
+        let send = [
+            socket.into(),
+            message.into(),
+            len.into(),
+            0.into(),
+            0.into(),
+            0.into(),
+        ];
+        assert_eq!(self.call(libc::SYS_sendto, &send).unwrap(), len);
+        let mut answer = Vec::new();
+        while answer.last() != Some(&0) {
+            let buffer = [0; 4096];
+            let receive = [
+                socket.into(),
+                (&buffer).into(),
+                4096.into(),
+                0.into(),
+                0.into(),
+                0.into(),
+            ];
+            let received = self.call(libc::SYS_recvfrom, &receive).unwrap() as usize;
+            assert!(received > 0, "nobody answers");
+            let mut part = vec![0; received];
+            self.memory
+                .read_exact_at(&mut part, self.registers.rsp - SCRATCH)
+                .unwrap();
+            answer.append(&mut part);
+        }
+        answer
+    }
+
     /// Makes a system call that must be refused.
     pub fn refused(&self, what: &str, errno: i32, number: c_long, arguments: &[Arg<'_>]) {
         let error = match self.call(number, arguments) {

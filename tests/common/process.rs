@@ -15,6 +15,8 @@ pub struct Process {
     child: Child,
     stderr: Arc<Mutex<String>>,
     reader: Option<JoinHandle<()>>,
+    /// Whether the test makes it do what its sandbox refuses.
+    pub is_taken_over: bool,
 }
 
 /// How a process ended.
@@ -103,6 +105,7 @@ impl Process {
             child,
             stderr,
             reader: Some(reader),
+            is_taken_over: false,
         }
     }
 
@@ -231,6 +234,9 @@ impl Drop for Process {
                 self.child.id(),
                 self.stderr()
             );
+        } else if !self.is_taken_over {
+            let said = self.stderr();
+            assert!(!said.contains("the sandbox has refused"), "{said}");
         }
     }
 }

@@ -12,7 +12,7 @@ use std::process::Command;
 use base64::Engine;
 use base64::prelude::{BASE64_STANDARD, BASE64_STANDARD_NO_PAD, BASE64_URL_SAFE_NO_PAD};
 use sealblk::keys::{Binding, KeyId, Providers};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::aes::round_keys;
 use super::volume::run;
@@ -396,4 +396,18 @@ pub fn as_user<R: Send>(user: u32, work: impl FnOnce() -> R + Send) -> R {
         });
         thread.join().unwrap()
     })
+}
+
+/// What a volume's token binds, as the interface has it, and what it wraps.
+pub fn binding(disk: &Path) -> (Value, Value) {
+    let token = token(disk);
+    let uuid = String::from_utf8(run(Command::new("cryptsetup").arg("luksUUID").arg(disk)).stdout).unwrap();
+    let keyslot: u32 = token["keyslots"][0].as_str().unwrap().parse().unwrap();
+    let binding = json!({
+        "volume": uuid.trim(),
+        "provider": token["provider"],
+        "keyId": token["key_id"],
+        "keyslot": keyslot,
+    });
+    (binding, token["wrapped_slot_secret"].clone())
 }

@@ -13,7 +13,7 @@ use common::DEADLINE;
 use common::agent::Agent;
 use common::driver::Driver;
 use common::pattern;
-use common::secrets::{Search, readable_memory, slot_secret, token, without_secret_memory};
+use common::secrets::{Search, binding, readable_memory, slot_secret, token, without_secret_memory};
 use common::serve::{Server, sealblk_path, serve};
 use common::volume::{MIB, PASSPHRASE, Volume, run};
 use hkdf::Hkdf;
@@ -334,20 +334,6 @@ impl Drop for Helper {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
-}
-
-/// What a volume's token binds, as the interface has it, and what it wraps.
-fn binding(disk: &Path) -> (Value, Value) {
-    let token = token(disk);
-    let uuid = String::from_utf8(run(Command::new("cryptsetup").arg("luksUUID").arg(disk)).stdout).unwrap();
-    let keyslot: u32 = token["keyslots"][0].as_str().unwrap().parse().unwrap();
-    let binding = json!({
-        "volume": uuid.trim(),
-        "provider": token["provider"],
-        "keyId": token["key_id"],
-        "keyslot": keyslot,
-    });
-    (binding, token["wrapped_slot_secret"].clone())
 }
 
 /// A volume that is served with a control socket.

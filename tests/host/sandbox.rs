@@ -9,9 +9,13 @@ use std::process::{Child, Command, Stdio};
 
 use common::agent::Agent;
 use common::inside::{Arg, Inside};
+use common::secrets::{Search, binding, readable_memory, slot_secret, token, without_secret_memory};
 use common::serve::{Server, sealblk_path, serve};
 use common::volume::{Volume, run};
+use hkdf::Hkdf;
+use sealblk::providers::registry::Registry;
 use serde_json::{Value, json};
+use sha2::Sha256;
 
 /// On a kernel that has them all.
 const MEASURES: [&str; 6] = [
@@ -110,13 +114,20 @@ fn root_keeps_the_capability_to_open_another_user_s_disk_and_no_other() {
 /// An ordinary user, whom no host has.
 const USER: u32 = 4_200_100;
 
+/// In the state directory.
+const PRIMARY_KEY: &str = "providers/native/primary.key";
+
 /// A disk that is served, with what its process must not reach.
 struct Host {
     server: Server,
     agent: Option<Agent>,
     volume: Volume,
+    /// The directory that has the primary key.
+    state: PathBuf,
     /// A disk of the same user, and of the same providers.
     other: PathBuf,
+    /// The primary key, and keys of the other disk.
+    secrets: Search,
     /// A process of the same user.
     bystander: Child,
 }
@@ -134,6 +145,20 @@ impl Host {
             .args(&volume.open)
             .args(["create", "--size", "1M"])
             .arg(&other));
+        let state = agent
+            .as_ref()
+            .map_or_else(|| volume.beside("state"), |agent| agent.path("state"));
+        let primary = fs::read(state.join(PRIMARY_KEY)).unwrap()[16..48].to_vec();
+        let key_id = token(&other)["key_id"].as_str().unwrap().to_owned();
+        let mut kek = [0; 32];
+        Hkdf::<Sha256>::new(None, &primary)
+            .expand_multi_info(&[b"sealblk native KEK\0", key_id.as_bytes()], &mut kek)
+            .unwrap();
+        let slot_secret = slot_secret(&other, &Registry::open(&state).unwrap());
+        let secrets = Search::default()
+            .key("primary key", &primary)
+            .key("another disk's KEK", &kek)
+            .key("another disk's slot secret", &slot_secret);
         let top = volume.beside("");
         for path in all_below(&top) {
             chown(path, Some(user), Some(user)).unwrap();
@@ -141,7 +166,10 @@ impl Host {
         let socket = volume.beside("sock");
         let mut command = serve(&volume, &socket, &["--sandbox=require"]);
         command.uid(user).gid(user);
-        let server = Server::at(&mut command, socket);
+        // Keys are where a search finds them.
+        without_secret_memory(&mut command);
+        let mut server = Server::at(&mut command, socket);
+        server.process.is_taken_over = true;
         let mut bystander = Command::new("cat");
         let bystander = bystander
             .uid(user)
@@ -153,7 +181,9 @@ impl Host {
             server,
             agent,
             volume,
+            state,
             other,
+            secrets,
             bystander,
         }
     }
@@ -162,13 +192,6 @@ impl Host {
         let serving = self.server.process.pid();
         let children = fs::read_to_string(format!("/proc/{serving}/task/{serving}/children")).unwrap();
         children.trim().parse().unwrap()
-    }
-
-    fn primary_key(&self) -> PathBuf {
-        let key = "state/providers/native/primary.key";
-        self.agent
-            .as_ref()
-            .map_or_else(|| self.volume.beside(key), |agent| agent.path(key))
     }
 }
 
@@ -188,7 +211,7 @@ fn all_below(top: &Path) -> Vec<PathBuf> {
     let mut found = vec![top.to_owned()];
     for entry in fs::read_dir(top).unwrap() {
         let path = entry.unwrap().path();
-        match path.is_dir() {
+        match path.is_dir() && !path.is_symlink() {
             true => found.extend(all_below(&path)),
             false => found.push(path),
         }
@@ -217,6 +240,7 @@ fn what_takes_a_served_disk_s_process_over_reaches_neither_files_nor_processes_n
             processes(&host, &inside);
             networks(&inside);
             unix_sockets(&host, &inside);
+            keys(&host, &inside);
             other_calls(&inside);
             drop(inside);
             host.server
@@ -240,7 +264,7 @@ fn files(host: &Host, inside: &Inside) {
     // It may open its own disk, as any queue does.
     assert!(open(&path(&host.volume.path), libc::O_RDWR).is_ok());
     for file in [
-        host.primary_key(),
+        host.state.join(PRIMARY_KEY),
         host.other.clone(),
         "/etc/passwd".into(),
         "/etc/sealblk/config.toml".into(),
@@ -307,6 +331,58 @@ fn networks(inside: &Inside) {
     ] {
         let arguments = [domain.into(), libc::SOCK_DGRAM.into(), 0.into()];
         inside.refused("socket", libc::EPERM, libc::SYS_socket, &arguments);
+    }
+}
+
+/// Keys of other disks: not from the helper, and neither in memory nor in any file that the process has or can open.
+fn keys(host: &Host, inside: &Inside) {
+    let (binding, wrapped) = binding(&host.other);
+    let parameters = json!({ "binding": binding, "purpose": "attach", "wrapped": wrapped });
+    let unwrap = json!({ "method": "org.sealblk.Agent.Unwrap", "parameters": parameters });
+    // The socket's ends are the first descriptors, and the helper's has the higher number.
+    let arguments = fs::read_to_string(format!("/proc/{}/cmdline", host.helper())).unwrap();
+    let theirs = arguments
+        .split('\0')
+        .find_map(|argument| argument.strip_prefix("--fd="))
+        .unwrap();
+    let ours = theirs.parse::<i32>().unwrap() - 1;
+    let answer = inside.exchange(ours, format!("{unwrap}\0").as_bytes());
+    let answer = String::from_utf8(answer).unwrap();
+    assert!(answer.contains("NotThisVolume"), "{answer}");
+
+    let serving = host.server.process.pid();
+    // What is there is found.
+    const PLANTED: &[u8] = b"a text that no process has by itself";
+    inside.refused("planted", libc::EPERM, libc::SYS_chroot, &[PLANTED.into()]);
+    let memory = readable_memory(serving);
+    assert!(
+        !Search::default()
+            .text("planted", PLANTED)
+            .found(&memory)
+            .is_empty()
+    );
+    host.secrets.assert_absent(&memory, "memory");
+
+    let mut reachable: Vec<PathBuf> = fs::read_dir(format!("/proc/{serving}/fd"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| fs::metadata(path).is_ok_and(|file| file.is_file()))
+        .collect();
+    assert!(!reachable.is_empty());
+    let others = [host.volume.beside(""), host.state.clone(), "/etc".into()];
+    let here: Arg<'_> = libc::AT_FDCWD.into();
+    for file in others.iter().flat_map(|top| all_below(top)) {
+        let name = path(&file);
+        let open = [here, name.as_slice().into(), libc::O_NONBLOCK.into()];
+        if let Ok(opened) = inside.call(libc::SYS_openat, &open) {
+            inside.call(libc::SYS_close, &[opened.into()]).unwrap();
+            reachable.push(file);
+        }
+    }
+    assert!(reachable.contains(&host.volume.path));
+    for file in reachable {
+        host.secrets
+            .assert_absent(&fs::read(&file).unwrap(), &file.display().to_string());
     }
 }
 
