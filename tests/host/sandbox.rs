@@ -447,6 +447,12 @@ fn other_calls(inside: &Inside) {
     refused("shared memory", libc::SYS_shmat, &[]);
     refused("name space", libc::SYS_unshare, &[libc::CLONE_NEWUSER.into()]);
     refused("bpf", libc::SYS_bpf, &[]);
+    // One of its own would do what the filter refuses.
+    refused(
+        "ring",
+        libc::SYS_io_uring_setup,
+        &[8.into(), [0; 120].as_slice().into()],
+    );
     refused("another root", libc::SYS_chroot, &[]);
     refused("timer", libc::SYS_timer_create, &[]);
     refused("no call", 1000, &[]);

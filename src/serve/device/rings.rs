@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 
+use super::call::Call;
 use super::config::Agreed;
 use super::disk::{Disk, Grant};
 use super::frontend_message::Scope;
@@ -14,7 +15,7 @@ use super::task::Piece;
 use super::uring;
 use super::vring::{StartError, Vring};
 use super::worker_thread::WorkerThread;
-use crate::storage::Engine;
+use crate::storage::{Engine, RingPool};
 
 /// A ring that is being served, and the generation of the table by which it is.
 struct Served {
@@ -22,9 +23,30 @@ struct Served {
     generation: u64,
 }
 
+/// The rings of io_uring that queues work with, whichever session has them.
+#[derive(Clone, Debug)]
+pub(super) struct Urings {
+    engines: RingPool,
+    calls: RingPool,
+}
+
+impl Urings {
+    /// Those of so many queues.
+    ///
+    /// # Errors
+    /// Where the kernel has no io_uring or forbids it, or descriptors or memory are exhausted.
+    pub(super) fn new(queues: u16) -> io::Result<Self> {
+        Ok(Self {
+            engines: Engine::<Piece>::rings(queues)?,
+            calls: Call::rings(queues)?,
+        })
+    }
+}
+
 /// The vrings of a session, and the workers that serve them.
 pub(super) struct Rings {
     disk: Arc<Disk>,
+    urings: Urings,
     memory: SharedMemory,
     vrings: Vec<Vring>,
     running: Vec<Option<Served>>,
@@ -34,11 +56,12 @@ pub(super) struct Rings {
 }
 
 impl Rings {
-    pub(super) fn new(disk: Arc<Disk>, memory: SharedMemory, vrings: Vec<Vring>) -> Self {
+    pub(super) fn new(disk: Arc<Disk>, urings: Urings, memory: SharedMemory, vrings: Vec<Vring>) -> Self {
         sigbus::begin();
         let running = vrings.iter().map(|_| None).collect();
         Self {
             disk,
+            urings,
             memory,
             vrings,
             running,
@@ -107,7 +130,7 @@ impl Rings {
             if self.running[index].is_some() {
                 continue;
             }
-            let ring = match vring.start(index, &self.memory) {
+            let ring = match vring.start(index, &self.memory, &self.urings.calls) {
                 Ok(Some(ring)) => ring,
                 Ok(None) => continue,
                 Err(StartError::Io(error)) => return Err(error),
@@ -118,7 +141,7 @@ impl Rings {
             };
             let engine = match self.engines.pop() {
                 Some(engine) => engine,
-                None => engine(&self.disk)?,
+                None => engine(&self.disk, &self.urings)?,
             };
             let worker = WorkerThread::start(
                 ring,
@@ -190,6 +213,6 @@ impl Drop for Rings {
 }
 
 /// An engine as each queue gets one.
-pub(super) fn engine(disk: &Disk) -> io::Result<Engine<Piece>> {
-    uring::patiently(|| Engine::new(Arc::clone(&disk.file), disk.pool_pages))
+pub(super) fn engine(disk: &Disk, urings: &Urings) -> io::Result<Engine<Piece>> {
+    uring::patiently(|| Engine::new(Arc::clone(&disk.file), disk.pool_pages, &urings.engines))
 }

@@ -19,7 +19,7 @@ use rustix::net::{AddressFamily, SocketType, sockopt};
 use vmm_sys_util::epoll::EventSet;
 
 use super::disk::Disk;
-use super::rings;
+use super::rings::{self, Urings};
 use super::session::{self, Link};
 use super::uring;
 use crate::closer::{self, ClosedElsewhere};
@@ -88,10 +88,11 @@ impl Server {
     ///
     /// From here on SIGINT and SIGTERM wait for that, or for [`Server::wait_for`]; call it while there is one thread.
     pub fn new(disk: Arc<Disk>, num_queues: u16, endpoint: Endpoint) -> Result<Self, ServeError> {
-        drop(rings::engine(&disk).map_err(ServeError::IoUring)?);
+        let urings = uring::patiently(|| Urings::new(num_queues)).map_err(ServeError::IoUring)?;
+        drop(rings::engine(&disk, &urings).map_err(ServeError::IoUring)?);
         let manager = EventManager::new().map_err(|error| ServeError::Control(io::Error::other(error)))?;
         let signals = termination().map_err(ServeError::Control)?;
-        let host = Host::new(disk, num_queues).map_err(ServeError::Control)?;
+        let host = Host::new(disk, num_queues, urings).map_err(ServeError::Control)?;
         let source = match endpoint {
             Endpoint::Path(path, permissions) => {
                 let (listener, bound) = bind(&path, permissions)?;
@@ -193,17 +194,19 @@ struct Host {
     disk: Arc<Disk>,
     num_queues: u16,
     link: Link,
+    urings: Urings,
     /// Signalled when a session has ended.
     ended: OwnedFd,
 }
 
 impl Host {
-    fn new(disk: Arc<Disk>, num_queues: u16) -> io::Result<Self> {
+    fn new(disk: Arc<Disk>, num_queues: u16, urings: Urings) -> io::Result<Self> {
         let ended = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         Ok(Self {
             disk,
             num_queues,
             link: Link::new()?,
+            urings,
             ended,
         })
     }
@@ -305,7 +308,8 @@ impl Control {
                 .spawn(move || {
                     tracing::info!("a front-end has connected");
                     host.disk.set_front_end(Some(Timestamp::now()));
-                    let ended = session::run(&front_end, &host.disk, host.num_queues, &host.link);
+                    let ended =
+                        session::run(&front_end, &host.disk, host.num_queues, &host.link, &host.urings);
                     host.disk.set_front_end(None);
                     match ended {
                         Ok(()) => tracing::info!("the front-end has left"),

@@ -18,7 +18,7 @@ use super::disk::Disk;
 use super::guest::SharedMemory;
 use super::interceptor::{self, InterceptError};
 use super::limits::MAX_QUEUE_SIZE;
-use super::rings::Rings;
+use super::rings::{Rings, Urings};
 use super::vring::{self, Vring};
 
 /// Why a session ended, unless the front-end left.
@@ -38,6 +38,7 @@ pub(super) fn run(
     disk: &Arc<Disk>,
     num_queues: u16,
     link: &Link,
+    urings: &Urings,
 ) -> Result<(), SessionError> {
     let memory = SharedMemory::new(GuestMemoryMmap::new());
     let backend = Arc::new(Backend {
@@ -49,7 +50,7 @@ pub(super) fn run(
     let mut daemon = daemon.map_err(SessionError::Handler)?;
     let handler = link.connect(&mut daemon)?;
 
-    let mut rings = Rings::new(Arc::clone(disk), memory, vrings);
+    let mut rings = Rings::new(Arc::clone(disk), urings.clone(), memory, vrings);
     let result = interceptor::relay(front_end, handler, disk, &mut rings);
     if let Err(error) = daemon.wait() {
         tracing::debug!(%error, "the protocol handler ended");

@@ -34,7 +34,7 @@ pub(super) fn remedy(error: &io::Error) -> String {
         Some(libc::EINVAL) => "this kernel is too old; sealblk needs Linux 5.19 or later".to_owned(),
         Some(libc::ENOMEM | libc::EAGAIN) => format!(
             "there is no memory for it; RLIMIT_MEMLOCK is {}: raise it (`LimitMEMLOCK=` in a systemd unit, `ulimit -l` in a shell), \
-             take less with --pool-size, or raise the memory limit of the process' control group",
+             take less with --num-queues or --pool-size, or raise the memory limit of the process' control group",
             match getrlimit(Resource::Memlock).current {
                 Some(limit) => format!("{limit} bytes"),
                 None => "unlimited".to_owned(),

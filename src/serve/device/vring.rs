@@ -20,6 +20,7 @@ use super::call::Call;
 use super::guest::{HOW_TO_SHARE, SharedMemory};
 use super::ring::Ring;
 use super::uring;
+use crate::storage::RingPool;
 
 thread_local! {
     /// The vrings that were made on this thread since `collect` began.
@@ -42,7 +43,12 @@ impl Vring {
     ///
     /// # Errors
     /// If the driver's rings do not lie in guest memory, or descriptors are exhausted.
-    pub(super) fn start(&self, index: usize, memory: &SharedMemory) -> Result<Option<Ring>, StartError> {
+    pub(super) fn start(
+        &self,
+        index: usize,
+        memory: &SharedMemory,
+        calls: &RingPool,
+    ) -> Result<Option<Ring>, StartError> {
         let state = self.0.get_ref();
         let Some(kick) = state.get_kick().as_ref().filter(|_| state.is_enabled()) else {
             return Ok(None);
@@ -59,7 +65,7 @@ impl Vring {
         let kick = borrow(kick).try_clone_to_owned()?;
         let call = state.get_call().as_ref();
         let call = call
-            .map(|call| uring::patiently(|| Call::new(&borrow(call))))
+            .map(|call| uring::patiently(|| Call::new(&borrow(call), calls)))
             .transpose()?;
         Ok(Some(Ring {
             index,

@@ -15,7 +15,8 @@
 //! journal and the service manager are connected to. No thread can leave the sandbox, and new threads inherit it. The measures
 //! overlap on purpose: a kernel may lack one of them.
 //!
-//! What an io_uring does, the filter is not asked about; Landlock is.
+//! What an io_uring does, the filter is not asked about. So the process makes none after this, and those that it has take only what a
+//! queue does ([`crate::storage::RingPool`]).
 
 mod capabilities;
 mod landlock_rules;

@@ -38,8 +38,6 @@ const CALLS: &[&[c_long]] = &[
     &[
         libc::SYS_io_uring_enter,
         libc::SYS_io_uring_register,
-        // A queue makes its ring when the guest first uses it.
-        libc::SYS_io_uring_setup,
         libc::SYS_fallocate,
         libc::SYS_fdatasync,
         libc::SYS_fsync,

@@ -8,7 +8,9 @@
 
 #![allow(unsafe_code)] // io_uring takes addresses, and what it does with them the compiler cannot follow.
 
+use std::collections::VecDeque;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,6 +20,7 @@ use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use super::backing::DataFile;
 use super::capabilities::{BLKDISCARD, Kind};
 use super::pool::{Buffer, PAGE, Pool};
+use super::ring_pool::{RingPool, restrict};
 
 /// What came of something that was asked of an [`Engine`].
 #[derive(Debug)]
@@ -43,7 +46,10 @@ pub struct Done<C> {
 
 /// See the module's header. `C` is what the caller wants back with each operation's end.
 pub struct Engine<C> {
-    ring: IoUring,
+    /// Until this is dropped.
+    ring: ManuallyDrop<IoUring>,
+    /// Where it goes then.
+    rings: RingPool,
     file: Arc<DataFile>,
     pool: Pool,
     /// Whether the pool is a fixed buffer of the ring.
@@ -55,6 +61,8 @@ pub struct Engine<C> {
     watches: [Option<types::Fd>; WATCHES as usize],
     /// Whether the kernel watches them: from the submission to the last that it tells of a watch.
     armed: [bool; WATCHES as usize],
+    /// What the ring had no place for; it comes before all else.
+    waiting: VecDeque<squeue::Entry>,
     /// What ended without passing through the ring.
     ended: Vec<Done<C>>,
 }
@@ -64,9 +72,6 @@ const WATCHES: u32 = 2;
 
 /// The most operations without data in flight, beyond which they are refused: flushes and discards.
 const WITHOUT_DATA: u32 = 64;
-
-/// The most entries beside operations that wait to be submitted: each watch armed, and cancelled.
-const CONTROL: u32 = 2 * WATCHES;
 
 /// `user_data` of a watch is this plus its number; of an operation, its place in `flights`.
 const WATCH: u64 = 1 << 32;
@@ -96,25 +101,71 @@ enum Operation {
     Discard { offset: u64, len: u64 },
 }
 
+/// The sizes of a ring. Most are never used, so they are small: 12 KiB each. What does not fit into the submission queue waits
+/// in the engine; the kernel keeps what does not fit into the completion queue.
+const SUBMISSIONS: u32 = 64;
+const COMPLETIONS: u32 = 256;
+
+/// What an engine asks of a ring, and what of the kernel for it (io_uring_register(2)).
+const OPERATIONS: [u8; 9] = [
+    opcode::Nop::CODE,
+    opcode::Read::CODE,
+    opcode::ReadFixed::CODE,
+    opcode::Write::CODE,
+    opcode::WriteFixed::CODE,
+    opcode::Fsync::CODE,
+    opcode::Fallocate::CODE,
+    opcode::PollAdd::CODE,
+    opcode::PollRemove::CODE,
+];
+const REGISTER_BUFFERS: u8 = 0;
+const UNREGISTER_BUFFERS: u8 = 1;
+const REGISTER_FILES: u8 = 2;
+const UNREGISTER_FILES: u8 = 3;
+
+fn ring() -> io::Result<IoUring> {
+    let ring = IoUring::builder()
+        .dontfork()
+        .setup_r_disabled()
+        .setup_coop_taskrun()
+        .setup_taskrun_flag()
+        .setup_submit_all()
+        .setup_cqsize(COMPLETIONS)
+        .build(SUBMISSIONS)?;
+    let registrations = [
+        REGISTER_BUFFERS,
+        UNREGISTER_BUFFERS,
+        REGISTER_FILES,
+        UNREGISTER_FILES,
+    ];
+    restrict(ring, &OPERATIONS, &registrations)
+}
+
 impl<C> Engine<C> {
-    /// Sets up a ring for `file` with a pool of `pages` pages.
+    /// The rings of `count` engines.
     ///
     /// # Errors
-    /// Where the kernel has no io_uring or forbids it, or descriptors or memory are exhausted.
-    pub fn new(file: Arc<DataFile>, pages: u32) -> io::Result<Self> {
+    /// Those of [`RingPool::new`].
+    pub fn rings(count: u16) -> io::Result<RingPool> {
+        RingPool::new(count, ring)
+    }
+
+    /// Takes a ring for `file`, with a pool of `pages` pages.
+    ///
+    /// # Errors
+    /// If there is none, or descriptors or memory are exhausted.
+    pub fn new(file: Arc<DataFile>, pages: u32, rings: &RingPool) -> io::Result<Self> {
         let pool = Pool::new(pages)?;
         // Every buffer holds a page at least, so an operation with a buffer always finds a vacant place.
         let places = pages + WITHOUT_DATA;
-        let ring: IoUring = IoUring::builder()
-            .dontfork()
-            .setup_coop_taskrun()
-            .setup_taskrun_flag()
-            .setup_submit_all()
-            .setup_cqsize((2 * places).next_power_of_two())
-            .build((places + CONTROL).next_power_of_two())?;
+        let reopened = file.reopen()?;
+        let ring = rings.take()?;
         // The ring holds it from then on.
-        ring.submitter().register_files(&[file.reopen()?.as_raw_fd()])?;
-        // SAFETY: the region stays mapped until the ring is gone: `Drop` takes care of the order.
+        if let Err(error) = ring.submitter().register_files(&[reopened.as_raw_fd()]) {
+            rings.give(ring);
+            return Err(error);
+        }
+        // SAFETY: the region stays mapped until the ring has let go of it: `Drop` takes care of the order.
         let registered = unsafe { ring.submitter().register_buffers(&[pool.region()]) };
         if let Err(error) = &registered {
             // Pinned memory counts against RLIMIT_MEMLOCK; without it each transfer pins its own pages.
@@ -125,7 +176,8 @@ impl<C> Engine<C> {
             );
         }
         Ok(Self {
-            ring,
+            ring: ManuallyDrop::new(ring),
+            rings: rings.clone(),
             file,
             pool,
             registered: registered.is_ok(),
@@ -134,6 +186,7 @@ impl<C> Engine<C> {
             without_data: 0,
             watches: [None; WATCHES as usize],
             armed: [false; WATCHES as usize],
+            waiting: VecDeque::new(),
             ended: Vec::new(),
         })
     }
@@ -262,9 +315,10 @@ impl<C> Engine<C> {
             while self.armed[number as usize] {
                 if !asked {
                     let remove = opcode::PollRemove::new(WATCH + u64::from(number));
-                    self.push(&remove.build().user_data(CANCEL));
+                    self.push(remove.build().user_data(CANCEL));
                     asked = true;
                 }
+                self.refill();
                 enter(|| self.ring.submit_and_wait(1))?;
                 for entry in self.ring.completion() {
                     match entry.user_data() {
@@ -285,8 +339,9 @@ impl<C> Engine<C> {
 
     /// Hands all that was asked for to the kernel, and lets it report what has ended, without waiting.
     pub fn submit(&mut self) -> io::Result<()> {
+        self.refill();
         let submission = self.ring.submission();
-        if submission.is_empty() && !submission.taskrun() {
+        if submission.is_empty() && !submission.taskrun() && !submission.cq_overflow() {
             return Ok(());
         }
         drop(submission);
@@ -295,13 +350,13 @@ impl<C> Engine<C> {
 
     /// Hands all that was asked for to the kernel, and sleeps until there is an event.
     pub fn wait(&mut self) -> io::Result<()> {
-        let wanted = usize::from(self.ended.is_empty());
+        let wanted = self.wanted();
         enter(|| self.ring.submit_and_wait(wanted))
     }
 
     /// The same, but sleeps no longer than `time`.
     pub fn wait_for(&mut self, time: Duration) -> io::Result<()> {
-        let wanted = usize::from(self.ended.is_empty());
+        let wanted = self.wanted();
         let time = types::Timespec::from(time);
         let arguments = types::SubmitArgs::new().timespec(&time);
         match enter(|| self.ring.submitter().submit_with_args(wanted, &arguments)) {
@@ -310,14 +365,20 @@ impl<C> Engine<C> {
         }
     }
 
+    /// How many completions to wait for, once all that fits is in the ring.
+    fn wanted(&mut self) -> usize {
+        self.refill();
+        usize::from(self.ended.is_empty() && self.waiting.is_empty())
+    }
+
     /// Whether there is an event, or will be one after [`Engine::submit`]. It costs no system call.
     pub fn has_event(&mut self) -> bool {
-        if !self.ended.is_empty() || !self.ring.completion().is_empty() {
+        if !self.ended.is_empty() || !self.waiting.is_empty() || !self.ring.completion().is_empty() {
             return true;
         }
         // What goes on after a short transfer is not submitted yet.
         let submission = self.ring.submission();
-        submission.taskrun() || !submission.is_empty()
+        submission.taskrun() || submission.cq_overflow() || !submission.is_empty()
     }
 
     /// The next event that has happened, or none.
@@ -359,7 +420,7 @@ impl<C> Engine<C> {
                 .multi(true)
                 .build()
                 .user_data(WATCH + u64::from(number));
-            self.push(&entry);
+            self.push(entry);
             self.armed[number as usize] = true;
         }
     }
@@ -417,14 +478,28 @@ impl<C> Engine<C> {
                 .mode(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE)
                 .build(),
         };
-        self.push(&entry.user_data(u64::from(place)));
+        self.push(entry.user_data(u64::from(place)));
     }
 
-    fn push(&mut self, entry: &squeue::Entry) {
+    fn push(&mut self, entry: squeue::Entry) {
+        if !(self.waiting.is_empty() && self.try_push(&entry)) {
+            self.waiting.push_back(entry);
+        }
+    }
+
+    /// Gives the ring what has waited for room in it.
+    fn refill(&mut self) {
+        while let Some(entry) = self.waiting.pop_front() {
+            if !self.try_push(&entry) {
+                return self.waiting.push_front(entry);
+            }
+        }
+    }
+
+    fn try_push(&mut self, entry: &squeue::Entry) -> bool {
         // SAFETY: what the entry points to is owned by `flights` until its completion, or is a watched descriptor;
         // `Drop` waits for both.
-        let pushed = unsafe { self.ring.submission().push(entry) };
-        pushed.expect("the queue was made to hold every operation and every watch");
+        unsafe { self.ring.submission().push(entry) }.is_ok()
     }
 
     /// Takes a completion into account: the end of the operation, or none if it goes on.
@@ -470,6 +545,18 @@ impl<C> Engine<C> {
     }
 }
 
+impl<C> Engine<C> {
+    /// Leaves a ring of which all operations and watches have ended as it was.
+    fn let_go(&self, ring: &mut IoUring) -> io::Result<()> {
+        ring.completion().for_each(drop);
+        ring.submitter().unregister_files()?;
+        if self.registered {
+            ring.submitter().unregister_buffers()?;
+        }
+        Ok(())
+    }
+}
+
 impl<C> Drop for Engine<C> {
     fn drop(&mut self) {
         let drained = loop {
@@ -481,6 +568,12 @@ impl<C> Drop for Engine<C> {
                 break Err(error);
             }
         };
+        // SAFETY: it is taken once, here, and not used afterwards.
+        let mut ring = unsafe { ManuallyDrop::take(&mut self.ring) };
+        let drained = drained.and_then(|()| self.let_go(&mut ring));
+        if drained.is_ok() {
+            self.rings.give(ring);
+        }
         if let Err(error) = drained {
             // The kernel may still write into the pool, so its pages must outlive us.
             tracing::error!(%error, "io_uring cannot be drained; its buffers are left mapped");
@@ -544,15 +637,21 @@ mod tests {
     use super::*;
     use crate::storage::{Access, Backing};
     use rustix::event::{EventfdFlags, eventfd};
+    use std::io::Write;
 
-    fn engine_on(size: u64, pages: u32) -> (tempfile::NamedTempFile, Engine<u32>) {
+    fn data_of(size: u64) -> (tempfile::NamedTempFile, DataFile) {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(size).unwrap();
-        let data = Backing::open(file.path(), Access::ReadWrite)
-            .unwrap()
-            .data_file(512)
-            .unwrap();
-        (file, Engine::new(Arc::new(data), pages).unwrap())
+        let backing = Backing::open(file.path(), Access::ReadWrite).unwrap();
+        (file, backing.data_file(512).unwrap())
+    }
+
+    fn engine_on(size: u64, pages: u32) -> (tempfile::NamedTempFile, Engine<u32>) {
+        let (file, data) = data_of(size);
+        (
+            file,
+            Engine::new(Arc::new(data), pages, &Engine::<u32>::rings(1).unwrap()).unwrap(),
+        )
     }
 
     fn next_done(engine: &mut Engine<u32>) -> Done<u32> {
@@ -563,6 +662,87 @@ mod tests {
                 None => engine.wait().unwrap(),
             }
         }
+    }
+
+    /// A ring for everything reached what the filter of system calls refuses.
+    #[test]
+    fn a_ring_opens_neither_sockets_nor_files_and_gets_no_other_rules() {
+        let mut ring = ring().unwrap();
+        let refused = |ring: &mut IoUring, entry: squeue::Entry| {
+            // SAFETY: what the entries point to is static.
+            unsafe { ring.submission().push(&entry) }.unwrap();
+            ring.submit_and_wait(1).unwrap();
+            let result = ring.completion().next().unwrap().result();
+            assert_eq!(result, -libc::EACCES, "{entry:?}");
+        };
+        refused(
+            &mut ring,
+            opcode::Socket::new(libc::AF_INET, libc::SOCK_DGRAM, 0).build(),
+        );
+        let here = types::Fd(libc::AT_FDCWD);
+        refused(
+            &mut ring,
+            opcode::OpenAt::new(here, c"/dev/null".as_ptr()).build(),
+        );
+        refused(&mut ring, opcode::Nop::new().build().flags(squeue::Flags::ASYNC));
+        assert!(ring.submitter().register_personality().is_err());
+        assert!(restrict(ring, &[opcode::Socket::CODE], &[]).is_err());
+    }
+
+    /// There are more operations than a ring has room for.
+    #[test]
+    fn what_does_not_fit_into_the_ring_is_done_all_the_same() {
+        const PAGES: u32 = 2 * COMPLETIONS;
+        let (_file, mut engine) = engine_on(u64::from(PAGES) * 4096, PAGES);
+        for round in 0..2 {
+            for page in 0..PAGES {
+                let mut buffer = engine.buffer(4096).unwrap();
+                let at = u64::from(page) * 4096;
+                if round == 0 {
+                    engine.bytes_mut(&mut buffer).fill(page as u8);
+                    engine.write(buffer, at, false, page);
+                } else {
+                    engine.read(buffer, at, page);
+                }
+            }
+            let mut ended = vec![false; PAGES as usize];
+            for _ in 0..PAGES {
+                let done = next_done(&mut engine);
+                done.result.unwrap();
+                let buffer = done.buffer.unwrap();
+                assert!(
+                    engine
+                        .bytes(&buffer)
+                        .iter()
+                        .all(|byte| *byte == done.context as u8)
+                );
+                assert!(!std::mem::replace(&mut ended[done.context as usize], true));
+                engine.release(buffer);
+            }
+        }
+    }
+
+    #[test]
+    fn a_ring_that_comes_back_serves_the_next_engine() {
+        let rings = Engine::<u32>::rings(1).unwrap();
+        let number = || {
+            let ring = rings.take().unwrap();
+            let number = ring.as_raw_fd();
+            rings.give(ring);
+            number
+        };
+        let before = number();
+        for _ in 0..3 {
+            let (_file, data) = data_of(1 << 20);
+            let mut engine = Engine::new(Arc::new(data), 16, &rings).unwrap();
+            let (pipe, mut end) = io::pipe().unwrap();
+            engine.watch(0, pipe.as_fd());
+            end.write_all(b"x").unwrap();
+            let buffer = engine.buffer(4096).unwrap();
+            engine.read(buffer, 0, 1);
+            drop(engine);
+        }
+        assert_eq!(number(), before);
     }
 
     #[test]
