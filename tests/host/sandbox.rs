@@ -9,7 +9,10 @@ use std::process::{Child, Command, Stdio};
 
 use common::agent::Agent;
 use common::inside::{Arg, Inside};
-use common::secrets::{Search, binding, readable_memory, slot_secret, token, without_secret_memory};
+use common::process::Process;
+use common::secrets::{
+    Search, binding, readable_memory, slot_secret, token, without_call, without_secret_memory,
+};
 use common::serve::{Server, sealblk_path, serve};
 use common::volume::{Volume, run};
 use hkdf::Hkdf;
@@ -477,3 +480,50 @@ fn other_calls(inside: &Inside) {
 const F_SETSIG: libc::c_int = 10;
 const F_SETOWN_EX: libc::c_int = 15;
 const TIOCSTI: libc::c_int = 0x5412;
+
+/// A kernel without Landlock.
+#[test]
+fn a_measure_that_the_kernel_does_not_have_is_told_and_ends_a_process_that_requires_it() {
+    let volume = Volume::new();
+    let (control, socket) = (volume.beside("control"), volume.beside("sock"));
+    let start = |sandbox: &str| {
+        let control = control.display().to_string();
+        let mut command = serve(&volume, &socket, &["--control-socket", &control, sandbox]);
+        without_call(&mut command, libc::SYS_landlock_create_ruleset, libc::ENOSYS);
+        command
+    };
+    let ended = Process::spawn(&mut start("--sandbox=require")).wait();
+    ended.assert_says(1, &["abstract sockets", "needs Linux 6.12", "--sandbox=prefer"]);
+    assert!(!socket.exists() && !control.exists());
+
+    let server = Server::at(&mut start("--sandbox=prefer"), socket.clone());
+    server
+        .process
+        .wait_stderr("a measure of the sandbox is not in force");
+    server.still_serves();
+    let status = |args: &[&str]| {
+        let mut command = Command::new(sealblk_path());
+        run(command
+            .arg("status")
+            .args(args)
+            .arg("--control-socket")
+            .arg(&control))
+        .stdout
+    };
+    let told: Value = serde_json::from_slice(&status(&["--json"])).unwrap();
+    assert_eq!(
+        told["sandbox"],
+        json!(["no_new_privileges", "capabilities", "system_calls"])
+    );
+    let missing = told["sandboxMissing"].as_array().unwrap().iter();
+    let names: Vec<_> = missing
+        .map(|missing| missing["measure"].as_str().unwrap())
+        .collect();
+    assert_eq!(names, ["abstract_sockets", "network", "files"]);
+    let text = String::from_utf8(status(&[])).unwrap();
+    assert!(
+        text.contains("without files: it needs Linux 5.13 with Landlock"),
+        "{text}"
+    );
+    server.stop();
+}
