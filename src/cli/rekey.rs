@@ -100,7 +100,8 @@ impl Rekey {
         let mut locked = files.locked()?;
         let keys = || host.keys_of(volume.header_path(), RequestPurpose::Recrypt);
         let unlocked = self.unlock.open(&locked, keys)?;
-        let rekeyed = binding::rekey(&mut locked, &unlocked, &keys()?, self.provider.as_deref())?;
+        let keys = keys()?;
+        let rekeyed = binding::rekey(&mut locked, &unlocked, &keys, &keys, self.provider.as_deref())?;
         tell(&volume.disk, &rekeyed)
     }
 

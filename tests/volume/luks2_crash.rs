@@ -540,7 +540,13 @@ impl Host {
     fn rekey(&self, medium: &Medium<'_>) -> Result<Rekeyed, BindingError> {
         let mut locked = Locked::open(medium, None)?;
         let volume = binding::unlock(&locked, &self.providers)?;
-        binding::rekey(&mut locked, &volume, &self.providers, Some("native"))
+        binding::rekey(
+            &mut locked,
+            &volume,
+            &self.providers,
+            &self.providers,
+            Some("native"),
+        )
     }
 
     /// Finishes a rekey that was interrupted, if there is one.
@@ -549,7 +555,7 @@ impl Host {
         tokens.iter().find(|token| !token.replaces.is_empty())?;
         let mut locked = Locked::open(medium, None).unwrap();
         let volume = binding::unlock(&locked, &self.providers).unwrap();
-        Some(binding::rekey(&mut locked, &volume, &self.providers, None).unwrap())
+        Some(binding::rekey(&mut locked, &volume, &self.providers, &self.providers, None).unwrap())
     }
 
     /// Opens every state that a crash could have left of `log`.

@@ -35,7 +35,8 @@ pub struct Rekeyed {
 
 /// Gives the volume a new KEK of the provider `name`; if none is named, of the one that it is bound to, else of the
 /// default one, in the place of all KEKs that it is bound to. If that was begun before, it is finished. `volume` is this volume,
-/// unlocked.
+/// unlocked. `providers` make the KEK, and `opener` opens the volume with it, as the volume will be opened from then on: both are the
+/// same providers, and may be asked for another purpose.
 ///
 /// # Errors
 /// [`BindingReason::RekeyUnfinished`] once the new KEK opens the volume; before that the header is as it was.
@@ -43,6 +44,7 @@ pub fn rekey(
     locked: &mut Locked<'_>,
     volume: &Volume,
     providers: &dyn Providers,
+    opener: &dyn Providers,
     name: Option<&str>,
 ) -> Result<Rekeyed, BindingError> {
     let path = locked.path().to_owned();
@@ -50,6 +52,7 @@ pub fn rekey(
         locked,
         volume,
         providers,
+        opener,
     }
     .run(name)
     .map_err(|reason| reason.at(&path))
@@ -59,6 +62,7 @@ struct Rekey<'a, 'header> {
     locked: &'a mut Locked<'header>,
     volume: &'a Volume,
     providers: &'a dyn Providers,
+    opener: &'a dyn Providers,
 }
 
 impl Rekey<'_, '_> {
@@ -188,7 +192,7 @@ impl Rekey<'_, '_> {
             return Err(read_back(BindingReason::KekState { state }));
         }
         let mut budget = Budget::default();
-        let opened = unlock_token(self.locked, token, keyslot, &sealblk, self.providers, &mut budget);
+        let opened = unlock_token(self.locked, token, keyslot, &sealblk, self.opener, &mut budget);
         match opened.map_err(read_back)?.key().ct_eq(self.volume.key()) {
             true => Ok(()),
             false => Err(Reason::NotItsKey.into()),

@@ -446,14 +446,13 @@ impl Attachment {
         }
         let volume = self.opener.unlock(&locked)?;
         let providers = self.opener.helper.providers(RequestPurpose::Recrypt);
-        let rekeyed = binding::rekey(&mut locked, &volume, &providers, provider).map_err(OpenError::from)?;
+        // The agent knows a volume by the KEK that it was opened with last.
+        let opener = self.opener.helper.providers(RequestPurpose::Attach);
+        let rekeyed =
+            binding::rekey(&mut locked, &volume, &providers, &opener, provider).map_err(OpenError::from)?;
         let bound =
             json!({ "provider": rekeyed.provider, "keyId": rekeyed.key_id, "keyslot": rekeyed.keyslot });
         self.tell(Event::DiskRekeyed, bound);
-        // The agent knows a volume by the KEK that it was opened with last.
-        if let Err(error) = self.read_header().and_then(|locked| self.opener.unlock(&locked)) {
-            tracing::warn!(%error, "the agent still lists this disk under its previous key");
-        }
         Ok(Some(rekeyed))
     }
 
