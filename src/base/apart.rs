@@ -53,10 +53,11 @@ fn let_go_of(first: RawFd, last: RawFd) -> bool {
     if first > last {
         return false;
     }
+    const UNSHARE: libc::c_int = libc::CLOSE_RANGE_UNSHARE.cast_signed();
     // A kernel that cannot do it leaves the table as it is, which harms nothing but what this is for.
     // SAFETY: CLOSE_RANGE_UNSHARE gives this thread a copy of the table first, and what is closed is in the copy alone.
     // Descriptors that other threads own stay open in theirs, and this one, which has just begun, owns none of these.
-    let result = unsafe { libc::close_range(first, last, libc::CLOSE_RANGE_UNSHARE as libc::c_int) };
+    let result = unsafe { libc::close_range(first, last, UNSHARE) };
     result == 0
 }
 

@@ -1,4 +1,13 @@
 //! What every package of sealblk stands on, and what knows nothing of disks and keys.
+#![cfg_attr(
+    not(test),
+    warn(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        clippy::cast_possible_wrap,
+        clippy::cast_lossless
+    )
+)]
 
 pub mod apart;
 pub mod boot_time;
@@ -11,4 +20,5 @@ pub mod mutex;
 pub mod parsing;
 pub mod path_text;
 pub mod sector;
+pub mod size;
 pub mod timestamp;

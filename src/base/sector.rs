@@ -49,6 +49,14 @@ impl SectorSize {
         }
     }
 
+    /// The same, as headers and virtio have it.
+    pub const fn bytes_u32(self) -> u32 {
+        match self {
+            Self::B512 => 512,
+            Self::B4096 => 4096,
+        }
+    }
+
     /// In sectors.
     pub const fn sectors(self) -> u8 {
         match self {

@@ -14,6 +14,15 @@
 //! peer       the credentials of the caller, from the kernel; privilege: its privileges
 //! rate_limit the rate limit of refusal records
 //! ```
+#![cfg_attr(
+    not(test),
+    warn(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        clippy::cast_possible_wrap,
+        clippy::cast_lossless
+    )
+)]
 
 pub mod datagram;
 pub mod events;

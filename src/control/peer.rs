@@ -44,7 +44,7 @@ pub fn credentials(socket: &impl AsRawFd) -> io::Result<libc::ucred> {
         uid: 0,
         gid: 0,
     };
-    let mut bytes = size_of::<libc::ucred>() as libc::socklen_t;
+    let mut bytes = socklen(size_of::<libc::ucred>())?;
     // SAFETY: the kernel writes at most `bytes` bytes to the structure, which is as long, and the length to `bytes`.
     let result = unsafe {
         libc::getsockopt(
@@ -65,10 +65,14 @@ pub fn credentials(socket: &impl AsRawFd) -> io::Result<libc::ucred> {
 /// The most supplementary groups that Linux lets a process have (`NGROUPS_MAX`).
 const MAX_GROUPS: usize = 65536;
 
+fn socklen(bytes: usize) -> io::Result<libc::socklen_t> {
+    bytes.try_into().map_err(io::Error::other)
+}
+
 fn groups(stream: &UnixStream) -> io::Result<Vec<u32>> {
     let mut groups: Vec<libc::gid_t> = vec![0; 64];
     loop {
-        let mut bytes = std::mem::size_of_val(&groups[..]) as libc::socklen_t;
+        let mut bytes = socklen(std::mem::size_of_val(&groups[..]))?;
         // SAFETY: the kernel writes at most `bytes` bytes to the vector, which is as long, and the length to `bytes`.
         let result = unsafe {
             libc::getsockopt(

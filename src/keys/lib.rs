@@ -12,6 +12,15 @@
 //! purpose    what a key is asked for
 //! error      why a key is not available
 //! ```
+#![cfg_attr(
+    not(test),
+    warn(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        clippy::cast_possible_wrap,
+        clippy::cast_lossless
+    )
+)]
 #![forbid(unsafe_code)]
 
 pub mod binding;

@@ -111,7 +111,7 @@ enum AgentRefusal {
     )]
     NotPermitted {
         privilege: String,
-        user: u32,
+        user: u64,
         volume: Option<Uuid>,
     },
     #[error("the agent refused: its audit log cannot be written: {reason}")]
@@ -206,7 +206,7 @@ impl Caller {
                     .and_then(Value::as_str)
                     .unwrap_or("?")
                     .to_owned();
-                let user = field("user").and_then(Value::as_u64).unwrap_or(0) as u32;
+                let user = field("user").and_then(Value::as_u64).unwrap_or(0);
                 let volume = field("volume").and_then(Value::as_str);
                 let refusal = AgentRefusal::NotPermitted {
                     privilege,

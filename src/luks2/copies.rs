@@ -12,6 +12,7 @@ use std::borrow::Cow;
 use std::io;
 
 use getrandom::fill;
+use sealblk_base::size::in_memory;
 use tracing::warn;
 use uuid::Uuid;
 
@@ -109,7 +110,7 @@ impl Header {
     }
 
     fn encode(&self, copy: Copy) -> Result<Vec<u8>, HeaderError> {
-        let mut whole = vec![0; self.binary.header_size as usize];
+        let mut whole = vec![0; in_memory(self.binary.header_size)];
         self.metadata
             .write(&mut whole[binary::LEN..])
             .map_err(HeaderError::Unwritable)?;
@@ -283,7 +284,7 @@ fn read_copy(io: &dyn HeaderIo, copy: Copy, offset: u64) -> Result<One, Damage> 
     let mut block = [0; binary::LEN];
     io.read_at(&mut block, offset)?;
     let binary = BinaryHeader::decode(&block, copy, offset)?;
-    let mut whole = vec![0; binary.header_size as usize];
+    let mut whole = vec![0; in_memory(binary.header_size)];
     io.read_at(&mut whole, offset)
         .map_err(|error| match error.kind() {
             io::ErrorKind::UnexpectedEof => Damage::CutShort {

@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use sealblk_base::sector::SectorSize;
+use sealblk_base::size::in_memory;
 use sealblk_secmem::arena::{ArenaError, SecretBytes};
 use uuid::Uuid;
 
@@ -20,7 +21,7 @@ use crate::header_io::HeaderIo;
 use crate::keyslot::{self, ENCRYPTION, KEY_LEN, NewKeyslot};
 use crate::lock::LockMode;
 use crate::metadata::{
-    AreaRange, Config, CryptSegment, Decimal, Id, Metadata, Other, Segment, SegmentSize, Token,
+    AreaRange, Config, CryptSegment, Decimal, Id, MAX_OBJECTS, Metadata, Other, Segment, SegmentSize, Token,
 };
 use crate::update::{add_token, place, random_fill};
 
@@ -131,7 +132,8 @@ impl<'io> NewVolume<'io> {
 
     /// The number that the next keyslot will have.
     pub fn next_keyslot(&self) -> Id {
-        Id(self.keyslots.len() as u32)
+        // `write` refuses what no header has room for.
+        Id(u32::try_from(self.keyslots.len()).unwrap_or(u32::MAX))
     }
 
     /// Adds a keyslot, which holds [`NewVolume::key`].
@@ -158,6 +160,10 @@ impl<'io> NewVolume<'io> {
         if self.keyslots.is_empty() {
             return Err(Reason::NoWayIn);
         }
+        if self.keyslots.len() > MAX_OBJECTS as usize {
+            let (what, limit) = ("keyslot", MAX_OBJECTS);
+            return Err(Reason::NoneFree { what, limit });
+        }
         let (io, payload) = (self.io, self.payload);
         let files: Vec<(&dyn HeaderIo, u64)> = match payload {
             Some(payload) => vec![(io, HEADER_LEN), (payload, self.end)],
@@ -177,7 +183,7 @@ impl<'io> NewVolume<'io> {
         }
         // Neither an old header nor a forgotten secondary copy may be taken for ours; and that the keyslots area is
         // random hides how many keyslots it has.
-        io.write_at(&vec![0; 2 * COPY_LEN as usize], 0)
+        io.write_at(&vec![0; in_memory(2 * COPY_LEN)], 0)
             .map_err(Reason::Prepare)?;
         random_fill(io, 2 * COPY_LEN..HEADER_LEN).map_err(Reason::Prepare)?;
         io.sync().map_err(Reason::Prepare)?;
@@ -285,7 +291,7 @@ pub(crate) fn metadata(
         },
         iv_tweak: Decimal(0),
         encryption: ENCRYPTION.to_owned(),
-        sector_size: sector_size.bytes() as u32,
+        sector_size: sector_size.bytes_u32(),
         integrity: None,
         other: Other::new(),
     });

@@ -19,6 +19,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use base16ct::lower;
+use sealblk_base::size::in_memory;
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
@@ -222,7 +223,7 @@ fn parts(range: &Range<u64>) -> impl Iterator<Item = Range<u64>> {
     let end = range.end;
     range
         .clone()
-        .step_by(PIECE as usize)
+        .step_by(in_memory(PIECE))
         .map(move |start| start..end.min(start + PIECE))
 }
 
@@ -234,14 +235,14 @@ struct Piece {
 
 impl Piece {
     fn new() -> Self {
-        let bytes = vec![0; (PIECE + BLOCK) as usize];
-        let start = bytes.as_ptr().align_offset(BLOCK as usize);
+        let bytes = vec![0; in_memory(PIECE + BLOCK)];
+        let start = bytes.as_ptr().align_offset(in_memory(BLOCK));
         Self { bytes, start }
     }
 
     /// As much of it as `part` takes.
     fn of(&mut self, part: &Range<u64>) -> &mut [u8] {
-        &mut self.bytes[self.start..][..(part.end - part.start) as usize]
+        &mut self.bytes[self.start..][..in_memory(part.end - part.start)]
     }
 }
 

@@ -12,6 +12,7 @@
 use std::fmt;
 
 use crate::header_io::HeaderIo;
+use sealblk_base::size::in_memory;
 
 /// What is likely to be found on a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -221,7 +222,7 @@ fn is_zfs_member(io: &dyn HeaderIo, len: u64) -> bool {
         return false;
     };
     let uberblocks = |label: u64| {
-        let mut ring = vec![0; RING as usize];
+        let mut ring = vec![0; in_memory(RING)];
         let read = io.read_at(&mut ring, label + RING);
         let begins = ring.chunks_exact(UBERBLOCK).filter(|uberblock| {
             let magic = [0, 0, 0, 0, 0, 0xba, 0xb1, 0x0c];

@@ -34,7 +34,7 @@ impl HeaderFile {
             OpenOptions::new()
                 .read(true)
                 .write(writable)
-                .custom_flags(flags.bits() as i32)
+                .custom_flags(flags.bits().cast_signed())
                 .open(path)
         };
         let file = open(OFlags::empty())?;

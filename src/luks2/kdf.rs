@@ -133,11 +133,12 @@ impl Argon2Cost {
     /// it.
     pub fn for_this_host() -> Self {
         let half = Memory::of_this_process().map_or(MEMORY_CEILING_KIB, |memory| memory.total / 2);
-        let lanes = thread::available_parallelism().map_or(1, |cpus| cpus.get().min(4));
+        let lanes = thread::available_parallelism()
+            .map_or(1, |cpus| u32::try_from(cpus.get()).map_or(4, |cpus| cpus.min(4)));
         Self {
             time: 4,
             memory_kib: half.clamp(MEMORY_FLOOR_KIB, MEMORY_CEILING_KIB) as u32,
-            lanes: lanes as u32,
+            lanes,
         }
     }
 

@@ -14,6 +14,7 @@
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
+use sealblk_base::size::in_memory;
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
@@ -155,7 +156,7 @@ fn unused_is_zero(io: &dyn HeaderIo, copy: u64) -> std::io::Result<bool> {
 }
 
 fn area_hash(io: &dyn HeaderIo) -> Result<String, Reason> {
-    let mut area = vec![0; AREA_LEN as usize];
+    let mut area = vec![0; in_memory(AREA_LEN)];
     io.read_at(&mut area, 2 * COPY_LEN).map_err(Reason::ReadArea)?;
     Ok(BASE64_STANDARD.encode(Sha256::digest(&area)))
 }

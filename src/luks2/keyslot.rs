@@ -92,7 +92,7 @@ impl NewKeyslot {
     /// The keyslot as the metadata describes it with its area at `offset`, and the bytes that go there.
     pub(crate) fn at(self, offset: u64) -> (Luks2Keyslot, Vec<u8>) {
         let slot = Luks2Keyslot {
-            key_size: KEY_LEN as u32,
+            key_size: KEY_SIZE,
             priority: None,
             af: Af {
                 kind: "luks1".to_owned(),
@@ -105,7 +105,7 @@ impl NewKeyslot {
                 offset: Decimal(offset),
                 size: Decimal(AREA_LEN),
                 encryption: ENCRYPTION.to_owned(),
-                key_size: KEY_LEN as u32,
+                key_size: KEY_SIZE,
                 other: Other::new(),
             },
             kdf: self.kdf,
@@ -219,6 +219,10 @@ pub(crate) const ENCRYPTION: &str = "aes-xts-plain64";
 
 /// Length of its key in bytes: one AES-256 key for the data, one for the tweak.
 pub const KEY_LEN: usize = 64;
+
+/// The same as the metadata have it.
+const KEY_SIZE: u32 = 64;
+const _: () = assert!(KEY_SIZE as usize == KEY_LEN);
 
 /// Length of a keyslot's area: its material, rounded up to where the next may start.
 pub(crate) const AREA_LEN: u64 = (MATERIAL_LEN as u64).next_multiple_of(crate::metadata::AREA_ALIGNMENT);

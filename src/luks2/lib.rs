@@ -51,6 +51,15 @@
 //!
 //! No header makes this code panic, hang, or take more memory than a few times the header's size plus the memory of its key
 //! derivation, which is limited.
+#![cfg_attr(
+    not(test),
+    warn(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        clippy::cast_possible_wrap,
+        clippy::cast_lossless
+    )
+)]
 #![forbid(unsafe_code)]
 
 mod af;

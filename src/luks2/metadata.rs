@@ -70,7 +70,7 @@ impl Metadata {
 
     /// cryptsetup's limits. They keep what follows, which looks through lists within lists, from taking long.
     fn validate_counts(&self) -> Result<(), MetadataError> {
-        let within = |what: &'static str, count: usize| match count <= MAX_OBJECTS {
+        let within = |what: &'static str, count: usize| match count <= MAX_OBJECTS as usize {
             true => Ok(()),
             false => Err(MetadataError::TooMany { what, count }),
         };
@@ -746,7 +746,7 @@ fn decimal(text: &str) -> Option<u64> {
 /// The unit of every sector number and segment.
 const SECTOR: u64 = 512;
 pub(crate) const AREA_ALIGNMENT: u64 = 4096;
-pub(crate) const MAX_OBJECTS: usize = 32;
+pub(crate) const MAX_OBJECTS: u32 = 32;
 const MAX_KEYSLOTS_SIZE: u64 = 128 << 20;
 
 #[cfg(test)]

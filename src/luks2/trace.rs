@@ -9,6 +9,7 @@ use crate::copies::HeaderError;
 use crate::error::Reason;
 use crate::foreign::{self, Format};
 use crate::header_io::HeaderIo;
+use sealblk_base::size::in_memory;
 
 /// The lowest offset of a trace of a LUKS header on `disk`, at any offset that a copy of a header can have. A complete LUKS1 header is none:
 /// it is what it is.
@@ -32,7 +33,7 @@ pub fn trace_of_header(disk: &dyn HeaderIo) -> Result<Option<u64>, Reason> {
 /// the first partition often starts where a secondary copy can stand, after 1 MiB.
 fn has_trace(disk: &dyn HeaderIo, offset: u64, len: u64) -> io::Result<bool> {
     let mut bytes = [0; 2 * binary::LEN];
-    let there = len.saturating_sub(offset).min(bytes.len() as u64) as usize;
+    let there = in_memory(len.saturating_sub(offset).min(bytes.len() as u64));
     disk.read_at(&mut bytes[..there], offset)?;
     let (block, json) = bytes.split_at(binary::LEN);
     // The letters are followed by two bytes that a terminal's or a transfer's conversions would have altered.

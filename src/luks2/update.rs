@@ -9,6 +9,7 @@ use std::fmt;
 use std::io;
 use std::ops::Range;
 
+use sealblk_base::size::in_memory;
 use sealblk_secmem::arena::SecretBytes;
 
 use crate::copies::{self, Found, Header};
@@ -224,12 +225,12 @@ fn digest_of_disk<'m>(
 }
 
 pub(crate) fn add_token(metadata: &mut Metadata, token: Token) -> Result<Id, Reason> {
-    let free = (0..MAX_TOKENS)
+    let free = (0..MAX_OBJECTS)
         .map(Id)
         .find(|id| !metadata.tokens.contains_key(id));
     let id = free.ok_or(Reason::NoneFree {
         what: "token",
-        limit: MAX_TOKENS,
+        limit: MAX_OBJECTS,
     })?;
     metadata.tokens.insert(id, token);
     Ok(id)
@@ -240,30 +241,26 @@ pub(crate) fn add_token(metadata: &mut Metadata, token: Token) -> Result<Id, Rea
 /// # Errors
 /// If there are as many as there may be.
 pub fn free_keyslot(metadata: &Metadata) -> Result<Id, Reason> {
-    let free = (0..MAX_KEYSLOTS)
+    let free = (0..MAX_OBJECTS)
         .map(Id)
         .find(|id| !metadata.keyslots.contains_key(id));
     free.ok_or(Reason::NoneFree {
         what: "keyslot",
-        limit: MAX_KEYSLOTS,
+        limit: MAX_OBJECTS,
     })
 }
 
 /// Overwrites a range with random bytes, in pieces of bounded size.
 pub(crate) fn random_fill(io: &dyn HeaderIo, range: Range<u64>) -> io::Result<()> {
-    let mut piece = vec![0; PIECE.min((range.end - range.start) as usize)];
+    let mut piece = vec![0; PIECE.min(in_memory(range.end - range.start))];
     let mut offset = range.start;
     while offset < range.end {
-        let len = piece.len().min((range.end - offset) as usize);
+        let len = piece.len().min(in_memory(range.end - offset));
         getrandom::fill(&mut piece[..len]).map_err(io::Error::other)?;
         io.write_at(&piece[..len], offset)?;
         offset += len as u64;
     }
     Ok(())
 }
-
-/// cryptsetup does not see what has a greater number.
-const MAX_KEYSLOTS: u32 = MAX_OBJECTS as u32;
-const MAX_TOKENS: u32 = MAX_OBJECTS as u32;
 
 const PIECE: usize = 1 << 20;

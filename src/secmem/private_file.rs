@@ -140,7 +140,7 @@ pub fn wipe(path: &Path) -> io::Result<()> {
 }
 
 fn write_over(file: &mut File) -> io::Result<()> {
-    let mut noise = vec![0; file.metadata()?.len() as usize];
+    let mut noise = vec![0; usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?];
     getrandom::fill(&mut noise).map_err(io::Error::other)?;
     file.write_all(&noise)?;
     file.sync_all()

@@ -11,6 +11,15 @@
 //!
 //! A guest and a front-end can attack this process. So this package links no TLS, HTTP, KMIP, TPM or name service code, and none
 //! that reads a configuration: keys come from another process, by one socket.
+#![cfg_attr(
+    not(test),
+    warn(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        clippy::cast_possible_wrap,
+        clippy::cast_lossless
+    )
+)]
 
 pub mod attachment;
 pub mod device;

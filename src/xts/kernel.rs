@@ -17,13 +17,19 @@ pub(super) struct Units {
     pub(super) count: usize,
 }
 
+/// The number in a tweak.
+#[expect(clippy::cast_possible_truncation, reason = "the other half is kept apart")]
+fn low_half(tweak: u128) -> u64 {
+    tweak as u64
+}
+
 impl Units {
     /// The offset (in bytes) and the tweak of each unit. Sector numbers have 64 bits and wrap, as dm-crypt's do.
     pub(super) fn each(self) -> impl Iterator<Item = (usize, [u8; 16])> {
         let high = self.tweak & !u128::from(u64::MAX);
         let step = self.size as u64 / Sector::LEN;
         (0..self.count).map(move |i| {
-            let low = (self.tweak as u64).wrapping_add(i as u64 * step);
+            let low = low_half(self.tweak).wrapping_add(i as u64 * step);
             (i * self.size, (high | u128::from(low)).to_le_bytes())
         })
     }
@@ -37,7 +43,7 @@ impl Units {
         };
         let high = self.tweak & !u128::from(u64::MAX);
         let step = first.count as u64 * (self.size as u64 / Sector::LEN);
-        self.tweak = high | u128::from((self.tweak as u64).wrapping_add(step));
+        self.tweak = high | u128::from(low_half(self.tweak).wrapping_add(step));
         self.count -= first.count;
         first
     }

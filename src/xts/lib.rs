@@ -6,6 +6,15 @@
 //! a time. A sector that is split between pieces goes through a scratch buffer that is wiped.
 //!
 //! The tweak of a sector is its number in 512-byte units, little-endian, for every sector size.
+#![cfg_attr(
+    not(test),
+    warn(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        clippy::cast_possible_wrap,
+        clippy::cast_lossless
+    )
+)]
 #![allow(unsafe_code)] // Kernels work on raw memory: guest memory must not be borrowed as a Rust slice.
 
 mod choice;

@@ -37,7 +37,7 @@ const ANSWERS: [(SectorSize, usize, [u8; 32]); 2] = [
 const LINE: usize = 64;
 
 fn plaintext(len: usize) -> Vec<u8> {
-    (0..len).map(|i| (i % 251) as u8).collect()
+    (0..251).cycle().take(len).collect()
 }
 
 /// Encrypts and decrypts known sectors of both sizes with every kernel. To be called when the process starts.

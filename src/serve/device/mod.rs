@@ -56,13 +56,6 @@
 //! and gives it back when nothing is in flight. A message of the front-end that changes one of these is applied while the
 //! rings are paused (`rings::Paused`). `lock` takes the segment table away, and waits until each worker has given it back.
 
-#![warn(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    clippy::cast_possible_wrap,
-    clippy::cast_lossless
-)]
-
 mod call;
 mod checks;
 mod config;

@@ -187,7 +187,7 @@ fn prepare_child(kept: &[RawFd]) -> io::Result<()> {
         _ => Ok(()),
     };
     // SAFETY: it only sets a flag of descriptors of this child, which is about to execute another program.
-    all(unsafe { libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC as libc::c_int) })?;
+    all(unsafe { libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC.cast_signed()) })?;
     for &fd in kept {
         // SAFETY: it only clears that flag again.
         all(unsafe { libc::fcntl(fd, libc::F_SETFD, 0) })?;

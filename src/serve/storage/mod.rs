@@ -1,12 +1,5 @@
 //! Files and block devices, the io_uring engine, and the buffer pool.
 
-#![warn(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    clippy::cast_possible_wrap,
-    clippy::cast_lossless
-)]
-
 mod access;
 mod backing;
 mod capabilities;
