@@ -16,3 +16,5 @@ mod sealing;
 mod secrets;
 mod serve_failures;
 mod sockets;
+#[cfg(target_arch = "x86_64")]
+mod taken_over;
