@@ -3,20 +3,20 @@
 //!
 //! ```text
 //! no_new_privileges   no program can raise its privileges (prctl(2), PR_SET_NO_NEW_PRIVS)
-//! capabilities        none of root's privileges (capabilities(7)), but for those that it needs
+//! capabilities        no privileges of root (capabilities(7)) except those that the disk needs
 //! abstract_sockets    no abstract Unix sockets of other processes (Landlock)
 //! network             no TCP (Landlock)
-//! files               no files but its own (Landlock); landlock_rules has these three
-//! system_calls        none but those that a served disk makes (seccomp(2)): no programs, no processes, no memory that is
-//!                     executable, no sockets but that of the protocol handler
+//! files               no files except its own (Landlock); landlock_rules has these three
+//! system_calls        only the system calls that a served disk makes (seccomp(2)): no programs, no processes, no memory that is
+//!                     executable, no sockets except that of the protocol handler
 //! ```
 //!
-//! The process needs none of these any more: the key helper runs, the names of users and groups are known, the sockets are bound, the
-//! journal and the service manager are connected to. No thread can leave the sandbox, and new threads inherit it. The measures
+//! The process does not need what it gives up: the key helper runs, the names of users and groups are known, the sockets are bound, and
+//! the journal and the service manager are connected. No thread can leave the sandbox, and new threads inherit it. The measures
 //! overlap on purpose: a kernel may lack one of them.
 //!
-//! What an io_uring does, the filter is not asked about. So the process makes none after this, and those that it has take only what a
-//! queue does ([`crate::storage::RingPool`]).
+//! The kernel does not ask the filter about the operations of an io_uring. So the process makes all its rings before, and each accepts only
+//! the operations of a queue ([`crate::storage::RingPool`]).
 
 mod capabilities;
 mod landlock_rules;
@@ -34,7 +34,7 @@ pub use landlock_rules::Allowed;
 /// Has a thread tell the log of system calls that the sandbox refuses.
 ///
 /// # Errors
-/// If there is no thread to be had.
+/// If the thread cannot be started.
 pub fn tell_of_refusals() -> io::Result<()> {
     system_calls::tell()
 }

@@ -1,13 +1,13 @@
 //! The filter of system calls: a list of those that a served disk makes. All others fail with EPERM, and the log names them.
 //!
-//! A call outside the list does not end the process, as it does in Firecracker and Cloud Hypervisor: their lists are made for one C
-//! library, linked statically, while ours is the host's. If a new version of it takes a call that is not here, the guest keeps its
-//! disk, and the operator can report the call. An attacker has nothing of the difference: what fails, fails.
+//! In Firecracker and Cloud Hypervisor a call outside the list ends the process. Their lists are for one C library, which is linked
+//! statically; sealblk uses the host's. If a new version of the library makes a call that is not in the list, the guest keeps its disk, and
+//! the operator can report the call. For an attacker both are the same: the call has no effect.
 //!
-//! So the kernel raises SIGSYS (`SECCOMP_RET_TRAP`). The handler keeps the number of the call for a thread that tells the log, and
-//! lets the call fail. Who blocks that signal is killed by it.
+//! So the kernel raises SIGSYS (`SECCOMP_RET_TRAP`). The handler records the number of the call for a thread that writes it to the log, and
+//! makes the call fail. If a thread blocks the signal, the kernel kills the process.
 //!
-//! The list costs nothing on the path of a request: the kernel remembers the calls that pass whatever their arguments are.
+//! The filter costs nothing on the path of a request: the kernel caches which calls pass with any arguments.
 //!
 //! x86-64 kernels can have system calls twice: the numbers of the x32 ABI are not in the list. A call of another architecture ends the
 //! process.
@@ -345,8 +345,8 @@ pub(super) fn tell() -> io::Result<()> {
                     tracing::error!(
                         system_call = number,
                         architecture = std::env::consts::ARCH,
-                        "the sandbox has refused a system call, and the disk goes on; please report its number. If the disk does not work \
-                         as it should, serve it with --sandbox=off"
+                        "the sandbox has refused a system call, and the disk continues; please report its number. If the disk does not \
+                         work as it should, serve it with --sandbox=off"
                     );
                 }
             }

@@ -699,7 +699,7 @@ mod tests {
                 let mut buffer = engine.buffer(4096).unwrap();
                 let at = u64::from(page) * 4096;
                 if round == 0 {
-                    engine.bytes_mut(&mut buffer).fill(page as u8);
+                    engine.bytes_mut(&mut buffer).fill(page.to_le_bytes()[0]);
                     engine.write(buffer, at, false, page);
                 } else {
                     engine.read(buffer, at, page);
@@ -714,7 +714,7 @@ mod tests {
                     engine
                         .bytes(&buffer)
                         .iter()
-                        .all(|byte| *byte == done.context as u8)
+                        .all(|byte| *byte == done.context.to_le_bytes()[0])
                 );
                 assert!(!std::mem::replace(&mut ended[done.context as usize], true));
                 engine.release(buffer);

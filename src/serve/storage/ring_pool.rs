@@ -1,8 +1,8 @@
 //! Rings of io_uring that are made before the process is confined.
 //!
-//! The filter of system calls is not asked about what a ring does. So a confined process makes no rings, and those that it has take
-//! few operations and no others, as long as they exist (`IORING_REGISTER_RESTRICTIONS`). Their users borrow one, register with it what
-//! it works on, and give it back when nothing of theirs is in flight.
+//! The kernel does not ask the filter of system calls about the operations of a ring. So a confined process makes no rings, and each ring
+//! that it has accepts a few operations, as long as it exists (`IORING_REGISTER_RESTRICTIONS`). An engine or a call borrows a ring,
+//! registers what it works on, and returns the ring when nothing is in flight.
 
 use std::fmt;
 use std::io;
@@ -33,7 +33,7 @@ impl RingPool {
         })
     }
 
-    /// Takes a ring. If all are in use, it is a new one, which a confined process does not get.
+    /// Takes a ring. If all are in use, it makes a new one, which fails in a confined process.
     ///
     /// # Errors
     /// Those of [`RingPool::new`].
