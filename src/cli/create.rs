@@ -32,15 +32,22 @@ Examples:
   sealblk create /dev/vg0/vm9 --header /srv/headers/vm9.luks
 
 The volume is bound to a key provider: this host opens it without a passphrase.
-If the host has no provider, and you give --recovery-key, sealblk adds a native
-provider, and says so.
+Without a recovery key, nothing else opens it: if you lose the provider's keys, you
+lose the data. So give --recovery-key, or back up the provider (`sealblk provider
+backup`). If the host has no provider, sealblk stops; with --recovery-key it adds
+a native provider instead, and says so.
 
 A recovery key opens the volume on any Linux, without sealblk:
   cryptsetup open --key-file vm7.key vm7.luks vm7
-It has 256 bits. Keep it apart from the disk. If FILE exists, sealblk uses its
-content as the recovery key, if it is strong enough (`sealblk --help`).
+  cryptsetup open --header vm9.luks --key-file vm9.key /dev/vg0/vm9 vm9
+If FILE does not exist, sealblk makes a key of 256 bits, writes it to FILE (mode
+600), and says so. If FILE exists, its content is the recovery key, if it is strong
+enough (`sealblk --help`). Keep it apart from the disk.
 
-Old data on a block device stay readable until the guest overwrites them.";
+With --header, back up that file too: without it, nobody can open the disk.
+
+sealblk does not wipe a block device: its old data stay readable until the guest
+overwrites them. To remove them, run `blkdiscard` or overwrite the device first.";
 
 /// Make an encrypted disk
 #[derive(Debug, Args)]
@@ -51,7 +58,7 @@ pub(super) struct Create {
     /// Capacity of the disk, as in 20G; its file takes 16M more [default for a device: all of it]
     #[arg(long)]
     size: Option<Size>,
-    /// Key provider that opens the volume [default: the host's]
+    /// Key provider that opens the volume [default: the host's default provider, as `sealblk provider list` shows]
     #[arg(long, value_name = "NAME")]
     provider: Option<String>,
     /// The encryption sector and the disk's block size, in bytes; some firmware cannot boot from 4096
@@ -69,7 +76,7 @@ pub(super) struct Create {
     /// A label, also for /dev/disk/by-label
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     label: String,
-    /// Destroy the content of DISK
+    /// Make the disk even if DISK is not empty; its content is lost, but not wiped (see below)
     #[arg(long)]
     force: bool,
 }

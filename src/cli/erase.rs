@@ -40,12 +40,17 @@ disk, and its data are noise. sealblk overwrites the header and the keyslots, re
 them back from storage, and discards them if the device supports that. The disk
 must not be in use.
 
-Limits: copies and backups of the header open with the keys of their time. Flash,
-file systems and snapshots may keep overwritten blocks. A process that has the disk
-open still has its key. If that matters, also revoke the key (--revoke-key), and
-destroy the backups. A header backup from before a rekey opens with the replaced
-key: `sealblk rekey` printed its ID, and the agent's log has it as KeyBound. Revoke
-that key with `sealblk key revoke`.";
+The receipt is a JSON record of what was erased, when and by whom, and which keys
+were revoked. It is not signed: `sealblk audit verify --receipt` checks it against
+the audit log. The file or device stays, full of noise.
+
+Limits: a copy or backup of the header still opens with the keys that were in it.
+Flash, file systems and snapshots may keep overwritten blocks. A process on another
+host that has the disk open keeps the volume key until it ends. If that matters,
+destroy the copies, and revoke the keys (--revoke-key). Nobody can revoke a recovery
+key: destroy it, or each copy of the header. A backup from before a rekey opens with
+the replaced key: `sealblk rekey` printed its ID, and the agent's log has it as
+KeyBound. Revoke that key with `sealblk key revoke`.";
 
 /// Destroy a disk for good, by destroying its header and keyslots
 #[derive(Debug, Args)]
@@ -56,11 +61,11 @@ pub(super) struct Erase {
     /// The volume's UUID, as `sealblk info` shows it; without this option, sealblk asks for it on the terminal
     #[arg(long, value_name = "UUID")]
     confirm: Option<String>,
-    /// Write the receipt to this new file instead of standard output
+    /// Write the receipt (see below) to this new file instead of standard output
     #[arg(long, value_name = "FILE")]
     receipt: Option<PathBuf>,
-    /// Also revoke the keys that opened the disk, unless another known volume needs them; if they cannot be revoked now,
-    /// nothing is erased
+    /// Also revoke the providers' keys that opened the disk. sealblk keeps a key that another volume in this host's list needs,
+    /// and says so; if it cannot revoke a key now, it erases nothing
     #[arg(long)]
     revoke_key: bool,
 }

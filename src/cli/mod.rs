@@ -61,14 +61,22 @@ Examples:
 
 Options name the source of a secret, never the secret itself: --recovery-key
 and similar options take a file, '-' for standard input, 'fd:N' for an open
-descriptor, or 'cred:NAME' for a file in $CREDENTIALS_DIRECTORY. A text is a
-passphrase, without a newline at its end. Any other content, up to 8 MiB, is a
-key and counts byte for byte, as in `cryptsetup --key-file`. If the result opens
-nothing, sealblk also tries the other form.
+descriptor, or 'cred:NAME' for a file in $CREDENTIALS_DIRECTORY. One line of UTF-8
+text is a passphrase: sealblk removes the newline at its end. Any other content, up
+to 8 MiB, is a key: sealblk uses every byte of it, as `cryptsetup --key-file` does.
+If that opens nothing, sealblk tries a text with its newline, or a key without.
 
-A secret of your choice (a recovery key, a backup's passphrase) must count as at
-least 12 characters, or needs --weak; below 20 sealblk warns. Repetitions and runs
-as in 'abc' do not count, a digit counts half, a byte that is not text double.
+sealblk measures a secret that you choose (a recovery key, a backup's passphrase).
+A character counts 1, a digit 0.5, a byte that is not text 2; repetitions and runs
+such as 'abc' count 0. Below 12, sealblk refuses the secret unless you give --weak;
+below 20, it warns.
+
+Terms:
+  disk          what the guest sees
+  volume        a disk as LUKS2 stores it, encrypted under its volume key
+  key provider  opens volumes without a passphrase: `native` by a primary key in
+                the state directory, the others by a server
+  key agent     the process that asks the providers for all disks of a host
 
 Exit codes:
   0  done
@@ -91,7 +99,7 @@ Environment:
 #[derive(Debug, Parser)]
 #[command(name = "sealblk", version, after_help = AFTER_HELP, max_term_width = 100)]
 struct Cli {
-    /// The directory of the key providers; if you give it, sealblk uses it even if the configuration has an agent
+    /// The directory of the key providers; if you give it, sealblk reads the providers itself and does not ask the agent
     /// [default: /var/lib/sealblk for root, else $XDG_STATE_HOME/sealblk]
     #[arg(
         long,

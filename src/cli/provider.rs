@@ -98,15 +98,15 @@ enum Verb {
     Backup(primary_key::Backup),
     /// Add a native provider with the primary key of a backup
     Restore(primary_key::Restore),
-    /// Seal a native provider's primary key to this host's TPM
+    /// Encrypt a native provider's primary key with this host's TPM, and remove the plain key; needs a backup
     Seal(primary_key::Seal),
-    /// Test a provider by a real unwrap
+    /// Test one provider: let it wrap and unwrap a test secret
     Check(Check),
     /// Enrol this host's TPM at the broker of a trusted provider
     Enrol(Enrol),
     /// Print the attestation key of a trusted provider, to configure a broker such as Trustee
     AttestationKey(Check),
-    /// Remove a key provider from this host, unless a disk needs it
+    /// Remove a key provider from this host, unless a volume in this host's list needs it
     Remove(Remove),
     /// List and test the key providers of this host; the exit code is 4 if one does not work
     List(List),

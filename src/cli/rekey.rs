@@ -25,15 +25,20 @@ Examples:
   sealblk rekey --control-socket /run/vm7.control
   sealblk rekey --if-due /srv/vms/*.luks      # from a timer
 
-sealblk adds the new key, opens the volume with it, and then removes the old key.
-If it is interrupted, the volume opens with one of the two keys, and the next
-rekey continues. Recovery keys stay as they are. Use --unlock-key with a recovery
-key if the volume's provider is gone, or if the volume has no provider.
+sealblk adds the new key to the header, opens the volume with it, and then removes
+the old key from the header. If it is interrupted, at least one of the two keys
+opens the volume, and the next rekey continues. Recovery keys stay as they are. Use
+--unlock-key with a recovery key if the volume's provider is gone, or if the volume
+has no provider.
 
-The data stay encrypted under the same volume key: the old key still opens older
-copies of the header.";
+The provider keeps the old key, and the old key still opens old copies of the
+header. To prevent that, revoke it: rekey prints its ID for `sealblk key revoke`.
+The volume key stays the same: rekey does not help if somebody already has it.
 
-/// Bind a volume to a new key of its provider, or of another provider; the data stay unchanged
+A disk that is being served can be rekeyed only through its control socket;
+`sealblk rekey DISK` then ends with exit code 5.";
+
+/// Replace the provider's key that opens a volume; the volume key and the data stay unchanged
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 #[command(group = ArgGroup::new("target").required(true).args(["disks", "control_socket"]))]
@@ -50,7 +55,7 @@ pub(super) struct Rekey {
     /// Key provider of the new key [default: the provider of the old key, else the host's default]
     #[arg(long, value_name = "NAME")]
     provider: Option<String>,
-    /// Do nothing unless the key has reached its maximum age, or its age is unknown
+    /// Rekey only if the key has reached its maximum age, or if its age is unknown
     #[arg(long)]
     if_due: bool,
     /// The maximum age of a key, as in 90d [default: the configuration's max-key-age]

@@ -36,25 +36,34 @@ use crate::storage::{Access, Backing, DataFile, PAGE, StorageError};
 use sealblk_secmem::{arena, arena::SecretBytes};
 
 const AFTER_HELP: &str = "\
-Then start QEMU with shared memory and the disk:
+Then start QEMU with shared memory and the disk (libvirt: docs/libvirt.md):
   qemu-system-x86_64 -accel kvm -m 2G \\
     -object memory-backend-memfd,id=mem,size=2G,share=on \\
     -machine q35,memory-backend=mem \\
     -chardev socket,id=disk0,path=SOCK,reconnect=1 \\
     -device vhost-user-blk-pci,chardev=disk0
 
-sealblk recognises a volume by its header. With --allow-unencrypted it still serves
-a volume decrypted, and refuses a volume with a damaged header. It refuses images
-(qcow2, VMDK, ...) and members of LVM, ZFS or a RAID, unless --format raw is given.
+In production, also give --volume: an attacker who can write to the storage could
+put the header of a disk of his own there, and then knows the volume key.
 
-A process that connects to SOCK can read and write the disk. Only the owner of SOCK
-can connect, and with --socket-group its group; use that if QEMU runs as another user.
+With --allow-unencrypted, sealblk still recognises a volume by its header, and
+encrypts as usual. It refuses a volume whose header is damaged in part; if the
+header was wiped completely, it takes the disk for an unencrypted one. It refuses
+images (qcow2, VMDK, ...) and members of LVM, ZFS or a RAID, unless you also give
+--format raw.
 
-If the key is not available, the disk is locked: the guest sees it, and its requests
-wait until the key is available. With --no-wait, serve ends instead.
+A process that connects to SOCK can read and write the disk. Only root and the owner
+of SOCK can connect, unless you set its group or mode. If QEMU runs as another user,
+give --socket-group with a group of that user. sealblk must then run as root or as a
+member of that group, and QEMU must be able to enter the directory of SOCK.
 
-On SIGTERM the process finishes the requests in flight and ends. One front-end can
-be connected at a time; it can disconnect and connect again, or another can follow.";
+If the key is not available, the disk is locked: the guest sees the disk, and its
+requests wait, without an error. sealblk tries again at least every 30 seconds; with
+--no-wait it ends instead.
+
+On SIGTERM sealblk finishes the requests in flight and ends. You can stop and start
+it while the guest runs: QEMU connects again, and the requests wait. One QEMU can be
+connected at a time.";
 
 /// What QEMU's vhost-user.json names, and nothing more (`VHostUserBackendBlockFeature`).
 const CAPABILITIES: &str = r#"{"type": "block", "features": ["read-only", "blk-file"]}"#;
@@ -92,7 +101,8 @@ pub(super) struct Serve {
     /// Answer `sealblk status`, `lock`, `unlock` and `rekey` on this socket
     #[arg(long, value_name = "SOCK", conflicts_with_all = ["null_storage", "allow_unencrypted"])]
     control_socket: Option<PathBuf>,
-    /// Give the control socket to a group, by name or number; the configuration grants privileges to its members
+    /// Give the control socket to a group, by name or number. Its members can connect; [[grant]] in the configuration says what they
+    /// may do
     #[arg(long, value_name = "GROUP", value_parser = parse_group, requires = "control_socket")]
     control_socket_group: Option<u32>,
     /// The mode of the control socket; the umask does not change it [default: 660]
@@ -108,7 +118,8 @@ pub(super) struct Serve {
     /// The file that holds the volume's header, if it is detached
     #[arg(long, value_name = "FILE")]
     header: Option<PathBuf>,
-    /// Serve only the volume with this UUID, and refuse the header of another volume. `sealblk info` shows the UUID
+    /// Serve only the volume with this UUID, and refuse the header of another volume: an attacker could have put it there (see
+    /// below). `sealblk info` shows the UUID
     #[arg(long, value_name = "UUID", conflicts_with_all = ["null_storage", "allow_unencrypted"])]
     volume: Option<Uuid>,
     /// Open the volume with a passphrase, recovery key or key file instead of a key provider. sealblk can read `-`, fd:N
@@ -119,8 +130,8 @@ pub(super) struct Serve {
     /// who wipes the header turns such a disk into an unencrypted one
     #[arg(long, conflicts_with = "header")]
     allow_unencrypted: bool,
-    /// Treat the disk as 'raw', although its content looks like an image, a member of a pool or a LUKS1 volume, because its
-    /// guest has written that content. sealblk never interprets it
+    /// Serve the disk as 'raw' bytes even if its content looks like an image, a member of a pool or a LUKS1 volume. Use this only
+    /// if the guest itself wrote that content. sealblk never interprets the content
     #[arg(long, value_name = "FORMAT", requires = "allow_unencrypted", value_parser = ["raw"])]
     format: Option<String>,
     /// The block size of a disk that is not a volume, 512 or 4096 [default: 512]
@@ -145,8 +156,8 @@ pub(super) struct Serve {
         default_value_t = DEFAULT_POLL_MAX.as_micros() as u16
     )]
     poll_max: u16,
-    /// Pinned memory of each queue in use, for data between the guest and storage: 1M to 64M. A smaller pool allows fewer
-    /// large requests in flight [default: 8M]
+    /// Locked memory of each queue in use, for data between the guest and storage: 1M to 64M (LimitMEMLOCK must allow the sum). A
+    /// smaller pool allows fewer large requests in flight [default: 8M]
     #[arg(long, value_name = "SIZE", value_parser = parse_pool_size)]
     pool_size: Option<u32>,
     /// Confine the process before it reads anything of a guest: 'prefer' takes the measures that this kernel has, 'require' ends
