@@ -44,7 +44,7 @@ If FILE does not exist, sealblk makes a key of 256 bits, writes it to FILE (mode
 600), and says so. If FILE exists, its content is the recovery key, if it is strong
 enough (`sealblk --help`). Keep it apart from the disk.
 
-With --header, back up that file too: without it, nobody can open the disk.
+With --header, back up that file too: without it, no key opens the disk.
 
 sealblk does not wipe a block device: its old data stay readable until the guest
 overwrites them. To remove them, run `blkdiscard` or overwrite the device first.";

@@ -47,8 +47,8 @@ the audit log. The file or device stays, full of noise.
 Limits: a copy or backup of the header still opens with the keys that were in it.
 Flash, file systems and snapshots may keep overwritten blocks. A process on another
 host that has the disk open keeps the volume key until it ends. If that matters,
-destroy the copies, and revoke the keys (--revoke-key). Nobody can revoke a recovery
-key: destroy it, or each copy of the header. A backup from before a rekey opens with
+destroy the copies, and revoke the keys (--revoke-key). A recovery key cannot be
+revoked: destroy it, or each copy of the header. A backup from before a rekey opens with
 the replaced key: `sealblk rekey` printed its ID, and the agent's log has it as
 KeyBound. Revoke that key with `sealblk key revoke`.";
 

@@ -33,7 +33,7 @@ has no provider.
 
 The provider keeps the old key, and the old key still opens old copies of the
 header. To prevent that, revoke it: rekey prints its ID for `sealblk key revoke`.
-The volume key stays the same: rekey does not help if somebody already has it.
+The volume key stays the same: rekey does not help against an attacker who has it.
 
 A disk that is being served can be rekeyed only through its control socket;
 `sealblk rekey DISK` then ends with exit code 5.";

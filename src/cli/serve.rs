@@ -43,8 +43,8 @@ Then start QEMU with shared memory and the disk (libvirt: docs/libvirt.md):
     -chardev socket,id=disk0,path=SOCK,reconnect=1 \\
     -device vhost-user-blk-pci,chardev=disk0
 
-In production, also give --volume: an attacker who can write to the storage could
-put the header of a disk of his own there, and then knows the volume key.
+In production, also give --volume: an attacker with write access to the storage
+could put the header of a disk of his own there, and then knows the volume key.
 
 With --allow-unencrypted, sealblk still recognises a volume by its header, and
 encrypts as usual. It refuses a volume whose header is damaged in part; if the

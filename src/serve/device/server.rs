@@ -372,8 +372,13 @@ fn inherited(fd: RawFd) -> Result<Source, ServeError> {
         return Err(bad(io::ErrorKind::InvalidInput.into()));
     }
     // SAFETY: only asks whether the number is an open descriptor.
-    if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
+    if flags < 0 {
         return Err(bad(io::Error::last_os_error()));
+    }
+    // This process closes those that it has opened itself at the execution of another program. They are not for the user to name.
+    if flags & libc::FD_CLOEXEC != 0 {
+        return Err(refused(Errno::BADF));
     }
     // SAFETY: the descriptor is open, and by the contract of --fd it was passed on for us to own.
     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
