@@ -28,26 +28,29 @@ use crate::storage::{Access, Backing, Kind};
 const AFTER_HELP: &str = "\
 Examples:
   sealblk create vm7.luks --size 20G --recovery-key vm7.key
-  sealblk create /dev/vg0/vm8 --sector-size 4096
-  sealblk create /dev/vg0/vm9 --header /srv/headers/vm9.luks
+  sealblk create /dev/vg0/vm8 --sector-size 4096 --provider kms
+  sealblk create /dev/vg0/vm9 --header vm9.luks --recovery-key vm9.key
 
 The volume is bound to a key provider: this host opens it without a passphrase.
 Without a recovery key, nothing else opens it: if you lose the provider's keys, you
 lose the data. So give --recovery-key, or back up the provider (`sealblk provider
 backup`). If the host has no provider, sealblk stops; with --recovery-key it adds
-a native provider instead, and says so.
+a native provider instead, and says so. In scripts, name the provider.
 
 A recovery key opens the volume on any Linux, without sealblk:
   cryptsetup open --key-file vm7.key vm7.luks vm7
   cryptsetup open --header vm9.luks --key-file vm9.key /dev/vg0/vm9 vm9
 If FILE does not exist, sealblk makes a key of 256 bits, writes it to FILE (mode
 600), and says so. If FILE exists, its content is the recovery key, if it is strong
-enough (`sealblk --help`). Keep it apart from the disk.
+enough (`sealblk --help`). Keep it apart from the disk. If FILE is a passphrase with
+a newline at its end, type it at cryptsetup's prompt: --key-file would use the
+newline, too.
 
 With --header, back up that file too: without it, no key opens the disk.
 
-sealblk does not wipe a block device: its old data stay readable until the guest
-overwrites them. To remove them, run `blkdiscard` or overwrite the device first.";
+sealblk does not wipe a block device. The guest sees noise there, but a reader of
+the device can read its old data until the guest overwrites them. To remove them,
+run `blkdiscard` or overwrite the device first.";
 
 /// Make an encrypted disk
 #[derive(Debug, Args)]
@@ -55,7 +58,7 @@ overwrites them. To remove them, run `blkdiscard` or overwrite the device first.
 pub(super) struct Create {
     /// A file to make, or a block device
     disk: PathBuf,
-    /// Capacity of the disk, as in 20G; its file takes 16M more [default for a device: all of it]
+    /// Capacity of the disk, as in 20G; its file takes 16M more [default for a device: all of it but 16M]
     #[arg(long)]
     size: Option<Size>,
     /// Key provider that opens the volume [default: the host's default provider, as `sealblk provider list` shows]
@@ -76,7 +79,7 @@ pub(super) struct Create {
     /// A label, also for /dev/disk/by-label
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     label: String,
-    /// Make the disk even if DISK is not empty; its content is lost, but not wiped (see below)
+    /// Make the disk even if DISK is not empty; no program finds its content then, but it is not wiped (see below)
     #[arg(long)]
     force: bool,
 }

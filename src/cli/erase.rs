@@ -35,14 +35,15 @@ Examples:
   sealblk erase /dev/vg0/vm8 --confirm 3b5b5f0e-2f5d-4c53-9d2a-5a3c1f0f7d11 --receipt vm8.receipt
   sealblk erase vm9.data --header vm9.luks --revoke-key
 
-sealblk destroys both copies of the header and all keyslots. Then no key opens the
-disk, and its data are noise. sealblk overwrites the header and the keyslots, reads
-them back from storage, and discards them if the device supports that. The disk
-must not be in use.
+sealblk destroys both copies of the header and all keyslots, and nothing else. Then
+no key opens the disk, and nothing decrypts its data. sealblk overwrites the header
+and the keyslots, reads them back from storage, and discards them if the device
+supports that. The disk must not be in use.
 
 The receipt is a JSON record of what was erased, when and by whom, and which keys
 were revoked. It is not signed: `sealblk audit verify --receipt` checks it against
-the audit log. The file or device stays, full of noise.
+the audit log, so keep that log with it. The file or device stays, with the data
+as they were, encrypted.
 
 Limits: a copy or backup of the header still opens with the keys that were in it.
 Flash, file systems and snapshots may keep overwritten blocks. A process on another
@@ -64,8 +65,8 @@ pub(super) struct Erase {
     /// Write the receipt (see below) to this new file instead of standard output
     #[arg(long, value_name = "FILE")]
     receipt: Option<PathBuf>,
-    /// Also revoke the providers' keys that opened the disk. sealblk keeps a key that another volume in this host's list needs,
-    /// and says so; if it cannot revoke a key now, it erases nothing
+    /// Also revoke the providers' keys that opened the disk. sealblk keeps a key that another volume in this host's list
+    /// (`sealblk key where-used`) needs, and the receipt says so; if a provider cannot revoke a key now, sealblk erases nothing
     #[arg(long)]
     revoke_key: bool,
 }

@@ -64,18 +64,21 @@ and similar options take a file, '-' for standard input, 'fd:N' for an open
 descriptor, or 'cred:NAME' for a file in $CREDENTIALS_DIRECTORY. One line of UTF-8
 text is a passphrase: sealblk removes the newline at its end. Any other content, up
 to 8 MiB, is a key: sealblk uses every byte of it, as `cryptsetup --key-file` does.
-If that opens nothing, sealblk tries a text with its newline, or a key without.
+If that opens nothing, sealblk tries again: a passphrase with its newline, a key
+without a newline at its end.
 
-sealblk measures a secret that you choose (a recovery key, a backup's passphrase).
-A character counts 1, a digit 0.5, a byte that is not text 2; repetitions and runs
-such as 'abc' count 0. Below 12, sealblk refuses the secret unless you give --weak;
-below 20, it warns.
+sealblk measures the length of a secret that you choose (a recovery key, a backup's
+passphrase). A character counts 1, a digit 0.5, a byte that is not text 2;
+repetitions and runs such as 'abc' count 0. sealblk refuses a secret below 12
+without --weak, and warns below 20. It does not know words or names.
 
 Terms:
-  disk          what the guest sees
-  volume        a disk as LUKS2 stores it, encrypted under its volume key
-  key provider  opens volumes without a passphrase: `native` by a primary key in
-                the state directory, the others by a server
+  disk          what the guest sees; DISK is the file or device that stores it
+  volume        a disk as LUKS2 stores it: a header with keyslots, and the data,
+                encrypted under the volume key
+  key           opens a keyslot, which holds the volume key; each volume has its own
+  key provider  makes and keeps keys: a native provider derives them from one
+                primary key in the state directory, the others ask a server
   key agent     the process that asks the providers for all disks of a host
 
 Exit codes:
@@ -99,8 +102,8 @@ Environment:
 #[derive(Debug, Parser)]
 #[command(name = "sealblk", version, after_help = AFTER_HELP, max_term_width = 100)]
 struct Cli {
-    /// The directory of the key providers; if you give it, sealblk reads the providers itself and does not ask the agent
-    /// [default: /var/lib/sealblk for root, else $XDG_STATE_HOME/sealblk]
+    /// The directory of the key providers. If you give it, sealblk reads the providers there, and does not ask the agent, even if
+    /// the configuration has one [default: /var/lib/sealblk for root, else $XDG_STATE_HOME/sealblk]
     #[arg(
         long,
         global = true,

@@ -22,6 +22,18 @@ use crate::providers::{registry::Backup, registry::Entry, registry::Registry, re
 use crate::providers::{transit, transit::Login};
 use crate::tpm::{DEFAULT_DEVICE, Device};
 
+const PROVIDER_HELP: &str = "\
+First, on a new host:
+  sealblk provider add native
+  sealblk provider backup native --to native.backup --passphrase-file FILE
+
+Kinds of providers:
+  native   a primary key in the state directory, which gives each volume its key
+  kmip     key servers that speak KMIP
+  transit  an OpenBao or HashiCorp Vault server
+  trusted  a broker, which releases a key after this host's TPM has proved what the
+           host has booted";
+
 const NATIVE_HELP: &str = "\
 Examples:
   sealblk provider add native
@@ -84,6 +96,7 @@ volumes are bound to.";
 
 /// Add, list, check, back up and remove key providers
 #[derive(Debug, Args)]
+#[command(after_help = PROVIDER_HELP)]
 pub(super) struct Provider {
     #[command(subcommand)]
     verb: Verb,

@@ -23,7 +23,8 @@ Examples:
   sealblk rekey vm7.luks --provider kms
   sealblk rekey vm7.luks --unlock-key vm7.key
   sealblk rekey --control-socket /run/vm7.control
-  sealblk rekey --if-due /srv/vms/*.luks      # from a timer
+  sealblk rekey --if-due /srv/vms/*.luks      # from a timer, for disks at rest
+  sealblk rekey --if-due --control-socket /run/vm7.control    # and for each served one
 
 sealblk adds the new key to the header, opens the volume with it, and then removes
 the old key from the header. If it is interrupted, at least one of the two keys
@@ -33,10 +34,12 @@ has no provider.
 
 The provider keeps the old key, and the old key still opens old copies of the
 header. To prevent that, revoke it: rekey prints its ID for `sealblk key revoke`.
-The volume key stays the same: rekey does not help against an attacker who has it.
+A backup from before the rekey then opens with a recovery key only. The volume key,
+and a native provider's primary key, stay the same: rekey does not help against an
+attacker who has one of these.
 
-A disk that is being served can be rekeyed only through its control socket;
-`sealblk rekey DISK` then ends with exit code 5.";
+`sealblk rekey DISK` refuses a disk that is being served (exit code 5): give its
+control socket instead. With several disks, sealblk goes on after a failure.";
 
 /// Replace the provider's key that opens a volume; the volume key and the data stay unchanged
 #[derive(Debug, Args)]

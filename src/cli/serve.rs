@@ -44,7 +44,8 @@ Then start QEMU with shared memory and the disk (libvirt: docs/libvirt.md):
     -device vhost-user-blk-pci,chardev=disk0
 
 In production, also give --volume: an attacker with write access to the storage
-could put the header of a disk of his own there, and then knows the volume key.
+could put the header of a disk of his own there, and then read what your guest writes.
+`sealblk create` prints the UUID.
 
 With --allow-unencrypted, sealblk still recognises a volume by its header, and
 encrypts as usual. It refuses a volume whose header is damaged in part; if the
@@ -62,8 +63,9 @@ requests wait, without an error. sealblk tries again at least every 30 seconds; 
 --no-wait it ends instead.
 
 On SIGTERM sealblk finishes the requests in flight and ends. You can stop and start
-it while the guest runs: QEMU connects again, and the requests wait. One QEMU can be
-connected at a time.";
+it while the guest runs: QEMU connects again (because of `reconnect`), and the
+requests wait. If sealblk is killed instead, requests in flight may be lost. One
+QEMU can be connected at a time.";
 
 /// What QEMU's vhost-user.json names, and nothing more (`VHostUserBackendBlockFeature`).
 const CAPABILITIES: &str = r#"{"type": "block", "features": ["read-only", "blk-file"]}"#;
