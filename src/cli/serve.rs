@@ -26,12 +26,12 @@ use crate::cipher::{KEY_LEN, KernelChoice, Sector, SectorCipher, SectorSize};
 use crate::closer::{self, ClosedElsewhere};
 use crate::control::privilege::Grants;
 use crate::control::socket::{self, Bound, Permissions};
-use crate::control::{manager, server, varlink};
+use crate::control::{datagram, manager, server, varlink};
 use crate::device::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES, Disk, Endpoint, Server, Waited};
 use crate::key_helper::{KeyHelper, Settings};
 use crate::luks2::{Changed, HeaderError, Identity, Locked, MATERIAL_LEN, Reason, VolumeError};
 use crate::map::{SegmentTable, Treatment, unencrypted};
-use crate::sandbox::{self, Allowed, Choice, Sandbox};
+use crate::sandbox::{self, Allowed, Choice, Measure, Sandbox};
 use crate::storage::{Access, Backing, DataFile, PAGE, StorageError};
 use sealblk_secmem::{arena, arena::SecretBytes};
 
@@ -253,6 +253,9 @@ impl Serve {
         allowed.connect(server.settle().map_err(Failure::Host)?);
         // From here on there are threads.
         let sandbox = self.sandbox.enter(&allowed)?;
+        if sandbox.in_force.contains(&Measure::SystemCalls) {
+            datagram::keep_connections();
+        }
         stderr::begin();
         sandbox::tell_of_refusals().map_err(Failure::Host)?;
         if let Some(served) = &served

@@ -63,18 +63,23 @@ fn waiting() -> &'static Waiting {
 
 /// Starts the thread that writes lines. If it cannot be started, each caller writes its own lines.
 pub(super) fn begin() {
-    let Some(receive) = lock(&waiting().receive).take() else {
+    if lock(&waiting().receive).is_none() {
         return;
-    };
+    }
     let (ready, wait) = mpsc::sync_channel::<()>(1);
     let spawned = thread::Builder::new().name("log".into()).spawn(move || {
         block_signals();
+        let receive = lock(&waiting().receive).take();
         drop(ready);
-        run(&receive);
+        if let Some(receive) = receive {
+            run(&receive);
+        }
     });
     if spawned.is_ok() {
         // Until it is out of the way of signals: those that end the process are awaited by the thread that began it.
         let _ = wait.recv();
+    } else if let Some(receive) = lock(&waiting().receive).take() {
+        receive.try_iter().for_each(|told| drop(told.out()));
     }
 }
 
@@ -160,10 +165,13 @@ fn send(record: &[u8]) -> io::Result<()> {
     journal.send(record)
 }
 
+/// Blocks all signals in this thread but that of the sandbox: a process ends if a thread that blocks it makes a call that is refused.
 fn block_signals() {
     let mut set = MaybeUninit::<libc::sigset_t>::uninit();
     // SAFETY: sigfillset initialises the set it is given.
     unsafe { libc::sigfillset(set.as_mut_ptr()) };
+    // SAFETY: the set was initialised just above.
+    unsafe { libc::sigdelset(set.as_mut_ptr(), libc::SIGSYS) };
     // SAFETY: the set was initialised just above, and the old mask is not asked for.
     unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), std::ptr::null_mut()) };
 }

@@ -6,8 +6,17 @@
 use std::io;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use sealblk_base::mutex::lock;
+
+/// Whether this process may connect no more.
+static CONFINED: AtomicBool = AtomicBool::new(false);
+
+/// Has no service of this process connect again.
+pub fn keep_connections() {
+    CONFINED.store(true, Ordering::Relaxed);
+}
 
 /// See the module's header.
 #[derive(Debug)]
@@ -30,8 +39,11 @@ impl Service {
     pub fn send(&self, datagram: &[u8]) -> io::Result<()> {
         let mut socket = lock(&self.socket);
         let sent = socket.as_ref().map(|socket| socket.send(datagram));
-        if let Some(Ok(_)) = sent {
-            return Ok(());
+        match sent {
+            Some(Ok(_)) => return Ok(()),
+            Some(Err(error)) if CONFINED.load(Ordering::Relaxed) => return Err(error),
+            None if CONFINED.load(Ordering::Relaxed) => return Err(io::ErrorKind::NotConnected.into()),
+            Some(Err(_)) | None => {}
         }
         socket.insert(connected(&self.address)?).send(datagram)?;
         Ok(())

@@ -294,3 +294,56 @@ time.sleep(1000)' &
     script.args(["sh", "-c", SCRIPT]);
     run(script.env("DIR", dir.path()).env("SEALBLK", sealblk_path()));
 }
+
+/// A confined process cannot connect to it again, and goes on all the same.
+#[test]
+fn a_journal_that_ends_does_not_end_a_served_disk() {
+    const SCRIPT: &str = r#"
+        set -eu
+        mount -t tmpfs none /run
+        mkdir -p /run/systemd/journal
+        python3 -c '
+import socket
+journal = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+journal.bind("/run/systemd/journal/socket")
+while True: journal.recv(1 << 20)' &
+        journal=$!
+        for _ in $(seq 100); do [ -S /run/systemd/journal/socket ] && break; sleep 0.1; done
+        : >"$DIR/stderr"
+        export JOURNAL_STREAM=$(stat -c %d:%i "$DIR/stderr")
+        cd "$DIR"
+        "$SEALBLK" --state-dir state provider add native --no-backup >&2
+        "$SEALBLK" --state-dir state create disk --size 1M >&2
+        "$SEALBLK" --state-dir state serve --blk-file disk --socket-path sock --control-socket control 2>>"$DIR/stderr" &
+        serve=$!
+        for _ in $(seq 100); do [ -S control ] && break; sleep 0.1; done
+        "$SEALBLK" lock --control-socket control
+        kill $journal
+        wait $journal || true
+        for _ in 1 2 3; do
+            "$SEALBLK" unlock --control-socket control
+            "$SEALBLK" lock --control-socket control
+        done
+        kill $serve
+        wait $serve
+        grep -q "log lines were lost" "$DIR/stderr"
+        ! grep -q "refused a system call" "$DIR/stderr"
+    "#;
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: only root can have a /run of its own");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut script = Command::new("timeout");
+    script.args([
+        "--kill-after=1",
+        "60",
+        "unshare",
+        "--mount",
+        "--pid",
+        "--fork",
+        "--kill-child",
+    ]);
+    script.args(["sh", "-c", SCRIPT]);
+    run(script.env("DIR", dir.path()).env("SEALBLK", sealblk_path()));
+}
