@@ -188,7 +188,7 @@ impl<'io> NewVolume<'io> {
         random_fill(io, 2 * COPY_LEN..HEADER_LEN).map_err(Reason::Prepare)?;
         io.sync().map_err(Reason::Prepare)?;
         for (keyslot, new) in self.keyslots {
-            place(&mut self.header, keyslot, &self.key, new)?.store(io)?;
+            place(&mut self.header, keyslot, &self.key, new, &[])?.store(io)?;
         }
         if let Some(payload) = payload {
             if self.overwrite && !payload.can_grow() {

@@ -74,7 +74,8 @@ impl Update<'_> {
         &self.header.metadata
     }
 
-    /// Adds keyslot `id`, with `key` in it, which must be the volume key. Its area is written, and durable when this returns.
+    /// Adds keyslot `id`, with `key` in it, which must be the volume key, and which `new` must hold. Its area is written, and durable
+    /// when this returns; it is none that a keyslot had before this update.
     ///
     /// # Errors
     /// If there is such a keyslot already, the keyslots area has no room, or the area cannot be written.
@@ -82,7 +83,7 @@ impl Update<'_> {
         if self.header.metadata.keyslots.contains_key(&id) {
             return Err(Reason::ChangedMeanwhile);
         }
-        place(&mut self.header, id, key, new)?.store(self.io)
+        place(&mut self.header, id, key, new, &self.removed)?.store(self.io)
     }
 
     /// Removes keyslot `id`. The commit wipes its area first.
@@ -131,6 +132,10 @@ impl Update<'_> {
     /// [`Reason::Wipe`]: a keyslot is still in the header, and may open nothing. [`Reason::Entry`]: it opens nothing, and is
     /// still in the header. Others: nothing was changed.
     pub fn commit(mut self, locked: &mut Locked<'_>) -> Result<(), Reason> {
+        let (expected, found) = (self.header.binary.uuid, locked.uuid());
+        if expected != found {
+            return Err(Reason::Replaced { expected, found });
+        }
         for (keyslot, area) in &self.removed {
             random_fill(self.io, area.clone())
                 .and_then(|()| self.io.sync())
@@ -168,14 +173,16 @@ impl Material {
     }
 }
 
-/// Enters a keyslot with `key` in it into the metadata, wherever the keyslots area has room.
+/// Enters a keyslot with `key` in it into the metadata, wherever the keyslots area has room beside the keyslots there are and those that
+/// were `removed`: they are still in force on storage.
 pub(crate) fn place(
     header: &mut Header,
     keyslot: Id,
     key: &SecretBytes,
     new: NewKeyslot,
+    removed: &[(Id, Range<u64>)],
 ) -> Result<Material, Reason> {
-    let offset = free_area(header)?;
+    let offset = free_area(header, removed)?;
     let digest = digest_of_disk(&mut header.metadata, key, keyslot)?;
     digest.keyslots_mut().push(keyslot);
     let (slot, bytes) = new.at(offset);
@@ -190,8 +197,13 @@ pub(crate) fn place(
     })
 }
 
-fn free_area(header: &Header) -> Result<u64, Reason> {
+fn free_area(header: &Header, removed: &[(Id, Range<u64>)]) -> Result<u64, Reason> {
     let mut areas: Vec<_> = header.metadata.keyslots.values().map(Keyslot::area).collect();
+    areas.extend(
+        removed
+            .iter()
+            .map(|(_, area)| (area.start, area.end - area.start)),
+    );
     areas.sort_unstable();
     let mut offset = 2 * header.binary.header_size;
     for (taken, size) in areas {
@@ -264,3 +276,66 @@ pub(crate) fn random_fill(io: &dyn HeaderIo, range: Range<u64>) -> io::Result<()
 }
 
 const PIECE: usize = 1 << 20;
+
+#[cfg(test)]
+mod tests {
+    use sealblk_base::sector::SectorSize;
+
+    use super::*;
+    use crate::create::{NewVolume, Options};
+    use crate::kdf::Argon2Cost;
+    use crate::testing::{Memory, sample};
+
+    const CHEAP: Argon2Cost = Argon2Cost {
+        time: 1,
+        memory_kib: 8,
+        lanes: 1,
+    };
+
+    fn secret(text: &str) -> SecretBytes {
+        SecretBytes::copy_of(text.as_bytes()).unwrap()
+    }
+
+    fn volume() -> Memory {
+        let io = Memory::of(&sample());
+        let options = Options {
+            capacity: None,
+            sector_size: SectorSize::B512,
+            label: "",
+            overwrite: true,
+        };
+        let mut new = NewVolume::plan(&io, None, &options).unwrap();
+        let slot = NewKeyslot::for_passphrase(new.key(), &secret("old"), CHEAP).unwrap();
+        new.add_keyslot(slot);
+        new.write().unwrap();
+        io
+    }
+
+    fn replace<'io>(locked: &Locked<'io>) -> Update<'io> {
+        let volume = locked.unlock_with_passphrase(&secret("old")).unwrap();
+        let mut update = locked.update().unwrap();
+        update.remove_keyslot(Id(0)).unwrap();
+        let slot = NewKeyslot::for_passphrase(volume.key(), &secret("new"), CHEAP).unwrap();
+        update.add_keyslot(Id(0), volume.key(), slot).unwrap();
+        update
+    }
+
+    #[test]
+    fn keyslot_that_takes_anothers_place_opens_and_the_other_does_not() {
+        let io = volume();
+        let mut locked = Locked::open(&io, None).unwrap();
+        replace(&locked).commit(&mut locked).unwrap();
+        let locked = Locked::open(&io, None).unwrap();
+        locked.unlock_with_passphrase(&secret("new")).unwrap();
+        assert!(locked.unlock_with_passphrase(&secret("old")).is_err());
+    }
+
+    #[test]
+    fn change_that_is_not_committed_leaves_the_keyslot_that_it_would_have_removed() {
+        let io = volume();
+        let locked = Locked::open(&io, None).unwrap();
+        drop(replace(&locked));
+        let locked = Locked::open(&io, None).unwrap();
+        locked.unlock_with_passphrase(&secret("old")).unwrap();
+    }
+}
