@@ -395,6 +395,11 @@ impl<C> Engine<C> {
             if id >= WATCH {
                 let number = number_in(id);
                 self.armed[number as usize] = cqueue::more(entry.flags());
+                if entry.result() == -libc::ECANCELED && self.watches[number as usize].is_some() {
+                    // Linux 5.19 to 6.1 cancel a multishot poll when the completion queue is full.
+                    self.arm(number);
+                    continue;
+                }
                 if entry.result() < 0 {
                     // Cancelled, or never watched.
                     if self.watches[number as usize].take().is_some() {
