@@ -89,7 +89,6 @@ const CALLS: &[&[c_long]] = &[
         libc::SYS_sendmsg,
         libc::SYS_setsockopt,
         libc::SYS_shutdown,
-        libc::SYS_socketpair,
         // It is reaped.
         libc::SYS_wait4,
         libc::SYS_waitid,
