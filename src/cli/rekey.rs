@@ -39,7 +39,7 @@ and a native provider's primary key, stay the same: rekey does not help against 
 attacker who has one of these.
 
 `sealblk rekey DISK` refuses a disk that is being served (exit code 5): give its
-control socket instead. With several disks, sealblk goes on after a failure.";
+control socket instead. With several disks, sealblk continues after a failure.";
 
 /// Replace the provider's key that opens a volume; the volume key and the data stay unchanged
 #[derive(Debug, Args)]
