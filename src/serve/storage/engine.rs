@@ -63,6 +63,8 @@ pub struct Engine<C> {
     armed: [bool; WATCHES as usize],
     /// What the ring had no place for; it comes before all else.
     waiting: VecDeque<squeue::Entry>,
+    /// Entries in the ring whose last completion was not taken yet: no more than `AT_ONCE`.
+    in_ring: u32,
     /// What ended without passing through the ring.
     ended: Vec<Done<C>>,
 }
@@ -102,9 +104,14 @@ enum Operation {
 }
 
 /// The sizes of a ring. Most are never used, so they are small: 12 KiB each. What does not fit into the submission queue waits
-/// in the engine; the kernel keeps what does not fit into the completion queue.
+/// in the engine.
 const SUBMISSIONS: u32 = 64;
 const COMPLETIONS: u32 = 256;
+
+/// The most entries in the ring, so that the completion queue has a place for the end of each: the kernel would have to allocate
+/// memory for those without a place. The other places are for the signals of the watches. A watch ends if even those are full; it is
+/// then renewed.
+const AT_ONCE: u32 = COMPLETIONS / 4 * 3;
 
 /// What an engine asks of a ring, and what of the kernel for it (io_uring_register(2)).
 const OPERATIONS: [u8; 9] = [
@@ -187,6 +194,7 @@ impl<C> Engine<C> {
             watches: [None; WATCHES as usize],
             armed: [false; WATCHES as usize],
             waiting: VecDeque::new(),
+            in_ring: 0,
             ended: Vec::new(),
         })
     }
@@ -321,6 +329,7 @@ impl<C> Engine<C> {
                 self.refill();
                 enter(|| self.ring.submit_and_wait(1))?;
                 for entry in self.ring.completion() {
+                    self.in_ring -= u32::from(!cqueue::more(entry.flags()));
                     match entry.user_data() {
                         // A poll that is just being told of an event stays, and has to be removed again.
                         CANCEL => asked = entry.result() != -libc::EALREADY,
@@ -368,12 +377,17 @@ impl<C> Engine<C> {
     /// How many completions to wait for, once all that fits is in the ring.
     fn wanted(&mut self) -> usize {
         self.refill();
-        usize::from(self.ended.is_empty() && self.waiting.is_empty())
+        usize::from(self.ended.is_empty() && !self.has_more_to_submit())
+    }
+
+    /// Whether something waits that [`Engine::submit`] makes room for. Otherwise only completions make room.
+    fn has_more_to_submit(&self) -> bool {
+        !self.waiting.is_empty() && self.in_ring < AT_ONCE
     }
 
     /// Whether there is an event, or will be one after [`Engine::submit`]. It costs no system call.
     pub fn has_event(&mut self) -> bool {
-        if !self.ended.is_empty() || !self.waiting.is_empty() || !self.ring.completion().is_empty() {
+        if !self.ended.is_empty() || self.has_more_to_submit() || !self.ring.completion().is_empty() {
             return true;
         }
         // What goes on after a short transfer is not submitted yet.
@@ -388,6 +402,7 @@ impl<C> Engine<C> {
         }
         loop {
             let entry = self.ring.completion().next()?;
+            self.in_ring -= u32::from(!cqueue::more(entry.flags()));
             let id = entry.user_data();
             if id >= CANCEL {
                 continue;
@@ -502,9 +517,14 @@ impl<C> Engine<C> {
     }
 
     fn try_push(&mut self, entry: &squeue::Entry) -> bool {
+        if self.in_ring >= AT_ONCE {
+            return false;
+        }
         // SAFETY: what the entry points to is owned by `flights` until its completion, or is a watched descriptor;
         // `Drop` waits for both.
-        unsafe { self.ring.submission().push(entry) }.is_ok()
+        let pushed = unsafe { self.ring.submission().push(entry) }.is_ok();
+        self.in_ring += u32::from(pushed);
+        pushed
     }
 
     /// Takes a completion into account: the end of the operation, or none if it goes on.
@@ -725,6 +745,47 @@ mod tests {
                 engine.release(buffer);
             }
         }
+    }
+
+    /// The kernel was given more than the completion queue holds, and allocated memory for the rest.
+    #[test]
+    fn the_completion_queue_holds_the_ends_of_all_that_the_kernel_was_given() {
+        const PAGES: u32 = 2 * COMPLETIONS;
+        let data = DataFile::null().unwrap();
+        let rings = Engine::<u32>::rings(1).unwrap();
+        let mut engine = Engine::new(Arc::new(data), PAGES, &rings).unwrap();
+        for page in 0..PAGES {
+            let buffer = engine.buffer(4096).unwrap();
+            engine.read(buffer, 0, page);
+        }
+        for _ in 0..PAGES {
+            engine.submit().unwrap();
+            assert!(!engine.ring.submission().cq_overflow());
+        }
+        for left in (0..PAGES).rev() {
+            let done = next_done(&mut engine);
+            done.result.unwrap();
+            engine.release(done.buffer.unwrap());
+            assert_eq!(engine.in_flight(), left as usize);
+        }
+    }
+
+    /// It would turn in circles until the storage answers, as if there was something to submit.
+    #[test]
+    fn an_engine_with_a_full_ring_has_no_event_before_something_ends() {
+        let (_file, mut engine) = engine_on(1 << 20, 1);
+        let (pipe, mut end) = io::pipe().unwrap();
+        engine.watch(0, pipe.as_fd());
+        engine.submit().unwrap();
+        let in_ring = std::mem::replace(&mut engine.in_ring, AT_ONCE);
+        let buffer = engine.buffer(4096).unwrap();
+        engine.read(buffer, 0, 7);
+        assert!(!engine.has_event());
+        end.write_all(b"x").unwrap();
+        engine.wait().unwrap();
+        assert!(matches!(engine.next_event(), Some(Event::Ready(0))));
+        engine.in_ring = in_ring;
+        assert_eq!(next_done(&mut engine).context, 7);
     }
 
     #[test]
