@@ -23,6 +23,7 @@ use std::time::{Duration, SystemTime};
 use base16ct::lower;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
+use sealblk_base::blame::Blame;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
@@ -112,6 +113,16 @@ pub enum AuditError {
         /// What was looked for.
         head: String,
     },
+}
+
+impl AuditError {
+    /// Where the cause lies.
+    pub fn blame(&self) -> Blame {
+        match self {
+            Self::Io { .. } | Self::Missing { .. } => Blame::Storage,
+            Self::Broken { .. } | Self::Moved { .. } | Self::HeadNotFound { .. } => Blame::Content,
+        }
+    }
 }
 
 /// A log whose chain holds.

@@ -14,9 +14,10 @@
 //! toml_file    how settings are written; probe: threads that wait for files that may never answer
 //!
 //! and packages of their own, which know nothing of the above:
-//! sealblk-control  the sockets on which sealblk's processes answer, and what each caller may ask for (here `control`)
 //! sealblk-serve    what a guest sees of a disk, its storage, its key's life and confinement (here `device`, `storage`, `map`,
-//!                  `attachment`, `key_helper`, `sandbox`)
+//!                  `attachment`, `key_helper`, `sandbox`); it is also the program `vhost-user-sealblk`, which `sealblk serve` executes
+//! sealblk-command  what the two programs have in common: arguments, output, log
+//! sealblk-control  the sockets on which sealblk's processes answer, and what each caller may ask for (here `control`)
 //! sealblk-keys     what a key provider is; volumes and the KEKs that open them; the protocol between processes (here `keys`)
 //! sealblk-luks2    LUKS2 headers (here `luks2`)
 //! sealblk-xts      XTS-AES-256 over sectors (here `cipher`)

@@ -3,6 +3,7 @@
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use sealblk_base::blame::Blame;
 use serde::de::DeserializeOwned;
 
 use crate::error_chain::remedy;
@@ -36,6 +37,17 @@ pub enum TomlFileError {
         /// Where and what.
         source: NotUnderstood,
     },
+}
+
+impl TomlFileError {
+    /// Where the cause lies.
+    pub fn blame(&self) -> Blame {
+        match self {
+            // A file that cannot be read, and not one with wrong content.
+            Self::Read { .. } | Self::Exposed { .. } => Blame::Storage,
+            Self::Syntax { .. } => Blame::Operator,
+        }
+    }
 }
 
 /// What the file at `path` says; nothing, if there is no file.

@@ -1,5 +1,6 @@
 //! The servers that are measured: sealblk, and QEMU's storage daemon, over disks that hold the same or over nothing.
 
+use common::serve::sealblk_path;
 use rustix::fs::{CWD, FallocateFlags, RenameFlags, fallocate, renameat_with};
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{self, OpenOptions};
@@ -8,7 +9,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use tempfile::TempDir;
 
-const SEALBLK: &str = env!("CARGO_BIN_EXE_sealblk");
 const QEMU: &str = "qemu-storage-daemon";
 /// QEMU's ways to do I/O.
 pub(crate) const AIO: [&str; 2] = ["io_uring", "native"];
@@ -57,7 +57,7 @@ impl Disks {
         };
         let size = mebibytes << 20;
         let sealblk = || {
-            let mut command = Command::new(SEALBLK);
+            let mut command = Command::new(sealblk_path());
             command.arg("--state-dir").arg(disks.path("state"));
             command
         };
@@ -169,7 +169,7 @@ impl Disks {
     }
 
     fn sealblk(&self, kind: Kind, socket: &Path, tuning: &Tuning<'_>) -> Command {
-        let mut serve = on_cores(tuning.cores, &[SEALBLK.to_owned()]);
+        let mut serve = on_cores(tuning.cores, &[sealblk_path().to_owned()]);
         serve
             .arg("--state-dir")
             .arg(self.path("state"))

@@ -30,6 +30,8 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use sealblk_base::blame::Blame;
+
 use crate::closer::ClosedElsewhere;
 use crate::control::events::Event;
 use crate::control::privilege::Grants;
@@ -107,6 +109,18 @@ pub enum AgentError {
         "the agent cannot accept callers: this host is out of descriptors or threads; raise LimitNOFILE or TasksMax"
     )]
     Setup(#[from] io::Error),
+}
+
+impl AgentError {
+    /// Where the cause lies.
+    pub fn blame(&self) -> Blame {
+        match self {
+            Self::Socket(error) => error.blame(),
+            Self::Audit(error) => error.blame(),
+            Self::Dir { .. } => Blame::Storage,
+            Self::Setup(_) => Blame::Host,
+        }
+    }
 }
 
 /// An agent whose socket answers from now on.

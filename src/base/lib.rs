@@ -10,6 +10,7 @@
 )]
 
 pub mod apart;
+pub mod blame;
 pub mod boot_time;
 pub mod closer;
 pub mod deadline;

@@ -30,6 +30,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustls::{ServerConnection, StreamOwned};
+use sealblk_base::blame::Blame;
 use serde_json::json;
 
 use crate::audit::{AuditError, AuditLog};
@@ -88,6 +89,23 @@ pub enum BrokerError {
         /// The answer.
         source: io::Error,
     },
+}
+
+impl BrokerError {
+    /// Where the cause lies.
+    pub fn blame(&self) -> Blame {
+        match self {
+            Self::Settings(error) => error.blame(),
+            Self::State(error) => error.blame(),
+            Self::Audit(error) => error.blame(),
+            Self::Tls(_) => Blame::Operator,
+            Self::Listen { source, .. } => match source.kind() {
+                io::ErrorKind::AddrInUse => Blame::Use,
+                _ => Blame::Host,
+            },
+            Self::Random(_) => Blame::Host,
+        }
+    }
 }
 
 impl From<TlsFileError> for BrokerError {

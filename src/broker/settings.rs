@@ -13,6 +13,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use sealblk_base::blame::Blame;
 use serde::Deserialize;
 
 use crate::providers::tls::Identity;
@@ -60,6 +61,17 @@ pub enum SettingsError {
         /// What is wrong.
         what: &'static str,
     },
+}
+
+impl SettingsError {
+    /// Where the cause lies.
+    pub fn blame(&self) -> Blame {
+        match self {
+            Self::File(error) => error.blame(),
+            Self::Missing { .. } => Blame::Storage,
+            Self::Value { .. } => Blame::Operator,
+        }
+    }
 }
 
 fn session_lifetime() -> u16 {

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use rustix::fs::{FlockOperation, flock};
+use sealblk_base::blame::Blame;
 use serde::{Deserialize, Serialize};
 
 use crate::kbs::ResourcePath;
@@ -150,6 +151,18 @@ pub enum StateError {
         "{0:?} is not the value of a register: give REGISTER=DIGITS, with 64 hexadecimal digits, as in 7=65ca…"
     )]
     Register(String),
+}
+
+impl StateError {
+    /// Where the cause lies.
+    pub fn blame(&self) -> Blame {
+        match self {
+            Self::Io { .. } => Blame::Storage,
+            Self::Unusable { .. } => Blame::Content,
+            Self::Arena(_) => Blame::Host,
+            Self::Exists { .. } | Self::Unknown { .. } | Self::Name(_) | Self::Register(_) => Blame::Operator,
+        }
+    }
 }
 
 impl State {

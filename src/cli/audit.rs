@@ -75,7 +75,7 @@ impl Audit {
                 receipt.see(record);
             }
         })?;
-        output::print(&format!(
+        output::print::<Failure>(&format!(
             "{}: {} records, unchanged\n  head  {}\n",
             text::shown(&path),
             verified.records,

@@ -147,7 +147,7 @@ fn digest(text: &str) -> Result<String, String> {
 
 impl Broker {
     pub(super) fn run(self, host: &Host) -> Result<(), Failure> {
-        let path = host.config.clone().unwrap_or_else(|| DEFAULT_SETTINGS.into());
+        let path = host.0.config.clone().unwrap_or_else(|| DEFAULT_SETTINGS.into());
         let settings = Settings::read(&path).map_err(crate::broker::BrokerError::from)?;
         if let Verb::Serve = self.verb {
             let server = Server::new(settings)?;

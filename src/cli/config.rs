@@ -18,10 +18,10 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use sealblk_base::blame::Blame;
 use serde::{Deserialize, Deserializer};
 use uuid::Uuid;
 
-use super::socket_args::parse_mode;
 use crate::agent;
 use crate::control::privilege::{Grant, Grantee, Grants, Privilege};
 use crate::control::socket::Permissions;
@@ -30,6 +30,7 @@ use crate::providers::SealedCacheSettings;
 use crate::toml_file::{self, TomlFileError};
 use crate::tpm::Device;
 use crate::tpm::pcr::Selection;
+use sealblk_command::socket_args::parse_mode;
 
 /// The default path of the configuration, which may be missing.
 pub(super) const DEFAULT_PATH: &str = "/etc/sealblk/config.toml";
@@ -129,6 +130,21 @@ pub enum ConfigError {
         /// "user" or "group".
         what: &'static str,
     },
+}
+
+impl ConfigError {
+    /// Where the cause lies.
+    pub fn blame(&self) -> Blame {
+        match self {
+            Self::File(error) => error.blame(),
+            Self::Missing { .. } => Blame::Storage,
+            Self::Tpm { .. }
+            | Self::SocketGroup { .. }
+            | Self::Grantee { .. }
+            | Self::NotOfVolumes { .. }
+            | Self::Unknown { .. } => Blame::Operator,
+        }
+    }
 }
 
 /// What is written.

@@ -284,7 +284,7 @@ impl Erase {
             Some(path) => {
                 if let Err(source) = private_file::replace(path, text.as_bytes()) {
                     // There will be no other.
-                    output::print(text)?;
+                    output::print::<Failure>(text)?;
                     return Err(Failure::Make {
                         path: path.clone(),
                         source,
@@ -393,7 +393,7 @@ fn revoke_keys(keys: &Keys, named: Vec<Opened>) -> (Vec<Revoked>, Option<Failure
                 (Some(reach), None)
             }
             Err(failure) => {
-                output::complain_of(&failure);
+                output::complain_with(&failure, &failure.list());
                 tell_left(&key);
                 let mut why = vec![failure.to_string()];
                 why.extend(failure.list());

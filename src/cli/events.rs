@@ -61,7 +61,7 @@ fn print(socket: &Path, interface: &str) -> Result<Ended, Failure> {
     loop {
         match reply::<Told>(&mut connection) {
             Ok((Told { event: Some(event) }, _)) => {
-                if !output::line(&event.to_string())? {
+                if !output::line::<Failure>(&event.to_string())? {
                     return Ok(Ended::Reader);
                 }
             }

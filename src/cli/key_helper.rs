@@ -11,6 +11,7 @@ use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use clap::Args;
 use rustix::process::Signal;
+use serde::Serialize;
 use serde_json::json;
 use uuid::Uuid;
 
@@ -24,7 +25,8 @@ use crate::control::varlink::{self, Interface, MethodError, Reply, Request};
 use crate::control::wire::{self, Connection};
 use crate::error_chain::causes;
 use crate::key_helper::{
-    DESCRIPTION, Form, INTERFACE, Open, Opened, Passphrase, WireFailure, give, path_of, reopened,
+    DESCRIPTION, Form, GivenGrants, GroupName, GroupNumber, INTERFACE, Open, Opened, Passphrase, WireFailure,
+    give, path_of, reopened,
 };
 use crate::keys::RequestPurpose;
 use crate::keys::binding::Bindings;
@@ -54,7 +56,7 @@ pub(super) struct KeyHelper {
 
 impl KeyHelper {
     pub(super) fn run(self, host: &Host) -> Result<(), Failure> {
-        // Its file is /proc/self/exe, which would be its name in lists of processes. Without one it does as well.
+        // In lists of processes it is told apart from commands of users. Without a name it works as well.
         let _ = rustix::thread::set_name(c"sealblk-keys");
         let stream = UnixStream::from(OwnedFd::from(duplicate(self.fd).map_err(Failure::Host)?));
         let peer = Peer::of(&stream).map_err(Failure::Host)?;
@@ -140,6 +142,30 @@ impl Disk<'_> {
         Ok(Volume {
             uuid: bindings.uuid,
             keys,
+        })
+    }
+
+    /// Answers what the serving process has to know of the host, as long as it has read nothing of the disk.
+    fn tell<T: Serialize>(&self, answer: impl FnOnce(&Host) -> Result<T, Failure>) -> Answered {
+        if self.opened.get().is_some() {
+            return Err(MethodError::new(INTERFACE, "AlreadyOpened", json!({})));
+        }
+        Ok(Reply::of(answer(self.host).map_err(|error| failed(&error))?))
+    }
+
+    fn grants(&self) -> Answered {
+        self.tell(|host| {
+            Ok(GivenGrants {
+                grants: host.config()?.grants,
+            })
+        })
+    }
+
+    fn group(&self, mut request: Request<'_>) -> Answered {
+        let GroupName { name } = request.parameters()?;
+        self.tell(|_| match uzers::get_group_by_name(&name) {
+            Some(group) => Ok(GroupNumber { number: group.gid() }),
+            None => Err(Failure::NoGroup { name }),
         })
     }
 
@@ -289,7 +315,7 @@ fn failed(error: &Failure) -> MethodError {
     let failure = WireFailure {
         message: error.to_string(),
         causes: causes(error).map(ToString::to_string).collect(),
-        exit_code: error.exit_code(),
+        exit_code: error.blame().exit_code(),
     };
     MethodError::new(INTERFACE, "Failed", failure)
 }
@@ -312,6 +338,8 @@ impl Interface for Own<'_> {
 
     fn call(&self, method: &str, request: Request<'_>) -> Option<Answered> {
         Some(match method {
+            "GetGrants" => self.0.grants(),
+            "GetGroup" => self.0.group(request),
             "Open" => self.0.open(request),
             "ReadPassphrase" => self.0.read_passphrase(),
             _ => return None,

@@ -13,36 +13,28 @@ mod erase;
 mod events;
 pub mod failure;
 mod info;
-mod journal;
 mod key;
 mod key_helper;
 mod keys;
 mod list;
-mod log;
 mod made;
-pub mod output;
 mod primary_key;
-mod process;
 mod provider;
 mod recovery;
 mod recovery_key;
 mod rekey;
-pub mod secret;
 mod serve;
 mod served;
-mod size;
-mod socket_args;
-mod stderr;
 mod strength;
-mod text;
-mod usage;
 mod volume_args;
 
-use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
+use sealblk_command::host_args::HostArgs;
+use sealblk_command::{log, output, process, secret, size, stderr, text, usage};
+use sealblk_serve::command::Serve;
 
 use crate::agent::Client;
 use crate::cipher;
@@ -102,26 +94,8 @@ Environment:
 #[derive(Debug, Parser)]
 #[command(name = "sealblk", version, after_help = AFTER_HELP, max_term_width = 100)]
 struct Cli {
-    /// The directory of the key providers. If you give it, sealblk reads the providers there, and does not ask the agent, even if
-    /// the configuration has one [default: /var/lib/sealblk for root, else $XDG_STATE_HOME/sealblk]
-    #[arg(
-        long,
-        global = true,
-        value_name = "DIR",
-        env = "SEALBLK_STATE_DIR",
-        hide_env = true
-    )]
-    state_dir: Option<PathBuf>,
-
-    /// The configuration file [default: /etc/sealblk/config.toml, if it exists; for `broker`: /etc/sealblk/broker.toml]
-    #[arg(
-        long,
-        global = true,
-        value_name = "FILE",
-        env = "SEALBLK_CONFIG",
-        hide_env = true
-    )]
-    config: Option<PathBuf>,
+    #[command(flatten)]
+    host: HostArgs,
 
     #[command(subcommand)]
     verb: Verb,
@@ -136,7 +110,7 @@ enum Verb {
     Provider(provider::Provider),
     Key(key::Key),
     Erase(erase::Erase),
-    Serve(serve::Serve),
+    Serve(Box<Serve>),
     Status(served::Status),
     Events(events::Events),
     List(list::List),
@@ -150,20 +124,20 @@ enum Verb {
 
 /// What verbs know of the host that they run on. Nothing is read before a verb asks.
 #[derive(Debug)]
-pub struct Host {
-    state_dir: Option<PathBuf>,
-    config: Option<PathBuf>,
-}
+pub struct Host(HostArgs);
 
 impl Host {
     /// The configuration.
     fn config(&self) -> Result<Config, ConfigError> {
-        Config::read(self.config.as_deref())
+        Config::read(self.0.config.as_deref())
     }
 
     /// Where the configuration is, or would be.
     fn config_path(&self) -> PathBuf {
-        self.config.clone().unwrap_or_else(|| config::DEFAULT_PATH.into())
+        self.0
+            .config
+            .clone()
+            .unwrap_or_else(|| config::DEFAULT_PATH.into())
     }
 
     /// The socket of the host's agent, for verbs that ask only the agent.
@@ -187,7 +161,7 @@ impl Host {
     /// # Errors
     /// [`RegistryError::NoStateDir`], if neither an option nor the environment tells it.
     pub fn state_dir(&self) -> Result<PathBuf, RegistryError> {
-        match &self.state_dir {
+        match &self.0.state_dir {
             Some(dir) => Ok(dir.clone()),
             None => registry::default_dir(),
         }
@@ -204,7 +178,7 @@ impl Host {
     /// The key providers: those of the state directory that was named, else of the host's agent, if the configuration has
     /// one, else of the usual state directory.
     fn keys(&self, purpose: RequestPurpose) -> Result<Keys, Failure> {
-        Ok(match (&self.state_dir, self.config()?.agent) {
+        Ok(match (&self.0.state_dir, self.config()?.agent) {
             (None, Some(agent)) => Keys::Agent(Client::new(&agent.socket, purpose)),
             _ => Keys::Own(self.registry()?, None),
         })
@@ -226,15 +200,18 @@ fn absolute(path: PathBuf) -> Result<PathBuf, Failure> {
 
 /// Runs the command named by the process' arguments.
 pub fn main() -> ExitCode {
-    let cli = match parse(std::env::args_os()) {
+    let cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        Err(refusal) => return ExitCode::from(usage::refuse(refusal)),
+        Err(refusal) => {
+            let code = usage::refuse(refusal, &Cli::command(), std::env::args_os());
+            return ExitCode::from(code);
+        }
     };
     let code = match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            output::complain_of(&failure);
-            ExitCode::from(failure.exit_code())
+            output::complain_with(&failure, &failure.list());
+            ExitCode::from(failure.blame().exit_code())
         }
     };
     stderr::flush();
@@ -242,6 +219,10 @@ pub fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<(), Failure> {
+    // It is another executable, which prepares itself.
+    if let Verb::Serve(_) = cli.verb {
+        return Err(serve::execute());
+    }
     process::prepare().map_err(Failure::Process)?;
     harden::process().map_err(Failure::Process)?;
     // A key helper encrypts no sector, and its disk waits for it.
@@ -253,17 +234,9 @@ fn run(cli: Cli) -> Result<(), Failure> {
             stderr::begin();
             log::begin("info");
         }
-        // It is confined before it has a second thread.
-        Verb::Serve(_) => {
-            stderr::hold();
-            log::begin("info");
-        }
         _ => log::begin("warn"),
     }
-    let host = Host {
-        state_dir: cli.state_dir,
-        config: cli.config,
-    };
+    let host = Host(cli.host);
     match cli.verb {
         Verb::Create(verb) => verb.run(&host),
         Verb::Info(verb) => verb.run(),
@@ -272,7 +245,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Provider(verb) => verb.run(&host),
         Verb::Key(verb) => verb.run(&host),
         Verb::Erase(verb) => verb.run(&host),
-        Verb::Serve(verb) => verb.run(&host),
+        Verb::Serve(_) => Err(serve::execute()),
         Verb::Status(verb) => verb.run(),
         Verb::Events(verb) => verb.run(&host),
         Verb::List(verb) => verb.run(&host),
@@ -285,53 +258,40 @@ fn run(cli: Cli) -> Result<(), Failure> {
     }
 }
 
-/// What the arguments ask for.
-fn parse(given: impl Iterator<Item = OsString>) -> Result<Cli, clap::Error> {
-    let given: Vec<_> = given.collect();
-    let mut command = Cli::command();
-    if is_second_name(given.first()) {
-        // The user did not type the verb.
-        command = command.mut_subcommand("serve", |serve| {
-            serve.override_usage(format!("{SECOND_NAME} [OPTIONS]"))
-        });
-    }
-    let matches = command.try_get_matches_from_mut(arguments(given.into_iter()))?;
-    Cli::from_arg_matches(&matches).map_err(|error| error.format(&mut command))
-}
-
-/// The binary's name as a back-end of QEMU's conventions: QEMU's descriptors name a binary and hold no arguments.
-const SECOND_NAME: &str = "vhost-user-sealblk";
-
-fn is_second_name(name: Option<&OsString>) -> bool {
-    let file = name.and_then(|name| Path::new(name).file_name());
-    file.is_some_and(|file| file == SECOND_NAME)
-}
-
-/// The arguments, whichever name the binary was called by.
-fn arguments(mut given: impl Iterator<Item = OsString>) -> impl Iterator<Item = OsString> {
-    let name = given.next().unwrap_or_else(|| "sealblk".into());
-    let verb = is_second_name(Some(&name)).then(|| "serve".into());
-    [name].into_iter().chain(verb).chain(given)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::ffi::OsString;
 
     #[test]
     fn arguments_are_consistent() {
         Cli::command().debug_assert();
     }
 
+    /// `resize` was answered with "a similar subcommand exists: 'erase'".
     #[test]
-    fn second_name_of_the_binary_means_serve() {
-        let seen =
-            |given: &[&str]| -> Vec<OsString> { arguments(given.iter().map(OsString::from)).collect() };
-        assert_eq!(
-            seen(&["/usr/libexec/vhost-user-sealblk", "--fd", "3"]),
-            ["/usr/libexec/vhost-user-sealblk", "serve", "--fd", "3"]
+    fn wrong_verb_is_answered_with_those_that_there_are() {
+        let said = |wrong: &str, given: &[&str]| {
+            usage::no_such_verb(wrong, &Cli::command(), given.iter().map(OsString::from))
+        };
+        let top = said("resize", &["sealblk", "--state-dir", "x", "resize", "erase"]);
+        assert!(
+            top.starts_with("`sealblk` has no verb \"resize\"; it has:\n  create "),
+            "{top}"
         );
-        assert_eq!(seen(&["sealblk", "info", "a"]), ["sealblk", "info", "a"]);
-        assert_eq!(seen(&[]), ["sealblk"]);
+        // The list of the verbs was empty.
+        let none = said("serve", &["sealblk", "help", "create", "serve"]);
+        let expected =
+            "`sealblk create` has no verbs, so \"serve\" is not valid; see `sealblk create --help`\n";
+        assert_eq!(none, expected);
+        let kinds = said("vault", &["sealblk", "provider", "add", "vault"]);
+        assert!(
+            kinds.starts_with("`sealblk provider add` has no verb \"vault\""),
+            "{kinds}"
+        );
+        assert!(
+            kinds.contains("  transit  The Transit secrets engine of OpenBao or HashiCorp Vault"),
+            "{kinds}"
+        );
     }
 }

@@ -489,7 +489,7 @@ pub(super) fn add_native(
 
 /// The command that backs up a native provider.
 pub(super) fn backup_command(host: &Host, name: &str) -> String {
-    let state_dir = host.state_dir.as_deref().map(text::shown);
+    let state_dir = host.0.state_dir.as_deref().map(text::shown);
     let option = state_dir.map_or(String::new(), |dir| format!(" --state-dir {dir}"));
     format!("`sealblk{option} provider backup {name} --to FILE --passphrase-file FILE`")
 }

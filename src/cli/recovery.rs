@@ -156,7 +156,7 @@ impl Remove {
         loop {
             locked.remove_passphrase(keyslot, &other)?;
             let disk = text::shown(&self.volume.disk);
-            output::print(&format!(
+            output::print::<Failure>(&format!(
                 "{disk}: the recovery key was removed from keyslot {keyslot}\n"
             ))?;
             let Some(key) = &key else { return Ok(()) };

@@ -87,7 +87,7 @@ impl Rekey {
             if let Err(failure) = self.at_rest(host, &volume, max_age)
                 && let Some(earlier) = failed.replace(failure)
             {
-                output::complain_of(&earlier);
+                output::complain_with(&earlier, &earlier.list());
             }
         }
         failed.map_or(Ok(()), Err)

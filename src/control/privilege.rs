@@ -49,13 +49,14 @@ impl fmt::Display for Privilege {
 }
 
 /// Privileges for a user or a group.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Grant {
     /// Who.
     pub to: Grantee,
     /// What.
     pub privileges: BTreeSet<Privilege>,
     /// For which volumes; none if for all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub volumes: Option<BTreeSet<Uuid>>,
 }
 
@@ -70,7 +71,8 @@ impl Grant {
 }
 
 /// Who is granted something.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Grantee {
     /// A user, by number.
     User(u32),
@@ -88,7 +90,7 @@ impl Grantee {
 }
 
 /// All grants of a process.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Grants(Vec<Grant>);
 
 impl Grants {

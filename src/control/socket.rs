@@ -15,6 +15,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Stat};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use sealblk_base::blame::Blame;
 
 use super::peer::Peer;
 
@@ -96,6 +97,17 @@ pub enum BindError {
         /// The socket.
         path: PathBuf,
     },
+}
+
+impl BindError {
+    /// Where the cause lies.
+    pub fn blame(&self) -> Blame {
+        match self {
+            Self::InUse { .. } => Blame::Use,
+            Self::NotASocket { .. } | Self::TooLong { .. } => Blame::Operator,
+            Self::Bind { .. } | Self::Group { .. } | Self::Replaced { .. } => Blame::Storage,
+        }
+    }
 }
 
 /// Binds a socket that does not block, in the place of one that nobody listens on any more. From the first moment of its file nobody can connect

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::io;
 use std::path::PathBuf;
 
+use sealblk_base::blame::Blame;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -62,6 +63,18 @@ pub enum GuardError {
     /// The provider.
     #[error(transparent)]
     Key(#[from] KeyError),
+}
+
+impl GuardError {
+    /// Where the cause lies.
+    pub fn blame(&self) -> Blame {
+        match self {
+            Self::InUse { .. } | Self::NotBackedUp(_) => Blame::Use,
+            Self::Index { .. } => Blame::Storage,
+            Self::Key(error) => error.reason.blame(),
+            Self::Registry(error) => error.blame(),
+        }
+    }
 }
 
 /// A volume that keeps a key from being taken away.

@@ -4,6 +4,7 @@ use std::error::Error;
 use std::fmt;
 use std::sync::Arc;
 
+use sealblk_base::blame::Blame;
 use serde::{Deserialize, Serialize};
 
 use crate::KeyId;
@@ -66,6 +67,30 @@ pub enum KeyReason {
     Unauthentic,
     /// This host cannot hold the key: it has no memory or no random numbers for it.
     Host,
+}
+
+impl KeyReason {
+    /// Where the cause lies.
+    pub fn blame(self) -> Blame {
+        match self {
+            Self::Host => Blame::Host,
+            Self::NoAgent | Self::NoHelper | Self::NotPermitted => Blame::Process,
+            Self::Indestructible => Blame::Operator,
+            Self::UnknownProvider
+            | Self::Invalid
+            | Self::NotNoted
+            | Self::NotBackedUp
+            | Self::Unreachable
+            | Self::Untrusted
+            | Self::Failed
+            | Self::Garbled
+            | Self::Refused
+            | Self::Attestation
+            | Self::Missing
+            | Self::NotActive
+            | Self::Unauthentic => Blame::Key,
+        }
+    }
 }
 
 impl KeyError {

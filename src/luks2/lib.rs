@@ -64,6 +64,7 @@
 
 mod af;
 mod binary;
+mod blame;
 mod content;
 mod copies;
 mod create;

@@ -1,6 +1,7 @@
 //! The process that serves a disk to a guest.
 //!
 //! ```text
+//! command      the command `vhost-user-sealblk`
 //! attachment   a volume that is being served: its key comes, goes and is changed
 //! key_helper   the process that gets a served disk's keys, and the way to it
 //! sandbox      confines a process that serves a disk
@@ -10,7 +11,7 @@
 //! ```
 //!
 //! A guest and a front-end can attack this process. So this package links no TLS, HTTP, KMIP, TPM or name service code, and none
-//! that reads a configuration: keys come from another process, by one socket.
+//! that reads a configuration: keys, grants and the numbers of groups come from another process, by one socket.
 #![cfg_attr(
     not(test),
     warn(
@@ -22,6 +23,7 @@
 )]
 
 pub mod attachment;
+pub mod command;
 pub mod device;
 pub mod key_helper;
 pub mod map;

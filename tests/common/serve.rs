@@ -10,13 +10,53 @@ use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-/// The `sealblk` that Cargo has built for the test program.
+/// The `sealblk` that Cargo has built for the test program, beside the `vhost-user-sealblk` of the same sources, which it executes.
 pub fn sealblk_path() -> &'static str {
     static BINARY: LazyLock<String> = LazyLock::new(|| {
-        std::env::var("CARGO_BIN_EXE_sealblk")
-            .expect("run the test program by Cargo, or set CARGO_BIN_EXE_sealblk to the path of sealblk")
+        let path = std::env::var("CARGO_BIN_EXE_sealblk")
+            .expect("run the test program by Cargo, or set CARGO_BIN_EXE_sealblk to the path of sealblk");
+        build_server(Path::new(&path));
+        path
     });
     &BINARY
+}
+
+/// Cargo builds a test program the executables of its own package alone.
+fn build_server(sealblk: &Path) {
+    // Whoever runs the test program by hand has built both.
+    let Some(cargo) = std::env::var_os("CARGO") else {
+        return;
+    };
+    let profile = sealblk.parent().expect("a directory of the profile");
+    let mut build = Command::new(cargo);
+    build.args([
+        "build",
+        "--quiet",
+        "--locked",
+        "--package",
+        "sealblk-serve",
+        "--bins",
+    ]);
+    build
+        .arg("--target-dir")
+        .arg(profile.parent().expect("a target directory"));
+    if profile.ends_with("release") {
+        build.arg("--release");
+    }
+    // Cargo has set what is about this test program.
+    let status = build.current_dir(env!("CARGO_MANIFEST_DIR")).status().unwrap();
+    assert!(status.success(), "{build:?}: {status}");
+}
+
+/// Puts both executables in `directory`, where other users may execute them; that of `sealblk`.
+pub fn install(directory: &Path) -> PathBuf {
+    let sealblk = Path::new(sealblk_path());
+    // By another process: while this one writes a file, one that it starts meanwhile keeps the file from being executed.
+    let mut copy = Command::new("cp");
+    copy.args([sealblk, &sealblk.with_file_name("vhost-user-sealblk")])
+        .arg(directory);
+    super::volume::run(&mut copy);
+    directory.join("sealblk")
 }
 
 #[derive(Debug)]

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use common::DEADLINE;
 use common::agent::Agent;
-use common::serve::{Server, sealblk_path};
+use common::serve::{Server, install, sealblk_path};
 use common::volume::run;
 use sealblk::keys::RequestPurpose;
 use serde_json::Value;
@@ -258,9 +258,7 @@ impl Host {
             "spare",
             "--no-backup",
         ]));
-        let binary = agent.path("sealblk");
-        // By another process: while this one writes a file, one that it starts meanwhile keeps the file from being executed.
-        run(Command::new("cp").arg(sealblk_path()).arg(&binary));
+        let binary = install(&agent.path(""));
         let [disk, recovery_key] = ["disk", "recovery-key"].map(|name| agent.path(name));
         let mut create = agent.verb(&["create", "--size", "1M"]);
         run(create.arg(&disk).arg("--recovery-key").arg(&recovery_key));

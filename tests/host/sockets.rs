@@ -3,8 +3,8 @@
 
 use common::DEADLINE;
 use common::process::{Ended, Process};
-use common::serve::{sealblk_path, serve};
-use common::volume::{MIB, Volume, run};
+use common::serve::{install, sealblk_path, serve};
+use common::volume::{MIB, Volume};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::process::Signal;
 use sealblk::control::socket::{BindError, Permissions, accept, bind};
@@ -179,10 +179,7 @@ fn a_member_of_the_sockets_group_connects_and_another_user_does_not() {
         &group,
     ];
     let process = serving(&volume, &socket, &args);
-    // Where others may execute it.
-    let binary = volume.beside("sealblk");
-    // By another process: while this one writes a file, one that it starts meanwhile keeps the file from being executed.
-    run(Command::new("cp").arg(sealblk_path()).arg(&binary));
+    let binary = install(&volume.beside(""));
     for (group, connects) in [(GROUP, true), (GROUP + 1, false)] {
         let mut status = Command::new(&binary);
         status.args(["status", "--control-socket"]).arg(&control);

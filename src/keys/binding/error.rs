@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
 use crate::{KeyError, KeyId, KeyState};
+use sealblk_base::blame::Blame;
 use sealblk_base::harmless::harmless;
 use sealblk_luks2::{Reason, VolumeError};
 use sealblk_secmem::arena::ArenaError;
@@ -92,6 +93,22 @@ pub enum BindingReason {
 }
 
 impl BindingReason {
+    /// Where the cause lies.
+    pub fn blame(&self) -> Blame {
+        match self {
+            Self::Volume(reason) => reason.blame(),
+            Self::Arena(_) => Blame::Host,
+            Self::BrokenToken { .. } => Blame::Content,
+            Self::NoToken
+            | Self::NoProvider
+            | Self::KekState { .. }
+            | Self::ForeignToken { .. }
+            | Self::TokenOpensNothing { .. } => Blame::Key,
+            Self::Provider { source, .. } | Self::Wrap(source) | Self::Kek(source) => source.reason.blame(),
+            Self::RekeyUnfinished(reason) | Self::ReadBack(reason) => reason.blame(),
+        }
+    }
+
     pub(super) fn at(self, path: &Path) -> BindingError {
         BindingError {
             path: path.to_owned(),

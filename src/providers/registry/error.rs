@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use sealblk_base::blame::Blame;
+
 use super::settings::NAME_RULE;
 use crate::keys::KeyError;
 use crate::toml_file::TomlFileError;
@@ -112,4 +114,25 @@ pub enum RegistryError {
     /// The provider's own files.
     #[error(transparent)]
     Key(#[from] KeyError),
+}
+
+impl RegistryError {
+    /// Where the cause lies.
+    pub fn blame(&self) -> Blame {
+        match self {
+            Self::NoStateDir
+            | Self::Name(_)
+            | Self::SettingsName { .. }
+            | Self::UnknownDefault { .. }
+            | Self::Exists { .. }
+            | Self::IsDefault { .. }
+            | Self::Settings(_)
+            | Self::NotNative(_)
+            | Self::NotTrusted(_) => Blame::Operator,
+            Self::File(error) => error.blame(),
+            Self::Io { .. } | Self::Exposed { .. } | Self::NotWiped { .. } => Blame::Storage,
+            Self::SealWithoutBackup(_) | Self::BackupOfAnother(_) => Blame::Key,
+            Self::Key(error) | Self::NotAdded(error) => error.reason.blame(),
+        }
+    }
 }

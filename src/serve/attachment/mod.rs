@@ -21,6 +21,7 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
+use sealblk_base::blame::Blame;
 use serde_json::{Value, json};
 
 use crate::cipher::{CipherError, KernelChoice};
@@ -102,6 +103,23 @@ pub enum OpenError {
 }
 
 impl OpenError {
+    /// Where the cause lies.
+    pub fn blame(&self) -> Blame {
+        match self {
+            Self::Volume(error) => error.reason.blame(),
+            Self::Cipher { source, .. } => match source {
+                CipherError::EqualHalves | CipherError::KeyLength(_) => Blame::Content,
+                CipherError::Arena(_) | CipherError::Kernel { .. } | CipherError::SelfTest { .. } => {
+                    Blame::Host
+                }
+            },
+            Self::Passphrase(error) => error.blame,
+            Self::NoHelper(error) => error.reason.blame(),
+            Self::LockedMeanwhile => Blame::Process,
+            Self::Changed(_) => Blame::Content,
+        }
+    }
+
     /// Why the key is not to be had, if that is what is wrong.
     pub fn key(&self) -> Option<&KeyError> {
         match self {

@@ -16,6 +16,7 @@ use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, Subscrib
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType, sockopt};
+use sealblk_base::blame::Blame;
 use vmm_sys_util::epoll::EventSet;
 
 use super::disk::Disk;
@@ -54,6 +55,17 @@ pub enum ServeError {
     IoUring(#[source] io::Error),
     #[error("the control thread cannot be set up")]
     Control(#[source] io::Error),
+}
+
+impl ServeError {
+    /// Where the cause lies.
+    pub fn blame(&self) -> Blame {
+        match self {
+            Self::Socket(error) => error.blame(),
+            Self::BadFd { .. } | Self::IdleFd { .. } => Blame::Operator,
+            Self::IoUring(_) | Self::Control(_) => Blame::Host,
+        }
+    }
 }
 
 /// A disk that is ready to be served.

@@ -13,8 +13,10 @@
 //! and connects to no agent. It starts the helper first, before it opens the disk, and cannot start another one later.
 //!
 //! **What is spoken.** Over the socketpair the serving process calls the methods of `org.sealblk.Agent`, in the same messages, by
-//! the same code ([`Caller`]) as any client of the agent. Two more methods are in `org.sealblk.KeyHelper`: `Open` passes the
-//! header's file, as a read-only description of its own that shares no lock with the claim; `ReadPassphrase` gives a passphrase.
+//! the same code ([`Caller`]) as any client of the agent. More methods are in `org.sealblk.KeyHelper`: `Open` passes the
+//! header's file, as a read-only description of its own that shares no lock with the claim; `ReadPassphrase` gives a passphrase. Before
+//! `Open` the helper also tells what the serving process needs to know of the host: the grants of the configuration, and the numbers
+//! of groups.
 //!
 //! **What the helper accepts.** It reads the header itself, once, and from then on answers for that volume's UUID only, for the
 //! purposes attach and recrypt only. The path that the agent or the list of known
@@ -43,10 +45,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
+use sealblk_base::blame::Blame;
+use sealblk_command::secret::MAX_SECRET;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
+use crate::control::privilege::Grants;
 use crate::control::varlink::{CallError, call, object};
 use crate::control::wire::Connection;
 use crate::keys::RequestPurpose;
@@ -79,6 +84,24 @@ pub struct Opened {
     pub volume: Uuid,
 }
 
+/// What `GetGrants` answers.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct GivenGrants {
+    pub grants: Grants,
+}
+
+/// `GetGroup`, as the interface has it.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct GroupName {
+    pub name: String,
+}
+
+/// What it answers.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct GroupNumber {
+    pub number: u32,
+}
+
 /// What `ReadPassphrase` answers.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Passphrase {
@@ -101,29 +124,26 @@ pub struct WireFailure {
     pub exit_code: u8,
 }
 
-/// The longest secret that comes from a helper, in bytes: that of cryptsetup's key files.
-pub const MAX_SECRET: usize = 8 << 20;
-
 /// What a helper cannot do, with what lies under it.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
 pub struct HelperFailure {
     message: String,
-    /// The exit code of the verb that fails for it.
-    pub exit_code: u8,
+    /// Where the cause lies.
+    pub blame: Blame,
     source: Option<Box<Cause>>,
 }
 
 impl HelperFailure {
     /// It answers, and gives no passphrase.
     pub fn no_passphrase() -> Self {
-        Self::of("the key helper returned none", 1)
+        Self::of("the key helper returned none", Blame::Host)
     }
 
-    fn of(message: &str, exit_code: u8) -> Self {
+    fn of(message: &str, blame: Blame) -> Self {
         Self {
             message: message.to_owned(),
-            exit_code,
+            blame,
             source: None,
         }
     }
@@ -172,6 +192,25 @@ impl KeyHelper {
         })))
     }
 
+    /// What the configuration grants to users and groups.
+    ///
+    /// # Errors
+    /// If the configuration cannot be used.
+    pub fn grants(&self) -> Result<Grants, HelperError> {
+        let answer = self.ask_first::<GivenGrants>("GetGrants", Map::new(), &[])?;
+        Ok(answer.grants)
+    }
+
+    /// The number of the group `name`.
+    ///
+    /// # Errors
+    /// If this host has no such group.
+    pub fn group(&self, name: &str) -> Result<u32, HelperError> {
+        let name = name.to_owned();
+        let answer = self.ask_first::<GroupNumber>("GetGroup", GroupName { name }, &[])?;
+        Ok(answer.number)
+    }
+
     /// Has the helper read the header, of the volume that it serves from then on: its UUID.
     ///
     /// # Errors
@@ -185,12 +224,8 @@ impl KeyHelper {
             header: 0,
             path: path_text::to_text(&path),
         };
-        match self.ask::<Opened>("Open", open, &[file.as_fd()]) {
-            Err(HelperError::Ended(error)) => {
-                Err(self.0.process.failure().map_or(error.into(), HelperError::Failed))
-            }
-            asked => asked.map(|(Opened { volume }, _)| volume),
-        }
+        let answer = self.ask_first::<Opened>("Open", open, &[file.as_fd()])?;
+        Ok(answer.volume)
     }
 
     /// Has a thread wait for the helper's end, which is told to the log.
@@ -228,6 +263,22 @@ impl KeyHelper {
         Ok(secrets.map_err(|error| self.0.fail().because(error))?)
     }
 
+    /// Asks before the helper is watched: one that has ended has said why.
+    fn ask_first<T: serde::de::DeserializeOwned>(
+        &self,
+        method: &str,
+        parameters: impl Serialize,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<T, HelperError> {
+        match self.ask(method, parameters, descriptors) {
+            Ok((answer, _)) => Ok(answer),
+            Err(HelperError::Ended(error)) => {
+                Err(self.0.process.failure().map_or(error.into(), HelperError::Failed))
+            }
+            Err(failed @ HelperError::Failed(_)) => Err(failed),
+        }
+    }
+
     fn ask<T: serde::de::DeserializeOwned>(
         &self,
         method: &str,
@@ -253,7 +304,7 @@ impl KeyHelper {
         match parsing::json_value::<WireFailure>(parameters) {
             Ok(failure) => HelperFailure {
                 message: failure.message,
-                exit_code: failure.exit_code,
+                blame: Blame::of_exit_code(failure.exit_code),
                 source: Cause::of(failure.causes),
             }
             .into(),

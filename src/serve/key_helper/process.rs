@@ -16,6 +16,8 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
+use sealblk_base::blame::Blame;
+
 use super::HelperFailure;
 use crate::control::wire::Connection;
 use crate::mutex::lock;
@@ -23,6 +25,8 @@ use crate::mutex::lock;
 /// How a helper is to get keys.
 #[derive(Debug)]
 pub struct Settings {
+    /// The command `sealblk`.
+    pub executable: PathBuf,
     /// As `--state-dir`.
     pub state_dir: Option<PathBuf>,
     /// As `--config`.
@@ -70,7 +74,7 @@ impl Process {
             true => Stdio::inherit(),
             false => Stdio::null(),
         };
-        let mut command = Command::new(EXECUTABLE);
+        let mut command = Command::new(&settings.executable);
         command.arg0("sealblk");
         for (option, path) in [
             ("--state-dir", &settings.state_dir),
@@ -140,7 +144,7 @@ impl Process {
         let code = u8::try_from(code).ok().filter(|&code| code > 0)?;
         Some(HelperFailure::of(
             "the process that gets the disk's keys has ended",
-            code,
+            Blame::of_exit_code(code),
         ))
     }
 
@@ -167,8 +171,6 @@ impl Drop for Process {
     }
 }
 
-/// This process' own executable, which has the helper's verb, whatever has become of its file.
-const EXECUTABLE: &str = "/proc/self/exe";
 /// The helper's verb.
 const VERB: &str = "key-helper";
 

@@ -15,6 +15,8 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use sealblk_base::blame::Blame;
+
 use super::{SegmentTable, Treatment};
 use crate::cipher::{Sector, SectorSize};
 use crate::luks2::{self, Advice, Format, HeaderIo, Reason, VolumeError};
@@ -51,6 +53,16 @@ pub enum UnencryptedError {
     /// It cannot be read, or is not a whole number of sectors.
     #[error(transparent)]
     Disk(#[from] VolumeError),
+}
+
+impl UnencryptedError {
+    /// Where the cause lies.
+    pub fn blame(&self) -> Blame {
+        match self {
+            Self::TraceOfHeader { .. } | Self::Foreign { .. } => Blame::Content,
+            Self::Disk(error) => error.reason.blame(),
+        }
+    }
 }
 
 /// The whole of `disk` as one linear segment, where [`Locked::open`](luks2::Locked::open) has found no header. `raw` says that

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use sealblk_base::blame::Blame;
+
 use super::capabilities::Protection;
 use crate::error_chain::remedy;
 
@@ -52,4 +54,19 @@ pub enum StorageError {
     Size { path: PathBuf, source: io::Error },
     #[error("{}: cannot be opened a second time for the data path{}", path.display(), remedy(source))]
     Reopen { path: PathBuf, source: io::Error },
+}
+
+impl StorageError {
+    /// Where the cause lies.
+    pub fn blame(&self) -> Blame {
+        match self {
+            Self::InUse { .. } | Self::UnderLoop { .. } => Blame::Use,
+            Self::Open { .. }
+            | Self::WriteProtected { .. }
+            | Self::NotStorage { .. }
+            | Self::Lock { .. }
+            | Self::Size { .. }
+            | Self::Reopen { .. } => Blame::Storage,
+        }
+    }
 }

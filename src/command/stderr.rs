@@ -15,9 +15,9 @@ use std::sync::{LazyLock, Mutex, OnceLock};
 use std::thread;
 use std::time::Duration;
 
-use super::text::printable;
-use crate::control::datagram::Service;
-use crate::mutex::lock;
+use crate::text::printable;
+use sealblk_base::mutex::lock;
+use sealblk_control::datagram::Service;
 
 /// Where the journal takes records.
 const SOCKET: &str = "/run/systemd/journal/socket";
@@ -46,7 +46,7 @@ const CAPACITY: usize = 1024;
 const FLUSH: Duration = Duration::from_secs(1);
 
 /// Has lines wait until [`begin`] or [`flush`], for a process that must not have a thread yet.
-pub(super) fn hold() {
+pub fn hold() {
     waiting();
 }
 
@@ -62,7 +62,7 @@ fn waiting() -> &'static Waiting {
 }
 
 /// Starts the thread that writes lines. If it cannot be started, each caller writes its own lines.
-pub(super) fn begin() {
+pub fn begin() {
     if lock(&waiting().receive).is_none() {
         return;
     }
@@ -84,17 +84,17 @@ pub(super) fn begin() {
 }
 
 /// Prints a note to the user, in addition to the result, on one line. If standard error is closed, the note is lost.
-pub(super) fn note(text: &str) {
+pub fn note(text: &str) {
     write(format!("sealblk: {}\n", printable(text)).as_bytes());
 }
 
 /// Writes a line to standard error, without waiting where a thread does it.
-pub(super) fn write(line: &[u8]) {
+pub fn write(line: &[u8]) {
     tell(Told::Line(line.to_vec()));
 }
 
 /// Sends a record to the journal, without waiting where a thread does it.
-pub(super) fn record(record: Vec<u8>) {
+pub fn record(record: Vec<u8>) {
     tell(Told::Record(record));
 }
 
@@ -127,7 +127,7 @@ impl Told {
 }
 
 /// Waits a while for what is not written yet.
-pub(super) fn flush() {
+pub fn flush() {
     if let Some(waiting) = WAITING.get() {
         begin();
         let (done, wait) = mpsc::sync_channel(1);
@@ -155,7 +155,7 @@ static JOURNAL: LazyLock<Option<Service>> =
     LazyLock::new(|| SocketAddr::from_pathname(SOCKET).ok().map(Service::at));
 
 /// Connects to the journal, which a confined process cannot do.
-pub(super) fn connect_to_journal() {
+pub fn connect_to_journal() {
     LazyLock::force(&JOURNAL);
 }
 
@@ -177,7 +177,7 @@ fn block_signals() {
 }
 
 /// Whether standard error goes to the journal (systemd.exec(5), "JOURNAL_STREAM").
-pub(super) fn is_journal() -> bool {
+pub fn is_journal() -> bool {
     let stream = std::env::var("JOURNAL_STREAM").unwrap_or_default();
     let is = |(device, inode): (&str, &str)| {
         let stderr = std::fs::metadata("/proc/self/fd/2");

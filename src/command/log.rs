@@ -15,14 +15,14 @@ use tracing_subscriber::layer::{Context, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer};
 
-use super::journal::Journal;
-use super::stderr::{self, note};
-use super::text::printable;
-use crate::control::events;
-use crate::control::rate_limit::RateLimit;
+use crate::journal::Journal;
+use crate::stderr::{self, note};
+use crate::text::printable;
+use sealblk_control::events;
+use sealblk_control::rate_limit::RateLimit;
 
 /// Lets the log go to standard error, which is the journal's for a service; SEALBLK_LOG says which, else `level` and up.
-pub(super) fn begin(level: &str) {
+pub fn begin(level: &str) {
     let wanted = std::env::var("SEALBLK_LOG").unwrap_or_default();
     let filter = match wanted.parse() {
         Ok(filter) if names_levels(&wanted) => filter,

@@ -2,26 +2,38 @@
 //!
 //! Names, paths and the texts of servers are untrusted. Both outputs show them on one line, without control characters:
 //! notes, [`complain`] and the log escape them, and callers of [`print`] escape parts of their results by
-//! [`text`](super::text)'s functions.
+//! [`text`](crate::text)'s functions.
 
 use std::error::Error;
 use std::io::{self, Write};
 
 use serde::Serialize;
 
-use super::failure::Failure;
-use super::stderr;
-use super::text::printable;
-use crate::error_chain::causes;
+use crate::stderr;
+use crate::text::printable;
+use sealblk_base::blame::Blame;
+use sealblk_base::error_chain::causes;
+
+/// What a verb prints did not go out.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write the result to standard output; check that its destination has room")]
+pub struct OutputError(#[source] io::Error);
+
+impl OutputError {
+    /// Where the cause lies.
+    pub fn blame(&self) -> Blame {
+        Blame::Storage
+    }
+}
 
 /// Prints a verb's whole answer. A reader that closed the pipe has seen enough: that is no failure.
 ///
 /// # Errors
-/// [`Failure::Output`], for instance if the answer goes to a file on a full disk.
-pub fn print(text: &str) -> Result<(), Failure> {
+/// [`OutputError`], for instance if the answer goes to a file on a full disk.
+pub fn print<E: From<OutputError>>(text: &str) -> Result<(), E> {
     let mut stdout = io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
-        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(Failure::Output(e)),
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(OutputError(e).into()),
         _ => Ok(()),
     }
 }
@@ -30,11 +42,11 @@ pub fn print(text: &str) -> Result<(), Failure> {
 ///
 /// # Errors
 /// As for [`print`].
-pub fn line(text: &str) -> Result<bool, Failure> {
+pub fn line<E: From<OutputError>>(text: &str) -> Result<bool, E> {
     let mut stdout = io::stdout().lock();
     match writeln!(stdout, "{text}").and_then(|()| stdout.flush()) {
         Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(false),
-        Err(e) => Err(Failure::Output(e)),
+        Err(e) => Err(OutputError(e).into()),
         Ok(()) => Ok(true),
     }
 }
@@ -43,24 +55,23 @@ pub fn line(text: &str) -> Result<bool, Failure> {
 ///
 /// # Errors
 /// As for [`print`].
-pub fn print_json(answer: &impl Serialize) -> Result<(), Failure> {
+pub fn print_json<E: From<OutputError>>(answer: &impl Serialize) -> Result<(), E> {
     let text = serde_json::to_string_pretty(answer).expect("numbers, texts and lists are JSON");
     print(&(text + "\n"))
 }
 
 /// Prints an error and its causes, each on a line.
 pub fn complain(error: &dyn Error) {
-    stderr::write(format!("sealblk: {}\n", describe(error)).as_bytes());
+    complain_with(error, &[]);
 }
 
-/// The same of a failure, with the list that goes with it.
-pub(super) fn complain_of(failure: &Failure) {
-    let list: String = failure
-        .list()
+/// The same, with lines that go with it.
+pub fn complain_with(error: &dyn Error, lines: &[String]) {
+    let lines: String = lines
         .iter()
         .map(|line| format!("\n    {}", printable(line)))
         .collect();
-    stderr::write(format!("sealblk: {}{list}\n", describe(failure)).as_bytes());
+    stderr::write(format!("sealblk: {}{lines}\n", describe(error)).as_bytes());
 }
 
 /// The error's text, then each cause that says something new, on a line of its own.

@@ -1,22 +1,33 @@
-//! The group and the mode of a socket that a verb listens on.
+//! The group and the mode of a socket that a command listens on.
 
+use std::convert::Infallible;
 use std::path::Path;
+use std::str::FromStr;
 
-use crate::control::socket::Permissions;
-use crate::parsing::rule;
+use sealblk_base::parsing::rule;
+use sealblk_control::socket::Permissions;
 
-/// A group, by number or by name.
-pub(super) fn parse_group(text: &str) -> Result<u32, String> {
-    if let Ok(group) = text.parse() {
-        return Ok(group);
+/// A group, as it is given. Only a process that may load the host's name service can look up a name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Group {
+    /// By number.
+    Number(u32),
+    /// By name.
+    Name(String),
+}
+
+impl FromStr for Group {
+    type Err = Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Infallible> {
+        Ok(text
+            .parse()
+            .map_or_else(|_| Self::Name(text.to_owned()), Self::Number))
     }
-    let group =
-        uzers::get_group_by_name(text).ok_or_else(|| format!("this host has no group called {text:?}"))?;
-    Ok(group.gid())
 }
 
 /// A mode, in octal.
-pub(super) fn parse_mode(text: &str) -> Result<u32, String> {
+pub fn parse_mode(text: &str) -> Result<u32, String> {
     let mode = u32::from_str_radix(text, 8)
         .ok()
         .filter(|mode| mode & !0o777 == 0);
@@ -24,7 +35,7 @@ pub(super) fn parse_mode(text: &str) -> Result<u32, String> {
 }
 
 /// Whether two paths name the same socket. Both may be links, or lead through links.
-pub(super) fn is_same_socket(front_ends: &Path, control: &Path) -> bool {
+pub fn is_same_socket(front_ends: &Path, control: &Path) -> bool {
     // What does not exist is told when it is bound.
     let place = |path: &Path| {
         let directory = path.parent().filter(|parent| *parent != Path::new(""));
@@ -35,7 +46,7 @@ pub(super) fn is_same_socket(front_ends: &Path, control: &Path) -> bool {
 }
 
 /// Warns if every user of the host can read and write the disk.
-pub(super) fn warn_of_others(permissions: Permissions) {
+pub fn warn_of_others(permissions: Permissions) {
     if permissions.mode & 0o002 != 0 {
         tracing::warn!("--socket-mode lets every user of this host read and write the disk");
     }

@@ -7,7 +7,7 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 
 /// Lets a write beyond the file size limit fail with `EFBIG`, which is reported, instead of killing the process
 /// in the middle of an update.
-pub(super) fn prepare() -> io::Result<()> {
+pub fn prepare() -> io::Result<()> {
     // SAFETY: ignoring a signal runs no code of ours.
     match unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) } {
         libc::SIG_ERR => Err(io::Error::last_os_error()),
@@ -16,7 +16,7 @@ pub(super) fn prepare() -> io::Result<()> {
 }
 
 /// A queue takes half a dozen descriptors, and so do callers; the soft limit is often made for programs that use select(2).
-pub(super) fn raise_descriptor_limit() {
+pub fn raise_descriptor_limit() {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
     if let Err(error) = setrlimit(Resource::Nofile, limit) {

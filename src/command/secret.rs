@@ -17,13 +17,13 @@ use std::str::FromStr;
 use clap::builder::{OsStringValueParser, TypedValueParser, ValueParser, ValueParserFactory};
 use rustix::io::FdFlags;
 
-use super::{stderr, text};
-use crate::key_helper::MAX_SECRET;
+use crate::{stderr, text};
+use sealblk_base::blame::Blame;
 use sealblk_secmem::{arena::ArenaError, arena::SecretBytes};
 use sealblk_secmem::{private_file, private_file::Exposed, private_file::Forbid};
 
 /// The longest secret that is read, in bytes: that of cryptsetup's key files.
-const MAX_LEN: usize = MAX_SECRET;
+pub const MAX_SECRET: usize = 8 << 20;
 
 /// The size of the first piece that is read: nearly every secret is shorter.
 const PIECE: usize = 8 << 10;
@@ -61,7 +61,7 @@ pub enum SecretError {
         location: String,
     },
     /// More than a passphrase or a key.
-    #[error("the secret in {location} is longer than {MAX_LEN} bytes; is it the right file?")]
+    #[error("the secret in {location} is longer than {MAX_SECRET} bytes; is it the right file?")]
     TooLong {
         /// Where.
         location: String,
@@ -77,6 +77,18 @@ pub enum SecretError {
     /// No memory for it.
     #[error(transparent)]
     Arena(#[from] ArenaError),
+}
+
+impl SecretError {
+    /// Where the cause lies.
+    pub fn blame(&self) -> Blame {
+        match self {
+            Self::Io { .. } => Blame::Storage,
+            Self::Empty { .. } | Self::TooLong { .. } => Blame::Key,
+            Self::NoCredentials { .. } => Blame::Operator,
+            Self::Arena(_) => Blame::Host,
+        }
+    }
 }
 
 /// What `fd:` and `cred:` need after them.
@@ -139,7 +151,7 @@ impl fmt::Display for SecretSource {
 
 impl SecretSource {
     /// As it is written on the command line.
-    pub(super) fn argument(&self) -> OsString {
+    pub fn argument(&self) -> OsString {
         match self {
             Self::File(path) => path.into(),
             Self::Descriptor(fd) => format!("fd:{fd}").into(),
@@ -169,12 +181,12 @@ impl SecretSource {
         }
         // A file tells how long it is. One byte more is for its end.
         let expected = metadata.len();
-        let expected = usize::try_from(expected).unwrap_or(MAX_LEN).min(MAX_LEN) + 1;
+        let expected = usize::try_from(expected).unwrap_or(MAX_SECRET).min(MAX_SECRET) + 1;
         let mut secret = SecretBytes::zeroed(expected.max(PIECE))?;
         let mut len = 0;
         loop {
-            if len == secret.len() && len <= MAX_LEN {
-                let mut larger = SecretBytes::zeroed((2 * len).min(MAX_LEN + 1))?;
+            if len == secret.len() && len <= MAX_SECRET {
+                let mut larger = SecretBytes::zeroed((2 * len).min(MAX_SECRET + 1))?;
                 larger[..len].copy_from_slice(&secret);
                 secret = larger;
             }
@@ -187,7 +199,7 @@ impl SecretSource {
         }
         match len {
             0 => Err(SecretError::Empty { location }),
-            len if len > MAX_LEN => Err(SecretError::TooLong { location }),
+            len if len > MAX_SECRET => Err(SecretError::TooLong { location }),
             // Into a place of its own size: this one is given back.
             len => Ok(SecretBytes::take(&mut secret[..len])?),
         }
@@ -224,7 +236,7 @@ impl SecretSource {
     ///
     /// # Errors
     /// If the one that was named was not inherited.
-    pub(super) fn inherited(&self) -> Result<Vec<RawFd>, SecretError> {
+    pub fn inherited(&self) -> Result<Vec<RawFd>, SecretError> {
         let pipe = match self {
             Self::Descriptor(fd) if is_inherited(*fd) => return Ok(vec![*fd]),
             Self::Descriptor(_) => {
@@ -321,7 +333,7 @@ impl Key {
     }
 
     /// The form that is likely meant, then the other, if there is one.
-    pub(super) fn into_forms(self) -> impl Iterator<Item = SecretBytes> {
+    pub fn into_forms(self) -> impl Iterator<Item = SecretBytes> {
         [Some(self.first), self.second].into_iter().flatten()
     }
 
@@ -343,7 +355,7 @@ impl Key {
 }
 
 /// Whether a user could have typed `secret`, with a newline after it.
-pub(super) fn is_text(secret: &[u8]) -> bool {
+pub fn is_text(secret: &[u8]) -> bool {
     let line = secret.strip_suffix(b"\n").unwrap_or(secret);
     std::str::from_utf8(line).is_ok_and(|line| !line.chars().any(char::is_control))
 }
@@ -351,8 +363,10 @@ pub(super) fn is_text(secret: &[u8]) -> bool {
 /// Whether a file system keeps this FIFO, and not the kernel alone (pipe(7)).
 fn has_name(fifo: &Path) -> bool {
     /// What statfs(2) says of pipes without a name.
-    const PIPEFS_MAGIC: u32 = 0x5049_5045;
-    rustix::fs::statfs(fifo).is_ok_and(|stat| stat.f_type as u32 != PIPEFS_MAGIC)
+    const PIPEFS_MAGIC: u64 = 0x5049_5045;
+    // Its type differs from machine to machine.
+    let magic = |stat: rustix::fs::StatFs| u64::try_from(stat.f_type).ok();
+    rustix::fs::statfs(fifo).is_ok_and(|stat| magic(stat) != Some(PIPEFS_MAGIC))
 }
 
 /// Whether a descriptor is open that this process did not open itself: those are closed at the execution of another program.
@@ -365,7 +379,7 @@ fn is_inherited(fd: RawFd) -> bool {
 
 /// Another descriptor of what an inherited one refers to; that one stays open.
 #[allow(unsafe_code)] // Borrows a descriptor by the number that the user gave.
-pub(super) fn duplicate(fd: RawFd) -> io::Result<File> {
+pub fn duplicate(fd: RawFd) -> io::Result<File> {
     // SAFETY: the number is only handed to `fcntl`, which says whether it is open. It is not -1.
     let inherited = unsafe { BorrowedFd::borrow_raw(fd) };
     Ok(inherited.try_clone_to_owned()?.into())
@@ -460,15 +474,15 @@ mod tests {
         assert!(matches!(source.read(), Err(SecretError::Empty { .. })));
         let (_file, source) = file(b"\n");
         assert!(matches!(source.read_key(), Err(SecretError::Empty { .. })));
-        let (_file, source) = file(&[1; MAX_LEN]);
-        assert_eq!(source.read().unwrap().len(), MAX_LEN);
-        let (_file, source) = file(&[1; MAX_LEN + 1]);
+        let (_file, source) = file(&[1; MAX_SECRET]);
+        assert_eq!(source.read().unwrap().len(), MAX_SECRET);
+        let (_file, source) = file(&[1; MAX_SECRET + 1]);
         assert!(matches!(source.read(), Err(SecretError::TooLong { .. })));
         let (mut reader, mut writer) = io::pipe().unwrap();
-        let write = std::thread::spawn(move || writer.write_all(&[1; MAX_LEN]));
+        let write = std::thread::spawn(move || writer.write_all(&[1; MAX_SECRET]));
         assert_eq!(
             SecretSource::Descriptor(reader.as_raw_fd()).read().unwrap().len(),
-            MAX_LEN
+            MAX_SECRET
         );
         write.join().unwrap().unwrap();
         assert_eq!(reader.read(&mut [0]).unwrap(), 0);

@@ -4,20 +4,20 @@
 
 use std::path::Path;
 
-use crate::harmless::harmless;
+use sealblk_base::harmless::harmless;
 
 /// Untrusted text, for instance from a header: control characters are escaped.
-pub(super) fn printable(text: &str) -> String {
+pub fn printable(text: &str) -> String {
     harmless(text, usize::MAX)
 }
 
 /// The same of a path.
-pub(super) fn shown(path: &Path) -> String {
+pub fn shown(path: &Path) -> String {
     printable(&path.to_string_lossy())
 }
 
 /// Rows of text as columns, each as wide as its widest cell.
-pub(super) fn table<const COLUMNS: usize>(rows: &[[String; COLUMNS]]) -> String {
+pub fn table<const COLUMNS: usize>(rows: &[[String; COLUMNS]]) -> String {
     let rows: Vec<_> = rows
         .iter()
         .map(|row| row.each_ref().map(|cell| printable(cell)))

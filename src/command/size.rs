@@ -5,12 +5,12 @@ use std::str::FromStr;
 
 /// A number of bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Size(pub(super) u64);
+pub struct Size(pub u64);
 
 /// What a size looks like.
 #[derive(Debug, thiserror::Error)]
 #[error("a size is a whole number of bytes, or of K, M, G or T for powers of 1024, as in '20G'")]
-pub(super) struct NotASize;
+pub struct NotASize;
 
 const UNITS: [(char, u32); 4] = [('T', 40), ('G', 30), ('M', 20), ('K', 10)];
 

@@ -9,16 +9,16 @@ use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::Layer;
 use tracing_subscriber::layer::Context;
 
-use super::stderr;
-use super::text::printable;
-use crate::error_chain::causes;
+use crate::stderr;
+use crate::text::printable;
+use sealblk_base::error_chain::causes;
 
 /// The longest value. A datagram holds some of this length.
 const MAX_VALUE: usize = 16 << 10;
 
 /// The layer that makes the records.
 #[derive(Debug)]
-pub(super) struct Journal;
+pub(crate) struct Journal;
 
 impl<S: Subscriber> Layer<S> for Journal {
     fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {

@@ -1,0 +1,171 @@
+//! The arguments of `sealblk serve`.
+
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+
+use clap::{ArgGroup, Args};
+use sealblk_command::secret::SecretSource;
+use sealblk_command::size::{NotASize, Size};
+use sealblk_command::socket_args::{Group, parse_mode};
+use uuid::Uuid;
+
+use crate::cipher::{KernelChoice, SectorSize};
+use crate::device::DEFAULT_POLL_MAX;
+use crate::sandbox::Choice;
+use crate::storage::PAGE;
+
+const AFTER_HELP: &str = "\
+Then start QEMU with shared memory and the disk (libvirt: docs/libvirt.md):
+  qemu-system-x86_64 -accel kvm -m 2G \\
+    -object memory-backend-memfd,id=mem,size=2G,share=on \\
+    -machine q35,memory-backend=mem \\
+    -chardev socket,id=disk0,path=SOCK,reconnect=1 \\
+    -device vhost-user-blk-pci,chardev=disk0
+
+In production, also give --volume: an attacker with write access to the storage
+could put the header of a disk of his own there, and then read what your guest writes.
+`sealblk create` prints the UUID.
+
+With --allow-unencrypted, sealblk still recognises a volume by its header, and
+encrypts as usual. It refuses a volume whose header is damaged in part; if the
+header was wiped completely, it takes the disk for an unencrypted one. It refuses
+images (qcow2, VMDK, ...) and members of LVM, ZFS or a RAID, unless you also give
+--format raw.
+
+A process that connects to SOCK can read and write the disk. Only root and the owner
+of SOCK can connect, unless you set its group or mode. If QEMU runs as another user,
+give --socket-group with a group of that user. sealblk must then run as root or as a
+member of that group, and QEMU must be able to enter the directory of SOCK.
+
+If the key is not available, the disk is locked: the guest sees the disk, and its
+requests wait, without an error. sealblk tries again at least every 30 seconds; with
+--no-wait it ends instead.
+
+On SIGTERM sealblk finishes the requests in flight and ends. You can stop and start
+it while the guest runs: QEMU connects again (because of `reconnect`), and the
+requests wait. If sealblk is killed instead, requests in flight may be lost. One
+QEMU can be connected at a time.";
+
+/// The most queues: one for each virtual CPU of a large guest. A queue takes 20 KiB until a driver uses it.
+const MAX_QUEUES: i64 = 64;
+
+/// Serve a disk to QEMU
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+#[command(group = ArgGroup::new("endpoint").required(true).args(["socket_path", "fd", "print_capabilities"]))]
+pub struct Serve {
+    /// The disk: a file or block device that holds a LUKS2 volume
+    #[arg(long, value_name = "DISK", required_unless_present_any = ["print_capabilities", "null_storage"])]
+    pub(super) blk_file: Option<PathBuf>,
+    /// The socket to listen on; sealblk replaces a stale socket
+    #[arg(long, value_name = "SOCK")]
+    pub(super) socket_path: Option<PathBuf>,
+    /// Give that socket to a group, by name or number: the group of QEMU, as 'libvirt-qemu'. All its members can read and
+    /// write the disk
+    #[arg(long, value_name = "GROUP", requires = "socket_path")]
+    pub(super) socket_group: Option<Group>,
+    /// The mode of that socket; the umask does not change it [default: 600, with --socket-group 660]
+    #[arg(long, value_name = "MODE", value_parser = parse_mode, requires = "socket_path")]
+    pub(super) socket_mode: Option<u32>,
+    /// An inherited socket that listens, or is connected to QEMU
+    #[arg(long, value_name = "N")]
+    pub(super) fd: Option<RawFd>,
+    /// Print the capabilities of this back-end in the form of QEMU's conventions, and end
+    #[arg(long)]
+    pub(super) print_capabilities: bool,
+    /// Refuse writes; several processes can serve one disk with this option
+    #[arg(long)]
+    pub(super) read_only: bool,
+    /// Answer `sealblk status`, `lock`, `unlock` and `rekey` on this socket
+    #[arg(long, value_name = "SOCK", conflicts_with_all = ["null_storage", "allow_unencrypted"])]
+    pub(super) control_socket: Option<PathBuf>,
+    /// Give the control socket to a group, by name or number. Its members can connect; [[grant]] in the configuration says what they
+    /// may do
+    #[arg(long, value_name = "GROUP", requires = "control_socket")]
+    pub(super) control_socket_group: Option<Group>,
+    /// The mode of the control socket; the umask does not change it [default: 660]
+    #[arg(long, value_name = "MODE", value_parser = parse_mode, requires = "control_socket")]
+    pub(super) control_socket_mode: Option<u32>,
+    /// End at once if the key is not available, instead of serving a locked disk
+    #[arg(long)]
+    pub(super) no_wait: bool,
+    /// The maximum number of queues for QEMU
+    #[arg(long, value_name = "N", default_value_t = MAX_QUEUES as u16,
+          value_parser = clap::value_parser!(u16).range(1..=MAX_QUEUES))]
+    pub(super) num_queues: u16,
+    /// The file that holds the volume's header, if it is detached
+    #[arg(long, value_name = "FILE")]
+    pub(super) header: Option<PathBuf>,
+    /// Serve only the volume with this UUID, and refuse the header of another volume: an attacker could have put it there (see
+    /// below). `sealblk info` shows the UUID
+    #[arg(long, value_name = "UUID", conflicts_with_all = ["null_storage", "allow_unencrypted"])]
+    pub(super) volume: Option<Uuid>,
+    /// Open the volume with a passphrase, recovery key or key file instead of a key provider. sealblk can read `-`, fd:N
+    /// and a shell's `<(...)` only once, so `sealblk lock` is then refused
+    #[arg(long, value_name = "FILE|-|fd:N|cred:NAME", visible_alias = "key-file")]
+    pub(super) passphrase_file: Option<SecretSource>,
+    /// Also serve a disk that is not a LUKS2 volume, without encryption. Do not use this for encrypted disks: an attacker
+    /// who wipes the header turns such a disk into an unencrypted one
+    #[arg(long, conflicts_with = "header")]
+    pub(super) allow_unencrypted: bool,
+    /// Serve the disk as 'raw' bytes even if its content looks like an image, a member of a pool or a LUKS1 volume. Use this only
+    /// if the guest itself wrote that content. sealblk never interprets the content
+    #[arg(long, value_name = "FORMAT", requires = "allow_unencrypted", value_parser = ["raw"])]
+    pub(super) format: Option<String>,
+    /// The block size of a disk that is not a volume, 512 or 4096 [default: 512]
+    #[arg(long, value_name = "BYTES", value_parser = parse_sector_size)]
+    pub(super) sector_size: Option<SectorSize>,
+    /// Serve a test disk without storage, for benchmarks: writes are discarded, reads return noise. Data are encrypted under
+    /// a random key unless --allow-unencrypted is given
+    #[arg(long, value_name = "SIZE", conflicts_with_all = ["blk_file", "header", "passphrase_file"])]
+    pub(super) null_storage: Option<Size>,
+    /// Pass the guest's discards to the storage. An observer of the storage then sees which blocks are in use
+    #[arg(long, conflicts_with = "read_only")]
+    pub(super) discard: bool,
+    /// The disk's serial for the guest [default: the first 20 digits of the volume's UUID; for an unencrypted disk, of
+    /// the SHA-256 of its absolute path]
+    #[arg(long, value_name = "TEXT", value_parser = parse_serial)]
+    pub(super) serial: Option<String>,
+    /// How long a queue polls for work before it sleeps; a longer time lowers latency and takes more CPU, 0 turns polling off
+    #[arg(
+        long,
+        value_name = "MICROSECONDS",
+        value_parser = clap::value_parser!(u16).range(..=1000),
+        default_value_t = DEFAULT_POLL_MAX.as_micros() as u16
+    )]
+    pub(super) poll_max: u16,
+    /// Locked memory of each queue in use, for data between the guest and storage: 1M to 64M (LimitMEMLOCK must allow the sum). A
+    /// smaller pool allows fewer large requests in flight [default: 8M]
+    #[arg(long, value_name = "SIZE", value_parser = parse_pool_size)]
+    pub(super) pool_size: Option<u32>,
+    /// Confine the process before it reads anything of a guest: 'prefer' takes the measures that this kernel has, 'require' ends
+    /// if it does not have all, 'off' takes none. `sealblk status` shows the measures in force
+    #[arg(long, value_name = "WHEN", default_value = "prefer", value_enum)]
+    pub(super) sandbox: Choice,
+    /// The implementation of the cipher: 'fastest' on this machine, or 'avx512', 'avx2', 'aes-ni' (x86-64) or
+    /// 'portable'
+    #[arg(long, value_name = "NAME", default_value_t)]
+    pub(super) cipher_kernel: KernelChoice,
+}
+
+fn parse_sector_size(text: &str) -> Result<SectorSize, String> {
+    let size = text.parse().ok().and_then(SectorSize::from_bytes);
+    size.ok_or_else(|| "a sector has 512 or 4096 bytes".into())
+}
+
+/// In pages.
+fn parse_pool_size(text: &str) -> Result<u32, String> {
+    let Size(bytes) = text.parse().map_err(|error: NotASize| error.to_string())?;
+    // A place for each page, and io_uring has 32768.
+    let allowed = (1 << 20..=64 << 20).contains(&bytes) && bytes.is_multiple_of(PAGE as u64);
+    let pages = u32::try_from(bytes / PAGE as u64).ok().filter(|_| allowed);
+    pages.ok_or_else(|| "a pool has 1M to 64M, in whole pages of 4K".into())
+}
+
+fn parse_serial(text: &str) -> Result<String, String> {
+    if (1..=20).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic()) {
+        Ok(text.to_owned())
+    } else {
+        Err("a serial has 1 to 20 printable ASCII characters and no blanks".into())
+    }
+}

@@ -1,0 +1,531 @@
+//! `sealblk serve`: one disk, one process, until SIGTERM. It follows QEMU's "Backend program conventions".
+
+use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use base16ct::lower;
+use rustix::event::{EventfdFlags, eventfd};
+use sealblk_command::executable;
+use sealblk_command::host_args::HostArgs;
+use sealblk_command::secret::{SecretError, SecretSource};
+use sealblk_command::size::Size;
+use sealblk_command::socket_args::{Group, is_same_socket, warn_of_others};
+use sealblk_command::{output, process, stderr};
+use sha2::{Digest, Sha256};
+
+use super::COMMAND;
+use super::arguments::Serve;
+use super::failure::Failure;
+use crate::attachment::{Attachment, By, Interface, OpenError, Opener};
+use crate::cipher::{KEY_LEN, Sector, SectorCipher, SectorSize};
+use crate::closer::{self, ClosedElsewhere};
+use crate::control::privilege::Grants;
+use crate::control::socket::{self, Bound, Permissions};
+use crate::control::{datagram, manager, server, varlink};
+use crate::device::{DEFAULT_POOL_PAGES, Disk, Endpoint, Server, Waited};
+use crate::key_helper::{KeyHelper, Settings};
+use crate::luks2::{Changed, HeaderError, Identity, Locked, MATERIAL_LEN, Reason, VolumeError};
+use crate::map::{SegmentTable, Treatment, unencrypted};
+use crate::sandbox::{self, Allowed, Measure, Sandbox};
+use crate::storage::{Access, Backing, DataFile, StorageError};
+use sealblk_secmem::{arena, arena::SecretBytes};
+
+/// What QEMU's vhost-user.json names, and nothing more (`VHostUserBackendBlockFeature`).
+const CAPABILITIES: &str = r#"{"type": "block", "features": ["read-only", "blk-file"]}"#;
+
+impl Serve {
+    pub(super) fn run(self, host: &HostArgs) -> Result<(), Failure> {
+        if self.print_capabilities {
+            return output::print(&format!("{CAPABILITIES}\n"));
+        }
+        if let Some(fd) = self.fd
+            && self.passphrase_file == Some(SecretSource::Descriptor(fd))
+        {
+            return Err(Failure::SameDescriptor { fd });
+        }
+        if let (Some(front_ends), Some(control)) = (&self.socket_path, &self.control_socket)
+            && is_same_socket(front_ends, control)
+        {
+            return Err(Failure::SameSocket {
+                path: front_ends.clone(),
+            });
+        }
+        process::raise_descriptor_limit();
+        let by = match &self.passphrase_file {
+            Some(source) => By::Passphrase {
+                once: source.can_be_read_once(),
+            },
+            None => By::Providers,
+        };
+        // Before anything of the disk is read: a process that reads it starts no other.
+        let helper = match self.needs_helper() {
+            true => Some(self.key_helper(host)?),
+            false => None,
+        };
+        closer::prepare();
+        let access = if self.read_only {
+            Access::ReadOnly
+        } else {
+            Access::ReadWrite
+        };
+        // The claims on disk and header last as long as the disk is served.
+        let claim = |path: &Option<PathBuf>| {
+            match path {
+                Some(path) => Backing::open(path, access).map(Some),
+                None => Ok(None),
+            }
+            .map_err(|error| match error {
+                source @ StorageError::WriteProtected { .. } => Failure::WriteProtected { source },
+                error => error.into(),
+            })
+        };
+        let (backing, header) = (claim(&self.blk_file)?, claim(&self.header)?);
+        let settings = self.settings(helper.as_ref())?;
+        let medium = match (backing, helper, self.null_storage) {
+            (_, _, Some(size)) => self.null(size)?,
+            (Some(disk), Some(helper), None) => self.stored(helper, by, disk, header)?,
+            _ => unreachable!("clap asks for one of them, and a disk has a helper"),
+        };
+        let disk = Arc::new(self.disk(&medium)?);
+        // All that can fail is tried before a key is asked for, which other hosts and logs may hear of.
+        // From here on threads do not get the signals that end the process.
+        let endpoint = self.endpoint(settings.socket_group);
+        let server = Server::new(Arc::clone(&disk), self.num_queues, endpoint)?;
+        let control = self.control_socket(settings)?;
+        if let Key::Volume { .. } = &medium.key {
+            arena::reserve(&SECRETS).map_err(SecretError::from)?;
+        }
+        let mut allowed = self
+            .allowed(&medium, &server, control.as_ref())
+            .map_err(Failure::Host)?;
+        let (served, _claim) = match medium.key {
+            Key::Volume { opener, identity } => (Some(Attachment::new(*opener, disk, identity)), None),
+            Key::Known { table, claim } => {
+                disk.unlock(table);
+                (None, claim)
+            }
+        };
+        manager::connect();
+        allowed.connect(server.settle().map_err(Failure::Host)?);
+        // From here on there are threads.
+        let sandbox = self.sandbox.enter(&allowed)?;
+        if sandbox.in_force.contains(&Measure::SystemCalls) {
+            datagram::keep_connections();
+        }
+        stderr::begin();
+        sandbox::tell_of_refusals().map_err(Failure::Host)?;
+        if let Some(served) = &served
+            && self.get_key(&server, served)? == Waited::Stopped
+        {
+            return Ok(());
+        }
+        self.announce(&medium.shape);
+        manager::ready(
+            &served
+                .as_ref()
+                .map_or("serving".to_owned(), |served| served.standing()),
+        );
+        match (&served, control) {
+            (Some(served), Some(control)) => control.run_with(server, served, sandbox),
+            _ => Ok(server.run()?),
+        }
+    }
+
+    /// Where front-ends come from: clap requires a path or a descriptor.
+    fn endpoint(&self, group: Option<u32>) -> Endpoint {
+        match (&self.socket_path, self.fd) {
+            (None, Some(fd)) => Endpoint::Fd(fd),
+            (path, _) => {
+                let permissions = Permissions::new(self.socket_mode, group);
+                warn_of_others(permissions);
+                Endpoint::Path(path.clone().unwrap_or_default(), permissions)
+            }
+        }
+    }
+
+    /// Null storage has no keys, and a group's number needs no name service.
+    fn needs_helper(&self) -> bool {
+        self.null_storage.is_none() || matches!(self.socket_group, Some(Group::Name(_)))
+    }
+
+    /// What this process does not find out itself: it loads no name service, and reads no configuration.
+    fn settings(&self, helper: Option<&KeyHelper>) -> Result<HostSettings, Failure> {
+        let number = |option, group: &Option<Group>| match (group, helper) {
+            (Some(Group::Number(number)), _) => Ok(Some(*number)),
+            (Some(Group::Name(name)), Some(helper)) => {
+                let asked = helper.group(name).map(Some);
+                asked.map_err(|error| Failure::Group {
+                    option,
+                    source: Box::new(error.into()),
+                })
+            }
+            (Some(Group::Name(_)), None) | (None, _) => Ok(None),
+        };
+        Ok(HostSettings {
+            socket_group: number("--socket-group", &self.socket_group)?,
+            control_group: number("--control-socket-group", &self.control_socket_group)?,
+            grants: match (&self.control_socket, helper) {
+                (Some(_), Some(helper)) => helper.grants()?,
+                _ => Grants::default(),
+            },
+        })
+    }
+
+    /// Starts the process that gets the keys.
+    fn key_helper(&self, host: &HostArgs) -> Result<KeyHelper, Failure> {
+        let source = self.passphrase_file.as_ref();
+        let settings = Settings {
+            executable: executable::find(COMMAND)?,
+            state_dir: host.state_dir.clone(),
+            config: host.config.clone(),
+            passphrase: source.map(SecretSource::argument),
+            inherited: source.map_or(Ok(Vec::new()), SecretSource::inherited)?,
+        };
+        KeyHelper::start(settings).map_err(Failure::StartHelper)
+    }
+
+    /// Binds the control socket, if there is to be one.
+    fn control_socket(&self, settings: HostSettings) -> Result<Option<ControlSocket>, Failure> {
+        let Some(path) = &self.control_socket else {
+            return Ok(None);
+        };
+        let mode = self.control_socket_mode.unwrap_or(CONTROL_MODE);
+        let permissions = Permissions::new(Some(mode), settings.control_group);
+        let (listener, bound) = socket::bind(path, permissions)?;
+        Ok(Some(ControlSocket {
+            listener: listener.into(),
+            grants: settings.grants,
+            bound,
+        }))
+    }
+
+    /// The files that this process opens once it is confined.
+    fn allowed(
+        &self,
+        medium: &Medium,
+        server: &Server,
+        control: Option<&ControlSocket>,
+    ) -> io::Result<Allowed> {
+        let mut allowed = Allowed::default();
+        // Each queue opens it for itself.
+        let file = &medium.shape.file;
+        allowed.reopen(file, file.is_null() || !self.read_only)?;
+        if let Key::Volume { opener, .. } = &medium.key {
+            let header = opener.header.as_ref().unwrap_or(&opener.disk);
+            if let Some(directory) = header.lock_files() {
+                allowed.lock_files_in(directory);
+            }
+        }
+        // Sockets go with the process.
+        for bound in [server.bound(), control.map(|control| &control.bound)]
+            .into_iter()
+            .flatten()
+        {
+            allowed.remove_from(bound.directory())?;
+        }
+        // The kind and the size of memory that a front-end passes.
+        for device in fs::read_dir("/sys/bus/dax/devices")
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            allowed.read(&device.path());
+        }
+        if self.passphrase_file.is_some() {
+            // How much memory a passphrase's keyslot can take.
+            for path in ["/proc/self", "/proc/meminfo", "/sys/fs/cgroup"] {
+                allowed.read(path.as_ref());
+            }
+        }
+        Ok(allowed)
+    }
+
+    /// Gets the key of `served`, or finds that the disk has to wait for it. A key server that does not answer holds up a guest
+    /// no longer than [`FIRST_TRY`]: its disk is locked then.
+    fn get_key(&self, server: &Server, served: &Arc<Attachment>) -> Result<Waited, Failure> {
+        let first = served.get_key(!self.no_wait).map_err(Failure::Host)?;
+        let limit = (!self.no_wait).then_some(FIRST_TRY);
+        let waited = server.wait_for(&first, limit).map_err(Failure::Host)?;
+        match waited {
+            Waited::Came => first.outcome()?,
+            Waited::TooLong => {
+                tracing::warn!(
+                    "the key source has not answered yet: the disk is locked until the key is available"
+                );
+            }
+            Waited::Stopped => tracing::info!("stopping"),
+        }
+        Ok(waited)
+    }
+
+    fn stored(
+        &self,
+        helper: KeyHelper,
+        by: By,
+        disk: Backing,
+        header: Option<Backing>,
+    ) -> Result<Medium, Failure> {
+        let opened = match &header {
+            Some(header) => Locked::open(header, Some(&disk)),
+            None => Locked::open(&disk, None),
+        };
+        match opened {
+            Ok(locked) => {
+                let volume = self.volume(&disk, &locked)?;
+                let opened = helper.open(header.as_ref().unwrap_or(&disk))?;
+                let identity = locked.identity()?;
+                // The helper reads the header after this process, and it may have been replaced between.
+                let expected = identity.uuid();
+                if opened != expected {
+                    return Err(OpenError::from(Changed::Volume {
+                        expected,
+                        found: opened,
+                    })
+                    .into());
+                }
+                if let Some(expected) = self.volume
+                    && identity.uuid() != expected
+                {
+                    return Err(Failure::OtherVolume {
+                        disk: header.as_ref().unwrap_or(&disk).path().to_owned(),
+                        expected,
+                        found: identity.uuid(),
+                    });
+                }
+                Ok(volume.of(Key::Volume {
+                    identity,
+                    opener: Box::new(Opener {
+                        disk,
+                        header,
+                        by,
+                        helper,
+                        kernel: self.cipher_kernel,
+                    }),
+                }))
+            }
+            Err(volume) if header.is_none() && self.is_no_volume(&volume) => match self.allow_unencrypted {
+                true => self.unencrypted(disk),
+                false => Err(Failure::Unencrypted { volume }),
+            },
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Whether it is none that sealblk could ever open.
+    fn is_no_volume(&self, error: &VolumeError) -> bool {
+        match &*error.reason {
+            Reason::Header(HeaderError::NotLuks { .. }) => true,
+            Reason::Header(HeaderError::Luks1) => self.format.is_some(),
+            _ => false,
+        }
+    }
+
+    /// What is known of the volume without its key.
+    fn volume(&self, disk: &Backing, locked: &Locked<'_>) -> Result<Shape, Failure> {
+        if self.sector_size.is_some() {
+            return Err(Failure::SectorSizeOfVolume {
+                disk: disk.path().to_owned(),
+            });
+        }
+        if self.format.is_some() {
+            return Err(Failure::FormatOfVolume {
+                disk: disk.path().to_owned(),
+            });
+        }
+        let sector_size = locked.sector_size();
+        Ok(Shape {
+            sectors: locked.capacity() / Sector::LEN,
+            sector_size,
+            file: Arc::new(disk.data_file(locked.layout().alignment(sector_size.bytes_u32()))?),
+            serial: locked.uuid().simple().to_string(),
+        })
+    }
+
+    /// The disk as raw: it is not a volume.
+    fn unencrypted(&self, disk: Backing) -> Result<Medium, Failure> {
+        if self.passphrase_file.is_some() {
+            return Err(Failure::KeyOfPlainDisk {
+                disk: disk.path().to_owned(),
+            });
+        }
+        let sector_size = self.sector_size.unwrap_or_default();
+        let table = unencrypted(&disk, sector_size, self.format.is_some())?;
+        tracing::warn!("not a LUKS2 volume: serving it as an unencrypted disk");
+        let shape = Shape {
+            sectors: table.sectors(),
+            sector_size,
+            file: Arc::new(disk.data_file(sector_size.bytes_u32())?),
+            serial: serial_of_path(disk.path()),
+        };
+        Ok(shape.of(Key::Known {
+            table,
+            claim: Some(disk),
+        }))
+    }
+
+    /// No disk: all but the storage.
+    fn null(&self, Size(capacity): Size) -> Result<Medium, Failure> {
+        let sector_size = self.sector_size.unwrap_or_default();
+        if capacity == 0 || !capacity.is_multiple_of(sector_size.bytes_u32().into()) {
+            return Err(Failure::NullStorage { sector_size });
+        }
+        let treatment = if self.allow_unencrypted {
+            Treatment::Linear
+        } else {
+            let key = SecretBytes::random(KEY_LEN).map_err(SecretError::from)?;
+            Treatment::Crypt(Arc::new(SectorCipher::new(
+                &key,
+                sector_size,
+                self.cipher_kernel,
+            )?))
+        };
+        tracing::warn!(
+            encrypted = !self.allow_unencrypted,
+            "null storage, for benchmarks: writes are discarded, and reads return noise"
+        );
+        let table = Arc::new(SegmentTable::whole(capacity, treatment));
+        let shape = Shape {
+            sectors: table.sectors(),
+            sector_size,
+            file: Arc::new(DataFile::null().map_err(Failure::Null)?),
+            serial: "null".into(),
+        };
+        Ok(shape.of(Key::Known { table, claim: None }))
+    }
+
+    /// Says that front-ends can connect.
+    fn announce(&self, shape: &Shape) {
+        let path = self.blk_file.as_ref().map(|path| path.display());
+        tracing::info!(
+            disk = path.map(tracing::field::display),
+            capacity = shape.sectors * Sector::LEN,
+            sector_size = shape.sector_size.bytes(),
+            read_only = self.read_only,
+            direct = shape.file.is_direct(),
+            "serving"
+        );
+    }
+
+    fn disk(&self, medium: &Medium) -> Result<Disk, Failure> {
+        let shape = &medium.shape;
+        if !shape.file.is_direct() {
+            tracing::warn!(
+                "the storage has no direct I/O with this sector size: data pass through the page cache"
+            );
+        }
+        let discard = self.discard && takes_discards(&shape.file);
+        let disk = Disk::new(
+            shape.sectors,
+            Arc::clone(&shape.file),
+            shape.sector_size,
+            self.read_only,
+            discard,
+            self.serial.as_ref().unwrap_or(&shape.serial),
+        );
+        Ok(disk
+            .map_err(Failure::Host)?
+            .with_poll_max(Duration::from_micros(self.poll_max.into()))
+            .with_pool_pages(self.pool_size.unwrap_or(DEFAULT_POOL_PAGES)))
+    }
+}
+
+/// How long the first attempt to get a key can delay the guest.
+const FIRST_TRY: Duration = Duration::from_secs(10);
+
+/// What opening a volume takes of the key arena: keys, and the anti-forensic material of a keyslot.
+const SECRETS: [usize; 2] = [4096, MATERIAL_LEN];
+
+/// The control socket's mode, if the operator gives none: who is in its group may ask, and what for, the configuration grants.
+const CONTROL_MODE: u32 = 0o660;
+
+/// What the key helper tells of the host.
+struct HostSettings {
+    socket_group: Option<u32>,
+    control_group: Option<u32>,
+    grants: Grants,
+}
+
+/// A control socket that is bound, and goes with this.
+struct ControlSocket {
+    listener: ClosedElsewhere<UnixListener>,
+    grants: Grants,
+    bound: Bound,
+}
+
+impl ControlSocket {
+    /// Serves, and answers on the control socket meanwhile.
+    fn run_with(self, server: Server, served: &Arc<Attachment>, sandbox: Sandbox) -> Result<(), Failure> {
+        let interface: Arc<dyn varlink::Interface> =
+            Arc::new(Interface::new(Arc::clone(served), self.grants, sandbox));
+        let ended = eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| Failure::Host(error.into()))?;
+        thread::scope(|scope| {
+            let control = thread::Builder::new().name("control".into());
+            let spawned = control.spawn_scoped(scope, || {
+                if let Err(error) = server::run(&self.listener, &ended, &interface) {
+                    tracing::error!(%error, "the control socket no longer works");
+                }
+            });
+            spawned.map_err(Failure::Host)?;
+            let result = server.run();
+            let _ = rustix::io::write(&ended, &1_u64.to_ne_bytes());
+            Ok(result?)
+        })
+    }
+}
+
+/// The storage of a disk.
+struct Medium {
+    shape: Shape,
+    key: Key,
+}
+
+/// What is known without a key.
+struct Shape {
+    sectors: u64,
+    sector_size: SectorSize,
+    file: Arc<DataFile>,
+    /// The disk's serial, if the operator gives none.
+    serial: String,
+}
+
+/// Where its segment table comes from.
+enum Key {
+    /// From the volume, which must be unlocked first.
+    Volume { opener: Box<Opener>, identity: Identity },
+    /// It is there, and stays.
+    Known {
+        table: Arc<SegmentTable>,
+        claim: Option<Backing>,
+    },
+}
+
+impl Shape {
+    fn of(self, key: Key) -> Medium {
+        Medium { shape: self, key }
+    }
+}
+
+/// Whether the guest's discards can be passed on. Where they cannot, it is better off without them: that they fail, a guest
+/// finds out with each of its file systems anew.
+fn takes_discards(file: &DataFile) -> bool {
+    match file.takes_discards() {
+        Ok(()) => true,
+        Err(error) => {
+            tracing::warn!(%error, "--discard: this storage does not support discards, so the guest gets none");
+            false
+        }
+    }
+}
+
+/// A plain disk has no name of its own. The path that it is given by is the operator's name for it: links are not
+/// followed, since those of `/dev/disk` stay when the devices' numbers change.
+fn serial_of_path(path: &Path) -> String {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    lower::encode_string(&Sha256::digest(path.as_os_str().as_bytes()))
+}
