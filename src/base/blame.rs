@@ -17,10 +17,14 @@ pub enum Blame {
     Storage,
     /// Another process of sealblk, which does not answer or refuses.
     Process,
+    /// A front-end, as QEMU: it breaks the protocol, or hangs. Ends its session, and no process.
+    FrontEnd,
+    /// A guest: its driver breaks the protocol. Ends a request or a queue, and no process.
+    Guest,
 }
 
 impl Blame {
-    /// All that a command can fail for, in the order of their exit codes.
+    /// All that a command fails for, in the order of their exit codes.
     const ALL: [Self; 7] = [
         Self::Host,
         Self::Operator,
@@ -40,7 +44,8 @@ impl Blame {
             Self::Key => 4,
             Self::Use => 5,
             Self::Storage => 6,
-            Self::Process => 7,
+            // The last two end no process; if they did, it would be by another one.
+            Self::Process | Self::FrontEnd | Self::Guest => 7,
         }
     }
 

@@ -409,7 +409,7 @@ fn a_request_in_memory_that_was_not_shared_is_told_with_a_remedy() {
     assert_eq!(driver.memory.read(status, 1), [S_IOERR]);
     server
         .process
-        .wait_stderr("a buffer of the chain is not in the guest's memory");
+        .wait_stderr("a buffer of the chain is not in memory that the front-end has shared");
     server.process.wait_stderr("share=on for each NUMA node and DIMM");
     server.process.wait_stderr("<access mode='shared'/>");
     server.still_serves_both(driver);

@@ -2,6 +2,7 @@
 //!
 //! Descriptors come first. Nothing else is done with one before its kind is known; see [`super::foreign`].
 
+use sealblk_base::blame::Blame;
 use vhost::vhost_user::message::VhostUserMemoryRegion;
 
 use super::foreign::{Foreign, Kind};
@@ -39,6 +40,20 @@ pub(super) enum CheckError {
     QueueIndex { index: usize, queues: usize },
     #[error("a queue of {0} descriptors, which is not a power of two")]
     QueueSize(u32),
+}
+
+impl CheckError {
+    /// Where the cause lies.
+    pub(super) fn blame(&self) -> Blame {
+        match self {
+            Self::Refused(_) | Self::Descriptor { .. } | Self::QueueSize(_) => Blame::FrontEnd,
+            Self::MemoryFile { .. }
+            | Self::MemoryReadOnly { .. }
+            | Self::MemoryBeyondFile
+            | Self::TooManyRegions
+            | Self::QueueIndex { .. } => Blame::Operator,
+        }
+    }
 }
 
 /// Checks `message`, which was decoded as `content`.

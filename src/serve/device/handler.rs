@@ -10,6 +10,7 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use sealblk_base::blame::Blame;
 use vhost::vhost_user::VhostUserProtocolFeatures;
 use vhost::vhost_user::message::FrontendReq;
 
@@ -41,6 +42,17 @@ pub(super) enum HandlerError {
     Rings(#[from] NoResources),
     #[error("the protocol handler cannot be reached")]
     Unreachable(#[source] io::Error),
+}
+
+impl HandlerError {
+    /// Where the cause lies.
+    pub(super) fn blame(&self) -> Blame {
+        match self {
+            Self::Refused(_) => Blame::FrontEnd,
+            Self::Features(_) | Self::MemoryNotShared => Blame::Operator,
+            Self::Descriptors(_) | Self::Rings(_) | Self::Unreachable(_) => Blame::Host,
+        }
+    }
 }
 
 /// A queue cannot be served, since descriptors, threads or memory are exhausted.

@@ -17,6 +17,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags};
+use sealblk_base::blame::Blame;
 use vhost::vhost_user::VhostUserProtocolFeatures;
 
 use super::checks::{self, CheckError};
@@ -56,6 +57,21 @@ pub(super) enum InterceptError {
     Handler(#[from] HandlerError),
     #[error(transparent)]
     Rings(#[from] NoResources),
+}
+
+impl InterceptError {
+    /// Where the cause lies.
+    pub(super) fn blame(&self) -> Blame {
+        match self {
+            Self::Wait(_) | Self::Rings(_) => Blame::Host,
+            Self::FrontEnd(error) => error.blame(),
+            Self::Reply(_) | Self::Refused(_) => Blame::FrontEnd,
+            // Of the host or of the front-end: both run by an operator, who reads what to look for.
+            Self::MemoryLost => Blame::Operator,
+            Self::Check(error) => error.blame(),
+            Self::Handler(error) => error.blame(),
+        }
+    }
 }
 
 /// Passes messages between the front-end and the handler until one of them leaves. When it returns, each ring is stopped, and

@@ -10,6 +10,7 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, SendAncillaryBuffer, SendAncillaryMessage};
+use sealblk_base::blame::Blame;
 use vhost::vhost_user::message::{FrontendReq, MAX_ATTACHED_FD_ENTRIES, MAX_MSG_SIZE};
 
 use super::foreign::Foreign;
@@ -46,6 +47,15 @@ pub(super) enum MessageError {
     TooLong(u32),
     #[error(transparent)]
     Io(#[from] io::Error),
+}
+
+impl MessageError {
+    /// Where the cause lies.
+    pub(super) fn blame(&self) -> Blame {
+        match self {
+            Self::Cut | Self::Slow | Self::Version(_) | Self::TooLong(_) | Self::Io(_) => Blame::FrontEnd,
+        }
+    }
 }
 
 impl Message {

@@ -26,7 +26,7 @@
 //! ring, call        a started virtqueue, and how its driver is notified
 //! guest, sigbus     guest memory, and a front-end that takes it away
 //! uring             what an operator does where io_uring cannot be set up
-//! limits            what guest and front-end may ask for at most
+//! limits, blame     what guest and front-end may ask for at most; how loud the log is about what they do wrong
 //! ```
 //!
 //! # The path of a request
@@ -56,6 +56,7 @@
 //! and gives it back when nothing is in flight. A message of the front-end that changes one of these is applied while the
 //! rings are paused (`rings::Paused`). `lock` takes the segment table away, and waits until each worker has given it back.
 
+mod blame;
 mod call;
 mod checks;
 mod config;

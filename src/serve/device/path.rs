@@ -25,8 +25,9 @@ use std::time::Duration;
 use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::{Permissions, VolatileSlice};
 
+use super::blame::log_by_blame;
 use super::disk::Disk;
-use super::guest::{HOW_TO_SHARE, Pieces, pieces};
+use super::guest::{Pieces, pieces};
 use super::limits::MAX_PIECE_SECTORS;
 use super::request::{BadRequest, Kind, Status};
 use super::ring::{HeadsInHand, Ring};
@@ -339,13 +340,7 @@ impl RequestPath {
 
     /// Answers a chain that is not carried out.
     fn refuse(&mut self, index: TaskIndex, why: BadRequest) {
-        if why == BadRequest::BadAddress {
-            // The guest's fault, or not: it may have memory that the front-end did not tell us of.
-            tracing::warn!(queue = self.ring.index, refusal = %why, "request refused; {HOW_TO_SHARE}");
-        } else {
-            // The guest's fault is not the operator's concern.
-            tracing::debug!(queue = self.ring.index, refusal = %why, "request refused");
-        }
+        log_by_blame!(why.blame(), queue = self.ring.index, refusal = %why, "request refused");
         if why.may_be_of_another_disk() && !self.disk.mismatch_told.swap(true, Ordering::Relaxed) {
             tracing::warn!(
                 queue = self.ring.index,

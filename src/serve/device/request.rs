@@ -4,6 +4,7 @@
 //! (header, then data or segments) and what it writes (data, then the status byte). What is read here is a copy:
 //! the guest may change its memory at any time, and later looks would see something else than what was checked.
 
+use sealblk_base::blame::Blame;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
     VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
@@ -13,7 +14,7 @@ use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, Permissions};
 
 use super::disk::Disk;
-use super::guest::{GuestRange, Memory, Position, pieces};
+use super::guest::{GuestRange, HOW_TO_SHARE, Memory, Position, pieces};
 use super::limits::{
     MAX_DESCRIPTORS, MAX_DISCARD_SECTORS, MAX_REQUEST, MAX_SECTOR_RANGES, MAX_WRITE_ZEROES_SECTORS,
 };
@@ -93,7 +94,7 @@ pub(super) enum BadRequest {
     Malformed,
     #[error("the chain is shorter than a request's header")]
     NoHeader,
-    #[error("a buffer of the chain is not in the guest's memory")]
+    #[error("a buffer of the chain is not in memory that the front-end has shared; {HOW_TO_SHARE}")]
     BadAddress,
     #[error("request type {0} is not offered")]
     UnknownType(u32),
@@ -109,6 +110,25 @@ pub(super) enum BadRequest {
     RangeTooLong(u32),
     #[error("discard or write-zeroes with flags {0:#x}")]
     UnknownFlags(u32),
+}
+
+impl BadRequest {
+    /// Where the cause lies.
+    pub(super) fn blame(self) -> Blame {
+        match self {
+            // Or the guest's: it may have memory that the front-end did not share.
+            Self::BadAddress => Blame::FrontEnd,
+            Self::Malformed
+            | Self::NoHeader
+            | Self::UnknownType(_)
+            | Self::BadLength(_)
+            | Self::OutOfRange { .. }
+            | Self::ReadOnly
+            | Self::BadRanges(_)
+            | Self::RangeTooLong(_)
+            | Self::UnknownFlags(_) => Blame::Guest,
+        }
+    }
 }
 
 impl BadRequest {

@@ -19,6 +19,7 @@ use rustix::net::{AddressFamily, SocketType, sockopt};
 use sealblk_base::blame::Blame;
 use vmm_sys_util::epoll::EventSet;
 
+use super::blame::log_by_blame;
 use super::disk::Disk;
 use super::rings::{self, Urings};
 use super::session::{self, Link};
@@ -326,8 +327,9 @@ impl Control {
                     match ended {
                         Ok(()) => tracing::info!("the front-end has left"),
                         Err(error) => {
+                            let blame = error.blame();
                             let error: &dyn std::error::Error = &error;
-                            tracing::warn!(error, "the session has ended");
+                            log_by_blame!(blame, error, "the session has ended");
                         }
                     }
                     // The front-end learns of the end when the last descriptor of its connection goes.

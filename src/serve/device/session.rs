@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use rustix::fs::{Mode, OFlags};
+use sealblk_base::blame::Blame;
 use vhost::vhost_user::VhostUserProtocolFeatures;
 use vhost_user_backend::{VhostUserBackend, VhostUserDaemon};
 use vm_memory::GuestMemoryMmap;
@@ -30,6 +31,16 @@ pub(super) enum SessionError {
     Handler(vhost_user_backend::Error),
     #[error(transparent)]
     Interceptor(#[from] InterceptError),
+}
+
+impl SessionError {
+    /// Where the cause lies.
+    pub(super) fn blame(&self) -> Blame {
+        match self {
+            Self::Setup(_) | Self::Handler(_) => Blame::Host,
+            Self::Interceptor(error) => error.blame(),
+        }
+    }
 }
 
 /// Serves `disk` to a front-end until it leaves.
