@@ -70,20 +70,25 @@ impl Header {
         2 * self.binary.header_size + self.metadata.config.keyslots_size.0
     }
 
+    /// Whether it can be committed, if the storage does not fail. A caller asks before it destroys something that the header replaces.
+    pub(crate) fn check(&self) -> Result<(), HeaderError> {
+        self.metadata
+            .validate(self.binary.header_size)
+            .map_err(HeaderError::Unwritable)?;
+        if self.binary.seqid == u64::MAX {
+            return Err(HeaderError::SequenceEnds);
+        }
+        self.encode(Copy::Primary).map(drop)
+    }
+
     /// Writes this header to both copies, as the next in sequence. The caller holds the write lock, and has read both
     /// copies to be sound under it.
     ///
     /// With the primary copy durable the header is in force, whatever becomes of the secondary: that is not an error,
     /// or the caller would take back what has happened.
     pub(crate) fn commit(&mut self, io: &dyn HeaderIo) -> Result<HeaderState, HeaderError> {
-        self.metadata
-            .validate(self.binary.header_size)
-            .map_err(HeaderError::Unwritable)?;
-        self.binary.seqid = self
-            .binary
-            .seqid
-            .checked_add(1)
-            .ok_or(HeaderError::SequenceEnds)?;
+        self.check()?;
+        self.binary.seqid += 1;
         self.write(Copy::Primary, io)?;
         match self.write(Copy::Secondary, io) {
             Ok(()) => Ok(HeaderState::Sound),

@@ -154,8 +154,8 @@ impl<'io> NewVolume<'io> {
     /// Destroys what is there, and makes the volume. Files grow as needed.
     ///
     /// # Errors
-    /// Nothing is changed where the volume has no keyslot, a lock cannot be had, or a file or device is too small or cannot grow.
-    /// When writing fails, what is left is not a volume.
+    /// Nothing is changed where the volume has no keyslot or one with another key, its tokens are not valid or too long, a lock cannot
+    /// be had, or a file or device is too small or cannot grow. When writing fails, what is left is not a volume.
     pub fn write(mut self) -> Result<Uuid, Reason> {
         if self.keyslots.is_empty() {
             return Err(Reason::NoWayIn);
@@ -164,6 +164,11 @@ impl<'io> NewVolume<'io> {
             let (what, limit) = ("keyslot", MAX_OBJECTS);
             return Err(Reason::NoneFree { what, limit });
         }
+        let mut materials = Vec::with_capacity(self.keyslots.len());
+        for (keyslot, new) in self.keyslots {
+            materials.push(place(&mut self.header, keyslot, new, &[])?);
+        }
+        self.header.check()?;
         let (io, payload) = (self.io, self.payload);
         let files: Vec<(&dyn HeaderIo, u64)> = match payload {
             Some(payload) => vec![(io, HEADER_LEN), (payload, self.end)],
@@ -187,8 +192,8 @@ impl<'io> NewVolume<'io> {
             .map_err(Reason::Prepare)?;
         random_fill(io, 2 * COPY_LEN..HEADER_LEN).map_err(Reason::Prepare)?;
         io.sync().map_err(Reason::Prepare)?;
-        for (keyslot, new) in self.keyslots {
-            place(&mut self.header, keyslot, &self.key, new, &[])?.store(io)?;
+        for material in materials {
+            material.store(io)?;
         }
         if let Some(payload) = payload {
             if self.overwrite && !payload.can_grow() {
@@ -332,3 +337,40 @@ pub(crate) fn random_uuid() -> Result<Uuid, Reason> {
 /// cryptsetup's defaults: two copies of 16 KiB, and keyslots up to 16 MiB, where the payload starts.
 pub(crate) const COPY_LEN: u64 = 16 << 10;
 const HEADER_LEN: u64 = 16 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{CHEAP, Memory, of_a_missing_keyslot, sample, secret, too_long};
+
+    /// The device was empty when the header turned out to be one that cannot be written.
+    #[test]
+    fn volume_that_cannot_be_valid_is_refused_before_the_device_is_changed() {
+        let io = Memory::of(&sample());
+        let before = io.front.borrow().clone();
+        let planned = || {
+            let options = Options {
+                capacity: None,
+                sector_size: SectorSize::B512,
+                label: "",
+                overwrite: true,
+            };
+            NewVolume::plan(&io, None, &options).unwrap()
+        };
+        let refused = |new: NewVolume<'_>| {
+            let refused = new.write().unwrap_err();
+            assert!(*io.front.borrow() == before, "{refused}");
+            refused
+        };
+        let slot = |key: &SecretBytes| NewKeyslot::for_passphrase(key, &secret("new"), CHEAP).unwrap();
+        for token in [of_a_missing_keyslot(), too_long()] {
+            let mut new = planned();
+            new.add_keyslot(slot(new.key()));
+            new.add_token(token).unwrap();
+            assert!(matches!(refused(new), Reason::Header(HeaderError::Unwritable(_))));
+        }
+        let mut new = planned();
+        new.add_keyslot(slot(&SecretBytes::random(KEY_LEN).unwrap()));
+        assert!(matches!(refused(new), Reason::NotItsKey));
+    }
+}

@@ -81,7 +81,7 @@ pub fn write(
         )?;
         random_fill(io, 2 * COPY_LEN..END).map_err(Reason::Prepare)?;
         let encrypted = NewKeyslot::for_passphrase(key, passphrase, cost).map_err(Reason::NewKeyslot)?;
-        place(&mut header, Id(0), key, encrypted, &[])?.store(io)?;
+        place(&mut header, Id(0), encrypted, &[])?.store(io)?;
         let mut fields = Other::new();
         for (name, value) in about {
             fields.insert((*name).to_owned(), Value::String((*value).to_owned()));

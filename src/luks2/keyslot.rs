@@ -45,6 +45,8 @@ pub(crate) fn open(
 
 /// A keyslot that is not in any header yet: it has neither number nor area.
 pub struct NewKeyslot {
+    /// What it holds: the header that takes it verifies this key.
+    key: SecretBytes,
     kdf: Kdf,
     material: Vec<u8>,
 }
@@ -59,7 +61,7 @@ impl NewKeyslot {
     /// Encrypts `key` with a passphrase that a person remembers or keeps, so that each try costs an attacker `cost`.
     ///
     /// # Errors
-    /// If this host lacks the memory for it.
+    /// If this host lacks the memory for it, or `key` has another length than [`KEY_LEN`].
     pub fn for_passphrase(
         key: &SecretBytes,
         passphrase: &SecretBytes,
@@ -71,12 +73,17 @@ impl NewKeyslot {
     /// Encrypts `key` with a passphrase that has 256 random bits: a derivation that costs more would protect nothing.
     ///
     /// # Errors
-    /// If the key arena is full, or there are no random numbers.
+    /// If the key arena is full, there are no random numbers, or `key` has another length than [`KEY_LEN`].
     pub fn for_random_secret(key: &SecretBytes, passphrase: &SecretBytes) -> Result<Self, KeyslotError> {
         Self::new(key, kdf::cheap()?, passphrase)
     }
 
     fn new(key: &SecretBytes, kdf: Kdf, passphrase: &[u8]) -> Result<Self, KeyslotError> {
+        if key.len() != KEY_LEN {
+            return Err(KeyslotError::KeySize {
+                bits: 8 * key.len() as u64,
+            });
+        }
         let mut area_key = SecretBytes::zeroed(KEY_LEN)?;
         derive(&kdf, passphrase, &mut area_key)?;
         let mut material = SecretBytes::random(MATERIAL_LEN)?;
@@ -84,9 +91,15 @@ impl NewKeyslot {
         area_cipher(&area_key)?.encrypt_area(&mut material, SECTOR, 0, get_tweak_default);
         // Encrypted it is no secret any more.
         Ok(Self {
+            key: SecretBytes::copy_of(key)?,
             kdf,
             material: material.to_vec(),
         })
+    }
+
+    /// The key that it holds.
+    pub(crate) fn key(&self) -> &SecretBytes {
+        &self.key
     }
 
     /// The keyslot as the metadata describes it with its area at `offset`, and the bytes that go there.

@@ -25,7 +25,7 @@ impl Locked<'_> {
                 NewKeyslot::for_passphrase(volume.key(), passphrase, cost).map_err(Reason::NewKeyslot)?;
             let mut update = self.update()?;
             let keyslot = free_keyslot(update.metadata())?;
-            update.add_keyslot(keyslot, volume.key(), new)?;
+            update.add_keyslot(keyslot, new)?;
             update.commit(self)?;
             Ok(keyslot.0)
         };

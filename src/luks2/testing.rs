@@ -5,14 +5,16 @@ use std::io;
 use std::ops::Range;
 use std::path::Path;
 
+use sealblk_secmem::arena::SecretBytes;
 use serde_json::Value;
 use uuid::Uuid;
 
 use crate::binary::{self, BinaryHeader, Copy, Text};
 use crate::hash::Hash;
 use crate::header_io::HeaderIo;
+use crate::kdf::Argon2Cost;
 use crate::lock::{LockMode, MetadataLock};
-use crate::metadata::{Metadata, MetadataError};
+use crate::metadata::{Id, Metadata, MetadataError, Other, Token};
 
 /// The length of one copy of the sample's header, of the whole, and of the file that it describes.
 pub(crate) const COPY: u64 = 16 << 10;
@@ -67,6 +69,35 @@ pub(crate) fn sample_with(pointer: &str, value: impl Into<Value>) -> Value {
 /// The metadata that `json` is, as they stand in a header of [`COPY`] bytes.
 pub(crate) fn parsed(json: &Value) -> Result<Metadata, MetadataError> {
     Metadata::parse(&area(json.to_string().as_bytes()), COPY)
+}
+
+/// A derivation that takes no time.
+pub(crate) const CHEAP: Argon2Cost = Argon2Cost {
+    time: 1,
+    memory_kib: 8,
+    lanes: 1,
+};
+
+pub(crate) fn secret(text: &str) -> SecretBytes {
+    SecretBytes::copy_of(text.as_bytes()).unwrap()
+}
+
+/// A token that makes metadata invalid.
+pub(crate) fn of_a_missing_keyslot() -> Token {
+    Token {
+        kind: "stray".to_owned(),
+        keyslots: vec![Id(31)],
+        other: Other::new(),
+    }
+}
+
+/// A token that no header of [`COPY`] bytes has room for.
+pub(crate) fn too_long() -> Token {
+    Token {
+        kind: "x".repeat(COPY as usize),
+        keyslots: Vec::new(),
+        other: Other::new(),
+    }
 }
 
 /// A sealed copy of the header around any JSON text.

@@ -74,16 +74,16 @@ impl Update<'_> {
         &self.header.metadata
     }
 
-    /// Adds keyslot `id`, with `key` in it, which must be the volume key, and which `new` must hold. Its area is written, and durable
-    /// when this returns; it is none that a keyslot had before this update.
+    /// Adds keyslot `id`. Its area is written, and durable when this returns; it is none that a keyslot had before this update.
     ///
     /// # Errors
-    /// If there is such a keyslot already, the keyslots area has no room, or the area cannot be written.
-    pub fn add_keyslot(&mut self, id: Id, key: &SecretBytes, new: NewKeyslot) -> Result<(), Reason> {
+    /// If there is such a keyslot already, `new` holds another key than the volume key, the keyslots area has no room, or the area
+    /// cannot be written.
+    pub fn add_keyslot(&mut self, id: Id, new: NewKeyslot) -> Result<(), Reason> {
         if self.header.metadata.keyslots.contains_key(&id) {
             return Err(Reason::ChangedMeanwhile);
         }
-        place(&mut self.header, id, key, new, &self.removed)?.store(self.io)
+        place(&mut self.header, id, new, &self.removed)?.store(self.io)
     }
 
     /// Removes keyslot `id`. The commit wipes its area first.
@@ -136,6 +136,7 @@ impl Update<'_> {
         if expected != found {
             return Err(Reason::Replaced { expected, found });
         }
+        self.header.check()?;
         for (keyslot, area) in &self.removed {
             random_fill(self.io, area.clone())
                 .and_then(|()| self.io.sync())
@@ -173,17 +174,16 @@ impl Material {
     }
 }
 
-/// Enters a keyslot with `key` in it into the metadata, wherever the keyslots area has room beside the keyslots there are and those that
-/// were `removed`: they are still in force on storage.
+/// Enters a keyslot into the metadata, wherever the keyslots area has room beside the keyslots there are and those that were
+/// `removed`: they are still in force on storage.
 pub(crate) fn place(
     header: &mut Header,
     keyslot: Id,
-    key: &SecretBytes,
     new: NewKeyslot,
     removed: &[(Id, Range<u64>)],
 ) -> Result<Material, Reason> {
     let offset = free_area(header, removed)?;
-    let digest = digest_of_disk(&mut header.metadata, key, keyslot)?;
+    let digest = digest_of_disk(&mut header.metadata, new.key(), keyslot)?;
     digest.keyslots_mut().push(keyslot);
     let (slot, bytes) = new.at(offset);
     header
@@ -282,19 +282,10 @@ mod tests {
     use sealblk_base::sector::SectorSize;
 
     use super::*;
+    use crate::copies::HeaderError;
     use crate::create::{NewVolume, Options};
-    use crate::kdf::Argon2Cost;
-    use crate::testing::{Memory, sample};
-
-    const CHEAP: Argon2Cost = Argon2Cost {
-        time: 1,
-        memory_kib: 8,
-        lanes: 1,
-    };
-
-    fn secret(text: &str) -> SecretBytes {
-        SecretBytes::copy_of(text.as_bytes()).unwrap()
-    }
+    use crate::keyslot::{KEY_LEN, KeyslotError};
+    use crate::testing::{CHEAP, Memory, of_a_missing_keyslot, sample, secret, too_long};
 
     fn volume() -> Memory {
         let io = Memory::of(&sample());
@@ -316,8 +307,49 @@ mod tests {
         let mut update = locked.update().unwrap();
         update.remove_keyslot(Id(0)).unwrap();
         let slot = NewKeyslot::for_passphrase(volume.key(), &secret("new"), CHEAP).unwrap();
-        update.add_keyslot(Id(0), volume.key(), slot).unwrap();
+        update.add_keyslot(Id(0), slot).unwrap();
         update
+    }
+
+    /// The key that was verified was another argument than the keyslot.
+    #[test]
+    fn keyslot_with_another_key_is_refused() {
+        let io = volume();
+        let locked = Locked::open(&io, None).unwrap();
+        let before = io.front.borrow().clone();
+        let key = SecretBytes::random(KEY_LEN).unwrap();
+        let slot = NewKeyslot::for_passphrase(&key, &secret("new"), CHEAP).unwrap();
+        let refused = locked.update().unwrap().add_keyslot(Id(1), slot);
+        assert!(matches!(refused, Err(Reason::NotItsKey)), "{refused:?}");
+        assert!(*io.front.borrow() == before);
+    }
+
+    #[test]
+    fn keyslot_for_a_key_of_another_length_is_refused() {
+        for len in [1, 32, 128] {
+            let key = SecretBytes::random(len).unwrap();
+            let refused = NewKeyslot::for_random_secret(&key, &secret("new"));
+            let bits = 8 * len as u64;
+            assert!(matches!(refused, Err(KeyslotError::KeySize { bits: found }) if found == bits));
+        }
+    }
+
+    /// The keyslot was destroyed before the metadata were looked at.
+    #[test]
+    fn change_to_invalid_metadata_leaves_the_keyslot_that_it_would_have_removed() {
+        let io = volume();
+        let mut locked = Locked::open(&io, None).unwrap();
+        for token in [of_a_missing_keyslot(), too_long()] {
+            let mut update = replace(&locked);
+            update.add_token(token).unwrap();
+            let refused = update.commit(&mut locked);
+            assert!(
+                matches!(refused, Err(Reason::Header(HeaderError::Unwritable(_)))),
+                "{refused:?}"
+            );
+            let locked = Locked::open(&io, None).unwrap();
+            locked.unlock_with_passphrase(&secret("old")).unwrap();
+        }
     }
 
     #[test]

@@ -135,7 +135,7 @@ impl Rekey<'_, '_> {
         let mut update = self.locked.update()?;
         let tokens = sealblk_tokens(update.metadata());
         token.replaces = tokens.into_iter().map(|(id, ..)| id).collect();
-        update.add_keyslot(keyslot, self.volume.key(), new)?;
+        update.add_keyslot(keyslot, new)?;
         let id = update.add_token(token.into_token(keyslot))?;
         announced.settle(update.commit(self.locked))?;
         Ok(id)
