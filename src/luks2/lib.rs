@@ -102,7 +102,7 @@ pub use header_io::{BLOCK, HeaderIo};
 pub use kdf::{Argon2Cost, Budget, KdfError};
 pub use keyslot::{KEY_LEN, KeyslotError, MATERIAL_LEN, NewKeyslot};
 pub use layout::Layout;
-pub use lock::{FileLock, LockMode, MetadataLock};
+pub use lock::{FileLock, LOCK_DIRECTORY, LockMode, MetadataLock};
 pub use locked::{Changed, Identity, Locked, Volume, keyslots_of_segments, layout, read};
 pub use refusal::Refusal;
 pub use trace::trace_of_header;

@@ -55,7 +55,7 @@ impl<'file> MetadataLock<'file> {
         if metadata.file_type().is_block_device() {
             let rdev = metadata.rdev();
             let name = format!("L_{}:{}", major(rdev), minor(rdev));
-            return match ResourceFile::lock(Path::new(DIRECTORY), &name, mode) {
+            return match ResourceFile::lock(Path::new(LOCK_DIRECTORY), &name, mode) {
                 Ok(held) => Ok(Self(Held::Resource(held))),
                 Err(error) => match (error.kind(), mode) {
                     (io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem, LockMode::Read) => {
@@ -192,8 +192,9 @@ const NOT_PERMITTED: &str = "this user cannot lock the metadata of a block devic
     cryptsetup: run this as root, or give a group of the user access (`install -d -m 770 -g GROUP /run/cryptsetup`; \
     tmpfiles.d(5) does that at each boot)";
 
-/// cryptsetup's own, as compiled into every distribution's.
-const DIRECTORY: &str = "/run/cryptsetup";
+/// The directory of the files by which the metadata of block devices are locked. It is cryptsetup's own, as compiled into every
+/// distribution's.
+pub const LOCK_DIRECTORY: &str = "/run/cryptsetup";
 
 /// Metadata I/O takes milliseconds. cryptsetup waits for ever; an attach that hangs helps nobody.
 const PATIENCE: Duration = Duration::from_secs(30);

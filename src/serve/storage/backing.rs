@@ -24,7 +24,7 @@ use super::capabilities::{self, Kind, Protection, block_device_size, direct_alig
 use super::claim::{self, Claim};
 use super::loss::Losses;
 use super::pool::PAGE_U32;
-use crate::luks2::FileLock;
+use crate::luks2::{FileLock, LOCK_DIRECTORY};
 
 /// An opened and locked file or block device. See the module's header.
 #[derive(Debug)]
@@ -195,7 +195,7 @@ impl Backing {
     pub fn lock_files(&self) -> Option<&'static Path> {
         match self.kind {
             Kind::File => None,
-            Kind::BlockDevice => Some(Path::new("/run/cryptsetup")),
+            Kind::BlockDevice => Some(Path::new(LOCK_DIRECTORY)),
         }
     }
 
