@@ -107,12 +107,10 @@ pub enum Reason {
     WriteKeyslot { keyslot: u32, source: io::Error },
     #[error(
         "the material of keyslot {keyslot} cannot be overwritten, so the keyslot stays in the header, although it may no longer \
-         open the volume; check the storage, and remove the keyslot again"
+         open the volume; check the storage, and try again"
     )]
     Wipe { keyslot: u32, source: io::Error },
-    #[error(
-        "keyslot {keyslot} is destroyed and no longer opens the volume, but is still listed: {source}; remove it again"
-    )]
+    #[error("keyslot {keyslot} is destroyed and no longer opens the volume, but is still listed: {source}")]
     Entry { keyslot: u32, source: HeaderError },
     #[error("the {copy} copy of the header is damaged: {damage}")]
     DamagedCopy { copy: &'static str, damage: Damage },
