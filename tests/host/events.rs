@@ -245,6 +245,28 @@ fn in_the_journal_events_keep_their_fields() {
     assert_eq!(fs::read_to_string(dir.path().join("stderr")).unwrap(), "");
 }
 
+/// Runs a script that has its own `/run`, so that it can be the journal of the disk that it serves. It and all that it starts end
+/// after `limit` seconds.
+fn beside_a_journal(limit: &str, script: &str) {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: only root can have a /run of its own");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut shell = Command::new("timeout");
+    shell.args([
+        "--kill-after=1",
+        limit,
+        "unshare",
+        "--mount",
+        "--pid",
+        "--fork",
+        "--kill-child",
+    ]);
+    shell.args(["sh", "-c", script]);
+    run(shell.env("DIR", dir.path()).env("SEALBLK", sealblk_path()));
+}
+
 /// Each record was sent by who had something to tell: a journal that hung kept an operator from `lock`, and the process from its end.
 #[test]
 fn a_journal_that_reads_nothing_holds_up_nobody() {
@@ -276,23 +298,7 @@ time.sleep(1000)' &
         wait $serve
         kill $journal
     "#;
-    if !rustix::process::geteuid().is_root() {
-        eprintln!("skipped: only root can have a /run of its own");
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let mut script = Command::new("timeout");
-    script.args([
-        "--kill-after=1",
-        "120",
-        "unshare",
-        "--mount",
-        "--pid",
-        "--fork",
-        "--kill-child",
-    ]);
-    script.args(["sh", "-c", SCRIPT]);
-    run(script.env("DIR", dir.path()).env("SEALBLK", sealblk_path()));
+    beside_a_journal("120", SCRIPT);
 }
 
 /// A confined process cannot connect to it again, and goes on all the same.
@@ -329,21 +335,5 @@ while True: journal.recv(1 << 20)' &
         grep -q "log lines were lost" "$DIR/stderr"
         ! grep -q "refused a system call" "$DIR/stderr"
     "#;
-    if !rustix::process::geteuid().is_root() {
-        eprintln!("skipped: only root can have a /run of its own");
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let mut script = Command::new("timeout");
-    script.args([
-        "--kill-after=1",
-        "60",
-        "unshare",
-        "--mount",
-        "--pid",
-        "--fork",
-        "--kill-child",
-    ]);
-    script.args(["sh", "-c", SCRIPT]);
-    run(script.env("DIR", dir.path()).env("SEALBLK", sealblk_path()));
+    beside_a_journal("60", SCRIPT);
 }
