@@ -72,17 +72,16 @@ pub enum Reason {
     NoKeyslots,
     #[error("keyslot {keyslot}: {source}")]
     Keyslot { keyslot: u32, source: KeyslotError },
-    #[error("keyslot {keyslot} does not exist; see `sealblk info`")]
+    #[error("keyslot {keyslot} does not exist")]
     NoSuchKeyslot { keyslot: u32 },
-    #[error("keyslot {keyslot} does not belong to a recovery key; see `sealblk info`")]
+    #[error("keyslot {keyslot} does not belong to a recovery key")]
     NoRecoveryKey { keyslot: u32 },
     #[error("there is no memory for the keys")]
     Arena(#[from] ArenaError),
     #[error("a keyslot cannot be made: {0}")]
     NewKeyslot(#[source] KeyslotError),
     #[error(
-        "its erasure has begun, so it no longer opens, but the erasure cannot be finished; repair the storage, and run `sealblk \
-         erase` again"
+        "its erasure has begun, so it no longer opens, but the erasure cannot be finished; repair the storage, and erase it again"
     )]
     Erase(#[source] io::Error),
     #[error("the storage returns other data than sealblk wrote over the header: the volume is not erased")]
@@ -100,7 +99,7 @@ pub enum Reason {
     #[error("the keyslots area has no room for another keyslot; remove one first")]
     NoRoom,
     #[error(
-        "the volume was opened by keyslot {keyslot} itself; open it by its key provider, or give another --unlock-key"
+        "the volume was opened by keyslot {keyslot} itself; open it by its key provider, or by another key"
     )]
     SameKey { keyslot: u32 },
     #[error("the material of keyslot {keyslot} cannot be written")]

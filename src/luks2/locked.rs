@@ -85,14 +85,15 @@ pub enum Changed {
     /// What the guest has written would be read under another key.
     #[error(
         "the header has the UUID of this volume, but its volume key has changed since the disk was attached: if this is intended, \
-         restart `sealblk serve`; if not, the header was altered: restore it from a backup (`cryptsetup luksHeaderRestore`)"
+         restart the process that serves the disk; if not, the header was altered: restore it from a backup (`cryptsetup \
+         luksHeaderRestore`)"
     )]
     Key,
     /// What the guest has written would be read at another place.
     #[error(
         "the header has the UUID of this volume, but the offset or sector size of its data has changed since the disk was \
-         attached: if this is intended, restart `sealblk serve`; if not, the header was altered: restore it from a backup \
-         (`cryptsetup luksHeaderRestore`)"
+         attached: if this is intended, restart the process that serves the disk; if not, the header was altered: restore it \
+         from a backup (`cryptsetup luksHeaderRestore`)"
     )]
     Place,
     /// The guest would see an end where there was none.
@@ -164,7 +165,8 @@ impl<'header> Locked<'header> {
         if found != *expected {
             tracing::warn!(
                 bytes = found.layout.capacity,
-                "the disk has grown since it was attached; its guest sees the new size after a restart of `sealblk serve`"
+                "the disk has grown since it was attached; its guest sees the new size after a restart of the process that \
+                 serves the disk"
             );
         }
         self.layout = expected.layout;

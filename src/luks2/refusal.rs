@@ -118,7 +118,7 @@ pub enum Refusal {
          `cryptsetup reencrypt --resume-only`"
     )]
     MidReencryption,
-    #[error("its erasure has begun, so it can no longer be opened; finish the erasure with `sealblk erase`")]
+    #[error("its erasure has begun, so it can no longer be opened; finish the erasure")]
     MidErasure,
     #[error("it has the requirement {name:?}, which this version of sealblk does not know")]
     Requirement { name: String },

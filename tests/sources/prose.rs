@@ -197,6 +197,16 @@ fn messages_and_module_headers_have_no_banned_phrase() {
     assert_free(&faults);
 }
 
+/// Programs that use the package have other verbs, or none: the command itself adds which of its verbs helps.
+#[test]
+fn messages_of_the_luks2_package_name_no_verb_of_the_command() {
+    for (file, source) in repository(&["src/luks2"], "rs") {
+        for (line, text) in pieces_of_source(&source) {
+            assert!(!text.contains("`sealblk "), "{file}:{line}: {text}");
+        }
+    }
+}
+
 #[test]
 fn help_has_no_banned_phrase() {
     let banned = banned();
