@@ -1164,7 +1164,8 @@ fn an_erasure_that_is_killed_leaves_no_doubt() {
                         begun += 1;
                         let why = info["refusal"].as_str().unwrap();
                         assert!(why.contains("erasure has begun"), "{why}");
-                        assert!(host.opens(&disk).unwrap_err().contains("sealblk erase"));
+                        let why = host.opens(&disk).unwrap_err();
+                        assert!(why.contains("finish the erasure"), "{why}");
                     }
                 }
                 host.does(&erase);
