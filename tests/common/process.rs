@@ -49,6 +49,18 @@ pub struct Facts {
     pub locked_kib: u64,
 }
 
+/// The children of a process, those included that have ended and are not reaped.
+pub fn children_of(process: u32) -> Vec<u32> {
+    let processes = fs::read_dir("/proc").unwrap();
+    let numbers = processes.filter_map(|entry| entry.unwrap().file_name().to_str()?.parse::<u32>().ok());
+    let parent = |number: &u32| {
+        let stat = fs::read_to_string(format!("/proc/{number}/stat")).ok()?;
+        let (_, fields) = stat.rsplit_once(')')?;
+        fields.split_whitespace().nth(1)?.parse::<u32>().ok()
+    };
+    numbers.filter(|number| parent(number) == Some(process)).collect()
+}
+
 /// As [`Process::threads`], of any process.
 pub fn threads_of(pid: u32) -> Vec<Thread> {
     let thread = |task: PathBuf| {

@@ -13,6 +13,7 @@ use common::DEADLINE;
 use common::agent::Agent;
 use common::driver::Driver;
 use common::pattern;
+use common::process::children_of;
 use common::secrets::{Search, binding, readable_memory, slot_secret, token, without_secret_memory};
 use common::serve::{Server, sealblk_path, serve};
 use common::volume::{MIB, PASSPHRASE, Volume, run};
@@ -412,17 +413,6 @@ fn child_of(process: u32) -> u32 {
         [child] => child,
         ref others => panic!("{others:?}"),
     }
-}
-
-fn children_of(process: u32) -> Vec<u32> {
-    let processes = fs::read_dir("/proc").unwrap();
-    let numbers = processes.filter_map(|entry| entry.unwrap().file_name().to_str()?.parse::<u32>().ok());
-    let parent = |number: &u32| {
-        let stat = fs::read_to_string(format!("/proc/{number}/stat")).ok()?;
-        let (_, fields) = stat.rsplit_once(')')?;
-        fields.split_whitespace().nth(1)?.parse::<u32>().ok()
-    };
-    numbers.filter(|number| parent(number) == Some(process)).collect()
 }
 
 fn open_files(process: u32) -> Vec<PathBuf> {
