@@ -11,7 +11,7 @@
 //! inventory    the volumes that this host has bound or opened: hints, each checked against the volume itself
 //! providers    the key providers of a host: native, KMIP, transit, trusted
 //! tpm          the TPM of a host
-//! toml_file    how settings are written; probe: threads that wait for files that may never answer
+//! toml_file    how settings are written; probe: looks at paths that may never answer
 //!
 //! and packages of their own, which know nothing of the above:
 //! sealblk-serve    what a guest sees of a disk, its storage, its key's life and confinement (here `device`, `storage`, `map`,

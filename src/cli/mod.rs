@@ -12,6 +12,7 @@ mod create;
 mod erase;
 mod events;
 pub mod failure;
+mod header_reader;
 mod info;
 mod key;
 mod key_helper;
@@ -120,6 +121,7 @@ enum Verb {
     Audit(audit::Audit),
     Broker(broker::Broker),
     KeyHelper(key_helper::KeyHelper),
+    HeaderReader(header_reader::HeaderReader),
 }
 
 /// What verbs know of the host that they run on. Nothing is read before a verb asks.
@@ -225,8 +227,8 @@ fn run(cli: Cli) -> Result<(), Failure> {
     }
     process::prepare().map_err(Failure::Process)?;
     harden::process().map_err(Failure::Process)?;
-    // A key helper encrypts no sector, and its disk waits for it.
-    if !matches!(cli.verb, Verb::KeyHelper(_)) {
+    // These encrypt no sector, and other processes wait for them.
+    if !matches!(cli.verb, Verb::KeyHelper(_) | Verb::HeaderReader(_)) {
         cipher::self_test()?;
     }
     match cli.verb {
@@ -255,6 +257,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Audit(verb) => verb.run(&host),
         Verb::Broker(verb) => verb.run(&host),
         Verb::KeyHelper(verb) => verb.run(&host),
+        Verb::HeaderReader(verb) => verb.run(),
     }
 }
 

@@ -3,7 +3,7 @@
 //! A volume is self-contained and opens without this list. The list is a hint: a file for each volume, key and path in
 //! `volumes/` of the state directory, written when a slot secret is wrapped or unwrapped. If it is lost, no volume is lost:
 //! the use of volumes, or a scan (`sealblk key scan`), restores it. Each entry is compared with the
-//! volume's own header ([`verify`]). If a header cannot be read, the entry counts as a use of the key, since an entry only
+//! volume's own header ([`verify`]), which another process reads ([`reader`]). If a header cannot be read, the entry counts as a use of the key, since an entry only
 //! prevents the revocation of keys.
 //!
 //! ```text
@@ -32,6 +32,7 @@
 
 mod guard;
 mod noting;
+pub(crate) mod reader;
 mod room;
 pub mod verify;
 

@@ -19,7 +19,7 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::verify::{Verdict, look};
+use super::verify::verify;
 use super::{Index, MOST, Note, PLACES, Rarely, name_of, note_of, read, remove};
 use crate::error_chain::remedy;
 use crate::keys::{Binding, KeyError, KeyReason};
@@ -271,9 +271,10 @@ impl Index {
     /// Drops notes of a volume that its header contradicts. One that names a place where nothing is stays: this may be a copy,
     /// and that one's disk away.
     pub(super) fn drop_contradicted(&self, volume: Uuid) -> io::Result<()> {
-        for (file, note) in self.notes_of(volume)? {
-            if look(&note) == Verdict::NotBound {
-                remove(&file)?;
+        let (files, notes): (Vec<_>, Vec<_>) = self.notes_of(volume)?.into_iter().unzip();
+        for (file, entry) in files.iter().zip(verify(notes)) {
+            if !entry.in_use() {
+                remove(file)?;
             }
         }
         Ok(())

@@ -1,24 +1,19 @@
 //! Compares the entries of the list of volumes with the volumes' own headers.
 
 use std::collections::HashMap;
-use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::reader::{Caution, Found, Reader};
 use super::{By, Index, Note, Occasion, Remark, read, remove};
 use crate::keys::Binding;
-use crate::keys::binding::{Bindings, BoundTo};
-use crate::luks2::HeaderError;
+use crate::keys::binding::BoundTo;
 use crate::path_text::{from_text, to_text};
-use crate::probe::{OF_CALLERS, Probe};
-use crate::storage::{Access, Backing, opening_acts};
+use crate::probe::Probe;
 
 /// How long a look at all volumes may take. Those that it has not come to are unknown.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -97,7 +92,7 @@ pub(super) const UNTOLD: &str = "untold";
 /// What each of `notes` is worth. A place is looked at once. Since when a volume is bound to its key, its own header tells.
 pub fn verify(notes: impl IntoIterator<Item = Note>) -> Vec<Entry> {
     let began = Instant::now();
-    let mut probe = Probe::of(&OF_CALLERS);
+    let mut probe = Reader::probe();
     let mut seen: HashMap<(String, Caution), Found> = HashMap::new();
     let judge = |mut note: Note| {
         let caution = Caution::with(&note);
@@ -120,7 +115,7 @@ pub fn verify(notes: impl IntoIterator<Item = Note>) -> Vec<Entry> {
 
 /// What one note is worth.
 pub(super) fn look(note: &Note) -> Verdict {
-    let mut probe = Probe::of(&OF_CALLERS);
+    let mut probe = Reader::probe();
     Found::at(&mut probe, &from_text(&note.path), Caution::with(note)).judge(note)
 }
 
@@ -158,11 +153,11 @@ impl Index {
     /// Drops what is noted of a volume that was erased, at the place where it was, whatever names that has: unless it is there
     /// still, or that cannot be told. Users say what they like: of them, only their own notes go.
     pub fn erased(&self, volume: Uuid, path: &Path, by: By) {
-        let mut probe = Probe::of(&OF_CALLERS);
+        let mut probe = Reader::probe();
         if !matches!(Found::at(&mut probe, path, Caution::of(by)), Found::NoVolume) {
             return;
         }
-        let mut place_of = |path: &Path| probe.at(path, |path| fs::canonicalize(path).ok()).ok()?;
+        let mut place_of = |path: &Path| probe.at(path, |reader| reader.canonical(path)).ok()?;
         let place = place_of(path);
         let its = |note: &Note| by == By::Owner || note.user == by.user();
         for (file, note) in self.notes_of(volume).unwrap_or_default() {
@@ -180,7 +175,7 @@ impl Index {
     /// Looks at the volumes in `paths`, and notes what they are bound to.
     pub fn scan<'p>(&self, paths: impl Iterator<Item = &'p Path>, by: By) -> Scanned {
         let mut scanned = Scanned::default();
-        let mut probe = Probe::of(&OF_CALLERS);
+        let mut probe = Reader::probe();
         for path in paths {
             let told = to_text(path);
             match Found::at(&mut probe, path, Caution::of(by)) {
@@ -252,15 +247,6 @@ impl Index {
 
 const NO_VOLUME: &str = "no LUKS2 volume is there";
 
-/// How a place is looked at, which is done with the rights of this process, whoever has named it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Caution {
-    /// The owner of the state directory has named it.
-    None,
-    /// Somebody else has: no device is opened where that may do something.
-    Others,
-}
-
 impl Caution {
     fn of(by: By) -> Self {
         match by {
@@ -274,18 +260,9 @@ impl Caution {
     }
 }
 
-/// What is at a place.
-enum Found {
-    Volume(Bindings),
-    Missing,
-    /// What is there is no volume, and was not damaged into that.
-    NoVolume,
-    Nothing(String),
-}
-
 impl Found {
-    fn at(probe: &mut Probe, path: &Path, caution: Caution) -> Self {
-        let found = probe.at(path, move |path| find(path, caution));
+    fn at(probe: &mut Probe<Reader>, path: &Path, caution: Caution) -> Self {
+        let found = probe.at(path, |reader| reader.header(path, caution));
         found.unwrap_or_else(|silence| Self::Nothing(silence.to_string()))
     }
 
@@ -326,45 +303,11 @@ impl Found {
     }
 }
 
-/// Reads the header at `path`: what is neither a file nor a block device is not opened, since with some devices that alone does
-/// something. It may never come back; it is a [`Probe`]'s to run.
-fn find(path: &Path, caution: Caution) -> Found {
-    let there = match rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()) {
-        Ok(there) => File::from(there),
-        Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => return Found::Missing,
-        Err(error) => return Found::Nothing(io::Error::from(error).to_string()),
-    };
-    let looked = || -> Result<Found, String> {
-        let metadata = there.metadata().map_err(|error| error.to_string())?;
-        let kind = metadata.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err("it is neither a regular file nor a block device".to_owned());
-        }
-        if kind.is_block_device() && caution == Caution::Others && opening_acts(metadata.rdev()) {
-            return Err(
-                "it is a removable or network block device, which sealblk does not open for an entry of another user"
-                    .to_owned(),
-            );
-        }
-        // The very thing that was looked at, whatever its path names by now.
-        let same = format!("/proc/thread-self/fd/{}", there.as_raw_fd());
-        let backing = Backing::open(Path::new(&same), Access::Inspect).map_err(|error| {
-            let cause = std::error::Error::source(&error).map(ToString::to_string);
-            cause.unwrap_or_else(|| error.to_string())
-        })?;
-        match Bindings::read(&backing) {
-            Ok(bindings) => Ok(Found::Volume(bindings)),
-            Err(HeaderError::NotLuks { .. }) => Ok(Found::NoVolume),
-            Err(error) => Err(error.to_string()),
-        }
-    };
-    looked().unwrap_or_else(Found::Nothing)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::keys::KeyId;
+    use crate::keys::binding::Bindings;
 
     #[test]
     fn a_place_does_not_tell_of_others_that_were_not_kept() {

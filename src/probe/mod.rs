@@ -1,37 +1,36 @@
-//! Reads of paths that may never answer: a file system whose server does not answer, a device that has lost its paths. Sometimes
-//! even a kill does not end such a read, so each read has a thread that can be abandoned.
+//! Looks at paths that may never answer: a file system whose server does not answer, a device that has lost its paths. Sometimes
+//! the kernel cannot even end a process that waits for such a path.
 //!
-//! Each [`Pool`] has at most [`MOST`] such threads: paths that callers name cannot use up the threads for the files that this
-//! host's settings name. One thread at a time reads a path. While that thread waits, no other thread reads the path, nor
-//! other paths of a file system that does not answer.
+//! So a [`Looker`] does it, which can be abandoned. There are two:
 //!
-//! Such a thread has none of the process' descriptors ([`crate::apart`]).
+//! - A process reads the headers of volumes (`inventory::reader`), because other users name them and can write them.
+//! - A [`Thread`] reads the files that settings name, because this process needs their content, such as keys, in its own memory.
+//!
+//! Each has its own [`Pool`] of at most [`MOST`] lookers: paths that callers name cannot use up the lookers for the files that
+//! this host's settings name. One looker at a time looks at a path. While it waits, no other looker of the pool looks at the path,
+//! nor at other paths of a file system that does not answer.
+
+mod thread;
 
 use std::collections::HashMap;
+use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
-use std::thread;
 use std::time::Duration;
 
 use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
-use tracing::subscriber::{NoSubscriber, with_default};
 
-use crate::apart::let_go_of_descriptors;
 use crate::mutex::lock;
 use sealblk_base::mounts::Mount;
 
-/// How long a place may take: longer than a disk that has to spin up, on most days.
-const LIMIT: Duration = Duration::from_secs(5);
-/// The most threads of a pool that look, or wait in vain.
+pub(crate) use thread::Thread;
+
+/// How long a path may take: longer than a disk that has to spin up, on most days.
+pub(crate) const LIMIT: Duration = Duration::from_secs(5);
+/// The most lookers of a pool, those included that wait for paths that do not answer.
 const MOST: usize = 8;
 
-/// Places that callers of this process name.
-pub(crate) static OF_CALLERS: Pool = Pool::new();
-/// Files that the settings of this host name.
-pub(crate) static OF_SETTINGS: Pool = Pool::new();
-
-/// Why nothing is known of a place.
+/// Why nothing is known of a path.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Silence {
     #[error("it does not answer")]
@@ -40,45 +39,62 @@ pub(crate) enum Silence {
     FileSystem(PathBuf),
     #[error("too many other paths do not answer")]
     Busy,
+    #[error("the process or thread that reads it cannot be started: {0}")]
+    NotStarted(io::Error),
+    #[error("the process or thread that reads it has failed")]
+    Failed,
 }
 
-/// Somebody who looks at one place after the other.
+/// Looks at one path after the other, and can be abandoned. When it is dropped, it ends as soon as it can.
+pub(crate) trait Looker: Sized {
+    /// Starts it. It keeps its seat until it has ended.
+    fn start(seat: Seat) -> io::Result<Self>;
+
+    /// Waits until a file system answers: [`wait_for`].
+    fn wait_for(&mut self, mount: &Path) -> Result<(), Lost>;
+}
+
+/// A looker that gave no answer, and is asked no more.
 #[derive(Debug)]
-pub(crate) struct Probe {
+pub(crate) enum Lost {
+    /// It had [`LIMIT`], and may still wait for the path.
+    Waits,
+    /// It has ended, or answered nonsense.
+    Failed,
+}
+
+/// Looks at one path after the other.
+#[derive(Debug)]
+pub(crate) struct Probe<L> {
     pool: &'static Pool,
-    looker: Option<Looker>,
+    /// With what lasts as long as its seat.
+    looker: Option<(L, Weak<()>)>,
     /// Where something is mounted; read once.
     mounts: Option<Vec<PathBuf>>,
     /// Which of them answer.
     answers: HashMap<PathBuf, bool>,
-    /// There was no thread to be had: it is not waited for again.
+    /// No seat was free: it does not wait for one again.
     busy: bool,
 }
 
-type Job = Box<dyn FnOnce() + Send>;
-
-/// A thread that looks until this is dropped.
-#[derive(Debug)]
-struct Looker(Sender<Job>);
-
-/// What lookouts share.
+/// What the probes of one kind of looker share.
 #[derive(Debug)]
 pub(crate) struct Pool {
     shared: Mutex<Shared>,
-    /// A looker has ended, or a place was asked.
+    /// A looker has ended, or a path has its answer.
     freed: Condvar,
 }
 
 #[derive(Debug)]
 struct Shared {
     lookers: usize,
-    /// What is being asked just now.
+    /// The paths that are being asked.
     asked: Vec<PathBuf>,
-    /// What did not answer, each with what its thread lets go of when it comes back.
+    /// The paths that did not answer, each with what lasts as long as its looker waits.
     silent: Vec<(PathBuf, Weak<()>)>,
 }
 
-impl Probe {
+impl<L: Looker> Probe<L> {
     /// One that shares with the others of `pool`.
     pub(crate) fn of(pool: &'static Pool) -> Self {
         Self {
@@ -90,104 +106,82 @@ impl Probe {
         }
     }
 
-    /// What `look` sees at `place`.
-    pub(crate) fn at<T: Send + 'static>(
+    /// What `look` gets to know of `path`.
+    pub(crate) fn at<T>(
         &mut self,
-        place: &Path,
-        look: impl FnOnce(&Path) -> T + Send + 'static,
+        path: &Path,
+        look: impl FnOnce(&mut L) -> Result<T, Lost>,
     ) -> Result<T, Silence> {
-        if let Some(mount) = self.mount_of(place)
+        if let Some(mount) = self.mount_of(path)
             && !self.answers(&mount)?
         {
             return Err(Silence::FileSystem(mount));
         }
-        self.ask(place, look)
+        self.ask(path, look)
     }
 
-    /// Whether a file system answers at all. Where the path of a place leads over links to another one, that one is not asked,
-    /// and the place keeps silent for itself.
+    /// Whether a file system answers at all. Where links lead from a path to another file system, that one is not asked,
+    /// and the path is silent for itself.
     fn answers(&mut self, mount: &Path) -> Result<bool, Silence> {
         if let Some(answers) = self.answers.get(mount) {
             return Ok(*answers);
         }
-        // What a cache of this host knows is no answer.
-        let ask = |mount: &Path| statx(CWD, mount, AtFlags::STATX_FORCE_SYNC, StatxFlags::TYPE).is_ok();
-        let answers = match self.ask(mount, ask) {
-            Ok(_) => true,
-            Err(Silence::Busy) => return Err(Silence::Busy),
-            Err(_) => false,
+        let answers = match self.ask(mount, |looker| looker.wait_for(mount)) {
+            Ok(()) => true,
+            Err(Silence::Path) => false,
+            Err(other) => return Err(other),
         };
         self.answers.insert(mount.to_owned(), answers);
         Ok(answers)
     }
 
-    fn ask<T: Send + 'static>(
-        &mut self,
-        place: &Path,
-        look: impl FnOnce(&Path) -> T + Send + 'static,
-    ) -> Result<T, Silence> {
-        let _turn = self.pool.turn(place)?;
-        let waits = Arc::new(());
-        let still_waits = Arc::downgrade(&waits);
-        let (reply, answer) = mpsc::sync_channel(1);
-        let looked_at = place.to_owned();
-        let job = move || {
-            let _waits = waits;
-            // Nobody may care any more.
-            let _ = reply.send(look(&looked_at));
+    fn ask<T>(&mut self, path: &Path, look: impl FnOnce(&mut L) -> Result<T, Lost>) -> Result<T, Silence> {
+        let _turn = self.pool.turn(path)?;
+        let (mut looker, seated) = match self.looker.take() {
+            Some(looker) => looker,
+            None => self.start()?,
         };
-        if !self.looker()?.give(Box::new(job)) {
-            return Err(Silence::Busy);
+        match look(&mut looker) {
+            Ok(seen) => {
+                self.looker = Some((looker, seated));
+                Ok(seen)
+            }
+            Err(Lost::Waits) => {
+                lock(&self.pool.shared).silent.push((path.to_owned(), seated));
+                Err(Silence::Path)
+            }
+            Err(Lost::Failed) => Err(Silence::Failed),
         }
-        answer.recv_timeout(LIMIT).map_err(|_| {
-            self.looker = None;
-            lock(&self.pool.shared)
-                .silent
-                .push((place.to_owned(), still_waits));
-            Silence::Path
-        })
     }
 
-    fn looker(&mut self) -> Result<&Looker, Silence> {
-        if self.looker.is_none() && !self.busy {
-            self.looker = Looker::new(self.pool);
-            self.busy = self.looker.is_none();
-        }
-        self.looker.as_ref().ok_or(Silence::Busy)
+    fn start(&mut self) -> Result<(L, Weak<()>), Silence> {
+        let seat = match self.busy {
+            true => None,
+            false => self.pool.seat(),
+        };
+        self.busy = seat.is_none();
+        let seat = seat.ok_or(Silence::Busy)?;
+        let seated = Arc::downgrade(&seat.taken);
+        Ok((L::start(seat).map_err(Silence::NotStarted)?, seated))
     }
 
-    /// What is mounted where `place` lies, by its name: nothing is looked up for that.
-    fn mount_of(&mut self, place: &Path) -> Option<PathBuf> {
+    /// What is mounted where `path` lies, by its name: nothing is looked up for that.
+    fn mount_of(&mut self, path: &Path) -> Option<PathBuf> {
         let mounts = self
             .mounts
             .get_or_insert_with(|| Mount::all().into_iter().map(|mount| mount.point).collect());
-        let above = mounts.iter().filter(|mount| place.starts_with(mount));
+        let above = mounts.iter().filter(|mount| path.starts_with(mount));
         above.max_by_key(|mount| mount.as_os_str().len()).cloned()
     }
 }
 
-impl Looker {
-    /// Nothing, if there are as many as there may be, and stay so.
-    fn new(pool: &'static Pool) -> Option<Self> {
-        let seat = pool.seat()?;
-        let (jobs, given) = mpsc::channel::<Job>();
-        let work = move || {
-            let _seat = seat;
-            let_go_of_descriptors();
-            // A log's descriptor is not here either.
-            with_default(NoSubscriber::new(), || given.into_iter().for_each(|job| job()));
-        };
-        let spawned = thread::Builder::new().name("look".to_owned()).spawn(work);
-        spawned.ok().map(|_| Self(jobs))
-    }
-
-    fn give(&self, job: Job) -> bool {
-        self.0.send(job).is_ok()
-    }
+/// Waits until a file system answers. What a cache of this host knows is no answer; an error is one.
+pub(crate) fn wait_for(mount: &Path) {
+    let _ = statx(CWD, mount, AtFlags::STATX_FORCE_SYNC, StatxFlags::TYPE);
 }
 
 impl Pool {
-    const fn new() -> Self {
+    pub(crate) const fn new() -> Self {
         Self {
             shared: Mutex::new(Shared {
                 lookers: 0,
@@ -203,24 +197,27 @@ impl Pool {
         let free = shared.lookers < MOST;
         shared.lookers += usize::from(free);
         // None is made only to be dropped, which would lock what is locked here.
-        free.then(|| Seat(self))
-    }
-
-    /// The turn to ask `place`, unless it is silent.
-    fn turn(&self, place: &Path) -> Result<Turn<'_>, Silence> {
-        let mut shared = self.wait_while(|shared| shared.asked.iter().any(|asked| asked == place));
-        let is_asked = shared.asked.iter().any(|asked| asked == place);
-        if is_asked || shared.is_silent(place) {
-            return Err(Silence::Path);
-        }
-        shared.asked.push(place.to_owned());
-        Ok(Turn {
+        free.then(|| Seat {
             pool: self,
-            place: place.to_owned(),
+            taken: Arc::new(()),
         })
     }
 
-    /// What all share, when that is over, or after the time that a place may take.
+    /// The turn to ask `path`, unless it is silent.
+    fn turn(&self, path: &Path) -> Result<Turn<'_>, Silence> {
+        let mut shared = self.wait_while(|shared| shared.asked.iter().any(|asked| asked == path));
+        let is_asked = shared.asked.iter().any(|asked| asked == path);
+        if is_asked || shared.is_silent(path) {
+            return Err(Silence::Path);
+        }
+        shared.asked.push(path.to_owned());
+        Ok(Turn {
+            pool: self,
+            path: path.to_owned(),
+        })
+    }
+
+    /// What all share, when that is over, or after the time that a path may take.
     fn wait_while(&self, waits: impl FnMut(&mut Shared) -> bool) -> MutexGuard<'_, Shared> {
         let waited = self.freed.wait_timeout_while(lock(&self.shared), LIMIT, waits);
         waited.unwrap_or_else(PoisonError::into_inner).0
@@ -228,32 +225,36 @@ impl Pool {
 }
 
 impl Shared {
-    /// Whether a thread still waits for this place.
-    fn is_silent(&mut self, place: &Path) -> bool {
+    /// Whether a looker still waits for this path.
+    fn is_silent(&mut self, path: &Path) -> bool {
         self.silent.retain(|(_, waits)| waits.strong_count() > 0);
-        self.silent.iter().any(|(silent, _)| silent == place)
+        self.silent.iter().any(|(silent, _)| silent == path)
     }
 }
 
 /// One of [`MOST`].
-struct Seat(&'static Pool);
+#[derive(Debug)]
+pub(crate) struct Seat {
+    pool: &'static Pool,
+    taken: Arc<()>,
+}
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        lock(&self.0.shared).lookers -= 1;
-        self.0.freed.notify_all();
+        lock(&self.pool.shared).lookers -= 1;
+        self.pool.freed.notify_all();
     }
 }
 
-/// The asking of a place.
+/// The asking of a path.
 struct Turn<'p> {
     pool: &'p Pool,
-    place: PathBuf,
+    path: PathBuf,
 }
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        lock(&self.pool.shared).asked.retain(|asked| *asked != self.place);
+        lock(&self.pool.shared).asked.retain(|asked| *asked != self.path);
         self.pool.freed.notify_all();
     }
 }
@@ -263,7 +264,20 @@ mod tests {
     use super::*;
     use rustix::fs::{FileType, Mode, mknodat};
     use std::fs::{self, File, OpenOptions};
+    use std::thread;
     use std::time::Instant;
+
+    static POOL: Pool = Pool::new();
+
+    fn probe(pool: &'static Pool) -> Probe<Thread> {
+        Probe::of(pool)
+    }
+
+    /// Opens `path` in a thread of the probe.
+    fn open(probe: &mut Probe<Thread>, path: &Path) -> Result<bool, Silence> {
+        let opened = path.to_owned();
+        probe.at(path, |thread| thread.run(move || File::open(opened).is_ok()))
+    }
 
     #[test]
     fn a_silent_place_is_asked_once_and_keeps_no_other_from_its_turn() {
@@ -271,25 +285,21 @@ mod tests {
         let pipe = dir.path().join("pipe");
         // To open a pipe that nobody writes to takes for ever.
         mknodat(CWD, &pipe, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
-        let open = |path: &Path| File::open(path).is_ok();
-        let mut probe = Probe::of(&OF_CALLERS);
-        assert!(matches!(probe.at(&pipe, open), Err(Silence::Path)));
+        let mut probe = probe(&POOL);
+        assert!(matches!(open(&mut probe, &pipe), Err(Silence::Path)));
         let asked = Instant::now();
-        assert!(matches!(probe.at(&pipe, open), Err(Silence::Path)));
-        assert!(matches!(
-            Probe::of(&OF_CALLERS).at(&pipe, open),
-            Err(Silence::Path)
-        ));
-        assert!(probe.at(dir.path(), open).unwrap());
+        assert!(matches!(open(&mut probe, &pipe), Err(Silence::Path)));
+        assert!(matches!(open(&mut self::probe(&POOL), &pipe), Err(Silence::Path)));
+        assert!(open(&mut probe, dir.path()).unwrap());
         assert!(asked.elapsed() < LIMIT);
 
         // Now it answers, and so does a second one, once the thread that had waited for the first is told.
         let _both = OpenOptions::new().read(true).write(true).open(&pipe).unwrap();
-        while lock(&OF_CALLERS.shared).is_silent(&pipe) {
+        while lock(&POOL.shared).is_silent(&pipe) {
             assert!(asked.elapsed() < 4 * LIMIT);
             thread::sleep(Duration::from_millis(5));
         }
-        assert!(probe.at(&pipe, open).unwrap());
+        assert!(open(&mut probe, &pipe).unwrap());
     }
 
     // Each of those who asked one silent place at a time took a thread, and nothing else was looked at any more.
@@ -299,16 +309,15 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let pipe = dir.path().join("pipe");
         mknodat(CWD, &pipe, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
-        let open = |path: &Path| File::open(path).is_ok();
         thread::scope(|scope| {
             for _ in 0..MOST {
                 scope.spawn(|| {
-                    let asked = Probe::of(&POOL).at(&pipe, open);
+                    let asked = open(&mut probe(&POOL), &pipe);
                     assert!(matches!(asked, Err(Silence::Path)), "{asked:?}");
                 });
             }
         });
-        assert!(Probe::of(&POOL).at(dir.path(), open).unwrap());
+        assert!(open(&mut probe(&POOL), dir.path()).unwrap());
         assert_eq!(lock(&POOL.shared).silent.len(), 1);
     }
 
@@ -319,35 +328,37 @@ mod tests {
         let mut seats: Vec<_> = (0..MOST).map(|_| POOL.seat().unwrap()).collect();
         assert!(POOL.seat().is_none());
         assert!(matches!(
-            Probe::of(&POOL).at(Path::new("/"), |_| ()),
+            open(&mut probe(&POOL), Path::new("/")),
             Err(Silence::Busy)
         ));
         seats.pop();
-        Probe::of(&POOL).at(Path::new("/"), |_| ()).unwrap();
+        open(&mut probe(&POOL), Path::new("/")).unwrap();
     }
 
     #[test]
     fn who_looks_holds_nothing_of_the_process() {
         let _held = File::open("/proc/self/status").unwrap();
-        let held = |_: &Path| {
+        let held = || {
             let entries = fs::read_dir("/proc/thread-self/fd").unwrap();
             let numbers = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
             numbers.filter_map(|number| number.parse::<u32>().ok()).max()
         };
         // That of the directory is the first after the standard ones.
-        let most = Probe::of(&OF_CALLERS).at(Path::new("/"), held).unwrap();
+        let most = probe(&POOL)
+            .at(Path::new("/"), |thread| thread.run(held))
+            .unwrap();
         assert!(most <= Some(3), "{most:?}");
     }
 
     #[test]
     fn mounts_are_found_by_name() {
         assert_eq!(
-            Probe::of(&OF_CALLERS).mount_of(Path::new("/proc/self/mountinfo")),
+            probe(&POOL).mount_of(Path::new("/proc/self/mountinfo")),
             Some("/proc".into())
         );
         let mut probe = Probe {
             mounts: Some(["/", "/srv", "/srv/vms"].map(PathBuf::from).to_vec()),
-            ..Probe::of(&OF_CALLERS)
+            ..probe(&POOL)
         };
         for (place, mount) in [("/srv/vms/a", "/srv/vms"), ("/srv/vmsa", "/srv"), ("/a", "/")] {
             assert_eq!(probe.mount_of(Path::new(place)), Some(mount.into()), "{place}");

@@ -1,16 +1,19 @@
 //! Files that settings name: keys, certificates and tokens.
 //!
-//! The storage of such a file may never answer. A regular file is read by a thread that can be left behind
-//! ([`crate::probe`]); a FIFO, a device or a directory is not read at all.
+//! The storage of such a file may never answer. A regular file is read by a thread that can be abandoned
+//! ([`crate::probe`]); a FIFO, a device or a directory is not read at all. No other process reads them, as it does headers of volumes:
+//! their content, which is secret, would be in two processes instead of one, and only this host's administrators can change it.
 
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
 use crate::keys::KeyReason;
-use crate::probe::{OF_SETTINGS, Probe, Silence};
+use crate::probe::{Pool, Probe, Silence, Thread};
 use sealblk_secmem::{arena::ArenaError, arena::SecretBytes};
 use sealblk_secmem::{private_file::Exposed, private_file::Forbid, private_file::check, private_file::open};
+
+static POOL: Pool = Pool::new();
 
 /// A file that settings name and that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -43,7 +46,10 @@ fn answered<T: Send + 'static>(
     path: &Path,
     read: impl FnOnce(&Path, File) -> Result<T, Unreadable> + Send + 'static,
 ) -> Result<T, Unreadable> {
-    Probe::of(&OF_SETTINGS).at(path, |path| read(path, open(path)?))?
+    let named = path.to_owned();
+    Probe::of(&POOL).at(path, |thread: &mut Thread| {
+        thread.run(move || read(&named, open(&named)?))
+    })?
 }
 
 /// Reads a file that has at most `longest` bytes, and that anybody may know.

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
+use common::process::children_of;
 use common::secrets::as_user;
 use common::serve::sealblk_path;
 use common::storage::{LoopDevice, SilentFilesystem};
@@ -588,19 +589,10 @@ fn a_file_system_that_does_not_answer_keeps_its_disks_keys_and_nobody_waiting() 
     let why = rows.iter().find_map(|row| row["why"].as_str()).unwrap();
     assert_eq!(why, format!("{} does not answer", host.path("far").display()));
 
-    // One thread waits for all of them, and holds nothing that the agent's successor needs. Nobody else waits from now on.
-    let lacks_log = |task: &PathBuf| {
-        let held = fs::read_dir(task.join("fd")).into_iter().flatten();
-        let mut links = held.filter_map(|link| fs::read_link(link.ok()?.path()).ok());
-        !links.any(|link| link.ends_with("audit.log"))
-    };
-    let left = || {
-        let tasks = fs::read_dir(format!("/proc/{agent}/task")).unwrap();
-        tasks.map(|task| task.unwrap().path()).filter(lacks_log).count()
-    };
+    // One process waits for all of them. Nobody else waits from now on.
     let asked = Instant::now();
-    while left() != 1 {
-        assert!(asked.elapsed() < common::DEADLINE, "{} threads", left());
+    while children_of(agent).len() != 1 {
+        assert!(asked.elapsed() < common::DEADLINE, "{:?}", children_of(agent));
         thread::sleep(Duration::from_millis(10));
     }
     let asked = Instant::now();

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::token::sealblk_tokens;
@@ -11,7 +12,8 @@ use sealblk_luks2::metadata::Base64;
 use sealblk_luks2::{Header, HeaderError, HeaderIo, Reason, VolumeError, read_unlocked};
 
 /// A volume and the KEKs that open it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Bindings {
     /// UUID in the header.
     pub uuid: Uuid,
@@ -20,7 +22,8 @@ pub struct Bindings {
 }
 
 /// A KEK that opens a keyslot.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct BoundTo {
     /// Its provider's name.
     pub provider: String,
