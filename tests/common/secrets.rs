@@ -15,7 +15,8 @@ use sealblk::keys::{Binding, KeyId, Providers};
 use serde_json::{Value, json};
 
 use super::aes::round_keys;
-use super::volume::run;
+use super::serve::sealblk_path;
+use super::volume::{Volume, run};
 
 /// Every mapping of a process that can be read, one after the other: what a debugger would get.
 pub fn readable_memory(pid: u32) -> Vec<u8> {
@@ -363,6 +364,34 @@ pub fn slot_secret(disk: &Path, providers: &dyn Providers) -> Vec<u8> {
     let wrapped = BASE64_STANDARD.decode(field("wrapped_slot_secret")).unwrap();
     let provider = providers.provider(field("provider")).unwrap();
     provider.unwrap(&binding, &wrapped).unwrap().to_vec()
+}
+
+/// The volume key, by cryptsetup, with a recovery key that is added for it.
+pub fn volume_key(volume: &Volume) -> Vec<u8> {
+    let recovery = volume.beside("recovery");
+    run(Command::new(sealblk_path())
+        .args(&volume.open)
+        .args(["recovery", "add"])
+        .arg(&volume.path)
+        .arg("--recovery-key")
+        .arg(&recovery));
+    volume_key_by(volume, &recovery)
+}
+
+/// The volume key, by cryptsetup and what opens a keyslot.
+pub fn volume_key_by(volume: &Volume, opens: &Path) -> Vec<u8> {
+    let key = volume.beside("volume.key");
+    let mut dump = Command::new("cryptsetup");
+    dump.args([
+        "luksDump",
+        "--batch-mode",
+        "--dump-volume-key",
+        "--volume-key-file",
+    ]);
+    run(dump.arg(&key).arg("--key-file").arg(opens).arg(&volume.path));
+    let key = fs::read(&key).unwrap();
+    assert_eq!(key.len(), 64);
+    key
 }
 
 /// A volume's only token, as cryptsetup shows it.

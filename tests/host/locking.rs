@@ -13,7 +13,7 @@ use common::driver::{Data, Driver, S_IOERR, S_OK, T_IN, T_OUT};
 use common::frontend::{SET_CONFIG, VERSION};
 use common::pattern;
 use common::process::Process;
-use common::secrets::{Core, Search, core, readable_memory, slot_secret, without_secret_memory};
+use common::secrets::{Core, Search, core, readable_memory, slot_secret, volume_key, without_secret_memory};
 use common::serve::{Server, sealblk_path, serve, serve_fails};
 use common::storage::LoopDevice;
 use common::volume::{MIB, Volume, run};
@@ -669,26 +669,4 @@ impl Served {
             .arg(&self.control));
         serde_json::from_slice(&output.stdout).unwrap()
     }
-}
-
-/// By cryptsetup, with a recovery key that is added for it.
-fn volume_key(volume: &Volume) -> Vec<u8> {
-    let (recovery, key) = (volume.beside("recovery"), volume.beside("volume.key"));
-    let mut add = Command::new(sealblk_path());
-    run(add
-        .args(&volume.open)
-        .args(["recovery", "add"])
-        .arg(&volume.path)
-        .arg("--recovery-key")
-        .arg(&recovery));
-    let mut dump = Command::new("cryptsetup");
-    dump.args([
-        "luksDump",
-        "--batch-mode",
-        "--dump-volume-key",
-        "--volume-key-file",
-    ])
-    .arg(&key);
-    run(dump.arg("--key-file").arg(&recovery).arg(&volume.path));
-    fs::read(&key).unwrap()
 }

@@ -15,7 +15,8 @@ use common::aes::{ROUNDS, inverse_mix_columns, round_keys};
 use common::driver::{Data, Driver, T_IN, T_OUT};
 use common::pattern;
 use common::secrets::{
-    Core, Search, core, readable_memory, slot_secret, swapped_out, token, without_secret_memory,
+    Core, Search, core, readable_memory, slot_secret, swapped_out, token, volume_key_by,
+    without_secret_memory,
 };
 use common::serve::{Server, sealblk_path};
 use common::volume::{MIB, PASSPHRASE, Volume, passphrase_file, run};
@@ -30,7 +31,10 @@ fn volume_key_and_passphrase_are_nowhere_in_readable_memory() {
         return;
     };
     let search = Search::default()
-        .xts_key("volume key", &volume_key(&volume))
+        .xts_key(
+            "volume key",
+            &volume_key_by(&volume, &volume.beside("passphrase")),
+        )
         .text("passphrase", PASSPHRASE.as_bytes());
     search.assert_absent(&memory, "memory");
 }
@@ -39,7 +43,7 @@ fn volume_key_and_passphrase_are_nowhere_in_readable_memory() {
 #[test]
 fn volume_key_is_nowhere_in_readable_memory_after_guest_memory_was_taken_away() {
     let volume = Volume::cryptsetup(4 * MIB, 512);
-    let key = volume_key(&volume);
+    let key = volume_key_by(&volume, &volume.beside("passphrase"));
     for write in [false, true] {
         let memory = memory_after(&volume, |driver| {
             let bytes = [7; 64 * 1024];
@@ -419,25 +423,6 @@ fn program(dir: &tempfile::TempDir, hidden: bool, args: &[&str]) -> Command {
 fn key_of(len: usize) -> Vec<u8> {
     let mut key = vec![0; len];
     getrandom::fill(&mut key).unwrap();
-    key
-}
-
-/// By the one who made it.
-fn volume_key(volume: &Volume) -> Vec<u8> {
-    let key_file = volume.beside("volume.key");
-    run(Command::new("cryptsetup")
-        .args([
-            "luksDump",
-            "--batch-mode",
-            "--dump-volume-key",
-            "--volume-key-file",
-        ])
-        .arg(&key_file)
-        .arg("--key-file")
-        .arg(volume.beside("passphrase"))
-        .arg(&volume.path));
-    let key = fs::read(&key_file).unwrap();
-    assert_eq!(key.len(), 64);
     key
 }
 
