@@ -15,7 +15,7 @@ use crate::control::varlink::CallError;
 use crate::inventory::GuardError;
 use crate::keys::binding::{BindingError, BindingReason};
 use crate::keys::{KeyError, KeyId, KeyReason};
-use crate::luks2::{Content, HeaderError, Reason, VolumeError};
+use crate::luks2::{Content, HeaderError, Reason, Refusal, VolumeError};
 use crate::providers::registry::RegistryError;
 use crate::storage::StorageError;
 
@@ -355,13 +355,20 @@ impl Failure {
 
 /// What to do about a volume that failed, as far as its own error does not tell.
 fn remedy(volume: &BindingError) -> String {
-    match &*volume.reason {
-        BindingReason::Volume(Reason::Header(HeaderError::NotLuks { .. })) => {
+    let BindingReason::Volume(reason) = &*volume.reason else {
+        return String::new();
+    };
+    match reason {
+        Reason::Header(HeaderError::NotLuks { .. }) => {
             "; name the disk that holds the volume, or the file of its header if that is detached".to_owned()
         }
-        BindingReason::Volume(Reason::Wipe { keyslot, .. } | Reason::Entry { keyslot, .. }) => {
+        Reason::Wipe { keyslot, .. } | Reason::Entry { keyslot, .. } => {
             format!(", with `sealblk recovery remove --keyslot {keyslot}`")
         }
+        Reason::NoSuchKeyslot { .. } | Reason::NoRecoveryKey { .. } => "; see `sealblk info`".to_owned(),
+        Reason::SameKey { .. } => " (--unlock-key)".to_owned(),
+        Reason::Refused(Refusal::MidErasure) => " with `sealblk erase`".to_owned(),
+        Reason::Erase(_) => ", with `sealblk erase`".to_owned(),
         _ => String::new(),
     }
 }
