@@ -35,22 +35,24 @@ The volume is bound to a key provider: this host opens it without a passphrase.
 Without a recovery key, nothing else opens it: if you lose the provider's keys, you
 lose the data. So give --recovery-key, or back up the provider (`sealblk provider
 backup`). If the host has no provider, sealblk stops; with --recovery-key it adds
-a native provider instead, and says so. In scripts, name the provider.
+a native provider instead, and says so. In scripts, give --provider: sealblk then
+stops if the host has no provider of that name.
 
 A recovery key opens the volume on any Linux, without sealblk:
   cryptsetup open --key-file vm7.key vm7.luks vm7
   cryptsetup open --header vm9.luks --key-file vm9.key /dev/vg0/vm9 vm9
 If FILE does not exist, sealblk makes a key of 256 bits, writes it to FILE (mode
-600), and says so. If FILE exists, its content is the recovery key, if it is strong
-enough (`sealblk --help`). Keep it apart from the disk. If FILE is a passphrase with
-a newline at its end, type it at cryptsetup's prompt: --key-file would use the
-newline, too.
+600), and says so: check the name that it prints. If FILE exists, its content is the
+recovery key, if it is strong enough (`sealblk --help`). Do not keep the recovery
+key on the same storage as the disk. If FILE is a passphrase with a newline at its
+end, type it at cryptsetup's prompt: --key-file would use the newline, too.
 
 With --header, back up that file too: without it, no key opens the disk.
 
 sealblk does not wipe a block device. The guest sees noise there, but a reader of
-the device can read its old data until the guest overwrites them. To remove them,
-run `blkdiscard` or overwrite the device first.";
+the device can read its old data until the guest overwrites them. To remove old
+data, run `blkdiscard` or overwrite the device before `sealblk create`; afterwards
+that would destroy the disk.";
 
 /// Make an encrypted disk
 #[derive(Debug, Args)]
@@ -79,7 +81,7 @@ pub(super) struct Create {
     /// A label, also for /dev/disk/by-label
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     label: String,
-    /// Make the disk even if DISK is not empty; no program finds its content then, but it is not wiped (see below)
+    /// Make the disk even if DISK is not empty. You lose its content, but sealblk does not wipe it (see below)
     #[arg(long)]
     force: bool,
 }

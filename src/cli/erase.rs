@@ -36,7 +36,7 @@ Examples:
   sealblk erase vm9.data --header vm9.luks --revoke-key
 
 sealblk destroys both copies of the header and all keyslots, and nothing else. Then
-no key opens the disk, and nothing decrypts its data. sealblk overwrites the header
+no key opens this disk. Copies of the header still open (see Limits). sealblk overwrites the header
 and the keyslots, reads them back from storage, and discards them if the device
 supports that. The disk must not be in use.
 
@@ -45,13 +45,15 @@ were revoked. It is not signed: `sealblk audit verify --receipt` checks it again
 the audit log, so keep that log with it. The file or device stays, with the data
 as they were, encrypted.
 
-Limits: a copy or backup of the header still opens with the keys that were in it.
-Flash, file systems and snapshots may keep overwritten blocks. A process on another
-host that has the disk open keeps the volume key until it ends. If that matters,
-destroy the copies, and revoke the keys (--revoke-key). A recovery key cannot be
-revoked: destroy it, or each copy of the header. A backup from before a rekey opens with
-the replaced key: `sealblk rekey` printed its ID, and the agent's log has it as
-KeyBound. Revoke that key with `sealblk key revoke`.";
+Limits:
+  A copy or backup of the header still opens with the keys that were in it, and
+  flash, file systems and snapshots may keep overwritten blocks: destroy the copies,
+  or revoke the keys (--revoke-key, or later `sealblk key revoke` with the IDs in
+  the receipt).
+  A recovery key cannot be revoked: destroy it, or each copy of the header.
+  A backup from before a rekey opens with the replaced key: `sealblk rekey` printed
+  its ID, and the agent's audit log has it (event KeyBound). Revoke that key too.
+  A process on another host that has the disk open keeps the volume key: end it.";
 
 /// Destroy a disk for good, by destroying its header and keyslots
 #[derive(Debug, Args)]
@@ -65,7 +67,7 @@ pub(super) struct Erase {
     /// Write the receipt (see below) to this new file instead of standard output
     #[arg(long, value_name = "FILE")]
     receipt: Option<PathBuf>,
-    /// Also revoke the providers' keys that opened the disk. sealblk keeps a key that another volume in this host's list
+    /// Also revoke the providers' keys that opened the disk. sealblk keeps a key that another volume of the volume list
     /// (`sealblk key where-used`) needs, and the receipt says so; if a provider cannot revoke a key now, sealblk erases nothing
     #[arg(long)]
     revoke_key: bool,

@@ -48,31 +48,37 @@ use sealblk_secmem::harden;
 
 const AFTER_HELP: &str = "\
 Examples:
-  sealblk create vm7.luks --size 20G --recovery-key vm7.key
-  sealblk serve --blk-file vm7.luks --socket-path /run/vm7.sock
+  sealblk create vm7.luks --size 20G --recovery-key ~/vm7.key
+  sealblk serve --blk-file vm7.luks --volume UUID --socket-path /run/vm7.sock
   sealblk info vm7.luks
+`create` prints the UUID.
 
 Options name the source of a secret, never the secret itself: --recovery-key
 and similar options take a file, '-' for standard input, 'fd:N' for an open
 descriptor, or 'cred:NAME' for a file in $CREDENTIALS_DIRECTORY. One line of UTF-8
 text is a passphrase: sealblk removes the newline at its end. Any other content, up
 to 8 MiB, is a key: sealblk uses every byte of it, as `cryptsetup --key-file` does.
-If that opens nothing, sealblk tries again: a passphrase with its newline, a key
-without a newline at its end.
+If the secret opens nothing, sealblk tries once more: it then keeps the newline of
+a passphrase, or removes a newline at the end of a key.
 
-sealblk measures the length of a secret that you choose (a recovery key, a backup's
-passphrase). A character counts 1, a digit 0.5, a byte that is not text 2;
-repetitions and runs such as 'abc' count 0. sealblk refuses a secret below 12
-without --weak, and warns below 20. It does not know words or names.
+sealblk gives points to a secret that you choose (a recovery key, a backup's
+passphrase): 1 for a character, but 0.5 for a digit; 2 for a byte that is not text;
+0 for repetitions and runs such as 'abc'. Below 12 points it refuses the secret,
+unless you give --weak; below 20 it warns. It does not know words or names, so a
+secret without a warning can still be easy to guess: let sealblk make the key.
 
 Terms:
   disk          what the guest sees; DISK is the file or device that stores it
   volume        a disk as LUKS2 stores it: a header with keyslots, and the data,
                 encrypted under the volume key
-  key           opens a keyslot, which holds the volume key; each volume has its own
+  key           opens a keyslot, which holds the volume key; each volume has its own,
+                and a copy of a volume has the same
   key provider  makes and keeps keys: a native provider derives them from one
                 primary key in the state directory, the others ask a server
-  key agent     the process that asks the providers for all disks of a host
+  key agent     a process that asks the providers for all disks of a host; without
+                it, each command asks them itself
+  volume list   the volumes that this host has bound to a key or opened (`sealblk key
+                where-used`); volumes that only other hosts know are not in it
 
 Exit codes:
   0  done

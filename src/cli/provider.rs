@@ -119,7 +119,7 @@ enum Verb {
     Enrol(Enrol),
     /// Print the attestation key of a trusted provider, to configure a broker such as Trustee
     AttestationKey(Check),
-    /// Remove a key provider from this host, unless a volume in this host's list needs it
+    /// Remove a key provider from this host, with a native provider's primary key, unless a volume of the volume list needs it
     Remove(Remove),
     /// List and test the key providers of this host; the exit code is 4 if one does not work
     List(List),

@@ -36,10 +36,12 @@ The provider keeps the old key, and the old key still opens old copies of the
 header. To prevent that, revoke it: rekey prints its ID for `sealblk key revoke`.
 A backup from before the rekey then opens with a recovery key only. The volume key,
 and a native provider's primary key, stay the same: rekey does not help against an
-attacker who has one of these.
+attacker who has one of these. In that case, make a new volume, with a new provider
+if the primary key is known, copy the data into it, and erase the old volume.
 
 `sealblk rekey DISK` refuses a disk that is being served (exit code 5): give its
-control socket instead. With several disks, sealblk continues after a failure.";
+control socket instead. With several disks, sealblk continues after a failure; the
+exit code is that of the last failure.";
 
 /// Replace the provider's key that opens a volume; the volume key and the data stay unchanged
 #[derive(Debug, Args)]

@@ -7,8 +7,8 @@ use clap::Args;
 /// The options that all verbs have.
 #[derive(Clone, Debug, Args)]
 pub struct HostArgs {
-    /// The directory of the key providers. If you give it, sealblk reads the providers there, and does not ask the agent, even if
-    /// the configuration has one [default: /var/lib/sealblk for root, else $XDG_STATE_HOME/sealblk]
+    /// The directory of the key providers. If you give it, or set SEALBLK_STATE_DIR, sealblk reads the providers there, and does
+    /// not ask the key agent, even if the configuration names one [default: /var/lib/sealblk for root, else $XDG_STATE_HOME/sealblk]
     #[arg(
         long,
         global = true,

@@ -15,6 +15,10 @@ use crate::sandbox::Choice;
 use crate::storage::PAGE;
 
 const AFTER_HELP: &str = "\
+Example, with a directory for the sockets of this disk alone:
+  mkdir -m 750 /run/vm7
+  sealblk serve --blk-file vm7.luks --volume UUID --socket-path /run/vm7/disk.sock
+
 Then start QEMU with shared memory and the disk (libvirt: docs/libvirt.md):
   qemu-system-x86_64 -accel kvm -m 2G \\
     -object memory-backend-memfd,id=mem,size=2G,share=on \\
@@ -22,9 +26,10 @@ Then start QEMU with shared memory and the disk (libvirt: docs/libvirt.md):
     -chardev socket,id=disk0,path=SOCK,reconnect=1 \\
     -device vhost-user-blk-pci,chardev=disk0
 
-In production, also give --volume: an attacker with write access to the storage
+In production, always give --volume: an attacker with write access to the storage
 could put the header of a disk of his own there, and then read what your guest writes.
-`sealblk create` prints the UUID.
+`sealblk create` prints the UUID: keep it with the settings of the VM. A UUID that
+you read from the disk later may already be the attacker's.
 
 With --allow-unencrypted, sealblk still recognises a volume by its header, and
 encrypts as usual. It refuses a volume whose header is damaged in part; if the
@@ -39,12 +44,14 @@ member of that group, and QEMU must be able to enter the directory of SOCK.
 
 If the key is not available, the disk is locked: the guest sees the disk, and its
 requests wait, without an error. sealblk tries again at least every 30 seconds; with
---no-wait it ends instead.
+--no-wait it ends instead. A disk that you locked by `sealblk lock` stays locked
+until `sealblk unlock`.
 
 On SIGTERM sealblk finishes the requests in flight and ends. You can stop and start
 it while the guest runs: QEMU connects again (because of `reconnect`), and the
-requests wait. If sealblk is killed instead, requests in flight may be lost. One
-QEMU can be connected at a time.";
+requests wait. If sealblk is killed instead, requests in flight may be lost, and the
+guest may wait for them without end: reset the guest then. One QEMU can be connected
+at a time.";
 
 /// The most queues: one for each virtual CPU of a large guest. A queue takes 20 KiB until a driver uses it.
 const MAX_QUEUES: i64 = 64;
@@ -79,8 +86,8 @@ pub struct Serve {
     /// Answer `sealblk status`, `lock`, `unlock` and `rekey` on this socket
     #[arg(long, value_name = "SOCK", conflicts_with_all = ["null_storage", "allow_unencrypted"])]
     pub(super) control_socket: Option<PathBuf>,
-    /// Give the control socket to a group, by name or number. Its members can connect; [[grant]] in the configuration says what they
-    /// may do
+    /// Give the control socket to a group, by name or number. Its members can connect and ask for the status; they can do more only
+    /// if [[grant]] in the configuration allows it
     #[arg(long, value_name = "GROUP", requires = "control_socket")]
     pub(super) control_socket_group: Option<Group>,
     /// The mode of the control socket; the umask does not change it [default: 660]
@@ -97,11 +104,11 @@ pub struct Serve {
     #[arg(long, value_name = "FILE")]
     pub(super) header: Option<PathBuf>,
     /// Serve only the volume with this UUID, and refuse the header of another volume: an attacker could have put it there (see
-    /// below). `sealblk info` shows the UUID
+    /// below). `sealblk create` prints the UUID
     #[arg(long, value_name = "UUID", conflicts_with_all = ["null_storage", "allow_unencrypted"])]
     pub(super) volume: Option<Uuid>,
     /// Open the volume with a passphrase, recovery key or key file instead of a key provider. sealblk can read `-`, fd:N
-    /// and a shell's `<(...)` only once, so `sealblk lock` is then refused
+    /// and a shell's `<(...)` only once: for these it refuses `sealblk lock`
     #[arg(long, value_name = "FILE|-|fd:N|cred:NAME", visible_alias = "key-file")]
     pub(super) passphrase_file: Option<SecretSource>,
     /// Also serve a disk that is not a LUKS2 volume, without encryption. Do not use this for encrypted disks: an attacker
