@@ -55,6 +55,10 @@ struct Arguments {
     /// The block size of sealblk's disks
     #[arg(long, value_name = "BYTES", default_value_t = 512)]
     sector_size: u32,
+    /// Compare with another build of sealblk, whose executable this is, and with nothing else. This build is measured twice: how much it
+    /// differs from itself says what a difference means
+    #[arg(long, value_name = "SEALBLK")]
+    against: Option<PathBuf>,
     /// One more argument for `sealblk serve`, to tune it
     #[arg(long, value_name = "ARGUMENT", allow_hyphen_values = true)]
     serve_arg: Vec<String>,
@@ -73,6 +77,14 @@ const SEALBLK: Contender = Contender {
 const PLAIN: Contender = Contender {
     name: "sealblk, unencrypted",
     role: Role::Variant,
+};
+const AGAIN: Contender = Contender {
+    name: "sealblk, once more",
+    role: Role::Variant,
+};
+const OTHER_BUILD: Contender = Contender {
+    name: "another build",
+    role: Role::Other,
 };
 const QEMU: Contender = Contender {
     name: "QEMU, unencrypted",
@@ -212,7 +224,7 @@ fn measure(arguments: &Arguments, storage: Storage) {
         ),
     };
     let mut workloads = bench.workloads();
-    if storage == Storage::Real {
+    if storage == Storage::Real && arguments.against.is_none() {
         workloads
             .iter_mut()
             .for_each(|workload| bench.choose_aio(workload));
@@ -240,7 +252,7 @@ fn measure(arguments: &Arguments, storage: Storage) {
         }
     }
     for workload in &workloads {
-        judge(&mut report, storage, workload);
+        judge(&mut report, storage, workload, arguments.against.is_some());
         if workload.load.queues == 1 {
             report.plot(&workload.name, workload.metrics());
         }
@@ -301,6 +313,13 @@ impl<'a> Bench<'a> {
     /// Over null storage QEMU's LUKS needs a QEMU that can have it there, and large requests that QEMU does not encrypt are
     /// left out: not a byte of them is touched.
     fn contenders(&self, load: &Load) -> Vec<(Contender, Runner)> {
+        if self.arguments.against.is_some() {
+            return vec![
+                (SEALBLK, Runner::Server(Kind::Sealblk)),
+                (OTHER_BUILD, Runner::Server(Kind::OtherBuild)),
+                (AGAIN, Runner::Server(Kind::Sealblk)),
+            ];
+        }
         let mut all = vec![
             (SEALBLK, Runner::Server(Kind::Sealblk)),
             (PLAIN, Runner::Server(Kind::Plain)),
@@ -310,7 +329,7 @@ impl<'a> Bench<'a> {
         ];
         let null = self.storage == Storage::Null;
         all.retain(|(_, runner)| match runner {
-            Runner::Server(Kind::Sealblk | Kind::Plain) => true,
+            Runner::Server(Kind::Sealblk | Kind::OtherBuild | Kind::Plain) => true,
             Runner::Server(Kind::Qemu) => !null || load.random,
             Runner::Server(Kind::QemuLuks) => !null || server::has_qemu10(),
             Runner::Fio => !null && load.queues == 1,
@@ -340,6 +359,9 @@ impl<'a> Bench<'a> {
         let arguments = self.arguments;
         let mut conditions = Conditions::new();
         conditions.add("sector size", format!("{} bytes", arguments.sector_size));
+        if let Some(against) = &arguments.against {
+            conditions.add("another build", against.display().to_string());
+        }
         if !arguments.serve_arg.is_empty() {
             conditions.add("sealblk serve", arguments.serve_arg.join(" "));
         }
@@ -423,6 +445,7 @@ impl<'a> Bench<'a> {
             aio,
             sector_size: arguments.sector_size,
             serve_arguments: &arguments.serve_arg,
+            other_build: arguments.against.as_deref(),
         };
         Server::start(&self.disks, kind, &tuning)
     }
@@ -470,7 +493,7 @@ fn record(report: &mut Report, workload: &Workload, contender: Contender, measur
 }
 
 /// What this project wants of itself.
-fn judge(report: &mut Report, storage: Storage, workload: &Workload) {
+fn judge(report: &mut Report, storage: Storage, workload: &Workload, against: bool) {
     use Goal::{AtLeast, AtMost, Within};
     let Load {
         operation,
@@ -482,6 +505,18 @@ fn judge(report: &mut Report, storage: Storage, workload: &Workload) {
     let mut goal = |metric, other: Option<Contender>, goal| {
         report.compare(&workload.name, metric, SEALBLK, other, goal);
     };
+    if against {
+        let metrics = match (random, depth) {
+            (true, 1) => [(P50, AtMost(1.03)), (CPU, AtMost(1.03))],
+            (true, _) => [(IOPS, AtLeast(0.97)), (CPU, AtMost(1.03))],
+            (false, _) => [(RATE, AtLeast(0.97)), (CPU_MIB, AtMost(1.03))],
+        };
+        for (metric, wanted) in metrics {
+            goal(metric, Some(AGAIN), wanted);
+            goal(metric, Some(OTHER_BUILD), wanted);
+        }
+        return;
+    }
     match (storage, random, depth) {
         _ if queues > 1 => {}
         (Storage::Real, true, 1) => goal(P50, Some(FIO), Within(20.0)),

@@ -20,6 +20,8 @@ const NULL_SIZE: &str = "68719476736";
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Sealblk,
+    /// The same by another build.
+    OtherBuild,
     /// sealblk over a disk that is not encrypted.
     Plain,
     Qemu,
@@ -44,6 +46,7 @@ pub(crate) struct Tuning<'a> {
     pub(crate) aio: &'a str,
     pub(crate) sector_size: u32,
     pub(crate) serve_arguments: &'a [String],
+    pub(crate) other_build: Option<&'a Path>,
 }
 
 impl Disks {
@@ -163,13 +166,17 @@ impl Disks {
 
     fn serve(&self, kind: Kind, socket: &Path, tuning: &Tuning<'_>) -> Command {
         match kind {
-            Kind::Sealblk | Kind::Plain => self.sealblk(kind, socket, tuning),
+            Kind::Sealblk | Kind::OtherBuild | Kind::Plain => self.sealblk(kind, socket, tuning),
             Kind::Qemu | Kind::QemuLuks => self.qemu(kind, socket, tuning),
         }
     }
 
     fn sealblk(&self, kind: Kind, socket: &Path, tuning: &Tuning<'_>) -> Command {
-        let mut serve = on_cores(tuning.cores, &[sealblk_path().to_owned()]);
+        let executable = match (kind, tuning.other_build) {
+            (Kind::OtherBuild, Some(other)) => other.display().to_string(),
+            _ => sealblk_path().to_owned(),
+        };
+        let mut serve = on_cores(tuning.cores, &[executable]);
         serve
             .arg("--state-dir")
             .arg(self.path("state"))
@@ -182,7 +189,7 @@ impl Disks {
         let sector_size = tuning.sector_size.to_string();
         match (self.null, kind) {
             (true, _) => serve.args(["--null-storage", NULL_SIZE, "--sector-size", &sector_size]),
-            (false, Kind::Sealblk) => serve.arg("--blk-file").arg(self.path("volume")),
+            (false, Kind::Sealblk | Kind::OtherBuild) => serve.arg("--blk-file").arg(self.path("volume")),
             (false, _) => serve
                 .arg("--blk-file")
                 .arg(self.raw())
