@@ -215,6 +215,12 @@ pub enum Failure {
     /// The executable that serves a disk.
     #[error(transparent)]
     Executable(#[from] NoExecutable),
+    /// This program by the name of that executable.
+    #[error(
+        "this is `sealblk` under the name `vhost-user-sealblk`: remove it (it may be a link), and install the executable \
+         vhost-user-sealblk in its place"
+    )]
+    NotTheServer,
     /// It is there, and does not start.
     #[error("cannot execute {}; check that this user may execute it", path.display())]
     Execute {
@@ -317,6 +323,7 @@ impl Failure {
             | Self::Cipher(_)
             | Self::Host(_)
             | Self::Executable(_)
+            | Self::NotTheServer
             | Self::Execute { .. } => Blame::Host,
             Self::SizeNeeded { .. }
             | Self::WeakSecret(_)

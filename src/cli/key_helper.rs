@@ -11,7 +11,6 @@ use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use clap::Args;
 use rustix::process::Signal;
-use serde::Serialize;
 use serde_json::json;
 use uuid::Uuid;
 
@@ -145,28 +144,24 @@ impl Disk<'_> {
         })
     }
 
-    /// Answers what the serving process has to know of the host, as long as it has read nothing of the disk.
-    fn tell<T: Serialize>(&self, answer: impl FnOnce(&Host) -> Result<T, Failure>) -> Answered {
-        if self.opened.get().is_some() {
-            return Err(MethodError::new(INTERFACE, "AlreadyOpened", json!({})));
-        }
-        Ok(Reply::of(answer(self.host).map_err(|error| failed(&error))?))
-    }
-
     fn grants(&self) -> Answered {
-        self.tell(|host| {
-            Ok(GivenGrants {
-                grants: host.config()?.grants,
-            })
-        })
+        let volume = self.opened.get().ok_or_else(not_opened)?.uuid;
+        let config = self.host.config().map_err(|error| failed(&error.into()))?;
+        Ok(Reply::of(GivenGrants {
+            grants: config.grants.about(volume),
+        }))
     }
 
     fn group(&self, mut request: Request<'_>) -> Answered {
+        // Later the serving process may be in a guest's hands.
+        if self.opened.get().is_some() {
+            return Err(MethodError::new(INTERFACE, "AlreadyOpened", json!({})));
+        }
         let GroupName { name } = request.parameters()?;
-        self.tell(|_| match uzers::get_group_by_name(&name) {
-            Some(group) => Ok(GroupNumber { number: group.gid() }),
-            None => Err(Failure::NoGroup { name }),
-        })
+        match uzers::get_group_by_name(&name) {
+            Some(group) => Ok(Reply::of(GroupNumber { number: group.gid() })),
+            None => Err(failed(&Failure::NoGroup { name })),
+        }
     }
 
     fn read_passphrase(&self) -> Answered {

@@ -29,13 +29,14 @@ mod served;
 mod strength;
 mod volume_args;
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use sealblk_command::host_args::HostArgs;
-use sealblk_command::{log, output, process, secret, size, stderr, text, usage};
-use sealblk_serve::command::Serve;
+use sealblk_command::{executable, log, output, process, secret, size, stderr, text, usage};
+use sealblk_serve::command::{NAME, Serve};
 
 use crate::agent::Client;
 use crate::cipher;
@@ -208,6 +209,11 @@ fn absolute(path: PathBuf) -> Result<PathBuf, Failure> {
 
 /// Runs the command named by the process' arguments.
 pub fn main() -> ExitCode {
+    // Once a link by that name was how sealblk was installed for QEMU. Two copies would execute each other without end.
+    if is_server_name(std::env::args_os().next().as_deref()) || executable::is_own_name(NAME) {
+        output::complain(&Failure::NotTheServer);
+        return ExitCode::from(Failure::NotTheServer.blame().exit_code());
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(refusal) => {
@@ -226,23 +232,33 @@ pub fn main() -> ExitCode {
     code
 }
 
-fn run(cli: Cli) -> Result<(), Failure> {
-    // It is another executable, which prepares itself.
-    if let Verb::Serve(_) = cli.verb {
-        return Err(serve::execute());
-    }
+fn is_server_name(name: Option<&OsStr>) -> bool {
+    let file = name.and_then(|name| Path::new(name).file_name());
+    file.is_some_and(|file| file == NAME)
+}
+
+/// Prepares this process for what `verb` does.
+fn prepare(verb: &Verb) -> Result<(), Failure> {
     process::prepare().map_err(Failure::Process)?;
     harden::process().map_err(Failure::Process)?;
     // These encrypt no sector, and other processes wait for them.
-    if !matches!(cli.verb, Verb::KeyHelper(_) | Verb::HeaderReader(_)) {
+    if !matches!(verb, Verb::KeyHelper(_) | Verb::HeaderReader(_)) {
         cipher::self_test()?;
     }
-    match cli.verb {
+    match verb {
         Verb::Agent(_) | Verb::Broker(_) | Verb::KeyHelper(_) => {
             stderr::begin();
             log::begin("info");
         }
         _ => log::begin("warn"),
+    }
+    Ok(())
+}
+
+fn run(cli: Cli) -> Result<(), Failure> {
+    // Another executable serves the disk, and prepares itself.
+    if !matches!(cli.verb, Verb::Serve(_)) {
+        prepare(&cli.verb)?;
     }
     let host = Host(cli.host);
     match cli.verb {

@@ -8,18 +8,15 @@ use sealblk_serve::command::NAME;
 
 use super::failure::Failure;
 
-/// Becomes `vhost-user-sealblk`, with the arguments and the name that this process was started with. Returns if that fails.
+/// Becomes `vhost-user-sealblk`, with the arguments of this process. Returns if that fails.
 pub(super) fn execute() -> Failure {
     let path = match executable::find(NAME) {
         Ok(path) => path,
         Err(error) => return error.into(),
     };
-    let mut given = std::env::args_os();
+    // Its own name would stand for the verb, which is among the arguments.
     let mut command = Command::new(&path);
-    // Its own name would stand for the verb.
-    let source = command
-        .arg0(given.next().unwrap_or_else(|| "sealblk".into()))
-        .args(given)
-        .exec();
+    command.arg0("sealblk").args(std::env::args_os().skip(1));
+    let source = command.exec();
     Failure::Execute { path, source }
 }

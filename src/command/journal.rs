@@ -39,7 +39,7 @@ impl<S: Subscriber> Layer<S> for Journal {
         } = record;
         put(&mut bytes, "MESSAGE", &printable(&(message + &line)));
         put(&mut bytes, "PRIORITY", priority);
-        put(&mut bytes, "SYSLOG_IDENTIFIER", env!("CARGO_PKG_NAME"));
+        put(&mut bytes, "SYSLOG_IDENTIFIER", "sealblk");
         put(&mut bytes, "TARGET", metadata.target());
         if let (Some(file), Some(line)) = (metadata.file(), metadata.line()) {
             put(&mut bytes, "CODE_FILE", file);

@@ -99,6 +99,17 @@ impl Grants {
         Self(grants)
     }
 
+    /// Those that are about `volume`, and say nothing of others.
+    pub fn about(&self, volume: Uuid) -> Self {
+        let about = |grant: &Grant| {
+            grant.is_for(Some(volume)).then(|| Grant {
+                volumes: grant.volumes.is_some().then(|| [volume].into()),
+                ..grant.clone()
+            })
+        };
+        Self(self.0.iter().filter_map(about).collect())
+    }
+
     /// Whether anything was granted to `peer`.
     pub fn know(&self, peer: &Peer) -> bool {
         has_all(peer) || self.0.iter().any(|grant| grant.to.is(peer))

@@ -263,6 +263,8 @@ impl Caution {
 impl Found {
     fn at(probe: &mut Probe<Reader>, path: &Path, caution: Caution) -> Self {
         let found = probe.at(path, |reader| reader.header(path, caution));
+        // A hostile header may have taken it over: it must not tell of another volume that nothing binds it to its key.
+        probe.renew();
         found.unwrap_or_else(|silence| Self::Nothing(silence.to_string()))
     }
 

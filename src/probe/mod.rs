@@ -120,6 +120,11 @@ impl<L: Looker> Probe<L> {
         self.ask(path, look)
     }
 
+    /// Has another looker look at the next path.
+    pub(crate) fn renew(&mut self) {
+        self.looker = None;
+    }
+
     /// Whether a file system answers at all. Where links lead from a path to another file system, that one is not asked,
     /// and the path is silent for itself.
     fn answers(&mut self, mount: &Path) -> Result<bool, Silence> {

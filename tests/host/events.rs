@@ -236,6 +236,7 @@ fn in_the_journal_events_keep_their_fields() {
         (&"native".into(), &"create".into())
     );
     assert_eq!(records[0]["PRIORITY"], "6");
+    assert_eq!(records[0]["SYSLOG_IDENTIFIER"], "sealblk");
     // Who reads the journal without looking for fields is told all the same.
     let message = records[0]["MESSAGE"].as_str().unwrap();
     assert!(

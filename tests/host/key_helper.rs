@@ -52,10 +52,10 @@ fn a_helper_gets_the_keys_of_the_first_volume_that_it_is_shown_and_no_others() {
     assert_eq!(number, json!({ "number": 0 }));
     let nobodys = json!({ "name": "no-such-group" });
     helper.refuses(OWN, "GetGroup", nobodys, "Failed");
+    helper.refuses(OWN, "GetGrants", json!({}), "NotOpened");
     helper.open(&own.path).unwrap();
     // What the host is like, it tells no process that has read something of a disk.
     helper.refuses(OWN, "GetGroup", group, "AlreadyOpened");
-    helper.refuses(OWN, "GetGrants", json!({}), "AlreadyOpened");
 
     let (answer, descriptors) = helper
         .call(AGENT, "Unwrap", unwrap(&own.path, "attach"), &[])

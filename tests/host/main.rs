@@ -5,6 +5,7 @@ mod agent;
 mod certificates;
 mod deployment;
 mod events;
+mod executables;
 mod header_reader;
 mod key_helper;
 mod locking;

@@ -5,7 +5,7 @@
 //! sockets ([`process`] is its side). The two share nothing but the user: the new one begins without the memory, the environment
 //! and the descriptors of this one. An answer has at most [`LONGEST`] bytes, is parsed strictly, and brings no descriptors.
 //!
-//! One process reads all headers of a [`Probe`], and ends with it. If it does not answer in time, the probe abandons it. It can wait
+//! Each header is read by a process of its own, so that a hostile one decides nothing about another volume. If it does not answer in time, the probe abandons it. It can wait
 //! for [`LEFT_ALONE`] longer: until it ends, no other process is started for its path, and once the path answers, it ends. After
 //! that time it is killed. If the kernel cannot end it, it keeps its seat in the pool until the path answers. So the number of
 //! these processes is limited.

@@ -38,8 +38,9 @@ pub(crate) fn run() -> io::Result<()> {
     Ok(())
 }
 
-/// Gives up what it does not need to read files as its parent would: it cannot write to files or start processes, and has no
-/// privileges of root except access to other users' files.
+/// Gives up some of what it does not need to read files as its parent would: it makes no file longer, has no privileges of root except
+/// access to other users' files, and as an ordinary user it starts no processes (RLIMIT_NPROC does not hold for root). What takes it
+/// over has the rest of its user's rights.
 fn confine() -> io::Result<()> {
     set_no_new_privs(true)?;
     for resource in [Resource::Fsize, Resource::Nproc] {

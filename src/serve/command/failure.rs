@@ -16,7 +16,7 @@ use crate::control::socket::BindError;
 use crate::device::ServeError;
 use crate::key_helper::{HelperError, HelperFailure};
 use crate::keys::KeyError;
-use crate::luks2::{Advice, HeaderError, Owner, Reason, VolumeError};
+use crate::luks2::{Advice, HeaderError, Owner, Reason, Refusal, VolumeError};
 use crate::map::UnencryptedError;
 use crate::sandbox::SandboxError;
 use crate::storage::StorageError;
@@ -209,6 +209,7 @@ fn remedy(volume: &VolumeError) -> &'static str {
         Reason::Header(HeaderError::NotLuks { .. }) => {
             "; name the disk that holds the volume, or the file of its header if that is detached"
         }
+        Reason::Refused(Refusal::MidErasure) => " with `sealblk erase`",
         _ => "",
     }
 }

@@ -86,7 +86,7 @@ impl Serve {
             })
         };
         let (backing, header) = (claim(&self.blk_file)?, claim(&self.header)?);
-        let settings = self.settings(helper.as_ref())?;
+        let groups = self.groups(helper.as_ref())?;
         let medium = match (backing, helper, self.null_storage) {
             (_, _, Some(size)) => self.null(size)?,
             (Some(disk), Some(helper), None) => self.stored(helper, by, disk, header)?,
@@ -95,9 +95,9 @@ impl Serve {
         let disk = Arc::new(self.disk(&medium)?);
         // All that can fail is tried before a key is asked for, which other hosts and logs may hear of.
         // From here on threads do not get the signals that end the process.
-        let endpoint = self.endpoint(settings.socket_group);
+        let endpoint = self.endpoint(groups.socket);
         let server = Server::new(Arc::clone(&disk), self.num_queues, endpoint)?;
-        let control = self.control_socket(settings)?;
+        let control = self.control_socket(&medium, groups.control_socket)?;
         if let Key::Volume { .. } = &medium.key {
             arena::reserve(&SECRETS).map_err(SecretError::from)?;
         }
@@ -154,8 +154,8 @@ impl Serve {
         self.null_storage.is_none() || matches!(self.socket_group, Some(Group::Name(_)))
     }
 
-    /// What this process does not find out itself: it loads no name service, and reads no configuration.
-    fn settings(&self, helper: Option<&KeyHelper>) -> Result<HostSettings, Failure> {
+    /// The numbers of the groups that sockets get: this process loads no name service.
+    fn groups(&self, helper: Option<&KeyHelper>) -> Result<Groups, Failure> {
         let number = |option, group: &Option<Group>| match (group, helper) {
             (Some(Group::Number(number)), _) => Ok(Some(*number)),
             (Some(Group::Name(name)), Some(helper)) => {
@@ -167,13 +167,9 @@ impl Serve {
             }
             (Some(Group::Name(_)), None) | (None, _) => Ok(None),
         };
-        Ok(HostSettings {
-            socket_group: number("--socket-group", &self.socket_group)?,
-            control_group: number("--control-socket-group", &self.control_socket_group)?,
-            grants: match (&self.control_socket, helper) {
-                (Some(_), Some(helper)) => helper.grants()?,
-                _ => Grants::default(),
-            },
+        Ok(Groups {
+            socket: number("--socket-group", &self.socket_group)?,
+            control_socket: number("--control-socket-group", &self.control_socket_group)?,
         })
     }
 
@@ -191,16 +187,17 @@ impl Serve {
     }
 
     /// Binds the control socket, if there is to be one.
-    fn control_socket(&self, settings: HostSettings) -> Result<Option<ControlSocket>, Failure> {
-        let Some(path) = &self.control_socket else {
+    fn control_socket(&self, medium: &Medium, group: Option<u32>) -> Result<Option<ControlSocket>, Failure> {
+        let (Some(path), Key::Volume { opener, .. }) = (&self.control_socket, &medium.key) else {
             return Ok(None);
         };
+        let grants = opener.helper.grants()?;
         let mode = self.control_socket_mode.unwrap_or(CONTROL_MODE);
-        let permissions = Permissions::new(Some(mode), settings.control_group);
+        let permissions = Permissions::new(Some(mode), group);
         let (listener, bound) = socket::bind(path, permissions)?;
         Ok(Some(ControlSocket {
             listener: listener.into(),
-            grants: settings.grants,
+            grants,
             bound,
         }))
     }
@@ -444,11 +441,10 @@ const SECRETS: [usize; 2] = [4096, MATERIAL_LEN];
 /// The control socket's mode, if the operator gives none: who is in its group may ask, and what for, the configuration grants.
 const CONTROL_MODE: u32 = 0o660;
 
-/// What the key helper tells of the host.
-struct HostSettings {
-    socket_group: Option<u32>,
-    control_group: Option<u32>,
-    grants: Grants,
+/// The groups of sockets, by number.
+struct Groups {
+    socket: Option<u32>,
+    control_socket: Option<u32>,
 }
 
 /// A control socket that is bound, and goes with this.

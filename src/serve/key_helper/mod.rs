@@ -14,9 +14,9 @@
 //!
 //! **What is spoken.** Over the socketpair the serving process calls the methods of `org.sealblk.Agent`, in the same messages, by
 //! the same code ([`Caller`]) as any client of the agent. More methods are in `org.sealblk.KeyHelper`: `Open` passes the
-//! header's file, as a read-only description of its own that shares no lock with the claim; `ReadPassphrase` gives a passphrase. Before
-//! `Open` the helper also tells what the serving process needs to know of the host: the grants of the configuration, and the numbers
-//! of groups.
+//! header's file, as a read-only description of its own that shares no lock with the claim; `ReadPassphrase` gives a passphrase. The helper
+//! also tells what the serving process needs to know of the host: before `Open` the numbers of groups, after it the grants of the
+//! configuration for this volume.
 //!
 //! **What the helper accepts.** It reads the header itself, once, and from then on answers for that volume's UUID only, for the
 //! purposes attach and recrypt only. The path that the agent or the list of known
@@ -192,7 +192,7 @@ impl KeyHelper {
         })))
     }
 
-    /// What the configuration grants to users and groups.
+    /// What the configuration grants to users and groups, of the volume that the helper serves.
     ///
     /// # Errors
     /// If the configuration cannot be used.
@@ -273,6 +273,8 @@ impl KeyHelper {
         match self.ask(method, parameters, descriptors) {
             Ok((answer, _)) => Ok(answer),
             Err(HelperError::Ended(error)) => {
+                // If it has not ended, for instance since it is of another version, it ends with its connection.
+                lock(&self.0.connection).shut_down();
                 Err(self.0.process.failure().map_or(error.into(), HelperError::Failed))
             }
             Err(failed @ HelperError::Failed(_)) => Err(failed),
