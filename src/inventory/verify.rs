@@ -262,6 +262,11 @@ impl Caution {
 
 impl Found {
     fn at(probe: &mut Probe<Reader>, path: &Path, caution: Caution) -> Self {
+        match probe.at(path, |reader| reader.is_missing(path)) {
+            Ok(false) => {}
+            Ok(true) => return Self::Missing,
+            Err(silence) => return Self::Nothing(silence.to_string()),
+        }
         let found = probe.at(path, |reader| reader.header(path, caution));
         // A hostile header may have taken it over: it must not tell of another volume that nothing binds it to its key.
         probe.renew();

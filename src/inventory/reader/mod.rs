@@ -51,6 +51,8 @@ const STACK: usize = 128 << 10;
 enum Question {
     /// To wait until this file system answers.
     Mount(String),
+    /// Whether nothing is at a path.
+    Missing(String),
     /// What is at a path.
     Header(String, Caution),
     /// The path without links, if it can be told.
@@ -90,6 +92,11 @@ pub(super) struct Reader {
 impl Reader {
     pub(super) fn probe() -> Probe<Self> {
         Probe::of(&POOL)
+    }
+
+    /// Whether nothing is there. No content is read for that.
+    pub(super) fn is_missing(&mut self, path: &Path) -> Result<bool, Lost> {
+        self.ask(&Question::Missing(text_of(path)))
     }
 
     pub(super) fn header(&mut self, path: &Path, caution: Caution) -> Result<Found, Lost> {

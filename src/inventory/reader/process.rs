@@ -73,6 +73,11 @@ pub(super) fn answer(stream: &UnixStream) {
                 wait_for(&from_text(&path));
                 reply(stream, &())
             }
+            Question::Missing(path) => {
+                let found = std::fs::metadata(from_text(&path));
+                let missing = found.is_err_and(|error| error.kind() == io::ErrorKind::NotFound);
+                reply(stream, &missing)
+            }
             Question::Header(path, caution) => match reply(stream, &find(&from_text(&path), caution)) {
                 Err(error) if error.kind() == io::ErrorKind::FileTooLarge => reply(
                     stream,
