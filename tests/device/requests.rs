@@ -622,22 +622,56 @@ fn indirect_tables_that_are_wrong_come_back_with_nothing_written() {
     server.still_serves_both(driver);
 }
 
-#[test]
-fn heads_outside_of_the_table_are_passed_over() {
-    let (server, mut driver) = start();
-    let size = driver.queue().size;
-    let (flush, buffers) = driver.build(T_FLUSH, 0, Data::None);
+/// A queue whose driver offers a head that is not its to offer is served no more, until it is set up anew.
+fn is_retired(server: &Server, driver: &mut Driver) {
+    let used = driver.queue().used_index();
+    let (_, buffers) = driver.build(T_FLUSH, 0, Data::None);
     let head = driver.queue().chain(&buffers);
-    driver.queue().offer(&[size, u16::MAX, head, size + 1]);
+    driver.queue().offer(&[head]);
     driver.queue().kick();
-    assert_eq!(driver.queue().wait_used().head, head);
-    assert_eq!(driver.memory.read(flush.status, 1), [S_OK]);
-    server.still_serves_both(driver);
+    // The other queue is served again and again, the broken one not at all.
+    for round in 0..50 {
+        let read = driver.run_on(1, T_IN, 0, Data::In(SECTOR));
+        assert_eq!(read.status, S_OK, "round {round}");
+    }
+    assert_eq!(driver.queue().used_index(), used);
+    server.process.wait_stderr("the driver broke this queue");
+
+    driver.frontend.stop_vring(0);
+    let event_idx = driver.features & F_EVENT_IDX != 0;
+    driver.queues[0] = common::queue::Queue::new(&driver.memory, 0, 128, event_idx);
+    driver.restart(0, 0);
+    driver.still_serves();
+}
+
+fn start_two() -> (Server, Driver) {
+    let server = Server::new();
+    let setup = Setup {
+        queues: 2,
+        ..Setup::default()
+    };
+    let driver = server.connect_with(setup);
+    (server, driver)
+}
+
+#[test]
+fn head_outside_of_the_table_retires_the_queue() {
+    for beyond in [128, 129, u16::MAX] {
+        let (server, mut driver) = start_two();
+        let (flush, buffers) = driver.build(T_FLUSH, 0, Data::None);
+        let head = driver.queue().chain(&buffers);
+        driver.queue().offer(&[head, beyond, head]);
+        driver.queue().kick();
+        assert_eq!(driver.queue().wait_used().head, head);
+        assert_eq!(driver.memory.read(flush.status, 1), [S_OK]);
+        is_retired(&server, &mut driver);
+        server.still_serves_both(driver);
+    }
 }
 
 #[test]
 fn head_that_is_in_flight_is_not_taken_again() {
-    let (server, mut driver) = start();
+    let (server, mut driver) = start_two();
     let bytes = pattern(11, MIB as usize);
     let (write, buffers) = driver.build(T_OUT, 0, Data::Out(&bytes));
     let queue = driver.queue();
@@ -645,21 +679,16 @@ fn head_that_is_in_flight_is_not_taken_again() {
     queue.offer(&[a, a, a, a]);
     queue.kick();
     assert_eq!(queue.wait_used().head, a);
+    assert_eq!(driver.memory.read(write.status, 1), [S_OK]);
+    server.process.wait_stderr("the driver broke this queue");
     // The answer to GET_VRING_BASE comes after all that was taken: nothing more can come back.
     let base = driver.frontend.stop_vring(0);
-    assert_eq!(base, driver.queue().next_avail());
-    assert_eq!(
-        driver.queue().used_index(),
-        used_before.wrapping_add(1),
-        "a head came back twice"
-    );
-    assert_eq!(driver.memory.read(write.status, 1), [S_OK]);
-    driver
-        .frontend
-        .start_vring(&driver.queues[0], &driver.memory, base);
-    driver.frontend.enable(0, true);
-    assert!(driver.read(0, bytes.len()) == bytes);
-    server.still_serves_both(driver);
+    assert_eq!(driver.queue().used_index(), used_before.wrapping_add(1), "a head came back twice");
+    assert_eq!(base, driver.queue().used_index(), "what was refused counts as taken");
+    driver.restart(0, base);
+    // It is offered by now, and is the driver's to offer.
+    assert_eq!(driver.queue().wait_used().head, a);
+    server.still_serves();
 }
 
 #[test]

@@ -24,6 +24,7 @@
 //! message           a message as bytes with descriptors
 //! foreign           the descriptors that a front-end passes, and what is behind each
 //! ring, call        a started virtqueue, and how its driver is notified
+//! inflight          which chains are in flight, in memory that outlives this process
 //! guest, sigbus     guest memory, and a front-end that takes it away
 //! uring             what an operator does where io_uring cannot be set up
 //! limits, blame     what guest and front-end may ask for at most; how loud the log is about what they do wrong
@@ -65,6 +66,7 @@ mod foreign;
 mod frontend_message;
 mod guest;
 mod handler;
+mod inflight;
 mod interceptor;
 mod limits;
 mod message;

@@ -22,7 +22,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use virtio_queue::{QueueOwnedT, QueueT};
+use virtio_queue::QueueT;
 use vm_memory::{Permissions, VolatileSlice};
 
 use super::blame::log_by_blame;
@@ -30,7 +30,7 @@ use super::disk::Disk;
 use super::guest::{Pieces, pieces};
 use super::limits::MAX_PIECE_SECTORS;
 use super::request::{BadRequest, Kind, Status};
-use super::ring::{HeadsInHand, Ring};
+use super::ring::Ring;
 use super::sigbus;
 use super::task::{Piece, TaskIndex, Tasks, data_len};
 use crate::cipher::{Reader, Workspace};
@@ -47,7 +47,6 @@ pub(super) struct RequestPath {
     table: Arc<SegmentTable>,
     write_through: bool,
     tasks: Tasks,
-    heads: HeadsInHand,
     /// The task that is being issued, if the pool was exhausted in the middle of it; no other is taken before.
     current: Option<TaskIndex>,
     /// The reader of the ciphertext: the device itself, or the kernel that puts it into the page cache.
@@ -78,7 +77,6 @@ impl RequestPath {
                 true => Reader::Device,
                 false => Reader::Processor,
             },
-            heads: HeadsInHand::none(ring.queue.size()),
             owes_notification: ring.queue.next_used() != 0,
             ring,
             engine,
@@ -110,8 +108,7 @@ impl RequestPath {
             if !self.has_room() {
                 break;
             }
-            let chains = self.ring.queue.iter(&*self.ring.memory);
-            let chain = match chains.map(|mut chains| chains.next()) {
+            let chain = match self.ring.take() {
                 Ok(Some(chain)) => chain,
                 Ok(None) => break,
                 Err(error) => {
@@ -120,20 +117,10 @@ impl RequestPath {
                 }
             };
             taken = true;
-            let head = chain.head_index();
-            if !self.heads.take(head, self.ring.queue.size()) {
-                tracing::debug!(
-                    queue = self.ring.index,
-                    head,
-                    "the driver offers a head that is not its to offer"
-                );
-                continue;
-            }
             let Some(task) = self.tasks.take() else { break };
-            match self.tasks[task]
-                .request
-                .parse(chain, &self.ring.memory, &self.disk)
-            {
+            let request = &mut self.tasks[task].request;
+            let gathered = request.gather(chain);
+            match request.parse(gathered, &self.ring.memory, &self.disk) {
                 Ok(()) => {
                     self.tasks[task].begin();
                     if let Err(error) = memory_is_whole() {
@@ -292,9 +279,8 @@ impl RequestPath {
     /// Puts the head into the used ring, which gives the chain back to the driver.
     fn publish(&mut self, index: TaskIndex, used_len: u32) {
         let head = self.tasks[index].request.head;
-        self.heads.give_back(head);
         self.tasks.give_back(index);
-        match self.ring.queue.add_used(&*self.ring.memory, head, used_len) {
+        match self.ring.give_back(head, used_len) {
             Ok(()) => self.published = true,
             Err(error) => self.broken_by_driver(&error),
         }

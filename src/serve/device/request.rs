@@ -87,6 +87,15 @@ pub(super) struct Request {
     writable: Vec<GuestRange>,
 }
 
+/// The buffers of a chain were collected.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Gathered {
+    readable_len: u32,
+    writable_len: u32,
+    /// Its last byte takes the status.
+    last_writable: GuestRange,
+}
+
 /// Why a chain is not carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum BadRequest {
@@ -178,18 +187,17 @@ impl Request {
         Position::default().advanced(self.data(), header)
     }
 
-    /// Reads a chain, and checks all of it against the disk and the guest's memory.
+    /// Reads what a chain asks for, and checks all of it against the disk and the guest's memory.
     ///
-    /// After a refusal that has a status, `head`, `status` and `writable_len` are valid, so that it can be answered.
+    /// After a refusal that has a status, `status` and `writable_len` are valid, so that it can be answered.
     pub(super) fn parse(
         &mut self,
-        chain: DescriptorChain<&GuestMemoryMmap>,
+        gathered: Result<Gathered, BadRequest>,
         memory: &Memory,
         disk: &Disk,
     ) -> Result<(), BadRequest> {
-        self.head = chain.head_index();
         self.ranges.clear();
-        let readable_len = self.gather(chain, memory)?;
+        let readable_len = self.find_status(gathered?, memory)?;
 
         let mut header = [0; HEADER as usize];
         if readable_len < HEADER {
@@ -227,12 +235,9 @@ impl Request {
         }
     }
 
-    /// Collects the chain's buffers, finds the status byte, and gives the length of the device-readable part.
-    fn gather(
-        &mut self,
-        chain: DescriptorChain<&GuestMemoryMmap>,
-        memory: &Memory,
-    ) -> Result<u32, BadRequest> {
+    /// Collects the chain's head and buffers.
+    pub(super) fn gather(&mut self, chain: DescriptorChain<&GuestMemoryMmap>) -> Result<Gathered, BadRequest> {
+        self.head = chain.head_index();
         self.readable.clear();
         self.writable.clear();
         let mut readable_len = 0;
@@ -263,17 +268,26 @@ impl Request {
             *total += range.len;
             list.push(range);
         }
-
-        let last = last_writable
+        let last_writable = last_writable
             .filter(|_| ends && in_order)
             .ok_or(BadRequest::Malformed)?;
+        Ok(Gathered {
+            readable_len,
+            writable_len,
+            last_writable,
+        })
+    }
+
+    /// Finds the status byte, and gives the length of the device-readable part.
+    fn find_status(&mut self, gathered: Gathered, memory: &Memory) -> Result<u32, BadRequest> {
+        let last = gathered.last_writable;
         let status = last
             .address
             .0
             .checked_add(u64::from(last.len) - 1)
             .map(GuestAddress);
         self.status = status.ok_or(BadRequest::Malformed)?;
-        self.writable_len = writable_len - 1;
+        self.writable_len = gathered.writable_len - 1;
         if !(GuestRange {
             address: self.status,
             len: 1,
@@ -282,7 +296,7 @@ impl Request {
         {
             return Err(BadRequest::Malformed);
         }
-        Ok(readable_len)
+        Ok(gathered.readable_len)
     }
 
     fn parse_transfer(&mut self, kind: Kind, sector: u64, len: u32, disk: &Disk) -> Result<(), BadRequest> {

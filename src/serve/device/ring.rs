@@ -9,11 +9,12 @@ use std::sync::atomic::Ordering;
 
 use rustix::io::{Errno, ReadWriteFlags};
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
-use virtio_queue::{Error as QueueError, Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress};
+use virtio_queue::{DescriptorChain, Error as QueueError, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::call::Call;
 use super::guest::Memory;
+use super::inflight::Inflight;
 
 /// A started virtqueue.
 #[derive(Debug)]
@@ -21,11 +22,41 @@ pub(super) struct Ring {
     pub index: usize,
     pub queue: Queue,
     pub memory: Memory,
+    pub inflight: Inflight,
     pub kick: OwnedFd,
     pub call: Option<Call>,
 }
 
 impl Ring {
+    /// Takes the chain that the driver has offered first, if there is one. It is in flight from then on.
+    ///
+    /// # Errors
+    /// If the available ring makes no sense.
+    pub(super) fn take(&mut self) -> Result<Option<DescriptorChain<&GuestMemoryMmap>>, TakeError> {
+        let mut chains = self.queue.iter(&*self.memory)?;
+        let Some(chain) = chains.next() else {
+            return Ok(None);
+        };
+        let head = chain.head_index();
+        if !self.inflight.take(head) {
+            // How far the ring was read is the number of chains that were taken, and no more.
+            chains.go_to_previous_position();
+            return Err(TakeError::Head(head));
+        }
+        Ok(Some(chain))
+    }
+
+    /// Gives the chain of `head` back to the driver, with what was written of it.
+    ///
+    /// # Errors
+    /// If the used ring is not in guest memory.
+    pub(super) fn give_back(&mut self, head: u16, used_len: u32) -> Result<(), QueueError> {
+        self.inflight.giving_back(head);
+        self.queue.add_used(&*self.memory, head, used_len)?;
+        self.inflight.given_back(head, self.queue.next_used());
+        Ok(())
+    }
+
     /// Whether the driver has offered a chain that was not taken yet.
     pub(super) fn has_chain(&self) -> bool {
         let offered = self.queue.avail_idx(&*self.memory, Ordering::Acquire);
@@ -72,56 +103,17 @@ impl Ring {
 #[error("its kick cannot be read: {0:?}")]
 pub(super) struct KickError(rustix::io::Result<usize>);
 
-/// The heads of chains that were taken and not given back: a bit for each.
-#[derive(Debug)]
-pub(super) struct HeadsInHand(Vec<u64>);
-
-impl HeadsInHand {
-    /// None, of a queue of `size` descriptors.
-    pub(super) fn none(size: u16) -> Self {
-        Self(vec![0; usize::from(size).div_ceil(BITS)])
-    }
-
-    /// Takes `head`, unless it is in hand already, or no head of this queue.
-    pub(super) fn take(&mut self, head: u16, size: u16) -> bool {
-        let Some(word) = self.0.get_mut(usize::from(head) / BITS).filter(|_| head < size) else {
-            return false;
-        };
-        let is_new = *word & bit(head) == 0;
-        *word |= bit(head);
-        is_new
-    }
-
-    /// Takes note that `head` was given back.
-    pub(super) fn give_back(&mut self, head: u16) {
-        if let Some(word) = self.0.get_mut(usize::from(head) / BITS) {
-            *word &= !bit(head);
-        }
-    }
+/// No chain can be taken.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum TakeError {
+    #[error("the driver offers the head {0}, which is in flight already, or no descriptor of this queue")]
+    Head(u16),
+    #[error("{0}")]
+    Queue(QueueError),
 }
 
-const BITS: usize = 64;
-
-fn bit(head: u16) -> u64 {
-    1 << (head % 64)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_head_is_taken_once_until_it_is_given_back_and_none_beyond_the_queue() {
-        let mut heads = HeadsInHand::none(100);
-        for head in [0, 63, 64, 99] {
-            assert!(heads.take(head, 100), "{head}");
-            assert!(!heads.take(head, 100), "{head} twice");
-            heads.give_back(head);
-            assert!(heads.take(head, 100), "{head} again");
-        }
-        for head in [100, 127, 128, u16::MAX] {
-            assert!(!heads.take(head, 100), "{head}");
-            heads.give_back(head);
-        }
+impl From<QueueError> for TakeError {
+    fn from(error: QueueError) -> Self {
+        Self::Queue(error)
     }
 }

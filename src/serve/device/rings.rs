@@ -10,6 +10,8 @@ use super::config::Agreed;
 use super::disk::{Disk, Grant};
 use super::frontend_message::Scope;
 use super::guest::SharedMemory;
+use super::inflight::{InflightMemory, MapError};
+use super::limits::MAX_QUEUE_SIZE;
 use super::sigbus;
 use super::task::Piece;
 use super::uring;
@@ -49,6 +51,7 @@ pub(super) struct Rings {
     urings: Urings,
     memory: SharedMemory,
     vrings: Vec<Vring>,
+    inflight: InflightMemory,
     running: Vec<Option<Served>>,
     /// Engines of rings that are stopped, for the next start.
     engines: Vec<Engine<Piece>>,
@@ -56,18 +59,28 @@ pub(super) struct Rings {
 }
 
 impl Rings {
-    pub(super) fn new(disk: Arc<Disk>, urings: Urings, memory: SharedMemory, vrings: Vec<Vring>) -> Self {
+    /// Serves nothing yet.
+    ///
+    /// # Errors
+    /// If memory is exhausted.
+    pub(super) fn new(
+        disk: Arc<Disk>,
+        urings: Urings,
+        memory: SharedMemory,
+        vrings: Vec<Vring>,
+    ) -> Result<Self, MapError> {
         sigbus::begin();
         let running = vrings.iter().map(|_| None).collect();
-        Self {
+        Ok(Self {
             disk,
             urings,
             memory,
+            inflight: InflightMemory::private(vrings.len(), MAX_QUEUE_SIZE)?,
             vrings,
             running,
             engines: Vec::new(),
             agreed: Agreed::default(),
-        }
+        })
     }
 
     /// Stops the rings of `scope`, and gives the guard by which what they stand on can be changed.
@@ -130,7 +143,10 @@ impl Rings {
             if self.running[index].is_some() {
                 continue;
             }
-            let ring = match vring.start(index, &self.memory, &self.urings.calls) {
+            let Some(inflight) = self.inflight.of_queue(index) else {
+                continue;
+            };
+            let ring = match vring.start(index, &self.memory, inflight, &self.urings.calls) {
                 Ok(Some(ring)) => ring,
                 Ok(None) => continue,
                 Err(StartError::Io(error)) => return Err(error),

@@ -17,6 +17,7 @@ use vmm_sys_util::epoll::EventSet;
 use super::config;
 use super::disk::Disk;
 use super::guest::SharedMemory;
+use super::inflight::MapError;
 use super::interceptor::{self, InterceptError};
 use super::limits::MAX_QUEUE_SIZE;
 use super::rings::{Rings, Urings};
@@ -30,6 +31,8 @@ pub(super) enum SessionError {
     #[error("the protocol handler cannot be set up: {0}")]
     Handler(vhost_user_backend::Error),
     #[error(transparent)]
+    Inflight(#[from] MapError),
+    #[error(transparent)]
     Interceptor(#[from] InterceptError),
 }
 
@@ -37,7 +40,7 @@ impl SessionError {
     /// Where the cause lies.
     pub(super) fn blame(&self) -> Blame {
         match self {
-            Self::Setup(_) | Self::Handler(_) => Blame::Host,
+            Self::Setup(_) | Self::Handler(_) | Self::Inflight(_) => Blame::Host,
             Self::Interceptor(error) => error.blame(),
         }
     }
@@ -59,9 +62,9 @@ pub(super) fn run(
     let (daemon, vrings) =
         vring::collect(|| VhostUserDaemon::new("vhost-user".into(), backend, memory.clone()));
     let mut daemon = daemon.map_err(SessionError::Handler)?;
+    let mut rings = Rings::new(Arc::clone(disk), urings.clone(), memory, vrings)?;
     let handler = link.connect(&mut daemon)?;
 
-    let mut rings = Rings::new(Arc::clone(disk), urings.clone(), memory, vrings);
     let result = interceptor::relay(front_end, handler, disk, &mut rings);
     if let Err(error) = daemon.wait() {
         tracing::debug!(%error, "the protocol handler ended");

@@ -18,6 +18,7 @@ use vm_memory::GuestAddressSpace;
 
 use super::call::Call;
 use super::guest::{HOW_TO_SHARE, SharedMemory};
+use super::inflight::{Inflight, InflightError};
 use super::ring::Ring;
 use super::uring;
 use crate::storage::RingPool;
@@ -47,6 +48,7 @@ impl Vring {
         &self,
         index: usize,
         memory: &SharedMemory,
+        mut inflight: Inflight,
         calls: &RingPool,
     ) -> Result<Option<Ring>, StartError> {
         let state = self.0.get_ref();
@@ -62,6 +64,7 @@ impl Vring {
             return Err(StartError::NotInMemory);
         }
         let queue = Queue::try_from(queue.state()).map_err(StartError::Queue)?;
+        inflight.begin(queue.size(), queue.next_used())?;
         let kick = borrow(kick).try_clone_to_owned()?;
         let call = state.get_call().as_ref();
         let call = call
@@ -71,13 +74,15 @@ impl Vring {
             index,
             queue,
             memory,
+            inflight,
             kick,
             call,
         }))
     }
 
-    /// Takes back how far the ring was served.
+    /// Takes back how far the ring was served. Nothing of it is in flight.
     pub(super) fn stopped(&self, ring: &Ring) {
+        ring.inflight.end();
         self.0.set_queue_next_avail(ring.queue.next_avail());
         self.0.set_queue_next_used(ring.queue.next_used());
     }
@@ -92,6 +97,8 @@ pub(super) enum StartError {
     NotInMemory,
     #[error("its size or addresses are not valid: {0}")]
     Queue(Error),
+    #[error(transparent)]
+    Inflight(#[from] InflightError),
     #[error(transparent)]
     Io(#[from] io::Error),
 }
