@@ -1,10 +1,15 @@
 //! A virtio-blk driver (virtio 1.2 §5.2) over [`Frontend`] and [`Queue`]: right by default, and open enough to be
 //! made wrong in any one place.
 
-use super::frontend::{F_PROTOCOL_FEATURES, Frontend, SET_FEATURES};
+use super::frontend::{
+    F_PROTOCOL_FEATURES, Frontend, GET_INFLIGHT_FD, SET_FEATURES, SET_INFLIGHT_FD, SET_VRING_CALL,
+    SET_VRING_KICK, inflight_description,
+};
 use super::memory::{Memory, UNTOUCHED};
 use super::pattern;
 use super::queue::{Buf, Queue, Used, readable, writable};
+use std::fs::File;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::rc::Rc;
 
@@ -97,6 +102,15 @@ pub struct Driver {
     pub memory: Rc<Memory>,
     pub queues: Vec<Queue>,
     pub features: u64,
+    /// What outlives the server, of a driver that has its requests tracked.
+    pub inflight: Option<Inflight>,
+}
+
+/// Memory that tracks requests in flight, as a front-end keeps it.
+#[derive(Debug)]
+pub struct Inflight {
+    pub description: Vec<u8>,
+    pub file: File,
 }
 
 impl Driver {
@@ -135,6 +149,54 @@ impl Driver {
             memory,
             queues,
             features,
+            inflight: None,
+        }
+    }
+
+    /// As [`Driver::with`], and the server tracks requests in flight in memory that outlives it.
+    pub fn tracked(socket: &Path, setup: Setup) -> Self {
+        let mut driver = Driver::unstarted(Frontend::connect(socket), setup);
+        let wanted = inflight_description(0, 0, setup.queues as u16, setup.queue_size);
+        let mut made = driver.frontend.ask(GET_INFLIGHT_FD, &wanted);
+        let inflight = Inflight {
+            description: made.payload,
+            file: File::from(made.fds.pop().expect("memory that tracks requests")),
+        };
+        driver.keep(&inflight);
+        driver.inflight = Some(inflight);
+        for queue in &driver.queues {
+            driver.frontend.start_vring(queue, &driver.memory, setup.base);
+            driver.frontend.enable(queue.index, true);
+        }
+        driver
+    }
+
+    fn keep(&self, inflight: &Inflight) {
+        let fds = [inflight.file.as_fd()];
+        self.frontend.tell(SET_INFLIGHT_FD, &inflight.description, &fds);
+    }
+
+    /// Goes on with another server, as QEMU does: each vring starts where the used ring is.
+    pub fn reconnect(&mut self, socket: &Path) {
+        self.frontend = Frontend::connect(socket);
+        self.frontend.negotiate_protocol(!0, !0);
+        if let Some(inflight) = &self.inflight {
+            self.keep(inflight);
+        }
+        for queue in &self.queues {
+            self.frontend
+                .set_vring_fd(SET_VRING_CALL, queue.index, Some(&queue.call));
+        }
+        self.frontend
+            .tell(SET_FEATURES, &self.features.to_ne_bytes(), &[]);
+        self.frontend.set_memory(&self.memory);
+        for queue in &self.queues {
+            self.frontend.set_vring(queue, &self.memory, queue.used_index());
+            self.frontend
+                .set_vring_fd(SET_VRING_KICK, queue.index, Some(&queue.kick));
+        }
+        for queue in &self.queues {
+            self.frontend.enable(queue.index, true);
         }
     }
 

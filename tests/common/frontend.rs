@@ -62,6 +62,7 @@ pub const PROTOCOL_REPLY_ACK: u64 = 1 << 3;
 pub const PROTOCOL_BACKEND_REQ: u64 = 1 << 5;
 pub const PROTOCOL_CONFIG: u64 = 1 << 9;
 pub const PROTOCOL_RESET_DEVICE: u64 = 1 << 13;
+pub const PROTOCOL_INFLIGHT_SHMFD: u64 = 1 << 12;
 pub const PROTOCOL_CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
 
 /// In the payload of SET_VRING_KICK, _CALL and _ERR: no descriptor is attached.
@@ -386,6 +387,13 @@ pub fn raw_vring_addr(index: u32, desc: u64, used: u64, avail: u64) -> Vec<u8> {
     for address in [desc, used, avail, log] {
         payload.extend(address.to_ne_bytes());
     }
+    payload
+}
+
+/// Memory that tracks requests in flight, as QEMU describes it: in 24 bytes, of which the last 4 mean nothing.
+pub fn inflight_description(size: u64, offset: u64, queues: u16, queue_size: u16) -> Vec<u8> {
+    let mut payload = [size.to_ne_bytes(), offset.to_ne_bytes()].concat();
+    payload.extend([queues.to_ne_bytes(), queue_size.to_ne_bytes(), [0; 2], [0; 2]].as_flattened());
     payload
 }
 

@@ -5,6 +5,7 @@ mod content;
 mod discard;
 mod drain;
 mod driver;
+mod killed;
 mod libblkio;
 mod lifecycle;
 mod log;

@@ -683,11 +683,20 @@ fn head_that_is_in_flight_is_not_taken_again() {
     server.process.wait_stderr("the driver broke this queue");
     // The answer to GET_VRING_BASE comes after all that was taken: nothing more can come back.
     let base = driver.frontend.stop_vring(0);
-    assert_eq!(driver.queue().used_index(), used_before.wrapping_add(1), "a head came back twice");
-    assert_eq!(base, driver.queue().used_index(), "what was refused counts as taken");
+    assert_eq!(
+        driver.queue().used_index(),
+        used_before.wrapping_add(1),
+        "a head came back twice"
+    );
+    assert_eq!(
+        base,
+        driver.queue().used_index(),
+        "what was refused counts as taken"
+    );
     driver.restart(0, base);
     // It is offered by now, and is the driver's to offer.
     assert_eq!(driver.queue().wait_used().head, a);
+    drop(driver);
     server.still_serves();
 }
 

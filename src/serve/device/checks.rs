@@ -109,9 +109,11 @@ fn check_descriptor(message: u32, content: &FrontendMessage, descriptor: &Foreig
             Err(CheckError::MemoryFile { found: found() })
         }
         (M::SetVringKick(_) | M::SetVringCall(_) | M::SetVringErr(_), Kind::Event)
-        | (M::SetBackendReqFd, Kind::Socket) => Ok(()),
+        | (M::SetBackendReqFd, Kind::Socket)
+        | (M::SetInflightFd(_), Kind::Memory) => Ok(()),
         (M::SetVringKick(_) | M::SetVringCall(_) | M::SetVringErr(_), _) => Err(wrong("an eventfd")),
         (M::SetBackendReqFd, _) => Err(wrong("a Unix stream socket")),
+        (M::SetInflightFd(_), _) => Err(wrong("the memfd that it was given")),
         _ => Err(Refused(message).into()),
     }
 }

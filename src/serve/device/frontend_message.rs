@@ -4,8 +4,8 @@
 //! ours leads to is not decoded, and ends the session: the protocol handler would end it as well.
 
 use vhost::vhost_user::message::{
-    FrontendReq, VhostUserConfig, VhostUserMemory, VhostUserMemoryRegion, VhostUserSingleMemoryRegion,
-    VhostUserU64, VhostUserVringAddr, VhostUserVringState,
+    FrontendReq, VhostUserConfig, VhostUserInflight, VhostUserMemory, VhostUserMemoryRegion,
+    VhostUserSingleMemoryRegion, VhostUserU64, VhostUserVringAddr, VhostUserVringState,
 };
 use vm_memory::ByteValued;
 
@@ -36,6 +36,8 @@ pub(super) enum FrontendMessage {
     GetConfig,
     SetConfig { offset: u32, bytes: Vec<u8> },
     SetBackendReqFd,
+    GetInflightFd(VhostUserInflight),
+    SetInflightFd(VhostUserInflight),
 }
 
 /// What a message says of a ring's kick, call or error descriptor.
@@ -141,6 +143,8 @@ impl FrontendMessage {
             FrontendReq::GET_CONFIG => Some(Self::GetConfig),
             FrontendReq::SET_CONFIG => config(body),
             FrontendReq::SET_BACKEND_REQ_FD => Some(Self::SetBackendReqFd),
+            FrontendReq::GET_INFLIGHT_FD => inflight(body).map(Self::GetInflightFd),
+            FrontendReq::SET_INFLIGHT_FD => inflight(body).map(Self::SetInflightFd),
             _ => None,
         };
         decoded.ok_or(Refused(message.number()))
@@ -151,7 +155,7 @@ impl FrontendMessage {
         use Reply::{Acknowledgement, Data};
         let (pauses, reply) = match self {
             Self::GetFeatures | Self::GetProtocolFeatures | Self::GetQueueNum => (None, Data),
-            Self::GetMaxMemSlots | Self::GetConfig => (None, Data),
+            Self::GetMaxMemSlots | Self::GetConfig | Self::GetInflightFd(_) => (None, Data),
             Self::SetOwner | Self::SetProtocolFeatures(_) => (None, Acknowledgement),
             Self::SetConfig { .. } | Self::SetBackendReqFd => (None, Acknowledgement),
             // An answer with the base says that nothing is in flight.
@@ -166,7 +170,7 @@ impl FrontendMessage {
             Self::SetMemTable(_) | Self::AddMemReg(_) | Self::RemMemReg => {
                 (Some(Scope::All), Acknowledgement)
             }
-            Self::SetFeatures(_) | Self::ResetOwner | Self::ResetDevice => {
+            Self::SetFeatures(_) | Self::ResetOwner | Self::ResetDevice | Self::SetInflightFd(_) => {
                 (Some(Scope::All), Acknowledgement)
             }
         };
@@ -192,6 +196,17 @@ fn memory_table(body: &[u8]) -> Option<Vec<VhostUserMemoryRegion>> {
     let regions = regions.chunks(size_of::<VhostUserMemoryRegion>());
     let regions: Vec<_> = regions.map(structure).collect::<Option<_>>()?;
     (regions.len() == usize::try_from(head.num_regions).ok()?).then_some(regions)
+}
+
+/// Memory that tracks requests in flight ("Inflight description"). The fields are 20 bytes; QEMU and others send a structure of C, which
+/// has 4 more.
+fn inflight(body: &[u8]) -> Option<VhostUserInflight> {
+    let mut padded = [0; size_of::<VhostUserInflight>()];
+    match body.len() {
+        20 | 24 => padded[..body.len()].copy_from_slice(body),
+        _ => return None,
+    }
+    structure(&padded)
 }
 
 /// A write to the configuration space ("Virtio device config space"). Its flags name the cause, which makes no difference.

@@ -33,55 +33,125 @@
 //! because a head is taken only in the available ring's order, and because each head that was taken is in flight or in the used
 //! ring.
 
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create};
+use sealblk_base::blame::Blame;
 use vm_memory::mmap::MmapRegionError;
-use vm_memory::{AtomicInteger, MmapRegion, VolatileMemory};
+use vm_memory::{AtomicInteger, FileOffset, MmapRegion, VolatileMemory};
+
+use super::limits::MAX_QUEUE_SIZE;
 
 /// The parts of all queues of a device.
 #[derive(Clone, Debug)]
 pub(super) struct InflightMemory {
     map: Arc<MmapRegion>,
-    /// The most descriptors that a queue may have.
-    queue_size: u16,
+    /// How many queues have a part.
+    queues: u16,
+}
+
+/// The length of a queue's part. There is room for the largest queue: QEMU 10 tells the size of its property `queue-size`, and lets
+/// firmware set up a larger queue.
+const PART: usize = (DESCRIPTORS + DESCRIPTOR * MAX_QUEUE_SIZE as usize).next_multiple_of(64);
+
+/// The length of memory for `queues` queues.
+pub(super) fn len_for(queues: u16) -> usize {
+    PART * usize::from(queues)
 }
 
 impl InflightMemory {
-    /// Memory of this process alone, for `queues` queues of `queue_size` descriptors at most.
+    /// Memory of this process alone.
     ///
     /// # Errors
     /// If memory is exhausted.
-    pub(super) fn private(queues: usize, queue_size: u16) -> Result<Self, MapError> {
-        let map = MmapRegion::new(part(queue_size) * queues).map_err(MapError)?;
+    pub(super) fn private(queues: u16) -> Result<Self, MapError> {
         Ok(Self {
-            map: Arc::new(map),
-            queue_size,
+            map: Arc::new(MmapRegion::new(len_for(queues))?),
+            queues,
         })
     }
 
-    /// The part of a queue; none if there is none.
-    pub(super) fn of_queue(&self, index: usize) -> Option<Inflight> {
-        let len = part(self.queue_size);
-        let at = index.checked_mul(len)?;
-        (at.checked_add(len)? <= self.map.size()).then(|| Inflight {
+    /// Makes memory for a front-end to keep (VHOST_USER_GET_INFLIGHT_FD). No process can make it shorter.
+    ///
+    /// # Errors
+    /// If descriptors or memory are exhausted.
+    pub(super) fn create(queues: u16) -> Result<OwnedFd, MapError> {
+        let create = || -> rustix::io::Result<OwnedFd> {
+            let file = memfd_create(
+                "sealblk-inflight",
+                MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
+            )?;
+            ftruncate(&file, len_for(queues) as u64)?;
+            fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+            Ok(file)
+        };
+        create().map_err(|error| MapError::Create(error.into()))
+    }
+
+    /// The memory that a front-end has kept, which lies `offset` bytes into `file` (VHOST_USER_SET_INFLIGHT_FD).
+    ///
+    /// # Errors
+    /// If it is not what [`InflightMemory::create`] makes, or cannot be mapped.
+    pub(super) fn map(file: impl AsFd, offset: u64, queues: u16) -> Result<Self, MapError> {
+        // What a process cuts off is a SIGBUS for the others.
+        let seals = fcntl_get_seals(&file).map_err(|_| MapError::Unsealed)?;
+        let size = fstat(&file).map_err(|_| MapError::Unsealed)?.st_size;
+        let end = offset.checked_add(len_for(queues) as u64);
+        let is_within = end.is_some_and(|end| u64::try_from(size).is_ok_and(|size| end <= size));
+        if !seals.contains(SealFlags::SHRINK) || !is_within {
+            return Err(MapError::Unsealed);
+        }
+        let file = file.as_fd().try_clone_to_owned().map_err(MapError::Create)?;
+        let place = FileOffset::new(File::from(file), offset);
+        Ok(Self {
+            map: Arc::new(MmapRegion::from_file(place, len_for(queues))?),
+            queues,
+        })
+    }
+
+    /// The part of a queue.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub(super) fn of_queue(&self, index: usize) -> Result<Inflight, InflightError> {
+        if index >= usize::from(self.queues) {
+            return Err(InflightError::NoPart { queues: self.queues });
+        }
+        Ok(Inflight {
             map: Arc::clone(&self.map),
-            at,
-            capacity: self.queue_size,
+            at: index * PART,
             size: 0,
             counter: 0,
         })
     }
 }
 
-/// The memory cannot be mapped.
+/// There is no memory that tracks requests in flight.
 #[derive(Debug, thiserror::Error)]
-#[error("the memory that tracks requests in flight cannot be mapped")]
-pub(super) struct MapError(#[source] MmapRegionError);
+pub(super) enum MapError {
+    #[error(
+        "the memory that tracks requests in flight is too small, or can be cut off: sealblk has not made it"
+    )]
+    Unsealed,
+    #[error("memory that tracks requests in flight cannot be made")]
+    Create(#[source] io::Error),
+    #[error("the memory that tracks requests in flight cannot be mapped")]
+    Map(#[from] MmapRegionError),
+}
 
-/// The length of a queue's part.
-fn part(queue_size: u16) -> usize {
-    (DESCRIPTORS + DESCRIPTOR * usize::from(queue_size)).next_multiple_of(64)
+impl MapError {
+    /// Where the cause lies.
+    pub(super) fn blame(&self) -> Blame {
+        match self {
+            Self::Unsealed => Blame::FrontEnd,
+            // Or what a front-end has said of its memory.
+            Self::Create(_) | Self::Map(_) => Blame::Host,
+        }
+    }
 }
 
 /// The part of one queue.
@@ -90,8 +160,7 @@ pub(super) struct Inflight {
     map: Arc<MmapRegion>,
     /// Where it begins.
     at: usize,
-    /// How many descriptors it has room for, and how many the queue has.
-    capacity: u16,
+    /// How many descriptors the queue has.
     size: u16,
     /// The number of the head that is taken next.
     counter: u64,
@@ -110,28 +179,90 @@ const NEXT: usize = 6;
 const COUNTER: usize = 8;
 
 /// A queue cannot be tracked.
-#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum InflightError {
-    #[error("it has {size} descriptors, and requests in flight are tracked for {capacity} at most")]
-    TooLarge { size: u16, capacity: u16 },
+    #[error("the front-end tracks requests in flight for {queues} queues")]
+    NoPart { queues: u16 },
+    #[error("it has {size} descriptors, and requests in flight are tracked for {MAX_QUEUE_SIZE} at most")]
+    TooLarge { size: u16 },
+    #[error("what an earlier process has left in flight is not known: {0}; reset the guest")]
+    Unknown(&'static str),
+}
+
+/// What an earlier process has left.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Left {
+    /// The heads in flight, in the order in which they were taken.
+    pub heads: Vec<u16>,
+    /// How far it has read the available ring.
+    pub next_avail: u16,
 }
 
 impl Inflight {
-    /// Begins with a queue of `size` descriptors whose used index is `used`.
-    pub(super) fn begin(&mut self, size: u16, used: u16) -> Result<(), InflightError> {
-        let capacity = self.capacity;
-        if size > capacity {
-            return Err(InflightError::TooLarge { size, capacity });
+    /// Begins with a queue of `size` descriptors, whose index in the used ring is `used`. Gives what an earlier process has left; nothing if
+    /// none has served the queue, or the last one has finished all.
+    ///
+    /// # Errors
+    /// [`InflightError`]; nothing was changed.
+    pub(super) fn begin(&mut self, size: u16, used: u16) -> Result<Option<Left>, InflightError> {
+        if size > MAX_QUEUE_SIZE {
+            return Err(InflightError::TooLarge { size });
         }
         self.size = size;
-        for head in 0..size {
-            self.inflight(head).store(0, Ordering::Relaxed);
+        match self.number(VERSION).load(Ordering::Acquire) {
+            0 => {
+                for head in 0..size {
+                    set8(self.inflight(head), 0);
+                }
+                set16(self.number(DESC_NUM), size);
+                set16(self.number(LAST_BATCH_HEAD), 0);
+                // Not 0: this queue may have been served elsewhere, and the difference would count as given back.
+                set16(self.number(USED_IDX), used);
+                set16(self.number(VERSION), 1);
+                Ok(None)
+            }
+            1 => self.take_over(used).map(Some),
+            _ => Err(InflightError::Unknown("its record has another version")),
         }
-        self.number(DESC_NUM).store(size, Ordering::Relaxed);
-        self.number(LAST_BATCH_HEAD).store(0, Ordering::Relaxed);
-        self.number(USED_IDX).store(used, Ordering::Relaxed);
-        self.number(VERSION).store(1, Ordering::Release);
-        Ok(())
+    }
+
+    /// Finds what a process has left that ended at any instruction.
+    fn take_over(&mut self, used: u16) -> Result<Left, InflightError> {
+        let number = |offset| self.number(offset).load(Ordering::Relaxed);
+        if number(DESC_NUM) != self.size {
+            return Err(InflightError::Unknown("its record is of a queue of another size"));
+        }
+        // In the used ring, and perhaps in flight all the same: it ended before it took note of that.
+        let mut given_back = Vec::new();
+        let mut head = number(LAST_BATCH_HEAD);
+        for _ in 0..used.wrapping_sub(number(USED_IDX)) {
+            if head >= self.size || given_back.len() == usize::from(self.size) {
+                return Err(InflightError::Unknown("its record does not fit its used ring"));
+            }
+            given_back.push(head);
+            let next = self.cell::<AtomicU16>(descriptor(head) + NEXT);
+            head = next.load(Ordering::Relaxed);
+        }
+        for head in given_back {
+            set8(self.inflight(head), 0);
+        }
+        set16(self.number(USED_IDX), used);
+
+        let mut taken: Vec<(u64, u16)> = (0..self.size)
+            .filter(|&head| self.inflight(head).load(Ordering::Relaxed) != 0)
+            .map(|head| {
+                let counter = self.cell::<AtomicU64>(descriptor(head) + COUNTER);
+                (counter.load(Ordering::Relaxed), head)
+            })
+            .collect();
+        taken.sort_unstable();
+        self.counter = taken.last().map_or(0, |(counter, _)| counter.wrapping_add(1));
+        let heads: Vec<u16> = taken.into_iter().map(|(_, head)| head).collect();
+        let in_flight = u16::try_from(heads.len()).map_err(|_| InflightError::Unknown("it has too many"))?;
+        Ok(Left {
+            heads,
+            next_avail: used.wrapping_add(in_flight),
+        })
     }
 
     /// Takes `head`, unless it is in flight already, or no head of this queue.
@@ -139,30 +270,28 @@ impl Inflight {
         if head >= self.size || self.inflight(head).load(Ordering::Relaxed) != 0 {
             return false;
         }
-        self.cell::<AtomicU64>(descriptor(head) + COUNTER)
-            .store(self.counter, Ordering::Relaxed);
+        set64(self.cell(descriptor(head) + COUNTER), self.counter);
         self.counter = self.counter.wrapping_add(1);
-        self.inflight(head).store(1, Ordering::Release);
+        set8(self.inflight(head), 1);
         true
     }
 
     /// Takes note of `head`, which is about to be put into the used ring.
     pub(super) fn giving_back(&self, head: u16) {
         let last = self.number(LAST_BATCH_HEAD);
-        self.cell::<AtomicU16>(descriptor(head) + NEXT)
-            .store(last.load(Ordering::Relaxed), Ordering::Relaxed);
-        last.store(head, Ordering::Relaxed);
+        set16(self.cell(descriptor(head) + NEXT), last.load(Ordering::Relaxed));
+        set16(last, head);
     }
 
     /// Takes note that `head` is in the used ring, whose index is `used` by now.
     pub(super) fn given_back(&self, head: u16, used: u16) {
-        self.inflight(head).store(0, Ordering::Release);
-        self.number(USED_IDX).store(used, Ordering::Release);
+        set8(self.inflight(head), 0);
+        set16(self.number(USED_IDX), used);
     }
 
     /// Ends: nothing is in flight.
     pub(super) fn end(&self) {
-        self.number(VERSION).store(0, Ordering::Release);
+        set16(self.number(VERSION), 0);
     }
 
     fn inflight(&self, head: u16) -> &AtomicU8 {
@@ -183,4 +312,225 @@ impl Inflight {
 /// Where what is kept of a descriptor begins.
 fn descriptor(head: u16) -> usize {
     DESCRIPTORS + DESCRIPTOR * usize::from(head)
+}
+
+// Each write can be the last one of this process. Release, so that all before it were done as well.
+
+fn set8(cell: &AtomicU8, value: u8) {
+    if cut::goes_on() {
+        cell.store(value, Ordering::Release);
+    }
+}
+
+fn set16(cell: &AtomicU16, value: u16) {
+    if cut::goes_on() {
+        cell.store(value, Ordering::Release);
+    }
+}
+
+fn set64(cell: &AtomicU64, value: u64) {
+    if cut::goes_on() {
+        cell.store(value, Ordering::Release);
+    }
+}
+
+#[cfg(not(test))]
+mod cut {
+    /// Whether the next write is done.
+    pub(super) fn goes_on() -> bool {
+        true
+    }
+}
+
+/// Ends the process before a write, as far as memory that outlives it can tell.
+#[cfg(test)]
+mod cut {
+    use std::cell::Cell;
+
+    thread_local! {
+        static LEFT: Cell<usize> = const { Cell::new(usize::MAX) };
+    }
+
+    /// Lets `writes` more writes through.
+    pub(super) fn after(writes: usize) {
+        LEFT.set(writes);
+    }
+
+    /// Whether the next write is done.
+    pub(super) fn goes_on() -> bool {
+        let left = LEFT.get();
+        LEFT.set(left.saturating_sub(1));
+        left > 0
+    }
+
+    /// Whether no more writes are done.
+    pub(super) fn is_over() -> bool {
+        LEFT.get() == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const SIZE: u16 = 4;
+
+    /// What outlives a process: the record, both rings' indexes, and what came into the used ring.
+    struct Shared {
+        record: InflightMemory,
+        offered: Vec<u16>,
+        used: Vec<u16>,
+    }
+
+    impl Shared {
+        fn new() -> Self {
+            Self {
+                record: InflightMemory::private(1).unwrap(),
+                offered: Vec::new(),
+                used: Vec::new(),
+            }
+        }
+
+        fn used_index(&self) -> u16 {
+            u16::try_from(self.used.len()).unwrap()
+        }
+    }
+
+    /// A process that serves the queue, as the worker does.
+    struct Process {
+        record: Inflight,
+        next_avail: usize,
+        in_flight: Vec<u16>,
+    }
+
+    impl Process {
+        fn begin(shared: &Shared) -> Self {
+            let mut record = shared.record.of_queue(0).unwrap();
+            let left = record.begin(SIZE, shared.used_index()).unwrap();
+            // The front-end says where it starts if the record does not: at what is in the used ring.
+            let (in_flight, next_avail) = match left {
+                Some(left) => (left.heads, left.next_avail.into()),
+                None => (Vec::new(), shared.used.len()),
+            };
+            Self {
+                record,
+                next_avail,
+                in_flight,
+            }
+        }
+
+        fn take(&mut self, shared: &Shared) {
+            if let Some(&head) = shared.offered.get(self.next_avail) {
+                self.next_avail += 1;
+                assert!(self.record.take(head));
+                self.in_flight.push(head);
+            }
+        }
+
+        fn give_back(&mut self, shared: &mut Shared, which: usize) {
+            if self.in_flight.is_empty() {
+                return;
+            }
+            let head = self.in_flight.remove(which % self.in_flight.len());
+            self.record.giving_back(head);
+            if cut::goes_on() {
+                shared.used.push(head);
+            }
+            self.record.given_back(head, shared.used_index());
+        }
+    }
+
+    #[derive(Clone, Copy, Debug)]
+    enum Step {
+        Take,
+        GiveBack(usize),
+        /// The queue is stopped, drained, and started again.
+        Restart,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            4 => Just(Step::Take),
+            4 => (0..usize::from(SIZE)).prop_map(Step::GiveBack),
+            1 => Just(Step::Restart),
+        ]
+    }
+
+    /// Serves by `steps`, while the driver offers each head again as soon as it has it back. Tells whether all writes were let
+    /// through.
+    fn serve(shared: &mut Shared, steps: &[Step], writes: usize) -> bool {
+        cut::after(writes);
+        let mut process = Process::begin(shared);
+        for step in steps {
+            // Heads that are with the driver.
+            for head in 0..SIZE {
+                let count = |heads: &[u16]| heads.iter().filter(|other| **other == head).count();
+                if count(&shared.offered) == count(&shared.used) {
+                    shared.offered.push(head);
+                }
+            }
+            match step {
+                Step::Take => process.take(shared),
+                Step::GiveBack(which) => process.give_back(shared, *which),
+                Step::Restart => {
+                    while !process.in_flight.is_empty() {
+                        process.give_back(shared, 0);
+                    }
+                    process.record.end();
+                    process = Process::begin(shared);
+                }
+            }
+            // A process that has ended does nothing more; the driver may.
+            if cut::is_over() {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Each head that was offered is in the used ring, in flight, or still to be taken, and only one of these.
+    fn check(shared: &Shared) {
+        cut::after(usize::MAX);
+        let process = Process::begin(shared);
+        let mut owned = shared.used.clone();
+        owned.extend(&process.in_flight);
+        owned.extend(&shared.offered[process.next_avail..]);
+        let mut offered = shared.offered.clone();
+        owned.sort_unstable();
+        offered.sort_unstable();
+        assert_eq!(owned, offered, "next_avail {}", process.next_avail);
+        // In the order in which the driver offered them.
+        let taken = &shared.offered[..process.next_avail];
+        let place = |head: &u16| taken.iter().rposition(|other| other == head).unwrap();
+        assert!(
+            process.in_flight.is_sorted_by_key(place),
+            "{:?} of {taken:?}",
+            process.in_flight
+        );
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(64) })]
+
+        /// The rules against "exactly once": a process is killed before each of its writes, its successor too, and what is then left is
+        /// what was offered.
+        #[test]
+        fn a_kill_before_any_write_loses_and_doubles_nothing(
+            first in prop::collection::vec(step(), 0..24),
+            second in prop::collection::vec(step(), 0..12),
+            second_writes in 0_usize..40,
+        ) {
+            for writes in 0.. {
+                let mut shared = Shared::new();
+                let whole = serve(&mut shared, &first, writes);
+                check(&shared);
+                serve(&mut shared, &second, second_writes);
+                check(&shared);
+                if whole {
+                    break;
+                }
+            }
+        }
+    }
 }

@@ -1,9 +1,9 @@
 //! The interceptor: each message of the front-end passes here before vhost-user-backend's handler sees it.
 //!
 //! A message is received whole, decoded once ([`super::frontend_message`]) and checked ([`super::checks`]). Then it goes to the
-//! handler ([`super::handler`]), with the rings paused that the table names for it. The interceptor itself answers the two
-//! messages that the handler would get wrong, SET_CONFIG and SET_BACKEND_REQ_FD, and keeps acknowledgements to itself that
-//! the front-end did not ask for.
+//! handler ([`super::handler`]), with the rings paused that the table names for it. The interceptor itself answers the messages
+//! that the handler would get wrong, SET_CONFIG, SET_BACKEND_REQ_FD, GET_INFLIGHT_FD and SET_INFLIGHT_FD, and keeps
+//! acknowledgements to itself that the front-end did not ask for.
 //!
 //! ```text
 //! front-end  <-- socket -->  interceptor  <-- socket -->  handler (its own thread)
@@ -19,13 +19,16 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags};
 use sealblk_base::blame::Blame;
 use vhost::vhost_user::VhostUserProtocolFeatures;
+use vhost::vhost_user::message::VhostUserInflight;
+use vm_memory::ByteValued;
 
 use super::checks::{self, CheckError};
 use super::config;
 use super::disk::Disk;
 use super::foreign::Foreign;
-use super::frontend_message::{FrontendMessage, Refused, Reply};
+use super::frontend_message::{FrontendMessage, Refused, Reply, Scope};
 use super::handler::{Handler, HandlerError, NoResources};
+use super::inflight::{self, InflightMemory, MapError};
 use super::message::{Incoming, Message, MessageError, Progress};
 use super::rings::Rings;
 use super::sigbus;
@@ -56,6 +59,8 @@ pub(super) enum InterceptError {
     #[error(transparent)]
     Handler(#[from] HandlerError),
     #[error(transparent)]
+    Inflight(#[from] MapError),
+    #[error(transparent)]
     Rings(#[from] NoResources),
 }
 
@@ -70,6 +75,7 @@ impl InterceptError {
             Self::MemoryLost => Blame::Operator,
             Self::Check(error) => error.blame(),
             Self::Handler(error) => error.blame(),
+            Self::Inflight(error) => error.blame(),
         }
     }
 }
@@ -168,6 +174,8 @@ impl Interceptor<'_> {
         let answer = match content {
             FrontendMessage::SetConfig { offset, bytes } => self.set_config(&message, *offset, bytes),
             FrontendMessage::SetBackendReqFd => self.set_back_end_channel(&mut message)?,
+            FrontendMessage::GetInflightFd(wanted) => self.make_inflight_memory(&message, wanted)?,
+            FrontendMessage::SetInflightFd(kept) => self.set_inflight_memory(&mut message, kept)?,
             _ => self.handler.pass(message, content, self.rings)?,
         };
         if let FrontendMessage::SetProtocolFeatures(features) = content {
@@ -195,6 +203,45 @@ impl Interceptor<'_> {
             tracing::debug!(error, "a write to the configuration space is refused");
         }
         message.reply(&u64::from(result.is_err()).to_ne_bytes())
+    }
+
+    /// Makes memory for the front-end to keep, by which requests in flight are tracked.
+    fn make_inflight_memory(
+        &self,
+        message: &Message,
+        wanted: &VhostUserInflight,
+    ) -> Result<Message, InterceptError> {
+        let queues = self.tracked_queues(message, wanted)?;
+        let memory = InflightMemory::create(queues)?;
+        let made = VhostUserInflight::new(inflight::len_for(queues) as u64, 0, queues, wanted.queue_size);
+        let body = made.as_slice().get(..message.body.len()).unwrap_or_default();
+        Ok(message.reply(body).with_fd(memory))
+    }
+
+    fn set_inflight_memory(
+        &mut self,
+        message: &mut Message,
+        kept: &VhostUserInflight,
+    ) -> Result<Message, InterceptError> {
+        let queues = self.tracked_queues(message, kept)?;
+        let is_too_small = kept.mmap_size < inflight::len_for(queues) as u64;
+        let memory = match message.take_fds().pop() {
+            Some(memory) if !is_too_small => InflightMemory::map(memory, kept.mmap_offset, queues)?,
+            _ => return Err(Refused(message.number()).into()),
+        };
+        let mut paused = self.rings.pause(Scope::All);
+        paused.track_in(memory);
+        paused.resume().map_err(NoResources)?;
+        Ok(message.reply(&0_u64.to_ne_bytes()))
+    }
+
+    /// For how many queues a message has or wants memory. Their size makes no difference to what sealblk makes.
+    fn tracked_queues(&self, message: &Message, memory: &VhostUserInflight) -> Result<u16, InterceptError> {
+        let is_agreed = self.protocol.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD);
+        match memory.num_queues {
+            queues if is_agreed && (1..=self.rings.count()).contains(&usize::from(queues)) => Ok(queues),
+            _ => Err(Refused(message.number()).into()),
+        }
     }
 
     fn set_back_end_channel(&mut self, message: &mut Message) -> Result<Message, InterceptError> {

@@ -79,6 +79,12 @@ impl Message {
         }
     }
 
+    /// The same message with a descriptor.
+    pub(super) fn with_fd(mut self, fd: OwnedFd) -> Self {
+        self.fds.push(Foreign::new(fd));
+        self
+    }
+
     /// Its descriptors.
     pub(super) fn fds(&self) -> &[Foreign] {
         &self.fds

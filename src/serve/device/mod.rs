@@ -25,6 +25,7 @@
 //! foreign           the descriptors that a front-end passes, and what is behind each
 //! ring, call        a started virtqueue, and how its driver is notified
 //! inflight          which chains are in flight, in memory that outlives this process
+//! resumption        the chains that an earlier process has left in flight
 //! guest, sigbus     guest memory, and a front-end that takes it away
 //! uring             what an operator does where io_uring cannot be set up
 //! limits, blame     what guest and front-end may ask for at most; how loud the log is about what they do wrong
@@ -73,6 +74,7 @@ mod message;
 mod path;
 mod polling;
 mod request;
+mod resumption;
 mod ring;
 mod rings;
 mod server;

@@ -377,6 +377,9 @@ impl RequestPath {
         if !self.has_room() {
             return false;
         }
+        if self.ring.is_resuming() {
+            return true;
+        }
         let more = self.ring.queue.enable_notification(&*self.ring.memory);
         more.unwrap_or_else(|error| {
             self.broken_by_driver(&error);

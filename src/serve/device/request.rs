@@ -236,7 +236,10 @@ impl Request {
     }
 
     /// Collects the chain's head and buffers.
-    pub(super) fn gather(&mut self, chain: DescriptorChain<&GuestMemoryMmap>) -> Result<Gathered, BadRequest> {
+    pub(super) fn gather(
+        &mut self,
+        chain: DescriptorChain<&GuestMemoryMmap>,
+    ) -> Result<Gathered, BadRequest> {
         self.head = chain.head_index();
         self.readable.clear();
         self.writable.clear();

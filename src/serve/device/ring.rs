@@ -15,6 +15,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use super::call::Call;
 use super::guest::Memory;
 use super::inflight::Inflight;
+use super::resumption::Resumption;
 
 /// A started virtqueue.
 #[derive(Debug)]
@@ -23,16 +24,24 @@ pub(super) struct Ring {
     pub queue: Queue,
     pub memory: Memory,
     pub inflight: Inflight,
+    /// What an earlier process has left in flight, until all of it is taken.
+    pub resumption: Option<Resumption>,
     pub kick: OwnedFd,
     pub call: Option<Call>,
 }
 
 impl Ring {
-    /// Takes the chain that the driver has offered first, if there is one. It is in flight from then on.
+    /// Takes the chain that the driver has offered first, if there is one; before these, what an earlier process has left in flight. It
+    /// is in flight from then on.
     ///
     /// # Errors
     /// If the available ring makes no sense.
     pub(super) fn take(&mut self) -> Result<Option<DescriptorChain<&GuestMemoryMmap>>, TakeError> {
+        if let Some(resumption) = &mut self.resumption
+            && !resumption.is_done()
+        {
+            return Ok(resumption.take()?);
+        }
         let mut chains = self.queue.iter(&*self.memory)?;
         let Some(chain) = chains.next() else {
             return Ok(None);
@@ -55,6 +64,11 @@ impl Ring {
         self.queue.add_used(&*self.memory, head, used_len)?;
         self.inflight.given_back(head, self.queue.next_used());
         Ok(())
+    }
+
+    /// Whether not all is taken again that an earlier process has left in flight.
+    pub(super) fn is_resuming(&self) -> bool {
+        self.resumption.as_ref().is_some_and(|left| !left.is_done())
     }
 
     /// Whether the driver has offered a chain that was not taken yet.

@@ -11,7 +11,6 @@ use super::disk::{Disk, Grant};
 use super::frontend_message::Scope;
 use super::guest::SharedMemory;
 use super::inflight::{InflightMemory, MapError};
-use super::limits::MAX_QUEUE_SIZE;
 use super::sigbus;
 use super::task::Piece;
 use super::uring;
@@ -71,11 +70,12 @@ impl Rings {
     ) -> Result<Self, MapError> {
         sigbus::begin();
         let running = vrings.iter().map(|_| None).collect();
+        let queues = u16::try_from(vrings.len()).unwrap_or(u16::MAX);
         Ok(Self {
             disk,
             urings,
             memory,
-            inflight: InflightMemory::private(vrings.len(), MAX_QUEUE_SIZE)?,
+            inflight: InflightMemory::private(queues)?,
             vrings,
             running,
             engines: Vec::new(),
@@ -143,10 +143,7 @@ impl Rings {
             if self.running[index].is_some() {
                 continue;
             }
-            let Some(inflight) = self.inflight.of_queue(index) else {
-                continue;
-            };
-            let ring = match vring.start(index, &self.memory, inflight, &self.urings.calls) {
+            let ring = match vring.start(index, &self.memory, &self.inflight, &self.urings.calls) {
                 Ok(Some(ring)) => ring,
                 Ok(None) => continue,
                 Err(StartError::Io(error)) => return Err(error),
@@ -205,6 +202,12 @@ impl Paused<'_> {
                 tracing::error!(%error, "earlier writes cannot be put on stable storage; the next flush will fail");
             }
         }
+    }
+
+    /// Tracks requests in flight in other memory. All rings are paused.
+    pub(super) fn track_in(&mut self, memory: InflightMemory) {
+        debug_assert_eq!(self.scope, Scope::All);
+        self.rings.inflight = memory;
     }
 
     /// Takes into account that the handler has mapped other memory. All rings are paused.

@@ -40,7 +40,8 @@ impl SessionError {
     /// Where the cause lies.
     pub(super) fn blame(&self) -> Blame {
         match self {
-            Self::Setup(_) | Self::Handler(_) | Self::Inflight(_) => Blame::Host,
+            Self::Setup(_) | Self::Handler(_) => Blame::Host,
+            Self::Inflight(error) => error.blame(),
             Self::Interceptor(error) => error.blame(),
         }
     }

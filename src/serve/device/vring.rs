@@ -17,8 +17,9 @@ use virtio_queue::{Error, Queue, QueueT};
 use vm_memory::GuestAddressSpace;
 
 use super::call::Call;
-use super::guest::{HOW_TO_SHARE, SharedMemory};
-use super::inflight::{Inflight, InflightError};
+use super::guest::{HOW_TO_SHARE, Memory, SharedMemory};
+use super::inflight::{InflightError, InflightMemory, Left};
+use super::resumption::{ResumeError, Resumption};
 use super::ring::Ring;
 use super::uring;
 use crate::storage::RingPool;
@@ -48,7 +49,7 @@ impl Vring {
         &self,
         index: usize,
         memory: &SharedMemory,
-        mut inflight: Inflight,
+        inflight: &InflightMemory,
         calls: &RingPool,
     ) -> Result<Option<Ring>, StartError> {
         let state = self.0.get_ref();
@@ -63,8 +64,12 @@ impl Vring {
         if queue.avail_ring() == 0 || !queue.is_valid(&*memory) {
             return Err(StartError::NotInMemory);
         }
-        let queue = Queue::try_from(queue.state()).map_err(StartError::Queue)?;
-        inflight.begin(queue.size(), queue.next_used())?;
+        let mut queue = Queue::try_from(queue.state()).map_err(StartError::Queue)?;
+        let mut inflight = inflight.of_queue(index)?;
+        let resumption = match inflight.begin(queue.size(), queue.next_used())? {
+            Some(left) => Some(resume(index, &mut queue, &memory, &left)?),
+            None => None,
+        };
         let kick = borrow(kick).try_clone_to_owned()?;
         let call = state.get_call().as_ref();
         let call = call
@@ -75,6 +80,7 @@ impl Vring {
             queue,
             memory,
             inflight,
+            resumption,
             kick,
             call,
         }))
@@ -88,6 +94,17 @@ impl Vring {
     }
 }
 
+/// Has `queue` continue where an earlier process has left it.
+fn resume(index: usize, queue: &mut Queue, memory: &Memory, left: &Left) -> Result<Resumption, ResumeError> {
+    tracing::info!(
+        queue = index,
+        requests = left.heads.len(),
+        "the queue continues where an earlier process left it; the requests that it had in flight are carried out again"
+    );
+    queue.set_next_avail(left.next_avail);
+    Resumption::new(queue, memory, &left.heads)
+}
+
 /// Why a ring is not served.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum StartError {
@@ -99,6 +116,8 @@ pub(super) enum StartError {
     Queue(Error),
     #[error(transparent)]
     Inflight(#[from] InflightError),
+    #[error("what an earlier process has left in flight cannot be taken again")]
+    Resume(#[from] ResumeError),
     #[error(transparent)]
     Io(#[from] io::Error),
 }

@@ -108,6 +108,8 @@ const CALLS: &[&[c_long]] = &[
     &[
         libc::SYS_brk,
         libc::SYS_madvise,
+        // What tracks requests in flight.
+        libc::SYS_memfd_create,
         libc::SYS_memfd_secret,
         libc::SYS_mlock,
         libc::SYS_mlock2,
@@ -170,6 +172,7 @@ const FCNTL: &[c_int] = &[
     libc::F_GETFL,
     libc::F_SETFL,
     F_OFD_SETLK,
+    libc::F_ADD_SEALS,
     libc::F_GET_SEALS,
     libc::F_GETPIPE_SZ,
     libc::F_SETPIPE_SZ,
