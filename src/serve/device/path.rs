@@ -23,11 +23,11 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use virtio_queue::QueueT;
-use vm_memory::{Permissions, VolatileSlice};
+use vm_memory::VolatileSlice;
 
 use super::blame::log_by_blame;
 use super::disk::Disk;
-use super::guest::{Pieces, pieces};
+use super::guest::Pieces;
 use super::limits::MAX_PIECE_SECTORS;
 use super::request::{BadRequest, Kind, Status};
 use super::ring::Ring;
@@ -192,8 +192,8 @@ impl RequestPath {
         let plain = if request.kind == Kind::WriteZeroes {
             zeros(&mut self.zeros, len as usize)
         } else {
-            let (memory, data) = (&self.ring.memory, request.data());
-            pieces(memory, data, piece.position, len, Permissions::Read).map_err(io::Error::other)?
+            let plain = self.ring.memory.source(request.data(), piece.position, len);
+            plain.map_err(io::Error::other)?
         };
         self.table.treatment(piece.extent.treatment).encrypt(
             piece.extent.iv,
@@ -252,16 +252,16 @@ impl RequestPath {
         memory_is_whole()?;
         let request = &self.tasks[piece.task].request;
         if let (Kind::Read, Some(buffer)) = (request.kind, buffer) {
-            let (memory, data) = (&self.ring.memory, request.data());
+            let treatment = self.table.treatment(piece.extent.treatment);
+            let cipher = self.engine.bytes(buffer);
             let len = data_len(&piece.extent);
-            let plain =
-                pieces(memory, data, piece.position, len, Permissions::Write).map_err(io::Error::other)?;
-            self.table.treatment(piece.extent.treatment).decrypt(
-                piece.extent.iv,
-                self.engine.bytes(buffer),
-                &plain,
-                &mut self.workspace,
-            );
+            let written = self
+                .ring
+                .memory
+                .fill(request.data(), piece.position, len, |plain| {
+                    treatment.decrypt(piece.extent.iv, cipher, plain, &mut self.workspace);
+                });
+            written.map_err(io::Error::other)?;
         }
         memory_is_whole()
     }
@@ -380,7 +380,7 @@ impl RequestPath {
         if self.ring.is_resuming() {
             return true;
         }
-        let more = self.ring.queue.enable_notification(&*self.ring.memory);
+        let more = self.ring.queue.enable_notification(&self.ring.memory);
         more.unwrap_or_else(|error| {
             self.broken_by_driver(&error);
             false

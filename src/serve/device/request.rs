@@ -11,10 +11,10 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 use virtio_queue::DescriptorChain;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, Permissions};
+use vm_memory::{Bytes, GuestAddress, Permissions};
 
 use super::disk::Disk;
-use super::guest::{GuestRange, HOW_TO_SHARE, Memory, Position, pieces};
+use super::guest::{GuestRange, HOW_TO_SHARE, Memory, Position};
 use super::limits::{
     MAX_DESCRIPTORS, MAX_DISCARD_SECTORS, MAX_REQUEST, MAX_SECTOR_RANGES, MAX_WRITE_ZEROES_SECTORS,
 };
@@ -236,10 +236,7 @@ impl Request {
     }
 
     /// Collects the chain's head and buffers.
-    pub(super) fn gather(
-        &mut self,
-        chain: DescriptorChain<&GuestMemoryMmap>,
-    ) -> Result<Gathered, BadRequest> {
+    pub(super) fn gather(&mut self, chain: DescriptorChain<&Memory>) -> Result<Gathered, BadRequest> {
         self.head = chain.head_index();
         self.readable.clear();
         self.writable.clear();
@@ -362,7 +359,7 @@ impl Request {
     /// Copies from the device-readable part.
     fn read_out(&self, memory: &Memory, from: Position, target: &mut [u8]) -> Result<(), BadRequest> {
         let len = u32::try_from(target.len()).map_err(|_| BadRequest::BadAddress)?;
-        let source = pieces(memory, &self.readable, from, len, Permissions::Read);
+        let source = memory.source(&self.readable, from, len);
         let mut copied = 0;
         for piece in source.map_err(|_| BadRequest::BadAddress)? {
             copied += piece.copy_to(&mut target[copied..]);
@@ -377,21 +374,14 @@ impl Request {
     /// Answers GET_ID (§5.2.6.1): at most 20 bytes of the serial. Gives the number of bytes written.
     pub(super) fn write_id(&self, memory: &Memory, serial: &[u8; ID as usize]) -> u32 {
         let len = self.writable_len.min(ID);
-        let Ok(pieces) = pieces(
-            memory,
-            &self.writable,
-            Position::default(),
-            len,
-            Permissions::Write,
-        ) else {
-            return 0;
-        };
-        let mut rest = &serial[..];
-        for piece in pieces {
-            piece.copy_from(rest);
-            rest = &rest[piece.len().min(rest.len())..];
-        }
-        len
+        let written = memory.fill(&self.writable, Position::default(), len, |pieces| {
+            let mut rest = &serial[..];
+            for piece in pieces {
+                piece.copy_from(rest);
+                rest = &rest[piece.len().min(rest.len())..];
+            }
+        });
+        written.map_or(0, |()| len)
     }
 
     /// Writes the status byte.

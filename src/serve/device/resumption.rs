@@ -3,13 +3,10 @@
 //! virtio-queue takes chains from an available ring only, and by now the driver may have written over their heads in its own. So
 //! they are put into an available ring of this process, in a page that lies beside the guest's memory.
 
-use std::sync::Arc;
-
 use virtio_queue::{DescriptorChain, Error as QueueError, Queue, QueueOwnedT};
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
-    Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap,
-    GuestRegionCollectionError, GuestRegionMmap, MmapRegion,
+    Address, Bytes, GuestAddress, GuestMemoryError, GuestRegionCollectionError, GuestRegionMmap, MmapRegion,
 };
 
 use super::guest::Memory;
@@ -21,7 +18,7 @@ pub(super) struct Resumption {
     /// The driver's queue, with our available ring.
     queue: Queue,
     /// The guest's memory and our page.
-    memory: GuestMemoryMmap,
+    memory: Memory,
     left: usize,
 }
 
@@ -42,7 +39,7 @@ impl Resumption {
             .ok_or(ResumeError::NoRoom)?;
         let page = MmapRegion::new(PAGE.into())?;
         let page = GuestRegionMmap::new(page, at).ok_or(ResumeError::NoRoom)?;
-        let memory = memory.insert_region(Arc::new(page))?;
+        let memory = memory.beside(page)?;
         for (place, head) in (0_u64..).zip(heads) {
             memory.write_obj(head.to_le(), at.unchecked_add(4 + 2 * place))?;
         }
@@ -65,7 +62,7 @@ impl Resumption {
     }
 
     /// Takes the next one.
-    pub(super) fn take(&mut self) -> Result<Option<DescriptorChain<&GuestMemoryMmap>>, QueueError> {
+    pub(super) fn take(&mut self) -> Result<Option<DescriptorChain<&Memory>>, QueueError> {
         self.left = self.left.saturating_sub(1);
         Ok(self.queue.iter(&self.memory)?.next())
     }

@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 use rustix::io::{Errno, ReadWriteFlags};
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{DescriptorChain, Error as QueueError, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::call::Call;
 use super::guest::Memory;
@@ -36,13 +36,13 @@ impl Ring {
     ///
     /// # Errors
     /// If the available ring makes no sense.
-    pub(super) fn take(&mut self) -> Result<Option<DescriptorChain<&GuestMemoryMmap>>, TakeError> {
+    pub(super) fn take(&mut self) -> Result<Option<DescriptorChain<&Memory>>, TakeError> {
         if let Some(resumption) = &mut self.resumption
             && !resumption.is_done()
         {
             return Ok(resumption.take()?);
         }
-        let mut chains = self.queue.iter(&*self.memory)?;
+        let mut chains = self.queue.iter(&self.memory)?;
         let Some(chain) = chains.next() else {
             return Ok(None);
         };
@@ -61,7 +61,7 @@ impl Ring {
     /// If the used ring is not in guest memory.
     pub(super) fn give_back(&mut self, head: u16, used_len: u32) -> Result<(), QueueError> {
         self.inflight.giving_back(head);
-        self.queue.add_used(&*self.memory, head, used_len)?;
+        self.queue.add_used(&self.memory, head, used_len)?;
         self.inflight.given_back(head, self.queue.next_used());
         Ok(())
     }
@@ -73,7 +73,7 @@ impl Ring {
 
     /// Whether the driver has offered a chain that was not taken yet.
     pub(super) fn has_chain(&self) -> bool {
-        let offered = self.queue.avail_idx(&*self.memory, Ordering::Acquire);
+        let offered = self.queue.avail_idx(&self.memory, Ordering::Acquire);
         offered.is_ok_and(|offered| offered.0 != self.queue.next_avail())
     }
 
@@ -84,7 +84,7 @@ impl Ring {
 
     /// Whether the driver wants to be notified of what was put into the used ring.
     pub(super) fn needs_notification(&mut self) -> Result<bool, QueueError> {
-        let wanted = self.queue.needs_notification(&*self.memory)?;
+        let wanted = self.queue.needs_notification(&self.memory)?;
         if !wanted || self.queue.event_idx_enabled() {
             return Ok(wanted);
         }

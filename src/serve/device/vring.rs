@@ -14,7 +14,6 @@ use std::sync::MutexGuard;
 
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::{Error, Queue, QueueT};
-use vm_memory::GuestAddressSpace;
 
 use super::call::Call;
 use super::guest::{HOW_TO_SHARE, Memory, SharedMemory};
@@ -60,8 +59,8 @@ impl Vring {
         if !queue.ready() {
             return Ok(None);
         }
-        let memory = memory.memory().into_inner();
-        if queue.avail_ring() == 0 || !queue.is_valid(&*memory) {
+        let memory = Memory::now(memory);
+        if queue.avail_ring() == 0 || !queue.is_valid(&memory) {
             return Err(StartError::NotInMemory);
         }
         let mut queue = Queue::try_from(queue.state()).map_err(StartError::Queue)?;
