@@ -2,8 +2,9 @@
 //!
 //! Descriptors come first. Nothing else is done with one before its kind is known; see [`super::foreign`].
 
+use rustix::fs::SealFlags;
 use sealblk_base::blame::Blame;
-use vhost::vhost_user::message::VhostUserMemoryRegion;
+use vhost::vhost_user::message::{VhostUserLog, VhostUserMemoryRegion};
 
 use super::foreign::{Foreign, Kind};
 use super::frontend_message::{FrontendMessage, Refused, Scope, named};
@@ -11,6 +12,7 @@ use super::guest::HOW_TO_SHARE;
 use super::limits::MAX_REGIONS;
 use super::message::Message;
 use super::rings::Rings;
+use crate::storage::PAGE;
 
 /// Why a message is not passed on.
 #[derive(Debug, thiserror::Error)]
@@ -34,6 +36,11 @@ pub(super) enum CheckError {
         "a memory region does not lie within its file, or is not made of whole huge pages; {HOW_TO_SHARE}"
     )]
     MemoryBeyondFile,
+    #[error(
+        "the log of a migration is in {found}, which is no memfd that can be written to and is sealed against shrinking; QEMU has it in \
+         one, unless it may not call memfd_create(2)"
+    )]
+    LogFile { found: String },
     #[error("more than {MAX_REGIONS} memory regions; have fewer NUMA nodes or DIMMs")]
     TooManyRegions,
     #[error("queue {index} is one too many: there are {queues} (--num-queues)")]
@@ -50,6 +57,7 @@ impl CheckError {
             Self::MemoryFile { .. }
             | Self::MemoryReadOnly { .. }
             | Self::MemoryBeyondFile
+            | Self::LogFile { .. }
             | Self::TooManyRegions
             | Self::QueueIndex { .. } => Blame::Operator,
         }
@@ -76,6 +84,10 @@ pub(super) fn check(message: &Message, content: &FrontendMessage, rings: &Rings)
                 _ => Err(CheckError::TooManyRegions),
             }
         }
+        FrontendMessage::SetLogBase(log) => match message.fds() {
+            [file] if is_log(log, file) => Ok(()),
+            _ => Err(Refused(message.number()).into()),
+        },
         FrontendMessage::SetVringNum(ring) if !ring.num.is_power_of_two() => {
             Err(CheckError::QueueSize(ring.num))
         }
@@ -108,6 +120,8 @@ fn check_descriptor(message: u32, content: &FrontendMessage, descriptor: &Foreig
         (M::SetMemTable(_) | M::AddMemReg(_) | M::RemMemReg, _) => {
             Err(CheckError::MemoryFile { found: found() })
         }
+        (M::SetLogBase(_), Kind::Memory) if descriptor.is_writable() && cannot_shrink(descriptor) => Ok(()),
+        (M::SetLogBase(_), _) => Err(CheckError::LogFile { found: found() }),
         (M::SetVringKick(_) | M::SetVringCall(_) | M::SetVringErr(_), Kind::Event)
         | (M::SetBackendReqFd, Kind::Socket)
         | (M::SetInflightFd(_), Kind::Memory) => Ok(()),
@@ -124,15 +138,14 @@ fn check_regions(regions: &[VhostUserMemoryRegion], files: &[Foreign]) -> Result
     match regions
         .iter()
         .zip(files)
-        .all(|(region, file)| is_mappable(region, file))
+        .all(|(region, file)| is_mappable(region.memory_size, region.mmap_offset, file))
     {
         true => Ok(()),
         false => Err(CheckError::MemoryBeyondFile),
     }
 }
 
-fn is_mappable(region: &VhostUserMemoryRegion, file: &Foreign) -> bool {
-    let (size, offset) = (region.memory_size, region.mmap_offset);
+fn is_mappable(size: u64, offset: u64, file: &Foreign) -> bool {
     let end = size.checked_add(offset);
     let within = |len| end.is_some_and(|end| end <= len);
     match file.kind() {
@@ -144,6 +157,16 @@ fn is_mappable(region: &VhostUserMemoryRegion, file: &Foreign) -> bool {
         Kind::Dax { size } => within(size),
         _ => false,
     }
+}
+
+/// Whether the log lies within its file, and can be mapped from its offset on.
+fn is_log(log: &VhostUserLog, file: &Foreign) -> bool {
+    let (size, offset) = (log.mmap_size, log.mmap_offset);
+    size > 0 && offset.is_multiple_of(PAGE as u64) && is_mappable(size, offset, file)
+}
+
+fn cannot_shrink(file: &Foreign) -> bool {
+    rustix::fs::fcntl_get_seals(file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK))
 }
 
 /// The size of the huge pages that a memory file is made of; 1 if it is not.

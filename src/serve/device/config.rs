@@ -3,7 +3,7 @@
 use std::mem::offset_of;
 
 use vhost::vhost_user::VhostUserProtocolFeatures;
-use vhost::vhost_user::message::VHOST_USER_CONFIG_SIZE;
+use vhost::vhost_user::message::{VHOST_USER_CONFIG_SIZE, VhostUserVirtioFeatures};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
     VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY,
@@ -19,7 +19,10 @@ use crate::cipher::Sector;
 use crate::storage::PAGE;
 
 /// VHOST_USER_F_PROTOCOL_FEATURES.
-const PROTOCOL_FEATURES: u64 = 1 << 30;
+const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+
+/// VHOST_F_LOG_ALL: no feature of the driver's, but the front-end's way to say that it logs what is written to guest memory.
+const LOG_ALL: u64 = VhostUserVirtioFeatures::LOG_ALL.bits();
 
 /// The bytes of the configuration space that have a meaning here: up to and with `write_zeroes_may_unmap`, padded.
 const CONFIG_LEN: usize = offset_of!(virtio_blk_config, max_secure_erase_sectors);
@@ -76,9 +79,15 @@ impl Agreed {
         }
     }
 
-    /// The features without those that are accepted and not offered.
-    pub(super) fn offered(self) -> u64 {
-        self.0 & !(1 << VIRTIO_BLK_F_CONFIG_WCE)
+    /// The features that are the protocol handler's: not those that are accepted and not offered, nor the log, which it would keep
+    /// otherwise than the front-end has it.
+    pub(super) fn of_handler(self) -> u64 {
+        self.0 & !(1 << VIRTIO_BLK_F_CONFIG_WCE) & !LOG_ALL
+    }
+
+    /// Whether the front-end logs what is written to the driver's buffers.
+    pub(super) fn log_all(self) -> bool {
+        self.0 & LOG_ALL != 0
     }
 
     /// Whether the driver has CONFIG_WCE of an earlier version.

@@ -4,7 +4,7 @@
 //! ours leads to is not decoded, and ends the session: the protocol handler would end it as well.
 
 use vhost::vhost_user::message::{
-    FrontendReq, VhostUserConfig, VhostUserInflight, VhostUserMemory, VhostUserMemoryRegion,
+    FrontendReq, VhostUserConfig, VhostUserInflight, VhostUserLog, VhostUserMemory, VhostUserMemoryRegion,
     VhostUserSingleMemoryRegion, VhostUserU64, VhostUserVringAddr, VhostUserVringState,
 };
 use vm_memory::ByteValued;
@@ -25,6 +25,7 @@ pub(super) enum FrontendMessage {
     SetMemTable(Vec<VhostUserMemoryRegion>),
     AddMemReg(VhostUserSingleMemoryRegion),
     RemMemReg,
+    SetLogBase(VhostUserLog),
     SetVringNum(VhostUserVringState),
     SetVringAddr(VhostUserVringAddr),
     SetVringBase(VhostUserVringState),
@@ -132,6 +133,7 @@ impl FrontendMessage {
             FrontendReq::SET_MEM_TABLE => memory_table(body).map(Self::SetMemTable),
             FrontendReq::ADD_MEM_REG => structure(body).map(Self::AddMemReg),
             FrontendReq::REM_MEM_REG => Some(Self::RemMemReg),
+            FrontendReq::SET_LOG_BASE => structure(body).map(Self::SetLogBase),
             FrontendReq::SET_VRING_NUM => state().map(Self::SetVringNum),
             FrontendReq::SET_VRING_ADDR => structure(body).map(Self::SetVringAddr),
             FrontendReq::SET_VRING_BASE => state().map(Self::SetVringBase),
@@ -158,6 +160,8 @@ impl FrontendMessage {
             Self::GetMaxMemSlots | Self::GetConfig | Self::GetInflightFd(_) => (None, Data),
             Self::SetOwner | Self::SetProtocolFeatures(_) => (None, Acknowledgement),
             Self::SetConfig { .. } | Self::SetBackendReqFd => (None, Acknowledgement),
+            // The front-end waits for the answer in any case: after it nothing is marked in an earlier log.
+            Self::SetLogBase(_) => (Some(Scope::All), Data),
             // An answer with the base says that nothing is in flight.
             Self::GetVringBase(ring) => (Some(Scope::one(ring.index)), Data),
             Self::SetVringNum(ring) | Self::SetVringBase(ring) | Self::SetVringEnable(ring) => {
@@ -239,6 +243,7 @@ mod tests {
             (FrontendReq::SET_VRING_KICK, 8),
             (FrontendReq::SET_VRING_ADDR, 40),
             (FrontendReq::ADD_MEM_REG, 40),
+            (FrontendReq::SET_LOG_BASE, 16),
         ] {
             for wrong in (0..64).filter(|wrong| *wrong != len) {
                 assert!(

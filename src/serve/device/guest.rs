@@ -5,17 +5,23 @@
 //! guest memory, since the guest writes to it at any time.
 //!
 //! A worker has guest memory as [`Memory`], which does not give out its mapping. So there are two ways to write to it: by
-//! the methods of vm-memory, as virtio-queue does for the used ring, and by [`Memory::fill`], as the cipher does.
+//! the methods of vm-memory, as virtio-queue does for the used ring, and by [`Memory::fill`], as the cipher does. With a dirty log,
+//! both mark what was written ([`super::dirty_log`]). The protocol handler has the mapping too, and reads the used ring's index only.
 
+#![allow(unsafe_code)] // A slice of guest memory becomes one that marks what is written to it.
+
+use std::iter::FusedIterator;
 use std::sync::Arc;
 
 use smallvec::SmallVec;
-use vm_memory::bitmap::BS;
+use vm_memory::bitmap::{BS, Bitmap};
 use vm_memory::guest_memory::{GuestMemorySliceIterator, Result};
 use vm_memory::{
     GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap,
     GuestRegionCollectionError, GuestRegionMmap, Permissions, VolatileSlice,
 };
+
+use super::dirty_log::{DirtyLog, Marks, MarksAt};
 
 /// The guest's memory, as the front-end changes it.
 pub(super) type SharedMemory = GuestMemoryAtomic<GuestMemoryMmap>;
@@ -32,6 +38,8 @@ pub(super) const HOW_TO_SHARE: &str = "all memory of the guest must be shared: i
 #[derive(Clone, Debug)]
 pub(super) struct Memory {
     mapped: Arc<GuestMemoryMmap>,
+    /// Where writes are marked; none while the front-end logs nothing.
+    marks: Option<Marks>,
 }
 
 impl Memory {
@@ -39,6 +47,7 @@ impl Memory {
     pub(super) fn now(shared: &SharedMemory) -> Self {
         Self {
             mapped: shared.memory().into_inner(),
+            marks: None,
         }
     }
 
@@ -47,7 +56,7 @@ impl Memory {
         self.mapped.last_addr()
     }
 
-    /// The same memory, with memory of ours beside it.
+    /// The same memory, with memory of ours beside it, in which nothing is logged.
     ///
     /// # Errors
     /// If there is guest memory at the same addresses.
@@ -57,7 +66,21 @@ impl Memory {
     ) -> std::result::Result<Self, GuestRegionCollectionError> {
         Ok(Self {
             mapped: Arc::new(self.mapped.insert_region(Arc::new(ours))?),
+            marks: None,
         })
+    }
+
+    /// The same memory, with writes to it marked by `marks`.
+    pub(super) fn marked_by(&self, marks: Option<Marks>) -> Self {
+        Self {
+            mapped: Arc::clone(&self.mapped),
+            marks,
+        }
+    }
+
+    /// Whether `log` has a bit for each page of it.
+    pub(super) fn is_covered_by(&self, log: &DirtyLog) -> bool {
+        log.covers(&self.mapped)
     }
 
     /// The `len` bytes of `ranges` from `position` on, to be read.
@@ -74,7 +97,17 @@ impl Memory {
         write: impl FnOnce(&[VolatileSlice<'_>]),
     ) -> Result<()> {
         write(&self.pieces(ranges, position, len, Permissions::Write)?);
+        if self.marks.is_some() {
+            part(ranges, position, len).for_each(|range| self.mark(range));
+        }
         Ok(())
+    }
+
+    /// Marks `range`, which was written to, if that is logged.
+    pub(super) fn mark(&self, range: GuestRange) {
+        if let Some(marks) = &self.marks {
+            marks.at(range.address).mark_dirty(0, range.len as usize);
+        }
     }
 
     fn pieces(
@@ -96,7 +129,7 @@ impl Memory {
 
 impl GuestMemory for Memory {
     type PhysicalMemory = GuestMemoryMmap;
-    type Bitmap = ();
+    type Bitmap = Option<Marks>;
 
     fn check_range(&self, address: GuestAddress, len: usize, access: Permissions) -> bool {
         GuestMemory::check_range(&*self.mapped, address, len, access)
@@ -108,8 +141,43 @@ impl GuestMemory for Memory {
         len: usize,
         access: Permissions,
     ) -> Result<impl GuestMemorySliceIterator<'a, BS<'a, Self::Bitmap>>> {
-        GuestMemory::get_slices(&*self.mapped, address, len, access)
+        Ok(Slices {
+            slices: GuestMemory::get_slices(&*self.mapped, address, len, access)?,
+            marks: self.marks.as_ref().map(|marks| marks.at(address)),
+        })
     }
+}
+
+/// Slices of guest memory that are adjacent for the guest, and that mark what is written to them.
+struct Slices<'m, S> {
+    slices: S,
+    /// Those of the next slice.
+    marks: Option<MarksAt<'m>>,
+}
+
+impl<'m, S: Iterator<Item = Result<VolatileSlice<'m>>>> Iterator for Slices<'m, S> {
+    type Item = Result<VolatileSlice<'m, Option<MarksAt<'m>>>>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let slice = match self.slices.next()? {
+            Ok(slice) => slice,
+            Err(error) => return Some(Err(error)),
+        };
+        let marks = self.marks.clone();
+        self.marks = marks.slice_at(slice.len());
+        let start = slice.ptr_guard_mut().as_ptr();
+        // SAFETY: `slice` is memory that is mapped for `'m`, for as many bytes.
+        Some(Ok(unsafe {
+            VolatileSlice::with_bitmap(start, slice.len(), marks, None)
+        }))
+    }
+}
+
+impl<'m, S: Iterator<Item = Result<VolatileSlice<'m>>> + FusedIterator> FusedIterator for Slices<'m, S> {}
+
+impl<'m, S> GuestMemorySliceIterator<'m, Option<MarksAt<'m>>> for Slices<'m, S> where
+    S: Iterator<Item = Result<VolatileSlice<'m>>> + FusedIterator
+{
 }
 
 /// A range of guest memory.
@@ -170,7 +238,12 @@ fn part(ranges: &[GuestRange], position: Position, len: u32) -> impl Iterator<It
 
 #[cfg(test)]
 mod tests {
+    use super::super::dirty_log::tests::{log, marked};
     use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+    use std::sync::atomic::Ordering;
+    use vm_memory::Bytes;
 
     fn range(address: u64, len: u32) -> GuestRange {
         GuestRange {
@@ -188,6 +261,7 @@ mod tests {
         ];
         Memory {
             mapped: Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap()),
+            marks: None,
         }
     }
 
@@ -222,5 +296,48 @@ mod tests {
         assert!(!range(u64::MAX - 10, 100).is_in(&memory, Permissions::Write));
         let beyond = [range(8000, 200)];
         assert!(memory.source(&beyond, Position::default(), 200).is_err());
+    }
+
+    /// Where the test's memory has been written to: it was all zeros.
+    fn written(memory: &Memory) -> Vec<u64> {
+        let regions = [0, 4096, 65536].into_iter().flat_map(|start| {
+            let mut bytes = [0; 4096];
+            memory.read_slice(&mut bytes, GuestAddress(start)).unwrap();
+            let addresses = (start..).zip(bytes).filter(|(_, byte)| *byte != 0);
+            addresses.map(|(address, _)| address).collect::<Vec<_>>()
+        });
+        regions.collect()
+    }
+
+    proptest! {
+        #[test]
+        fn the_page_of_each_byte_that_is_written_is_marked_and_no_other(
+            writes in prop::collection::vec((0_u64..70_000, 1_u32..9000, any::<u32>(), 0..3), 1..4),
+            shift in 0..11 * 4096_u64,
+        ) {
+            let log = Arc::new(log(8));
+            let memory = memory().marked_by(Some(Marks::new(&log, shift)));
+            for (address, len, skip, way) in writes {
+                let cut = skip % len;
+                let ranges = [range(address, cut), range(address + u64::from(cut), len - cut)];
+                // Some are not in memory, or only begin there.
+                let _ = match way {
+                    0 => {
+                        let ranges = ranges.map(|range| (range.len > 0).then_some(range));
+                        let ranges: Vec<_> = ranges.into_iter().flatten().collect();
+                        let position = Position::default().advanced(&ranges, cut / 2);
+                        memory.fill(&ranges, position, len - cut / 2, |pieces| {
+                            for piece in pieces {
+                                piece.copy_from(&vec![0xff_u8; piece.len()]);
+                            }
+                        })
+                    }
+                    1 => memory.write_slice(&vec![0xff; len as usize], GuestAddress(address)),
+                    _ => memory.store(0xffff_u16, GuestAddress(address), Ordering::Release),
+                };
+            }
+            let pages: BTreeSet<_> = written(&memory).into_iter().map(|at| (at + shift) / 4096).collect();
+            prop_assert_eq!(marked(&log), pages.into_iter().collect::<Vec<_>>());
+        }
     }
 }

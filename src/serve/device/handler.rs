@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use sealblk_base::blame::Blame;
 use vhost::vhost_user::VhostUserProtocolFeatures;
-use vhost::vhost_user::message::FrontendReq;
+use vhost::vhost_user::message::{FrontendReq, VhostUserVringAddrFlags};
 
 use super::config::{Agreed, NotOffered};
 use super::frontend_message::{FrontendMessage, Refused, Reply};
@@ -112,8 +112,16 @@ impl Handler {
         match content {
             FrontendMessage::SetFeatures(features) => {
                 let agreed = Agreed::on(*features, paused.disk())?;
-                let answer = self.exchange(message.with_number(agreed.offered()), reply)?;
+                let answer = self.exchange(message.with_number(agreed.of_handler()), reply)?;
                 paused.agree(agreed);
+                Ok(answer)
+            }
+            FrontendMessage::SetVringAddr(addresses) => {
+                let flags = VhostUserVringAddrFlags::from_bits_truncate(addresses.flags);
+                let is_logged = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG);
+                let (index, log) = (addresses.index, addresses.log);
+                let answer = self.exchange(message, reply)?;
+                paused.log_used(index, is_logged.then_some(log));
                 Ok(answer)
             }
             FrontendMessage::SetMemTable(_) | FrontendMessage::AddMemReg(_) | FrontendMessage::RemMemReg => {

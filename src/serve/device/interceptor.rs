@@ -2,7 +2,7 @@
 //!
 //! A message is received whole, decoded once ([`super::frontend_message`]) and checked ([`super::checks`]). Then it goes to the
 //! handler ([`super::handler`]), with the rings paused that the table names for it. The interceptor itself answers the messages
-//! that the handler would get wrong, SET_CONFIG, SET_BACKEND_REQ_FD, GET_INFLIGHT_FD and SET_INFLIGHT_FD, and keeps
+//! that the handler would get wrong, SET_LOG_BASE, SET_CONFIG, SET_BACKEND_REQ_FD, GET_INFLIGHT_FD and SET_INFLIGHT_FD, and keeps
 //! acknowledgements to itself that the front-end did not ask for.
 //!
 //! ```text
@@ -19,11 +19,12 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags};
 use sealblk_base::blame::Blame;
 use vhost::vhost_user::VhostUserProtocolFeatures;
-use vhost::vhost_user::message::VhostUserInflight;
+use vhost::vhost_user::message::{VhostUserInflight, VhostUserLog};
 use vm_memory::ByteValued;
 
 use super::checks::{self, CheckError};
 use super::config;
+use super::dirty_log::DirtyLog;
 use super::disk::Disk;
 use super::foreign::Foreign;
 use super::frontend_message::{FrontendMessage, Refused, Reply, Scope};
@@ -49,9 +50,14 @@ pub(super) enum InterceptError {
     #[error("the front-end takes no reply: it hangs, or has ended")]
     Reply(#[source] io::Error),
     #[error(
-        "guest memory is gone: its file was truncated, or there is no page left for it; look for free memory and huge pages"
+        "guest memory is gone, or the log of a migration: its file was truncated, or there is no page left for it; look for free memory \
+         and huge pages"
     )]
     MemoryLost,
+    #[error(
+        "the log of a migration cannot be mapped; descriptors, memory or mappings (vm.max_map_count) are exhausted"
+    )]
+    Log(#[source] io::Error),
     #[error(transparent)]
     Refused(#[from] Refused),
     #[error(transparent)]
@@ -68,7 +74,7 @@ impl InterceptError {
     /// Where the cause lies.
     pub(super) fn blame(&self) -> Blame {
         match self {
-            Self::Wait(_) | Self::Rings(_) => Blame::Host,
+            Self::Wait(_) | Self::Log(_) | Self::Rings(_) => Blame::Host,
             Self::FrontEnd(error) => error.blame(),
             Self::Reply(_) | Self::Refused(_) => Blame::FrontEnd,
             // Of the host or of the front-end: both run by an operator, who reads what to look for.
@@ -172,6 +178,7 @@ impl Interceptor<'_> {
         checks::check(&message, content, self.rings)?;
         let wants_acknowledgement = message.needs_reply();
         let answer = match content {
+            FrontendMessage::SetLogBase(log) => self.set_log(&mut message, *log)?,
             FrontendMessage::SetConfig { offset, bytes } => self.set_config(&message, *offset, bytes),
             FrontendMessage::SetBackendReqFd => self.set_back_end_channel(&mut message)?,
             FrontendMessage::GetInflightFd(wanted) => self.make_inflight_memory(&message, wanted)?,
@@ -203,6 +210,19 @@ impl Interceptor<'_> {
             tracing::debug!(error, "a write to the configuration space is refused");
         }
         message.reply(&u64::from(result.is_err()).to_ne_bytes())
+    }
+
+    /// Has writes to guest memory marked in another log. The handler would map it unchecked, and forget it with the next memory table.
+    fn set_log(&mut self, message: &mut Message, place: VhostUserLog) -> Result<Message, InterceptError> {
+        let is_agreed = self.protocol.contains(VhostUserProtocolFeatures::LOG_SHMFD);
+        let file = message.take_fds().pop().filter(|_| is_agreed);
+        let file = file.ok_or(Refused(message.number()))?;
+        let log = DirtyLog::map(&file, place).map_err(InterceptError::Log)?;
+        let mut paused = self.rings.pause(Scope::All);
+        paused.log_to(log);
+        paused.resume().map_err(NoResources)?;
+        // QEMU takes any answer; the front-ends that use crate vhost, Cloud Hypervisor among them, take this one.
+        Ok(message.reply(&message.body))
     }
 
     /// Makes memory for the front-end to keep, by which requests in flight are tracked.

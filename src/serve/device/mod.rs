@@ -27,6 +27,7 @@
 //! inflight          which chains are in flight, in memory that outlives this process
 //! resumption        the chains that an earlier process has left in flight
 //! guest, sigbus     guest memory, and a front-end that takes it away
+//! dirty_log         the log of what was written to it, by which a front-end migrates the guest
 //! uring             what an operator does where io_uring cannot be set up
 //! limits, blame     what guest and front-end may ask for at most; how loud the log is about what they do wrong
 //! ```
@@ -48,20 +49,24 @@
 //! puts the head into the used ring. At the end of the round it notifies the driver by the queue's call, if the driver wants
 //! that.
 //!
+//! While a front-end migrates the guest, each page of guest memory that was written to is marked in the front-end's dirty log, after
+//! the write: by the type that stands for guest memory, so that no write can leave it out.
+//!
 //! When the pool or the table of requests is exhausted, chains wait in the available ring; nothing grows with what a guest
 //! asks for.
 //!
 //! # What I/O stands on
 //!
-//! A worker serves a ring by the vring's addresses and descriptors, the mapped guest memory, the features that front-end and
-//! driver agreed on, and the disk's segment table. While a ring runs, none of them changes. The worker has the ring by value
-//! and gives it back when nothing is in flight. A message of the front-end that changes one of these is applied while the
+//! A worker serves a ring by the vring's addresses and descriptors, the mapped guest memory, the dirty log, the features that
+//! front-end and driver agreed on, and the disk's segment table. While a ring runs, none of them changes. The worker has the
+//! ring by value and gives it back when nothing is in flight. A message of the front-end that changes one of these is applied while the
 //! rings are paused (`rings::Paused`). `lock` takes the segment table away, and waits until each worker has given it back.
 
 mod blame;
 mod call;
 mod checks;
 mod config;
+mod dirty_log;
 mod disk;
 mod foreign;
 mod frontend_message;

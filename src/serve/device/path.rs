@@ -380,7 +380,7 @@ impl RequestPath {
         if self.ring.is_resuming() {
             return true;
         }
-        let more = self.ring.queue.enable_notification(&self.ring.memory);
+        let more = self.ring.enable_notification();
         more.unwrap_or_else(|error| {
             self.broken_by_driver(&error);
             false

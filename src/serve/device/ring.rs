@@ -23,6 +23,8 @@ pub(super) struct Ring {
     pub index: usize,
     pub queue: Queue,
     pub memory: Memory,
+    /// The same memory, for writes to the used ring: the front-end says where they are marked in its dirty log, if at all.
+    pub used_memory: Memory,
     pub inflight: Inflight,
     /// What an earlier process has left in flight, until all of it is taken.
     pub resumption: Option<Resumption>,
@@ -61,7 +63,7 @@ impl Ring {
     /// If the used ring is not in guest memory.
     pub(super) fn give_back(&mut self, head: u16, used_len: u32) -> Result<(), QueueError> {
         self.inflight.giving_back(head);
-        self.queue.add_used(&self.memory, head, used_len)?;
+        self.queue.add_used(&self.used_memory, head, used_len)?;
         self.inflight.given_back(head, self.queue.next_used());
         Ok(())
     }
@@ -80,6 +82,14 @@ impl Ring {
     /// Whether the driver seems to have offered no chain yet.
     pub(super) fn is_unused(&self) -> bool {
         self.queue.next_avail() == 0 && !self.has_chain()
+    }
+
+    /// Asks the driver for kicks, and tells whether it has offered a chain before it saw that.
+    ///
+    /// # Errors
+    /// If the used or the available ring is not in guest memory.
+    pub(super) fn enable_notification(&mut self) -> Result<bool, QueueError> {
+        self.queue.enable_notification(&self.used_memory)
     }
 
     /// Whether the driver wants to be notified of what was put into the used ring.

@@ -7,6 +7,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 
 use super::call::Call;
 use super::config::Agreed;
+use super::dirty_log::DirtyLog;
 use super::disk::{Disk, Grant};
 use super::frontend_message::Scope;
 use super::guest::SharedMemory;
@@ -14,7 +15,7 @@ use super::inflight::{InflightMemory, MapError};
 use super::sigbus;
 use super::task::Piece;
 use super::uring;
-use super::vring::{StartError, Vring};
+use super::vring::{Logging, StartError, Vring};
 use super::worker_thread::WorkerThread;
 use crate::storage::{Engine, RingPool};
 
@@ -55,6 +56,10 @@ pub(super) struct Rings {
     /// Engines of rings that are stopped, for the next start.
     engines: Vec<Engine<Piece>>,
     agreed: Agreed,
+    /// The front-end's dirty log, also while it logs nothing.
+    log: Option<Arc<DirtyLog>>,
+    /// Where writes to each used ring are marked in it.
+    used_logs: Vec<Option<u64>>,
 }
 
 impl Rings {
@@ -71,6 +76,7 @@ impl Rings {
         sigbus::begin();
         let running = vrings.iter().map(|_| None).collect();
         let queues = u16::try_from(vrings.len()).unwrap_or(u16::MAX);
+        let used_logs = vec![None; vrings.len()];
         Ok(Self {
             disk,
             urings,
@@ -80,6 +86,8 @@ impl Rings {
             running,
             engines: Vec::new(),
             agreed: Agreed::default(),
+            log: None,
+            used_logs,
         })
     }
 
@@ -143,7 +151,13 @@ impl Rings {
             if self.running[index].is_some() {
                 continue;
             }
-            let ring = match vring.start(index, &self.memory, &self.inflight, &self.urings.calls) {
+            let logging = Logging {
+                log: self.log.as_ref(),
+                all: self.agreed.log_all(),
+                used: self.used_logs[index],
+            };
+            let calls = &self.urings.calls;
+            let ring = match vring.start(index, &self.memory, logging, &self.inflight, calls) {
                 Ok(Some(ring)) => ring,
                 Ok(None) => continue,
                 Err(StartError::Io(error)) => return Err(error),
@@ -216,6 +230,22 @@ impl Paused<'_> {
         sigbus::protect(&self.rings.memory.memory());
     }
 
+    /// Takes the front-end's dirty log, in place of an earlier one. All rings are paused.
+    pub(super) fn log_to(&mut self, log: DirtyLog) {
+        debug_assert_eq!(self.scope, Scope::All);
+        sigbus::protect_log(Some(&log));
+        self.rings.log = Some(Arc::new(log));
+    }
+
+    /// Takes into account where writes to the used ring of the ring `index` are logged, if they are. It is paused.
+    pub(super) fn log_used(&mut self, index: u32, at: Option<u64>) {
+        let index = usize::try_from(index).unwrap_or(usize::MAX);
+        debug_assert!(self.scope.contains(index));
+        if let Some(used_log) = self.rings.used_logs.get_mut(index) {
+            *used_log = at;
+        }
+    }
+
     /// Starts the rings that the front-end wants served by now.
     ///
     /// # Errors
@@ -228,6 +258,7 @@ impl Paused<'_> {
 impl Drop for Rings {
     fn drop(&mut self) {
         self.stop();
+        sigbus::protect_log(None);
     }
 }
 

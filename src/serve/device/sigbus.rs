@@ -1,7 +1,7 @@
-//! Guest memory that is lost while it is mapped.
+//! Guest memory, or the dirty log, that is lost while it is mapped.
 //!
 //! A front-end can shrink the file of a memory region that we have mapped, and a file system can run out of pages, above all of
-//! huge ones. An access to a page that does not exist raises SIGBUS, which would end the process. The signal handler here maps
+//! huge ones. The dirty log's file cannot shrink, and its pages can run out all the same. An access to a page that does not exist raises SIGBUS, which would end the process. The signal handler here maps
 //! anonymous memory in the place of the whole region, so that the access continues, and records that guest memory
 //! [was lost](is_lost). From then on no data that were read from guest memory reach storage, no request is reported as done,
 //! and the session ends. Wayland compositors guard the pools that clients share with them in the same way.
@@ -17,13 +17,19 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
 
+use super::dirty_log::DirtyLog;
 use super::limits::MAX_REGIONS;
 
-/// Where guest memory is mapped: start and end of each region, 0 and 0 where there is none. A signal handler may not
-/// take a lock.
-static REGIONS: [[AtomicUsize; 2]; MAX_REGIONS] = [const { [const { AtomicUsize::new(0) }; 2] }; MAX_REGIONS];
+/// Where a mapping starts and ends; 0 and 0 if there is none. A signal handler may not take a lock.
+type Mapped = [AtomicUsize; 2];
 
-/// Whether a page of the guest's memory was missing since [`begin`].
+/// Where guest memory is mapped.
+static REGIONS: [Mapped; MAX_REGIONS] = [const { [const { AtomicUsize::new(0) }; 2] }; MAX_REGIONS];
+
+/// Where the dirty log is mapped.
+static LOG: Mapped = [const { AtomicUsize::new(0) }; 2];
+
+/// Whether a page of either was missing since [`begin`].
 static LOST: AtomicBool = AtomicBool::new(false);
 
 /// Whether guest memory was lost in this session. An access that finds a page missing is followed by a true answer in
@@ -32,9 +38,10 @@ pub(super) fn is_lost() -> bool {
     LOST.load(Ordering::SeqCst)
 }
 
-/// Begins a session: no memory, and none lost.
+/// Begins a session: no memory, no log, and nothing lost.
 pub(super) fn begin() {
     protect(&GuestMemoryMmap::new());
+    protect_log(None);
     LOST.store(false, Ordering::SeqCst);
 }
 
@@ -52,10 +59,19 @@ pub(super) fn protect(memory: &GuestMemoryMmap) {
         Some([start, start + usize::try_from(region.len()).ok()?])
     });
     for slot in &REGIONS {
-        let [start, end] = regions.next().unwrap_or_default();
-        slot[0].store(start, Ordering::SeqCst);
-        slot[1].store(end, Ordering::SeqCst);
+        set(slot, regions.next().unwrap_or_default());
     }
+}
+
+/// Lets marks in `log` survive the loss of its pages. Call it while no ring runs, after [`protect`], and before the last log goes.
+pub(super) fn protect_log(log: Option<&DirtyLog>) {
+    let (start, len) = log.map_or((0, 0), DirtyLog::mapped_at);
+    set(&LOG, [start, start.saturating_add(len)]);
+}
+
+fn set(mapped: &Mapped, [start, end]: [usize; 2]) {
+    mapped[0].store(start, Ordering::SeqCst);
+    mapped[1].store(end, Ordering::SeqCst);
 }
 
 fn install() -> io::Result<()> {
@@ -80,6 +96,7 @@ extern "C" fn handle(_signal: libc::c_int, info: *mut libc::siginfo_t, _context:
     let is_missing = info.si_code == libc::BUS_ADRERR;
     let region = REGIONS
         .iter()
+        .chain([&LOG])
         .map(|[start, end]| (start.load(Ordering::SeqCst), end.load(Ordering::SeqCst)))
         .find(|(start, end)| (*start..*end).contains(&address));
     if let (true, Some((start, end))) = (is_missing, region) {
@@ -93,10 +110,10 @@ extern "C" fn handle(_signal: libc::c_int, info: *mut libc::siginfo_t, _context:
     unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
 }
 
-/// Maps anonymous memory over a region.
+/// Maps anonymous memory over a region or the log.
 fn replace(start: usize, len: usize) -> bool {
-    // SAFETY: the range is a mapping of guest memory, into which no reference points; the new mapping has the same
-    // length and protection. mmap is a bare system call here.
+    // SAFETY: the range is a mapping of guest memory, into which no reference points, or of the log, into which only atomics point, for
+    // one operation each; the new mapping has the same length and protection. mmap is a bare system call here.
     let mapped = unsafe {
         libc::mmap(
             std::ptr::with_exposed_provenance_mut(start),

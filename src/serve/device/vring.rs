@@ -10,13 +10,15 @@ use std::cell::RefCell;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::MutexGuard;
+use std::sync::{Arc, MutexGuard};
 
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::{Error, Queue, QueueT};
+use vm_memory::GuestAddress;
 
 use super::call::Call;
-use super::guest::{HOW_TO_SHARE, Memory, SharedMemory};
+use super::dirty_log::{DirtyLog, Marks};
+use super::guest::{GuestRange, HOW_TO_SHARE, Memory, SharedMemory};
 use super::inflight::{InflightError, InflightMemory, Left};
 use super::resumption::{ResumeError, Resumption};
 use super::ring::Ring;
@@ -35,6 +37,39 @@ pub(super) fn collect<T>(make: impl FnOnce() -> T) -> (T, Vec<Vring>) {
     (made, MADE.take())
 }
 
+/// What of the writes to guest memory the front-end has logged.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Logging<'l> {
+    /// Its log.
+    pub log: Option<&'l Arc<DirtyLog>>,
+    /// Whether writes to the driver's buffers are logged (VHOST_F_LOG_ALL).
+    pub all: bool,
+    /// Where writes to the used ring are logged, if they are (VHOST_VRING_F_LOG).
+    pub used: Option<u64>,
+}
+
+impl Logging<'_> {
+    /// The memory for writes to buffers, and that for writes to the used ring, which is `used`. None if they are to be logged, and the
+    /// log does not cover them.
+    fn apply(self, memory: Memory, used: GuestRange) -> Option<(Memory, Memory)> {
+        if !self.all && self.used.is_none() {
+            let used_memory = memory.clone();
+            return Some((memory, used_memory));
+        }
+        let log = self.log?;
+        if self.all && !memory.is_covered_by(log)
+            || self.used.is_some_and(|at| !log.covers_range(at, used.len.into()))
+        {
+            return None;
+        }
+        let of_buffers = self.all.then(|| Marks::new(log, 0));
+        let of_used = self
+            .used
+            .map(|at| Marks::new(log, at.wrapping_sub(used.address.0)));
+        Some((memory.marked_by(of_buffers), memory.marked_by(of_used)))
+    }
+}
+
 /// A vring as the protocol handler knows it.
 #[derive(Clone)]
 pub(super) struct Vring(VringMutex<SharedMemory>);
@@ -48,6 +83,7 @@ impl Vring {
         &self,
         index: usize,
         memory: &SharedMemory,
+        logging: Logging<'_>,
         inflight: &InflightMemory,
         calls: &RingPool,
     ) -> Result<Option<Ring>, StartError> {
@@ -63,10 +99,19 @@ impl Vring {
         if queue.avail_ring() == 0 || !queue.is_valid(&memory) {
             return Err(StartError::NotInMemory);
         }
+        let used = GuestRange {
+            address: GuestAddress(queue.used_ring()),
+            len: USED_RING + USED_ELEMENT * u32::from(queue.size()),
+        };
+        let (memory, used_memory) = logging.apply(memory, used).ok_or(StartError::NoLog)?;
         let mut queue = Queue::try_from(queue.state()).map_err(StartError::Queue)?;
         let mut inflight = inflight.of_queue(index)?;
         let resumption = match inflight.begin(queue.size(), queue.next_used())? {
-            Some(left) => Some(resume(index, &mut queue, &memory, &left)?),
+            Some(left) => {
+                // The process may have ended between a write and its mark.
+                used_memory.mark(used);
+                Some(resume(index, &mut queue, &memory, &left)?)
+            }
             None => None,
         };
         let kick = borrow(kick).try_clone_to_owned()?;
@@ -78,6 +123,7 @@ impl Vring {
             index,
             queue,
             memory,
+            used_memory,
             inflight,
             resumption,
             kick,
@@ -104,6 +150,10 @@ fn resume(index: usize, queue: &mut Queue, memory: &Memory, left: &Left) -> Resu
     Resumption::new(queue, memory, &left.heads)
 }
 
+/// The length of a used ring without its elements, and that of an element (virtio 1.2 §2.7.8).
+const USED_RING: u32 = 6;
+const USED_ELEMENT: u32 = 8;
+
 /// Why a ring is not served.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum StartError {
@@ -111,6 +161,10 @@ pub(super) enum StartError {
         "its descriptor table, available ring or used ring does not lie in the guest's memory; {HOW_TO_SHARE}"
     )]
     NotInMemory,
+    #[error(
+        "the front-end logs what is written to guest memory, and has given no log of all of it (SET_LOG_BASE)"
+    )]
+    NoLog,
     #[error("its size or addresses are not valid: {0}")]
     Queue(Error),
     #[error(transparent)]
