@@ -23,7 +23,7 @@ use crate::keys::binding::{self, CreateOptions};
 use crate::keys::{KeyProvider, Providers};
 use crate::luks2::{Argon2Cost, Content, HeaderIo, Locked};
 use crate::providers::registry::Backup;
-use crate::storage::{Access, Backing, Kind};
+use crate::storage::{Access, Backing, Claim, Kind};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -100,7 +100,7 @@ impl Create {
             .transpose()?;
 
         let mut made = Made::default();
-        let disk = self.claim(&self.disk, &mut made)?;
+        let (disk, _claim) = self.claim(&self.disk, &mut made)?;
         if disk.kind() == Kind::File && self.size.is_none() {
             return Err(Failure::SizeNeeded { disk: self.disk });
         }
@@ -109,6 +109,7 @@ impl Create {
             .as_ref()
             .map(|path| self.claim(path, &mut made))
             .transpose()?;
+        let (header, _header_claim) = header.unzip();
         let recovery_key = self
             .recovery_key
             .as_ref()
@@ -175,7 +176,7 @@ impl Create {
     }
 
     /// Opens a file or device and keeps everybody else from it. A file that does not exist is made.
-    fn claim(&self, path: &Path, made: &mut Made) -> Result<Backing, Failure> {
+    fn claim(&self, path: &Path, made: &mut Made) -> Result<(Backing, Claim), Failure> {
         match OpenOptions::new()
             .write(true)
             .create_new(true)
@@ -191,14 +192,14 @@ impl Create {
                 });
             }
         }
-        let backing = Backing::open(path, Access::ReadWrite)?;
+        let (backing, claim) = Backing::claimed(path, Access::ReadWrite)?;
         if !self.force && occupied(&backing)? {
             return Err(Failure::Occupied {
                 path: path.to_owned(),
                 content: Content::of(&backing),
             });
         }
-        Ok(backing)
+        Ok((backing, claim))
     }
 }
 

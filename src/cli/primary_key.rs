@@ -119,7 +119,7 @@ impl Backup {
             source,
         })?;
         made.extend([path.clone()]);
-        let file = Backing::open(path, Access::ReadWrite)?;
+        let (file, _claim) = Backing::claimed(path, Access::ReadWrite)?;
         let checked = with_check(&primary)?;
         let about = [("provider", self.name.as_str())];
         key_backup::write(

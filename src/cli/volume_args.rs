@@ -9,7 +9,7 @@ use super::failure::Failure;
 use super::secret::SecretSource;
 use crate::keys::binding;
 use crate::luks2::{self, HeaderIo, Locked, Volume};
-use crate::storage::{Access, Backing};
+use crate::storage::{Access, Backing, Claim};
 
 #[derive(Debug, Args)]
 pub(super) struct VolumeArgs {
@@ -30,19 +30,23 @@ impl VolumeArgs {
         self.header.as_ref().unwrap_or(&self.disk)
     }
 
-    /// Opens the header for `access`. If it is detached, the verb does not write to the payload. One that is a copy of the disk's own
+    /// Opens the header for `access`, and claims what is opened, unless that is to inspect it. If it is detached, the verb does not write to the payload. One that is a copy of the disk's own
     /// is not to be changed: the disk would open as before.
     pub(super) fn open(&self, access: Access) -> Result<Files, Failure> {
         let Some(header) = &self.header else {
-            let disk = Backing::open(&self.disk, access)?;
-            return Ok(Files { disk, header: None });
+            let (disk, claim) = open(&self.disk, access)?;
+            return Ok(Files {
+                disk,
+                header: None,
+                _claims: [claim, None],
+            });
         };
         let payload = match access {
             Access::ReadWrite => Access::ReadOnly,
             access => access,
         };
-        let header = Backing::open(header, access)?;
-        let disk = Backing::open(&self.disk, payload)?;
+        let (header, header_claim) = open(header, access)?;
+        let (disk, claim) = open(&self.disk, payload)?;
         if access == Access::ReadWrite {
             let volume = |backing| luks2::read(backing).ok().map(|found| found.header().uuid());
             if volume(&disk).is_some_and(|own| volume(&header) == Some(own)) {
@@ -55,14 +59,25 @@ impl VolumeArgs {
         Ok(Files {
             header: Some(header),
             disk,
+            _claims: [claim, header_claim],
         })
     }
+}
+
+fn open(path: &Path, access: Access) -> Result<(Backing, Option<Claim>), Failure> {
+    let backing = Backing::open(path, access)?;
+    let claim = match access {
+        Access::Inspect => None,
+        Access::ReadOnly | Access::ReadWrite => Some(backing.claim()?),
+    };
+    Ok((backing, claim))
 }
 
 /// A volume's file or device, and its header's if that is detached.
 pub(super) struct Files {
     disk: Backing,
     header: Option<Backing>,
+    _claims: [Option<Claim>; 2],
 }
 
 impl Files {

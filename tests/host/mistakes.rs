@@ -249,7 +249,7 @@ fn storage() {
     let mut m = with_volume("storage");
     // In use, as by `sealblk serve`.
     {
-        let _attached = Backing::open(&m.path("vm.luks"), Access::ReadWrite).unwrap();
+        let _attached = Backing::claimed(&m.path("vm.luks"), Access::ReadWrite).unwrap();
         m.mistake("sealblk recovery add vm.luks --recovery-key new.key");
         m.mistake("sealblk rekey vm.luks");
         m.mistake("sealblk create vm.luks --size 1M --force");

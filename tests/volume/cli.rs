@@ -69,7 +69,7 @@ fn first_disk_takes_one_command() {
 fn info_needs_neither_key_nor_state_and_tells_of_disks_in_use() {
     let bench = Bench::with_volume();
     fs::remove_dir_all(bench.path("state")).unwrap();
-    let _attached = Backing::open(&bench.path("vm.luks"), Access::ReadWrite).unwrap();
+    let _attached = Backing::claimed(&bench.path("vm.luks"), Access::ReadWrite).unwrap();
     let text = bench.succeeds(&["info", "vm.luks"]).out;
     for part in [
         "LUKS2",
@@ -227,7 +227,7 @@ fn a_recovery_key_is_added_beside_a_payload_that_others_read() {
     let bench = Bench::with_volume();
     bench.succeeds(&["create", "data", "--size", "1M", "--header", "head"]);
     let _reader =
-        sealblk::storage::Backing::open(&bench.path("data"), sealblk::storage::Access::ReadOnly).unwrap();
+        sealblk::storage::Backing::claimed(&bench.path("data"), sealblk::storage::Access::ReadOnly).unwrap();
     bench.succeeds(&[
         "recovery",
         "add",
@@ -816,7 +816,7 @@ fn block_device_is_taken_whole_and_what_it_holds_is_noticed() {
     );
     bench.succeeds(&["create", disk, "--force", "--sector-size", "4096"]);
 
-    let claimed = Backing::open(Path::new(disk), Access::ReadWrite).unwrap();
+    let claimed = Backing::claimed(Path::new(disk), Access::ReadWrite).unwrap();
     bench.fails(&["create", disk, "--force"], IN_USE, &[disk, "in use"]);
     assert!(bench.succeeds(&["info", disk]).out.contains("1 MiB"));
     drop(claimed);
@@ -834,7 +834,7 @@ fn block_device_is_taken_whole_and_what_it_holds_is_noticed() {
 #[test]
 fn disk_in_use_is_left_alone_even_by_force() {
     let bench = Bench::with_volume();
-    let _attached = Backing::open(&bench.path("vm.luks"), Access::ReadWrite).unwrap();
+    let _attached = Backing::claimed(&bench.path("vm.luks"), Access::ReadWrite).unwrap();
     std::os::unix::fs::symlink("vm.luks", bench.path("link")).unwrap();
     for disk in ["vm.luks", "link"] {
         bench.fails(

@@ -895,7 +895,7 @@ fn an_erased_disk_opens_with_nothing_and_the_receipt_says_what_it_was() {
         host.fails(&["erase", "disk", "--confirm", &key], USAGE)
             .contains(&uuid)
     );
-    let claim = Backing::open(&host.path("disk"), Access::ReadOnly).unwrap();
+    let claim = Backing::claimed(&host.path("disk"), Access::ReadOnly).unwrap();
     host.fails(&["erase", "disk", "--confirm", &uuid], IN_USE);
     drop(claim);
     fs::write(host.path("taken"), "a receipt").unwrap();
@@ -1427,7 +1427,7 @@ fn keys_that_are_too_old_are_told_and_changed_by_policy() {
     // As a timer does it: those that are due, and no others; one that is in use keeps no other from its turn.
     let keys = |host: &Host| ["young", "old", "dateless"].map(|disk| host.key_of(disk));
     let before = keys(&host);
-    let claim = Backing::open(&host.path("old"), Access::ReadOnly).unwrap();
+    let claim = Backing::claimed(&host.path("old"), Access::ReadOnly).unwrap();
     let told = host.fails(&["rekey", "--if-due", "old", "young", "dateless"], IN_USE);
     assert!(
         told.contains("old") && told.contains("--control-socket"),

@@ -18,7 +18,7 @@ use sealblk::luks2::{
 };
 use sealblk::map::{SegmentTable, Treatment};
 use sealblk::providers::{registry::Backup, registry::Registry, registry::Source};
-use sealblk::storage::{Access, Backing, StorageError};
+use sealblk::storage::{Access, Backing};
 use sealblk_secmem::arena::SecretBytes;
 use serde_json::Value;
 use vm_memory::VolatileSlice;
@@ -674,16 +674,7 @@ impl Disk {
     }
 
     fn backings(&self, access: Access) -> (Backing, Option<Backing>) {
-        // Another test's child has copies of our descriptors, and so our locks, until it calls exec.
-        let open = |path: &Path| {
-            for _ in 0..200 {
-                match Backing::open(path, access) {
-                    Err(StorageError::InUse { .. }) => thread::sleep(Duration::from_millis(5)),
-                    opened => return opened.unwrap(),
-                }
-            }
-            panic!("{} stays in use", path.display());
-        };
+        let open = |path: &Path| Backing::open(path, access).unwrap();
         match &self.header {
             Some(header) => (open(header), Some(open(&self.path))),
             None => (open(&self.path), None),

@@ -125,7 +125,7 @@ fn rekey_is_refused_without_a_change_where_there_is_no_such_provider_or_the_disk
         "{said}"
     );
 
-    let claim = Backing::open(&volume.path, Access::ReadWrite).unwrap();
+    let claim = Backing::claimed(&volume.path, Access::ReadWrite).unwrap();
     assert_eq!(rekey(&volume, &[]).output().unwrap().status.code(), Some(5));
     drop(claim);
     assert!(volume.bytes() == before);

@@ -33,7 +33,7 @@ use crate::key_helper::{KeyHelper, Settings};
 use crate::luks2::{Changed, HeaderError, Identity, Locked, MATERIAL_LEN, Reason, VolumeError};
 use crate::map::{SegmentTable, Treatment, unencrypted};
 use crate::sandbox::{self, Allowed, Measure, Sandbox};
-use crate::storage::{Access, Backing, DataFile, StorageError};
+use crate::storage::{Access, Backing, Claim, DataFile, StorageError};
 use sealblk_secmem::{arena, arena::SecretBytes};
 
 /// What QEMU's vhost-user.json names, and nothing more (`VHostUserBackendBlockFeature`).
@@ -74,25 +74,25 @@ impl Serve {
         } else {
             Access::ReadWrite
         };
-        // The claims on disk and header last as long as the disk is served.
-        let claim = |path: &Option<PathBuf>| {
-            match path {
-                Some(path) => Backing::open(path, access).map(Some),
-                None => Ok(None),
-            }
-            .map_err(|error| match error {
+        // Disk and header are claimed for as long as the disk is served.
+        let mut claim = Claim::on_nothing();
+        let mut open = |path: &Option<PathBuf>| -> Result<Option<Backing>, Failure> {
+            let Some(path) = path else { return Ok(None) };
+            let (backing, claimed) = Backing::claimed(path, access).map_err(|error| match error {
                 source @ StorageError::WriteProtected { .. } => Failure::WriteProtected { source },
                 error => error.into(),
-            })
+            })?;
+            claim.add(claimed);
+            Ok(Some(backing))
         };
-        let (backing, header) = (claim(&self.blk_file)?, claim(&self.header)?);
+        let (backing, header) = (open(&self.blk_file)?, open(&self.header)?);
         let groups = self.groups(helper.as_ref())?;
         let medium = match (backing, helper, self.null_storage) {
             (_, _, Some(size)) => self.null(size)?,
             (Some(disk), Some(helper), None) => self.stored(helper, by, disk, header)?,
             _ => unreachable!("clap asks for one of them, and a disk has a helper"),
         };
-        let disk = Arc::new(self.disk(&medium)?);
+        let disk = Arc::new(self.disk(&medium, claim)?);
         // All that can fail is tried before a key is asked for, which other hosts and logs may hear of.
         // From here on threads do not get the signals that end the process.
         let endpoint = self.endpoint(groups.socket);
@@ -104,11 +104,11 @@ impl Serve {
         let mut allowed = self
             .allowed(&medium, &server, control.as_ref())
             .map_err(Failure::Host)?;
-        let (served, _claim) = match medium.key {
-            Key::Volume { opener, identity } => (Some(Attachment::new(*opener, disk, identity)), None),
-            Key::Known { table, claim } => {
+        let served = match medium.key {
+            Key::Volume { opener, identity } => Some(Attachment::new(*opener, disk, identity)),
+            Key::Known { table } => {
                 disk.unlock(table);
-                (None, claim)
+                None
             }
         };
         manager::connect();
@@ -307,7 +307,7 @@ impl Serve {
                 }))
             }
             Err(volume) if header.is_none() && self.is_no_volume(&volume) => match self.allow_unencrypted {
-                true => self.unencrypted(disk),
+                true => self.unencrypted(&disk),
                 false => Err(Failure::Unencrypted { volume }),
             },
             Err(error) => Err(error.into()),
@@ -345,14 +345,14 @@ impl Serve {
     }
 
     /// The disk as raw: it is not a volume.
-    fn unencrypted(&self, disk: Backing) -> Result<Medium, Failure> {
+    fn unencrypted(&self, disk: &Backing) -> Result<Medium, Failure> {
         if self.passphrase_file.is_some() {
             return Err(Failure::KeyOfPlainDisk {
                 disk: disk.path().to_owned(),
             });
         }
         let sector_size = self.sector_size.unwrap_or_default();
-        let table = unencrypted(&disk, sector_size, self.format.is_some())?;
+        let table = unencrypted(disk, sector_size, self.format.is_some())?;
         tracing::warn!("not a LUKS2 volume: serving it as an unencrypted disk");
         let shape = Shape {
             sectors: table.sectors(),
@@ -360,10 +360,7 @@ impl Serve {
             file: Arc::new(disk.data_file(sector_size.bytes_u32())?),
             serial: serial_of_path(disk.path()),
         };
-        Ok(shape.of(Key::Known {
-            table,
-            claim: Some(disk),
-        }))
+        Ok(shape.of(Key::Known { table }))
     }
 
     /// No disk: all but the storage.
@@ -393,7 +390,7 @@ impl Serve {
             file: Arc::new(DataFile::null().map_err(Failure::Null)?),
             serial: "null".into(),
         };
-        Ok(shape.of(Key::Known { table, claim: None }))
+        Ok(shape.of(Key::Known { table }))
     }
 
     /// Says that front-ends can connect.
@@ -409,7 +406,7 @@ impl Serve {
         );
     }
 
-    fn disk(&self, medium: &Medium) -> Result<Disk, Failure> {
+    fn disk(&self, medium: &Medium, claim: Claim) -> Result<Disk, Failure> {
         let shape = &medium.shape;
         if !shape.file.is_direct() {
             tracing::warn!(
@@ -420,6 +417,7 @@ impl Serve {
         let disk = Disk::new(
             shape.sectors,
             Arc::clone(&shape.file),
+            claim,
             shape.sector_size,
             self.read_only,
             discard,
@@ -495,10 +493,7 @@ enum Key {
     /// From the volume, which must be unlocked first.
     Volume { opener: Box<Opener>, identity: Identity },
     /// It is there, and stays.
-    Known {
-        table: Arc<SegmentTable>,
-        claim: Option<Backing>,
-    },
+    Known { table: Arc<SegmentTable> },
 }
 
 impl Shape {

@@ -239,7 +239,8 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         let backing = Backing::open(file.path(), Access::ReadWrite).unwrap();
         let file = Arc::new(backing.data_file(512).unwrap());
-        Disk::new(2048, file, SectorSize::B512, read_only, discard, "serial").unwrap()
+        let claim = backing.claim().unwrap();
+        Disk::new(2048, file, claim, SectorSize::B512, read_only, discard, "serial").unwrap()
     }
 
     #[test]

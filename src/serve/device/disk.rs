@@ -16,7 +16,7 @@ use super::limits::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES};
 use crate::cipher::SectorSize;
 use crate::map::SegmentTable;
 use crate::mutex::lock;
-use crate::storage::DataFile;
+use crate::storage::{Claim, DataFile};
 use crate::timestamp::Timestamp;
 
 /// How often a lock looks whether the workers are done.
@@ -89,6 +89,7 @@ pub struct Disk {
     sectors: u64,
     /// The payload's file.
     pub file: Arc<DataFile>,
+    claim: Arc<Claim>,
     /// The unit of every transfer.
     pub sector_size: SectorSize,
     /// Whether writes are refused.
@@ -115,6 +116,7 @@ impl Disk {
     pub fn new(
         sectors: u64,
         file: Arc<DataFile>,
+        claim: Claim,
         sector_size: SectorSize,
         read_only: bool,
         discard: bool,
@@ -130,6 +132,7 @@ impl Disk {
             changed: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             sectors,
             file,
+            claim: Arc::new(claim),
             sector_size,
             read_only,
             discard,
@@ -177,6 +180,11 @@ impl Disk {
     /// What rings run by; none while the disk is locked.
     pub(super) fn granted(&self) -> Option<Grant> {
         lock(&self.tables).current.clone()
+    }
+
+    /// The claim on its storage, without which no ring is served.
+    pub(super) fn claim(&self) -> Arc<Claim> {
+        Arc::clone(&self.claim)
     }
 
     /// The tables, once what was withdrawn is back.

@@ -173,6 +173,7 @@ impl Rings {
             let worker = WorkerThread::start(
                 ring,
                 Arc::clone(&self.disk),
+                self.disk.claim(),
                 grant.table(),
                 engine,
                 self.agreed.write_through(),

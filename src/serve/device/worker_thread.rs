@@ -17,13 +17,15 @@ use super::ring::Ring;
 use super::task::Piece;
 use super::worker::{End, Worker};
 use crate::map::SegmentTable;
-use crate::storage::Engine;
+use crate::storage::{Claim, Engine};
 
 /// The thread that serves a virtqueue.
 #[derive(Debug)]
 pub(super) struct WorkerThread {
     thread: CurrentThread,
     stop: OwnedFd,
+    /// What the ring's I/O is allowed by.
+    _claim: Arc<Claim>,
 }
 
 /// What comes back: the ring, and the engine unless it failed.
@@ -33,7 +35,7 @@ type Stopped = (Ring, Option<Engine<Piece>>);
 type CurrentThread = Arc<Mutex<Option<JoinHandle<Option<Stopped>>>>>;
 
 impl WorkerThread {
-    /// Starts a thread that serves `ring` of `disk` by `table` with `engine`; with `write_through`, each write is on stable
+    /// Starts a thread that serves `ring` of `disk`, under `claim`, by `table` with `engine`; with `write_through`, each write is on stable
     /// storage before it is answered.
     ///
     /// # Errors
@@ -41,6 +43,7 @@ impl WorkerThread {
     pub(super) fn start(
         ring: Ring,
         disk: Arc<Disk>,
+        claim: Arc<Claim>,
         table: Arc<SegmentTable>,
         engine: Engine<Piece>,
         write_through: bool,
@@ -53,7 +56,11 @@ impl WorkerThread {
         };
         let thread = Arc::clone(&shift.thread);
         shift.begin().map_err(|(error, _)| error)?;
-        Ok(Self { thread, stop })
+        Ok(Self {
+            thread,
+            stop,
+            _claim: claim,
+        })
     }
 
     /// Has it take no more chains.

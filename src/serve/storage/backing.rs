@@ -1,32 +1,28 @@
 //! A file or block device that holds a header, a payload, or both.
 //!
-//! [`Backing`] is the claim: it is opened once, locked against every other process that would attach the same disk
-//! by any path ([`claim`](super::claim) describes how, and the remaining gaps), and keeps that lock until it is dropped.
-//! [`Backing::data_file`] opens the same inode again for the data path, with direct I/O if the file
-//! allows it. [`capabilities`](super::capabilities) checks what the storage supports.
-//!
-//! The lock is an open file description lock (fcntl(2), "Open file description locks") on the whole file. QEMU's
-//! `file` driver locks single bytes of the same kind, so a QEMU that has the file open and sealblk exclude each
-//! other. It is independent of the flock(2) that cryptsetup and sealblk hold while they read or write LUKS2 metadata.
-//! On a block device O_EXCL also excludes mounts, device-mapper and other O_EXCL openers.
+//! A [`Backing`] is open, and no more: other processes can have the same disk open. [`Backing::claim`] takes it for this process
+//! alone; what is read without a claim can change at any time. [`Backing::data_file`] opens the same inode again for the data
+//! path, with direct I/O if the file allows it. [`capabilities`](super::capabilities) checks what the storage supports.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use rustix::fs::{Advice, Mode, OFlags, fadvise};
+use rustix::io::Errno;
 
 use super::access::{Access, StorageError};
 use super::capabilities::{self, Kind, Protection, block_device_size, direct_alignment, logical_block_size};
 use super::claim::{self, Claim};
 use super::loss::Losses;
 use super::pool::PAGE_U32;
+use super::reopen::reopen;
 use crate::luks2::{FileLock, LOCK_DIRECTORY};
 
-/// An opened and locked file or block device. See the module's header.
+/// An opened file or block device. See the module's header.
 #[derive(Debug)]
 pub struct Backing {
     file: File,
@@ -36,15 +32,23 @@ pub struct Backing {
     losses: Arc<Losses>,
     /// See [`Backing::direct`].
     direct: OnceLock<Option<File>>,
-    _claim: Claim,
 }
 
 impl Backing {
-    /// Opens and locks `path`.
+    /// Opens `path`, and claims it.
     ///
     /// # Errors
-    /// Where it cannot be opened, is neither a regular file nor a block device, is attached elsewhere, or is to be written
-    /// and takes no writes.
+    /// Those of [`Backing::open`] and [`Backing::claim`].
+    pub fn claimed(path: &Path, access: Access) -> Result<(Self, Claim), StorageError> {
+        let backing = Self::open(path, access)?;
+        let claim = backing.claim()?;
+        Ok((backing, claim))
+    }
+
+    /// Opens `path`.
+    ///
+    /// # Errors
+    /// Where it cannot be opened, is neither a regular file nor a block device, or is to be written and takes no writes.
     pub fn open(path: &Path, access: Access) -> Result<Self, StorageError> {
         let flags = match access {
             Access::ReadOnly | Access::Inspect => OFlags::RDONLY,
@@ -55,7 +59,7 @@ impl Backing {
             path: path.into(),
             by,
         };
-        let open_error = |error: rustix::io::Errno| {
+        let open_error = |error: Errno| {
             let by = match access {
                 Access::ReadWrite => capabilities::protection(path, error),
                 Access::ReadOnly | Access::Inspect => None,
@@ -87,20 +91,12 @@ impl Backing {
             // A drive is not asked for its medium.
             (file, Kind::BlockDevice)
         } else if file_type.is_block_device() {
-            // The claim of O_EXCL belongs to the open file, so it has to be opened anew, by what is open already.
-            let exclusive = if access == Access::ReadWrite {
-                OFlags::EXCL
-            } else {
-                OFlags::empty()
-            };
-            let claimed =
-                rustix::fs::open(fd_path(&file), flags | exclusive, Mode::empty()).map_err(|error| {
-                    match error {
-                        rustix::io::Errno::BUSY => StorageError::InUse { path: path.into() },
-                        error => open_error(error),
-                    }
-                })?;
-            (File::from(claimed), Kind::BlockDevice)
+            let opened = reopen(&file, flags).map_err(|error| match error {
+                // Kernels that keep the devices of mounted file systems from being written.
+                Errno::BUSY => StorageError::InUse { path: path.into() },
+                error => open_error(error),
+            })?;
+            (opened, Kind::BlockDevice)
         } else {
             return Err(StorageError::NotStorage { path: path.into() });
         };
@@ -112,13 +108,8 @@ impl Backing {
         {
             return Err(protected(Protection::Device));
         }
-        let _claim = claim::claim(&file, path, access)?;
         let witness = match access {
-            Access::ReadWrite => {
-                let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-                let opened = rustix::fs::open(fd_path(&file), flags, Mode::empty());
-                Some(File::from(opened.map_err(open_error)?))
-            }
+            Access::ReadWrite => Some(reopen(&file, OFlags::RDONLY).map_err(open_error)?),
             Access::ReadOnly | Access::Inspect => None,
         };
         Ok(Self {
@@ -128,8 +119,28 @@ impl Backing {
             kind,
             losses: Arc::new(Losses::new(witness)),
             direct: OnceLock::new(),
-            _claim,
         })
+    }
+
+    /// Takes the disk for this process alone, or together with other readers, until the claim is dropped.
+    ///
+    /// # Errors
+    /// Where it is attached elsewhere, or cannot be locked.
+    pub fn claim(&self) -> Result<Claim, StorageError> {
+        let exclusive = match (self.kind, self.access) {
+            (Kind::BlockDevice, Access::ReadWrite) => OFlags::EXCL,
+            _ => OFlags::empty(),
+        };
+        let file = reopen(&self.file, self.data_flags() | exclusive).map_err(|error| match error {
+            Errno::BUSY => StorageError::InUse {
+                path: self.path.clone(),
+            },
+            error => StorageError::Reopen {
+                path: self.path.clone(),
+                source: error.into(),
+            },
+        })?;
+        Claim::on(file, &self.path, self.access)
     }
 
     /// The file for headers: buffered, without O_DIRECT's alignment rules.
@@ -145,19 +156,17 @@ impl Backing {
 
     /// Opens the same inode with O_DIRECT, if transfers of `unit` bytes at multiples of `unit` satisfy its alignment.
     fn open_direct(&self, unit: u32) -> Option<File> {
-        let flags = self.data_flags() | OFlags::DIRECT;
-        let file = File::from(rustix::fs::open(fd_path(&self.file), flags, Mode::empty()).ok()?);
+        let file = reopen(&self.file, self.data_flags() | OFlags::DIRECT).ok()?;
         let align = direct_alignment(&file, self.kind)?;
         unit.is_multiple_of(align).then_some(file)
     }
 
     fn data_flags(&self) -> OFlags {
-        OFlags::CLOEXEC
-            | match self.access {
-                Access::Inspect => OFlags::RDONLY | OFlags::NONBLOCK,
-                Access::ReadOnly => OFlags::RDONLY,
-                Access::ReadWrite => OFlags::RDWR,
-            }
+        match self.access {
+            Access::Inspect => OFlags::RDONLY | OFlags::NONBLOCK,
+            Access::ReadOnly => OFlags::RDONLY,
+            Access::ReadWrite => OFlags::RDWR,
+        }
     }
 
     /// Puts on stable storage all that was written.
@@ -177,8 +186,7 @@ impl Backing {
     /// # Errors
     /// If this user may not read it, or descriptors are exhausted.
     pub fn reopen_to_read(&self) -> io::Result<File> {
-        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        Ok(rustix::fs::open(fd_path(&self.file), flags, Mode::empty())?.into())
+        Ok(reopen(&self.file, OFlags::RDONLY | OFlags::NONBLOCK)?)
     }
 
     /// How to lock metadata, which lie in a file: by flock(2), or not at all.
@@ -241,14 +249,10 @@ impl Backing {
         let (file, direct) = match self.open_direct(unit) {
             Some(file) => (file, true),
             None => {
-                let path = fd_path(&self.file);
-                let file = rustix::fs::open(path, self.data_flags(), Mode::empty()).map_err(|error| {
-                    StorageError::Reopen {
-                        path: self.path.clone(),
-                        source: error.into(),
-                    }
+                let file = reopen(&self.file, self.data_flags()).map_err(|error| StorageError::Reopen {
+                    path: self.path.clone(),
+                    source: error.into(),
                 })?;
-                let file = File::from(file);
                 // Where a write-back has failed, the cache may hold what storage never got. What is still to be written stays.
                 fadvise(&file, 0, None, Advice::DontNeed).map_err(|error| StorageError::Reopen {
                     path: self.path.clone(),
@@ -312,8 +316,7 @@ impl DataFile {
     /// The same file opened once more, for a queue of its own, which is told of write-backs that fail from then on.
     pub(super) fn reopen(&self) -> io::Result<File> {
         let kept = OFlags::RWMODE | OFlags::DIRECT;
-        let flags = rustix::fs::fcntl_getfl(&self.file)? & kept | OFlags::CLOEXEC;
-        let file = rustix::fs::open(fd_path(&self.file), flags, Mode::empty())?.into();
+        let file = reopen(&self.file, rustix::fs::fcntl_getfl(&self.file)? & kept)?;
         // What failed before the file was open.
         self.losses.look();
         Ok(file)
@@ -404,12 +407,6 @@ impl AsFd for DataFile {
     }
 }
 
-/// The name by which the kernel opens the very inode that `file` has open, whatever its path names by now.
-fn fd_path(file: &File) -> PathBuf {
-    // Of this thread: one that looks at a place that may not answer has a table of its own.
-    PathBuf::from(format!("/proc/thread-self/fd/{}", file.as_raw_fd()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -425,27 +422,27 @@ mod tests {
         let file = file_of(4096);
         let link = file.path().with_extension("link");
         std::os::unix::fs::symlink(file.path(), &link).unwrap();
-        let first = Backing::open(file.path(), Access::ReadWrite).unwrap();
+        let first = Backing::claimed(file.path(), Access::ReadWrite).unwrap();
         assert!(matches!(
-            Backing::open(&link, Access::ReadWrite),
+            Backing::claimed(&link, Access::ReadWrite),
             Err(StorageError::InUse { .. })
         ));
         assert!(matches!(
-            Backing::open(&link, Access::ReadOnly),
+            Backing::claimed(&link, Access::ReadOnly),
             Err(StorageError::InUse { .. })
         ));
         drop(first);
-        Backing::open(&link, Access::ReadWrite).unwrap();
+        Backing::claimed(&link, Access::ReadWrite).unwrap();
         std::fs::remove_file(link).unwrap();
     }
 
     #[test]
     fn readers_share() {
         let file = file_of(4096);
-        let _first = Backing::open(file.path(), Access::ReadOnly).unwrap();
-        let _second = Backing::open(file.path(), Access::ReadOnly).unwrap();
+        let _first = Backing::claimed(file.path(), Access::ReadOnly).unwrap();
+        let _second = Backing::claimed(file.path(), Access::ReadOnly).unwrap();
         assert!(matches!(
-            Backing::open(file.path(), Access::ReadWrite),
+            Backing::claimed(file.path(), Access::ReadWrite),
             Err(StorageError::InUse { .. })
         ));
     }
@@ -453,7 +450,7 @@ mod tests {
     #[test]
     fn inspection_claims_nothing() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let _attached = Backing::open(file.path(), Access::ReadWrite).unwrap();
+        let _attached = Backing::claimed(file.path(), Access::ReadWrite).unwrap();
         let inspected = Backing::open(file.path(), Access::Inspect).unwrap();
         assert!(inspected.read_only());
     }

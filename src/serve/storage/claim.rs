@@ -1,5 +1,8 @@
 //! Locks that prevent two processes from attaching one disk, by any of its names: open file description locks (fcntl(2)).
 //!
+//! QEMU's `file` driver locks single bytes of the same kind, so a QEMU that has the file open and sealblk exclude each other. The
+//! locks are independent of the flock(2) that cryptsetup and sealblk hold while they read or write LUKS2 metadata.
+//!
 //! Such a lock belongs to an inode, and one disk can have several inodes. So a claim locks all that it finds, each in the
 //! range of bytes that belongs to the disk.
 //!
@@ -43,24 +46,37 @@ use super::access::{Access, StorageError};
 use super::capabilities::sysfs;
 use sealblk_base::mounts::{Mount, overlay_upper};
 
-/// The locks on what else leads to a disk, until it is dropped.
-#[derive(Debug, Default)]
-pub(super) struct Claim {
+/// A disk that this process has for itself, or shares with other readers, until this is dropped: the locks on all that leads to
+/// it. A ring of the disk is served only while there is one.
+#[derive(Debug)]
+pub struct Claim {
     held: Vec<File>,
 }
 
-/// Claims `file`, which `path` names, and all that is found to lead to the same bytes.
-pub(super) fn claim(file: &File, path: &Path, access: Access) -> Result<Claim, StorageError> {
-    let mut claiming = Claiming {
-        path,
-        access,
-        claim: Claim::default(),
-    };
-    if access != Access::Inspect {
-        claiming.lock(file, &WHOLE)?;
-        claiming.below(file, WHOLE, None, MOST_LAYERS)?;
+impl Claim {
+    /// Claims `file`, which `path` names, and all that is found to lead to the same bytes.
+    pub(super) fn on(file: File, path: &Path, access: Access) -> Result<Self, StorageError> {
+        let mut claiming = Claiming {
+            path,
+            access,
+            held: Vec::new(),
+        };
+        claiming.lock(&file, &WHOLE)?;
+        claiming.below(&file, WHOLE, None, MOST_LAYERS)?;
+        let mut held = claiming.held;
+        held.push(file);
+        Ok(Self { held })
     }
-    Ok(claiming.claim)
+
+    /// On nothing: null storage ([`DataFile::null`](super::DataFile::null)) has no other users.
+    pub fn on_nothing() -> Self {
+        Self { held: Vec::new() }
+    }
+
+    /// Makes both claims one: that of a disk and that of its header.
+    pub fn add(&mut self, other: Self) {
+        self.held.extend(other.held);
+    }
 }
 
 /// Whether flock(2) is a lock of the whole file by fcntl(2) here: on NFS and SMB (flock(2), "NFS details", "CIFS details"), and
@@ -86,7 +102,7 @@ const MOST_LAYERS: u32 = 16;
 struct Claiming<'a> {
     path: &'a Path,
     access: Access,
-    claim: Claim,
+    held: Vec<File>,
 }
 
 impl Claiming<'_> {
@@ -112,7 +128,7 @@ impl Claiming<'_> {
                 && let Some(upper) = self.also(&upper, &range, |found| found.is_file())?
             {
                 self.below(&upper, range, None, layers - 1)?;
-                self.claim.held.push(upper);
+                self.held.push(upper);
             }
             return Ok(());
         }
@@ -127,20 +143,20 @@ impl Claiming<'_> {
             && fs::metadata(&node).is_ok_and(|node| identity(&node) != identity(&metadata))
             && let Some(node) = self.also(&node, &range, is(rdev))?
         {
-            self.claim.held.push(node);
+            self.held.push(node);
         }
         if let Some(part) = Part::of(rdev) {
             let range = shifted(&range, part.start, part.len);
             if let Some(disk) = self.also(&part.disk, &range, is(part.rdev))? {
                 self.below(&disk, range, None, layers - 1)?;
-                self.claim.held.push(disk);
+                self.held.push(disk);
             }
         }
         if let Some(backing) = LoopBacking::of(file, rdev) {
             let range = shifted(&range, backing.offset, backing.len);
             if let Some(under) = self.also(&backing.path, &range, |found| backing.is(found))? {
                 self.below(&under, range, Some(rdev), layers - 1)?;
-                self.claim.held.push(under);
+                self.held.push(under);
             }
         }
         Ok(())

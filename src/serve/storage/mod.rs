@@ -8,11 +8,13 @@ mod engine;
 mod header_io;
 mod loss;
 mod pool;
+mod reopen;
 mod ring_pool;
 
 pub use access::{Access, StorageError};
 pub use backing::{Backing, DataFile};
 pub use capabilities::{Kind, Protection, opening_acts};
+pub use claim::Claim;
 pub use engine::{Done, Engine, Event};
 pub use pool::{Buffer, PAGE};
 pub use ring_pool::{RingPool, restrict};
