@@ -9,11 +9,11 @@ use common::storage::{Filesystem, LoopDevice};
 use common::volume::{MIB, PASSPHRASE, Volume, run};
 use rustix::fs::{FileType, Mode, mknodat};
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use tempfile::TempDir;
 
 const IN_USE: i32 = 5;
@@ -355,6 +355,126 @@ fn file_of_an_overlay_and_that_in_its_upper_directory_exclude_each_other() {
     let by_upper = named(volume, upper);
     let server = Server::with(&by_upper, &[]);
     refused_at(&by_upper, &merged, &["--read-only"], IN_USE, &["in use"]);
+    server.stop();
+}
+
+/// A process that has a disk in use until its input ends.
+struct User(Child);
+
+impl User {
+    /// A qemu-io that has opened `disk`, or why it has not.
+    fn qemu_io(disk: &Path, args: &[&str]) -> Result<Self, String> {
+        let mut command = Command::new("qemu-io");
+        command.args(["-f", "raw"]).args(args).arg(disk);
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        child.stdin.as_mut().unwrap().write_all(b"read 0 512\n").unwrap();
+        let mut said = BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        while said.read_line(&mut line).unwrap() > 0 {
+            if line.contains("512/512 bytes") {
+                return Ok(Self(child));
+            }
+        }
+        let ended = child.wait_with_output().unwrap();
+        Err(String::from_utf8(ended.stderr).unwrap())
+    }
+}
+
+impl Drop for User {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        self.0.wait().unwrap();
+    }
+}
+
+/// A reader was let in beside a QEMU that writes.
+#[test]
+fn qemu_and_sealblk_exclude_each_other_whichever_comes_first() {
+    let volume = Volume::created(MIB, 512);
+    let file = volume.path.clone();
+    let disk = &file;
+    let in_use = |args: &[&str]| refused(&volume, args, IN_USE, &["in use"]);
+    {
+        let _writer = User::qemu_io(disk, &[]).unwrap();
+        in_use(&[]);
+        in_use(&["--read-only"]);
+    }
+    {
+        let _reader = User::qemu_io(disk, &["-r"]).unwrap();
+        in_use(&[]);
+        let reads = Server::with(&volume, &["--read-only"]);
+        assert_eq!(reads.connect().run(T_IN, 0, Data::In(SECTOR)).status, S_OK);
+        reads.stop();
+    }
+    let writes = Server::with(&volume, &[]);
+    for args in [&[][..], &["-r"]] {
+        let said = User::qemu_io(disk, args).map(drop).unwrap_err();
+        assert!(said.contains("Failed to get \"consistent read\" lock"), "{said}");
+    }
+    writes.still_serves();
+    writes.stop();
+    let reads = Server::with(&volume, &["--read-only"]);
+    let said = User::qemu_io(disk, &[]).map(drop).unwrap_err();
+    assert!(said.contains("Failed to get \"write\" lock"), "{said}");
+    drop(User::qemu_io(disk, &["-r"]).unwrap());
+    reads.stop();
+    drop(User::qemu_io(disk, &[]).unwrap());
+    // A loop device has its own file to itself.
+    let Some(device) = LoopDevice::over(disk, 512) else {
+        return;
+    };
+    let by_device = named(volume, device.path().to_owned());
+    let server = Server::with(&by_device, &[]);
+    User::qemu_io(disk, &[]).map(drop).unwrap_err();
+    server.stop();
+    let _writer = User::qemu_io(disk, &[]).unwrap();
+    refused(&by_device, &[], IN_USE, &["in use"]);
+}
+
+/// Earlier builds lock the whole file: exclusively to write, shared to read.
+#[test]
+fn an_earlier_build_and_this_one_exclude_each_other() {
+    let volume = Volume::created(MIB, 512);
+    let earlier = |write: bool| {
+        let script = "import fcntl, os, struct, sys
+file = os.open(sys.argv[1], os.O_RDWR)
+kind = fcntl.F_WRLCK if sys.argv[2] == 'w' else fcntl.F_RDLCK
+try: fcntl.fcntl(file, 37, struct.pack('hhqqi4x', kind, 0, 0, 0, 0))
+except BlockingIOError: sys.exit(1)
+print(flush=True)
+sys.stdin.read()";
+        let mut command = Command::new("python3");
+        command
+            .args(["-c", script])
+            .arg(&volume.path)
+            .arg(if write { "w" } else { "r" });
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let locked = child.stdout.as_mut().unwrap().read_exact(&mut [0]).is_ok();
+        let holds = User(child);
+        locked.then_some(holds)
+    };
+    let writer = earlier(true).unwrap();
+    for args in [&[][..], &["--read-only"]] {
+        refused(&volume, args, IN_USE, &["in use"]);
+    }
+    drop(writer);
+    let reader = earlier(false).unwrap();
+    refused(&volume, &[], IN_USE, &["in use"]);
+    Server::with(&volume, &["--read-only"]).stop();
+    drop(reader);
+    let server = Server::with(&volume, &[]);
+    assert!(earlier(true).is_none() && earlier(false).is_none());
+    server.stop();
+    let server = Server::with(&volume, &["--read-only"]);
+    assert!(earlier(true).is_none() && earlier(false).is_some());
     server.stop();
 }
 

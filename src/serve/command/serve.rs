@@ -33,7 +33,7 @@ use crate::key_helper::{KeyHelper, Settings};
 use crate::luks2::{Changed, HeaderError, Identity, Locked, MATERIAL_LEN, Reason, VolumeError};
 use crate::map::{SegmentTable, Treatment, unencrypted};
 use crate::sandbox::{self, Allowed, Measure, Sandbox};
-use crate::storage::{Access, Backing, Claim, DataFile, StorageError};
+use crate::storage::{Access, Attached, Backing, Claim, DataFile, StorageError};
 use sealblk_secmem::{arena, arena::SecretBytes};
 
 /// What QEMU's vhost-user.json names, and nothing more (`VHostUserBackendBlockFeature`).
@@ -74,18 +74,18 @@ impl Serve {
         } else {
             Access::ReadWrite
         };
-        // Disk and header are claimed for as long as the disk is served.
-        let mut claim = Claim::on_nothing();
+        let mut attached = Attached::to_nothing();
         let mut open = |path: &Option<PathBuf>| -> Result<Option<Backing>, Failure> {
             let Some(path) = path else { return Ok(None) };
-            let (backing, claimed) = Backing::claimed(path, access).map_err(|error| match error {
+            let backing = Backing::open(path, access).map_err(|error| match error {
                 source @ StorageError::WriteProtected { .. } => Failure::WriteProtected { source },
                 error => error.into(),
             })?;
-            claim.add(claimed);
+            attached.add(backing.attach()?);
             Ok(Some(backing))
         };
         let (backing, header) = (open(&self.blk_file)?, open(&self.header)?);
+        let claim = attached.claim()?;
         let groups = self.groups(helper.as_ref())?;
         let medium = match (backing, helper, self.null_storage) {
             (_, _, Some(size)) => self.null(size)?,

@@ -159,6 +159,7 @@ const OLDER: &[c_long] = &[
 const OLDER: &[c_long] = &[];
 
 /// Commands of fcntl(2) and ioctl(2) that libc does not have for every target.
+const F_OFD_GETLK: c_int = 36;
 const F_OFD_SETLK: c_int = 37;
 const BLKDISCARD: c_int = 0x1277;
 const BLKGETSIZE64: c_int = 0x8008_1272_u32.cast_signed();
@@ -171,6 +172,7 @@ const FCNTL: &[c_int] = &[
     libc::F_SETFD,
     libc::F_GETFL,
     libc::F_SETFL,
+    F_OFD_GETLK,
     F_OFD_SETLK,
     libc::F_ADD_SEALS,
     libc::F_GET_SEALS,

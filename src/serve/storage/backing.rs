@@ -16,7 +16,7 @@ use rustix::io::Errno;
 
 use super::access::{Access, StorageError};
 use super::capabilities::{self, Kind, Protection, block_device_size, direct_alignment, logical_block_size};
-use super::claim::{self, Claim};
+use super::claim::{self, Attached, Claim};
 use super::loss::Losses;
 use super::pool::PAGE_U32;
 use super::reopen::reopen;
@@ -122,25 +122,20 @@ impl Backing {
         })
     }
 
-    /// Takes the disk for this process alone, or together with other readers, until the claim is dropped.
+    /// Attaches the disk: no other process can attach it, or where this one only reads, none can to write.
     ///
     /// # Errors
     /// Where it is attached elsewhere, or cannot be locked.
+    pub fn attach(&self) -> Result<Attached, StorageError> {
+        Attached::to(&self.file, &self.path, self.access)
+    }
+
+    /// Attaches and claims the disk.
+    ///
+    /// # Errors
+    /// Those of [`Backing::attach`] and [`Attached::claim`].
     pub fn claim(&self) -> Result<Claim, StorageError> {
-        let exclusive = match (self.kind, self.access) {
-            (Kind::BlockDevice, Access::ReadWrite) => OFlags::EXCL,
-            _ => OFlags::empty(),
-        };
-        let file = reopen(&self.file, self.data_flags() | exclusive).map_err(|error| match error {
-            Errno::BUSY => StorageError::InUse {
-                path: self.path.clone(),
-            },
-            error => StorageError::Reopen {
-                path: self.path.clone(),
-                source: error.into(),
-            },
-        })?;
-        Claim::on(file, &self.path, self.access)
+        self.attach()?.claim()
     }
 
     /// The file for headers: buffered, without O_DIRECT's alignment rules.

@@ -1,9 +1,27 @@
-//! Locks that prevent two processes from attaching one disk, by any of its names: open file description locks (fcntl(2)).
+//! Who has a disk: locks that prevent two processes from attaching one disk, by any of its names, and from doing I/O on it at one
+//! time.
 //!
-//! QEMU's `file` driver locks single bytes of the same kind, so a QEMU that has the file open and sealblk exclude each other. The
-//! locks are independent of the flock(2) that cryptsetup and sealblk hold while they read or write LUKS2 metadata.
+//! A process attaches a disk before it reads anything of it for good ([`Attached`]), and claims it before it does I/O for a guest
+//! ([`Claim`]). The locks are open file description locks (fcntl(2)) on single bytes and on disjoint ranges, far behind all data, so
+//! that one of them can be held without another. They are independent of the flock(2) that cryptsetup and sealblk hold while
+//! they read or write LUKS2 metadata.
 //!
-//! Such a lock belongs to an inode, and one disk can have several inodes. So a claim locks all that it finds, each in the
+//! ```text
+//! bytes        a writer holds                            a reader holds                     both then look for
+//! 100..=199    nothing                                   nothing                            writer: any; reader: 101, 103
+//! 200..=299    all of them, shared                       201 and 203, shared                nothing
+//! 2^61 + x     shared, while it has byte x attached;     nothing                            reader: any
+//!              exclusively for a moment to begin with
+//! 2^62 + x     exclusively, while it does I/O on it      shared                             nothing
+//! ```
+//!
+//! The first two rows are QEMU's (`raw_apply_lock_bytes` in its block/file-posix.c): a byte from 100 on says that its holder uses a
+//! permission, and one from 200 on that its holder does not share it; 1 is "write", and 3 is "resize". Each party takes its bytes
+//! first and looks for those of others then, so of two that come at one time at least one sees the other. sealblk itself uses
+//! none of QEMU's permissions, so what it finds there is QEMU's. An earlier build of sealblk locks the whole file, which excludes
+//! a writer of this release and is excluded by one.
+//!
+//! Such a lock belongs to an inode, and one disk can have several inodes. So all are locked that are found, each in the
 //! range of bytes that belongs to the disk.
 //!
 //! ```text
@@ -14,12 +32,11 @@
 //! file of an overlayfs     the file in its upper directory
 //! ```
 //!
-//! A claim also searches for loop devices over a file or device, since users of a loop device take no lock of this kind. On a
-//! block device that is opened for writing, O_EXCL excludes mounts, device-mapper, and other nodes of the device in other
+//! Loop devices over a file or device are searched for as well, since users of a loop device take no lock of this kind. On a
+//! block device that is written, O_EXCL excludes mounts, device-mapper, and other nodes of the device in other
 //! containers.
 //!
-//! A network file system may have only one kind of lock ([`one_kind_of_lock`]). Then a claim also excludes flock(2), and
-//! the same open file description must not take flock(2): one lock would replace the other.
+//! A network file system may have only one kind of lock ([`one_kind_of_lock`]). Then these locks also exclude flock(2).
 //!
 //! Remaining gaps, because Linux does not report them or has nothing to lock:
 //! - a device with two numbers (paths of a LUN without multipath), or on two hosts; a network file system whose
@@ -27,7 +44,8 @@
 //! - a loop device that is set up over a file after the claim: the claim excludes another sealblk, but not a mount;
 //! - a reader of a device that device-mapper writes to, and readers of one device in containers with their own `/dev`;
 //! - objects that this process cannot open or see: the file under a loop device of another user or mount namespace, the
-//!   upper directory of a container. The log reports this if it applies.
+//!   upper directory of a container. The log reports this if it applies;
+//! - an earlier build of sealblk that serves the same disk by another name than this one.
 
 #![allow(unsafe_code)] // Open file description locks and the loop device's status have no safe wrapper.
 
@@ -41,41 +59,74 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags, major, minor};
+use rustix::io::Errno;
 
 use super::access::{Access, StorageError};
 use super::capabilities::sysfs;
+use super::reopen::reopen;
 use sealblk_base::mounts::{Mount, overlay_upper};
 
-/// A disk that this process has for itself, or shares with other readers, until this is dropped: the locks on all that leads to
-/// it. A ring of the disk is served only while there is one.
+/// A disk that this process has attached, until this is dropped: no other process attaches it to write, and if this one writes,
+/// none to read. No I/O is done for a guest yet.
 #[derive(Debug)]
-pub struct Claim {
-    held: Vec<File>,
+pub struct Attached {
+    parts: Vec<Part>,
 }
 
-impl Claim {
-    /// Claims `file`, which `path` names, and all that is found to lead to the same bytes.
-    pub(super) fn on(file: File, path: &Path, access: Access) -> Result<Self, StorageError> {
-        let mut claiming = Claiming {
+/// A disk on which this process does I/O, alone or together with other readers, until this is dropped. A ring of the disk is
+/// served only while there is one.
+#[derive(Debug)]
+pub struct Claim {
+    /// Before the locks: an opened device keeps others out as well.
+    _exclusive: Vec<File>,
+    _attached: Attached,
+}
+
+impl Attached {
+    /// Attaches `file`, which `path` names, and all that is found to lead to the same bytes.
+    pub(super) fn to(file: &File, path: &Path, access: Access) -> Result<Self, StorageError> {
+        let mut attaching = Attaching {
             path,
             access,
-            held: Vec::new(),
+            parts: Vec::new(),
         };
-        claiming.lock(&file, &WHOLE)?;
-        claiming.below(&file, WHOLE, None, MOST_LAYERS)?;
-        let mut held = claiming.held;
-        held.push(file);
-        Ok(Self { held })
+        let is_device = file
+            .metadata()
+            .is_ok_and(|found| found.file_type().is_block_device());
+        let mut named = attaching.part(attaching.reopen(file)?, WHOLE)?;
+        named.is_exclusive = is_device && access == Access::ReadWrite;
+        attaching.below(&named, None, MOST_LAYERS)?;
+        let mut parts = attaching.parts;
+        parts.push(named);
+        Ok(Self { parts })
     }
 
-    /// On nothing: null storage ([`DataFile::null`](super::DataFile::null)) has no other users.
-    pub fn on_nothing() -> Self {
-        Self { held: Vec::new() }
+    /// Attached to nothing: null storage ([`DataFile::null`](super::DataFile::null)) has no other users.
+    pub fn to_nothing() -> Self {
+        Self { parts: Vec::new() }
     }
 
-    /// Makes both claims one: that of a disk and that of its header.
-    pub fn add(&mut self, other: Self) {
-        self.held.extend(other.held);
+    /// Makes both one: a disk and its header.
+    pub fn add(&mut self, mut other: Self) {
+        self.parts.append(&mut other.parts);
+    }
+
+    /// Claims what is attached.
+    ///
+    /// # Errors
+    /// Where another process has it in use.
+    pub fn claim(self) -> Result<Claim, StorageError> {
+        let mut exclusive = Vec::new();
+        for part in &self.parts {
+            part.claim()?;
+            if part.is_exclusive {
+                exclusive.push(part.open_exclusively()?);
+            }
+        }
+        Ok(Claim {
+            _exclusive: exclusive,
+            _attached: self,
+        })
     }
 }
 
@@ -93,42 +144,199 @@ pub(super) fn one_kind_of_lock(file: &File) -> bool {
     kind == NFS || SMB.contains(&kind) || kind == V9FS
 }
 
-/// The range of bytes of a file or device that is wholly taken: up to the end of what a lock can name.
-const WHOLE: Range<u64> = 0..i64::MAX.unsigned_abs();
+/// The bytes of a whole file or device, and of the longest that the locks have room for.
+const WHOLE: Range<u64> = 0..1 << 61;
+
+/// Where the locks on the bytes of what is attached begin, and where those of what is claimed.
+const ATTACHED: u64 = 1 << 61;
+const CLAIMED: u64 = 1 << 62;
+
+/// The bytes by which QEMU says that it uses a permission, and those by which it says that it does not share it.
+const USED: Range<u64> = 100..200;
+const UNSHARED: Range<u64> = 200..300;
+/// The permissions that a reader does not share: "write" and "resize".
+const UNSHARED_BY_READERS: [u64; 2] = [1, 3];
+
+/// All that a lock can name.
+const EVERYTHING: Range<u64> = 0..i64::MAX.unsigned_abs();
+
+/// The ranges are disjoint.
+const _: () = assert!(USED.end <= UNSHARED.start && UNSHARED.end <= ATTACHED);
+const _: () = assert!(ATTACHED + WHOLE.end <= CLAIMED && CLAIMED + WHOLE.end <= EVERYTHING.end);
 
 /// The most that one thing stands on another.
 const MOST_LAYERS: u32 = 16;
 
-struct Claiming<'a> {
-    path: &'a Path,
+/// A range of an inode that leads to the disk, and the descriptions that hold the locks on it.
+#[derive(Debug)]
+struct Part {
+    /// The disk's, for messages.
+    path: PathBuf,
     access: Access,
-    held: Vec<File>,
+    range: Range<u64>,
+    /// For the locks of what is attached.
+    process: File,
+    /// For the locks of what is claimed.
+    io: File,
+    /// Whether a claim opens it with O_EXCL.
+    is_exclusive: bool,
 }
 
-impl Claiming<'_> {
-    /// Claims what lies under `file`, of which `range` is locked, and looks for loop devices over it other than `from`.
-    fn below(
-        &mut self,
-        file: &File,
-        range: Range<u64>,
-        from: Option<u64>,
-        layers: u32,
-    ) -> Result<(), StorageError> {
-        let metadata = file.metadata().map_err(|source| StorageError::Lock {
-            path: self.path.into(),
+impl Part {
+    /// Takes the locks of what is attached.
+    fn attach(&self) -> Result<(), StorageError> {
+        self.exclude_qemu(&self.process)?;
+        if self.access != Access::ReadWrite {
+            return match self.is_attached_by_others()? {
+                true => Err(self.in_use()),
+                false => Ok(()),
+            };
+        }
+        self.take(&self.process, Kind::Exclusive, ATTACHED)?;
+        // One becomes the other, and there is no moment without either.
+        self.take(&self.process, Kind::Shared, ATTACHED)
+    }
+
+    /// Takes the locks of what is claimed.
+    fn claim(&self) -> Result<(), StorageError> {
+        self.exclude_qemu(&self.io)?;
+        if self.access == Access::ReadWrite {
+            return self.take(&self.io, Kind::Exclusive, CLAIMED);
+        }
+        self.take(&self.io, Kind::Shared, CLAIMED)?;
+        match self.is_attached_by_others()? {
+            true => Err(self.in_use()),
+            false => Ok(()),
+        }
+    }
+
+    /// Whether another process has it attached, to write.
+    fn is_attached_by_others(&self) -> Result<bool, StorageError> {
+        let holder = self.holder(&self.from(ATTACHED))?;
+        Ok(holder.is_some_and(|holder| !holder.is_earlier_reader()))
+    }
+
+    /// Takes the bytes that keep QEMU out, and looks for a QEMU that was there before.
+    fn exclude_qemu(&self, file: &File) -> Result<(), StorageError> {
+        if self.access == Access::ReadWrite {
+            self.demand(set(file, Kind::Shared, &UNSHARED))?;
+            return match self.holder(&USED)? {
+                Some(_) => Err(self.in_use()),
+                None => Ok(()),
+            };
+        }
+        let byte = |of: &Range<u64>, permission: u64| of.start + permission..of.start + permission + 1;
+        for permission in UNSHARED_BY_READERS {
+            self.demand(set(file, Kind::Shared, &byte(&UNSHARED, permission)))?;
+        }
+        for permission in UNSHARED_BY_READERS {
+            match self.holder(&byte(&USED, permission))? {
+                Some(holder) if !holder.is_earlier_reader() => return Err(self.in_use()),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the locks on the part's bytes that begin at `base`.
+    fn take(&self, file: &File, kind: Kind, base: u64) -> Result<(), StorageError> {
+        self.demand(set(file, kind, &self.from(base)))
+    }
+
+    fn from(&self, base: u64) -> Range<u64> {
+        base + self.range.start..base + self.range.end
+    }
+
+    fn demand(&self, taken: io::Result<bool>) -> Result<(), StorageError> {
+        match taken {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(self.in_use()),
+            Err(source) => Err(self.no_locks(source)),
+        }
+    }
+
+    /// Another process that holds a lock on any of these bytes. The part's own descriptions hold none of them.
+    fn holder(&self, range: &Range<u64>) -> Result<Option<Holder>, StorageError> {
+        holder(&self.process, range).map_err(|source| self.no_locks(source))
+    }
+
+    /// Opens a device so that neither a mount nor device-mapper can have it.
+    fn open_exclusively(&self) -> Result<File, StorageError> {
+        reopen(&self.process, mode(self.access) | OFlags::EXCL).map_err(|error| match error {
+            Errno::BUSY => self.in_use(),
+            error => StorageError::Reopen {
+                path: self.path.clone(),
+                source: error.into(),
+            },
+        })
+    }
+
+    fn in_use(&self) -> StorageError {
+        StorageError::InUse {
+            path: self.path.clone(),
+        }
+    }
+
+    fn no_locks(&self, source: io::Error) -> StorageError {
+        StorageError::Lock {
+            path: self.path.clone(),
             source,
-        })?;
+        }
+    }
+}
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        // To close them is not enough: a child that has not executed its program yet has copies of the descriptors.
+        for file in [&self.io, &self.process] {
+            let _ = set(file, Kind::None, &EVERYTHING);
+        }
+    }
+}
+
+struct Attaching<'a> {
+    path: &'a Path,
+    access: Access,
+    parts: Vec<Part>,
+}
+
+impl Attaching<'_> {
+    fn reopen(&self, file: &File) -> Result<File, StorageError> {
+        reopen(file, mode(self.access)).map_err(|source| StorageError::Reopen {
+            path: self.path.into(),
+            source: source.into(),
+        })
+    }
+
+    /// Attaches what was opened as `process`, of which `range` leads to the disk.
+    fn part(&self, process: File, range: Range<u64>) -> Result<Part, StorageError> {
+        let part = Part {
+            path: self.path.into(),
+            access: self.access,
+            range,
+            io: self.reopen(&process)?,
+            process,
+            is_exclusive: false,
+        };
+        part.attach()?;
+        Ok(part)
+    }
+
+    /// Attaches what lies under `part`, and looks for loop devices over it other than `from`.
+    fn below(&mut self, part: &Part, from: Option<u64>, layers: u32) -> Result<(), StorageError> {
+        let (file, range) = (&part.process, &part.range);
+        let metadata = file.metadata().map_err(|source| part.no_locks(source))?;
         let mounts = Mount::all();
-        self.refuse_loop_over(file, &metadata, &range, from, &mounts)?;
+        self.refuse_loop_over(file, &metadata, range, from, &mounts)?;
         if layers == 0 {
             return Ok(());
         }
         if !metadata.file_type().is_block_device() {
             if let Some(upper) = overlay_upper(file, &mounts)
-                && let Some(upper) = self.also(&upper, &range, |found| found.is_file())?
+                && let Some(upper) = self.also(&upper, range.clone(), |found| found.is_file())?
             {
-                self.below(&upper, range, None, layers - 1)?;
-                self.held.push(upper);
+                self.below(&upper, None, layers - 1)?;
+                self.parts.push(upper);
             }
             return Ok(());
         }
@@ -141,39 +349,35 @@ impl Claiming<'_> {
         // The one in /dev, unless it is the one that is locked already.
         if let Some(node) = node(&sysfs(rdev))
             && fs::metadata(&node).is_ok_and(|node| identity(&node) != identity(&metadata))
-            && let Some(node) = self.also(&node, &range, is(rdev))?
+            && let Some(node) = self.also(&node, range.clone(), is(rdev))?
         {
-            self.held.push(node);
+            self.parts.push(node);
         }
-        if let Some(part) = Part::of(rdev) {
-            let range = shifted(&range, part.start, part.len);
-            if let Some(disk) = self.also(&part.disk, &range, is(part.rdev))? {
-                self.below(&disk, range, None, layers - 1)?;
-                self.held.push(disk);
+        if let Some(partition) = Partition::of(rdev) {
+            let range = shifted(range, partition.start, partition.len);
+            if let Some(disk) = self.also(&partition.disk, range, is(partition.rdev))? {
+                self.below(&disk, None, layers - 1)?;
+                self.parts.push(disk);
             }
         }
         if let Some(backing) = LoopBacking::of(file, rdev) {
-            let range = shifted(&range, backing.offset, backing.len);
-            if let Some(under) = self.also(&backing.path, &range, |found| backing.is(found))? {
-                self.below(&under, range, Some(rdev), layers - 1)?;
-                self.held.push(under);
+            let range = shifted(range, backing.offset, backing.len);
+            if let Some(under) = self.also(&backing.path, range, |found| backing.is(found))? {
+                self.below(&under, Some(rdev), layers - 1)?;
+                self.parts.push(under);
             }
         }
         Ok(())
     }
 
-    /// Opens and locks what is the disk by another name, if it is what `is` says; nothing, and a warning, if it cannot be.
+    /// Opens and attaches what is the disk by another name, if it is what `is` says; nothing, and a warning, if it cannot be.
     fn also(
         &self,
         name: &Path,
-        range: &Range<u64>,
+        range: Range<u64>,
         is: impl Fn(&Metadata) -> bool,
-    ) -> Result<Option<File>, StorageError> {
-        let mode = match self.access {
-            Access::ReadWrite => OFlags::RDWR,
-            Access::ReadOnly | Access::Inspect => OFlags::RDONLY,
-        };
-        let flags = mode | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
+    ) -> Result<Option<Part>, StorageError> {
+        let flags = mode(self.access) | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
         let opened = rustix::fs::open(name, flags, Mode::empty()).map(File::from);
         let opened = opened
             .map_err(io::Error::from)
@@ -185,10 +389,7 @@ impl Claiming<'_> {
                 )),
             });
         match opened {
-            Ok(file) => {
-                self.lock(&file, range)?;
-                Ok(Some(file))
-            }
+            Ok(file) => self.part(file, range).map(Some),
             Err(error) => {
                 tracing::warn!(
                     %error,
@@ -198,21 +399,6 @@ impl Claiming<'_> {
                 );
                 Ok(None)
             }
-        }
-    }
-
-    fn lock(&self, file: &File, range: &Range<u64>) -> Result<(), StorageError> {
-        match lock(file, self.access, range) {
-            Ok(()) => Ok(()),
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
-                Err(StorageError::InUse {
-                    path: self.path.into(),
-                })
-            }
-            Err(source) => Err(StorageError::Lock {
-                path: self.path.into(),
-                source,
-            }),
         }
     }
 
@@ -268,14 +454,14 @@ fn shifted(range: &Range<u64>, start: u64, len: u64) -> Range<u64> {
 }
 
 /// A partition of a disk.
-struct Part {
+struct Partition {
     disk: PathBuf,
     rdev: u64,
     start: u64,
     len: u64,
 }
 
-impl Part {
+impl Partition {
     fn of(rdev: u64) -> Option<Self> {
         let part = fs::canonicalize(sysfs(rdev)).ok()?;
         part.join("partition").exists().then_some(())?;
@@ -363,31 +549,79 @@ fn is_same(one: &Metadata, other: &Metadata) -> bool {
     }
 }
 
-fn lock(file: &File, access: Access, range: &Range<u64>) -> io::Result<()> {
-    let len = if range.end >= WHOLE.end {
-        // To the end, wherever that will be.
-        0
-    } else {
-        range.end - range.start
+/// What a description holds on a range of bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Exclusive,
+    Shared,
+    None,
+}
+
+/// What the lock of another description is.
+#[derive(Debug)]
+struct Holder {
+    is_shared: bool,
+    start: i64,
+    /// 0 where it has no end.
+    len: i64,
+}
+
+impl Holder {
+    /// Whether it is a reader of an earlier build, which locks the whole file.
+    fn is_earlier_reader(&self) -> bool {
+        self.is_shared && (self.start, self.len) == (0, 0)
+    }
+}
+
+/// Has the description of `file` hold a lock of that kind; whether it does so now. It does not if the lock of another is in the way.
+fn set(file: &File, kind: Kind, range: &Range<u64>) -> io::Result<bool> {
+    let kind = match kind {
+        Kind::Exclusive => libc::F_WRLCK,
+        Kind::Shared => libc::F_RDLCK,
+        Kind::None => libc::F_UNLCK,
     };
-    let kind = match access {
-        Access::ReadOnly | Access::Inspect => libc::F_RDLCK,
-        Access::ReadWrite => libc::F_WRLCK,
-    };
-    let lock = libc::flock {
+    match command(file, libc::F_OFD_SETLK, &mut lock(kind, range)?) {
+        Ok(()) => Ok(true),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// A lock of another description that keeps that of `file` from an exclusive one.
+fn holder(file: &File, range: &Range<u64>) -> io::Result<Option<Holder>> {
+    let mut lock = lock(libc::F_WRLCK, range)?;
+    command(file, libc::F_OFD_GETLK, &mut lock)?;
+    let kind = libc::c_int::from(lock.l_type);
+    Ok((kind != libc::F_UNLCK).then_some(Holder {
+        is_shared: kind == libc::F_RDLCK,
+        start: lock.l_start,
+        len: lock.l_len,
+    }))
+}
+
+fn lock(kind: libc::c_int, range: &Range<u64>) -> io::Result<libc::flock> {
+    Ok(libc::flock {
         l_type: i16::try_from(kind).map_err(io::Error::other)?,
         l_whence: i16::try_from(libc::SEEK_SET).map_err(io::Error::other)?,
         l_start: i64::try_from(range.start).map_err(io::Error::other)?,
-        l_len: i64::try_from(len).map_err(io::Error::other)?,
+        l_len: i64::try_from(range.end - range.start).map_err(io::Error::other)?,
         l_pid: 0,
-    };
-    // SAFETY: the descriptor is open for the duration of the call, and `lock` is a valid struct flock that the
-    // kernel only reads for F_OFD_SETLK.
-    let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
+    })
+}
+
+fn command(file: &File, command: libc::c_int, lock: &mut libc::flock) -> io::Result<()> {
+    // SAFETY: the descriptor is open for the duration of the call, and `lock` is a valid struct flock, which the kernel reads
+    // and, for F_OFD_GETLK, writes.
+    match unsafe { libc::fcntl(file.as_raw_fd(), command, std::ptr::from_mut(lock)) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn mode(access: Access) -> OFlags {
+    match access {
+        Access::ReadWrite => OFlags::RDWR,
+        Access::ReadOnly | Access::Inspect => OFlags::RDONLY,
     }
 }
 
@@ -411,11 +645,17 @@ mod tests {
     }
 
     #[test]
-    fn parts_of_one_file_are_claimed_each_by_itself_and_the_whole_by_none() {
+    fn parts_of_one_file_are_attached_each_by_itself_and_the_whole_by_none() {
         let file = tempfile::NamedTempFile::new().unwrap();
+        let attaching = Attaching {
+            path: file.path(),
+            access: Access::ReadWrite,
+            parts: Vec::new(),
+        };
         let take = |range: Range<u64>| {
             let file = File::options().read(true).write(true).open(file.path()).unwrap();
-            lock(&file, Access::ReadWrite, &range).map(|()| file)
+            let part = attaching.part(file, range)?;
+            part.claim().map(|()| part)
         };
         let _first = take(0..4096).unwrap();
         let _second = take(4096..8192).unwrap();
