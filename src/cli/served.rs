@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::failure::Failure;
 use super::size::Size;
 use super::{output, text};
-use crate::attachment::{self, FrontEnd, LockedBy, State};
+use crate::attachment::{self, ClaimState, FrontEnd, LockedBy, State};
 use crate::control::varlink::{CallError, MethodError, call};
 use crate::control::wire::Connection;
 use crate::parsing;
@@ -112,6 +112,19 @@ fn text(status: &attachment::Status) -> String {
         State::Open => row("state", "open".to_owned()),
         State::Locking => row("state", "locking: finishing the requests in flight".to_owned()),
         State::Locked => row("state", "locked: the guest's requests wait".to_owned()),
+    }
+    if let Some(claim) = &status.claim {
+        match claim.state {
+            ClaimState::Held => {}
+            ClaimState::Waiting => row(
+                "",
+                "waiting for the writes of a process that was killed; the guest's requests wait".to_owned(),
+            ),
+            ClaimState::Failed => row("", "not served: restart `sealblk serve`".to_owned()),
+        }
+        if let Some(message) = &claim.message {
+            row("", text::printable(message));
+        }
     }
     if let Some(lock) = &status.lock {
         match lock.by {

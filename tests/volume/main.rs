@@ -2,6 +2,7 @@
 
 mod backup;
 mod cli;
+mod killed;
 mod lifecycle;
 mod luks2_crash;
 mod luks2_interop;

@@ -15,6 +15,7 @@ use crate::control::peer::Peer;
 use crate::control::privilege::{Grants, Privilege};
 use crate::control::rate_limit::RateLimit;
 use crate::control::varlink::{self, MethodError, Reply, Request};
+use crate::device::Standing;
 use crate::error_chain::causes;
 use crate::keys::{KeyId, KeyReason};
 use crate::sandbox::{Measure, Missing, Sandbox};
@@ -39,12 +40,47 @@ pub struct Status {
     pub capacity: u64,
     /// Whether writes are refused.
     pub read_only: bool,
+    /// Whether this process may do I/O on the storage. A process of an earlier version does not tell.
+    pub claim: Option<ClaimStatus>,
     /// Whether a front-end is connected. A process of an earlier version does not tell.
     pub front_end: Option<FrontEnd>,
     /// What the process has given up. One of an earlier version does not tell.
     pub sandbox: Option<Vec<Measure>>,
     /// What it could not give up, and why not.
     pub sandbox_missing: Option<Vec<Missing>>,
+}
+
+/// Whether a process may do I/O on the storage of its disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ClaimStatus {
+    /// How its claim is.
+    pub state: ClaimState,
+    /// Why it has failed, for people.
+    pub message: Option<String>,
+}
+
+/// How a claim is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ClaimState {
+    /// The process may do I/O.
+    Held,
+    /// The guest's requests wait for the writes of a process that was killed.
+    Waiting,
+    /// The guest's requests wait until the process is started again.
+    Failed,
+}
+
+impl From<Standing> for ClaimStatus {
+    fn from(standing: Standing) -> Self {
+        let (state, message) = match standing {
+            Standing::Held => (ClaimState::Held, None),
+            Standing::Waiting => (ClaimState::Waiting, None),
+            Standing::Failed(reason) => (ClaimState::Failed, Some(reason)),
+        };
+        Self { state, message }
+    }
 }
 
 /// Whether a front-end is connected.
@@ -165,6 +201,7 @@ impl Interface {
             lock,
             capacity: served.disk.sectors() * Sector::LEN,
             read_only: served.disk.read_only,
+            claim: Some(served.disk.claimed().into()),
             front_end: Some(FrontEnd {
                 connected: since.is_some(),
                 since,

@@ -27,7 +27,7 @@ use serde_json::{Value, json};
 use crate::cipher::{CipherError, KernelChoice};
 use crate::control::events::{Event, Events};
 use crate::control::manager;
-use crate::device::Disk;
+use crate::device::{Disk, Standing};
 use crate::key_helper::{HelperError, HelperFailure, KeyHelper};
 use crate::keys::RequestPurpose;
 use crate::keys::binding::{self, BindingError, BindingReason, Bindings, Rekeyed};
@@ -40,7 +40,9 @@ use crate::storage::Backing;
 
 use twins::Announcement;
 
-pub use interface::{FrontEnd, INTERFACE, Interface, LockStatus, LockedBy, State, Status};
+pub use interface::{
+    ClaimState, ClaimStatus, FrontEnd, INTERFACE, Interface, LockStatus, LockedBy, State, Status,
+};
 
 /// How soon a key that was not to be had is tried again, and how much later at most: a server that is back is found
 /// within this time, and one that is away is not worn down by hundreds of disks.
@@ -374,6 +376,13 @@ impl Attachment {
 
     /// How the disk is, in a line.
     pub fn standing(&self) -> String {
+        match self.disk.claimed() {
+            Standing::Held => {}
+            Standing::Waiting => {
+                return "waiting for the writes of a process that was killed".to_owned();
+            }
+            Standing::Failed(reason) => return format!("not served: {reason}"),
+        }
         match self.state() {
             (State::Open, _) => "serving".to_owned(),
             (_, Some(status)) if status.by == LockedBy::NoKey => {
@@ -386,7 +395,8 @@ impl Attachment {
         }
     }
 
-    fn tell_manager(&self) {
+    /// Tells the service manager how the disk is.
+    pub fn tell_manager(&self) {
         let _told = lock(&self.told);
         manager::status(&self.standing());
     }

@@ -28,12 +28,12 @@ use crate::closer::{self, ClosedElsewhere};
 use crate::control::privilege::Grants;
 use crate::control::socket::{self, Bound, Permissions};
 use crate::control::{datagram, manager, server, varlink};
-use crate::device::{DEFAULT_POOL_PAGES, Disk, Endpoint, Server, Waited};
+use crate::device::{Claims, DEFAULT_POOL_PAGES, Disk, Endpoint, Server, Standing, Waited};
 use crate::key_helper::{KeyHelper, Settings};
 use crate::luks2::{Changed, HeaderError, Identity, Locked, MATERIAL_LEN, Reason, VolumeError};
 use crate::map::{SegmentTable, Treatment, unencrypted};
 use crate::sandbox::{self, Allowed, Measure, Sandbox};
-use crate::storage::{Access, Attached, Backing, Claim, DataFile, StorageError};
+use crate::storage::{Access, Attached, Backing, DataFile, Fence, StorageError};
 use sealblk_secmem::{arena, arena::SecretBytes};
 
 /// What QEMU's vhost-user.json names, and nothing more (`VHostUserBackendBlockFeature`).
@@ -85,14 +85,15 @@ impl Serve {
             Ok(Some(backing))
         };
         let (backing, header) = (open(&self.blk_file)?, open(&self.header)?);
-        let claim = attached.claim()?;
+        let fence = attached.fence();
+        let claims = Claims::take(attached)?;
         let groups = self.groups(helper.as_ref())?;
         let medium = match (backing, helper, self.null_storage) {
             (_, _, Some(size)) => self.null(size)?,
-            (Some(disk), Some(helper), None) => self.stored(helper, by, disk, header)?,
+            (Some(disk), Some(helper), None) => self.stored(helper, by, (disk, header), &fence)?,
             _ => unreachable!("clap asks for one of them, and a disk has a helper"),
         };
-        let disk = Arc::new(self.disk(&medium, claim)?);
+        let disk = Arc::new(self.disk(&medium, claims)?);
         // All that can fail is tried before a key is asked for, which other hosts and logs may hear of.
         // From here on threads do not get the signals that end the process.
         let endpoint = self.endpoint(groups.socket);
@@ -105,7 +106,7 @@ impl Serve {
             .allowed(&medium, &server, control.as_ref())
             .map_err(Failure::Host)?;
         let served = match medium.key {
-            Key::Volume { opener, identity } => Some(Attachment::new(*opener, disk, identity)),
+            Key::Volume { opener, identity } => Some(Attachment::new(*opener, Arc::clone(&disk), identity)),
             Key::Known { table } => {
                 disk.unlock(table);
                 None
@@ -120,6 +121,9 @@ impl Serve {
         }
         stderr::begin();
         sandbox::tell_of_refusals().map_err(Failure::Host)?;
+        if disk.claimed() != Standing::Held {
+            wait_for_claim(&disk, served.as_ref()).map_err(Failure::Host)?;
+        }
         if let Some(served) = &served
             && self.get_key(&server, served)? == Waited::Stopped
         {
@@ -265,8 +269,8 @@ impl Serve {
         &self,
         helper: KeyHelper,
         by: By,
-        disk: Backing,
-        header: Option<Backing>,
+        (disk, header): (Backing, Option<Backing>),
+        fence: &Fence,
     ) -> Result<Medium, Failure> {
         let opened = match &header {
             Some(header) => Locked::open(header, Some(&disk)),
@@ -274,7 +278,7 @@ impl Serve {
         };
         match opened {
             Ok(locked) => {
-                let volume = self.volume(&disk, &locked)?;
+                let volume = self.volume(&disk, &locked, fence)?;
                 let opened = helper.open(header.as_ref().unwrap_or(&disk))?;
                 let identity = locked.identity()?;
                 // The helper reads the header after this process, and it may have been replaced between.
@@ -307,7 +311,7 @@ impl Serve {
                 }))
             }
             Err(volume) if header.is_none() && self.is_no_volume(&volume) => match self.allow_unencrypted {
-                true => self.unencrypted(&disk),
+                true => self.unencrypted(&disk, fence),
                 false => Err(Failure::Unencrypted { volume }),
             },
             Err(error) => Err(error.into()),
@@ -324,7 +328,7 @@ impl Serve {
     }
 
     /// What is known of the volume without its key.
-    fn volume(&self, disk: &Backing, locked: &Locked<'_>) -> Result<Shape, Failure> {
+    fn volume(&self, disk: &Backing, locked: &Locked<'_>, fence: &Fence) -> Result<Shape, Failure> {
         if self.sector_size.is_some() {
             return Err(Failure::SectorSizeOfVolume {
                 disk: disk.path().to_owned(),
@@ -339,13 +343,13 @@ impl Serve {
         Ok(Shape {
             sectors: locked.capacity() / Sector::LEN,
             sector_size,
-            file: Arc::new(disk.data_file(locked.layout().alignment(sector_size.bytes_u32()))?),
+            file: Arc::new(disk.data_file(locked.layout().alignment(sector_size.bytes_u32()), fence)?),
             serial: locked.uuid().simple().to_string(),
         })
     }
 
     /// The disk as raw: it is not a volume.
-    fn unencrypted(&self, disk: &Backing) -> Result<Medium, Failure> {
+    fn unencrypted(&self, disk: &Backing, fence: &Fence) -> Result<Medium, Failure> {
         if self.passphrase_file.is_some() {
             return Err(Failure::KeyOfPlainDisk {
                 disk: disk.path().to_owned(),
@@ -357,7 +361,7 @@ impl Serve {
         let shape = Shape {
             sectors: table.sectors(),
             sector_size,
-            file: Arc::new(disk.data_file(sector_size.bytes_u32())?),
+            file: Arc::new(disk.data_file(sector_size.bytes_u32(), fence)?),
             serial: serial_of_path(disk.path()),
         };
         Ok(shape.of(Key::Known { table }))
@@ -406,7 +410,7 @@ impl Serve {
         );
     }
 
-    fn disk(&self, medium: &Medium, claim: Claim) -> Result<Disk, Failure> {
+    fn disk(&self, medium: &Medium, claims: Claims) -> Result<Disk, Failure> {
         let shape = &medium.shape;
         if !shape.file.is_direct() {
             tracing::warn!(
@@ -417,7 +421,7 @@ impl Serve {
         let disk = Disk::new(
             shape.sectors,
             Arc::clone(&shape.file),
-            claim,
+            claims,
             shape.sector_size,
             self.read_only,
             discard,
@@ -428,6 +432,19 @@ impl Serve {
             .with_poll_max(Duration::from_micros(self.poll_max.into()))
             .with_pool_pages(self.pool_size.unwrap_or(DEFAULT_POOL_PAGES)))
     }
+}
+
+/// Has a thread wait until the storage is claimed. Front-ends can connect meanwhile, and their requests wait.
+fn wait_for_claim(disk: &Arc<Disk>, served: Option<&Arc<Attachment>>) -> io::Result<()> {
+    let (disk, served) = (Arc::clone(disk), served.cloned());
+    let thread = thread::Builder::new().name("claim".into());
+    let waiting = thread.spawn(move || {
+        disk.wait_for_claim();
+        if let Some(served) = served {
+            served.tell_manager();
+        }
+    });
+    waiting.map(drop)
 }
 
 /// How long the first attempt to get a key can delay the guest.

@@ -231,6 +231,7 @@ fn space(disk: &Disk, num_queues: u16) -> [u8; CONFIG_LEN] {
 mod tests {
     use std::sync::Arc;
 
+    use super::super::claims::Claims;
     use super::*;
     use crate::cipher::SectorSize;
     use crate::storage::{Access, Backing};
@@ -238,9 +239,10 @@ mod tests {
     fn disk(read_only: bool, discard: bool) -> Disk {
         let file = tempfile::NamedTempFile::new().unwrap();
         let backing = Backing::open(file.path(), Access::ReadWrite).unwrap();
-        let file = Arc::new(backing.data_file(512).unwrap());
-        let claim = backing.claim().unwrap();
-        Disk::new(2048, file, claim, SectorSize::B512, read_only, discard, "serial").unwrap()
+        let attached = backing.attach().unwrap();
+        let file = Arc::new(backing.data_file(512, &attached.fence()).unwrap());
+        let claims = Claims::take(attached).unwrap();
+        Disk::new(2048, file, claims, SectorSize::B512, read_only, discard, "serial").unwrap()
     }
 
     #[test]

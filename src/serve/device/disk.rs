@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 
+use super::claims::{Claims, Standing};
 use super::limits::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES};
 use crate::cipher::SectorSize;
 use crate::map::SegmentTable;
@@ -89,7 +90,7 @@ pub struct Disk {
     sectors: u64,
     /// The payload's file.
     pub file: Arc<DataFile>,
-    claim: Arc<Claim>,
+    claims: Claims,
     /// The unit of every transfer.
     pub sector_size: SectorSize,
     /// Whether writes are refused.
@@ -116,7 +117,7 @@ impl Disk {
     pub fn new(
         sectors: u64,
         file: Arc<DataFile>,
-        claim: Claim,
+        claims: Claims,
         sector_size: SectorSize,
         read_only: bool,
         discard: bool,
@@ -132,7 +133,7 @@ impl Disk {
             changed: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             sectors,
             file,
-            claim: Arc::new(claim),
+            claims,
             sector_size,
             read_only,
             discard,
@@ -183,8 +184,19 @@ impl Disk {
     }
 
     /// The claim on its storage, without which no ring is served.
-    pub(super) fn claim(&self) -> Arc<Claim> {
-        Arc::clone(&self.claim)
+    pub(super) fn claim(&self) -> Option<Arc<Claim>> {
+        self.claims.current()
+    }
+
+    /// How the claim is.
+    pub fn claimed(&self) -> Standing {
+        self.claims.standing()
+    }
+
+    /// Waits until the storage is claimed, and has the rings start then.
+    pub fn wait_for_claim(&self) {
+        self.claims.wait();
+        self.tell();
     }
 
     /// The tables, once what was withdrawn is back.

@@ -20,6 +20,7 @@
 //! request           a descriptor chain becomes a request
 //! config            feature bits, and the configuration space
 //! disk              what all workers share; it has a segment table, or it is locked
+//! claims            the claim on its storage, without which no ring is served
 //! frontend_message  the front-end's messages, decoded, and the table of what each pauses
 //! message           a message as bytes with descriptors
 //! foreign           the descriptors that a front-end passes, and what is behind each
@@ -58,13 +59,15 @@
 //! # What I/O stands on
 //!
 //! A worker serves a ring by the vring's addresses and descriptors, the mapped guest memory, the dirty log, the features that
-//! front-end and driver agreed on, and the disk's segment table. While a ring runs, none of them changes. The worker has the
-//! ring by value and gives it back when nothing is in flight. A message of the front-end that changes one of these is applied while the
-//! rings are paused (`rings::Paused`). `lock` takes the segment table away, and waits until each worker has given it back.
+//! front-end and driver agreed on, the disk's segment table, and the claim on its storage. While a ring runs, none of them changes.
+//! The worker has the ring by value and gives it back when nothing is in flight. A message of the front-end that changes one of
+//! these is applied while the rings are paused (`rings::Paused`). `lock` takes the segment table away, and waits until each worker
+//! has given it back.
 
 mod blame;
 mod call;
 mod checks;
+mod claims;
 mod config;
 mod dirty_log;
 mod disk;
@@ -91,6 +94,7 @@ mod vring;
 mod worker;
 mod worker_thread;
 
+pub use claims::{Claims, Standing};
 pub use disk::Disk;
 pub use limits::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES};
 pub use server::{Endpoint, ServeError, Server, Waited};

@@ -135,7 +135,7 @@ impl Rings {
     }
 
     /// Has every ring that the front-end wants served run by the disk's current table, and none by an earlier one; none at
-    /// all while the disk is locked.
+    /// all while the disk is locked, or not claimed.
     ///
     /// # Errors
     /// If there are no descriptors, threads or memory left to serve one. A ring that the driver set up wrongly is no
@@ -144,7 +144,7 @@ impl Rings {
         let granted = self.disk.granted();
         let current = granted.as_ref().map(Grant::generation);
         self.stop_those(|_, running| Some(running.generation) != current);
-        let Some(grant) = granted else {
+        let (Some(grant), Some(claim)) = (granted, self.disk.claim()) else {
             return Ok(());
         };
         for (index, vring) in self.vrings.iter().enumerate() {
@@ -173,7 +173,7 @@ impl Rings {
             let worker = WorkerThread::start(
                 ring,
                 Arc::clone(&self.disk),
-                self.disk.claim(),
+                Arc::clone(&claim),
                 grant.table(),
                 engine,
                 self.agreed.write_through(),

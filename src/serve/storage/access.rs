@@ -41,6 +41,11 @@ pub enum StorageError {
     )]
     InUse { path: PathBuf },
     #[error(
+        "{}: writes of a process that was killed have not reached the storage yet: waiting for them, since they could overwrite later \
+         ones; if this takes long, see whether the storage hangs", path.display()
+    )]
+    Landing { path: PathBuf },
+    #[error(
         "{}: the loop device {} uses it, so other processes could write to it; detach the loop device (`losetup --detach {1}`), \
          or name the loop device instead", path.display(), device.display()
     )]
@@ -60,7 +65,7 @@ impl StorageError {
     /// Where the cause lies.
     pub fn blame(&self) -> Blame {
         match self {
-            Self::InUse { .. } | Self::UnderLoop { .. } => Blame::Use,
+            Self::InUse { .. } | Self::Landing { .. } | Self::UnderLoop { .. } => Blame::Use,
             Self::Open { .. }
             | Self::WriteProtected { .. }
             | Self::NotStorage { .. }

@@ -16,7 +16,7 @@ use rustix::io::Errno;
 
 use super::access::{Access, StorageError};
 use super::capabilities::{self, Kind, Protection, block_device_size, direct_alignment, logical_block_size};
-use super::claim::{self, Attached, Claim};
+use super::claim::{self, Attached, Claim, Fence};
 use super::loss::Losses;
 use super::pool::PAGE_U32;
 use super::reopen::reopen;
@@ -133,9 +133,10 @@ impl Backing {
     /// Attaches and claims the disk.
     ///
     /// # Errors
-    /// Those of [`Backing::attach`] and [`Attached::claim`].
+    /// Those of [`Backing::attach`] and [`Attached::claim_in_turn`].
     pub fn claim(&self) -> Result<Claim, StorageError> {
-        self.attach()?.claim()
+        let claimed = self.attach()?.claim_in_turn();
+        claimed.map_err(|unclaimed| unclaimed.error)
     }
 
     /// The file for headers: buffered, without O_DIRECT's alignment rules.
@@ -239,8 +240,8 @@ impl Backing {
     }
 
     /// Opens the same inode for the data path: with O_DIRECT if transfers of `unit` bytes at multiples of `unit`
-    /// satisfy its alignment, else through the page cache.
-    pub fn data_file(&self, unit: u32) -> Result<DataFile, StorageError> {
+    /// satisfy its alignment, else through the page cache. Whatever does I/O on it has to register `fence`, of what was attached.
+    pub fn data_file(&self, unit: u32, fence: &Fence) -> Result<DataFile, StorageError> {
         let (file, direct) = match self.open_direct(unit) {
             Some(file) => (file, true),
             None => {
@@ -270,6 +271,7 @@ impl Backing {
             null: false,
             discard_granule: discard_granule.into(),
             losses: Arc::clone(&self.losses),
+            fence: fence.clone(),
             discard_alignment: capabilities::discard_granularity(&self.file, self.kind),
         })
     }
@@ -286,6 +288,7 @@ pub struct DataFile {
     null: bool,
     discard_granule: u64,
     losses: Arc<Losses>,
+    fence: Fence,
     discard_alignment: u64,
 }
 
@@ -304,6 +307,7 @@ impl DataFile {
             null: true,
             discard_granule: 1,
             losses: Arc::new(Losses::new(None)),
+            fence: Fence::default(),
             discard_alignment: 1,
         })
     }
@@ -315,6 +319,11 @@ impl DataFile {
         // What failed before the file was open.
         self.losses.look();
         Ok(file)
+    }
+
+    /// What has to be registered with an io_uring that does I/O on the file.
+    pub(super) fn fence(&self) -> &Fence {
+        &self.fence
     }
 
     /// Puts on stable storage what was written, where no guest asked for it.
@@ -473,6 +482,6 @@ mod tests {
         let file = file_of(1 << 20);
         let backing = Backing::open(file.path(), Access::ReadWrite).unwrap();
         // No file system asks for an alignment that divides 1.
-        assert!(!backing.data_file(1).unwrap().is_direct());
+        assert!(!backing.data_file(1, &Fence::default()).unwrap().is_direct());
     }
 }

@@ -12,8 +12,14 @@
 //! 200..=299    all of them, shared                       201 and 203, shared                nothing
 //! 2^61 + x     shared, while it has byte x attached;     nothing                            reader: any
 //!              exclusively for a moment to begin with
-//! 2^62 + x     exclusively, while it does I/O on it      shared                             nothing
+//! 2^62 + x     exclusively, while it may do I/O on it    shared                             nothing
 //! ```
+//!
+//! The locks of a claim to write last longer than the process that took them. Writes that io_uring has in flight go on landing after
+//! a process was killed, and one that lands late would overwrite what a successor has written since. So the descriptions that hold
+//! these locks are registered with each io_uring that does I/O on the disk ([`Fence`]): the kernel closes them with the ring, which
+//! is when the last request of the ring has ended. Whoever finds a disk claimed that nobody has attached waits for that. All other
+//! locks end with the process.
 //!
 //! The first two rows are QEMU's (`raw_apply_lock_bytes` in its block/file-posix.c): a byte from 100 on says that its holder uses a
 //! permission, and one from 200 on that its holder does not share it; 1 is "write", and 3 is "resize". Each party takes its bytes
@@ -53,10 +59,13 @@ use std::ffi::OsString;
 use std::fs::{self, File, Metadata};
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags, major, minor};
 use rustix::io::Errno;
@@ -111,24 +120,102 @@ impl Attached {
         self.parts.append(&mut other.parts);
     }
 
+    /// What each io_uring has to register that writes to the disk.
+    pub fn fence(&self) -> Fence {
+        let writers = self.parts.iter().filter(|part| part.access == Access::ReadWrite);
+        Fence(writers.map(|part| Arc::clone(&part.io)).collect())
+    }
+
     /// Claims what is attached.
     ///
     /// # Errors
-    /// Where another process has it in use.
-    pub fn claim(self) -> Result<Claim, StorageError> {
-        let mut exclusive = Vec::new();
-        for part in &self.parts {
-            part.claim()?;
-            if part.is_exclusive {
-                exclusive.push(part.open_exclusively()?);
+    /// What is attached, and why it cannot be claimed now.
+    pub fn claim(self) -> Result<Claim, Unclaimed> {
+        let claim = || {
+            let mut exclusive = Vec::new();
+            for part in &self.parts {
+                part.claim()?;
+                if part.is_exclusive {
+                    exclusive.push(part.open_exclusively()?);
+                }
+            }
+            Ok(exclusive)
+        };
+        match claim() {
+            Ok(exclusive) => Ok(Claim {
+                _exclusive: exclusive,
+                _attached: self,
+            }),
+            Err(error) => {
+                self.parts.iter().for_each(Part::disclaim);
+                Err(Unclaimed {
+                    attached: self,
+                    error,
+                })
             }
         }
-        Ok(Claim {
-            _exclusive: exclusive,
-            _attached: self,
-        })
+    }
+
+    /// Claims what is attached, once the writes of a process that was killed have landed.
+    ///
+    /// # Errors
+    /// As [`Attached::claim`].
+    pub fn claim_in_turn(mut self) -> Result<Claim, Unclaimed> {
+        let (start, mut is_told) = (Instant::now(), false);
+        loop {
+            let unclaimed = match self.claim() {
+                Ok(claim) => {
+                    if is_told {
+                        let seconds = start.elapsed().as_secs_f32();
+                        tracing::info!(
+                            seconds,
+                            "the writes of the killed process have reached the storage"
+                        );
+                    }
+                    return Ok(claim);
+                }
+                Err(unclaimed) => unclaimed,
+            };
+            match &unclaimed.error {
+                error @ StorageError::Landing { .. } => {
+                    if !is_told && start.elapsed() > SOON {
+                        tracing::warn!("{error}");
+                        is_told = true;
+                    }
+                }
+                // A reader that has come since sees that the disk is attached, and leaves.
+                StorageError::InUse { .. } if is_told => {}
+                _ => return Err(unclaimed),
+            }
+            self = unclaimed.attached;
+            thread::sleep(TICK);
+        }
     }
 }
+
+/// Storage that is attached and could not be claimed.
+#[derive(Debug)]
+pub struct Unclaimed {
+    /// As it was.
+    pub attached: Attached,
+    /// Why not.
+    pub error: StorageError,
+}
+
+/// The descriptions whose locks have to last as long as I/O: they are registered with what does it.
+#[derive(Clone, Debug, Default)]
+pub struct Fence(Vec<Arc<File>>);
+
+impl Fence {
+    /// Their descriptors.
+    pub(super) fn descriptors(&self) -> impl Iterator<Item = RawFd> {
+        self.0.iter().map(|file| file.as_raw_fd())
+    }
+}
+
+/// How often a process looks whether writes have landed, and after how long it says that it waits for them.
+const TICK: Duration = Duration::from_millis(5);
+const SOON: Duration = Duration::from_millis(100);
 
 /// Whether flock(2) is a lock of the whole file by fcntl(2) here: on NFS and SMB (flock(2), "NFS details", "CIFS details"), and
 /// on 9p (`v9fs_file_flock_dotl` in Linux' fs/9p/vfs_file.c).
@@ -176,8 +263,8 @@ struct Part {
     range: Range<u64>,
     /// For the locks of what is attached.
     process: File,
-    /// For the locks of what is claimed.
-    io: File,
+    /// For the locks of what is claimed. See [`Fence`].
+    io: Arc<File>,
     /// Whether a claim opens it with O_EXCL.
     is_exclusive: bool,
 }
@@ -200,14 +287,29 @@ impl Part {
     /// Takes the locks of what is claimed.
     fn claim(&self) -> Result<(), StorageError> {
         self.exclude_qemu(&self.io)?;
-        if self.access == Access::ReadWrite {
-            return self.take(&self.io, Kind::Exclusive, CLAIMED);
+        let claimed = self.from(CLAIMED);
+        let is_writer = self.access == Access::ReadWrite;
+        let kind = if is_writer { Kind::Exclusive } else { Kind::Shared };
+        if !set(&self.io, kind, &claimed).map_err(|error| self.no_locks(error))? {
+            let holder = self.holder(&claimed)?;
+            // A reader that has ended holds nothing.
+            let is_read = holder.is_some_and(|holder| holder.is_shared);
+            return Err(match is_read || self.is_attached_by_others()? {
+                true => self.in_use(),
+                false => StorageError::Landing {
+                    path: self.path.clone(),
+                },
+            });
         }
-        self.take(&self.io, Kind::Shared, CLAIMED)?;
-        match self.is_attached_by_others()? {
+        match !is_writer && self.is_attached_by_others()? {
             true => Err(self.in_use()),
             false => Ok(()),
         }
+    }
+
+    /// Gives back the locks of what is claimed.
+    fn disclaim(&self) {
+        let _ = set(&self.io, Kind::None, &EVERYTHING);
     }
 
     /// Whether another process has it attached, to write.
@@ -288,9 +390,8 @@ impl Part {
 impl Drop for Part {
     fn drop(&mut self) {
         // To close them is not enough: a child that has not executed its program yet has copies of the descriptors.
-        for file in [&self.io, &self.process] {
-            let _ = set(file, Kind::None, &EVERYTHING);
-        }
+        self.disclaim();
+        let _ = set(&self.process, Kind::None, &EVERYTHING);
     }
 }
 
@@ -314,7 +415,7 @@ impl Attaching<'_> {
             path: self.path.into(),
             access: self.access,
             range,
-            io: self.reopen(&process)?,
+            io: Arc::new(self.reopen(&process)?),
             process,
             is_exclusive: false,
         };
@@ -655,7 +756,8 @@ mod tests {
         let take = |range: Range<u64>| {
             let file = File::options().read(true).write(true).open(file.path()).unwrap();
             let part = attaching.part(file, range)?;
-            part.claim().map(|()| part)
+            part.claim().unwrap();
+            Ok::<_, StorageError>(part)
         };
         let _first = take(0..4096).unwrap();
         let _second = take(4096..8192).unwrap();

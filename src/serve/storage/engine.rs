@@ -69,6 +69,9 @@ pub struct Engine<C> {
     ended: Vec<Done<C>>,
 }
 
+/// The place of the payload's file among the ring's. The others are there for their locks ([`super::claim`]).
+const FILE: u32 = 0;
+
 /// How many descriptors an engine watches: a kick and a stop.
 const WATCHES: u32 = 2;
 
@@ -167,8 +170,12 @@ impl<C> Engine<C> {
         let places = pages + WITHOUT_DATA;
         let reopened = file.reopen()?;
         let ring = rings.take()?;
-        // The ring holds it from then on.
-        if let Err(error) = ring.submitter().register_files(&[reopened.as_raw_fd()]) {
+        // The ring holds them from then on, until its last operation has ended, also after the end of this process.
+        let files: Vec<_> = [reopened.as_raw_fd()]
+            .into_iter()
+            .chain(file.fence().descriptors())
+            .collect();
+        if let Err(error) = ring.submitter().register_files(&files) {
             rings.give(ring);
             return Err(error);
         }
@@ -460,7 +467,7 @@ impl<C> Engine<C> {
         let Some(flight) = &self.flights[place as usize] else {
             return;
         };
-        let fd = types::Fixed(0);
+        let fd = types::Fixed(FILE);
         let (address, len) = match &flight.buffer {
             // SAFETY: `done` is less than the buffer's length, so the address lies within it.
             Some(buffer) => unsafe {
@@ -660,7 +667,7 @@ fn block_device_discard(file: &DataFile, offset: u64, len: u64) -> io::Result<()
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::storage::{Access, Backing};
+    use crate::storage::{Access, Backing, Fence};
     use rustix::event::{EventfdFlags, eventfd};
     use std::io::Write;
 
@@ -668,7 +675,7 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(size).unwrap();
         let backing = Backing::open(file.path(), Access::ReadWrite).unwrap();
-        (file, backing.data_file(512).unwrap())
+        (file, backing.data_file(512, &Fence::default()).unwrap())
     }
 
     fn engine_on(size: u64, pages: u32) -> (tempfile::NamedTempFile, Engine<u32>) {
