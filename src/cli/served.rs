@@ -116,11 +116,16 @@ fn text(status: &attachment::Status) -> String {
     if let Some(claim) = &status.claim {
         match claim.state {
             ClaimState::Held => {}
+            ClaimState::Released => row("", "no guest runs with it".to_owned()),
             ClaimState::Waiting => row(
                 "",
-                "waiting for the writes of a process that was killed; the guest's requests wait".to_owned(),
+                "the guest's requests wait: another process has the disk, or its last writes have not landed"
+                    .to_owned(),
             ),
-            ClaimState::Failed => row("", "not served: restart `sealblk serve`".to_owned()),
+            ClaimState::Refused => row(
+                "",
+                "not served: stop and continue the guest to try again; the reason:".to_owned(),
+            ),
         }
         if let Some(message) = &claim.message {
             row("", text::printable(message));

@@ -2,6 +2,7 @@
 
 mod backup;
 mod cli;
+mod incoming;
 mod killed;
 mod lifecycle;
 mod luks2_crash;

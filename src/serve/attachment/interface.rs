@@ -56,7 +56,7 @@ pub struct Status {
 pub struct ClaimStatus {
     /// How its claim is.
     pub state: ClaimState,
-    /// Why it has failed, for people.
+    /// Why it was refused, for people.
     pub message: Option<String>,
 }
 
@@ -66,18 +66,21 @@ pub struct ClaimStatus {
 pub enum ClaimState {
     /// The process may do I/O.
     Held,
-    /// The guest's requests wait for the writes of a process that was killed.
+    /// No guest runs with the disk: none was started yet, or it has stopped, or migrated away.
+    Released,
+    /// The guest's requests wait: another process still has the disk, or writes of one that was killed have not landed.
     Waiting,
-    /// The guest's requests wait until the process is started again.
-    Failed,
+    /// The guest's requests wait until its front-end has stopped it and started it again.
+    Refused,
 }
 
 impl From<Standing> for ClaimStatus {
     fn from(standing: Standing) -> Self {
         let (state, message) = match standing {
             Standing::Held => (ClaimState::Held, None),
+            Standing::Released => (ClaimState::Released, None),
             Standing::Waiting => (ClaimState::Waiting, None),
-            Standing::Failed(reason) => (ClaimState::Failed, Some(reason)),
+            Standing::Refused(reason) => (ClaimState::Refused, Some(reason)),
         };
         Self { state, message }
     }
@@ -308,7 +311,7 @@ fn failed(error: &AttachmentError) -> MethodError {
 }
 
 /// An error with what lies under it, on one line.
-fn describe(error: &(dyn Error + 'static)) -> String {
+pub(super) fn describe(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     for cause in causes(error) {
         let said = cause.to_string();

@@ -16,7 +16,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, SendError, sync_channel};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::Duration;
 
@@ -27,7 +27,7 @@ use serde_json::{Value, json};
 use crate::cipher::{CipherError, KernelChoice};
 use crate::control::events::{Event, Events};
 use crate::control::manager;
-use crate::device::{Disk, Standing};
+use crate::device::{Disk, Observer, Standing};
 use crate::key_helper::{HelperError, HelperFailure, KeyHelper};
 use crate::keys::RequestPurpose;
 use crate::keys::binding::{self, BindingError, BindingReason, Bindings, Rekeyed};
@@ -327,7 +327,7 @@ impl Attachment {
             .ok();
         let path = opener.disk.path();
         let path = path_text::to_text(&std::path::absolute(path).unwrap_or_else(|_| path.to_owned()));
-        Arc::new(Self {
+        let attachment = Arc::new(Self {
             disk,
             path,
             identity,
@@ -338,7 +338,10 @@ impl Attachment {
             changed: Condvar::new(),
             events: Events::default(),
             told: Mutex::new(()),
-        })
+        });
+        let observer = Arc::downgrade(&attachment);
+        attachment.disk.observe_claim(Box::new(observer));
+        attachment
     }
 
     /// Has a thread get the key. If it is not to be had, and `wait` says so, it tries again until the key is there, or somebody
@@ -377,11 +380,11 @@ impl Attachment {
     /// How the disk is, in a line.
     pub fn standing(&self) -> String {
         match self.disk.claimed() {
-            Standing::Held => {}
+            Standing::Held | Standing::Released => {}
             Standing::Waiting => {
-                return "waiting for the writes of a process that was killed".to_owned();
+                return "waiting for another process to leave the disk, or for the last writes of one that was killed".to_owned();
             }
-            Standing::Failed(reason) => return format!("not served: {reason}"),
+            Standing::Refused(reason) => return format!("not served: {reason}"),
         }
         match self.state() {
             (State::Open, _) => "serving".to_owned(),
@@ -395,8 +398,7 @@ impl Attachment {
         }
     }
 
-    /// Tells the service manager how the disk is.
-    pub fn tell_manager(&self) {
+    fn tell_manager(&self) {
         let _told = lock(&self.told);
         manager::status(&self.standing());
     }
@@ -563,5 +565,32 @@ impl Attachment {
     fn tell(&self, event: Event, mut fields: Value) {
         fields["volume"] = self.identity.uuid().to_string().into();
         self.events.tell(event, &fields);
+    }
+}
+
+impl Observer for Weak<Attachment> {
+    /// Another process may have changed the header while it had the claim.
+    fn check(&self, first: bool) -> Result<(), String> {
+        let Some(served) = self.upgrade() else {
+            return Ok(());
+        };
+        let Err(error) = served.read_header() else {
+            return Ok(());
+        };
+        let reason = interface::describe(&error);
+        match error {
+            OpenError::Changed(Changed::Volume { .. } | Changed::Key | Changed::Place) => Err(reason),
+            _ if first => Err(reason),
+            _ => {
+                tracing::warn!("the disk is served by the header as it was read before: {reason}");
+                Ok(())
+            }
+        }
+    }
+
+    fn changed(&self) {
+        if let Some(served) = self.upgrade() {
+            served.tell_manager();
+        }
     }
 }

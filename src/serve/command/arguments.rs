@@ -47,6 +47,11 @@ requests wait, without an error. sealblk tries again at least every 30 seconds; 
 --no-wait it ends instead. A disk that you locked by `sealblk lock` stays locked
 until `sealblk unlock`.
 
+While sealblk serves a disk, no other process can use the disk. For a migration, start sealblk at the destination
+with --incoming: it accepts the other sealblk. The guest at the destination gets the disk when the guest at the source
+has stopped. If it has not stopped within 10 seconds, the requests of the guest at the destination wait, and the log and
+`sealblk status` say why. Two readers (--read-only) need no --incoming.
+
 On SIGTERM sealblk finishes the requests in flight and ends. You can stop and start
 it while the guest runs: QEMU connects again (because of `reconnect`), and the
 requests wait. If sealblk is killed instead, requests in flight may be lost, and the
@@ -83,6 +88,10 @@ pub struct Serve {
     /// Refuse writes; several processes can serve one disk with this option
     #[arg(long)]
     pub(super) read_only: bool,
+    /// Serve a disk that another `sealblk serve` serves until its guest has migrated here. sealblk reads the header and gets the key at
+    /// once, and takes the disk over when the guest starts here (see below)
+    #[arg(long, conflicts_with_all = ["null_storage", "read_only"])]
+    pub(super) incoming: bool,
     /// Answer `sealblk status`, `lock`, `unlock` and `rekey` on this socket
     #[arg(long, value_name = "SOCK", conflicts_with_all = ["null_storage", "allow_unencrypted"])]
     pub(super) control_socket: Option<PathBuf>,

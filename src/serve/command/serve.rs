@@ -28,12 +28,12 @@ use crate::closer::{self, ClosedElsewhere};
 use crate::control::privilege::Grants;
 use crate::control::socket::{self, Bound, Permissions};
 use crate::control::{datagram, manager, server, varlink};
-use crate::device::{Claims, DEFAULT_POOL_PAGES, Disk, Endpoint, Server, Standing, Waited};
+use crate::device::{Claims, DEFAULT_POOL_PAGES, Disk, Endpoint, Server, Waited};
 use crate::key_helper::{KeyHelper, Settings};
 use crate::luks2::{Changed, HeaderError, Identity, Locked, MATERIAL_LEN, Reason, VolumeError};
 use crate::map::{SegmentTable, Treatment, unencrypted};
 use crate::sandbox::{self, Allowed, Measure, Sandbox};
-use crate::storage::{Access, Attached, Backing, DataFile, Fence, StorageError};
+use crate::storage::{Access, Attached, Backing, DataFile, Fence, Kind, Others, StorageError};
 use sealblk_secmem::{arena, arena::SecretBytes};
 
 /// What QEMU's vhost-user.json names, and nothing more (`VHostUserBackendBlockFeature`).
@@ -74,6 +74,10 @@ impl Serve {
         } else {
             Access::ReadWrite
         };
+        let others = match self.incoming {
+            true => Others::Accepted,
+            false => Others::Refused,
+        };
         let mut attached = Attached::to_nothing();
         let mut open = |path: &Option<PathBuf>| -> Result<Option<Backing>, Failure> {
             let Some(path) = path else { return Ok(None) };
@@ -81,12 +85,15 @@ impl Serve {
                 source @ StorageError::WriteProtected { .. } => Failure::WriteProtected { source },
                 error => error.into(),
             })?;
-            attached.add(backing.attach()?);
+            attached.add(backing.attach(others)?);
             Ok(Some(backing))
         };
         let (backing, header) = (open(&self.blk_file)?, open(&self.header)?);
         let fence = attached.fence();
-        let claims = Claims::take(attached)?;
+        let claims = match self.incoming {
+            true => Claims::later(attached),
+            false => Claims::now(attached)?,
+        };
         let groups = self.groups(helper.as_ref())?;
         let medium = match (backing, helper, self.null_storage) {
             (_, _, Some(size)) => self.null(size)?,
@@ -121,8 +128,8 @@ impl Serve {
         }
         stderr::begin();
         sandbox::tell_of_refusals().map_err(Failure::Host)?;
-        if disk.claimed() != Standing::Held {
-            wait_for_claim(&disk, served.as_ref()).map_err(Failure::Host)?;
+        if !self.incoming {
+            disk.ask_for_claim().map_err(Failure::Host)?;
         }
         if let Some(served) = &served
             && self.get_key(&server, served)? == Waited::Stopped
@@ -219,6 +226,10 @@ impl Serve {
         allowed.reopen(file, file.is_null() || !self.read_only)?;
         if let Key::Volume { opener, .. } = &medium.key {
             let header = opener.header.as_ref().unwrap_or(&opener.disk);
+            // Each claim opens a device with O_EXCL.
+            if header.kind() == Kind::BlockDevice {
+                allowed.reopen(header.file(), !self.read_only)?;
+            }
             if let Some(directory) = header.lock_files() {
                 allowed.lock_files_in(directory);
             }
@@ -432,19 +443,6 @@ impl Serve {
             .with_poll_max(Duration::from_micros(self.poll_max.into()))
             .with_pool_pages(self.pool_size.unwrap_or(DEFAULT_POOL_PAGES)))
     }
-}
-
-/// Has a thread wait until the storage is claimed. Front-ends can connect meanwhile, and their requests wait.
-fn wait_for_claim(disk: &Arc<Disk>, served: Option<&Arc<Attachment>>) -> io::Result<()> {
-    let (disk, served) = (Arc::clone(disk), served.cloned());
-    let thread = thread::Builder::new().name("claim".into());
-    let waiting = thread.spawn(move || {
-        disk.wait_for_claim();
-        if let Some(served) = served {
-            served.tell_manager();
-        }
-    });
-    waiting.map(drop)
 }
 
 /// How long the first attempt to get a key can delay the guest.

@@ -1,60 +1,111 @@
-//! The claim on a served disk's storage, which a ring needs to start.
+//! The claim on a served disk's storage: a ring starts only with it.
 //!
-//! A process that was killed can have writes in flight that have not landed. The disk is served after them: it is attached and
-//! can be connected to at once, and its rings start when it is claimed.
+//! A process claims its disk at its start, and gives the claim back when the front-end has stopped its rings (GET_VRING_BASE): the guest
+//! may have migrated, and the destination needs the claim then. It also does so if the front-end leaves while the other side of a
+//! migration is there. The next ring that starts needs the claim again. A destination (`--incoming`) starts without it.
+//!
+//! To claim a disk can take time: writes of a process that was killed have to land, and the source of a migration has to stop. So a
+//! thread does it, and the session continues meanwhile. When the disk is claimed, the thread has the header checked: the guest must
+//! find the disk that it knows. If the claim is refused, the rings stay stopped, and nothing tries again by itself: the guest may have
+//! run elsewhere since, and what this one knows of its disk would be old. The next try comes after the front-end has stopped its rings.
 
-use std::sync::{Arc, Mutex};
+use std::error::Error;
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::thread;
+use std::time::Duration;
 
 use crate::error_chain::causes;
 use crate::mutex::lock;
-use crate::storage::{Attached, Claim, StorageError, Unclaimed};
+use crate::storage::{Attached, Claim, DataFile, StorageError, Unclaimed};
+
+/// How long the source of a migration can take to give up the disk once the destination's guest runs.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What is asked and told when a claim comes or goes.
+pub trait Observer: Send + Sync {
+    /// Checks that the disk, which is claimed and not served yet, is the one that the guest knows; the error says why it is not. For the
+    /// `first` claim of the process, the disk has to be read for that; later a disk that cannot be read is no other one.
+    fn check(&self, first: bool) -> Result<(), String>;
+    /// The claim has come or gone, or was refused.
+    fn changed(&self);
+}
 
 /// See the module's header.
-#[derive(Debug)]
-pub struct Claims(Mutex<State>);
+pub struct Claims {
+    state: Mutex<State>,
+    observer: OnceLock<Box<dyn Observer>>,
+    /// Whether this process has had the claim.
+    was_held: AtomicBool,
+}
 
 #[derive(Debug)]
 enum State {
     Claimed(Arc<Claim>),
-    /// Writes of a process that was killed have not landed.
-    Landing(Attached),
-    /// A thread waits for them.
-    Waiting,
-    /// It cannot be claimed any more; the text says why.
-    Failed(String),
+    /// No ring needs the claim.
+    Attached(Attached),
+    /// A thread is claiming it.
+    Claiming {
+        /// Whether a ring still needs it.
+        is_wanted: bool,
+        /// Until the thread takes it.
+        attached: Option<Attached>,
+    },
+    /// A ring needs it, and it was refused for this reason.
+    Refused(Attached, String),
 }
 
 /// How a disk's claim is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Standing {
-    /// Its rings can be served.
+    /// Rings can be served.
     Held,
-    /// Writes of a process that was killed have not landed: its rings wait.
+    /// No ring needs it.
+    Released,
+    /// Rings wait for another process, or for writes of one that was killed.
     Waiting,
-    /// It cannot be claimed, for this reason: its rings wait until the process is started again.
-    Failed(String),
+    /// Rings wait until the front-end has stopped them, for this reason.
+    Refused(String),
 }
 
 impl Claims {
+    /// Of what is attached; it is claimed when a ring needs it.
+    pub fn later(attached: Attached) -> Self {
+        Self::with(State::Attached(attached))
+    }
+
     /// Claims what is attached, now or, if writes of a process that was killed have not landed, later.
     ///
     /// # Errors
     /// Where another process has it in use, or it cannot be locked.
-    pub fn take(attached: Attached) -> Result<Self, StorageError> {
-        let state = match attached.claim() {
-            Ok(claim) => State::Claimed(Arc::new(claim)),
+    pub fn now(attached: Attached) -> Result<Self, StorageError> {
+        match attached.claim() {
+            Ok(claim) => Ok(Self::with(State::Claimed(Arc::new(claim)))),
             Err(Unclaimed {
                 attached,
                 error: StorageError::Landing { .. },
-            }) => State::Landing(attached),
-            Err(Unclaimed { error, .. }) => return Err(error),
-        };
-        Ok(Self(Mutex::new(state)))
+            }) => Ok(Self::later(attached)),
+            Err(Unclaimed { error, .. }) => Err(error),
+        }
     }
 
-    /// The claim; none while writes of another process have not landed.
+    fn with(state: State) -> Self {
+        Self {
+            was_held: AtomicBool::new(matches!(state, State::Claimed(_))),
+            state: Mutex::new(state),
+            observer: OnceLock::new(),
+        }
+    }
+
+    /// Has `observer` asked and told from now on.
+    pub(super) fn observe(&self, observer: Box<dyn Observer>) {
+        let _ = self.observer.set(observer);
+    }
+
+    /// The claim; none while it is not held.
     pub(super) fn current(&self) -> Option<Arc<Claim>> {
-        match &*lock(&self.0) {
+        match &*lock(&self.state) {
             State::Claimed(claim) => Some(Arc::clone(claim)),
             _ => None,
         }
@@ -62,33 +113,149 @@ impl Claims {
 
     /// How it is.
     pub(super) fn standing(&self) -> Standing {
-        match &*lock(&self.0) {
+        match &*lock(&self.state) {
             State::Claimed(_) => Standing::Held,
-            State::Landing(_) | State::Waiting => Standing::Waiting,
-            State::Failed(reason) => Standing::Failed(reason.clone()),
+            State::Claiming { is_wanted: true, .. } => Standing::Waiting,
+            State::Attached(_) | State::Claiming { .. } => Standing::Released,
+            State::Refused(_, reason) => Standing::Refused(reason.clone()),
         }
     }
 
-    /// Waits until writes of a process that was killed have landed, and claims the disk then. Nothing ends this but that.
-    pub(super) fn wait(&self) {
-        let attached = {
-            let mut state = lock(&self.0);
-            match std::mem::replace(&mut *state, State::Waiting) {
-                State::Landing(attached) => attached,
-                other => {
-                    *state = other;
-                    return;
+    /// Has a thread claim the disk, whose data are in `file`, unless that was refused already; `done` comes after that.
+    ///
+    /// # Errors
+    /// If threads are exhausted.
+    pub(super) fn ask(
+        self: &Arc<Self>,
+        file: &Arc<DataFile>,
+        done: impl FnOnce() + Send + 'static,
+    ) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        match state.take() {
+            State::Attached(attached) => {
+                let (is_wanted, attached) = (true, Some(attached));
+                *state = State::Claiming { is_wanted, attached };
+            }
+            State::Claiming { attached, .. } => {
+                let is_wanted = true;
+                *state = State::Claiming { is_wanted, attached };
+                return Ok(());
+            }
+            other => {
+                *state = other;
+                return Ok(());
+            }
+        }
+        drop(state);
+        let (claims, file) = (Arc::clone(self), Arc::clone(file));
+        let thread = thread::Builder::new().name("claim".into());
+        let spawned = thread.spawn(move || {
+            claims.claim(&file);
+            done();
+        });
+        if spawned.is_err() {
+            let mut state = lock(&self.state);
+            match state.take() {
+                State::Claiming {
+                    attached: Some(attached),
+                    ..
+                } => *state = State::Attached(attached),
+                other => *state = other,
+            }
+        }
+        spawned.map(drop)
+    }
+
+    /// Claims what the state says is to be claimed.
+    fn claim(&self, file: &DataFile) {
+        let attached = match &mut *lock(&self.state) {
+            State::Claiming { attached, .. } => attached.take(),
+            _ => None,
+        };
+        let Some(attached) = attached else { return };
+        let claimed = match attached.claim_in_turn(PATIENCE) {
+            Ok(claim) => match self.check(file) {
+                Ok(()) => Ok(claim),
+                Err(reason) => Err((claim.release(), reason)),
+            },
+            Err(Unclaimed { attached, error }) => Err((attached, text(&error))),
+        };
+        {
+            let mut state = lock(&self.state);
+            let is_wanted = matches!(*state, State::Claiming { is_wanted: true, .. });
+            *state = match claimed {
+                Ok(claim) if is_wanted => {
+                    self.was_held.store(true, Ordering::Relaxed);
+                    State::Claimed(Arc::new(claim))
                 }
-            }
+                Ok(claim) => State::Attached(claim.release()),
+                Err((attached, reason)) if is_wanted => {
+                    tracing::error!(
+                        "the disk is not served, and the guest's requests wait: {reason}. To try again, stop and continue the guest"
+                    );
+                    State::Refused(attached, reason)
+                }
+                Err((attached, _)) => State::Attached(attached),
+            };
+        }
+        self.tell();
+    }
+
+    /// Checks what was just claimed.
+    fn check(&self, file: &DataFile) -> Result<(), String> {
+        let first = !self.was_held.load(Ordering::Relaxed);
+        file.forget_cached().map_err(|error| text(&error))?;
+        self.observer
+            .get()
+            .map_or(Ok(()), |observer| observer.check(first))
+    }
+
+    fn tell(&self) {
+        if let Some(observer) = self.observer.get() {
+            observer.changed();
+        }
+    }
+
+    /// Gives the claim back, unless a ring is served with it. What was refused may be tried again.
+    pub(super) fn release(&self) {
+        {
+            let mut state = lock(&self.state);
+            *state = match state.take() {
+                State::Claimed(claim) => match Arc::try_unwrap(claim) {
+                    Ok(claim) => State::Attached(claim.release()),
+                    Err(claim) => State::Claimed(claim),
+                },
+                State::Refused(attached, _) | State::Attached(attached) => State::Attached(attached),
+                State::Claiming { attached, .. } => State::Claiming {
+                    is_wanted: false,
+                    attached,
+                },
+            };
+        }
+        self.tell();
+    }
+}
+
+impl State {
+    /// Takes it, to put another one in its place at once.
+    fn take(&mut self) -> Self {
+        let nothing = State::Claiming {
+            is_wanted: false,
+            attached: None,
         };
-        let claimed = attached.claim_in_turn();
-        *lock(&self.0) = match claimed {
-            Ok(claim) => State::Claimed(Arc::new(claim)),
-            Err(Unclaimed { error, .. }) => {
-                let reason = causes(&error).fold(error.to_string(), |text, cause| format!("{text}: {cause}"));
-                tracing::error!("the disk is not served: {reason}; then restart `sealblk serve`");
-                State::Failed(reason)
-            }
-        };
+        std::mem::replace(self, nothing)
+    }
+}
+
+/// An error with its causes, on one line.
+fn text(error: &dyn Error) -> String {
+    causes(error).fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}
+
+impl std::fmt::Debug for Claims {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Claims")
+            .field("state", &self.state)
+            .finish_non_exhaustive()
     }
 }

@@ -234,14 +234,14 @@ mod tests {
     use super::super::claims::Claims;
     use super::*;
     use crate::cipher::SectorSize;
-    use crate::storage::{Access, Backing};
+    use crate::storage::{Access, Backing, Others};
 
     fn disk(read_only: bool, discard: bool) -> Disk {
         let file = tempfile::NamedTempFile::new().unwrap();
         let backing = Backing::open(file.path(), Access::ReadWrite).unwrap();
-        let attached = backing.attach().unwrap();
+        let attached = backing.attach(Others::Refused).unwrap();
         let file = Arc::new(backing.data_file(512, &attached.fence()).unwrap());
-        let claims = Claims::take(attached).unwrap();
+        let claims = Claims::now(attached).unwrap();
         Disk::new(2048, file, claims, SectorSize::B512, read_only, discard, "serial").unwrap()
     }
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::claims::{Claims, Standing};
+use super::claims::{Claims, Observer, Standing};
 use super::limits::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES};
 use crate::cipher::SectorSize;
 use crate::map::SegmentTable;
@@ -90,7 +90,7 @@ pub struct Disk {
     sectors: u64,
     /// The payload's file.
     pub file: Arc<DataFile>,
-    claims: Claims,
+    claims: Arc<Claims>,
     /// The unit of every transfer.
     pub sector_size: SectorSize,
     /// Whether writes are refused.
@@ -133,7 +133,7 @@ impl Disk {
             changed: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             sectors,
             file,
-            claims,
+            claims: Arc::new(claims),
             sector_size,
             read_only,
             discard,
@@ -193,10 +193,47 @@ impl Disk {
         self.claims.standing()
     }
 
-    /// Waits until the storage is claimed, and has the rings start then.
-    pub fn wait_for_claim(&self) {
-        self.claims.wait();
-        self.tell();
+    /// Has a thread claim the storage, and the rings start then.
+    ///
+    /// # Errors
+    /// If threads are exhausted.
+    pub fn ask_for_claim(self: &Arc<Self>) -> io::Result<()> {
+        let disk = Arc::clone(self);
+        self.claims.ask(&self.file, move || disk.tell())
+    }
+
+    /// Gives the claim back, once what was written is on stable storage. No ring is served. A reader keeps its claim: it is all that keeps
+    /// writers out, and no other reader needs it.
+    pub(super) fn release_claim(&self) {
+        let is_held = self.claims.current().is_some();
+        if is_held && self.read_only {
+            return;
+        }
+        if is_held && let Err(error) = self.file.sync() {
+            tracing::error!(
+                %error,
+                "what was written cannot be put on stable storage: the disk stays claimed, so that no other process takes it over without \
+                 these data; the next flush will fail"
+            );
+            return;
+        }
+        self.claims.release();
+    }
+
+    /// Gives the claim back if the other side of a migration may need it: the front-end has left without stopping its rings.
+    pub(super) fn front_end_left(&self) {
+        if self
+            .claims
+            .current()
+            .is_none_or(|claim| claim.is_attached_by_others())
+        {
+            self.release_claim();
+        }
+    }
+
+    /// Has `observer` asked and told when the claim comes or goes.
+    pub fn observe_claim(&self, observer: Box<dyn Observer>) {
+        self.claims.observe(observer);
     }
 
     /// The tables, once what was withdrawn is back.

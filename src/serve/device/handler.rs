@@ -129,6 +129,11 @@ impl Handler {
                 paused.memory_changed();
                 Ok(answer)
             }
+            FrontendMessage::GetVringBase(_) => {
+                let answer = self.exchange(message, reply)?;
+                paused.vring_stopped();
+                Ok(answer)
+            }
             _ => self.exchange(message, reply),
         }
     }

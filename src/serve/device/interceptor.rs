@@ -105,6 +105,7 @@ pub(super) fn relay(
     let result = interceptor.relay();
     // Before the handler goes, whose vrings they are.
     interceptor.rings.stop();
+    disk.front_end_left();
     result
 }
 

@@ -144,8 +144,14 @@ impl Rings {
         let granted = self.disk.granted();
         let current = granted.as_ref().map(Grant::generation);
         self.stop_those(|_, running| Some(running.generation) != current);
-        let (Some(grant), Some(claim)) = (granted, self.disk.claim()) else {
+        let Some(grant) = granted else {
             return Ok(());
+        };
+        let Some(claim) = self.disk.claim() else {
+            return match self.vrings.iter().any(Vring::is_wanted) {
+                true => self.disk.ask_for_claim(),
+                false => Ok(()),
+            };
         };
         for (index, vring) in self.vrings.iter().enumerate() {
             if self.running[index].is_some() {
@@ -223,6 +229,13 @@ impl Paused<'_> {
     pub(super) fn track_in(&mut self, memory: InflightMemory) {
         debug_assert_eq!(self.scope, Scope::All);
         self.rings.inflight = memory;
+    }
+
+    /// Takes into account that the handler has stopped a vring. With the last of them the guest has stopped, and may go on elsewhere.
+    pub(super) fn vring_stopped(&mut self) {
+        if !self.rings.vrings.iter().any(Vring::is_started) {
+            self.disk().release_claim();
+        }
     }
 
     /// Takes into account that the handler has mapped other memory. All rings are paused.

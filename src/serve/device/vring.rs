@@ -131,6 +131,17 @@ impl Vring {
         }))
     }
 
+    /// Whether the front-end has started it, and not stopped it since.
+    pub(super) fn is_started(&self) -> bool {
+        let state = self.0.get_ref();
+        state.get_kick().is_some() && state.get_queue().ready()
+    }
+
+    /// Whether the front-end wants it served.
+    pub(super) fn is_wanted(&self) -> bool {
+        self.is_started() && self.0.get_ref().is_enabled()
+    }
+
     /// Takes back how far the ring was served. Nothing of it is in flight.
     pub(super) fn stopped(&self, ring: &Ring) {
         ring.inflight.end();

@@ -9,14 +9,16 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use rustix::fs::{Advice, Mode, OFlags, fadvise};
 use rustix::io::Errno;
 
 use super::access::{Access, StorageError};
 use super::capabilities::{self, Kind, Protection, block_device_size, direct_alignment, logical_block_size};
-use super::claim::{self, Attached, Claim, Fence};
+use super::claim::{self, Attached, Claim, Fence, Others};
 use super::loss::Losses;
 use super::pool::PAGE_U32;
 use super::reopen::reopen;
@@ -32,6 +34,8 @@ pub struct Backing {
     losses: Arc<Losses>,
     /// See [`Backing::direct`].
     direct: OnceLock<Option<File>>,
+    /// Whether it is claimed.
+    claimed: Arc<AtomicBool>,
 }
 
 impl Backing {
@@ -119,15 +123,18 @@ impl Backing {
             kind,
             losses: Arc::new(Losses::new(witness)),
             direct: OnceLock::new(),
+            claimed: Arc::default(),
         })
     }
 
-    /// Attaches the disk: no other process can attach it, or where this one only reads, none can to write.
+    /// Attaches the disk: no other process can attach it, unless `others` are accepted on both sides; where this one only reads, others can to
+    /// read.
     ///
     /// # Errors
     /// Where it is attached elsewhere, or cannot be locked.
-    pub fn attach(&self) -> Result<Attached, StorageError> {
-        Attached::to(&self.file, &self.path, self.access)
+    pub fn attach(&self, others: Others) -> Result<Attached, StorageError> {
+        let (access, claimed) = (self.access, Arc::clone(&self.claimed));
+        Attached::to(&self.file, &self.path, access, others, claimed)
     }
 
     /// Attaches and claims the disk.
@@ -135,7 +142,7 @@ impl Backing {
     /// # Errors
     /// Those of [`Backing::attach`] and [`Attached::claim_in_turn`].
     pub fn claim(&self) -> Result<Claim, StorageError> {
-        let claimed = self.attach()?.claim_in_turn();
+        let claimed = self.attach(Others::Refused)?.claim_in_turn(Duration::ZERO);
         claimed.map_err(|unclaimed| unclaimed.error)
     }
 
@@ -187,10 +194,13 @@ impl Backing {
 
     /// How to lock metadata, which lie in a file: by flock(2), or not at all.
     pub fn metadata_lock(&self) -> FileLock {
-        match (claim::one_kind_of_lock(&self.file), self.access) {
+        match (
+            claim::one_kind_of_lock(&self.file),
+            self.claimed.load(Ordering::Acquire),
+        ) {
             (false, _) => FileLock::Flock,
-            (true, Access::ReadOnly | Access::ReadWrite) => FileLock::Claimed,
-            (true, Access::Inspect) => FileLock::None,
+            (true, true) => FileLock::Claimed,
+            (true, false) => FileLock::None,
         }
     }
 
@@ -319,6 +329,18 @@ impl DataFile {
         // What failed before the file was open.
         self.losses.look();
         Ok(file)
+    }
+
+    /// Has data read anew that another process may have changed since they were read: they are not claimed, or were not until now.
+    ///
+    /// # Errors
+    /// Where the kernel refuses.
+    pub fn forget_cached(&self) -> io::Result<()> {
+        match self.direct || self.null {
+            true => Ok(()),
+            // What is still to be written stays.
+            false => Ok(fadvise(&self.file, 0, None, Advice::DontNeed)?),
+        }
     }
 
     /// What has to be registered with an io_uring that does I/O on the file.

@@ -11,15 +11,20 @@
 //! 100..=199    nothing                                   nothing                            writer: any; reader: 101, 103
 //! 200..=299    all of them, shared                       201 and 203, shared                nothing
 //! 2^61 + x     shared, while it has byte x attached;     nothing                            reader: any
-//!              exclusively for a moment to begin with
+//!              exclusively for a moment to begin with,
+//!              unless it accepts others
 //! 2^62 + x     exclusively, while it may do I/O on it    shared                             nothing
 //! ```
 //!
-//! The locks of a claim to write last longer than the process that took them. Writes that io_uring has in flight go on landing after
+//! A migration's destination attaches a disk that its source has attached as well ([`Others::Accepted`]), so it takes that lock
+//! shared from the start. The source gives its claim back when its guest has stopped ([`Claim::release`]), and the
+//! destination claims the disk then. Third parties stay out all the time.
+//!
+//! The locks of a claim to write last longer than the process that took them. Writes that io_uring has in flight still land after
 //! a process was killed, and one that lands late would overwrite what a successor has written since. So the descriptions that hold
 //! these locks are registered with each io_uring that does I/O on the disk ([`Fence`]): the kernel closes them with the ring, which
-//! is when the last request of the ring has ended. Whoever finds a disk claimed that nobody has attached waits for that. All other
-//! locks end with the process.
+//! is when the last request of the ring has ended. A process that finds a disk claimed which no process has attached waits for that.
+//! All other locks end with the process.
 //!
 //! The first two rows are QEMU's (`raw_apply_lock_bytes` in its block/file-posix.c): a byte from 100 on says that its holder uses a
 //! permission, and one from 200 on that its holder does not share it; 1 is "write", and 3 is "resize". Each party takes its bytes
@@ -40,7 +45,7 @@
 //!
 //! Loop devices over a file or device are searched for as well, since users of a loop device take no lock of this kind. On a
 //! block device that is written, O_EXCL excludes mounts, device-mapper, and other nodes of the device in other
-//! containers.
+//! containers. It belongs to one process: the source of a migration gives it up with its claim if the destination is there by then.
 //!
 //! A network file system may have only one kind of lock ([`one_kind_of_lock`]). Then these locks also exclude flock(2).
 //!
@@ -64,6 +69,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -86,17 +92,23 @@ pub struct Attached {
 /// served only while there is one.
 #[derive(Debug)]
 pub struct Claim {
-    /// Before the locks: an opened device keeps others out as well.
-    _exclusive: Vec<File>,
-    _attached: Attached,
+    attached: Attached,
 }
 
 impl Attached {
     /// Attaches `file`, which `path` names, and all that is found to lead to the same bytes.
-    pub(super) fn to(file: &File, path: &Path, access: Access) -> Result<Self, StorageError> {
+    pub(super) fn to(
+        file: &File,
+        path: &Path,
+        access: Access,
+        others: Others,
+        claimed: Arc<AtomicBool>,
+    ) -> Result<Self, StorageError> {
         let mut attaching = Attaching {
             path,
             access,
+            others,
+            claimed,
             parts: Vec::new(),
         };
         let is_device = file
@@ -130,22 +142,14 @@ impl Attached {
     ///
     /// # Errors
     /// What is attached, and why it cannot be claimed now.
-    pub fn claim(self) -> Result<Claim, Unclaimed> {
-        let claim = || {
-            let mut exclusive = Vec::new();
-            for part in &self.parts {
-                part.claim()?;
-                if part.is_exclusive {
-                    exclusive.push(part.open_exclusively()?);
-                }
+    pub fn claim(mut self) -> Result<Claim, Unclaimed> {
+        let claimed = self.parts.iter_mut().try_for_each(Part::claim);
+        match claimed {
+            Ok(()) => {
+                let claimed = self.parts.iter().map(|part| &part.claimed);
+                claimed.for_each(|claimed| claimed.store(true, Ordering::Release));
+                Ok(Claim { attached: self })
             }
-            Ok(exclusive)
-        };
-        match claim() {
-            Ok(exclusive) => Ok(Claim {
-                _exclusive: exclusive,
-                _attached: self,
-            }),
             Err(error) => {
                 self.parts.iter().for_each(Part::disclaim);
                 Err(Unclaimed {
@@ -156,11 +160,12 @@ impl Attached {
         }
     }
 
-    /// Claims what is attached, once the writes of a process that was killed have landed.
+    /// Claims what is attached, once the writes of a process that was killed have landed. If another process has it in use, this
+    /// waits no longer than `patience` for that.
     ///
     /// # Errors
     /// As [`Attached::claim`].
-    pub fn claim_in_turn(mut self) -> Result<Claim, Unclaimed> {
+    pub fn claim_in_turn(mut self, patience: Duration) -> Result<Claim, Unclaimed> {
         let (start, mut is_told) = (Instant::now(), false);
         loop {
             let unclaimed = match self.claim() {
@@ -184,13 +189,42 @@ impl Attached {
                     }
                 }
                 // A reader that has come since sees that the disk is attached, and leaves.
-                StorageError::InUse { .. } if is_told => {}
+                StorageError::InUse { .. } if is_told || start.elapsed() < patience => {}
                 _ => return Err(unclaimed),
             }
             self = unclaimed.attached;
             thread::sleep(TICK);
         }
     }
+}
+
+impl Claim {
+    /// Whether another process has attached the disk to write: the other side of a migration.
+    pub fn is_attached_by_others(&self) -> bool {
+        let mut parts = self.attached.parts.iter();
+        parts.any(|part| part.is_attached_by_others().unwrap_or(true))
+    }
+
+    /// Gives the claim back; what is attached stays attached. Nothing of this process may be in flight.
+    pub fn release(mut self) -> Attached {
+        for part in &mut self.attached.parts {
+            // The other side of a migration opens a device exclusively when it claims it.
+            if part.is_attached_by_others().unwrap_or(true) {
+                part.exclusive = None;
+            }
+            part.disclaim();
+        }
+        self.attached
+    }
+}
+
+/// Whether other processes may have attached what a process attaches to write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Others {
+    /// None may.
+    Refused,
+    /// The other side of a migration may.
+    Accepted,
 }
 
 /// Storage that is attached and could not be claimed.
@@ -213,7 +247,7 @@ impl Fence {
     }
 }
 
-/// How often a process looks whether writes have landed, and after how long it says that it waits for them.
+/// How often a process looks whether it can claim a disk, and after how long it says that it waits.
 const TICK: Duration = Duration::from_millis(5);
 const SOON: Duration = Duration::from_millis(100);
 
@@ -265,13 +299,16 @@ struct Part {
     process: File,
     /// For the locks of what is claimed. See [`Fence`].
     io: Arc<File>,
-    /// Whether a claim opens it with O_EXCL.
+    /// Whether a claim opens it with O_EXCL, and what it has opened so.
     is_exclusive: bool,
+    exclusive: Option<File>,
+    /// Says that the whole disk is claimed.
+    claimed: Arc<AtomicBool>,
 }
 
 impl Part {
     /// Takes the locks of what is attached.
-    fn attach(&self) -> Result<(), StorageError> {
+    fn attach(&self, others: Others) -> Result<(), StorageError> {
         self.exclude_qemu(&self.process)?;
         if self.access != Access::ReadWrite {
             return match self.is_attached_by_others()? {
@@ -279,13 +316,18 @@ impl Part {
                 false => Ok(()),
             };
         }
-        self.take(&self.process, Kind::Exclusive, ATTACHED)?;
-        // One becomes the other, and there is no moment without either.
+        if others == Others::Refused {
+            self.take(&self.process, Kind::Exclusive, ATTACHED)?;
+        }
+        // An exclusive lock becomes a shared one, and there is no moment without either.
         self.take(&self.process, Kind::Shared, ATTACHED)
     }
 
     /// Takes the locks of what is claimed.
-    fn claim(&self) -> Result<(), StorageError> {
+    fn claim(&mut self) -> Result<(), StorageError> {
+        if self.is_exclusive && self.exclusive.is_none() {
+            self.exclusive = self.open_exclusively()?;
+        }
         self.exclude_qemu(&self.io)?;
         let claimed = self.from(CLAIMED);
         let is_writer = self.access == Access::ReadWrite;
@@ -309,6 +351,7 @@ impl Part {
 
     /// Gives back the locks of what is claimed.
     fn disclaim(&self) {
+        self.claimed.store(false, Ordering::Release);
         let _ = set(&self.io, Kind::None, &EVERYTHING);
     }
 
@@ -362,15 +405,17 @@ impl Part {
         holder(&self.process, range).map_err(|source| self.no_locks(source))
     }
 
-    /// Opens a device so that neither a mount nor device-mapper can have it.
-    fn open_exclusively(&self) -> Result<File, StorageError> {
-        reopen(&self.process, mode(self.access) | OFlags::EXCL).map_err(|error| match error {
-            Errno::BUSY => self.in_use(),
-            error => StorageError::Reopen {
+    /// Opens a device so that neither a mount nor device-mapper can have it, unless the other side of a migration has done that.
+    fn open_exclusively(&self) -> Result<Option<File>, StorageError> {
+        match reopen(&self.process, mode(self.access) | OFlags::EXCL) {
+            Ok(file) => Ok(Some(file)),
+            Err(Errno::BUSY) if self.is_attached_by_others()? => Ok(None),
+            Err(Errno::BUSY) => Err(self.in_use()),
+            Err(error) => Err(StorageError::Reopen {
                 path: self.path.clone(),
                 source: error.into(),
-            },
-        })
+            }),
+        }
     }
 
     fn in_use(&self) -> StorageError {
@@ -398,6 +443,8 @@ impl Drop for Part {
 struct Attaching<'a> {
     path: &'a Path,
     access: Access,
+    others: Others,
+    claimed: Arc<AtomicBool>,
     parts: Vec<Part>,
 }
 
@@ -418,8 +465,10 @@ impl Attaching<'_> {
             io: Arc::new(self.reopen(&process)?),
             process,
             is_exclusive: false,
+            exclusive: None,
+            claimed: Arc::clone(&self.claimed),
         };
-        part.attach()?;
+        part.attach(self.others)?;
         Ok(part)
     }
 
@@ -751,11 +800,13 @@ mod tests {
         let attaching = Attaching {
             path: file.path(),
             access: Access::ReadWrite,
+            others: Others::Refused,
+            claimed: Arc::default(),
             parts: Vec::new(),
         };
         let take = |range: Range<u64>| {
             let file = File::options().read(true).write(true).open(file.path()).unwrap();
-            let part = attaching.part(file, range)?;
+            let mut part = attaching.part(file, range)?;
             part.claim().unwrap();
             Ok::<_, StorageError>(part)
         };

@@ -14,7 +14,7 @@ mod ring_pool;
 pub use access::{Access, StorageError};
 pub use backing::{Backing, DataFile};
 pub use capabilities::{Kind, Protection, opening_acts};
-pub use claim::{Attached, Claim, Fence, Unclaimed};
+pub use claim::{Attached, Claim, Fence, Others, Unclaimed};
 pub use engine::{Done, Engine, Event};
 pub use pool::{Buffer, PAGE};
 pub use ring_pool::{RingPool, restrict};
