@@ -58,7 +58,7 @@
 //!   upper directory of a container. The log reports this if it applies;
 //! - an earlier build of sealblk that serves the same disk by another name than this one.
 
-#![allow(unsafe_code)] // Open file description locks and the loop device's status have no safe wrapper.
+#![allow(unsafe_code)] // The status of a loop device has no safe wrapper.
 
 use std::ffi::OsString;
 use std::fs::{self, File, Metadata};
@@ -78,6 +78,7 @@ use rustix::io::Errno;
 
 use super::access::{Access, StorageError};
 use super::capabilities::sysfs;
+use super::ofd_lock::{EVERYTHING, Holder, Kind, holder, set};
 use super::reopen::reopen;
 use sealblk_base::mounts::{Mount, overlay_upper};
 
@@ -277,9 +278,6 @@ const USED: Range<u64> = 100..200;
 const UNSHARED: Range<u64> = 200..300;
 /// The permissions that a reader does not share: "write" and "resize".
 const UNSHARED_BY_READERS: [u64; 2] = [1, 3];
-
-/// All that a lock can name.
-const EVERYTHING: Range<u64> = 0..i64::MAX.unsigned_abs();
 
 /// The ranges are disjoint.
 const _: () = assert!(USED.end <= UNSHARED.start && UNSHARED.end <= ATTACHED);
@@ -696,75 +694,6 @@ fn is_same(one: &Metadata, other: &Metadata) -> bool {
         (Some(one), Some(other)) => one == other,
         (None, None) => (one.dev(), one.ino()) == (other.dev(), other.ino()),
         _ => false,
-    }
-}
-
-/// What a description holds on a range of bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    Exclusive,
-    Shared,
-    None,
-}
-
-/// What the lock of another description is.
-#[derive(Debug)]
-struct Holder {
-    is_shared: bool,
-    start: i64,
-    /// 0 where it has no end.
-    len: i64,
-}
-
-impl Holder {
-    /// Whether it is a reader of an earlier build, which locks the whole file.
-    fn is_earlier_reader(&self) -> bool {
-        self.is_shared && (self.start, self.len) == (0, 0)
-    }
-}
-
-/// Has the description of `file` hold a lock of that kind; whether it does so now. It does not if the lock of another is in the way.
-fn set(file: &File, kind: Kind, range: &Range<u64>) -> io::Result<bool> {
-    let kind = match kind {
-        Kind::Exclusive => libc::F_WRLCK,
-        Kind::Shared => libc::F_RDLCK,
-        Kind::None => libc::F_UNLCK,
-    };
-    match command(file, libc::F_OFD_SETLK, &mut lock(kind, range)?) {
-        Ok(()) => Ok(true),
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
-        Err(error) => Err(error),
-    }
-}
-
-/// A lock of another description that keeps that of `file` from an exclusive one.
-fn holder(file: &File, range: &Range<u64>) -> io::Result<Option<Holder>> {
-    let mut lock = lock(libc::F_WRLCK, range)?;
-    command(file, libc::F_OFD_GETLK, &mut lock)?;
-    let kind = libc::c_int::from(lock.l_type);
-    Ok((kind != libc::F_UNLCK).then_some(Holder {
-        is_shared: kind == libc::F_RDLCK,
-        start: lock.l_start,
-        len: lock.l_len,
-    }))
-}
-
-fn lock(kind: libc::c_int, range: &Range<u64>) -> io::Result<libc::flock> {
-    Ok(libc::flock {
-        l_type: i16::try_from(kind).map_err(io::Error::other)?,
-        l_whence: i16::try_from(libc::SEEK_SET).map_err(io::Error::other)?,
-        l_start: i64::try_from(range.start).map_err(io::Error::other)?,
-        l_len: i64::try_from(range.end - range.start).map_err(io::Error::other)?,
-        l_pid: 0,
-    })
-}
-
-fn command(file: &File, command: libc::c_int, lock: &mut libc::flock) -> io::Result<()> {
-    // SAFETY: the descriptor is open for the duration of the call, and `lock` is a valid struct flock, which the kernel reads
-    // and, for F_OFD_GETLK, writes.
-    match unsafe { libc::fcntl(file.as_raw_fd(), command, std::ptr::from_mut(lock)) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
     }
 }
 

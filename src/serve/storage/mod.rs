@@ -7,6 +7,7 @@ mod claim;
 mod engine;
 mod header_io;
 mod loss;
+mod ofd_lock;
 mod pool;
 mod reopen;
 mod ring_pool;
