@@ -58,14 +58,10 @@
 //!   upper directory of a container. The log reports this if it applies;
 //! - an earlier build of sealblk that serves the same disk by another name than this one.
 
-#![allow(unsafe_code)] // The status of a loop device has no safe wrapper.
-
-use std::ffi::OsString;
 use std::fs::{self, File, Metadata};
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -73,13 +69,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{Mode, OFlags, major, minor};
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use super::access::{Access, StorageError};
 use super::capabilities::sysfs;
 use super::ofd_lock::{EVERYTHING, Holder, Kind, holder, set};
 use super::reopen::reopen;
+use super::stacking::{LoopBacking, Partition, WHOLE, loops_over, node, shifted};
 use sealblk_base::mounts::{Mount, overlay_upper};
 
 /// A disk that this process has attached, until this is dropped: no other process attaches it to write, and if this one writes,
@@ -265,9 +262,6 @@ pub(super) fn one_kind_of_lock(file: &File) -> bool {
     let kind = u32::from_le_bytes([k0, k1, k2, k3]);
     kind == NFS || SMB.contains(&kind) || kind == V9FS
 }
-
-/// The bytes of a whole file or device, and of the longest that the locks have room for.
-const WHOLE: Range<u64> = 0..1 << 61;
 
 /// Where the locks on the bytes of what is attached begin, and where those of what is claimed.
 const ATTACHED: u64 = 1 << 61;
@@ -559,141 +553,16 @@ impl Attaching<'_> {
         from: Option<u64>,
         mounts: &[Mount],
     ) -> Result<(), StorageError> {
-        let own = Mount::of(file, mounts).map(|own| &*mounts[own].device);
-        // Nobody looks at other file systems, whose servers may be away.
-        let is_near = |path: &Path| {
-            Mount::holding(path, mounts)
-                .is_some_and(|mount| mount.is("devtmpfs") || Some(&*mount.device) == own)
-        };
-        let loops = fs::read_dir("/sys/block").into_iter().flatten().flatten();
-        for device in loops.filter(|device| device.file_name().as_encoded_bytes().starts_with(b"loop")) {
-            let sysfs = device.path();
-            let Some(path) = backing_file(&sysfs) else {
-                continue;
-            };
-            if !is_near(&path) || !fs::metadata(path).is_ok_and(|under| is_same(&under, metadata)) {
-                continue;
-            }
-            let told = |name: &str| number(&sysfs.join("loop").join(name)).unwrap_or(0);
-            let taken = shifted(&WHOLE, told("offset"), told("sizelimit"));
-            let overlap = taken.start < range.end && range.start < taken.end;
-            let is_written = self.access == Access::ReadWrite || number(&sysfs.join("ro")) != Some(1);
-            let is_from = from.is_some() && device_number(&sysfs) == from;
-            if overlap && is_written && !is_from {
+        for over in loops_over(file, metadata, range, mounts) {
+            let is_from = from.is_some() && over.rdev == from;
+            if !is_from && (self.access == Access::ReadWrite || !over.is_read_only) {
                 return Err(StorageError::UnderLoop {
                     path: self.path.into(),
-                    device: Path::new("/dev").join(device.file_name()),
+                    device: over.node,
                 });
             }
         }
         Ok(())
-    }
-}
-
-/// The range of what lies under, where the upper begins at `start` and is `len` bytes long, or if that is 0, goes to the end.
-fn shifted(range: &Range<u64>, start: u64, len: u64) -> Range<u64> {
-    let clamp = |at: u64| at.min(WHOLE.end);
-    let end = match len {
-        0 => range.end,
-        len => range.end.min(len),
-    };
-    let start_of = clamp(start.saturating_add(range.start));
-    start_of..clamp(start.saturating_add(end)).max(start_of)
-}
-
-/// A partition of a disk.
-struct Partition {
-    disk: PathBuf,
-    rdev: u64,
-    start: u64,
-    len: u64,
-}
-
-impl Partition {
-    fn of(rdev: u64) -> Option<Self> {
-        let part = fs::canonicalize(sysfs(rdev)).ok()?;
-        part.join("partition").exists().then_some(())?;
-        let disk = part.parent()?;
-        Some(Self {
-            disk: node(disk)?,
-            rdev: device_number(disk)?,
-            start: number(&part.join("start"))? * SECTOR,
-            len: number(&part.join("size"))? * SECTOR,
-        })
-    }
-}
-
-/// sysfs counts in these, whatever the device's blocks.
-const SECTOR: u64 = 512;
-
-/// What a loop device stands on (loop(4), `struct loop_info64`).
-struct LoopBacking {
-    path: PathBuf,
-    device: u64,
-    inode: u64,
-    offset: u64,
-    len: u64,
-}
-
-impl LoopBacking {
-    fn of(device: &File, rdev: u64) -> Option<Self> {
-        let path = backing_file(&sysfs(rdev))?;
-        let mut info = [0_u64; 29];
-        // SAFETY: LOOP_GET_STATUS64 writes one struct loop_info64, of 232 bytes, to the pointer, which is valid for that.
-        let result = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_GET_STATUS64, info.as_mut_ptr()) };
-        // lo_device, lo_inode, lo_rdevice, lo_offset, lo_sizelimit.
-        let [device, inode, _, offset, len, ..] = info;
-        (result == 0).then_some(Self {
-            path,
-            device,
-            inode,
-            offset,
-            len,
-        })
-    }
-
-    fn is(&self, found: &Metadata) -> bool {
-        found.ino() == self.inode && encoded(found.dev()) == self.device
-    }
-}
-
-/// A device number as the kernel hands it out in 64 bits (`huge_encode_dev`).
-fn encoded(device: u64) -> u64 {
-    let (major, minor) = (u64::from(major(device)), u64::from(minor(device)));
-    minor & 0xff | major << 8 | (minor & !0xff) << 12
-}
-
-/// The path of what a loop device stands on, as whoever set it up called it.
-fn backing_file(sysfs: &Path) -> Option<PathBuf> {
-    let mut path = fs::read(sysfs.join("loop/backing_file")).ok()?;
-    path.pop_if(|byte| *byte == b'\n');
-    Some(OsString::from_vec(path).into())
-}
-
-/// The node in /dev of a device of sysfs: there is one in the host's devtmpfs, and may be others elsewhere.
-fn node(sysfs: &Path) -> Option<PathBuf> {
-    let uevent = fs::read_to_string(sysfs.join("uevent")).ok()?;
-    let name = uevent.lines().find_map(|line| line.strip_prefix("DEVNAME="))?;
-    Some(Path::new("/dev").join(name))
-}
-
-fn device_number(sysfs: &Path) -> Option<u64> {
-    let text = fs::read_to_string(sysfs.join("dev")).ok()?;
-    let (major, minor) = text.trim().split_once(':')?;
-    Some(rustix::fs::makedev(major.parse().ok()?, minor.parse().ok()?))
-}
-
-fn number(file: &Path) -> Option<u64> {
-    fs::read_to_string(file).ok()?.trim().parse().ok()
-}
-
-/// Whether both are one file, or nodes of one device.
-fn is_same(one: &Metadata, other: &Metadata) -> bool {
-    let device = |metadata: &Metadata| metadata.file_type().is_block_device().then(|| metadata.rdev());
-    match (device(one), device(other)) {
-        (Some(one), Some(other)) => one == other,
-        (None, None) => (one.dev(), one.ino()) == (other.dev(), other.ino()),
-        _ => false,
     }
 }
 
@@ -704,24 +573,9 @@ fn mode(access: Access) -> OFlags {
     }
 }
 
-/// `LOOP_GET_STATUS64` of linux/loop.h.
-const LOOP_GET_STATUS64: libc::c_ulong = 0x4c05;
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn ranges_of_parts_are_those_of_the_whole() {
-        assert_eq!(shifted(&WHOLE, 0, 0), WHOLE);
-        assert_eq!(shifted(&WHOLE, 1 << 20, 4096), 1 << 20..(1 << 20) + 4096);
-        assert_eq!(
-            shifted(&(512..1024), 1 << 20, 4096),
-            (1 << 20) + 512..(1 << 20) + 1024
-        );
-        assert_eq!(shifted(&(512..8192), 0, 4096), 512..4096);
-        assert_eq!(shifted(&WHOLE, u64::MAX, u64::MAX), WHOLE.end..WHOLE.end);
-    }
 
     #[test]
     fn parts_of_one_file_are_attached_each_by_itself_and_the_whole_by_none() {
@@ -744,11 +598,5 @@ mod tests {
         take(4095..4097).unwrap_err();
         take(WHOLE).unwrap_err();
         take(8192..WHOLE.end).unwrap();
-    }
-
-    #[test]
-    fn device_numbers_are_encoded_as_the_kernel_does() {
-        assert_eq!(encoded(rustix::fs::makedev(7, 3)), 0x703);
-        assert_eq!(encoded(rustix::fs::makedev(259, 0x12345)), 0x1231_0345);
     }
 }

@@ -11,6 +11,7 @@ mod ofd_lock;
 mod pool;
 mod reopen;
 mod ring_pool;
+mod stacking;
 
 pub use access::{Access, StorageError};
 pub use backing::{Backing, DataFile};
