@@ -290,7 +290,8 @@ impl Serve {
         match opened {
             Ok(locked) => {
                 let volume = self.volume(&disk, &locked, fence)?;
-                let opened = helper.open(header.as_ref().unwrap_or(&disk))?;
+                let with_header = header.as_ref().unwrap_or(&disk);
+                let opened = helper.open(&with_header.reopen_to_read()?, with_header.path())?;
                 let identity = locked.identity()?;
                 // The helper reads the header after this process, and it may have been replaced between.
                 let expected = identity.uuid();

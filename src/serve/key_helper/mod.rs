@@ -40,6 +40,7 @@
 mod process;
 
 use std::fmt;
+use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -60,7 +61,6 @@ use crate::keys::{KeyError, KeyReason, Providers};
 use crate::mutex::lock;
 use crate::parsing;
 use crate::path_text;
-use crate::storage::Backing;
 use sealblk_secmem::arena::SecretBytes;
 
 use process::Process;
@@ -211,20 +211,17 @@ impl KeyHelper {
         Ok(answer.number)
     }
 
-    /// Has the helper read the header, of the volume that it serves from then on: its UUID.
+    /// Has the helper read `header`, which `path` names, of the volume that it serves from then on: its UUID.
     ///
     /// # Errors
     /// Where there is no such volume for it, or no way to its keys.
-    pub fn open(&self, header: &Backing) -> Result<Uuid, HelperError> {
-        let failed = |error: std::io::Error| self.0.fail().because(error);
-        let file = header.reopen_to_read().map_err(failed)?;
-        let path = header.path();
+    pub fn open(&self, header: &File, path: &Path) -> Result<Uuid, HelperError> {
         let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         let open = Open {
             header: 0,
             path: path_text::to_text(&path),
         };
-        let answer = self.ask_first::<Opened>("Open", open, &[file.as_fd()])?;
+        let answer = self.ask_first::<Opened>("Open", open, &[header.as_fd()])?;
         Ok(answer.volume)
     }
 

@@ -57,7 +57,7 @@ pub enum StorageError {
     Lock { path: PathBuf, source: io::Error },
     #[error("{}: its size cannot be read{}", path.display(), remedy(source))]
     Size { path: PathBuf, source: io::Error },
-    #[error("{}: cannot be opened a second time for the data path{}", path.display(), remedy(source))]
+    #[error("{}: cannot be opened once more{}", path.display(), remedy(source))]
     Reopen { path: PathBuf, source: io::Error },
 }
 

@@ -188,8 +188,11 @@ impl Backing {
     ///
     /// # Errors
     /// If this user may not read it, or descriptors are exhausted.
-    pub fn reopen_to_read(&self) -> io::Result<File> {
-        Ok(reopen(&self.file, OFlags::RDONLY | OFlags::NONBLOCK)?)
+    pub fn reopen_to_read(&self) -> Result<File, StorageError> {
+        reopen(&self.file, OFlags::RDONLY | OFlags::NONBLOCK).map_err(|error| StorageError::Reopen {
+            path: self.path.clone(),
+            source: error.into(),
+        })
     }
 
     /// How to lock metadata, which lie in a file: by flock(2), or not at all.
