@@ -2,10 +2,10 @@
 //! made wrong in any one place.
 
 use super::frontend::{
-    F_PROTOCOL_FEATURES, Frontend, GET_INFLIGHT_FD, SET_FEATURES, SET_INFLIGHT_FD, SET_VRING_CALL,
-    SET_VRING_KICK, inflight_description,
+    F_LOG_ALL, F_PROTOCOL_FEATURES, Frontend, GET_INFLIGHT_FD, SET_FEATURES, SET_INFLIGHT_FD, SET_VRING_ADDR,
+    SET_VRING_CALL, SET_VRING_KICK, inflight_description, vring_addr,
 };
-use super::memory::{Memory, UNTOUCHED};
+use super::memory::{Log, Memory, UNTOUCHED};
 use super::pattern;
 use super::queue::{Buf, Queue, Used, readable, writable};
 use std::fs::File;
@@ -104,6 +104,8 @@ pub struct Driver {
     pub features: u64,
     /// What outlives the server, of a driver that has its requests tracked.
     pub inflight: Option<Inflight>,
+    /// The log of a front-end that logs all when it goes on with another server.
+    pub log: Option<Log>,
 }
 
 /// Memory that tracks requests in flight, as a front-end keeps it.
@@ -150,6 +152,7 @@ impl Driver {
             queues,
             features,
             inflight: None,
+            log: None,
         }
     }
 
@@ -187,17 +190,31 @@ impl Driver {
             self.frontend
                 .set_vring_fd(SET_VRING_CALL, queue.index, Some(&queue.call));
         }
-        self.frontend
-            .tell(SET_FEATURES, &self.features.to_ne_bytes(), &[]);
+        self.log_all(self.log.is_some());
         self.frontend.set_memory(&self.memory);
         for queue in &self.queues {
             self.frontend.set_vring(queue, &self.memory, queue.used_index());
             self.frontend
                 .set_vring_fd(SET_VRING_KICK, queue.index, Some(&queue.kick));
         }
+        if let Some(log) = &self.log {
+            self.frontend.set_log(log);
+        }
         for queue in &self.queues {
             self.frontend.enable(queue.index, true);
         }
+    }
+
+    /// Says whether what the device writes to buffers is logged.
+    pub fn log_all(&self, on: bool) {
+        let features = self.features | if on { F_LOG_ALL } else { 0 };
+        self.frontend.tell(SET_FEATURES, &features.to_ne_bytes(), &[]);
+    }
+
+    /// Says again where a vring is, and whether and where writes to its used ring are logged.
+    pub fn set_vring_addr(&self, queue: usize) {
+        let addresses = vring_addr(&self.queues[queue], &self.memory);
+        self.frontend.tell(SET_VRING_ADDR, &addresses, &[]);
     }
 
     /// Starts and enables a vring that was stopped, where it was stopped.

@@ -4,7 +4,7 @@
 //! descriptors attached to its first byte. [`Frontend::send`] sends any of them, right or wrong.
 
 use super::DEADLINE;
-use super::memory::{Memory, Region};
+use super::memory::{Log, Memory, Region};
 use super::queue::{Event, Queue};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{
@@ -55,9 +55,12 @@ pub const REPLY: u32 = 1 << 2;
 /// Asks for an acknowledgement (REPLY_ACK).
 pub const NEED_REPLY: u32 = 1 << 3;
 
+/// The front-end logs what is written to guest memory; no feature of a driver's.
+pub const F_LOG_ALL: u64 = 1 << 26;
 pub const F_PROTOCOL_FEATURES: u64 = 1 << 30;
 
 pub const PROTOCOL_MQ: u64 = 1 << 0;
+pub const PROTOCOL_LOG_SHMFD: u64 = 1 << 1;
 pub const PROTOCOL_REPLY_ACK: u64 = 1 << 3;
 pub const PROTOCOL_BACKEND_REQ: u64 = 1 << 5;
 pub const PROTOCOL_CONFIG: u64 = 1 << 9;
@@ -260,10 +263,10 @@ impl Frontend {
         features
     }
 
-    /// As [`Frontend::negotiate`], up to but not including SET_FEATURES.
+    /// As [`Frontend::negotiate`], up to but not including SET_FEATURES. Nothing is logged.
     pub fn negotiate_protocol(&mut self, want: u64, want_protocol: u64) -> u64 {
         self.send(SET_OWNER, 0, &[], &[]);
-        let features = self.features() & want;
+        let features = self.features() & want & !F_LOG_ALL;
         if features & F_PROTOCOL_FEATURES != 0 {
             let protocol = self.ask(GET_PROTOCOL_FEATURES, &[]).u64() & want_protocol;
             self.send(SET_PROTOCOL_FEATURES, 0, &protocol.to_ne_bytes(), &[]);
@@ -295,6 +298,14 @@ impl Frontend {
 
     pub fn remove_region(&self, region: &Region) {
         self.tell(REM_MEM_REG, &single_region(region), &[]);
+    }
+
+    /// Passes a dirty log, and waits for the answer.
+    pub fn set_log(&self, log: &Log) {
+        self.send(SET_LOG_BASE, 0, &log_base(log.len, 0), &[log.file.as_fd()]);
+        let reply = self.receive().expect("an answer to SET_LOG_BASE");
+        assert_eq!((reply.request, reply.flags), (SET_LOG_BASE, VERSION | REPLY));
+        assert_eq!(reply.payload, log_base(log.len, 0));
     }
 
     /// Everything that starts a vring but does not enable it. The kick descriptor comes last, and starts it.
@@ -372,13 +383,21 @@ pub fn vring_state(index: u32, num: u32) -> Vec<u8> {
 }
 
 pub fn vring_addr(queue: &Queue, memory: &Memory) -> Vec<u8> {
-    raw_vring_addr(
+    let mut payload = raw_vring_addr(
         queue.index,
         memory.user(queue.desc),
         memory.user(queue.used),
         memory.user(queue.avail),
-    )
+    );
+    if let Some(log) = queue.used_log {
+        payload[4..8].copy_from_slice(&VRING_F_LOG.to_ne_bytes());
+        payload[32..].copy_from_slice(&log.to_ne_bytes());
+    }
+    payload
 }
+
+/// Writes to the used ring are logged at the address in the message (VHOST_VRING_F_LOG).
+const VRING_F_LOG: u32 = 1;
 
 pub fn raw_vring_addr(index: u32, desc: u64, used: u64, avail: u64) -> Vec<u8> {
     let flags = 0u32;
@@ -395,6 +414,10 @@ pub fn inflight_description(size: u64, offset: u64, queues: u16, queue_size: u16
     let mut payload = [size.to_ne_bytes(), offset.to_ne_bytes()].concat();
     payload.extend([queues.to_ne_bytes(), queue_size.to_ne_bytes(), [0; 2], [0; 2]].as_flattened());
     payload
+}
+
+pub fn log_base(size: u64, offset: u64) -> Vec<u8> {
+    [size.to_ne_bytes(), offset.to_ne_bytes()].concat()
 }
 
 pub fn mem_table(regions: &[Region]) -> Vec<u8> {

@@ -8,13 +8,15 @@
 //! Buffers lie between guard bytes, which [`Memory::check_guards`] finds changed when a device writes past one.
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use vm_memory::mmap::GuestRegionMmap;
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, MmapRegion};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, MmapRegion, VolatileMemory};
 
 /// What a freshly allocated buffer is filled with: not zeros, and no status that a device writes.
 pub const UNTOUCHED: u8 = 0xee;
@@ -214,5 +216,81 @@ impl Memory {
             .borrow()
             .store(index, GuestAddress(at), std::sync::atomic::Ordering::SeqCst)
             .unwrap();
+    }
+}
+
+/// The page of a dirty log, whatever pages the machine has.
+pub const LOG_PAGE: u64 = 4096;
+
+/// A front-end's dirty log: a bit for each page of guest memory, from address 0 on (vhost-user specification, "Migration").
+#[derive(Debug)]
+pub struct Log {
+    pub file: File,
+    pub len: u64,
+}
+
+impl Log {
+    /// A log of `len` bytes, in a memfd that is sealed as QEMU's is.
+    pub fn new(len: u64) -> Self {
+        use rustix::fs::SealFlags;
+        let log = Self::unsealed(len);
+        let seals = SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
+        rustix::fs::fcntl_add_seals(&log.file, seals).unwrap();
+        log
+    }
+
+    /// As [`Log::new`], and not sealed.
+    pub fn unsealed(len: u64) -> Self {
+        use rustix::fs::MemfdFlags;
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let file = File::from(rustix::fs::memfd_create("vhost-log", flags).unwrap());
+        file.set_len(len).unwrap();
+        Log { file, len }
+    }
+
+    /// As long as QEMU makes it for guest memory up to `end`: whole words of 64 pages.
+    pub fn of_memory(end: u64) -> Self {
+        Self::new(end.div_ceil(64 * LOG_PAGE) * 8)
+    }
+
+    /// The pages that are marked.
+    pub fn pages(&self) -> BTreeSet<u64> {
+        let mut bytes = vec![0; self.len as usize];
+        self.file.read_exact_at(&mut bytes, 0).unwrap();
+        let marked = |page: &u64| bytes[(page / 8) as usize] >> (page % 8) & 1 == 1;
+        (0..8 * self.len).filter(marked).collect()
+    }
+
+    /// Its words, mapped, to be taken while the device goes on.
+    pub fn words(&self) -> LogWords {
+        let file = FileOffset::new(self.file.try_clone().unwrap(), 0);
+        LogWords(MmapRegion::from_file(file, self.len as usize).unwrap())
+    }
+
+    /// Removes all marks. Nothing may be logged meanwhile.
+    pub fn clear(&self) {
+        self.file.write_all_at(&vec![0; self.len as usize], 0).unwrap();
+    }
+}
+
+/// A dirty log as QEMU has it.
+#[derive(Debug)]
+pub struct LogWords(MmapRegion);
+
+impl LogWords {
+    /// The pages of `pages`, in whole words, that are marked now. They are not marked afterwards.
+    pub fn take(&self, pages: Range<u64>) -> Vec<u64> {
+        assert!(pages.start.is_multiple_of(64));
+        let words = pages.start / 64..pages.end.div_ceil(64);
+        let taken = words.map(|word| {
+            let bits = self.0.get_atomic_ref::<AtomicU64>(8 * word as usize);
+            (word, bits.unwrap().swap(0, Ordering::SeqCst))
+        });
+        taken
+            .flat_map(|(word, bits)| {
+                let set = (0..64).filter(move |bit| bits >> bit & 1 == 1);
+                set.map(move |bit| 64 * word + bit)
+            })
+            .collect()
     }
 }

@@ -78,6 +78,8 @@ pub struct Queue {
     pub kick: Event,
     pub call: Event,
     pub event_idx: bool,
+    /// Where writes to the used ring are logged, if they are (`log_guest_addr`).
+    pub used_log: Option<u64>,
     memory: Rc<Memory>,
     next_avail: u16,
     seen_used: u16,
@@ -97,6 +99,7 @@ impl Queue {
             kick: Event::new(),
             call: Event::new(),
             event_idx,
+            used_log: None,
             memory: memory.clone(),
             next_avail: 0,
             seen_used: 0,
@@ -223,6 +226,32 @@ impl Queue {
         while self.memory.load_index(self.avail_event()) != self.next_avail {
             assert!(start.elapsed() < DEADLINE, "queue {}: not taken", self.index);
             std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+    }
+
+    /// Forges what the device has said of kicks, as if it wanted none. While the vring is stopped.
+    pub fn spoil_kick_request(&self) {
+        match self.event_idx {
+            true => self.memory.store_index(self.avail_event(), !self.next_avail),
+            false => self.memory.store_index(self.used, 1),
+        }
+    }
+
+    /// Waits until the device says that it wants a kick for the next chain.
+    pub fn wait_kick_request(&self) {
+        match self.event_idx {
+            true => self.wait_taken(),
+            false => {
+                let start = Instant::now();
+                while self.memory.load_index(self.used) != 0 {
+                    assert!(
+                        start.elapsed() < DEADLINE,
+                        "queue {}: no kick is wanted",
+                        self.index
+                    );
+                    std::thread::sleep(std::time::Duration::from_millis(1));
+                }
+            }
         }
     }
 

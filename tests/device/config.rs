@@ -5,10 +5,10 @@ use common::driver::{
     F_SEG_MAX, F_SIZE_MAX, F_TOPOLOGY, F_VERSION_1, F_WRITE_ZEROES, S_IOERR, S_OK, Setup, T_IN, T_OUT,
 };
 use common::frontend::{
-    F_PROTOCOL_FEATURES, Frontend, GET_CONFIG, GET_FEATURES, GET_MAX_MEM_SLOTS, GET_QUEUE_NUM,
+    F_LOG_ALL, F_PROTOCOL_FEATURES, Frontend, GET_CONFIG, GET_FEATURES, GET_MAX_MEM_SLOTS, GET_QUEUE_NUM,
     PROTOCOL_BACKEND_REQ, PROTOCOL_CONFIG, PROTOCOL_CONFIGURE_MEM_SLOTS, PROTOCOL_INFLIGHT_SHMFD,
-    PROTOCOL_MQ, PROTOCOL_REPLY_ACK, PROTOCOL_RESET_DEVICE, SET_CONFIG, SET_FEATURES, SET_VRING_NUM, config,
-    vring_state,
+    PROTOCOL_LOG_SHMFD, PROTOCOL_MQ, PROTOCOL_REPLY_ACK, PROTOCOL_RESET_DEVICE, SET_CONFIG, SET_FEATURES,
+    SET_VRING_NUM, config, vring_state,
 };
 use common::serve::Server;
 use common::volume::{MIB, Volume};
@@ -40,10 +40,12 @@ fn device_offers_what_the_specification_has_for_it() {
         F_EVENT_IDX,
         F_VERSION_1,
         F_PROTOCOL_FEATURES,
+        F_LOG_ALL,
     ];
     assert_eq!(driver.frontend.features(), offered.iter().sum::<u64>());
     let protocol = [
         PROTOCOL_MQ,
+        PROTOCOL_LOG_SHMFD,
         PROTOCOL_REPLY_ACK,
         PROTOCOL_BACKEND_REQ,
         PROTOCOL_CONFIG,

@@ -2,6 +2,7 @@
 
 mod config;
 mod content;
+mod dirty_log;
 mod discard;
 mod drain;
 mod driver;

@@ -165,7 +165,6 @@ fn requests_that_were_not_offered_end_the_session_and_nothing_else() {
             asking(SET_INFLIGHT_FD, &inflight),
             vec![memfd(4096)],
         ),
-        ("log", asking(SET_LOG_BASE, &[0; 16]), vec![memfd(4096)]),
         raw("RARP", asking(19, &[0; 8])),
         raw("MTU", asking(20, &[0; 8])),
         raw("IOTLB", asking(22, &[0; 40])),
@@ -311,6 +310,16 @@ fn descriptors_that_are_missing_or_too_many_end_the_session_and_nothing_else() {
             "a back-end channel without a descriptor",
             asking(SET_BACKEND_REQ_FD, &[]),
             fds(0),
+        ),
+        (
+            "a log without a descriptor",
+            asking(SET_LOG_BASE, &log_base(4096, 0)),
+            fds(0),
+        ),
+        (
+            "a log in a file that can shrink",
+            asking(SET_LOG_BASE, &log_base(4096, 0)),
+            fds(1),
         ),
         (
             "more than one message may carry",

@@ -29,7 +29,7 @@ const CONFIG_LEN: usize = offset_of!(virtio_blk_config, max_secure_erase_sectors
 
 /// The feature bits of `disk`.
 pub(super) fn features(disk: &Disk) -> u64 {
-    let mut features = PROTOCOL_FEATURES;
+    let mut features = PROTOCOL_FEATURES | LOG_ALL;
     let mut offer = |bit: u32, offered: bool| features |= u64::from(offered) << bit;
     offer(VIRTIO_F_VERSION_1, true);
     offer(VIRTIO_RING_F_INDIRECT_DESC, true);
@@ -122,6 +122,7 @@ fn names(missing: u64) -> String {
 /// The protocol features. By REPLY_ACK a front-end knows that the rings were drained for a message.
 pub(super) fn protocol_features() -> VhostUserProtocolFeatures {
     VhostUserProtocolFeatures::MQ
+        | VhostUserProtocolFeatures::LOG_SHMFD
         | VhostUserProtocolFeatures::CONFIG
         | VhostUserProtocolFeatures::REPLY_ACK
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS

@@ -133,10 +133,32 @@ mod tests {
     use crate::storage::PAGE;
     use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
     use std::fs::File;
+    use std::sync::Mutex;
+    use vhost::vhost_user::message::VhostUserLog;
     use vm_memory::{Bytes, FileOffset, GuestAddress};
+
+    /// There is one place for the mappings of a session.
+    static SESSION: Mutex<()> = Mutex::new(());
+
+    #[test]
+    fn a_log_that_was_taken_away_takes_marks_all_the_same() {
+        let _session = SESSION.lock().unwrap();
+        let file = File::from(memfd_create("log", MemfdFlags::CLOEXEC).unwrap());
+        ftruncate(&file, 4 * PAGE as u64).unwrap();
+        let log = DirtyLog::map(&file, VhostUserLog::new(4 * PAGE as u64, 0)).unwrap();
+        begin();
+        protect_log(Some(&log));
+        log.mark(0, 1);
+        ftruncate(&file, 0).unwrap();
+        assert!(!is_lost());
+        log.mark(0, 1);
+        assert!(is_lost());
+        protect_log(None);
+    }
 
     #[test]
     fn guest_memory_that_was_taken_away_reads_as_zeros() {
+        let _session = SESSION.lock().unwrap();
         let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
         ftruncate(&file, 4 * PAGE as u64).unwrap();
         let shrinking = file.try_clone().unwrap();
