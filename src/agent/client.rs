@@ -22,7 +22,7 @@ use crate::inventory;
 use crate::inventory::verify::Scanned;
 use crate::inventory::{GuardError, Removal, Share, Uses};
 use crate::keys::RequestPurpose;
-use crate::keys::protocol::{INTERFACE, RevokeKek, may_be};
+use crate::keys::protocol::{Detach, INTERFACE, RevokeKek, may_be};
 use crate::keys::remote::{Caller, Failed, Nothing, Route};
 use crate::keys::{KeyError, KeyId, KeyProvider, KeyReason, Providers, Reach, Revocation};
 use crate::parsing;
@@ -116,6 +116,17 @@ impl Client {
             let (page, _) = self.0.ask::<Disks>("", "ListDisks", ListDisks { from }, &[])?;
             Ok((page.disks, page.next))
         })
+    }
+
+    /// Tells the agent that the process that serves `volume` is about to end.
+    ///
+    /// # Errors
+    /// [`KeyError`].
+    pub fn detach(&self, volume: Uuid) -> Result<(), KeyError> {
+        let process = self.0.process();
+        self.0
+            .ask::<Nothing>("", "Detach", Detach { volume, process }, &[])
+            .map(drop)
     }
 
     /// Gives the agent a KEK, which somebody has fetched for this host.

@@ -53,6 +53,10 @@ pub const DEFAULT_SOCKET: &str = "/run/sealblk/agent.sock";
 /// How long a KEK is kept after it was fetched, if nobody says otherwise: a reboot's storm of attaches is over by then.
 pub const DEFAULT_TIME_TO_LIVE: Duration = Duration::from_secs(600);
 
+/// How long the KEK of a volume is kept whose process was killed, if nobody says otherwise: time for a service manager, or a person, to
+/// start another one.
+pub const DEFAULT_KEK_GRACE: Duration = Duration::from_secs(600);
+
 /// How often KEKs are looked at for their time, and processes for their end.
 const TICK: Duration = Duration::from_secs(1);
 
@@ -77,6 +81,8 @@ pub struct Settings {
     pub permissions: Permissions,
     /// How long a KEK is kept after it was fetched.
     pub time_to_live: Duration,
+    /// How long the KEK of a volume is kept whose process was killed.
+    pub kek_grace: Duration,
     /// What it keeps for a reboot while a provider's servers are away.
     pub sealed_cache: Option<SealedCacheSettings>,
     /// Who may do what.
@@ -165,7 +171,12 @@ impl Agent {
         Ok(Self {
             listener: listener.into(),
             ending,
-            service: Arc::new(Service::new(providers, settings.grants, audit)),
+            service: Arc::new(Service::new(
+                providers,
+                settings.kek_grace,
+                settings.grants,
+                audit,
+            )),
             _bound: bound,
         })
     }

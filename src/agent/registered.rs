@@ -1,7 +1,9 @@
 //! The volumes of this host that are being served, with their processes and KEKs.
 //!
 //! The release of a volume's key to a process registers the volume. The agent learns of the end of the process from the
-//! kernel. When the last volume under a KEK ends, the agent drops the KEK.
+//! kernel. A process that ends as it should detaches its volume before ([`Registered::detach`]), and when the last volume under a KEK
+//! ends, the agent drops the KEK. A process that ends otherwise was killed: its volume stays registered, and its KEK with it,
+//! for a grace time, in which the volume has to open again also while the key's server is away.
 //!
 //! Guests outlive the agent, so each registration is also a file, `served/UUID.PROCESS.json` in the state directory: after a
 //! restart, the agent knows the volumes that are still served, and those that have ended. The start time distinguishes a
@@ -14,12 +16,14 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::{Mutex, MutexGuard};
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::boot_time::BootTime;
 use crate::control::peer::Peer;
 use crate::control::privilege::has_all;
 use crate::control::quota::is_fair;
@@ -38,6 +42,8 @@ const SURE: usize = 64;
 #[derive(Debug)]
 pub(super) struct Registered {
     dir: PathBuf,
+    /// How long a volume stays registered whose process was killed.
+    grace: Duration,
     all: Mutex<All>,
 }
 
@@ -56,6 +62,21 @@ struct Registration {
     volume: Registrant,
     /// Readable when the process has ended.
     ending: OwnedFd,
+    /// Whether it said so before.
+    is_detached: bool,
+    /// Since when it is known that the process has ended.
+    ended: Option<BootTime>,
+}
+
+impl Registration {
+    fn new(volume: Registrant, ending: OwnedFd) -> Self {
+        Self {
+            volume,
+            ending,
+            is_detached: false,
+            ended: None,
+        }
+    }
 }
 
 /// A volume that is being served.
@@ -166,7 +187,7 @@ impl All {
 impl Registered {
     /// What the state directory `state_dir` says is being served, of which all that has ended is told by
     /// [`Registered::ended`]. If it cannot be read, it is told in the log.
-    pub(super) fn open(state_dir: &Path) -> Self {
+    pub(super) fn open(state_dir: &Path, grace: Duration) -> Self {
         let dir = state_dir.join("served");
         let mut all = All::default();
         let files = private_file::ensure_dir(&dir).and_then(|()| fs::read_dir(&dir));
@@ -182,6 +203,7 @@ impl Registered {
         }
         Self {
             dir,
+            grace,
             all: Mutex::new(all),
         }
     }
@@ -214,14 +236,38 @@ impl Registered {
         if let Err(error) = self.file(&volume) {
             tracing::warn!(%error, "{}: after a restart, the agent will not know that this volume is served", volume.volume);
         }
-        let before = all.served.insert(place, Registration { volume, ending })?;
+        // Of the processes that serve a volume, the last one decides for how long its KEK is kept.
+        let others = all
+            .served
+            .iter_mut()
+            .filter(|(other, _)| other.0 == place.0 && **other != place);
+        others.for_each(|(_, other)| other.is_detached = true);
+        let before = all.served.insert(place, Registration::new(volume, ending))?;
         (!all.any_under(before.volume.kek())).then_some(before.volume)
     }
 
-    /// Those whose process has ended, each with whether it was the last one under its KEK. They stay until [`Registered::forget`].
-    pub(super) fn ended(&self) -> Vec<(Registrant, bool)> {
+    /// Takes note that the process that `peer` is, or is the helper of, serves `volume` no more, and is about to end.
+    pub(super) fn detach(&self, peer: &Peer, volume: Uuid) {
+        let mut all = self.lock();
+        if let Some(registration) = all.served.get_mut(&(volume, peer.process))
+            && registration.volume.user == peer.user
+        {
+            registration.is_detached = true;
+        }
+    }
+
+    /// Whether `user` serves `volume` under this KEK, or has served it until a process was killed, less than the grace time ago.
+    pub(super) fn serves(&self, user: u32, volume: Uuid, kek: (&str, &KeyId)) -> bool {
         let all = self.lock();
-        let ended = all.ended_places();
+        let mut served = all.served.values().map(|registration| &registration.volume);
+        served.any(|served| served.user == user && served.volume == volume && served.kek() == kek)
+    }
+
+    /// Those that are served no more, each with whether it was the last one under its KEK: the process has ended, and if it was killed, the
+    /// grace time is over, or another process has served the volume since. They stay until [`Registered::forget`].
+    pub(super) fn ended(&self) -> Vec<(Registrant, bool)> {
+        let mut all = self.lock();
+        let ended = all.due_places(self.grace);
         let (gone, alive): (Vec<_>, Vec<_>) = all.served.iter().partition(|(place, _)| ended.contains(place));
         let under: HashSet<_> = alive
             .iter()
@@ -246,10 +292,18 @@ impl Registered {
         let _ = fs::remove_file(self.path(place));
     }
 
-    /// All of them, by the time since when they are served.
+    /// All of them, by the time since when they are served, without those that were killed.
     pub(super) fn list(&self) -> Vec<Registrant> {
-        let all = self.lock();
-        let served = all.served.values();
+        let mut all = self.lock();
+        let due = all.due_places(self.grace);
+        let is_listed = |(place, registration): &(&ServedAs, &Registration)| {
+            registration.ended.is_none() || due.contains(place)
+        };
+        let served = all
+            .served
+            .iter()
+            .filter(is_listed)
+            .map(|(_, registration)| registration);
         let mut list: Vec<_> = served.map(|registration| registration.volume.clone()).collect();
         list.sort_by_key(|volume| (volume.since, volume.volume));
         list
@@ -303,10 +357,23 @@ impl All {
         match ending.filter(|_| Identity::of(volume.process).is_ok_and(|now| now == identity)) {
             Some(ending) => drop(
                 self.served
-                    .insert(volume.place(), Registration { volume, ending }),
+                    .insert(volume.place(), Registration::new(volume, ending)),
             ),
             None => self.ended.push(volume),
         }
+    }
+
+    /// Those whose process has ended, and that need not stay for the grace time.
+    fn due_places(&mut self, grace: Duration) -> HashSet<ServedAs> {
+        let now = BootTime::now();
+        let mut ended = self.ended_places();
+        ended.retain(|place| {
+            self.served.get_mut(place).is_some_and(|registration| {
+                let since = *registration.ended.get_or_insert(now);
+                registration.is_detached || since + grace <= now
+            })
+        });
+        ended
     }
 
     fn ended_places(&self) -> HashSet<ServedAs> {
@@ -386,7 +453,7 @@ mod tests {
     #[test]
     fn a_kek_is_let_go_with_the_last_process_that_serves_a_volume_under_it() {
         let dir = tempfile::tempdir().unwrap();
-        let registered = Registered::open(dir.path());
+        let registered = Registered::open(dir.path(), Duration::ZERO);
         let [(first, one), (second, two)] = [process(), process()];
         let [shared, own] = ["shared", "own"].map(|id| KeyId(id.into()));
         let volumes = [(); 3].map(|()| Uuid::new_v4());
@@ -423,7 +490,7 @@ mod tests {
         let [(lives, one), (ends, two), (other, three)] = [process(), process(), process()];
         let volumes = [(); 3].map(|()| Uuid::new_v4());
         let list = {
-            let registered = Registered::open(dir.path());
+            let registered = Registered::open(dir.path(), Duration::ZERO);
             for (volume, peer) in volumes.iter().zip([&one, &two, &three]) {
                 registered.add(peer, *volume, ("kms", &key), Some(Timestamp::from_unix(7)));
             }
@@ -439,7 +506,7 @@ mod tests {
         fs::write(&path, serde_json::to_vec(&filed).unwrap()).unwrap();
         fs::write(dir.path().join("served/torn.new"), "{").unwrap();
 
-        let registered = Registered::open(dir.path());
+        let registered = Registered::open(dir.path(), Duration::ZERO);
         assert_eq!(registered.list().len(), 1);
         assert!(list.contains(&registered.list()[0]) && registered.list()[0].volume == volumes[0]);
         let mut ended = take_ended(&registered);
@@ -453,13 +520,13 @@ mod tests {
         end(lives);
         assert!(matches!(&*take_ended(&registered), [(_, true)]));
         assert_eq!(fs::read_dir(dir.path().join("served")).unwrap().count(), 0);
-        assert!(take_ended(&Registered::open(dir.path())).is_empty());
+        assert!(take_ended(&Registered::open(dir.path(), Duration::ZERO)).is_empty());
     }
 
     #[test]
     fn a_kek_that_no_volume_is_served_under_any_more_is_told_of() {
         let dir = tempfile::tempdir().unwrap();
-        let registered = Registered::open(dir.path());
+        let registered = Registered::open(dir.path(), Duration::ZERO);
         let (child, peer) = process();
         let [first, second] = [(); 2].map(|()| Uuid::new_v4());
         let [old, new] = ["old", "new"].map(|id| KeyId(id.into()));
@@ -472,5 +539,46 @@ mod tests {
         assert_eq!(add(second, &new), Some(old.clone()));
         assert_eq!(registered.list().len(), 2);
         end(child);
+    }
+
+    #[test]
+    fn a_volume_whose_process_was_killed_keeps_its_kek_for_the_grace_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let registered = Registered::open(dir.path(), Duration::from_secs(600));
+        let key = KeyId("key".into());
+        let volumes = [(); 2].map(|()| Uuid::new_v4());
+        let [(killed, one), (detached, two), (again, three)] = [process(), process(), process()];
+        registered.add(&one, volumes[0], ("kms", &key), None);
+        registered.add(&two, volumes[1], ("kms", &key), None);
+        let serves = |user, volume| registered.serves(user, volume, ("kms", &key));
+        // Of another user, and of another volume, it means nothing.
+        let other = Peer {
+            user: 7,
+            ..one.clone()
+        };
+        registered.detach(&other, volumes[0]);
+        registered.detach(&one, volumes[1]);
+        registered.detach(&two, volumes[1]);
+        end(killed);
+        end(detached);
+        let ended = take_ended(&registered);
+        assert_eq!(
+            (ended.len(), ended[0].0.volume, ended[0].1),
+            // The other one's process was killed, and its KEK is kept.
+            (1, volumes[1], false)
+        );
+        assert_eq!((registered.list(), registered.alive()), (Vec::new(), Vec::new()));
+        assert!(serves(1000, volumes[0]) && !serves(7, volumes[0]) && !serves(1000, volumes[1]));
+        assert!(!registered.serves(1000, volumes[0], ("kms", &KeyId("other".into()))));
+        // The volume is served again: the killed process is told of, and its KEK is in use.
+        registered.add(&three, volumes[0], ("kms", &key), None);
+        let ended = take_ended(&registered);
+        assert_eq!(
+            (ended.len(), ended[0].0.process, ended[0].1),
+            (1, one.process, false)
+        );
+        assert_eq!(registered.list().len(), 1);
+        end(again);
+        assert!(take_ended(&registered).is_empty());
     }
 }

@@ -25,8 +25,8 @@ use crate::control::wire;
 use crate::inventory::{By, Index, Occasion};
 use crate::keys::RequestPurpose;
 use crate::keys::protocol::{
-    CreateKek, DefaultProvider, INTERFACE, Kek, KeyFailure, MAX_NAME, MAX_PATH, MAX_WRAPPED, NamedProvider,
-    SettleBinding, Unwrap, WireBinding, Wrap, may_be,
+    CreateKek, DefaultProvider, Detach, INTERFACE, Kek, KeyFailure, MAX_NAME, MAX_PATH, MAX_WRAPPED,
+    NamedProvider, SettleBinding, Unwrap, WireBinding, Wrap, may_be,
 };
 use crate::keys::{KeyError, KeyId, KeyReason, Providers};
 use crate::path_text::from_text;
@@ -55,11 +55,16 @@ pub(super) struct Service {
 pub(super) type Answered = Result<Reply, MethodError>;
 
 impl Service {
-    pub(super) fn new(providers: SharedProviders, grants: Grants, audit: AuditLog) -> Self {
+    pub(super) fn new(
+        providers: SharedProviders,
+        kek_grace: Duration,
+        grants: Grants,
+        audit: AuditLog,
+    ) -> Self {
         Self {
             index: Index::of(providers.dir()),
             listing: LastListing::default(),
-            registered: Registered::open(providers.dir()),
+            registered: Registered::open(providers.dir(), kek_grace),
             providers,
             grants,
             audit,
@@ -243,7 +248,21 @@ impl Service {
             .providers
             .provider(&binding.provider)
             .and_then(|provider| provider.unwrap(&binding.binding(), &wrapped));
-        let secret = self.judged(peer, &subject, secret)?;
+        let kek = (&*binding.provider, &binding.key_id);
+        let held = match &secret {
+            // Its process was killed, perhaps, and the guest waits.
+            Err(error) if error.reason.is_no_verdict() && purpose == RequestPurpose::Attach => self
+                .registered
+                .serves(peer.user, binding.volume, kek)
+                .then(|| self.providers.unwrap_held(&binding.binding(), &wrapped))
+                .flatten(),
+            _ => None,
+        };
+        let subject = match held {
+            Some(Ok(_)) => with(subject, "held", true),
+            _ => subject,
+        };
+        let secret = self.judged(peer, &subject, held.unwrap_or(secret))?;
         let pipe = wire::pass(&secret).map_err(|error| {
             let error = KeyError::new(&binding.provider, "the agent", KeyReason::Host).because(error);
             failure(&error)
@@ -272,8 +291,15 @@ impl Service {
             if let Some(before) = before {
                 self.providers.forget(&before.provider, &before.key_id);
             }
+            self.providers.hold(provider, key_id);
         }
         Ok(Reply::of(json!({ "secret": 0 })).with(pipe))
+    }
+
+    fn detach(&self, mut request: Request<'_>) -> Answered {
+        let Detach { volume, process } = request.parameters()?;
+        self.registered.detach(&serving(request.peer, process), volume);
+        Ok(Reply::default())
     }
 
     fn kek_state(&self, mut request: Request<'_>) -> Answered {
@@ -454,6 +480,7 @@ impl Interface for Service {
             "Wrap" => self.wrap(request),
             "SettleBinding" => self.settle_binding(request),
             "Unwrap" => self.unwrap(request),
+            "Detach" => self.detach(request),
             "GetKekState" => self.kek_state(request),
             "CheckProvider" => self.check_provider(request),
             "ListDisks" => self.list_disks(request),

@@ -62,6 +62,7 @@ impl Agent {
             socket: self.socket_path.unwrap_or(settings.socket),
             permissions: settings.permissions,
             time_to_live: settings.time_to_live,
+            kek_grace: settings.kek_grace,
             sealed_cache: settings.sealed_cache,
             grants: config.grants,
         })?;

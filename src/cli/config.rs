@@ -4,6 +4,7 @@
 //! [agent]
 //! socket = "/run/sealblk/agent.sock"
 //! kek-time-to-live = 600
+//! kek-grace = 600
 //!
 //! [policy]
 //! max-key-age = "90d"
@@ -58,6 +59,8 @@ pub(super) struct Agent {
     pub(super) permissions: Permissions,
     /// How long it keeps a KEK.
     pub(super) time_to_live: Duration,
+    /// How long it keeps the KEK of a volume whose process was killed.
+    pub(super) kek_grace: Duration,
     /// What it keeps for a reboot.
     pub(super) sealed_cache: Option<SealedCacheSettings>,
 }
@@ -68,6 +71,7 @@ impl Default for Agent {
             socket: agent::DEFAULT_SOCKET.into(),
             permissions: ANYBODY,
             time_to_live: agent::DEFAULT_TIME_TO_LIVE,
+            kek_grace: agent::DEFAULT_KEK_GRACE,
             sealed_cache: None,
         }
     }
@@ -165,6 +169,7 @@ struct WrittenAgent {
     #[serde(default, deserialize_with = "mode")]
     socket_mode: Option<u32>,
     kek_time_to_live: Option<u32>,
+    kek_grace: Option<u32>,
     sealed_cache: Option<WrittenSealedCache>,
 }
 
@@ -277,6 +282,10 @@ impl WrittenAgent {
             time_to_live: match self.kek_time_to_live {
                 Some(seconds) => Duration::from_secs(seconds.into()),
                 None => default.time_to_live,
+            },
+            kek_grace: match self.kek_grace {
+                Some(seconds) => Duration::from_secs(seconds.into()),
+                None => default.kek_grace,
             },
             sealed_cache: self.sealed_cache.map(|sealed| SealedCacheSettings {
                 grace: sealed.grace.unwrap_or(DEFAULT_GRACE),

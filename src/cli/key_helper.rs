@@ -182,6 +182,21 @@ impl Disk<'_> {
         Ok(descriptors.into_iter().fold(answer, Reply::with))
     }
 
+    /// The serving process is about to end. Without an agent that keeps KEKs there is nothing to tell.
+    fn detach(&self) -> Answered {
+        if let Some(Volume {
+            uuid,
+            keys: Some(Ways {
+                attach: Keys::Agent(client),
+                ..
+            }),
+        }) = self.opened.get()
+        {
+            client.detach(*uuid).map_err(|error| failure(&error))?;
+        }
+        Ok(Reply::default())
+    }
+
     /// Where keys for `purpose` come from.
     fn keys(&self, purpose: RequestPurpose, purposes: &[RequestPurpose]) -> Result<&Keys, MethodError> {
         let ways = self.opened.get().and_then(|volume| volume.keys.as_ref());
@@ -333,6 +348,7 @@ impl Interface for Own<'_> {
 
     fn call(&self, method: &str, request: Request<'_>) -> Option<Answered> {
         Some(match method {
+            "Detach" => self.0.detach(),
             "GetGrants" => self.0.grants(),
             "GetGroup" => self.0.group(request),
             "Open" => self.0.open(request),

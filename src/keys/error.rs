@@ -70,6 +70,15 @@ pub enum KeyReason {
 }
 
 impl KeyReason {
+    /// Whether the provider has not judged the key: it does not answer, or answers nothing that can be trusted. Anyone who can keep it from
+    /// answering well can keep it from answering at all.
+    pub fn is_no_verdict(self) -> bool {
+        matches!(
+            self,
+            Self::Unreachable | Self::Failed | Self::Garbled | Self::Untrusted
+        )
+    }
+
     /// Where the cause lies.
     pub fn blame(self) -> Blame {
         match self {

@@ -83,6 +83,14 @@ pub struct Unwrap {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
+pub struct Detach {
+    pub volume: Uuid,
+    /// As for [`Unwrap`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub process: Option<u32>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Kek {
     pub provider: String,

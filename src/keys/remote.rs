@@ -147,6 +147,11 @@ impl Caller {
         }
     }
 
+    /// The process that serves the volume, if that is not this one.
+    pub fn process(&self) -> Option<u32> {
+        self.process
+    }
+
     /// The same, for a volume that `process` serves, whose child this process is.
     pub fn on_behalf_of(self, process: u32) -> Self {
         Self {

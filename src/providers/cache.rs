@@ -25,6 +25,8 @@ const MAX_FETCHES: usize = 64;
 pub(super) struct KekCache {
     time_to_live: Duration,
     slots: Mutex<HashMap<KeyId, Arc<Slot>>>,
+    /// See [`KekCache::hold`].
+    held: Mutex<HashMap<KeyId, Arc<Kek>>>,
     /// How many are being fetched.
     fetches: Mutex<usize>,
     /// One of them has ended.
@@ -93,6 +95,7 @@ impl KekCache {
         Self {
             time_to_live,
             slots: Mutex::default(),
+            held: Mutex::default(),
             fetches: Mutex::default(),
             fetched: Condvar::new(),
         }
@@ -202,9 +205,28 @@ impl KekCache {
         }
     }
 
-    /// Drops a KEK before its time; whoever uses it just now goes on.
+    /// Holds a KEK that is here beyond its time, until [`KekCache::forget`]: a volume under it is served, and has to open again
+    /// after a crash while the source does not answer. [`KekCache::get`] does not give it out.
+    pub(super) fn hold(&self, key_id: &KeyId) {
+        let slot = lock(&self.slots).get(key_id).map(Arc::clone);
+        let kek = slot.and_then(|slot| Some(Arc::clone(&lock(&slot.0).kek.as_ref()?.kek)));
+        let mut held = lock(&self.held);
+        if let Some(kek) = kek
+            && (held.len() < MAX_SLOTS || held.contains_key(key_id))
+        {
+            held.insert(key_id.clone(), kek);
+        }
+    }
+
+    /// A KEK that is held.
+    pub(super) fn held(&self, key_id: &KeyId) -> Option<Arc<Kek>> {
+        lock(&self.held).get(key_id).map(Arc::clone)
+    }
+
+    /// Drops a KEK before its time, and one that is held; whoever uses it just now goes on.
     pub(super) fn forget(&self, key_id: &KeyId) {
         lock(&self.slots).remove(key_id);
+        lock(&self.held).remove(key_id);
     }
 
     /// The same, unless it was asked for within the last `age`, and is here.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 use super::sealed_cache::SealedCache;
 use super::source::HostProvider;
 use super::{registry::Entry, registry::Registry, registry::RegistryError, registry::settings};
-use crate::keys::{KeyError, KeyId, KeyProvider, KeyReason, Providers};
+use crate::keys::{Binding, KeyError, KeyId, KeyProvider, KeyReason, Providers};
 use crate::mutex::lock;
 use sealblk_secmem::arena::SecretBytes;
 
@@ -124,6 +124,27 @@ impl SharedProviders {
     /// [`KeyError`], if there is no such provider, or no KEK can be kept.
     pub fn push(&self, provider: &str, key_id: &KeyId, key: SecretBytes) -> Result<(), KeyError> {
         self.open_provider(provider)?.push(key_id, key)
+    }
+
+    /// Holds a KEK that is here for the volumes that are served under it, until [`SharedProviders::forget`].
+    pub fn hold(&self, provider: &str, key_id: &KeyId) {
+        let provider = lock(&self.open).opened(provider).map(Arc::clone);
+        if let Some(provider) = provider {
+            provider.keks().hold(key_id);
+        }
+    }
+
+    /// Unwraps with a KEK that is held; none if none is.
+    ///
+    /// # Errors
+    /// As for [`KeyProvider::unwrap`].
+    pub fn unwrap_held(
+        &self,
+        binding: &Binding<'_>,
+        wrapped: &[u8],
+    ) -> Option<Result<SecretBytes, KeyError>> {
+        let provider = lock(&self.open).opened(binding.provider).map(Arc::clone)?;
+        provider.unwrap_held(binding, wrapped)
     }
 
     /// Drops a KEK before its time.

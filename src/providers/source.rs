@@ -153,10 +153,7 @@ impl HostProvider {
                 Ok((kek, origin))
             }
             Err(error) => match error.reason {
-                // Whoever can keep the server from answering well can keep it from answering at all.
-                KeyReason::Unreachable | KeyReason::Failed | KeyReason::Garbled | KeyReason::Untrusted
-                    if wanted == Wanted::Any =>
-                {
+                reason if reason.is_no_verdict() && wanted == Wanted::Any => {
                     let kept = sealed.find(name, key_id);
                     kept.map(|(kek, until)| (kek, Origin::Sealed(until))).ok_or(error)
                 }
@@ -182,6 +179,28 @@ impl HostProvider {
         self.keks
             .push(key_id, kek)
             .map_err(|e: Full| fail(KeyReason::Host).because(e))
+    }
+
+    /// Unwraps with a KEK that is held for a volume that is served ([`KekCache::hold`]); none if none is held.
+    ///
+    /// # Errors
+    /// As for [`KeyProvider::unwrap`].
+    pub(super) fn unwrap_held(
+        &self,
+        binding: &Binding<'_>,
+        wrapped: &[u8],
+    ) -> Option<Result<SecretBytes, KeyError>> {
+        let kek = self.keks.held(binding.key_id)?;
+        // Another process may have revoked it.
+        let unrevoked = self.check_revoked(binding.key_id);
+        Some(unrevoked.and_then(|()| self.unwrap_with(&kek, binding, wrapped)))
+    }
+
+    fn unwrap_with(&self, kek: &Kek, binding: &Binding<'_>, wrapped: &[u8]) -> Result<SecretBytes, KeyError> {
+        wrap::unwrap(kek, binding, wrapped).map_err(|e| match e {
+            UnwrapError::Arena(e) => self.fail(binding.key_id, KeyReason::Host).because(e),
+            e => self.fail(binding.key_id, KeyReason::Unauthentic).because(e),
+        })
     }
 
     /// The record of what was revoked cannot be read or written.
@@ -213,17 +232,14 @@ impl KeyProvider for HostProvider {
     }
 
     fn unwrap(&self, binding: &Binding<'_>, wrapped: &[u8]) -> Result<SecretBytes, KeyError> {
-        let (mut kek, origin) = self.kek(binding.key_id, Wanted::Any)?;
-        let mut unwrapped = wrap::unwrap(&kek, binding, wrapped);
+        let (kek, origin) = self.kek(binding.key_id, Wanted::Any)?;
+        let unwrapped = self.unwrap_with(&kek, binding, wrapped);
         if unwrapped.is_err() && origin == Origin::Pushed {
             // It may have been the wrong one.
-            (kek, _) = self.kek(binding.key_id, Wanted::Fetched)?;
-            unwrapped = wrap::unwrap(&kek, binding, wrapped);
+            let (kek, _) = self.kek(binding.key_id, Wanted::Fetched)?;
+            return self.unwrap_with(&kek, binding, wrapped);
         }
-        unwrapped.map_err(|e| match e {
-            UnwrapError::Arena(e) => self.fail(binding.key_id, KeyReason::Host).because(e),
-            e => self.fail(binding.key_id, KeyReason::Unauthentic).because(e),
-        })
+        unwrapped
     }
 
     fn state(&self, key_id: &KeyId) -> Result<KeyState, KeyError> {

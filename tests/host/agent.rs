@@ -529,7 +529,7 @@ fn callers_that_send_nonsense_or_nothing_keep_nobody_out() {
 /// The kernel tells when a process has ended, whatever ended it. Guests outlive the agent, which knows of them when it is back.
 #[test]
 fn served_volumes_are_known_until_their_processes_end() {
-    let mut agent = Agent::new("");
+    let mut agent = Agent::new("kek-grace = 0\n");
     let [one, two] = [(); 2].map(|()| Server::of(agent.volume(), &[]));
     let before = list(&agent);
     agent.restart();

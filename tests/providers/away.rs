@@ -21,6 +21,7 @@ use uuid::Uuid;
 use crate::openbao::{Server, settings};
 use crate::ports::free_port;
 use common::agent::Agent;
+use common::serve::{Server as DiskServer, serve_fails};
 use common::swtpm::Swtpm;
 
 /// The way to a server, which can be cut.
@@ -74,12 +75,17 @@ struct Host {
 
 impl Host {
     fn new(grace: &str) -> Self {
-        let (server, tpm) = (Server::start(), Swtpm::new());
+        let tpm = Swtpm::new();
         let cache = format!(
             "[agent.sealed-cache]\ngrace = {grace:?}\ntpm = {:?}\n",
             tpm.device()
         );
-        let mut agent = Agent::new(&cache);
+        Self::with(&cache, tpm)
+    }
+
+    fn with(config: &str, tpm: Swtpm) -> Self {
+        let server = Server::start();
+        let mut agent = Agent::new(config);
         let port = server.address().rsplit(':').next().unwrap().parse().unwrap();
         let way = Way::to(port);
         let address = format!("https://127.0.0.1:{}", way.port);
@@ -261,6 +267,60 @@ fn a_key_that_was_fetched_elsewhere_and_pushed_opens_volumes_and_binds_none() {
     host.attaches().unwrap();
     host.reboots();
     host.is_cut_off();
+}
+
+/// A kill while the key server was away locked the disk: the agent dropped its KEK at once.
+#[test]
+fn a_disk_whose_server_was_killed_opens_again_without_its_key_server_and_no_other_disk_does() {
+    // The KEK's own time is over long before the kill.
+    let host = Host::with("kek-time-to-live = 1\nkek-grace = 600\n", Swtpm::new());
+    let volume = || host.agent.volume_with(&["--provider", "bao"]);
+    let [killed, detached] = [volume(), volume()];
+    let serve = |volume| DiskServer::with(volume, &["--no-wait"]);
+    let cannot_serve = |volume| {
+        let ended = serve_fails(volume, &["--no-wait"]);
+        assert!(ended.stderr.contains("bao"), "{}", ended.stderr);
+    };
+    let [mut first, second] = [&killed, &detached].map(serve);
+    first.connect().still_serves();
+    second.stop();
+    thread::sleep(Duration::from_secs(3));
+    host.way.cut(true);
+    cannot_serve(&detached);
+    for _ in 0..2 {
+        first.process.signal(rustix::process::Signal::KILL);
+        first.process.wait();
+        // The agent sees the end within a second.
+        thread::sleep(Duration::from_secs(2));
+        let listed = common::volume::run(&mut host.agent.verb(&["list", "--json"])).stdout;
+        assert_eq!(
+            serde_json::from_slice::<Value>(&listed).unwrap(),
+            json!({ "disks": [] })
+        );
+        cannot_serve(&detached);
+        first = serve(&killed);
+        first.connect().still_serves();
+        let released = host.agent.audit().pop().unwrap();
+        assert_eq!(
+            (&released["event"], &released["held"]),
+            (&json!("KeyReleased"), &json!(true))
+        );
+    }
+    // Detached in order, it is as any other.
+    first.stop();
+    thread::sleep(Duration::from_secs(2));
+    cannot_serve(&killed);
+
+    // What the server says counts, once it answers.
+    host.way.cut(false);
+    let mut first = serve(&killed);
+    thread::sleep(Duration::from_secs(3));
+    host.server.post("transit/keys/sealblk/rotate", json!({}));
+    let config = "transit/keys/sealblk/config";
+    host.server.post(config, json!({ "min_decryption_version": 2 }));
+    first.process.signal(rustix::process::Signal::KILL);
+    first.process.wait();
+    cannot_serve(&killed);
 }
 
 #[test]

@@ -49,6 +49,9 @@ pub use interface::{
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LAST_RETRY: Duration = Duration::from_secs(30);
 
+/// How long the end of this process waits for the agent: the guest does not wait for it any more.
+const DETACH_LIMIT: Duration = Duration::from_secs(2);
+
 /// What opens a volume, as often as it has to be opened.
 #[derive(Debug)]
 pub struct Opener {
@@ -375,6 +378,12 @@ impl Attachment {
             }
             result => result,
         }
+    }
+
+    /// Tells the agent that this process is about to end. The agent takes one that ends without that for killed, and keeps its KEK for a
+    /// while.
+    pub fn detach(&self) {
+        self.opener.helper.detach(DETACH_LIMIT);
     }
 
     /// How the disk is, in a line.

@@ -142,10 +142,14 @@ impl Serve {
                 .as_ref()
                 .map_or("serving".to_owned(), |served| served.standing()),
         );
-        match (&served, control) {
+        let result = match (&served, control) {
             (Some(served), Some(control)) => control.run_with(server, served, sandbox),
-            _ => Ok(server.run()?),
+            _ => server.run().map_err(Failure::from),
+        };
+        if let Some(served) = &served {
+            served.detach();
         }
+        result
     }
 
     /// Where front-ends come from: clap requires a path or a descriptor.

@@ -44,7 +44,10 @@ use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
 
 use sealblk_base::blame::Blame;
 use sealblk_command::secret::MAX_SECRET;
@@ -258,6 +261,24 @@ impl KeyHelper {
         };
         let secrets: std::io::Result<Vec<_>> = forms.iter().map(take).collect();
         Ok(secrets.map_err(|error| self.0.fail().because(error))?)
+    }
+
+    /// Reports that this process is about to end, and waits for the answer no longer than `limit`: the agent may not answer.
+    pub fn detach(&self, limit: Duration) {
+        let (done, wait) = sync_channel(1);
+        let line = Arc::clone(&self.0);
+        let spawned = thread::Builder::new().name("detach".into()).spawn(move || {
+            let told = line.call(&format!("{INTERFACE}.Detach"), &Map::new(), &[]);
+            let _ = done.send(told.map(drop));
+        });
+        if spawned.is_err() {
+            return;
+        }
+        match wait.recv_timeout(limit) {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!(%error, "the agent is not told that the disk is detached"),
+            Err(error) => tracing::debug!(%error, "the agent does not answer that the disk is detached"),
+        }
     }
 
     /// Asks before the helper is watched: one that has ended has said why.
