@@ -476,7 +476,8 @@ fn a_queue_that_was_stopped_starts_where_the_front_end_says() {
 
 #[test]
 fn a_record_that_makes_no_sense_has_its_queue_rest_and_harms_nothing_else() {
-    let spoil: [(&str, &dyn Fn(&Left)); 8] = [
+    type Spoiled<'s> = (&'s str, &'s dyn Fn(&Left));
+    let spoil: [Spoiled<'_>; 8] = [
         ("another version", &|left| left.set(VERSION, 2)),
         ("another size", &|left| left.set(DESC_NUM, 64)),
         ("a used index far behind", &|left| left.set(USED_IDX, 1000)),

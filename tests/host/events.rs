@@ -95,7 +95,7 @@ fn what_the_agent_does_is_told_to_who_watches() {
         (&released["purpose"], &released["volume"]),
         (&"attach".into(), &bound["volume"])
     );
-    drop(server);
+    server.stop();
     assert_eq!(watcher.hears("DiskUnregistered")["keyDropped"], true);
 
     // As the audit log has it, but for what chains it.
