@@ -206,10 +206,14 @@ impl KekCache {
     }
 
     /// Holds a KEK that is here beyond its time, until [`KekCache::forget`]: a volume under it is served, and has to open again
-    /// after a crash while the source does not answer. [`KekCache::get`] does not give it out.
+    /// after a crash while the source does not answer. [`KekCache::get`] does not give it out. A KEK of the sealed cache is not held: the
+    /// operator has set until when it is good.
     pub(super) fn hold(&self, key_id: &KeyId) {
         let slot = lock(&self.slots).get(key_id).map(Arc::clone);
-        let kek = slot.and_then(|slot| Some(Arc::clone(&lock(&slot.0).kek.as_ref()?.kek)));
+        let kek = slot.and_then(|slot| match &lock(&slot.0).kek {
+            Some(kept) if !matches!(kept.origin, Origin::Sealed(_)) => Some(Arc::clone(&kept.kek)),
+            _ => None,
+        });
         let mut held = lock(&self.held);
         if let Some(kek) = kek
             && (held.len() < MAX_SLOTS || held.contains_key(key_id))
@@ -390,5 +394,27 @@ mod tests {
         get(&cache, "one");
         assert!(cache.push(&id("one"), kek()).is_err());
         assert!(lock(&cache.slots).is_empty());
+    }
+
+    #[test]
+    fn a_kek_is_held_past_its_time_until_it_is_forgotten_and_a_sealed_one_is_not() {
+        let cache = KekCache::new(LONG);
+        let fetched = get(&cache, "one");
+        let sealed = || Ok((kek(), Origin::Sealed(SystemTime::now() + LONG)));
+        cache.get(&id("two"), Wanted::Any, sealed).unwrap();
+        for name in ["one", "two", "never here"] {
+            cache.hold(&id(name));
+        }
+        lock(&cache.slots).clear();
+        assert!(Arc::ptr_eq(&fetched, &cache.held(&id("one")).unwrap()));
+        assert!(cache.held(&id("two")).is_none() && cache.held(&id("never here")).is_none());
+        // It is given out by no other way.
+        cache
+            .get(&id("one"), Wanted::Any, || {
+                Err(KeyError::new("kms", "kms1:5696", KeyReason::Unreachable))
+            })
+            .unwrap_err();
+        cache.forget(&id("one"));
+        assert!(cache.held(&id("one")).is_none());
     }
 }
