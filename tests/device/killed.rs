@@ -435,6 +435,41 @@ fn killed_between_any_two_writes_of_an_answer_it_answers_once() {
     }
 }
 
+/// What the next server had not taken again when it was told to stop was never answered.
+#[test]
+fn a_queue_that_is_stopped_while_it_continues_carries_out_first_what_was_in_flight() {
+    // More than there are buffers for.
+    const REQUESTS: u64 = 40;
+    const LEN: usize = 256 << 10;
+    let mut served = Served::new();
+    let mut left = Left::by(&mut served);
+    let bytes = pattern(1, LEN);
+    let requests: Vec<_> = (0..REQUESTS)
+        .map(|request| {
+            left.driver
+                .build(T_OUT, request * (LEN / SECTOR) as u64, Data::Out(&bytes))
+        })
+        .collect();
+    for (counter, (_, buffers)) in (0..).zip(&requests) {
+        let head = left.driver.queue().chain(buffers);
+        left.driver.queue().offer(&[head]);
+        left.take(head, counter);
+    }
+    served.start();
+    left.driver.reconnect(&served.socket);
+    let base = left.driver.frontend.stop_vring(0);
+    assert_eq!(u64::from(base), REQUESTS);
+    assert_eq!(left.driver.queue().used_index(), base);
+    for (pending, _) in &requests {
+        assert_eq!(left.driver.memory.read(pending.status, 1), [S_OK]);
+    }
+    left.driver.restart(0, base);
+    (0..REQUESTS).for_each(|_| {
+        left.driver.queue().wait_used();
+    });
+    left.driver.still_serves();
+}
+
 /// A head that was counted, and not yet in flight when the server died, is taken in its turn.
 #[test]
 fn killed_between_the_two_writes_of_a_take_it_takes_the_chain_later() {

@@ -357,19 +357,23 @@ impl RequestPath {
         self.broken = true;
     }
 
-    /// Takes no more chains, since the ring is to be given back.
+    /// Takes no more chains, since the ring is to be given back. What an earlier process has left in flight counts as taken.
     pub(super) fn stop(&mut self) {
         self.stopping = true;
     }
 
     /// Whether it was stopped, and nothing is in flight.
     pub(super) fn is_drained(&self) -> bool {
-        self.stopping && self.engine.in_flight() == 0 && self.current.is_none()
+        !self.takes_chains() && self.stopping && self.engine.in_flight() == 0 && self.current.is_none()
     }
 
     /// Whether one more request can be taken.
     pub(super) fn has_room(&self) -> bool {
-        !self.broken && !self.stopping && self.current.is_none() && self.tasks.has_vacant()
+        self.takes_chains() && self.current.is_none() && self.tasks.has_vacant()
+    }
+
+    fn takes_chains(&self) -> bool {
+        !self.broken && (!self.stopping || self.ring.is_resuming())
     }
 
     /// Asks for kicks, and looks once more whether a chain came before the driver saw that (virtio 1.2 §2.7.10).
