@@ -22,7 +22,7 @@ impl Reason {
                 Blame::Host
             }
             Self::WrongPassphrase { .. } | Self::WrongBackupPassphrase => Blame::Key,
-            Self::AlreadyLuks => Blame::Use,
+            Self::AlreadyLuks | Self::Shrinks { .. } => Blame::Use,
             Self::Header(HeaderError::Read(_) | HeaderError::Length(_) | HeaderError::Write { .. })
             | Self::Keyslot {
                 source: KeyslotError::Read(_) | KeyslotError::Lock(_),

@@ -612,11 +612,11 @@ mod tests {
 
     #[test]
     fn a_header_longer_than_its_device_is_refused() {
-        let mut io = Memory::of(&sample());
-        io.size = crate::testing::HEADER - 1;
+        let io = Memory::of(&sample());
+        io.size.set(crate::testing::HEADER - 1);
         assert!(matches!(read(&io), Err(HeaderError::Truncated { .. })));
         for size in [0, 1, 4095] {
-            io.size = size;
+            io.size.set(size);
             assert!(
                 matches!(read(&io), Err(HeaderError::NotLuks { looks_like: None })),
                 "{size}"

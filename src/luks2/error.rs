@@ -132,6 +132,10 @@ pub enum Reason {
         "a disk of {capacity} bytes is not possible: it must be a multiple of the sector size, {sector_size}"
     )]
     Capacity { capacity: u64, sector_size: usize },
+    #[error(
+        "the disk has {from} bytes, and would have {to}: the data behind its new end would be lost; nothing was changed"
+    )]
+    Shrinks { from: u64, to: u64 },
     #[error("{len} bytes are too few: {needed} are needed; make it larger, or choose a smaller disk")]
     TooSmall { len: u64, needed: u64 },
     #[error("label {label:?} is too long: the limit is 47 bytes; give a shorter one")]

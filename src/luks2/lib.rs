@@ -37,6 +37,7 @@
 //!
 //! ```text
 //! create, update, passphrases     a new volume; changes of a header; keyslots of persons
+//! resize                          another length of the disk
 //! locked                          opening a volume
 //! erase                           crypto-erase
 //! key_backup                      a key in a header without a disk
@@ -86,6 +87,7 @@ mod memory;
 pub mod metadata;
 mod passphrases;
 mod refusal;
+mod resize;
 #[cfg(test)]
 mod testing;
 mod trace;
@@ -105,5 +107,6 @@ pub use layout::Layout;
 pub use lock::{FileLock, LOCK_DIRECTORY, LockMode, MetadataLock};
 pub use locked::{Changed, Identity, Locked, Volume, keyslots_of_segments, layout, read};
 pub use refusal::Refusal;
+pub use resize::{Resize, Resized};
 pub use trace::trace_of_header;
 pub use update::{Update, free_keyslot};

@@ -28,7 +28,7 @@ pub struct Locked<'header> {
     pub(crate) io: &'header dyn HeaderIo,
     pub(crate) header: Header,
     pub(crate) state: HeaderState,
-    layout: Layout,
+    pub(crate) layout: Layout,
 }
 
 /// What a guest knows a volume by: two headers of the same identity give it the same data. A header that was put in another
@@ -47,8 +47,13 @@ impl Identity {
         self.uuid
     }
 
+    /// The length of the disk in bytes.
+    pub fn capacity(&self) -> u64 {
+        self.layout.capacity
+    }
+
     /// What of it the guest would notice if `found` were in its place. A disk that has become longer is none the worse.
-    fn changed_to(&self, found: &Self) -> Option<Changed> {
+    pub fn changed_to(&self, found: &Self) -> Option<Changed> {
         let (was, now) = (self.layout, found.layout);
         if self.uuid != found.uuid {
             return Some(Changed::Volume {
@@ -165,8 +170,7 @@ impl<'header> Locked<'header> {
         if found != *expected {
             tracing::warn!(
                 bytes = found.layout.capacity,
-                "the disk has grown since it was attached; its guest sees the new size after a restart of the process that \
-                 serves the disk"
+                "the file or device has grown; the guest keeps the size that it knows until the disk is resized"
             );
         }
         self.layout = expected.layout;

@@ -1,6 +1,6 @@
 //! Headers to test with: one as cryptsetup 2.6 writes it, and a medium in memory that holds it.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::io;
 use std::ops::Range;
 use std::path::Path;
@@ -128,7 +128,9 @@ fn area(json: &[u8]) -> Vec<u8> {
 #[derive(Debug)]
 pub(crate) struct Memory {
     pub(crate) front: RefCell<Vec<u8>>,
-    pub(crate) size: u64,
+    pub(crate) size: Cell<u64>,
+    /// Whether it can become longer or shorter.
+    pub(crate) grows: bool,
     pub(crate) read_only: bool,
     /// Whether every read ends in EIO.
     pub(crate) fails: bool,
@@ -141,7 +143,8 @@ impl Memory {
         front.extend(copy_of(Copy::Secondary, secondary.0, secondary.1));
         Self {
             front: RefCell::new(front),
-            size: FILE,
+            size: Cell::new(FILE),
+            grows: false,
             read_only: false,
             fails: false,
         }
@@ -158,7 +161,9 @@ impl Memory {
     }
 
     fn range(&self, offset: u64, len: usize) -> io::Result<Range<usize>> {
-        let end = offset.checked_add(len as u64).filter(|&end| end <= self.size);
+        let end = offset
+            .checked_add(len as u64)
+            .filter(|&end| end <= self.size.get());
         end.map(|end| offset as usize..end as usize)
             .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
     }
@@ -170,15 +175,16 @@ impl HeaderIo for Memory {
     }
 
     fn size(&self) -> io::Result<u64> {
-        Ok(self.size)
+        Ok(self.size.get())
     }
 
     fn can_grow(&self) -> bool {
-        false
+        self.grows
     }
 
-    fn set_size(&self, _: u64) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
+    fn set_size(&self, size: u64) -> io::Result<()> {
+        self.size.set(size);
+        Ok(())
     }
 
     fn read_only(&self) -> bool {

@@ -18,7 +18,9 @@ use crate::header_io::HeaderIo;
 use crate::keyslot::{self, AREA_LEN, NewKeyslot};
 use crate::lock::{LockMode, MetadataLock};
 use crate::locked::Locked;
-use crate::metadata::{AREA_ALIGNMENT, Digest, Id, Keyslot, MAX_OBJECTS, Metadata, Token};
+use crate::metadata::{
+    AREA_ALIGNMENT, Digest, Id, Keyslot, MAX_OBJECTS, Metadata, Segment, SegmentSize, Token,
+};
 use crate::refusal;
 
 /// A change of the metadata, which were read anew (other programs write them too), under the write lock, which is held until this
@@ -72,6 +74,31 @@ impl Update<'_> {
     /// The metadata as they will be.
     pub fn metadata(&self) -> &Metadata {
         &self.header.metadata
+    }
+
+    /// The header as it will be, but for its sequence number.
+    pub(crate) fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// Where the disk ends.
+    ///
+    /// # Errors
+    /// If sealblk does not serve what the header describes.
+    pub(crate) fn segment_size(&self) -> Result<SegmentSize, Reason> {
+        Ok(refusal::check(self.metadata())?.segment.place.size)
+    }
+
+    /// Has the disk end elsewhere.
+    ///
+    /// # Errors
+    /// If sealblk does not serve what the header describes.
+    pub(crate) fn set_segment_size(&mut self, size: SegmentSize) -> Result<(), Reason> {
+        let served = refusal::check(self.metadata())?.id;
+        if let Some(Segment::Crypt(segment)) = self.header.metadata.segments.get_mut(&served) {
+            segment.place.size = size;
+        }
+        Ok(())
     }
 
     /// Adds keyslot `id`. Its area is written, and durable when this returns; it is none that a keyslot had before this update.

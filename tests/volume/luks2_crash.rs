@@ -26,7 +26,7 @@ use sealblk::keys::binding::{
 use sealblk::keys::{KeyProvider, Providers};
 use sealblk::luks2::{
     Argon2Cost, Erased, HeaderError, HeaderIo, HeaderState, LockMode, Locked, MetadataLock, Reason, Refusal,
-    VolumeError,
+    Resize, Resized, VolumeError,
 };
 use sealblk::providers::{registry::Backup, registry::Registry, registry::Source};
 use sealblk_secmem::arena::SecretBytes;
@@ -229,6 +229,73 @@ fn an_update_repairs_a_copy_that_was_damaged_after_it_was_opened() {
 }
 
 #[test]
+fn making_a_disk_longer() {
+    let host = Host::new();
+    let before = host.volume();
+    let log = recorded(&before, |medium| {
+        resize(medium, 8, false).unwrap();
+    });
+    host.replay(&before, &log, &ONE_KEY, &ONE_KEY);
+    assert_eq!(medium_after(&before, &log).now().len(), 24 * MIB);
+}
+
+/// The file is longer already.
+#[test]
+fn making_a_disk_as_long_as_its_file() {
+    let host = Host::new();
+    let before = host.volume();
+    let log = recorded(&before, |medium| {
+        medium.set_size(24 * MIB as u64).unwrap();
+        let mut locked = Locked::open(medium, None).unwrap();
+        let (capacity, shrink) = (None, false);
+        locked.resize(None, Resize { capacity, shrink }).unwrap();
+    });
+    host.replay(&before, &log, &ONE_KEY, &ONE_KEY);
+    assert_eq!(medium_after(&before, &log).now().len(), 24 * MIB);
+}
+
+#[test]
+fn making_a_disk_shorter() {
+    let host = Host::new();
+    let before = host.volume();
+    let log = recorded(&before, |medium| {
+        resize(medium, 2, true).unwrap();
+    });
+    host.replay(&before, &log, &ONE_KEY, &ONE_KEY);
+    assert_eq!(medium_after(&before, &log).now().len(), 18 * MIB);
+}
+
+#[test]
+fn a_disk_has_one_of_the_two_lengths_whatever_fails() {
+    let host = Host::new();
+    let before = host.volume();
+    for (mib, expected) in [(8, 6), (2, 8)] {
+        let mut resized = 0;
+        faults(&before, |medium, at| {
+            let result = resize(medium, mib, true);
+            medium.heal();
+            let capacity = Locked::open(medium, None).unwrap().capacity();
+            let (old, new) = (4 * MIB as u64, (mib * MIB) as u64);
+            match result {
+                Ok(found) => {
+                    assert_eq!((found.from, found.to, capacity), (old, new, new), "{at}");
+                    resized += 1;
+                }
+                // Storage that says it failed may have done it.
+                Err(Reason::Header(HeaderError::Write { copy: _, source: _ })) => {
+                    assert!([old, new].contains(&capacity), "{at}");
+                }
+                Err(Reason::Grow { .. } | Reason::Lock(_)) => assert_eq!(capacity, old, "{at}"),
+                Err(reason) => panic!("{at}: {reason}"),
+            }
+            host.opens(medium, &ONE_KEY);
+        });
+        // Where nothing failed, or only what comes after the primary copy, once or for good.
+        assert_eq!(resized, expected, "{mib} MiB");
+    }
+}
+
+#[test]
 fn creating_a_volume_leaves_none_or_all_of_it() {
     let host = Host::new();
     let before = vec![0x5a; 20 * MIB];
@@ -424,6 +491,12 @@ fn of_volume(error: BindingError) -> Reason {
         BindingReason::Volume(reason) => reason,
         other => panic!("{other}"),
     }
+}
+
+fn resize(medium: &Medium<'_>, mib: usize, shrink: bool) -> Result<Resized, Reason> {
+    let mut locked = Locked::open(medium, None).map_err(|error| *error.reason)?;
+    let capacity = Some((mib * MIB) as u64);
+    locked.resize(None, Resize { capacity, shrink })
 }
 
 fn erase(medium: &Medium<'_>, uuid: Uuid) -> Result<Erased, VolumeError> {
@@ -677,7 +750,7 @@ fn states(before: &[u8], log: &[Op], mut found: impl FnMut(&[u8], &str)) {
 
 /// Tears one write: at every byte of a header that it changes, and at its sectors in any combination. Material of
 /// keyslots, which nothing refers to until it is whole, is torn here and there.
-fn torn(image: &mut [u8], op: &Op, found: &mut impl FnMut(&[u8], &str)) {
+fn torn(image: &mut Vec<u8>, op: &Op, found: &mut impl FnMut(&[u8], &str)) {
     let Op::Write { offset, bytes } = op else { return };
     let range = *offset..offset + bytes.len();
     let original = image[range.clone()].to_vec();
@@ -747,6 +820,7 @@ struct Fault {
 #[derive(Debug, Clone)]
 enum Op {
     Write { offset: usize, bytes: Vec<u8> },
+    SetSize(usize),
     Sync,
 }
 
@@ -757,13 +831,15 @@ impl Op {
                 offset: *offset,
                 bytes: bytes[..512.min(bytes.len())].to_vec(),
             },
-            Op::Sync => Op::Sync,
+            op => op.clone(),
         }
     }
 
-    fn apply(&self, image: &mut [u8]) {
-        if let Op::Write { offset, bytes } = self {
-            image[*offset..offset + bytes.len()].copy_from_slice(bytes);
+    fn apply(&self, image: &mut Vec<u8>) {
+        match self {
+            Op::Write { offset, bytes } => image[*offset..offset + bytes.len()].copy_from_slice(bytes),
+            Op::SetSize(size) => image.resize(*size, 0),
+            Op::Sync => {}
         }
     }
 }
@@ -833,6 +909,7 @@ impl HeaderIo for Medium<'_> {
     fn set_size(&self, size: u64) -> io::Result<()> {
         self.step()?;
         self.bytes.borrow_mut().to_mut().resize(size as usize, 0);
+        self.log.borrow_mut().push(Op::SetSize(size as usize));
         Ok(())
     }
 
