@@ -29,7 +29,7 @@ use super::blame::log_by_blame;
 use super::disk::Disk;
 use super::guest::Pieces;
 use super::limits::MAX_PIECE_SECTORS;
-use super::request::{BadRequest, Kind, Status};
+use super::request::{BadRequest, Kind, Status, Target};
 use super::ring::Ring;
 use super::sigbus;
 use super::task::{Piece, TaskIndex, Tasks, data_len};
@@ -120,7 +120,8 @@ impl RequestPath {
             let Some(task) = self.tasks.take() else { break };
             let request = &mut self.tasks[task].request;
             let gathered = request.gather(chain);
-            match request.parse(gathered, &self.ring.memory, &self.disk) {
+            let (disk, sectors) = (&*self.disk, self.table.sectors());
+            match request.parse(gathered, &self.ring.memory, Target { disk, sectors }) {
                 Ok(()) => {
                     self.tasks[task].begin();
                     if let Err(error) = memory_is_whole() {

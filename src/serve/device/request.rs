@@ -158,6 +158,14 @@ impl BadRequest {
     }
 }
 
+/// The disk that requests are checked against.
+#[derive(Clone, Copy)]
+pub(super) struct Target<'d> {
+    pub disk: &'d Disk,
+    /// The sectors of the table by which they are carried out: the disk may be longer already.
+    pub sectors: u64,
+}
+
 impl Request {
     /// An empty request, to be filled by [`Request::parse`].
     pub(super) fn new() -> Self {
@@ -194,7 +202,7 @@ impl Request {
         &mut self,
         gathered: Result<Gathered, BadRequest>,
         memory: &Memory,
-        disk: &Disk,
+        target: Target<'_>,
     ) -> Result<(), BadRequest> {
         self.ranges.clear();
         let readable_len = self.find_status(gathered?, memory)?;
@@ -217,8 +225,8 @@ impl Request {
 
         let payload_len = readable_len - HEADER;
         match u32::from_le_bytes([t0, t1, t2, t3]) {
-            VIRTIO_BLK_T_IN => self.parse_transfer(Kind::Read, sector, self.writable_len, disk),
-            VIRTIO_BLK_T_OUT => self.parse_transfer(Kind::Write, sector, payload_len, disk),
+            VIRTIO_BLK_T_IN => self.parse_transfer(Kind::Read, sector, self.writable_len, target),
+            VIRTIO_BLK_T_OUT => self.parse_transfer(Kind::Write, sector, payload_len, target),
             VIRTIO_BLK_T_FLUSH => {
                 self.kind = Kind::Flush;
                 Ok(())
@@ -227,10 +235,10 @@ impl Request {
                 self.kind = Kind::Id;
                 Ok(())
             }
-            VIRTIO_BLK_T_DISCARD if disk.discard => {
-                self.parse_ranges(Kind::Discard, payload_len, memory, disk)
+            VIRTIO_BLK_T_DISCARD if target.disk.discard => {
+                self.parse_ranges(Kind::Discard, payload_len, memory, target)
             }
-            VIRTIO_BLK_T_WRITE_ZEROES => self.parse_ranges(Kind::WriteZeroes, payload_len, memory, disk),
+            VIRTIO_BLK_T_WRITE_ZEROES => self.parse_ranges(Kind::WriteZeroes, payload_len, memory, target),
             unknown => Err(BadRequest::UnknownType(unknown)),
         }
     }
@@ -299,21 +307,33 @@ impl Request {
         Ok(gathered.readable_len)
     }
 
-    fn parse_transfer(&mut self, kind: Kind, sector: u64, len: u32, disk: &Disk) -> Result<(), BadRequest> {
+    fn parse_transfer(
+        &mut self,
+        kind: Kind,
+        sector: u64,
+        len: u32,
+        target: Target<'_>,
+    ) -> Result<(), BadRequest> {
         self.kind = kind;
-        if kind == Kind::Write && disk.read_only {
+        if kind == Kind::Write && target.disk.read_only {
             return Err(BadRequest::ReadOnly);
         }
-        if !len.is_multiple_of(u32::from(disk.sector_size.sectors()) * SECTOR) || len > MAX_REQUEST {
+        if !len.is_multiple_of(u32::from(target.disk.sector_size.sectors()) * SECTOR) || len > MAX_REQUEST {
             return Err(BadRequest::BadLength(len));
         }
-        self.add_range(sector, len / SECTOR, disk)
+        self.add_range(sector, len / SECTOR, target)
     }
 
     /// Reads the segments of a discard or write-zeroes request (§5.2.6, `struct virtio_blk_discard_write_zeroes`).
-    fn parse_ranges(&mut self, kind: Kind, len: u32, memory: &Memory, disk: &Disk) -> Result<(), BadRequest> {
+    fn parse_ranges(
+        &mut self,
+        kind: Kind,
+        len: u32,
+        memory: &Memory,
+        target: Target<'_>,
+    ) -> Result<(), BadRequest> {
         self.kind = kind;
-        if disk.read_only {
+        if target.disk.read_only {
             return Err(BadRequest::ReadOnly);
         }
         if len == 0 || !len.is_multiple_of(RANGE) || len / RANGE > u32::from(MAX_SECTOR_RANGES) {
@@ -338,17 +358,17 @@ impl Request {
             if sectors > max_sectors {
                 return Err(BadRequest::RangeTooLong(sectors));
             }
-            self.add_range(u64::from_le_bytes(sector), sectors, disk)?;
+            self.add_range(u64::from_le_bytes(sector), sectors, target)?;
         }
         Ok(())
     }
 
-    fn add_range(&mut self, sector: u64, sectors: u32, disk: &Disk) -> Result<(), BadRequest> {
+    fn add_range(&mut self, sector: u64, sectors: u32, target: Target<'_>) -> Result<(), BadRequest> {
         let sectors = u64::from(sectors);
-        let granule = u64::from(disk.sector_size.sectors());
+        let granule = u64::from(target.disk.sector_size.sectors());
         let in_range = sector
             .checked_add(sectors)
-            .is_some_and(|end| end <= disk.sectors());
+            .is_some_and(|end| end <= target.sectors);
         if !in_range || !sector.is_multiple_of(granule) || !sectors.is_multiple_of(granule) {
             return Err(BadRequest::OutOfRange { sector, sectors });
         }

@@ -151,6 +151,15 @@ impl SegmentTable {
         }]))
     }
 
+    /// The same table for a disk of `sectors` sectors, which ends with the last segment.
+    pub fn resized(&self, sectors: u64) -> Self {
+        let mut segments: Vec<_> = self.segments.iter().map(|(_, segment)| segment.clone()).collect();
+        if let (Some(last), Some((first, _))) = (segments.last_mut(), self.segments.last()) {
+            last.sectors = sectors.saturating_sub(*first);
+        }
+        Self::new(segments)
+    }
+
     /// The capacity of the disk in sectors.
     pub fn sectors(&self) -> u64 {
         self.sectors
@@ -215,6 +224,17 @@ mod tests {
         ] {
             let extent = table.extent(Sector(first), sectors);
             assert_eq!((extent.sectors, extent.offset, extent.iv.0), expected);
+        }
+    }
+
+    #[test]
+    fn a_table_that_is_resized_ends_with_its_last_segment() {
+        let table = SegmentTable::new([linear(8, 4096, 0), linear(8, 65536, 100)]);
+        for sectors in [12, 16, 1000] {
+            let resized = table.resized(sectors);
+            assert_eq!(resized.sectors(), sectors);
+            let last = resized.extent(Sector(sectors - 1), 1);
+            assert_eq!(last.offset, 65536 + (sectors - 9) * 512);
         }
     }
 
