@@ -375,6 +375,7 @@ fn remedy(volume: &BindingError) -> String {
         Reason::NoSuchKeyslot { .. } | Reason::NoRecoveryKey { .. } => "; see `sealblk info`".to_owned(),
         Reason::SameKey { .. } => " (--unlock-key)".to_owned(),
         Reason::Refused(Refusal::MidErasure) => " with `sealblk erase`".to_owned(),
+        Reason::Shrinks { .. } => "; if they may be lost, add --shrink".to_owned(),
         Reason::Erase(_) => ", with `sealblk erase`".to_owned(),
         _ => String::new(),
     }

@@ -24,6 +24,7 @@ mod provider;
 mod recovery;
 mod recovery_key;
 mod rekey;
+mod resize;
 mod serve;
 mod served;
 mod strength;
@@ -115,6 +116,7 @@ enum Verb {
     Info(info::Info),
     Recovery(recovery::Recovery),
     Rekey(rekey::Rekey),
+    Resize(resize::Resize),
     Provider(provider::Provider),
     Key(key::Key),
     Erase(erase::Erase),
@@ -266,6 +268,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Info(verb) => verb.run(),
         Verb::Recovery(verb) => verb.run(&host),
         Verb::Rekey(verb) => verb.run(&host),
+        Verb::Resize(verb) => verb.run(),
         Verb::Provider(verb) => verb.run(&host),
         Verb::Key(verb) => verb.run(&host),
         Verb::Erase(verb) => verb.run(&host),
@@ -293,15 +296,15 @@ mod tests {
         Cli::command().debug_assert();
     }
 
-    /// `resize` was answered with "a similar subcommand exists: 'erase'".
+    /// A wrong verb was answered with "a similar subcommand exists: 'erase'".
     #[test]
     fn wrong_verb_is_answered_with_those_that_there_are() {
         let said = |wrong: &str, given: &[&str]| {
             usage::no_such_verb(wrong, &Cli::command(), given.iter().map(OsString::from))
         };
-        let top = said("resize", &["sealblk", "--state-dir", "x", "resize", "erase"]);
+        let top = said("phrase", &["sealblk", "--state-dir", "x", "phrase", "erase"]);
         assert!(
-            top.starts_with("`sealblk` has no verb \"resize\"; it has:\n  create "),
+            top.starts_with("`sealblk` has no verb \"phrase\"; it has:\n  create "),
             "{top}"
         );
         // The list of the verbs was empty.

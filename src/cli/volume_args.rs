@@ -30,9 +30,22 @@ impl VolumeArgs {
         self.header.as_ref().unwrap_or(&self.disk)
     }
 
-    /// Opens the header for `access`, and claims what is opened, unless that is to inspect it. If it is detached, the verb does not write to the payload. One that is a copy of the disk's own
-    /// is not to be changed: the disk would open as before.
+    /// Opens the header for `access`, and claims what is opened, unless that is to inspect it. If it is detached, the verb does not write
+    /// to the payload. One that is a copy of the disk's own is not to be changed: the disk would open as before.
     pub(super) fn open(&self, access: Access) -> Result<Files, Failure> {
+        let payload = match access {
+            Access::ReadWrite => Access::ReadOnly,
+            access => access,
+        };
+        self.open_parts(access, payload)
+    }
+
+    /// The same, for a verb that also writes to a payload whose header is detached.
+    pub(super) fn open_to_resize(&self) -> Result<Files, Failure> {
+        self.open_parts(Access::ReadWrite, Access::ReadWrite)
+    }
+
+    fn open_parts(&self, access: Access, payload: Access) -> Result<Files, Failure> {
         let Some(header) = &self.header else {
             let (disk, claim) = open(&self.disk, access)?;
             return Ok(Files {
@@ -40,10 +53,6 @@ impl VolumeArgs {
                 header: None,
                 _claims: [claim, None],
             });
-        };
-        let payload = match access {
-            Access::ReadWrite => Access::ReadOnly,
-            access => access,
         };
         let (header, header_claim) = open(header, access)?;
         let (disk, claim) = open(&self.disk, payload)?;

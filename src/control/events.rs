@@ -64,6 +64,8 @@ pub enum Event {
     DiskRekeyed,
     /// It was not.
     RekeyFailed,
+    /// A served disk has another size.
+    DiskResized,
     /// A caller of a served disk has used its privilege.
     PrivilegeUsed,
     /// A caller of a served disk lacks the privilege.
@@ -91,7 +93,7 @@ pub enum Event {
 impl Event {
     /// All of them.
     #[cfg(test)]
-    pub const ALL: [Self; 34] = [
+    pub const ALL: [Self; 35] = [
         Self::AgentStarted,
         Self::KeyCreated,
         Self::KeyBound,
@@ -115,6 +117,7 @@ impl Event {
         Self::DiskUnlocked,
         Self::DiskRekeyed,
         Self::RekeyFailed,
+        Self::DiskResized,
         Self::PrivilegeUsed,
         Self::PrivilegeRefused,
         Self::BrokerStarted,
@@ -154,6 +157,7 @@ impl Event {
             Self::DiskUnlocked => "the disk is unlocked",
             Self::DiskRekeyed => "the volume is bound to another key",
             Self::RekeyFailed => "the rekey failed: the volume keeps its key",
+            Self::DiskResized => "the disk has another size",
             Self::PrivilegeUsed => "a caller was permitted",
             Self::PrivilegeRefused => "a caller was refused",
             Self::BrokerStarted => "the broker answers",

@@ -11,7 +11,7 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags,
 };
-use std::io::{ErrorKind, IoSlice, IoSliceMut};
+use std::io::{ErrorKind, IoSlice, IoSliceMut, Read};
 use std::mem::MaybeUninit;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -345,6 +345,14 @@ impl Frontend {
             .expect("a base of 16 bits")
     }
 
+    /// Passes a channel for what the back-end has to say, and gives its other end.
+    pub fn back_end_channel(&self) -> Channel {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        self.tell(SET_BACKEND_REQ_FD, &[], &[theirs.as_fd()]);
+        ours.set_read_timeout(Some(DEADLINE)).unwrap();
+        Channel(ours)
+    }
+
     /// `size` bytes of the configuration space, or nothing if the server answers with an empty payload.
     pub fn config(&self, offset: u32, size: u32) -> Option<Vec<u8>> {
         let reply = self.ask(GET_CONFIG, &config(offset, 0, &vec![0; size as usize]));
@@ -355,6 +363,30 @@ impl Frontend {
         assert_eq!(reply.payload[4..8], size.to_ne_bytes());
         assert_eq!(reply.payload.len(), 12 + size as usize);
         Some(reply.payload[12..].to_vec())
+    }
+}
+
+/// What the back-end says on its channel.
+#[derive(Debug)]
+pub struct Channel(UnixStream);
+
+/// The configuration has changed.
+const BACKEND_CONFIG_CHANGE: u32 = 2;
+
+impl Channel {
+    /// Waits for the next message, which says that the configuration has changed and wants no answer.
+    pub fn config_changed(&self) {
+        let mut heard = [0; 12];
+        (&self.0)
+            .read_exact(&mut heard)
+            .expect("a message of the back-end");
+        assert_eq!(heard[..], message(BACKEND_CONFIG_CHANGE, VERSION, &[]));
+    }
+
+    /// Whether nothing has come.
+    pub fn is_silent(&self) -> bool {
+        let mut fds = [PollFd::new(&self.0, PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec::default())).unwrap() == 0
     }
 }
 

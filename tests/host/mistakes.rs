@@ -43,7 +43,7 @@ fn arguments() {
     m.write("weak", "sesame12");
     m.write("pass", "a passphrase of some length");
 
-    m.mistake("sealblk resize vm.luks");
+    m.mistake("sealblk extend vm.luks");
     m.mistake("sealblk help create serve");
     m.mistake("sealblk provider add vault");
     m.mistake("sealblk key delete 4711");
@@ -74,6 +74,10 @@ fn arguments() {
     m.mistake("sealblk rekey vm.luks --if-due");
     m.mistake("sealblk rekey vm.luks --if-due --max-age soon");
     m.mistake("sealblk rekey vm.luks --provider kms");
+    m.mistake("sealblk resize --size 2M");
+    m.mistake("sealblk resize other.luks --size 512K");
+    m.mistake("sealblk resize other.luks --size 1000 --shrink");
+    m.mistake("sealblk resize other.luks --shrink");
     m.mistake("sealblk erase vm.luks");
     m.mistake("sealblk erase vm.luks --confirm vm.luks");
     m.mistake("sealblk erase vm.luks --confirm 3b5b5f0e-2f5d-4c53-9d2a-5a3c1f0f7d11");

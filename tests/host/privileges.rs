@@ -80,7 +80,7 @@ fn a_verb_takes_its_privilege_and_no_other_will_do() {
         .0;
 
     // With the file of the user's own volume for DISK.
-    let verbs: [(&[&str], Takes); 33] = [
+    let verbs: [(&[&str], Takes); 34] = [
         (&["create", "--size", "1M", "new"], AnyOf(&["EncryptNew"])),
         (
             &[
@@ -144,6 +144,7 @@ fn a_verb_takes_its_privilege_and_no_other_will_do() {
         (&["lock", "--control-socket", control], AnyOf(&["RegisterVM"])),
         (&["unlock", "--control-socket", control], AnyOf(&["RegisterVM"])),
         (&["rekey", "--control-socket", control], AnyOf(&["Recrypt"])),
+        (&["resize", "--control-socket", control], AnyOf(&["RegisterVM"])),
         (
             &["events", "--control-socket", control],
             AnyOf(&["ReadKeyServersInfo"]),

@@ -9,4 +9,5 @@ mod luks2_crash;
 mod luks2_interop;
 mod paths;
 mod rekey;
+mod resize;
 mod storage;

@@ -180,6 +180,11 @@ struct Rekey {
     if_older_than: Option<u64>,
 }
 
+#[derive(Deserialize)]
+struct Resize {
+    capacity: Option<u64>,
+}
+
 type Answered = Result<Reply, MethodError>;
 
 impl Interface {
@@ -199,7 +204,7 @@ impl Interface {
         let since = served.disk.front_end();
         Ok(Reply::of(Status {
             disk: served.path.clone(),
-            volume: served.identity.uuid(),
+            volume: served.uuid,
             state,
             lock,
             capacity: served.disk.sectors() * Sector::LEN,
@@ -252,6 +257,15 @@ impl Interface {
         })))
     }
 
+    fn resize(&self, mut request: Request<'_>) -> Answered {
+        let Resize { capacity } = request.parameters()?;
+        self.permit(request.peer, Privilege::RegisterVM)?;
+        let resized = self.served.resize(capacity).map_err(|error| failed(&error))?;
+        Ok(Reply::of(
+            json!({ "before": resized.from, "capacity": resized.to }),
+        ))
+    }
+
     fn watch(&self, request: &Request<'_>) -> Answered {
         self.permit(request.peer, Privilege::ReadKeyServersInfo)?;
         request.watch(INTERFACE, &self.served.events)
@@ -259,10 +273,7 @@ impl Interface {
 
     fn permit(&self, peer: &Peer, privilege: Privilege) -> Result<(), MethodError> {
         let used = json!({ "user": peer.user, "process": peer.process, "privilege": privilege });
-        if self
-            .grants
-            .allow(peer, privilege, Some(self.served.identity.uuid()))
-        {
+        if self.grants.allow(peer, privilege, Some(self.served.uuid)) {
             self.served.tell(Event::PrivilegeUsed, used);
             return Ok(());
         }
@@ -294,6 +305,7 @@ impl varlink::Interface for Interface {
             "Lock" => self.lock(request.peer),
             "Unlock" => self.unlock(request.peer),
             "Rekey" => self.rekey(request),
+            "Resize" => self.resize(request),
             "Watch" => self.watch(&request),
             _ => return None,
         })

@@ -23,8 +23,9 @@ use std::time::Duration;
 use rustix::event::{EventfdFlags, eventfd};
 use sealblk_base::blame::Blame;
 use serde_json::{Value, json};
+use uuid::Uuid;
 
-use crate::cipher::{CipherError, KernelChoice};
+use crate::cipher::{CipherError, KernelChoice, Sector};
 use crate::control::events::{Event, Events};
 use crate::control::manager;
 use crate::device::{Disk, Observer, Standing};
@@ -32,7 +33,7 @@ use crate::key_helper::{HelperError, HelperFailure, KeyHelper};
 use crate::keys::RequestPurpose;
 use crate::keys::binding::{self, BindingError, BindingReason, Bindings, Rekeyed};
 use crate::keys::{KeyError, KeyReason};
-use crate::luks2::{Changed, Identity, Locked, Volume, VolumeError};
+use crate::luks2::{Changed, HeaderIo, Identity, Locked, Resize, Resized, Volume, VolumeError};
 use crate::map::SegmentTable;
 use crate::mutex::lock;
 use crate::path_text;
@@ -228,7 +229,9 @@ pub struct Attachment {
     disk: Arc<Disk>,
     /// The disk's path, as callers are told of it, who may be in another directory.
     path: String,
-    identity: Identity,
+    uuid: Uuid,
+    /// What the guest knows the volume by. Its length changes.
+    identity: Mutex<Identity>,
     opener: Opener,
     _announcement: Option<Announcement>,
     /// Held while the key comes, goes or is changed: one of these at a time.
@@ -281,6 +284,12 @@ pub enum AttachmentError {
     /// Nobody to ask for a KEK.
     #[error("the disk was opened with a passphrase, without a key provider; rekey it while it is not served")]
     NoProviders,
+    /// Another process may have it.
+    #[error(
+        "no guest runs with the disk, or another process has it, so its size cannot be changed here now; continue the guest, or resize the \
+         disk where it runs"
+    )]
+    NotClaimed,
     /// It could not be unlocked again.
     #[error(
         "the passphrase came from standard input, another inherited descriptor or a pipe without a name; sealblk can read it only \
@@ -333,7 +342,8 @@ impl Attachment {
         let attachment = Arc::new(Self {
             disk,
             path,
-            identity,
+            uuid: identity.uuid(),
+            identity: Mutex::new(identity),
             opener,
             _announcement,
             turn: Mutex::new(()),
@@ -495,6 +505,42 @@ impl Attachment {
         Ok(Some(rekeyed))
     }
 
+    /// Gives the disk another length: that of its file or device, or `capacity` in bytes. The guest is told. It never becomes shorter.
+    ///
+    /// # Errors
+    /// [`AttachmentError`].
+    pub fn resize(&self, capacity: Option<u64>) -> Result<Resized, AttachmentError> {
+        let _turn = lock(&self.turn);
+        if self.disk.claimed() != Standing::Held {
+            return Err(AttachmentError::NotClaimed);
+        }
+        let mut locked = self.read_header()?;
+        let header = self.opener.header.as_ref();
+        let payload: Option<&dyn HeaderIo> = header.map(|_| &self.opener.disk as _);
+        let shrink = false;
+        let resized = locked.resize(payload, Resize { capacity, shrink });
+        let resized = resized.map_err(|reason| OpenError::from(reason.at(locked.path())))?;
+        self.set_length(locked.identity().map_err(OpenError::from)?);
+        if resized.from != resized.to {
+            let told = json!({ "before": resized.from, "capacity": resized.to });
+            self.tell(Event::DiskResized, told);
+        }
+        Ok(resized)
+    }
+
+    /// Has the guest see the length that the volume has by now, unless it knows a greater one.
+    fn set_length(&self, found: Identity) {
+        let capacity = found.capacity();
+        {
+            let mut known = lock(&self.identity);
+            if capacity <= known.capacity() {
+                return;
+            }
+            *known = found;
+        }
+        self.disk.resize(capacity / Sector::LEN).wait();
+    }
+
     /// Opens the disk, unless it was locked since it had been locked `locks` times.
     fn open(&self, _turn: &MutexGuard<'_, ()>, locks: u64) -> Result<(), OpenError> {
         if !self.disk.is_locked() {
@@ -519,7 +565,19 @@ impl Attachment {
 
     /// Reads the header anew, which has to be of the volume that the guest sees.
     fn read_header(&self) -> Result<Locked<'_>, OpenError> {
-        self.opener.locked()?.as_before(&self.identity)
+        let known = lock(&self.identity).clone();
+        self.opener.locked()?.as_before(&known)
+    }
+
+    /// Reads it after another process may have changed it. The volume may have become longer: then it is as long for the guest from now on.
+    fn read_header_of_others(&self) -> Result<(), OpenError> {
+        let found = self.opener.locked()?.identity()?;
+        let changed = lock(&self.identity).changed_to(&found);
+        if let Some(changed) = changed {
+            return Err(changed.into());
+        }
+        self.set_length(found);
+        Ok(())
     }
 
     /// While the disk is locked for want of its key, tries again and again.
@@ -572,7 +630,7 @@ impl Attachment {
 
     /// Tells of an event of this disk.
     fn tell(&self, event: Event, mut fields: Value) {
-        fields["volume"] = self.identity.uuid().to_string().into();
+        fields["volume"] = self.uuid.to_string().into();
         self.events.tell(event, &fields);
     }
 }
@@ -583,7 +641,7 @@ impl Observer for Weak<Attachment> {
         let Some(served) = self.upgrade() else {
             return Ok(());
         };
-        let Err(error) = served.read_header() else {
+        let Err(error) = served.read_header_of_others() else {
             return Ok(());
         };
         let reason = interface::describe(&error);

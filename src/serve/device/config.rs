@@ -174,7 +174,7 @@ fn space(disk: &Disk, num_queues: u16) -> [u8; CONFIG_LEN] {
 
     put(
         offset_of!(virtio_blk_config, capacity),
-        &disk.sectors().to_le_bytes(),
+        &disk.shown().to_le_bytes(),
     );
     put(offset_of!(virtio_blk_config, size_max), &SIZE_MAX.to_le_bytes());
     put(offset_of!(virtio_blk_config, seg_max), &SEG_MAX.to_le_bytes());

@@ -3,10 +3,13 @@
 //! A disk has its key, or it is locked. While it is locked no ring is served, and the driver's requests wait in the rings.
 //! The keys are in the segment table, and each worker shares the table for as long as it has a ring. So a lock is complete when
 //! the last worker has given the table back; the disk then holds no part of a key.
+//!
+//! A disk becomes longer in the same way: rings by the table of the old length are stopped, and started by another one. The driver
+//! sees the new length only then, so no ring refuses a request that fits it.
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -43,14 +46,27 @@ impl Grant {
     }
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Tables {
     /// None while the disk is locked.
     current: Option<Grant>,
     /// How many there were.
     generation: u64,
-    /// Whether one was withdrawn and is not back yet: rings may still run by it.
-    withdrawn: bool,
+    /// How many were withdrawn and are not back yet: rings may still run by them.
+    withdrawn: u32,
+    /// The capacity, which is known without a key.
+    sectors: u64,
+}
+
+impl Tables {
+    /// Gives out another one.
+    fn grant(&mut self, table: Arc<SegmentTable>) {
+        self.generation += 1;
+        self.current = Some(Grant {
+            generation: self.generation,
+            table,
+        });
+    }
 }
 
 /// A disk's table on its way back. See [`Disk::withdraw`].
@@ -58,7 +74,7 @@ struct Tables {
 #[must_use = "the table counts as withdrawn until a caller has waited for it"]
 pub struct Withdrawal<'disk> {
     disk: &'disk Disk,
-    /// None if another withdrawal has the table; then that one is waited for.
+    /// None if the disk had none, or another withdrawal has it; then that one is waited for.
     grant: Option<Grant>,
 }
 
@@ -71,7 +87,7 @@ impl Withdrawal<'_> {
                 table = shared;
                 std::thread::sleep(LOCK_TICK);
             }
-            lock(&self.disk.tables).withdrawn = false;
+            lock(&self.disk.tables).withdrawn -= 1;
             self.disk.returned.notify_all();
         }
         drop(self.disk.returned());
@@ -86,8 +102,8 @@ pub struct Disk {
     returned: Condvar,
     /// Signalled when the disk was locked or unlocked, for the session to stop or start its rings.
     changed: OwnedFd,
-    /// The capacity in sectors, which is known without a key.
-    sectors: u64,
+    /// The capacity in sectors that the driver sees: that by which rings run.
+    shown: AtomicU64,
     /// The payload's file.
     pub file: Arc<DataFile>,
     claims: Arc<Claims>,
@@ -128,10 +144,15 @@ impl Disk {
             *to = from;
         }
         Ok(Self {
-            tables: Mutex::default(),
+            tables: Mutex::new(Tables {
+                current: None,
+                generation: 0,
+                withdrawn: 0,
+                sectors,
+            }),
             returned: Condvar::new(),
             changed: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
-            sectors,
+            shown: AtomicU64::new(sectors),
             file,
             claims: Arc::new(claims),
             sector_size,
@@ -145,21 +166,32 @@ impl Disk {
         })
     }
 
-    /// Has the disk served by `table`, which is of as many sectors as the disk has. Where one was withdrawn, this waits until
-    /// no ring runs by that any more.
-    ///
-    /// # Panics
-    /// If it is not: the driver knows the capacity already.
+    /// Has the disk served by `table`, for as many sectors as the disk has by now. Where one was withdrawn, this waits until no ring runs
+    /// by that any more.
     pub fn unlock(&self, table: Arc<SegmentTable>) {
-        assert_eq!(table.sectors(), self.sectors, "the capacity is what it was");
         let mut tables = self.returned();
-        tables.generation += 1;
-        tables.current = Some(Grant {
-            generation: tables.generation,
-            table,
-        });
+        let table = match table.sectors() == tables.sectors {
+            true => table,
+            false => Arc::new(table.resized(tables.sectors)),
+        };
+        tables.grant(table);
         drop(tables);
         self.tell();
+    }
+
+    /// Gives the disk another length, and notifies the session: requests in flight are finished, and all others are carried out by
+    /// another table. [`Withdrawal::wait`] waits until no ring runs by the one before.
+    pub fn resize(&self, sectors: u64) -> Withdrawal<'_> {
+        let mut tables = lock(&self.tables);
+        tables.sectors = sectors;
+        let grant = tables.current.take();
+        if let Some(Grant { table, .. }) = &grant {
+            tables.grant(Arc::new(table.resized(sectors)));
+            tables.withdrawn += 1;
+        }
+        drop(tables);
+        self.tell();
+        Withdrawal { disk: self, grant }
     }
 
     /// Removes the table, with the keys in it, and notifies the session: requests in flight are finished, all others wait in
@@ -167,7 +199,7 @@ impl Disk {
     pub fn withdraw(&self) -> Withdrawal<'_> {
         let mut tables = lock(&self.tables);
         let grant = tables.current.take();
-        tables.withdrawn |= grant.is_some();
+        tables.withdrawn += u32::from(grant.is_some());
         drop(tables);
         self.tell();
         Withdrawal { disk: self, grant }
@@ -178,9 +210,20 @@ impl Disk {
         lock(&self.tables).current.is_none()
     }
 
-    /// What rings run by; none while the disk is locked.
-    pub(super) fn granted(&self) -> Option<Grant> {
-        lock(&self.tables).current.clone()
+    /// What rings run by, none while the disk is locked; and the capacity in sectors.
+    pub(super) fn granted(&self) -> (Option<Grant>, u64) {
+        let tables = lock(&self.tables);
+        (tables.current.clone(), tables.sectors)
+    }
+
+    /// Shows the driver this capacity from now on. No ring runs by a table of another one.
+    pub(super) fn show(&self, sectors: u64) {
+        self.shown.store(sectors, Ordering::Relaxed);
+    }
+
+    /// The capacity in sectors that the driver sees.
+    pub(super) fn shown(&self) -> u64 {
+        self.shown.load(Ordering::Relaxed)
     }
 
     /// The claim on its storage, without which no ring is served.
@@ -239,7 +282,7 @@ impl Disk {
     /// The tables, once what was withdrawn is back.
     fn returned(&self) -> MutexGuard<'_, Tables> {
         let tables = lock(&self.tables);
-        let tables = self.returned.wait_while(tables, |tables| tables.withdrawn);
+        let tables = self.returned.wait_while(tables, |tables| tables.withdrawn > 0);
         tables.unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -283,6 +326,6 @@ impl Disk {
 
     /// The capacity in sectors.
     pub fn sectors(&self) -> u64 {
-        self.sectors
+        lock(&self.tables).sectors
     }
 }

@@ -3,7 +3,7 @@
 //! A message is received whole, decoded once ([`super::frontend_message`]) and checked ([`super::checks`]). Then it goes to the
 //! handler ([`super::handler`]), with the rings paused that the table names for it. The interceptor itself answers the messages
 //! that the handler would get wrong, SET_LOG_BASE, SET_CONFIG, SET_BACKEND_REQ_FD, GET_INFLIGHT_FD and SET_INFLIGHT_FD, and keeps
-//! acknowledgements to itself that the front-end did not ask for.
+//! acknowledgements to itself that the front-end did not ask for. It tells the front-end when the disk has another capacity.
 //!
 //! ```text
 //! front-end  <-- socket -->  interceptor  <-- socket -->  handler (its own thread)
@@ -16,7 +16,8 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::SendFlags;
 use sealblk_base::blame::Blame;
 use vhost::vhost_user::VhostUserProtocolFeatures;
 use vhost::vhost_user::message::{VhostUserInflight, VhostUserLog};
@@ -39,6 +40,13 @@ const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long it may take over a reply, when the socket's buffer is full. Meanwhile the disk is neither locked nor stopped.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The configuration has changed (VHOST_USER_BACKEND_CONFIG_CHANGE_MSG): request 2, protocol version 1 and no wish for an answer, no
+/// payload.
+const CONFIG_CHANGED: [u8; 12] = {
+    let ([r0, r1, r2, r3], [f0, f1, f2, f3]) = (2_u32.to_ne_bytes(), 1_u32.to_ne_bytes());
+    [r0, r1, r2, r3, f0, f1, f2, f3, 0, 0, 0, 0]
+};
 
 /// Why a session ended, unless the front-end left.
 #[derive(Debug, thiserror::Error)]
@@ -101,6 +109,8 @@ pub(super) fn relay(
         rings,
         protocol: VhostUserProtocolFeatures::empty(),
         back_end_channel: None,
+        asked_capacity: None,
+        told_capacity: None,
     };
     let result = interceptor.relay();
     // Before the handler goes, whose vrings they are.
@@ -116,9 +126,13 @@ struct Interceptor<'s> {
     rings: &'s mut Rings,
     /// The protocol features that the front-end has agreed on.
     protocol: VhostUserProtocolFeatures,
-    /// The socket for what a back-end has to say. Nothing is said on it yet, but it stays open: QEMU takes its end for an
-    /// error. It is kept here, since the handler would close it where others can hold the close up.
+    /// The socket for what a back-end has to say. It stays open: QEMU takes its end for an error. It is kept here, since the
+    /// handler's type for it has no message of a changed configuration, and would close it where others can hold the close up.
     back_end_channel: Option<Foreign>,
+    /// The capacity that the front-end asked for last.
+    asked_capacity: Option<u64>,
+    /// The capacity that was reported to it since rings are served.
+    told_capacity: Option<u64>,
 }
 
 impl Interceptor<'_> {
@@ -126,6 +140,7 @@ impl Interceptor<'_> {
         let mut incoming = Incoming::new(MESSAGE_TIMEOUT);
         let mut asked_for_queues = false;
         loop {
+            self.tell_capacity();
             if !self.wait_for_bytes(&incoming)? {
                 self.disk.take_change();
                 if sigbus::is_lost() {
@@ -174,6 +189,40 @@ impl Interceptor<'_> {
         }
     }
 
+    /// Has the front-end ask for the configuration if it knows another capacity than the disk has (VHOST_USER_BACKEND_CONFIG_CHANGE_MSG).
+    /// A front-end that connects again does not ask by itself, and QEMU ignores it while the guest is stopped: sealblk
+    /// repeats the message whenever rings are served again.
+    fn tell_capacity(&mut self) {
+        if !self.rings.any_is_served() {
+            self.told_capacity = None;
+            return;
+        }
+        let capacity = Some(self.disk.shown());
+        if [self.asked_capacity, self.told_capacity].contains(&capacity)
+            || !self.protocol.contains(VhostUserProtocolFeatures::CONFIG)
+        {
+            return;
+        }
+        let Some(channel) = &self.back_end_channel else {
+            return;
+        };
+        // QEMU 7.2 can take the answer to a message of its own for the configuration, if it asks for that meanwhile.
+        let mut fds = [PollFd::new(self.front_end, PollFlags::IN)];
+        if poll(&mut fds, Some(&Timespec::default())) != Ok(0) {
+            return;
+        }
+        match rustix::net::send(
+            channel,
+            &CONFIG_CHANGED,
+            SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
+        ) {
+            Ok(_) => self.told_capacity = capacity,
+            Err(error) => {
+                tracing::debug!(%error, "the front-end does not take the message that the capacity has changed")
+            }
+        }
+    }
+
     /// Checks a message, has it applied, and answers it.
     fn handle(&mut self, mut message: Message, content: &FrontendMessage) -> Result<(), InterceptError> {
         checks::check(&message, content, self.rings)?;
@@ -186,9 +235,13 @@ impl Interceptor<'_> {
             FrontendMessage::SetInflightFd(kept) => self.set_inflight_memory(&mut message, kept)?,
             _ => self.handler.pass(message, content, self.rings)?,
         };
-        if let FrontendMessage::SetProtocolFeatures(features) = content {
-            let asked = VhostUserProtocolFeatures::from_bits_truncate(*features);
-            self.protocol = asked & config::protocol_features();
+        match content {
+            FrontendMessage::SetProtocolFeatures(features) => {
+                let asked = VhostUserProtocolFeatures::from_bits_truncate(*features);
+                self.protocol = asked & config::protocol_features();
+            }
+            FrontendMessage::GetConfig => self.asked_capacity = Some(self.disk.shown()),
+            _ => {}
         }
         let is_wanted = match content.rule().reply {
             Reply::Data => true,

@@ -74,6 +74,7 @@ impl Rings {
         vrings: Vec<Vring>,
     ) -> Result<Self, MapError> {
         sigbus::begin();
+        disk.show(disk.sectors());
         let running = vrings.iter().map(|_| None).collect();
         let queues = u16::try_from(vrings.len()).unwrap_or(u16::MAX);
         let used_logs = vec![None; vrings.len()];
@@ -119,6 +120,11 @@ impl Rings {
         }
     }
 
+    /// Whether any of them is served.
+    pub(super) fn any_is_served(&self) -> bool {
+        self.running.iter().any(Option::is_some)
+    }
+
     /// How many there are.
     pub(super) fn count(&self) -> usize {
         self.vrings.len()
@@ -141,9 +147,10 @@ impl Rings {
     /// If there are no descriptors, threads or memory left to serve one. A ring that the driver set up wrongly is no
     /// error of the session: it rests.
     pub(super) fn start(&mut self) -> io::Result<()> {
-        let granted = self.disk.granted();
+        let (granted, sectors) = self.disk.granted();
         let current = granted.as_ref().map(Grant::generation);
         self.stop_those(|_, running| Some(running.generation) != current);
+        self.disk.show(sectors);
         let Some(grant) = granted else {
             return Ok(());
         };
