@@ -234,6 +234,7 @@ impl Service {
         let subject = about(&binding, purpose);
         let purposes = [
             RequestPurpose::Attach,
+            RequestPurpose::Migrate,
             RequestPurpose::Access,
             RequestPurpose::Recrypt,
         ];
@@ -251,7 +252,7 @@ impl Service {
         let kek = (&*binding.provider, &binding.key_id);
         let held = match &secret {
             // Its process was killed, perhaps, and the guest waits.
-            Err(error) if error.reason.is_no_verdict() && purpose == RequestPurpose::Attach => self
+            Err(error) if error.reason.is_no_verdict() && purpose.is_to_serve() => self
                 .registered
                 .serves(peer.user, binding.volume, kek)
                 .then(|| self.providers.unwrap_held(&binding.binding(), &wrapped))
@@ -280,7 +281,7 @@ impl Service {
         let place = place(path.as_deref());
         self.index
             .note(&binding.binding(), &place, Occasion::Opened, by(peer));
-        if purpose == RequestPurpose::Attach {
+        if purpose.is_to_serve() {
             let WireBinding {
                 volume,
                 provider,

@@ -25,6 +25,7 @@ neither the state directory nor a provider's credentials. The agent identifies i
 callers by their user and groups, and checks their privileges:
 
   RegisterVM          serve a disk
+  Migrate             serve a disk to a guest that migrates here (serve --incoming)
   Access              open a volume for another purpose: `recovery`
   EncryptNew          make a disk, or erase one
   Recrypt             give a volume another key: `rekey`
@@ -35,7 +36,7 @@ callers by their user and groups, and checks their privileges:
   ManageKeyServers    remove a provider: `provider remove`
 
 Root, and the user that the agent runs as, have all privileges. Other users have
-only those that are granted. RegisterVM, Access and Recrypt can be limited to some
+only those that are granted. RegisterVM, Migrate, Access and Recrypt can be limited to some
 volumes, by UUID. Grant nothing to QEMU's own user or group. The agent records
 requests, refusals and released keys in audit.log in the state directory; `sealblk
 audit verify` checks that the log is unchanged.";

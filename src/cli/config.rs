@@ -115,7 +115,7 @@ pub enum ConfigError {
     },
     /// A grant for some volumes of what is about none.
     #[error(
-        "{}: a [[grant]] with `volumes` can only have Access, Recrypt and RegisterVM: give {privilege} in a [[grant]] without `volumes`",
+        "{}: a [[grant]] with `volumes` can only have Access, Migrate, Recrypt and RegisterVM: give {privilege} in a [[grant]] without `volumes`",
         path.display()
     )]
     NotOfVolumes {

@@ -101,8 +101,16 @@ struct Volume {
 
 struct Ways {
     attach: Keys,
+    migrate: Keys,
     recrypt: Keys,
 }
+
+/// Why the serving process opens its volume.
+const SERVING: [RequestPurpose; 3] = [
+    RequestPurpose::Attach,
+    RequestPurpose::Migrate,
+    RequestPurpose::Recrypt,
+];
 
 type Answered = Result<Reply, MethodError>;
 
@@ -128,13 +136,15 @@ impl Disk<'_> {
     fn look(&self, header: &OwnedFd, path: &Path) -> Result<Volume, Failure> {
         let backing = Backing::open(&reopened(header), Access::Inspect)?;
         let bindings = Bindings::read(&backing).map_err(|error| Reason::Header(error).at(path))?;
+        let to_serve = |purpose| match self.host.keys_of(path, purpose)? {
+            Keys::Agent(client) => Ok::<_, Failure>(Keys::Agent(client.on_behalf_of(self.serving))),
+            own @ Keys::Own(..) => Ok(own),
+        };
         let keys = match self.passphrase {
             Some(_) => None,
             None => Some(Ways {
-                attach: match self.host.keys_of(path, RequestPurpose::Attach)? {
-                    Keys::Agent(client) => Keys::Agent(client.on_behalf_of(self.serving)),
-                    own @ Keys::Own(..) => own,
-                },
+                attach: to_serve(RequestPurpose::Attach)?,
+                migrate: to_serve(RequestPurpose::Migrate)?,
                 recrypt: self.host.keys_of(path, RequestPurpose::Recrypt)?,
             }),
         };
@@ -203,6 +213,7 @@ impl Disk<'_> {
         let ways = ways.ok_or_else(not_opened)?;
         match purpose {
             RequestPurpose::Attach if purposes.contains(&purpose) => Ok(&ways.attach),
+            RequestPurpose::Migrate if purposes.contains(&purpose) => Ok(&ways.migrate),
             RequestPurpose::Recrypt if purposes.contains(&purpose) => Ok(&ways.recrypt),
             _ => Err(MethodError::new(
                 AGENT,
@@ -281,7 +292,7 @@ impl Disk<'_> {
             ..
         } = request.parameters()?;
         self.check(&binding)?;
-        let keys = self.keys(purpose, &[RequestPurpose::Attach, RequestPurpose::Recrypt])?;
+        let keys = self.keys(purpose, &SERVING)?;
         let wrapped = BASE64_STANDARD
             .decode(&wrapped)
             .ok()

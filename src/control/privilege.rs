@@ -26,6 +26,8 @@ pub enum Privilege {
     ManageKeyServers,
     /// Ask for KEKs' states and for the volumes that they open, take them out of use, and push them to the agent.
     ManageKeys,
+    /// Open a volume to serve it to a guest that migrates here.
+    Migrate,
     /// See the key providers, whether they work, and which volumes they open; which volumes are served, and what happens to
     /// keys and disks.
     ReadKeyServersInfo,
@@ -38,7 +40,10 @@ pub enum Privilege {
 impl Privilege {
     /// Whether it is about volumes that are there, so that it can be granted for some of them.
     pub fn is_of_volumes(self) -> bool {
-        matches!(self, Self::Access | Self::Recrypt | Self::RegisterVM)
+        matches!(
+            self,
+            Self::Access | Self::Migrate | Self::Recrypt | Self::RegisterVM
+        )
     }
 }
 

@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 pub enum RequestPurpose {
     /// To serve a volume to a guest.
     Attach,
+    /// To serve a volume to a guest that migrates here.
+    Migrate,
     /// To open a volume for something else.
     Access,
     /// To make a volume.
@@ -20,10 +22,16 @@ pub enum RequestPurpose {
 }
 
 impl RequestPurpose {
+    /// Whether it is to serve the volume to a guest.
+    pub fn is_to_serve(self) -> bool {
+        matches!(self, Self::Attach | Self::Migrate)
+    }
+
     /// The privilege of an agent that goes with it.
     pub fn privilege(self) -> Privilege {
         match self {
             Self::Attach => Privilege::RegisterVM,
+            Self::Migrate => Privilege::Migrate,
             Self::Access => Privilege::Access,
             Self::Create => Privilege::EncryptNew,
             Self::Recrypt => Privilege::Recrypt,

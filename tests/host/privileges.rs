@@ -19,11 +19,12 @@ use serde_json::Value;
 
 /// Users whom no host has: one for each privilege, in this order, and one who has none.
 const FIRST_USER: u32 = 4_200_000;
-const PRIVILEGES: [&str; 7] = [
+const PRIVILEGES: [&str; 8] = [
     "Access",
     "EncryptNew",
     "ManageKeyServers",
     "ManageKeys",
+    "Migrate",
     "ReadKeyServersInfo",
     "Recrypt",
     "RegisterVM",
@@ -80,7 +81,7 @@ fn a_verb_takes_its_privilege_and_no_other_will_do() {
         .0;
 
     // With the file of the user's own volume for DISK.
-    let verbs: [(&[&str], Takes); 34] = [
+    let verbs: [(&[&str], Takes); 35] = [
         (&["create", "--size", "1M", "new"], AnyOf(&["EncryptNew"])),
         (
             &[
@@ -92,6 +93,17 @@ fn a_verb_takes_its_privilege_and_no_other_will_do() {
                 "DISK",
             ],
             AnyOf(&["RegisterVM"]),
+        ),
+        (
+            &[
+                "serve",
+                "--incoming",
+                "--socket-path",
+                "vhost.sock",
+                "--blk-file",
+                "DISK",
+            ],
+            AnyOf(&["Migrate"]),
         ),
         (&["rekey", "DISK"], AnyOf(&["Recrypt"])),
         (

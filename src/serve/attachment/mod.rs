@@ -62,6 +62,8 @@ pub struct Opener {
     pub header: Option<Backing>,
     /// What unlocks it.
     pub by: By,
+    /// What its key is asked for: to serve it to a guest.
+    pub purpose: RequestPurpose,
     /// Where keys and passphrases come from.
     pub helper: KeyHelper,
     /// The kernel of its cipher.
@@ -172,10 +174,7 @@ impl Opener {
     /// [`OpenError`].
     pub fn unlock(&self, locked: &Locked<'_>) -> Result<Volume, OpenError> {
         match self.by {
-            By::Providers => Ok(binding::unlock(
-                locked,
-                &self.helper.providers(RequestPurpose::Attach),
-            )?),
+            By::Providers => Ok(binding::unlock(locked, &self.helper.providers(self.purpose))?),
             By::Passphrase { .. } => {
                 let forms = self.helper.passphrase()?;
                 let mut forms = forms
@@ -496,7 +495,7 @@ impl Attachment {
         let volume = self.opener.unlock(&locked)?;
         let providers = self.opener.helper.providers(RequestPurpose::Recrypt);
         // The agent knows a volume by the KEK that it was opened with last.
-        let opener = self.opener.helper.providers(RequestPurpose::Attach);
+        let opener = self.opener.helper.providers(self.opener.purpose);
         let rekeyed =
             binding::rekey(&mut locked, &volume, &providers, &opener, provider).map_err(OpenError::from)?;
         let bound =

@@ -30,6 +30,7 @@ use crate::control::socket::{self, Bound, Permissions};
 use crate::control::{datagram, manager, server, varlink};
 use crate::device::{Claims, DEFAULT_POOL_PAGES, Disk, Endpoint, Server, Waited};
 use crate::key_helper::{KeyHelper, Settings};
+use crate::keys::RequestPurpose;
 use crate::luks2::{Changed, HeaderError, Identity, Locked, MATERIAL_LEN, Reason, VolumeError};
 use crate::map::{SegmentTable, Treatment, unencrypted};
 use crate::sandbox::{self, Allowed, Measure, Sandbox};
@@ -321,6 +322,10 @@ impl Serve {
                         disk,
                         header,
                         by,
+                        purpose: match self.incoming {
+                            true => RequestPurpose::Migrate,
+                            false => RequestPurpose::Attach,
+                        },
                         helper,
                         kernel: self.cipher_kernel,
                     }),
