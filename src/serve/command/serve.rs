@@ -266,8 +266,10 @@ impl Serve {
     /// Gets the key of `served`, or finds that the disk has to wait for it. A key server that does not answer holds up a guest
     /// no longer than [`FIRST_TRY`]: its disk is locked then.
     fn get_key(&self, server: &Server, served: &Arc<Attachment>) -> Result<Waited, Failure> {
-        let first = served.get_key(!self.no_wait).map_err(Failure::Host)?;
-        let limit = (!self.no_wait).then_some(FIRST_TRY);
+        // A guest that has migrated to a locked disk could not go back.
+        let wait = !self.no_wait && !self.incoming;
+        let first = served.get_key(wait).map_err(Failure::Host)?;
+        let limit = wait.then_some(FIRST_TRY);
         let waited = server.wait_for(&first, limit).map_err(Failure::Host)?;
         match waited {
             Waited::Came => first.outcome()?,
