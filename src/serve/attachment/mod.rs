@@ -28,7 +28,7 @@ use uuid::Uuid;
 use crate::cipher::{CipherError, KernelChoice, Sector};
 use crate::control::events::{Event, Events};
 use crate::control::manager;
-use crate::device::{Disk, Observer, Standing};
+use crate::device::{Disk, NotClaimed, Observer, Standing};
 use crate::key_helper::{HelperError, HelperFailure, KeyHelper};
 use crate::keys::RequestPurpose;
 use crate::keys::binding::{self, BindingError, BindingReason, Bindings, Rekeyed};
@@ -283,12 +283,15 @@ pub enum AttachmentError {
     /// Nobody to ask for a KEK.
     #[error("the disk was opened with a passphrase, without a key provider; rekey it while it is not served")]
     NoProviders,
-    /// Another process may have it.
+    /// It could not tell the guest.
     #[error(
         "no guest runs with the disk, or another process has it, so its size cannot be changed here now; continue the guest, or resize the \
          disk where it runs"
     )]
-    NotClaimed,
+    NoGuest,
+    /// Its header is not this process's to change.
+    #[error(transparent)]
+    NotClaimed(#[from] NotClaimed),
     /// It could not be unlocked again.
     #[error(
         "the passphrase came from standard input, another inherited descriptor or a pipe without a name; sealblk can read it only \
@@ -488,6 +491,7 @@ impl Attachment {
         if self.disk.is_locked() {
             return Err(AttachmentError::IsLocked);
         }
+        let _kept = self.disk.keep_claim()?;
         let mut locked = self.read_header()?;
         if if_older_than.is_some_and(|age| !Bindings::of(locked.header()).are_older_than(age)) {
             return Ok(None);
@@ -511,8 +515,9 @@ impl Attachment {
     pub fn resize(&self, capacity: Option<u64>) -> Result<Resized, AttachmentError> {
         let _turn = lock(&self.turn);
         if self.disk.claimed() != Standing::Held {
-            return Err(AttachmentError::NotClaimed);
+            return Err(AttachmentError::NoGuest);
         }
+        let _kept = self.disk.keep_claim()?;
         let mut locked = self.read_header()?;
         let header = self.opener.header.as_ref();
         let payload: Option<&dyn HeaderIo> = header.map(|_| &self.opener.disk as _);

@@ -8,10 +8,14 @@
 //! thread does it, and the session continues meanwhile. When the disk is claimed, the thread has the header checked: the guest must
 //! find the disk that it knows. If the claim is refused, the rings stay stopped, and nothing tries again by itself: the guest may have
 //! run elsewhere since, and what this one knows of its disk would be old. The next try comes after the front-end has stopped its rings.
+//!
+//! A change of the volume's header needs the claim, too, and keeps it ([`Kept`]) while no other process has attached the disk: a guest
+//! that is reset, or stopped, in the middle of a rekey is not noticed. If the other side of a migration is there, the guest goes
+//! first: the claim is given back, and the rest of the change is refused.
 
 use std::error::Error;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::Duration;
@@ -35,6 +39,10 @@ pub trait Observer: Send + Sync {
 /// See the module's header.
 pub struct Claims {
     state: Mutex<State>,
+    /// How many changes of the header keep the claim.
+    kept: AtomicU32,
+    /// Whether it is to be given back when none keeps it any more.
+    is_overdue: AtomicBool,
     observer: OnceLock<Box<dyn Observer>>,
     /// Whether this process has had the claim.
     was_held: AtomicBool,
@@ -94,6 +102,8 @@ impl Claims {
         Self {
             was_held: AtomicBool::new(matches!(state, State::Claimed(_))),
             state: Mutex::new(state),
+            kept: AtomicU32::new(0),
+            is_overdue: AtomicBool::new(false),
             observer: OnceLock::new(),
         }
     }
@@ -201,6 +211,60 @@ impl Claims {
         self.tell();
     }
 
+    /// Keeps the claim for a change of the header; if it is not held, the disk is claimed for that, unless another process has attached
+    /// it.
+    ///
+    /// # Errors
+    /// Why the header cannot be changed here now.
+    pub(super) fn keep(self: &Arc<Self>, file: &DataFile) -> Result<Kept, NotClaimed> {
+        let mut state = lock(&self.state);
+        let attached = match state.take() {
+            State::Attached(attached) => attached,
+            other => {
+                let not_claimed = match &other {
+                    State::Claimed(_) => None,
+                    State::Refused(_, reason) => Some(NotClaimed::Refused(reason.clone())),
+                    _ => Some(NotClaimed::Waiting),
+                };
+                *state = other;
+                return not_claimed.map_or_else(|| Ok(self.kept()), Err);
+            }
+        };
+        drop(state);
+        let claimed = match attached.is_attached_by_others() {
+            true => Err((attached, NotClaimed::Elsewhere)),
+            false => match attached.claim() {
+                Ok(claim) => match self.check(file) {
+                    Ok(()) => Ok(claim),
+                    Err(reason) => Err((claim.release(), NotClaimed::Refused(reason))),
+                },
+                Err(Unclaimed { attached, error }) => Err((attached, NotClaimed::Refused(text(&error)))),
+            },
+        };
+        let mut state = lock(&self.state);
+        let kept = match claimed {
+            Ok(claim) => {
+                *state = State::Claimed(Arc::new(claim));
+                self.is_overdue.store(true, Ordering::Relaxed);
+                Ok(self.kept())
+            }
+            // A ring that has asked for it meanwhile asks again.
+            Err((attached, not_claimed)) => {
+                *state = State::Attached(attached);
+                Err(not_claimed)
+            }
+        };
+        drop(state);
+        self.tell();
+        kept
+    }
+
+    /// The state is locked.
+    fn kept(self: &Arc<Self>) -> Kept {
+        self.kept.fetch_add(1, Ordering::Relaxed);
+        Kept(Arc::clone(self))
+    }
+
     /// Checks what was just claimed.
     fn check(&self, file: &DataFile) -> Result<(), String> {
         let first = !self.was_held.load(Ordering::Relaxed);
@@ -220,7 +284,12 @@ impl Claims {
     pub(super) fn release(&self) {
         {
             let mut state = lock(&self.state);
+            let is_kept = self.kept.load(Ordering::Relaxed) > 0;
             *state = match state.take() {
+                State::Claimed(claim) if is_kept && !claim.is_attached_by_others() => {
+                    self.is_overdue.store(true, Ordering::Relaxed);
+                    State::Claimed(claim)
+                }
                 State::Claimed(claim) => match Arc::try_unwrap(claim) {
                     Ok(claim) => State::Attached(claim.release()),
                     Err(claim) => State::Claimed(claim),
@@ -234,6 +303,42 @@ impl Claims {
         }
         self.tell();
     }
+}
+
+/// The claim is kept for a change of the header, until this is dropped.
+#[derive(Debug)]
+#[must_use = "the claim is given back"]
+pub struct Kept(Arc<Claims>);
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        let is_last = {
+            let _state = lock(&self.0.state);
+            self.0.kept.fetch_sub(1, Ordering::Relaxed) == 1
+        };
+        if is_last && self.0.is_overdue.swap(false, Ordering::Relaxed) {
+            self.0.release();
+        }
+    }
+}
+
+/// Why a process cannot change the header of its disk.
+#[derive(Debug, thiserror::Error)]
+pub enum NotClaimed {
+    /// The other side of a migration.
+    #[error(
+        "no guest runs with the disk here, and another `sealblk serve` has attached it: make the change where the guest runs, or end one of \
+         the two"
+    )]
+    Elsewhere,
+    /// See [`Standing::Waiting`].
+    #[error(
+        "the disk is being taken over from another process, or waits for writes of one that was killed: try again later"
+    )]
+    Waiting,
+    /// Another process has it in use, or it is not the disk that the guest knows.
+    #[error("the disk cannot be claimed: {0}")]
+    Refused(String),
 }
 
 impl State {

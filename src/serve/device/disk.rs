@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::claims::{Claims, Observer, Standing};
+use super::claims::{Claims, Kept, NotClaimed, Observer, Standing};
 use super::limits::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES};
 use crate::cipher::SectorSize;
 use crate::map::SegmentTable;
@@ -243,6 +243,17 @@ impl Disk {
     pub fn ask_for_claim(self: &Arc<Self>) -> io::Result<()> {
         let disk = Arc::clone(self);
         self.claims.ask(&self.file, move || disk.tell())
+    }
+
+    /// Keeps the claim on the storage for a change of the volume's header.
+    ///
+    /// # Errors
+    /// Why it is not this process's to change now.
+    pub fn keep_claim(&self) -> Result<Kept, NotClaimed> {
+        let kept = self.claims.keep(&self.file);
+        // Rings may have been looking for the claim meanwhile.
+        self.tell();
+        kept
     }
 
     /// Gives the claim back, once what was written is on stable storage. No ring is served. A reader keeps its claim: it is all that keeps

@@ -94,7 +94,7 @@ mod vring;
 mod worker;
 mod worker_thread;
 
-pub use claims::{Claims, Observer, Standing};
+pub use claims::{Claims, Kept, NotClaimed, Observer, Standing};
 pub use disk::Disk;
 pub use limits::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES};
 pub use server::{Endpoint, ServeError, Server, Waited};

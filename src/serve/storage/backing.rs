@@ -195,12 +195,14 @@ impl Backing {
         })
     }
 
+    /// Whether this process has claimed it.
+    pub fn is_claimed(&self) -> bool {
+        self.claimed.load(Ordering::Acquire)
+    }
+
     /// How to lock metadata, which lie in a file: by flock(2), or not at all.
     pub fn metadata_lock(&self) -> FileLock {
-        match (
-            claim::one_kind_of_lock(&self.file),
-            self.claimed.load(Ordering::Acquire),
-        ) {
+        match (claim::one_kind_of_lock(&self.file), self.is_claimed()) {
             (false, _) => FileLock::Flock,
             (true, true) => FileLock::Claimed,
             (true, false) => FileLock::None,

@@ -130,6 +130,12 @@ impl Attached {
         self.parts.append(&mut other.parts);
     }
 
+    /// Whether another process has attached the disk to write: the other side of a migration.
+    pub fn is_attached_by_others(&self) -> bool {
+        let mut parts = self.parts.iter();
+        parts.any(|part| part.is_attached_by_others().unwrap_or(true))
+    }
+
     /// What each io_uring has to register that writes to the disk.
     pub fn fence(&self) -> Fence {
         let writers = self.parts.iter().filter(|part| part.access == Access::ReadWrite);
@@ -197,10 +203,9 @@ impl Attached {
 }
 
 impl Claim {
-    /// Whether another process has attached the disk to write: the other side of a migration.
+    /// See [`Attached::is_attached_by_others`].
     pub fn is_attached_by_others(&self) -> bool {
-        let mut parts = self.attached.parts.iter();
-        parts.any(|part| part.is_attached_by_others().unwrap_or(true))
+        self.attached.is_attached_by_others()
     }
 
     /// Gives the claim back; what is attached stays attached. Nothing of this process may be in flight.

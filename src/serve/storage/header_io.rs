@@ -12,11 +12,11 @@ use rustix::io::Errno;
 
 use super::backing::Backing;
 use super::capabilities::Kind;
-use crate::luks2::{FileLock, HeaderIo, LockMode, MetadataLock, read_direct};
+use crate::luks2::{HeaderIo, LockMode, MetadataLock, read_direct};
 
-/// On a file system with one kind of lock.
-const NOT_CLAIMED: &str = "the metadata of a file on NFS, SMB or 9p can be changed only while this process serves its guest: continue the \
-    guest, or change them where it runs";
+/// Another process may serve the disk, on another host too.
+const NOT_CLAIMED: &str =
+    "the volume's header can be changed only where the guest runs, or by a process that has the disk alone";
 
 impl HeaderIo for Backing {
     fn path(&self) -> &Path {
@@ -79,10 +79,9 @@ impl HeaderIo for Backing {
     }
 
     fn lock(&self, mode: LockMode) -> io::Result<MetadataLock<'_>> {
-        let by = self.metadata_lock();
-        if (mode, by) == (LockMode::Write, FileLock::None) {
+        if mode == LockMode::Write && !self.is_claimed() {
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, NOT_CLAIMED));
         }
-        MetadataLock::acquire(self.file(), mode, by)
+        MetadataLock::acquire(self.file(), mode, self.metadata_lock())
     }
 }
