@@ -1,17 +1,18 @@
 //! Two servers of one disk, as a migration has them: one guest stops before the other starts, and never do both write.
 
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use common::DEADLINE;
+use common::agent::Agent;
 use common::driver::{Data, Driver, S_OK, T_IN, T_OUT};
 use common::pattern;
 use common::serve::{Server, sealblk_path, serve, serve_fails};
 use common::storage::LoopDevice;
 use common::volume::{MIB, Volume, run};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{FlockOperation, Mode, OFlags, flock};
 use rustix::io::Errno;
 use serde_json::Value;
 
@@ -19,6 +20,7 @@ use serde_json::Value;
 const A_WHILE: Duration = Duration::from_millis(500);
 
 const IN_USE: i32 = 5;
+const NO_ANSWER: i32 = 7;
 
 struct Side {
     server: Server,
@@ -34,13 +36,27 @@ impl Side {
         Side { server, control }
     }
 
+    /// A verb for this side's control socket.
+    fn verb(&self, verb: &str) -> Command {
+        let mut command = Command::new(sealblk_path());
+        command.arg(verb).arg("--control-socket").arg(&self.control);
+        command
+    }
+
+    fn status(&self) -> Value {
+        let told = run(self.verb("status").arg("--json"));
+        serde_json::from_slice(&told.stdout).unwrap()
+    }
+
     fn claim(&self) -> Value {
-        let mut status = Command::new(sealblk_path());
-        let told = run(status
-            .args(["status", "--json", "--control-socket"])
-            .arg(&self.control));
-        let status: Value = serde_json::from_slice(&told.stdout).unwrap();
-        status["claim"].clone()
+        self.status()["claim"].clone()
+    }
+
+    /// A verb that is refused: what it says.
+    fn refuses(&self, verb: &str) -> String {
+        let refused = self.verb(verb).output().unwrap();
+        assert!(!refused.status.success(), "{verb}");
+        String::from_utf8(refused.stderr).unwrap()
     }
 
     fn wait_claim(&self, state: &str) -> Value {
@@ -218,5 +234,176 @@ fn a_disk_that_became_another_one_meanwhile_is_not_taken_over() {
         "{refused}"
     );
     assert!(here.queue().poll_used().is_none());
+    let _ = read;
+}
+
+/// It waited for its key instead, and a guest that came had a locked disk.
+#[test]
+fn a_destination_that_does_not_get_its_key_ends_at_its_start() {
+    let mut agent = Agent::new("");
+    let volume = agent.volume();
+    let source = Side::start(&volume, "source", &[]);
+    let mut driver = source.server.connect();
+    agent.stop();
+    serve_fails(&volume, &["--incoming"]).assert_says(NO_ANSWER, &["agent"]);
+    driver.still_serves();
+    assert_eq!(source.claim()["state"], "held");
+}
+
+/// The first 16 MiB are the header.
+fn header(volume: &Volume) -> Vec<u8> {
+    volume.stored(0, 16 * MIB as usize)
+}
+
+/// Another process may serve the disk, on a host that the lock of the header does not reach.
+#[test]
+fn a_header_is_changed_where_the_guest_runs() {
+    let volume = Volume::created(MIB, 512);
+    let source = Side::start(&volume, "source", &[]);
+    let mut there = source.server.connect();
+    let bytes = pattern(3, 4096);
+    there.write(0, &bytes);
+    let destination = Side::start(&volume, "destination", &["--incoming"]);
+    let unchanged = |side: &Side| {
+        let before = header(&volume);
+        let said = side.refuses("rekey");
+        assert!(said.contains("where the guest runs"), "{said}");
+        assert!(header(&volume) == before);
+    };
+    let changed = |side: &Side| {
+        let before = header(&volume);
+        run(&mut side.verb("rekey"));
+        assert!(header(&volume) != before);
+    };
+    unchanged(&destination);
+    changed(&source);
+    stop(&mut there);
+    // Nobody has it: the guest is under way.
+    unchanged(&source);
+    unchanged(&destination);
+    let mut here = destination.server.connect();
+    assert!(here.read(0, bytes.len()) == bytes);
+    unchanged(&source);
+    changed(&destination);
+    drop(there);
+    source.server.stop();
+
+    // No guest runs, and no other process has the disk.
+    let bases = stop(&mut here);
+    assert_eq!(destination.claim()["state"], "released");
+    changed(&destination);
+    assert_eq!(destination.claim()["state"], "released");
+    go_on(&mut here, &bases);
+    assert!(here.read(0, bytes.len()) == bytes);
+}
+
+/// A reset of the guest stops all its rings.
+#[test]
+fn a_guest_that_stops_in_the_middle_of_a_rekey_ends_it_only_if_it_migrates() {
+    let volume = Volume::created(MIB, 512);
+    let source = Side::start(&volume, "source", &[]);
+    let mut there = source.server.connect();
+    there.still_serves();
+    // The rekey waits for the header.
+    let file = volume.file();
+    let begin_rekey = |times: usize| {
+        flock(&file, FlockOperation::LockExclusive).unwrap();
+        let rekey = source.verb("rekey").stderr(Stdio::piped()).spawn().unwrap();
+        while source.server.process.stderr().matches("PrivilegeUsed").count() < times {
+            thread::sleep(Duration::from_millis(5));
+        }
+        thread::sleep(A_WHILE);
+        rekey
+    };
+    let rekey = begin_rekey(1);
+    let bases = stop(&mut there);
+    assert_eq!(source.claim()["state"], "held");
+    go_on(&mut there, &bases);
+    there.still_serves();
+    flock(&file, FlockOperation::Unlock).unwrap();
+    assert!(rekey.wait_with_output().unwrap().status.success());
+    assert_eq!(source.claim()["state"], "held");
+
+    let destination = Side::start(&volume, "destination", &["--incoming"]);
+    let rekey = begin_rekey(2);
+    stop(&mut there);
+    assert_eq!(source.claim()["state"], "released");
+    flock(&file, FlockOperation::Unlock).unwrap();
+    let refused = rekey.wait_with_output().unwrap();
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert!(
+        !refused.status.success() && said.contains("where the guest runs"),
+        "{said}"
+    );
+    let mut here = destination.server.connect();
+    here.still_serves();
+    // A rekey there begins anew.
+    run(&mut destination.verb("rekey"));
+}
+
+/// A lock is of one process, and a guest that runs elsewhere needs none there.
+#[test]
+fn a_lock_of_one_side_says_nothing_of_the_other() {
+    let volume = Volume::created(MIB, 512);
+    let source = Side::start(&volume, "source", &[]);
+    let mut there = source.server.connect();
+    there.still_serves();
+    let destination = Side::start(&volume, "destination", &["--incoming"]);
+
+    // The guest of a locked disk stops, with its requests in the rings, and goes on where the disk is open.
+    run(&mut source.verb("lock"));
+    let waiting = there.submit(0, T_IN, 0, Data::In(512));
+    let bases = stop(&mut there);
+    assert_eq!(source.claim()["state"], "released");
+    let mut here = destination.server.connect();
+    here.still_serves();
+
+    // And the other way round: the request that waited is carried out after the unlock.
+    let other_bases = stop(&mut here);
+    go_on(&mut there, &bases);
+    thread::sleep(A_WHILE);
+    assert!(there.queue().poll_used().is_none());
+    assert_eq!(
+        source.claim()["state"],
+        "released",
+        "a locked disk needs no claim"
+    );
+    run(&mut source.verb("unlock"));
+    let used = there.queue().wait_used();
+    assert_eq!(there.outcome(&waiting, used).status, S_OK);
+    assert_eq!(source.claim()["state"], "held");
+
+    // The destination is locked before the guest comes.
+    run(&mut destination.verb("lock"));
+    stop(&mut there);
+    go_on(&mut here, &other_bases);
+    let waiting = here.submit(0, T_IN, 0, Data::In(512));
+    thread::sleep(A_WHILE);
+    assert!(here.queue().poll_used().is_none());
+    run(&mut destination.verb("unlock"));
+    let used = here.queue().wait_used();
+    assert_eq!(here.outcome(&waiting, used).status, S_OK);
+}
+
+/// The guest can go on at the source.
+#[test]
+fn a_destination_whose_storage_goes_away_does_not_take_the_disk_over() {
+    let volume = Volume::created(MIB, 512);
+    let source = Side::start(&volume, "source", &[]);
+    let mut there = source.server.connect();
+    there.still_serves();
+    let destination = Side::start(&volume, "destination", &["--incoming"]);
+    let bases = stop(&mut there);
+    let len = volume.file().metadata().unwrap().len();
+    let all = volume.stored(0, len as usize);
+    volume.file().set_len(0).unwrap();
+    let mut here = destination.server.connect();
+    let read = here.submit(0, T_IN, 0, Data::In(512));
+    destination.wait_claim("refused");
+    assert!(here.queue().poll_used().is_none());
+    std::os::unix::fs::FileExt::write_all_at(&volume.file(), &all, 0).unwrap();
+    go_on(&mut there, &bases);
+    there.still_serves();
+    assert_eq!(destination.claim()["state"], "refused");
     let _ = read;
 }

@@ -47,16 +47,18 @@ requests wait, without an error. sealblk tries again at least every 30 seconds; 
 --no-wait it ends instead. A disk that you locked by `sealblk lock` stays locked
 until `sealblk unlock`.
 
-While sealblk serves a disk, no other process can use the disk. For a migration, start sealblk at the destination
-with --incoming: it accepts the other sealblk. The guest at the destination gets the disk when the guest at the source
-has stopped. If it has not stopped within 10 seconds, the requests of the guest at the destination wait, and the log and
-`sealblk status` say why. Two readers (--read-only) need no --incoming.
+While sealblk serves a disk, no other process can use the disk. For a migration, start
+sealblk at the destination with --incoming: it accepts the other sealblk. The guest at
+the destination gets the disk when the guest at the source has stopped. If it has not
+stopped within 10 seconds, the requests of the guest at the destination wait, and the
+log and `sealblk status` say why. With --incoming, sealblk ends if the key is not
+available, and the agent asks for the privilege Migrate in place of RegisterVM. Two
+readers (--read-only) need no --incoming.
 
 On SIGTERM sealblk finishes the requests in flight and ends. You can stop and start
-it while the guest runs: QEMU connects again (because of `reconnect`), and the
-requests wait. If sealblk is killed instead, requests in flight may be lost, and the
-guest may wait for them without end: reset the guest then. One QEMU can be connected
-at a time.";
+it while the guest runs, and it can be killed: QEMU connects again (because of
+`reconnect`), and the requests wait. Start it again with --incoming if the disk is
+being migrated. One QEMU can be connected at a time.";
 
 /// The most queues: one for each virtual CPU of a large guest. A queue takes 20 KiB until a driver uses it.
 const MAX_QUEUES: i64 = 64;
