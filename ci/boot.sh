@@ -50,3 +50,33 @@ printed() { sed -n "s/^$2: //p" "$WORK/$1.log" | tr -d '\r'; }
 
 # same WHAT A B
 same() { [ "$2" = "$3" ] || die "$1: '$2' is not '$3'"; }
+
+# monitor NAME: sets the array MONITOR to the options of a QEMU that takes orders by `order NAME ...`.
+monitor() {
+    local at=$WORK/$1.monitor
+    rm -f "$at".{in,out}
+    mkfifo "$at".{in,out}
+    # shellcheck disable=SC2034  # of those who source this
+    MONITOR=(-chardev "pipe,id=monitor,path=$at" -mon chardev=monitor)
+}
+
+# order NAME COMMAND...: has QEMU's monitor carry out a command. The pipe takes it also if QEMU has ended or has not started yet.
+order() {
+    local at=$WORK/$1.monitor
+    shift
+    printf '%s\n' "$*" 1<>"$at.in"
+}
+
+# answers NAME COMMAND TEXT: whether QEMU's monitor answers to a command with this text.
+answers() {
+    local at=$WORK/$1.monitor
+    answer "$1" >>"$at.log" # to what was asked before
+    order "$1" "$2"
+    sleep 0.1
+    answer "$1" >"$at.answer"
+    cat "$at.answer" >>"$at.log"
+    grep -qa -- "$3" "$at.answer"
+}
+
+# answer NAME: what QEMU's monitor has printed since.
+answer() { dd if="$WORK/$1.monitor.out" iflag=nonblock bs=64k status=none 2>/dev/null || true; }

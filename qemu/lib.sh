@@ -174,17 +174,22 @@ run_job() {
 
 # start_job JOB [QEMU OPTION...]: the same in the background; `job_ended SECONDS JOB` waits for its end.
 start_job() {
-    local job=$1
-    shift
+    job_initrd "$1"
+    start_with_initrd "$1.initrd" "$@"
+}
+
+# start_with_initrd INITRD NAME [QEMU OPTION...]: starts the small guest with an initramfs that is there; NAME.log is its console.
+start_with_initrd() {
+    local initrd=$1 name=$2
+    shift 2
     qemu_command
     machine_options
-    job_initrd "$job"
-    CONSOLE_LOG=$job.log
-    : >"$job.log"
+    CONSOLE_LOG=$name.log
+    : >"$name.log"
     CONSOLE_SEEN=0
     [ -n "${MAY_REBOOT:-}" ] || MACHINE+=(-no-reboot)
-    "${QEMU[@]}" "${MACHINE[@]}" -serial "file:$job.log" -kernel "$BUILD/guest/vmlinuz" -initrd "$job.initrd" \
-        -append "console=ttyS0 panic=-1 quiet" "$@" </dev/null 2>"$job.qemu" &
+    "${QEMU[@]}" "${MACHINE[@]}" -serial "file:$name.log" -kernel "$BUILD/guest/vmlinuz" -initrd "$initrd" \
+        -append "console=ttyS0 panic=-1 quiet" "$@" </dev/null 2>>"$name.qemu" &
     GUEST=$!
 }
 
