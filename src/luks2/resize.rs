@@ -10,6 +10,8 @@
 //!
 //! After a crash at any point the disk has the old length or the new one. The file may be longer than it needs to be.
 
+use std::io;
+
 use sealblk_base::sector::Sector;
 use tracing::warn;
 
@@ -107,7 +109,14 @@ fn grow(payload: &dyn HeaderIo, len: u64, end: u64) -> Result<(), Reason> {
         // Whoever made it longer may not have waited for that.
         false => Ok(()),
     };
-    longer().and_then(|()| payload.sync()).map_err(|source| {
+    let is_longer = || match payload.size()? >= end {
+        true => Ok(()),
+        false => Err(io::Error::other(
+            "the file keeps its length, although no error was reported",
+        )),
+    };
+    let grown = longer().and_then(|()| payload.sync()).and_then(|()| is_longer());
+    grown.map_err(|source| {
         if end > len {
             let _ = payload.set_size(len);
         }
