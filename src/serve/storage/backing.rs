@@ -20,6 +20,7 @@ use super::access::{Access, StorageError};
 use super::capabilities::{self, Kind, Protection, block_device_size, direct_alignment, logical_block_size};
 use super::claim::{self, Attached, Claim, Fence, Others};
 use super::loss::Losses;
+use super::policy::Policy;
 use super::pool::PAGE_U32;
 use super::reopen::reopen;
 use crate::luks2::{FileLock, LOCK_DIRECTORY};
@@ -286,6 +287,7 @@ impl Backing {
             null: false,
             discard_granule: discard_granule.into(),
             losses: Arc::clone(&self.losses),
+            policy: Policy::default(),
             fence: fence.clone(),
             discard_alignment: capabilities::discard_granularity(&self.file, self.kind),
         })
@@ -303,6 +305,7 @@ pub struct DataFile {
     null: bool,
     discard_granule: u64,
     losses: Arc<Losses>,
+    policy: Policy,
     fence: Fence,
     discard_alignment: u64,
 }
@@ -322,6 +325,7 @@ impl DataFile {
             null: true,
             discard_granule: 1,
             losses: Arc::new(Losses::new(None)),
+            policy: Policy::default(),
             fence: Fence::default(),
             discard_alignment: 1,
         })
@@ -366,6 +370,17 @@ impl DataFile {
             self.losses.record();
         }
         Ok(result?)
+    }
+
+    /// The same file, with what becomes of reads and writes that it fails.
+    pub fn with_policy(mut self, policy: Policy) -> Self {
+        self.policy = policy;
+        self
+    }
+
+    /// What becomes of reads and writes that it fails.
+    pub(super) fn policy(&self) -> Policy {
+        self.policy
     }
 
     /// The loss that the guest is to be told of at a flush or a durable write.

@@ -5,6 +5,9 @@
 //! can free the pages, and dropping the engine waits for every operation before it unmaps them. A
 //! transfer either completes or fails: the engine continues short transfers, so that no caller can take one for
 //! success.
+//!
+//! A transfer that fails can also be held ([`super::policy`]): it keeps its buffer, and continues where it was when the engine tries it again.
+//! Where storage was full, one of those that are held is tried from time to time, and the others follow when it has succeeded.
 
 #![allow(unsafe_code)] // io_uring takes addresses, and what it does with them the compiler cannot follow.
 
@@ -19,6 +22,7 @@ use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
 use super::backing::DataFile;
 use super::capabilities::{BLKDISCARD, Kind};
+use super::policy::is_full;
 use super::pool::{Buffer, PAGE, Pool};
 use super::ring_pool::{RingPool, restrict};
 
@@ -67,6 +71,17 @@ pub struct Engine<C> {
     in_ring: u32,
     /// What ended without passing through the ring.
     ended: Vec<Done<C>>,
+    /// The operations that are held.
+    held: Vec<Held>,
+    /// The one of them that is being tried.
+    probe: Option<u32>,
+}
+
+/// An operation that storage has failed, and that waits to be tried again.
+#[derive(Debug)]
+struct Held {
+    place: u32,
+    error: io::Error,
 }
 
 /// The place of the payload's file among the ring's. The others are there for their locks ([`super::claim`]).
@@ -203,6 +218,8 @@ impl<C> Engine<C> {
             waiting: VecDeque::new(),
             in_ring: 0,
             ended: Vec::new(),
+            held: Vec::new(),
+            probe: None,
         })
     }
 
@@ -346,6 +363,50 @@ impl<C> Engine<C> {
             }
         }
         Ok(())
+    }
+
+    /// Watches nothing any more, and waits for nothing: for an engine that is only dropped from then on.
+    pub fn forget_watches(&mut self) {
+        self.watches = [None; WATCHES as usize];
+    }
+
+    /// The number of operations that are held, which are in flight as well. One that is being tried counts.
+    pub fn held(&self) -> usize {
+        self.held.len() + usize::from(self.probe.is_some())
+    }
+
+    /// The number of operations that storage works on.
+    pub fn under_way(&self) -> usize {
+        self.in_flight() - self.held.len()
+    }
+
+    /// Why the last one is held, if any is.
+    pub fn held_by(&self) -> Option<&io::Error> {
+        self.held.last().map(|held| &held.error)
+    }
+
+    /// Whether any is held because storage was full, and none is being tried.
+    pub fn wants_probe(&self) -> bool {
+        self.probe.is_none() && self.held.iter().any(|held| is_full(&held.error))
+    }
+
+    /// Tries one of those that are held because storage was full.
+    pub fn probe(&mut self) {
+        let next = self.held.iter().position(|held| is_full(&held.error));
+        if let Some(next) = next.filter(|_| self.probe.is_none()) {
+            let Held { place, .. } = self.held.remove(next);
+            self.probe = Some(place);
+            self.launch(place);
+        }
+    }
+
+    /// Gives up all that are held, which are in flight no more.
+    pub fn give_up_held(&mut self) {
+        for Held { place, .. } in std::mem::take(&mut self.held) {
+            if let Some(buffer) = self.vacate(place).and_then(|flight| flight.buffer) {
+                self.pool.give(buffer);
+            }
+        }
     }
 
     /// The number of operations that have not ended.
@@ -566,9 +627,16 @@ impl<C> Engine<C> {
                 Ok(())
             }
         };
-        let flight = self.flights[place as usize].take()?;
-        self.vacant.push(place);
-        self.without_data -= u32::from(flight.buffer.is_none());
+        let is_probe = self.probe.take_if(|probe| *probe == place).is_some();
+        match result {
+            Err(error) if self.holds(place, &error) => {
+                self.held.push(Held { place, error });
+                return None;
+            }
+            Ok(()) if is_probe => self.try_those_that_follow(),
+            _ => {}
+        }
+        let flight = self.vacate(place)?;
         Some(Done {
             context: flight.context,
             buffer: flight.buffer,
@@ -578,6 +646,38 @@ impl<C> Engine<C> {
 }
 
 impl<C> Engine<C> {
+    /// Whether the operation at `place` is held, which `error` has ended.
+    fn holds(&self, place: u32, error: &io::Error) -> bool {
+        let operation = self.flights[place as usize]
+            .as_ref()
+            .map(|flight| flight.operation);
+        let can_be_repeated = match operation {
+            // Through a page cache, the error can be that of earlier writes, which are lost.
+            Some(Operation::Write { durable, .. }) => !durable || self.file.is_direct(),
+            Some(Operation::Read { .. }) => true,
+            Some(Operation::Sync | Operation::Discard { .. }) | None => false,
+        };
+        can_be_repeated && self.file.policy().holds(error)
+    }
+
+    /// Tries all others that are held because storage was full.
+    fn try_those_that_follow(&mut self) {
+        let all = std::mem::take(&mut self.held);
+        let (full, others): (Vec<_>, _) = all.into_iter().partition(|held| is_full(&held.error));
+        self.held = others;
+        for Held { place, .. } in full {
+            self.launch(place);
+        }
+    }
+
+    /// Takes an operation from its place.
+    fn vacate(&mut self, place: u32) -> Option<Flight<C>> {
+        let flight = self.flights[place as usize].take()?;
+        self.vacant.push(place);
+        self.without_data -= u32::from(flight.buffer.is_none());
+        Some(flight)
+    }
+
     /// Leaves a ring of which all operations and watches have ended as it was.
     fn let_go(&self, ring: &mut IoUring) -> io::Result<()> {
         ring.completion().for_each(drop);
@@ -593,6 +693,7 @@ impl<C> Drop for Engine<C> {
     fn drop(&mut self) {
         let drained = loop {
             while self.next_event().is_some() {}
+            self.give_up_held();
             if self.in_flight() == 0 {
                 break self.unwatch();
             }
