@@ -1,4 +1,4 @@
-//! `sealblk status`, `lock` and `unlock`: calls to the control socket of a disk that is being served.
+//! `sealblk status`, `lock`, `unlock` and `resume`: calls to the control socket of a disk that is being served.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::failure::Failure;
 use super::size::Size;
 use super::{output, text};
-use crate::attachment::{self, ClaimState, FrontEnd, LockedBy, State};
+use crate::attachment::{self, ClaimState, FrontEnd, HeldBy, LockedBy, State};
 use crate::control::varlink::{CallError, MethodError, call};
 use crate::control::wire::Connection;
 use crate::parsing;
@@ -43,6 +43,13 @@ pub(super) struct Unlock {
     disk: ServedDisk,
 }
 
+/// Try the requests of a guest again that wait because the storage has failed them
+#[derive(Debug, Args)]
+pub(super) struct Resume {
+    #[command(flatten)]
+    disk: ServedDisk,
+}
+
 #[derive(Debug, Args)]
 struct ServedDisk {
     /// The control socket of `sealblk serve`
@@ -69,6 +76,12 @@ impl Lock {
 impl Unlock {
     pub(super) fn run(self) -> Result<(), Failure> {
         ask::<Nothing>(&self.disk.control_socket, "Unlock", json!({})).map(drop)
+    }
+}
+
+impl Resume {
+    pub(super) fn run(self) -> Result<(), Failure> {
+        ask::<Nothing>(&self.disk.control_socket, "Resume", json!({})).map(drop)
     }
 }
 
@@ -112,6 +125,15 @@ fn text(status: &attachment::Status) -> String {
         State::Open => row("state", "open".to_owned()),
         State::Locking => row("state", "locking: finishing the requests in flight".to_owned()),
         State::Locked => row("state", "locked: the guest's requests wait".to_owned()),
+    }
+    if let Some(held) = &status.held {
+        let until = match held.by {
+            HeldBy::Full => "the storage is full: requests wait until it has space",
+            HeldBy::Hung => "the storage does not answer: the disk is not served until it does",
+            HeldBy::Error => "the storage fails: requests wait until `sealblk resume`",
+        };
+        row("", format!("{until} ({} transfers)", held.transfers));
+        row("", text::printable(&held.message));
     }
     if let Some(claim) = &status.claim {
         match claim.state {

@@ -66,6 +66,10 @@ pub enum Event {
     RekeyFailed,
     /// A served disk has another size.
     DiskResized,
+    /// Requests of a guest wait, since storage has failed them.
+    RequestsHeld,
+    /// None waits any more.
+    RequestsResumed,
     /// A caller of a served disk has used its privilege.
     PrivilegeUsed,
     /// A caller of a served disk lacks the privilege.
@@ -93,7 +97,7 @@ pub enum Event {
 impl Event {
     /// All of them.
     #[cfg(test)]
-    pub const ALL: [Self; 35] = [
+    pub const ALL: [Self; 37] = [
         Self::AgentStarted,
         Self::KeyCreated,
         Self::KeyBound,
@@ -118,6 +122,8 @@ impl Event {
         Self::DiskRekeyed,
         Self::RekeyFailed,
         Self::DiskResized,
+        Self::RequestsHeld,
+        Self::RequestsResumed,
         Self::PrivilegeUsed,
         Self::PrivilegeRefused,
         Self::BrokerStarted,
@@ -158,6 +164,8 @@ impl Event {
             Self::DiskRekeyed => "the volume is bound to another key",
             Self::RekeyFailed => "the rekey failed: the volume keeps its key",
             Self::DiskResized => "the disk has another size",
+            Self::RequestsHeld => "the storage fails, and the guest's requests wait",
+            Self::RequestsResumed => "the guest's requests no longer wait for the storage",
             Self::PrivilegeUsed => "a caller was permitted",
             Self::PrivilegeRefused => "a caller was refused",
             Self::BrokerStarted => "the broker answers",

@@ -1,5 +1,5 @@
-//! A FUSE file system with one file, whose daemon leaves one process without an answer, as that of a hostile front-end would, or
-//! has writes land late, as slow storage does.
+//! A FUSE file system with one file, whose daemon leaves one process without an answer, as that of a hostile front-end would,
+//! has writes land late, as slow storage does, or fails operations.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -19,6 +19,7 @@ const SETATTR: u32 = 4;
 const OPEN: u32 = 14;
 const READ: u32 = 15;
 const WRITE: u32 = 16;
+const FSYNC: u32 = 20;
 const INIT: u32 = 26;
 const FALLOCATE: u32 = 43;
 const STATX: u32 = 52;
@@ -35,6 +36,26 @@ const ROOT: u64 = 1;
 
 /// No process has this number.
 const ALL: u32 = u32::MAX;
+
+/// What the daemon can fail.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Operation {
+    Read,
+    Write,
+    Sync,
+    Discard,
+}
+
+/// What becomes of an operation that the daemon fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// It ends with this error, and changes nothing.
+    Error(i32),
+    /// Half of it is done, in whole sectors, and one at least.
+    Short,
+    /// It finds the end of the file.
+    End,
+}
 
 #[derive(Debug)]
 pub struct Fuse {
@@ -53,6 +74,11 @@ struct Waiting {
     /// Whether writes that come from now on land only when they are let go.
     late: AtomicBool,
     writes: Mutex<Vec<LateWrite>>,
+    /// Operations that fail from this offset on; how often they did.
+    faults: Mutex<Vec<(Operation, Fault, u64)>>,
+    failed: AtomicU32,
+    /// Whether holes can be punched.
+    discards: AtomicBool,
 }
 
 /// A write that has not landed.
@@ -64,6 +90,18 @@ struct LateWrite {
 }
 
 impl Waiting {
+    /// What becomes of an operation at `offset`.
+    fn fault(&self, operation: Operation, offset: u64) -> Option<Fault> {
+        let faults = self.faults.lock().unwrap();
+        let mut faults = faults.iter();
+        let fault = faults.find(|(fails, _, from)| {
+            *fails == operation && (offset >= *from || operation == Operation::Sync)
+        });
+        let fault = fault.map(|(_, fault, _)| *fault)?;
+        self.failed.fetch_add(1, Ordering::SeqCst);
+        Some(fault)
+    }
+
     /// Writes, and answers.
     fn land(&self, device: &File, write: &LateWrite) {
         self.content.write_all_at(&write.bytes, write.offset).unwrap();
@@ -105,6 +143,9 @@ impl Fuse {
             content,
             late: AtomicBool::new(false),
             writes: Mutex::default(),
+            faults: Mutex::default(),
+            failed: AtomicU32::new(0),
+            discards: AtomicBool::new(false),
         });
         let (theirs, kept) = (Arc::clone(&device), Arc::clone(&waiting));
         let daemon = Some(std::thread::spawn(move || serve(&theirs, &kept)));
@@ -140,6 +181,27 @@ impl Fuse {
     /// Gives that process no answer any more.
     pub fn ignore(&self, process: u32) {
         self.waiting.process.store(process, Ordering::SeqCst);
+    }
+
+    /// Fails operations that begin at `from` or behind it, and all syncs if that is what fails.
+    pub fn fail(&self, operation: Operation, fault: Fault, from: u64) {
+        self.waiting.faults.lock().unwrap().push((operation, fault, from));
+    }
+
+    /// Fails nothing any more. Gives how many operations it has failed.
+    pub fn heal(&self) -> u32 {
+        self.waiting.faults.lock().unwrap().clear();
+        self.waiting.failed.swap(0, Ordering::SeqCst)
+    }
+
+    /// How many operations it has failed.
+    pub fn failed(&self) -> u32 {
+        self.waiting.failed.load(Ordering::SeqCst)
+    }
+
+    /// Lets holes be punched.
+    pub fn take_discards(&self) {
+        self.waiting.discards.store(true, Ordering::SeqCst);
     }
 
     /// Has writes that come from now on land when they are let go, or at once.
@@ -200,6 +262,18 @@ fn serve(device: &File, waiting: &Waiting) {
             continue;
         }
         let size = waiting.content.metadata().unwrap().len();
+        let operation = match opcode {
+            READ => Some(Operation::Read),
+            WRITE => Some(Operation::Write),
+            FSYNC => Some(Operation::Sync),
+            FALLOCATE => Some(Operation::Discard),
+            _ => None,
+        };
+        let fault = operation.and_then(|operation| waiting.fault(operation, long(48)));
+        if let Some(Fault::Error(error)) = fault {
+            refuse(device, unique, error);
+            continue;
+        }
         let answer = match opcode {
             // struct fuse_init_out: major, minor, max_readahead, flags, two halves of which the lower is max_background, max_write,
             // and 40 bytes of which zeros do.
@@ -217,17 +291,24 @@ fn serve(device: &File, waiting: &Waiting) {
                 ]
                 .concat()
             }
-            GETATTR | SETATTR => [vec![0; 16], attributes(node, size)].concat(),
+            GETATTR => [vec![0; 16], attributes(node, size)].concat(),
+            // struct fuse_setattr_in: what is valid, fh, size.
+            SETATTR => {
+                let is_size = word(40) & 1 << 3 != 0;
+                let size = if is_size { long(56) } else { size };
+                waiting.content.set_len(size).unwrap();
+                [vec![0; 16], attributes(node, size)].concat()
+            }
             OPEN => [1_u64, 0].map(u64::to_ne_bytes).concat(),
             // struct fuse_read_in and struct fuse_write_in: fh, offset, size; the bytes come after 40 of these.
             READ => {
-                let mut bytes = vec![0; word(56) as usize];
+                let mut bytes = vec![0; part(word(56), fault) as usize];
                 let len = waiting.content.read_at(&mut bytes, long(48)).unwrap();
                 bytes.truncate(len);
                 bytes
             }
             WRITE => {
-                let bytes = buffer[80..80 + word(56) as usize].to_vec();
+                let bytes = buffer[80..80 + part(word(56), fault) as usize].to_vec();
                 let offset = long(48);
                 let write = LateWrite {
                     unique,
@@ -240,6 +321,13 @@ fn serve(device: &File, waiting: &Waiting) {
                 }
                 continue;
             }
+            // struct fuse_fallocate_in: fh, offset, length, mode.
+            FALLOCATE if waiting.discards.load(Ordering::SeqCst) => {
+                let end = long(48).saturating_add(long(56)).min(size);
+                let zeros = vec![0; end.saturating_sub(long(48)) as usize];
+                waiting.content.write_all_at(&zeros, long(48)).unwrap();
+                Vec::new()
+            }
             FALLOCATE | STATX => {
                 refuse(device, unique, ENOSYS);
                 continue;
@@ -247,6 +335,15 @@ fn serve(device: &File, waiting: &Waiting) {
             _ => Vec::new(),
         };
         reply(device, unique, &answer);
+    }
+}
+
+/// How much of `len` bytes is done.
+fn part(len: u32, fault: Option<Fault>) -> u32 {
+    match fault {
+        Some(Fault::Short) => (len / 2 / 512 * 512).max(len.min(512)),
+        Some(Fault::End) => 0,
+        _ => len,
     }
 }
 

@@ -107,6 +107,7 @@ fn arguments() {
     m.mistake("sealblk serve --blk-file vm.luks --socket-path sock --sector-size 512");
     m.mistake("sealblk serve --blk-file vm.luks --socket-path sock --pool-size 4K");
     m.mistake("sealblk serve --null-storage 1000 --socket-path sock");
+    m.mistake("sealblk serve --null-storage 1M --socket-path sock --on-full wait");
     m.mistake("sealblk status");
     m.mistake("sealblk audit verify");
     m.check();

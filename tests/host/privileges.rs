@@ -81,7 +81,7 @@ fn a_verb_takes_its_privilege_and_no_other_will_do() {
         .0;
 
     // With the file of the user's own volume for DISK.
-    let verbs: [(&[&str], Takes); 35] = [
+    let verbs: [(&[&str], Takes); 36] = [
         (&["create", "--size", "1M", "new"], AnyOf(&["EncryptNew"])),
         (
             &[
@@ -157,6 +157,7 @@ fn a_verb_takes_its_privilege_and_no_other_will_do() {
         (&["unlock", "--control-socket", control], AnyOf(&["RegisterVM"])),
         (&["rekey", "--control-socket", control], AnyOf(&["Recrypt"])),
         (&["resize", "--control-socket", control], AnyOf(&["RegisterVM"])),
+        (&["resume", "--control-socket", control], AnyOf(&["RegisterVM"])),
         (
             &["events", "--control-socket", control],
             AnyOf(&["ReadKeyServersInfo"]),

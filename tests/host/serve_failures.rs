@@ -547,7 +547,7 @@ fn file_that_was_cut_short_gives_io_errors_beyond_its_end() {
 }
 
 #[test]
-fn full_file_system_gives_io_errors_until_there_is_room() {
+fn full_file_system_gives_io_errors_until_there_is_room_if_they_are_to_be_reported() {
     let mut volume = Volume::new();
     let Some(small) = Filesystem::tmpfs(volume.beside("small"), 24 * MIB) else {
         eprintln!("skipped: nothing can be mounted here");
@@ -561,7 +561,7 @@ fn full_file_system_gives_io_errors_until_there_is_room() {
     let ballast = small.path.join("ballast");
     fs::write(&ballast, vec![1; 4 << 20]).unwrap();
 
-    let server = Server::with(&volume, &[]);
+    let server = Server::with(&volume, &["--on-full", "report"]);
     let mut driver = server.connect();
     let bytes = pattern(3, MIB as usize);
     driver.still_serves();

@@ -750,7 +750,7 @@ fn states(before: &[u8], log: &[Op], mut found: impl FnMut(&[u8], &str)) {
 
 /// Tears one write: at every byte of a header that it changes, and at its sectors in any combination. Material of
 /// keyslots, which nothing refers to until it is whole, is torn here and there.
-fn torn(image: &mut Vec<u8>, op: &Op, found: &mut impl FnMut(&[u8], &str)) {
+fn torn(image: &mut [u8], op: &Op, found: &mut impl FnMut(&[u8], &str)) {
     let Op::Write { offset, bytes } = op else { return };
     let range = *offset..offset + bytes.len();
     let original = image[range.clone()].to_vec();

@@ -2,6 +2,7 @@
 
 mod backup;
 mod cli;
+mod failing;
 mod incoming;
 mod killed;
 mod lifecycle;

@@ -15,7 +15,7 @@ use crate::control::peer::Peer;
 use crate::control::privilege::{Grants, Privilege};
 use crate::control::rate_limit::RateLimit;
 use crate::control::varlink::{self, MethodError, Reply, Request};
-use crate::device::Standing;
+use crate::device::{self, Held, Standing};
 use crate::error_chain::causes;
 use crate::keys::{KeyId, KeyReason};
 use crate::sandbox::{Measure, Missing, Sandbox};
@@ -42,6 +42,8 @@ pub struct Status {
     pub read_only: bool,
     /// Whether this process may do I/O on the storage. A process of an earlier version does not tell.
     pub claim: Option<ClaimStatus>,
+    /// The guest's requests that wait for storage, if any does. A process of an earlier version does not tell.
+    pub held: Option<HeldStatus>,
     /// Whether a front-end is connected. A process of an earlier version does not tell.
     pub front_end: Option<FrontEnd>,
     /// What the process has given up. One of an earlier version does not tell.
@@ -83,6 +85,44 @@ impl From<Standing> for ClaimStatus {
             Standing::Refused(reason) => (ClaimState::Refused, Some(reason)),
         };
         Self { state, message }
+    }
+}
+
+/// Requests of the guest that storage has failed, and that wait.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct HeldStatus {
+    /// How many transfers of them.
+    pub transfers: usize,
+    /// Why.
+    pub by: HeldBy,
+    /// The error, for people.
+    pub message: String,
+}
+
+/// Why requests wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HeldBy {
+    /// Storage has no space; they continue when it has.
+    Full,
+    /// Another error; they continue at `Resume`.
+    Error,
+    /// It has not answered when the guest, or sealblk, was to stop. They continue when it has.
+    Hung,
+}
+
+impl From<Held> for HeldStatus {
+    fn from(held: Held) -> Self {
+        Self {
+            transfers: held.transfers,
+            by: match held.by {
+                device::HeldBy::Full => HeldBy::Full,
+                device::HeldBy::Error => HeldBy::Error,
+                device::HeldBy::Hung => HeldBy::Hung,
+            },
+            message: held.error,
+        }
     }
 }
 
@@ -210,6 +250,7 @@ impl Interface {
             capacity: served.disk.sectors() * Sector::LEN,
             read_only: served.disk.read_only,
             claim: Some(served.disk.claimed().into()),
+            held: served.disk.held().map(HeldStatus::from),
             front_end: Some(FrontEnd {
                 connected: since.is_some(),
                 since,
@@ -266,6 +307,12 @@ impl Interface {
         ))
     }
 
+    fn resume(&self, peer: &Peer) -> Answered {
+        self.permit(peer, Privilege::RegisterVM)?;
+        self.served.resume();
+        Ok(Reply::default())
+    }
+
     fn watch(&self, request: &Request<'_>) -> Answered {
         self.permit(request.peer, Privilege::ReadKeyServersInfo)?;
         request.watch(INTERFACE, &self.served.events)
@@ -306,6 +353,7 @@ impl varlink::Interface for Interface {
             "Unlock" => self.unlock(request.peer),
             "Rekey" => self.rekey(request),
             "Resize" => self.resize(request),
+            "Resume" => self.resume(request.peer),
             "Watch" => self.watch(&request),
             _ => return None,
         })

@@ -28,7 +28,7 @@ use uuid::Uuid;
 use crate::cipher::{CipherError, KernelChoice, Sector};
 use crate::control::events::{Event, Events};
 use crate::control::manager;
-use crate::device::{Disk, NotClaimed, Observer, Standing};
+use crate::device::{Disk, Held, NotClaimed, Observer, Standing};
 use crate::key_helper::{HelperError, HelperFailure, KeyHelper};
 use crate::keys::RequestPurpose;
 use crate::keys::binding::{self, BindingError, BindingReason, Bindings, Rekeyed};
@@ -42,7 +42,8 @@ use crate::storage::Backing;
 use twins::Announcement;
 
 pub use interface::{
-    ClaimState, ClaimStatus, FrontEnd, INTERFACE, Interface, LockStatus, LockedBy, State, Status,
+    ClaimState, ClaimStatus, FrontEnd, HeldBy, HeldStatus, INTERFACE, Interface, LockStatus, LockedBy, State,
+    Status,
 };
 
 /// How soon a key that was not to be had is tried again, and how much later at most: a server that is back is found
@@ -355,7 +356,12 @@ impl Attachment {
             told: Mutex::new(()),
         });
         let observer = Arc::downgrade(&attachment);
-        attachment.disk.observe_claim(Box::new(observer));
+        attachment.disk.observe_claim(Box::new(observer.clone()));
+        attachment.disk.observe_held(move |held| {
+            if let Some(served) = observer.upgrade() {
+                served.tell_held(held);
+            }
+        });
         attachment
     }
 
@@ -408,7 +414,13 @@ impl Attachment {
             Standing::Refused(reason) => return format!("not served: {reason}"),
         }
         match self.state() {
-            (State::Open, _) => "serving".to_owned(),
+            (State::Open, _) => match self.disk.held() {
+                Some(held) => format!(
+                    "the guest's requests wait, since the storage fails: {}",
+                    held.error
+                ),
+                None => "serving".to_owned(),
+            },
             (_, Some(status)) if status.by == LockedBy::NoKey => {
                 format!(
                     "locked until its key is available: {}",
@@ -530,6 +542,20 @@ impl Attachment {
             self.tell(Event::DiskResized, told);
         }
         Ok(resized)
+    }
+
+    /// Has all requests tried again that wait for storage.
+    pub fn resume(&self) {
+        self.disk.resume().wait();
+    }
+
+    /// Tells of requests that begin to wait for storage, or that none waits any more.
+    fn tell_held(&self, held: Option<&Held>) {
+        match held {
+            Some(held) => self.tell(Event::RequestsHeld, json!(HeldStatus::from(held.clone()))),
+            None => self.tell(Event::RequestsResumed, json!({})),
+        }
+        self.tell_manager();
     }
 
     /// Has the guest see the length that the volume has by now, unless it knows a greater one.

@@ -10,9 +10,9 @@ use sealblk_command::socket_args::{Group, parse_mode};
 use uuid::Uuid;
 
 use crate::cipher::{KernelChoice, SectorSize};
-use crate::device::DEFAULT_POLL_MAX;
+use crate::device::{DEFAULT_POLL_MAX, DEFAULT_STOP_LIMIT};
 use crate::sandbox::Choice;
-use crate::storage::PAGE;
+use crate::storage::{Answer, PAGE};
 
 const AFTER_HELP: &str = "\
 Example, with a directory for the sockets of this disk alone:
@@ -54,6 +54,12 @@ stopped within 10 seconds, the requests of the guest at the destination wait, an
 log and `sealblk status` say why. With --incoming, sealblk ends if the key is not
 available, and the agent asks for the privilege Migrate in place of RegisterVM. Two
 readers (--read-only) need no --incoming.
+
+While requests wait for the storage (--on-full, --on-error), the guest gets no answer to
+them; others continue. They wait also over a restart of `sealblk serve`. If QEMU stops,
+saves, migrates or resets the guest meanwhile, they are answered with an error: QEMU
+could not take them along. sealblk never repeats a flush that failed: the data before it
+may be lost, and a second flush would not say so.
 
 On SIGTERM sealblk finishes the requests in flight and ends. You can stop and start
 it while the guest runs, and it can be killed: QEMU connects again (because of
@@ -140,6 +146,23 @@ pub struct Serve {
     /// Pass the guest's discards to the storage. An observer of the storage then sees which blocks are in use
     #[arg(long, conflicts_with = "read_only")]
     pub(super) discard: bool,
+    /// What happens to a read or write when the storage has no space, or the user's quota is exhausted: 'stop' has it wait, without an error
+    /// for the guest, until there is space; 'report' gives the guest an error
+    #[arg(long, value_name = "WHAT", default_value = "stop", value_parser = parse_answer)]
+    pub(super) on_full: Answer,
+    /// What happens to a read or write that the storage fails for another reason: 'report' gives the guest an error; 'stop' has it wait until
+    /// `sealblk resume`. A flush or discard that fails is always reported (see below)
+    #[arg(long, value_name = "WHAT", default_value = "report", value_parser = parse_answer)]
+    pub(super) on_error: Answer,
+    /// How many seconds a stop of the guest, a lock or SIGTERM waits for requests that the storage does not answer. Then they are left in
+    /// flight; if QEMU stops the guest, they are answered with an error
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        value_parser = clap::value_parser!(u16).range(1..),
+        default_value_t = DEFAULT_STOP_LIMIT.as_secs() as u16
+    )]
+    pub(super) stop_timeout: u16,
     /// The disk's serial for the guest [default: the first 20 digits of the volume's UUID; for an unencrypted disk, of
     /// the SHA-256 of its absolute path]
     #[arg(long, value_name = "TEXT", value_parser = parse_serial)]
@@ -169,6 +192,14 @@ pub struct Serve {
 fn parse_sector_size(text: &str) -> Result<SectorSize, String> {
     let size = text.parse().ok().and_then(SectorSize::from_bytes);
     size.ok_or_else(|| "a sector has 512 or 4096 bytes".into())
+}
+
+fn parse_answer(text: &str) -> Result<Answer, String> {
+    match text {
+        "stop" => Ok(Answer::Stop),
+        "report" => Ok(Answer::Report),
+        _ => Err("it is 'stop' or 'report'".into()),
+    }
 }
 
 /// In pages.

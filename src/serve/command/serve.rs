@@ -34,7 +34,7 @@ use crate::keys::RequestPurpose;
 use crate::luks2::{Changed, HeaderError, Identity, Locked, MATERIAL_LEN, Reason, VolumeError};
 use crate::map::{SegmentTable, Treatment, unencrypted};
 use crate::sandbox::{self, Allowed, Measure, Sandbox};
-use crate::storage::{Access, Attached, Backing, DataFile, Fence, Kind, Others, StorageError};
+use crate::storage::{Access, Attached, Backing, DataFile, Fence, Kind, Others, Policy, StorageError};
 use sealblk_secmem::{arena, arena::SecretBytes};
 
 /// What QEMU's vhost-user.json names, and nothing more (`VHostUserBackendBlockFeature`).
@@ -366,7 +366,10 @@ impl Serve {
         Ok(Shape {
             sectors: locked.capacity() / Sector::LEN,
             sector_size,
-            file: Arc::new(disk.data_file(locked.layout().alignment(sector_size.bytes_u32()), fence)?),
+            file: Arc::new(
+                disk.data_file(locked.layout().alignment(sector_size.bytes_u32()), fence)?
+                    .with_policy(self.policy()),
+            ),
             serial: locked.uuid().simple().to_string(),
         })
     }
@@ -384,10 +387,21 @@ impl Serve {
         let shape = Shape {
             sectors: table.sectors(),
             sector_size,
-            file: Arc::new(disk.data_file(sector_size.bytes_u32(), fence)?),
+            file: Arc::new(
+                disk.data_file(sector_size.bytes_u32(), fence)?
+                    .with_policy(self.policy()),
+            ),
             serial: serial_of_path(disk.path()),
         };
         Ok(shape.of(Key::Known { table }))
+    }
+
+    /// What becomes of reads and writes that storage fails.
+    fn policy(&self) -> Policy {
+        Policy {
+            full: self.on_full,
+            error: self.on_error,
+        }
     }
 
     /// No disk: all but the storage.
@@ -453,6 +467,7 @@ impl Serve {
         Ok(disk
             .map_err(Failure::Host)?
             .with_poll_max(Duration::from_micros(self.poll_max.into()))
+            .with_stop_limit(Duration::from_secs(self.stop_timeout.into()))
             .with_pool_pages(self.pool_size.unwrap_or(DEFAULT_POOL_PAGES)))
     }
 }

@@ -10,13 +10,16 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::claims::{Claims, Kept, NotClaimed, Observer, Standing};
-use super::limits::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES};
+use super::held::{Held, HeldObserver, HeldTransfers};
+use super::limits::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES, DEFAULT_STOP_LIMIT};
 use crate::cipher::SectorSize;
 use crate::map::SegmentTable;
 use crate::mutex::lock;
@@ -58,6 +61,19 @@ struct Tables {
     sectors: u64,
 }
 
+/// Storage has not answered a ring that is stopped. See [`Disk::landing`].
+pub(super) struct Landing {
+    disk: Arc<Disk>,
+    queue: usize,
+}
+
+impl Drop for Landing {
+    fn drop(&mut self) {
+        self.disk.held.end_landing(self.queue);
+        self.disk.tell();
+    }
+}
+
 impl Tables {
     /// Gives out another one.
     fn grant(&mut self, table: Arc<SegmentTable>) {
@@ -85,7 +101,7 @@ impl Withdrawal<'_> {
             // The session first reads the notification, and then each ring drains, which storage can delay without limit.
             while let Err(shared) = Arc::try_unwrap(table) {
                 table = shared;
-                std::thread::sleep(LOCK_TICK);
+                thread::sleep(LOCK_TICK);
             }
             lock(&self.disk.tables).withdrawn -= 1;
             self.disk.returned.notify_all();
@@ -107,6 +123,8 @@ pub struct Disk {
     /// The payload's file.
     pub file: Arc<DataFile>,
     claims: Arc<Claims>,
+    /// What waits for storage.
+    pub(super) held: HeldTransfers,
     /// The unit of every transfer.
     pub sector_size: SectorSize,
     /// Whether writes are refused.
@@ -119,6 +137,8 @@ pub struct Disk {
     pub poll_max: Duration,
     /// The pages of each queue's pool.
     pub pool_pages: u32,
+    /// How long a ring that is stopped waits for storage.
+    pub stop_limit: Duration,
     /// Since when a front-end is connected.
     front_end: Mutex<Option<Timestamp>>,
     /// Whether the log says already that a driver takes this disk for another: a driver can cause that at any time.
@@ -155,12 +175,14 @@ impl Disk {
             shown: AtomicU64::new(sectors),
             file,
             claims: Arc::new(claims),
+            held: HeldTransfers::default(),
             sector_size,
             read_only,
             discard,
             serial: padded,
             poll_max: DEFAULT_POLL_MAX,
             pool_pages: DEFAULT_POOL_PAGES,
+            stop_limit: DEFAULT_STOP_LIMIT,
             front_end: Mutex::default(),
             mismatch_told: AtomicBool::new(false),
         })
@@ -192,6 +214,30 @@ impl Disk {
         drop(tables);
         self.tell();
         Withdrawal { disk: self, grant }
+    }
+
+    /// Has all that waits for storage tried again: the rings are stopped, and take it from their records when they start.
+    /// [`Withdrawal::wait`] waits until they have stopped.
+    pub fn resume(&self) -> Withdrawal<'_> {
+        self.resize(self.sectors())
+    }
+
+    /// What waits for storage.
+    pub fn held(&self) -> Option<Held> {
+        self.held.now()
+    }
+
+    /// Takes note that storage has not answered so many transfers of a ring that is stopped, until this is dropped.
+    pub(super) fn landing(self: &Arc<Self>, queue: usize, transfers: usize) -> Landing {
+        self.held.begin_landing(queue, transfers);
+        let disk = Arc::clone(self);
+        Landing { disk, queue }
+    }
+
+    /// Has `observer` told when transfers begin to wait for storage, and when none waits any more.
+    pub fn observe_held(&self, observer: impl Fn(Option<&Held>) + Send + Sync + 'static) {
+        let observer: HeldObserver = Box::new(observer);
+        self.held.observe(observer);
     }
 
     /// Removes the table, with the keys in it, and notifies the session: requests in flight are finished, all others wait in
@@ -259,11 +305,18 @@ impl Disk {
     /// Gives the claim back, once what was written is on stable storage. No ring is served. A reader keeps its claim: it is all that keeps
     /// writers out, and no other reader needs it.
     pub(super) fn release_claim(&self) {
+        if self.held.is_landing() {
+            // What would be written by then could overwrite what another process has written.
+            tracing::error!(
+                "the storage does not answer, so the disk stays claimed: no other process can take it over"
+            );
+            return;
+        }
         let is_held = self.claims.current().is_some();
         if is_held && self.read_only {
             return;
         }
-        if is_held && let Err(error) = self.file.sync() {
+        if is_held && let Err(error) = self.sync_in_time() {
             tracing::error!(
                 %error,
                 "what was written cannot be put on stable storage: the disk stays claimed, so that no other process takes it over without \
@@ -272,6 +325,22 @@ impl Disk {
             return;
         }
         self.claims.release();
+    }
+
+    /// Puts on stable storage what was written, unless storage does not answer: the front-end waits.
+    ///
+    /// # Errors
+    /// Those of storage; or it does not answer.
+    pub(super) fn sync_in_time(&self) -> io::Result<()> {
+        let (tell, result) = sync_channel(1);
+        let file = Arc::clone(&self.file);
+        let thread = thread::Builder::new().name("sync".into());
+        match thread.spawn(move || drop(tell.send(file.sync()))) {
+            Ok(_) => result
+                .recv_timeout(self.stop_limit)
+                .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "it does not answer"))),
+            Err(_) => self.file.sync(),
+        }
     }
 
     /// Gives the claim back if the other side of a migration may need it: the front-end has left without stopping its rings.
@@ -326,6 +395,12 @@ impl Disk {
     /// The same disk, whose workers look for work for so long at most before they sleep; zero has them sleep at once.
     pub fn with_poll_max(mut self, poll_max: Duration) -> Self {
         self.poll_max = poll_max;
+        self
+    }
+
+    /// The same disk, whose rings wait so long at most for storage when they are stopped.
+    pub fn with_stop_limit(mut self, stop_limit: Duration) -> Self {
+        self.stop_limit = stop_limit;
         self
     }
 

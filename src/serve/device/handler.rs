@@ -129,7 +129,12 @@ impl Handler {
                 paused.memory_changed();
                 Ok(answer)
             }
+            FrontendMessage::ResetOwner | FrontendMessage::ResetDevice => {
+                paused.answer_left();
+                self.exchange(message, reply)
+            }
             FrontendMessage::GetVringBase(_) => {
+                paused.answer_left();
                 let answer = self.exchange(message, reply)?;
                 paused.vring_stopped();
                 Ok(answer)

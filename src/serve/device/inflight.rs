@@ -12,7 +12,7 @@
 //! ```text
 //! offset  bytes
 //!      0      8  features: none
-//!      8      2  version: 1 while a worker serves the queue, or has died; else 0
+//!      8      2  version: 1 while a worker serves the queue, or has died, or was stopped while requests wait for storage; else 0
 //!     10      2  desc_num: the queue's size
 //!     12      2  last_batch_head: the head that was given back last
 //!     14      2  used_idx: the used ring's index, as far as this memory takes it into account
@@ -52,6 +52,8 @@ pub(super) struct InflightMemory {
     map: Arc<MmapRegion>,
     /// How many queues have a part.
     queues: u16,
+    /// Whether it ends with the session.
+    is_private: bool,
 }
 
 /// The length of a queue's part. There is room for the largest queue: QEMU 10 tells the size of its property `queue-size`, and lets
@@ -72,6 +74,7 @@ impl InflightMemory {
         Ok(Self {
             map: Arc::new(MmapRegion::new(len_for(queues))?),
             queues,
+            is_private: true,
         })
     }
 
@@ -110,7 +113,13 @@ impl InflightMemory {
         Ok(Self {
             map: Arc::new(MmapRegion::from_file(place, len_for(queues))?),
             queues,
+            is_private: false,
         })
+    }
+
+    /// Whether it ends with the session: the front-end keeps none.
+    pub(super) fn is_private(&self) -> bool {
+        self.is_private
     }
 
     /// The part of a queue.
@@ -289,9 +298,17 @@ impl Inflight {
         set16(self.number(USED_IDX), used);
     }
 
-    /// Ends: nothing is in flight.
+    /// Ends. What is in flight still is left to the next one, in this process or in another.
     pub(super) fn end(&self) {
-        set16(self.number(VERSION), 0);
+        let is_in_flight = |head| self.inflight(head).load(Ordering::Relaxed) != 0;
+        if !(0..self.size).any(is_in_flight) {
+            set16(self.number(VERSION), 0);
+        }
+    }
+
+    /// Whether something may be left in flight; nothing of the queue is served.
+    pub(super) fn may_have_left(&self) -> bool {
+        self.number(VERSION).load(Ordering::Acquire) != 0
     }
 
     fn inflight(&self, head: u16) -> &AtomicU8 {

@@ -114,7 +114,7 @@ pub(super) fn relay(
     };
     let result = interceptor.relay();
     // Before the handler goes, whose vrings they are.
-    interceptor.rings.stop();
+    interceptor.rings.leave();
     disk.front_end_left();
     result
 }

@@ -43,5 +43,9 @@ pub(super) const MAX_PIECE_SECTORS: u64 = (128 << 10) / Sector::LEN;
 /// pages. With less, storage idles while the driver has eight requests of 1 MiB in flight.
 pub const DEFAULT_POOL_PAGES: u32 = 2048;
 
+/// How long a ring that is stopped waits for storage, unless the operator sets it: longer than a path of a SAN or a server of NFS takes to
+/// fail over. QEMU does nothing else meanwhile.
+pub const DEFAULT_STOP_LIMIT: Duration = Duration::from_secs(30);
+
 /// The longest that a worker looks for work before it sleeps, unless the operator sets it: that of QEMU's I/O threads.
 pub const DEFAULT_POLL_MAX: Duration = Duration::from_micros(32);

@@ -27,6 +27,8 @@
 //! ring, call        a started virtqueue, and how its driver is notified
 //! inflight          which chains are in flight, in memory that outlives this process
 //! resumption        the chains that an earlier process has left in flight
+//! left              their end, if nothing would carry them out any more
+//! held              which transfers wait, since storage has failed them
 //! guest, sigbus     guest memory, and a front-end that takes it away
 //! dirty_log         the log of what was written to it, by which a front-end migrates the guest
 //! uring             what an operator does where io_uring cannot be set up
@@ -60,7 +62,7 @@
 //!
 //! A worker serves a ring by the vring's addresses and descriptors, the mapped guest memory, the dirty log, the features that
 //! front-end and driver agreed on, the disk's segment table, and the claim on its storage. While a ring runs, none of them changes.
-//! The worker has the ring by value and gives it back when nothing is in flight. A message of the front-end that changes one of
+//! The worker has the ring by value and gives it back when no I/O is under way. A message of the front-end that changes one of
 //! these is applied while the rings are paused (`rings::Paused`). `lock` takes the segment table away, and waits until each worker
 //! has given it back.
 
@@ -75,8 +77,10 @@ mod foreign;
 mod frontend_message;
 mod guest;
 mod handler;
+mod held;
 mod inflight;
 mod interceptor;
+mod left;
 mod limits;
 mod message;
 mod path;
@@ -96,5 +100,6 @@ mod worker_thread;
 
 pub use claims::{Claims, Kept, NotClaimed, Observer, Standing};
 pub use disk::Disk;
-pub use limits::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES};
+pub use held::{Held, HeldBy};
+pub use limits::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES, DEFAULT_STOP_LIMIT};
 pub use server::{Endpoint, ServeError, Server, Waited};

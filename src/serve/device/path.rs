@@ -363,9 +363,24 @@ impl RequestPath {
         self.stopping = true;
     }
 
-    /// Whether it was stopped, and nothing is in flight.
+    /// Whether it was stopped, and no I/O is under way. If transfers are held, their requests, and those behind them, are left in flight.
     pub(super) fn is_drained(&self) -> bool {
-        !self.takes_chains() && self.stopping && self.engine.in_flight() == 0 && self.current.is_none()
+        let is_left = || self.engine.held() > 0 || !self.takes_chains() && self.current.is_none();
+        self.stopping && self.engine.under_way() == 0 && is_left()
+    }
+
+    /// How long a ring that is stopped waits for storage.
+    pub(super) fn stop_limit(&self) -> Duration {
+        match self.disk.held.is_landing() {
+            true => self.disk.stop_limit.min(SOON),
+            false => self.disk.stop_limit,
+        }
+    }
+
+    /// Takes note of how many transfers are held.
+    pub(super) fn report_held(&self) {
+        let (held, error) = (self.engine.held(), self.engine.held_by());
+        self.disk.held.set(self.ring.index, held, error);
     }
 
     /// Whether one more request can be taken.
@@ -403,6 +418,9 @@ impl RequestPath {
         std::thread::sleep(Duration::from_millis(10));
     }
 }
+
+/// How long a ring that is stopped waits for storage that does not answer another ring.
+const SOON: Duration = Duration::from_secs(1);
 
 /// `len` bytes of zeros, as pieces of one page.
 fn zeros(page: &mut [u8], len: usize) -> Pieces<'_> {

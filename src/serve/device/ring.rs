@@ -1,7 +1,8 @@
 //! A started virtqueue (virtio 1.2 §2.7), with all that a worker needs to serve it.
 //!
-//! A ring comes to its worker by value when the front-end starts it, and goes back by value when it is stopped, with nothing
-//! in flight. To change what I/O stands on takes the ring, and so takes a drained ring.
+//! A ring comes to its worker by value when the front-end starts it, and goes back by value when it is stopped, with no I/O
+//! under way. To change what I/O stands on takes the ring, and so takes a drained ring. Requests that wait for storage are then left in
+//! flight ([`super::held`]).
 
 use std::io::IoSliceMut;
 use std::os::fd::OwnedFd;

@@ -12,10 +12,11 @@ use super::disk::{Disk, Grant};
 use super::frontend_message::Scope;
 use super::guest::SharedMemory;
 use super::inflight::{InflightMemory, MapError};
+use super::left;
 use super::sigbus;
 use super::task::Piece;
 use super::uring;
-use super::vring::{Logging, StartError, Vring};
+use super::vring::{Logging, StandsOn, StartError, Vring};
 use super::worker_thread::WorkerThread;
 use crate::storage::{Engine, RingPool};
 
@@ -103,7 +104,8 @@ impl Rings {
         self.stop_those(|_, _| true);
     }
 
-    /// Stops rings: when it returns, nothing of theirs is in flight, and the vrings know how far they were served.
+    /// Stops rings: when it returns, no I/O of theirs is under way, and the vrings know how far they were served. Requests that wait for
+    /// storage are left in flight.
     fn stop_those(&mut self, chosen: impl Fn(usize, &Served) -> bool) {
         // All are asked to stop before the first is waited for, so that they drain together.
         for (index, running) in self.running.iter().enumerate() {
@@ -116,6 +118,7 @@ impl Rings {
                 let (ring, engine) = running.worker.stop();
                 self.vrings[index].stopped(&ring);
                 self.engines.extend(engine);
+                self.disk.held.forget(index);
             }
         }
     }
@@ -140,6 +143,52 @@ impl Rings {
         self.memory.memory().num_regions()
     }
 
+    /// What the ring `index` stands on.
+    fn stands_on(&self, index: usize) -> StandsOn<'_> {
+        StandsOn {
+            memory: &self.memory,
+            logging: Logging {
+                log: self.log.as_ref(),
+                all: self.agreed.log_all(),
+                used: self.used_logs[index],
+            },
+            inflight: &self.inflight,
+            calls: &self.urings.calls,
+        }
+    }
+
+    /// Answers with an error what is left in flight of the rings of `scope`, which are stopped.
+    fn answer_left(&mut self, scope: Scope) {
+        for (index, vring) in self.vrings.iter().enumerate() {
+            if !scope.contains(index) || self.running[index].is_some() {
+                continue;
+            }
+            match vring.with_left(index, &self.stands_on(index)) {
+                Ok(Some(mut ring)) => {
+                    let requests = left::answer(&mut ring, &self.disk);
+                    vring.stopped(&ring);
+                    if requests > 0 {
+                        tracing::warn!(
+                            queue = index,
+                            requests,
+                            "requests that wait are answered with an error, since the guest stops, migrates or is reset"
+                        );
+                    }
+                }
+                Ok(None) => {}
+                Err(error) => tracing::warn!(queue = index, %error, "requests that wait cannot be answered"),
+            }
+        }
+    }
+
+    /// Stops all rings for good: the front-end leaves. What waits is left to the next server if the front-end keeps the record of it.
+    pub(super) fn leave(&mut self) {
+        self.stop();
+        if self.inflight.is_private() && !sigbus::is_lost() {
+            self.answer_left(Scope::All);
+        }
+    }
+
     /// Has every ring that the front-end wants served run by the disk's current table, and none by an earlier one; none at
     /// all while the disk is locked, or not claimed.
     ///
@@ -151,7 +200,7 @@ impl Rings {
         let current = granted.as_ref().map(Grant::generation);
         self.stop_those(|_, running| Some(running.generation) != current);
         self.disk.show(sectors);
-        let Some(grant) = granted else {
+        let Some(grant) = granted.filter(|_| !self.disk.held.is_landing()) else {
             return Ok(());
         };
         let Some(claim) = self.disk.claim() else {
@@ -164,13 +213,7 @@ impl Rings {
             if self.running[index].is_some() {
                 continue;
             }
-            let logging = Logging {
-                log: self.log.as_ref(),
-                all: self.agreed.log_all(),
-                used: self.used_logs[index],
-            };
-            let calls = &self.urings.calls;
-            let ring = match vring.start(index, &self.memory, logging, &self.inflight, calls) {
+            let ring = match vring.start(index, &self.stands_on(index)) {
                 Ok(Some(ring)) => ring,
                 Ok(None) => continue,
                 Err(StartError::Io(error)) => return Err(error),
@@ -226,7 +269,7 @@ impl Paused<'_> {
         self.rings.agreed = agreed;
         if agreed.write_through() && !self.disk().read_only {
             // This driver assumes that everything written before it is on stable storage as well.
-            if let Err(error) = self.disk().file.sync() {
+            if let Err(error) = self.disk().sync_in_time() {
                 tracing::error!(%error, "earlier writes cannot be put on stable storage; the next flush will fail");
             }
         }
@@ -236,6 +279,12 @@ impl Paused<'_> {
     pub(super) fn track_in(&mut self, memory: InflightMemory) {
         debug_assert_eq!(self.scope, Scope::All);
         self.rings.inflight = memory;
+    }
+
+    /// Answers with an error what waits of the rings that are paused: nothing would answer it after what comes now. The front-end has the
+    /// driver stop, and may have it go on elsewhere, or resets it.
+    pub(super) fn answer_left(&mut self) {
+        self.rings.answer_left(self.scope);
     }
 
     /// Takes into account that the handler has stopped a vring. With the last of them the guest has stopped, and may go on elsewhere.

@@ -48,6 +48,15 @@ pub(super) struct Logging<'l> {
     pub used: Option<u64>,
 }
 
+/// What a ring stands on, beside its vring.
+#[derive(Clone, Copy)]
+pub(super) struct StandsOn<'s> {
+    pub memory: &'s SharedMemory,
+    pub logging: Logging<'s>,
+    pub inflight: &'s InflightMemory,
+    pub calls: &'s RingPool,
+}
+
 impl Logging<'_> {
     /// The memory for writes to buffers, and that for writes to the used ring, which is `used`. None if they are to be logged, and the
     /// log does not cover them.
@@ -79,16 +88,33 @@ impl Vring {
     ///
     /// # Errors
     /// If the driver's rings do not lie in guest memory, or descriptors are exhausted.
-    pub(super) fn start(
-        &self,
-        index: usize,
-        memory: &SharedMemory,
-        logging: Logging<'_>,
-        inflight: &InflightMemory,
-        calls: &RingPool,
-    ) -> Result<Option<Ring>, StartError> {
+    pub(super) fn start(&self, index: usize, on: &StandsOn<'_>) -> Result<Option<Ring>, StartError> {
+        match self.is_wanted() {
+            true => self.ring(index, on),
+            false => Ok(None),
+        }
+    }
+
+    /// The ring, if the front-end has started it and something may be left in flight of it, which is to be answered. Nothing of it is served.
+    ///
+    /// # Errors
+    /// Those of [`Vring::start`].
+    pub(super) fn with_left(&self, index: usize, on: &StandsOn<'_>) -> Result<Option<Ring>, StartError> {
+        match on.inflight.of_queue(index)?.may_have_left() {
+            true => self.ring(index, on),
+            false => Ok(None),
+        }
+    }
+
+    fn ring(&self, index: usize, on: &StandsOn<'_>) -> Result<Option<Ring>, StartError> {
+        let StandsOn {
+            memory,
+            logging,
+            inflight,
+            calls,
+        } = *on;
         let state = self.0.get_ref();
-        let Some(kick) = state.get_kick().as_ref().filter(|_| state.is_enabled()) else {
+        let Some(kick) = state.get_kick() else {
             return Ok(None);
         };
         let queue = state.get_queue();
@@ -142,7 +168,7 @@ impl Vring {
         self.is_started() && self.0.get_ref().is_enabled()
     }
 
-    /// Takes back how far the ring was served. Nothing of it is in flight.
+    /// Takes back how far the ring was served. No I/O of it is under way.
     pub(super) fn stopped(&self, ring: &Ring) {
         ring.inflight.end();
         self.0.set_queue_next_avail(ring.queue.next_avail());
@@ -155,7 +181,7 @@ fn resume(index: usize, queue: &mut Queue, memory: &Memory, left: &Left) -> Resu
     tracing::info!(
         queue = index,
         requests = left.heads.len(),
-        "the queue continues where an earlier process left it; the requests that it had in flight are carried out again"
+        "the queue continues where it was left; the requests that were in flight are carried out again"
     );
     queue.set_next_avail(left.next_avail);
     Resumption::new(queue, memory, &left.heads)

@@ -22,6 +22,8 @@ use crate::storage::{Engine, Event};
 const ROUND: usize = 4;
 /// With so many operations in flight, a worker sleeps rather than looks for what comes next.
 const ENOUGH_IN_FLIGHT: usize = 4;
+/// How often a transfer is tried that waits for space.
+const PROBE: Duration = Duration::from_secs(1);
 /// After how long without work a worker continues in a new thread.
 const REST: Duration = Duration::from_secs(1);
 /// So many kicks that find nothing are too many: one is the front-end's own, at the start.
@@ -46,6 +48,12 @@ pub(super) struct Worker {
     /// Whether this thread has done anything, and whether it has then been idle for long enough to end.
     worked: bool,
     rests: bool,
+    /// How many transfers were held when that was last reported.
+    held: usize,
+    /// When one of them was last tried.
+    probed: Instant,
+    /// Since when the ring is to be stopped.
+    told_to_stop: Option<Instant>,
     /// The looks for the driver's next request, and for what storage brings.
     polling_driver: Polling,
     polling_storage: Polling,
@@ -65,6 +73,9 @@ impl Worker {
             polling_storage: polling(),
             path: RequestPath::new(ring, disk, table, engine, write_through)?,
             vain_kicks: 0,
+            held: 0,
+            probed: Instant::now(),
+            told_to_stop: None,
             worked: false,
             rests: false,
         })
@@ -76,7 +87,8 @@ impl Worker {
     }
 
     /// What it was made of, to be served again.
-    pub(super) fn into_parts(self) -> (Ring, Engine<Piece>) {
+    pub(super) fn into_parts(mut self) -> (Ring, Engine<Piece>) {
+        self.path.engine.give_up_held();
         (self.path.ring, self.path.engine)
     }
 
@@ -85,8 +97,11 @@ impl Worker {
         self.path.engine.watch(KICK, self.path.ring.kick.as_fd());
         self.path.engine.watch(STOP, stop.as_fd());
         (self.worked, self.rests) = (false, false);
-        while !(self.rests || self.path.is_drained()) {
+        while !(self.rests || self.path.is_drained() || self.gives_up()) {
             let completed = self.complete();
+            if self.held > 0 || self.path.engine.held() > 0 {
+                self.tend_held();
+            }
             let taken = self.path.take(ROUND);
             self.path.notify();
             if completed || taken || self.path.owes_notification() || self.look() {
@@ -96,7 +111,12 @@ impl Worker {
                 self.sleep();
             }
         }
-        let unwatched = self.path.engine.unwatch();
+        let unwatched = if self.path.engine.under_way() == 0 {
+            self.path.engine.unwatch()
+        } else {
+            self.path.engine.forget_watches();
+            Ok(())
+        };
         if self.rests {
             End::Idle(unwatched)
         } else {
@@ -115,7 +135,10 @@ impl Worker {
             match event {
                 Event::Done(done) => self.path.complete(done),
                 Event::Ready(KICK) => self.kicked(),
-                Event::Ready(_) => self.path.stop(),
+                Event::Ready(_) => {
+                    self.told_to_stop = Some(Instant::now());
+                    self.path.stop();
+                }
                 // A worker that hears of no stop has to stop by itself, and one that hears of no kick serves nothing.
                 Event::Lost(number, error) => {
                     tracing::error!(queue = self.index(), number, %error, "io_uring watches a descriptor no more");
@@ -127,6 +150,27 @@ impl Worker {
             }
         }
         any
+    }
+
+    /// Reports the transfers that storage has failed and that wait, and tries one of them from time to time.
+    fn tend_held(&mut self) {
+        let held = self.path.engine.held();
+        if held != self.held {
+            self.held = held;
+            self.path.report_held();
+        }
+        if self.path.engine.wants_probe() && self.probed.elapsed() >= PROBE {
+            self.probed = Instant::now();
+            self.path.engine.probe();
+        }
+    }
+
+    /// Whether storage has not answered for too long since the ring was to be stopped. If it does not answer another ring either, that
+    /// is soon.
+    fn gives_up(&self) -> bool {
+        self.told_to_stop.is_some_and(|since| {
+            since.elapsed() >= self.path.stop_limit() && self.path.engine.under_way() > 0
+        })
     }
 
     /// Resets the kick. Its count says nothing of chains: the driver may have kicked for what was taken already.
@@ -169,6 +213,8 @@ impl Worker {
         if in_flight == 0 && self.worked {
             self.enter(|engine| engine.wait_for(REST));
             self.rests = !self.path.engine.has_event() && asleep.elapsed() >= REST;
+        } else if self.path.engine.wants_probe() || self.told_to_stop.is_some() {
+            self.enter(|engine| engine.wait_for(PROBE));
         } else {
             self.enter(Engine::wait);
         }
