@@ -22,6 +22,9 @@ const A_WHILE: Duration = Duration::from_millis(500);
 const IN_USE: i32 = 5;
 const NO_ANSWER: i32 = 7;
 
+/// Says that the guest may have changed its disk there, so that it cannot continue at the source.
+const TAKEN_OVER: &str = "the disk is taken over";
+
 struct Side {
     server: Server,
     control: PathBuf,
@@ -153,6 +156,7 @@ fn goes_over(volume: &Volume) {
     assert!(here.read(0, 4096) == pattern(2, 4096));
     let said = destination.server.stop().stderr;
     assert!(said.contains("stop and continue the guest"), "{said}");
+    assert_eq!(said.matches(TAKEN_OVER).count(), 1, "{said}");
 }
 
 #[test]
@@ -405,5 +409,7 @@ fn a_destination_whose_storage_goes_away_does_not_take_the_disk_over() {
     go_on(&mut there, &bases);
     there.still_serves();
     assert_eq!(destination.claim()["state"], "refused");
+    let said = destination.server.terminate().stderr;
+    assert!(!said.contains(TAKEN_OVER), "{said}");
     let _ = read;
 }

@@ -195,7 +195,9 @@ impl Claims {
             let is_wanted = matches!(*state, State::Claiming { is_wanted: true, .. });
             *state = match claimed {
                 Ok(claim) if is_wanted => {
-                    self.was_held.store(true, Ordering::Relaxed);
+                    if !self.was_held.swap(true, Ordering::Relaxed) {
+                        tracing::info!("the disk is taken over: its guest runs here from now on");
+                    }
                     State::Claimed(Arc::new(claim))
                 }
                 Ok(claim) => State::Attached(claim.release()),
