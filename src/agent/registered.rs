@@ -64,6 +64,8 @@ struct Registration {
     ending: OwnedFd,
     /// Whether it said so before.
     is_detached: bool,
+    /// Whether another process serves the volume since.
+    is_followed: bool,
     /// Since when it is known that the process has ended.
     ended: Option<BootTime>,
 }
@@ -74,6 +76,7 @@ impl Registration {
             volume,
             ending,
             is_detached: false,
+            is_followed: false,
             ended: None,
         }
     }
@@ -241,7 +244,7 @@ impl Registered {
             .served
             .iter_mut()
             .filter(|(other, _)| other.0 == place.0 && **other != place);
-        others.for_each(|(_, other)| other.is_detached = true);
+        others.for_each(|(_, other)| other.is_followed = true);
         let before = all.served.insert(place, Registration::new(volume, ending))?;
         (!all.any_under(before.volume.kek())).then_some(before.volume)
     }
@@ -253,6 +256,7 @@ impl Registered {
             && registration.volume.user == peer.user
         {
             registration.is_detached = true;
+            all.unfollow(volume);
         }
     }
 
@@ -288,6 +292,7 @@ impl Registered {
             Some(registration) if registration.volume != *volume => return,
             _ => drop(all.served.remove(&place)),
         }
+        all.unfollow(volume.volume);
         // One that stays is taken up by the next agent, and found to have ended.
         let _ = fs::remove_file(self.path(place));
     }
@@ -370,10 +375,20 @@ impl All {
         ended.retain(|place| {
             self.served.get_mut(place).is_some_and(|registration| {
                 let since = *registration.ended.get_or_insert(now);
-                registration.is_detached || since + grace <= now
+                registration.is_detached || registration.is_followed || since + grace <= now
             })
         });
         ended
+    }
+
+    /// Takes note that no process follows those that serve `volume` now: the one that did has ended, as after an upgrade that failed.
+    fn unfollow(&mut self, volume: Uuid) {
+        let ended = self.ended_places();
+        for (place, registration) in &mut self.served {
+            if place.0 == volume && !ended.contains(place) {
+                registration.is_followed = false;
+            }
+        }
     }
 
     fn ended_places(&self) -> HashSet<ServedAs> {
@@ -580,5 +595,37 @@ mod tests {
         assert_eq!(registered.list().len(), 1);
         end(again);
         assert!(take_ended(&registered).is_empty());
+    }
+
+    /// The new process of an upgrade that failed has ended: the old one was kept no grace time when it was killed then.
+    #[test]
+    fn a_process_whose_successor_has_left_keeps_its_grace_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let registered = Registered::open(dir.path(), Duration::from_secs(600));
+        let key = KeyId("key".into());
+        let volume = Uuid::new_v4();
+        let forget = |peer: &Peer| {
+            let registrant = registered.lock().served[&(volume, peer.process)].volume.clone();
+            registered.forget(&registrant);
+        };
+        for is_detached in [true, false] {
+            let [(old, one), (new, two)] = [process(), process()];
+            registered.add(&one, volume, ("kms", &key), None);
+            registered.add(&two, volume, ("kms", &key), None);
+            if is_detached {
+                registered.detach(&two, volume);
+            }
+            end(new);
+            let ended = take_ended(&registered);
+            assert_eq!(ended.len(), usize::from(is_detached));
+            if !is_detached {
+                // Its own grace time is over.
+                forget(&two);
+            }
+            end(old);
+            assert_eq!(take_ended(&registered), Vec::new());
+            assert!(registered.serves(1000, volume, ("kms", &key)));
+            forget(&one);
+        }
     }
 }
