@@ -198,7 +198,12 @@ impl Agent {
             })?;
         }
         let service: Arc<dyn Interface> = Arc::<Service>::clone(&self.service);
-        server::run(&self.listener, &self.ending, &service)
+        server::run(
+            &self.listener,
+            &self.ending,
+            &[service].into(),
+            &server::Gate::default(),
+        )
     }
 }
 

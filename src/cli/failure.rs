@@ -291,6 +291,16 @@ pub enum Failure {
         /// If that is a key.
         reason: Option<KeyReason>,
     },
+    /// A disk stays with the process that serves it.
+    #[error("{}: not upgraded, and served by the same process as before: {reason}", socket.display())]
+    NotUpgraded {
+        /// Its control socket.
+        socket: PathBuf,
+        /// Why the new process does not, in its own words.
+        reason: String,
+        /// As the new process has it.
+        blame: Blame,
+    },
     /// The host is out of something.
     #[error(
         "this host is out of descriptors or threads; raise LimitNOFILE and TasksMax of the unit, or `ulimit -n` and `-u`"
@@ -341,6 +351,7 @@ impl Failure {
             Self::MayBeServed { .. } | Self::Occupied { .. } => Blame::Use,
             Self::Make { .. } | Self::Look { .. } => Blame::Storage,
             Self::Control { .. } | Self::NoAgent { .. } => Blame::Process,
+            Self::NotUpgraded { blame, .. } => *blame,
             Self::NotRevocable { source, .. } => source.reason.blame(),
             Self::NotRevoked { why, .. } => why.blame(),
             Self::Refused { reason, .. } => reason.map_or(Blame::Process, KeyReason::blame),

@@ -28,6 +28,7 @@ mod resize;
 mod serve;
 mod served;
 mod strength;
+mod upgrade;
 mod volume_args;
 
 use std::ffi::OsStr;
@@ -127,6 +128,7 @@ enum Verb {
     Lock(served::Lock),
     Unlock(served::Unlock),
     Resume(served::Resume),
+    Upgrade(upgrade::Upgrade),
     Agent(agent::Agent),
     Audit(audit::Audit),
     Broker(broker::Broker),
@@ -280,6 +282,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Lock(verb) => verb.run(),
         Verb::Unlock(verb) => verb.run(),
         Verb::Resume(verb) => verb.run(),
+        Verb::Upgrade(verb) => verb.run(),
         Verb::Agent(verb) => verb.run(&host),
         Verb::Audit(verb) => verb.run(&host),
         Verb::Broker(verb) => verb.run(&host),

@@ -112,6 +112,21 @@ fn text(status: &attachment::Status) -> String {
         };
         row("front-end", told);
     }
+    if let (Some(version), Some(process)) = (&status.version, status.process) {
+        row(
+            "served by",
+            format!("process {process}, release {}", text::printable(version)),
+        );
+    }
+    if let Some(before) = &status.before {
+        let told = format!(
+            "before by process {}, release {}, until {}",
+            before.process,
+            text::printable(&before.version),
+            before.until
+        );
+        row("", told);
+    }
     if let Some(sandbox) = &status.sandbox {
         let names: Vec<_> = sandbox.iter().map(|measure| measure.name()).collect();
         let none = "none".to_owned();

@@ -74,6 +74,11 @@ pub fn complain_with(error: &dyn Error, lines: &[String]) {
     stderr::write(format!("sealblk: {}{lines}\n", describe(error)).as_bytes());
 }
 
+/// An error and its causes, as [`complain`] prints them.
+pub fn told(error: &dyn Error) -> String {
+    describe(error)
+}
+
 /// The error's text, then each cause that says something new, on a line of its own.
 fn describe(error: &dyn Error) -> String {
     let mut last = error.to_string();

@@ -60,6 +60,10 @@ pub enum Event {
     DiskLocked,
     /// A served disk has its key.
     DiskUnlocked,
+    /// A process has taken a disk over from another one, which served it before.
+    DiskTakenOver,
+    /// It has not.
+    UpgradeFailed,
     /// A served disk's volume was bound to another KEK.
     DiskRekeyed,
     /// It was not.
@@ -97,7 +101,7 @@ pub enum Event {
 impl Event {
     /// All of them.
     #[cfg(test)]
-    pub const ALL: [Self; 37] = [
+    pub const ALL: [Self; 39] = [
         Self::AgentStarted,
         Self::KeyCreated,
         Self::KeyBound,
@@ -119,6 +123,8 @@ impl Event {
         Self::DiskUnregistered,
         Self::DiskLocked,
         Self::DiskUnlocked,
+        Self::DiskTakenOver,
+        Self::UpgradeFailed,
         Self::DiskRekeyed,
         Self::RekeyFailed,
         Self::DiskResized,
@@ -161,6 +167,8 @@ impl Event {
             Self::DiskUnregistered => "a volume is no longer served",
             Self::DiskLocked => "the disk is locked, and the guest's requests wait",
             Self::DiskUnlocked => "the disk is unlocked",
+            Self::DiskTakenOver => "a process has taken the disk over",
+            Self::UpgradeFailed => "the disk stays with its process, and was not taken over",
             Self::DiskRekeyed => "the volume is bound to another key",
             Self::RekeyFailed => "the rekey failed: the volume keeps its key",
             Self::DiskResized => "the disk has another size",
@@ -190,6 +198,7 @@ impl Event {
             | Self::KeyRefusedByHost
             | Self::KeyFailed
             | Self::RekeyFailed
+            | Self::UpgradeFailed
             | Self::PrivilegeRefused
             | Self::HostRefused => true,
             Self::DiskLocked => fields["by"] == "no_key",

@@ -29,6 +29,11 @@ pub fn ready(status: &str) {
     tell(&format!("READY=1\nSTATUS={}\n", line(status)));
 }
 
+/// Another process is the main one of the service from now on.
+pub fn main_process(process: u32) {
+    tell(&format!("MAINPID={process}\n"));
+}
+
 /// How the service is.
 pub fn status(status: &str) {
     tell(&format!("STATUS={}\n", line(status)));

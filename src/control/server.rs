@@ -3,7 +3,8 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::Duration;
 
 use super::peer::Peer;
@@ -12,6 +13,7 @@ use super::socket;
 use super::varlink::{self, Interface};
 use super::wire::Connection;
 use sealblk_base::closer::ClosedElsewhere;
+use sealblk_base::mutex::lock;
 
 /// The most callers at a time; what is more is turned away. Strangers have nothing to wait for.
 const ROOMS: Limits = Limits {
@@ -30,18 +32,47 @@ const STACK: usize = 1 << 20;
 ///
 /// # Errors
 /// If it cannot wait for callers.
-pub fn run(listener: &UnixListener, ending: &OwnedFd, service: &Arc<dyn Interface>) -> io::Result<()> {
+pub fn run(
+    listener: &UnixListener,
+    ending: &OwnedFd,
+    services: &Arc<[Arc<dyn Interface>]>,
+    gate: &Gate,
+) -> io::Result<()> {
     let callers = Arc::default();
     socket::listen(listener, ending, || {
+        let is_closed = lock(&gate.0);
+        if *is_closed {
+            drop(is_closed);
+            thread::sleep(CLOSED_TICK);
+            return Ok(());
+        }
         let stream = socket::accept(listener)?;
-        answer(stream.into(), service, &callers);
+        answer(stream.into(), services, &callers);
         Ok(())
     })
 }
 
-fn answer(stream: ClosedElsewhere<UnixStream>, service: &Arc<dyn Interface>, callers: &Arc<UserQuota>) {
+/// Whether callers are taken. While it is closed, they wait, perhaps for another process that has the same socket.
+#[derive(Debug, Default)]
+pub struct Gate(Mutex<bool>);
+
+impl Gate {
+    /// Closes or opens it.
+    pub fn set_closed(&self, is_closed: bool) {
+        *lock(&self.0) = is_closed;
+    }
+}
+
+/// How often a closed gate is looked at.
+const CLOSED_TICK: Duration = Duration::from_millis(10);
+
+fn answer(
+    stream: ClosedElsewhere<UnixStream>,
+    services: &Arc<[Arc<dyn Interface>]>,
+    callers: &Arc<UserQuota>,
+) {
     let Ok(peer) = Peer::of(&stream) else { return };
-    let standing = Standing::of(&peer, |peer| service.knows(peer));
+    let standing = Standing::of(&peer, |peer| services.iter().any(|service| service.knows(peer)));
     let Some(place) = Quota::take_of(callers, ROOMS, peer.user, standing) else {
         tracing::debug!(
             user = peer.user,
@@ -49,13 +80,14 @@ fn answer(stream: ClosedElsewhere<UnixStream>, service: &Arc<dyn Interface>, cal
         );
         return;
     };
-    let service = Arc::clone(service);
+    let services = Arc::clone(services);
     let thread = std::thread::Builder::new()
         .name("caller".into())
         .stack_size(STACK);
     let spawned = thread.spawn(move || {
         let mut connection = Connection::new(stream.into_inner(), CALLER_TIMEOUT);
-        if let Err(error) = varlink::serve(&mut connection, &peer, &[&*service]) {
+        let interfaces: Vec<&dyn Interface> = services.iter().map(|service| &**service).collect();
+        if let Err(error) = varlink::serve(&mut connection, &peer, &interfaces) {
             tracing::debug!(%error, user = peer.user, "the connection of a caller ended with an error");
         }
         drop(connection);

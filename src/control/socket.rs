@@ -141,7 +141,10 @@ pub fn bind(path: &Path, permissions: Permissions) -> Result<(UnixListener, Boun
     .map_err(|error| bind_error(error.into()))?;
     let replaced = || BindError::Replaced { path: path.into() };
     let inode = place.inode().map_err(|_| replaced())?;
-    let bound = Bound { place, inode };
+    let bound = Bound {
+        place,
+        inode: Some(inode),
+    };
     rustix::net::listen(&socket, BACKLOG).map_err(|error| bind_error(error.into()))?;
     let listener = UnixListener::from(socket);
     let file = bound.place.open().map_err(bind_error)?;
@@ -169,10 +172,37 @@ const BACKLOG: i32 = 4096;
 #[derive(Debug)]
 pub struct Bound {
     place: SocketPath,
-    inode: (u64, u64),
+    /// None if another process has it by now.
+    inode: Option<(u64, u64)>,
 }
 
 impl Bound {
+    /// Leaves the name to another process, which has the socket as well.
+    pub fn keep(mut self) {
+        self.inode = None;
+    }
+
+    /// The name of a socket that another process has bound. It stays that process' before [`Bound::take`].
+    ///
+    /// # Errors
+    /// If the directory cannot be opened.
+    pub fn of_other(path: &Path) -> io::Result<Self> {
+        Ok(Self {
+            place: SocketPath::of(path)?,
+            inode: None,
+        })
+    }
+
+    /// Takes over the name, which the other process has told by its device and inode.
+    pub fn take(&mut self, inode: Option<(u64, u64)>) {
+        self.inode = inode;
+    }
+
+    /// The device and the inode of its name.
+    pub fn inode(&self) -> Option<(u64, u64)> {
+        self.inode
+    }
+
     /// The directory that has its name.
     pub fn directory(&self) -> BorrowedFd<'_> {
         self.place.directory.as_fd()
@@ -181,7 +211,9 @@ impl Bound {
 
 impl Drop for Bound {
     fn drop(&mut self) {
-        self.place.remove(self.inode);
+        if let Some(inode) = self.inode {
+            self.place.remove(inode);
+        }
     }
 }
 

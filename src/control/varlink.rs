@@ -334,14 +334,27 @@ pub fn call<T: DeserializeOwned>(
     parameters: impl Serialize,
     descriptors: &[BorrowedFd<'_>],
 ) -> Result<(T, Vec<OwnedFd>), CallError> {
+    begin(connection, method, parameters, descriptors)?;
+    reply(connection)
+}
+
+/// Calls a method, whose answer [`reply`] waits for.
+///
+/// # Errors
+/// [`CallError`].
+pub fn begin(
+    connection: &mut Connection,
+    method: &str,
+    parameters: impl Serialize,
+    descriptors: &[BorrowedFd<'_>],
+) -> Result<(), CallError> {
     let call = Call {
         method: method.to_owned(),
         parameters: object(parameters),
         oneway: false,
         more: false,
     };
-    connection.send(&call, descriptors)?;
-    reply(connection)
+    Ok(connection.send(&call, descriptors)?)
 }
 
 /// Calls a method that answers with a stream. The replies are taken with [`reply`]; the connection is for nothing else.

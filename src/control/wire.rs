@@ -127,6 +127,11 @@ impl Connection {
         Ok(Self::new(socket.into(), timeout))
     }
 
+    /// The socket.
+    pub fn stream(&self) -> &UnixStream {
+        &self.stream
+    }
+
     /// Sends a message.
     ///
     /// # Errors

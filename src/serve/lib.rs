@@ -3,6 +3,7 @@
 //! ```text
 //! command      the command `vhost-user-sealblk`
 //! attachment   a volume that is being served: its key comes, goes and is changed
+//! upgrade      another process continues to serve the disk
 //! key_helper   the process that gets a served disk's keys, and the way to it
 //! sandbox      confines a process that serves a disk
 //! device       what the guest sees: virtio-blk over vhost-user
@@ -29,6 +30,7 @@ pub mod key_helper;
 pub mod map;
 pub mod sandbox;
 pub mod storage;
+pub mod upgrade;
 
 use sealblk_base::{closer, deadline, error_chain, mutex, parsing, path_text, timestamp};
 use sealblk_control as control;

@@ -92,6 +92,30 @@ pub struct Thread {
     pub switches: u64,
 }
 
+/// The facts of any process.
+pub fn facts_of(pid: u32) -> Facts {
+    let proc = |name: &str| format!("/proc/{}/{name}", pid);
+    let status = fs::read_to_string(proc("status")).unwrap();
+    let field = |name: &str| -> u64 {
+        let line = status
+            .lines()
+            .find(|line| line.starts_with(name))
+            .unwrap_or("0 0");
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    };
+    let maps = fs::read_to_string(proc("maps")).unwrap();
+    Facts {
+        descriptors: fs::read_dir(proc("fd")).unwrap().count(),
+        threads: field("Threads:") as usize,
+        guest_mappings: maps
+            .lines()
+            .filter(|line| line.contains("sealblk-test-guest"))
+            .count(),
+        resident_kib: field("VmRSS:"),
+        locked_kib: field("VmLck:"),
+    }
+}
+
 impl Process {
     pub fn spawn(command: &mut Command) -> Self {
         Process::spawn_with_stdin(command, Stdio::null())
@@ -208,26 +232,7 @@ impl Process {
     }
 
     pub fn facts(&self) -> Facts {
-        let proc = |name: &str| format!("/proc/{}/{name}", self.pid());
-        let status = fs::read_to_string(proc("status")).unwrap();
-        let field = |name: &str| -> u64 {
-            let line = status
-                .lines()
-                .find(|line| line.starts_with(name))
-                .unwrap_or("0 0");
-            line.split_whitespace().nth(1).unwrap().parse().unwrap()
-        };
-        let maps = fs::read_to_string(proc("maps")).unwrap();
-        Facts {
-            descriptors: fs::read_dir(proc("fd")).unwrap().count(),
-            threads: field("Threads:") as usize,
-            guest_mappings: maps
-                .lines()
-                .filter(|line| line.contains("sealblk-test-guest"))
-                .count(),
-            resident_kib: field("VmRSS:"),
-            locked_kib: field("VmLck:"),
-        }
+        facts_of(self.pid())
     }
 }
 

@@ -26,13 +26,13 @@ const AREA: usize = 32;
 
 /// A guest with 64 requests in flight in each of 4 queues. Each belongs to a slot, which has a part of the disk for itself and asks
 /// for the next as soon as it has an answer: what is carried out later than it was answered overwrites what was written since.
-struct Guest {
-    driver: Driver,
+pub(super) struct Guest {
+    pub(super) driver: Driver,
     slots: Vec<Slot>,
     /// The slot of each head in flight, by queue.
     heads: Vec<HashMap<u16, usize>>,
-    random: Random,
-    answered: usize,
+    pub(super) random: Random,
+    pub(super) answered: usize,
 }
 
 struct Slot {
@@ -55,7 +55,7 @@ enum Asked {
 }
 
 impl Guest {
-    fn new(socket: &Path) -> Self {
+    pub(super) fn new(socket: &Path) -> Self {
         let driver = Driver::tracked(
             socket,
             Setup {
@@ -183,7 +183,7 @@ impl Guest {
     }
 
     /// Asks and takes answers for some time.
-    fn run(&mut self, time: Duration) {
+    pub(super) fn run(&mut self, time: Duration) {
         let end = Instant::now() + time;
         while Instant::now() < end {
             for slot in self.take_answers() {
@@ -193,8 +193,16 @@ impl Guest {
         }
     }
 
+    /// Asks again for all slots.
+    pub(super) fn ask_all(&mut self) {
+        for slot in 0..self.slots.len() {
+            let next = self.next(slot);
+            self.ask(slot, next);
+        }
+    }
+
     /// Waits until all is answered.
-    fn settle(&mut self) {
+    pub(super) fn settle(&mut self) {
         let start = Instant::now();
         while self.heads.iter().any(|heads| !heads.is_empty()) {
             self.take_answers();
@@ -207,7 +215,7 @@ impl Guest {
     }
 
     /// All that was answered is there.
-    fn check_content(&mut self) {
+    pub(super) fn check_content(&mut self) {
         for slot in 0..self.slots.len() {
             self.ask(
                 slot,
@@ -251,7 +259,7 @@ impl Served {
 }
 
 /// SEALBLK_TEST_KILLS=N kills it as often.
-fn kills(default: usize) -> usize {
+pub(super) fn kills(default: usize) -> usize {
     std::env::var("SEALBLK_TEST_KILLS").map_or(default, |kills| kills.parse().expect("a number"))
 }
 
@@ -272,10 +280,7 @@ fn killed_at_any_moment_it_answers_each_request_once_and_has_done_what_it_answer
         if kill % 8 == 0 {
             guest.settle();
             guest.check_content();
-            for slot in 0..guest.slots.len() {
-                let next = guest.next(slot);
-                guest.ask(slot, next);
-            }
+            guest.ask_all();
         }
     }
     guest.settle();

@@ -17,3 +17,4 @@ mod requests;
 mod sessions;
 mod shared;
 mod storage;
+mod upgrade;

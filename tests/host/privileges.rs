@@ -37,9 +37,11 @@ enum Takes {
     AnyOf(&'static [&'static str]),
     /// To write in the state directory, or to read there, which is the kernel's to say.
     StateDirectory,
+    /// To be the user that the disk is served as, or root: there is no privilege for it.
+    ServingUser,
 }
 
-use Takes::{AnyOf, Nothing, StateDirectory};
+use Takes::{AnyOf, Nothing, ServingUser, StateDirectory};
 
 /// Keys of which there may be several kinds of use.
 const SEES_KEYS: Takes = AnyOf(&["ManageKeys", "ReadKeyServersInfo"]);
@@ -49,7 +51,7 @@ impl Takes {
         match self {
             Nothing => true,
             AnyOf(privileges) => granted.is_some_and(|granted| privileges.contains(&granted)),
-            StateDirectory => false,
+            StateDirectory | ServingUser => false,
         }
     }
 }
@@ -81,7 +83,7 @@ fn a_verb_takes_its_privilege_and_no_other_will_do() {
         .0;
 
     // With the file of the user's own volume for DISK.
-    let verbs: [(&[&str], Takes); 36] = [
+    let verbs: [(&[&str], Takes); 37] = [
         (&["create", "--size", "1M", "new"], AnyOf(&["EncryptNew"])),
         (
             &[
@@ -158,6 +160,7 @@ fn a_verb_takes_its_privilege_and_no_other_will_do() {
         (&["rekey", "--control-socket", control], AnyOf(&["Recrypt"])),
         (&["resize", "--control-socket", control], AnyOf(&["RegisterVM"])),
         (&["resume", "--control-socket", control], AnyOf(&["RegisterVM"])),
+        (&["upgrade", "--control-socket", control], ServingUser),
         (
             &["events", "--control-socket", control],
             AnyOf(&["ReadKeyServersInfo"]),
@@ -199,6 +202,7 @@ fn a_verb_takes_its_privilege_and_no_other_will_do() {
             }
             let (code, words) = match takes {
                 AnyOf(privileges) => (Some(7), ["lack", privileges.last().unwrap()]),
+                ServingUser => (Some(7), ["only root", "the user that the disk is served as"]),
                 StateDirectory => (ran.status.code(), ["ermission denied", state]),
                 Nothing => unreachable!("nothing is refused to nobody"),
             };

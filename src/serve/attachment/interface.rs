@@ -46,10 +46,27 @@ pub struct Status {
     pub held: Option<HeldStatus>,
     /// Whether a front-end is connected. A process of an earlier version does not tell.
     pub front_end: Option<FrontEnd>,
+    /// The release of the process that serves the disk. A process of an earlier version does not tell, nor the two after this.
+    pub version: Option<String>,
+    /// The process.
+    pub process: Option<u32>,
+    /// The process that served the disk before this one, if it took the disk over from one.
+    pub before: Option<Before>,
     /// What the process has given up. One of an earlier version does not tell.
     pub sandbox: Option<Vec<Measure>>,
     /// What it could not give up, and why not.
     pub sandbox_missing: Option<Vec<Missing>>,
+}
+
+/// A process that has left its disk to another one (`sealblk upgrade`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Before {
+    /// Its release.
+    pub version: String,
+    /// Which it was.
+    pub process: u32,
+    /// When it left.
+    pub until: Timestamp,
 }
 
 /// Whether a process may do I/O on the storage of its disk.
@@ -209,6 +226,7 @@ pub struct Interface {
     served: Arc<Attachment>,
     grants: Grants,
     sandbox: Sandbox,
+    before: Option<Before>,
     /// By user.
     refusals: RateLimit<Option<u32>, ()>,
 }
@@ -228,12 +246,13 @@ struct Resize {
 type Answered = Result<Reply, MethodError>;
 
 impl Interface {
-    /// Answers for `served`, whose process has given up `sandbox`, to those who have `grants`.
-    pub fn new(served: Arc<Attachment>, grants: Grants, sandbox: Sandbox) -> Self {
+    /// Answers for `served`, whose process has given up `sandbox`, and took the disk over from `before`, to those who have `grants`.
+    pub fn new(served: Arc<Attachment>, grants: Grants, sandbox: Sandbox, before: Option<Before>) -> Self {
         Self {
             served,
             grants,
             sandbox,
+            before,
             refusals: RateLimit::new(100, Duration::from_secs(60)),
         }
     }
@@ -255,6 +274,9 @@ impl Interface {
                 connected: since.is_some(),
                 since,
             }),
+            version: Some(env!("CARGO_PKG_VERSION").to_owned()),
+            process: Some(std::process::id()),
+            before: self.before.clone(),
             sandbox: Some(self.sandbox.in_force.clone()),
             sandbox_missing: Some(self.sandbox.missing.clone()),
         }))
@@ -371,7 +393,7 @@ fn failed(error: &AttachmentError) -> MethodError {
 }
 
 /// An error with what lies under it, on one line.
-pub(super) fn describe(error: &(dyn Error + 'static)) -> String {
+pub fn describe(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     for cause in causes(error) {
         let said = cause.to_string();

@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 use sealblk_base::blame::Blame;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -42,8 +43,8 @@ use crate::storage::Backing;
 use twins::Announcement;
 
 pub use interface::{
-    ClaimState, ClaimStatus, FrontEnd, HeldBy, HeldStatus, INTERFACE, Interface, LockStatus, LockedBy, State,
-    Status,
+    Before, ClaimState, ClaimStatus, FrontEnd, HeldBy, HeldStatus, INTERFACE, Interface, LockStatus,
+    LockedBy, State, Status, describe,
 };
 
 /// How soon a key that was not to be had is tried again, and how much later at most: a server that is back is found
@@ -253,6 +254,10 @@ struct Order {
     locks: u64,
     /// How many of these locks are under way: what is in flight is being finished.
     locking: u32,
+    /// Whether another process is about to take the disk over: nothing is changed meanwhile.
+    is_held: bool,
+    /// Whether it has.
+    is_left: bool,
 }
 
 impl Order {
@@ -302,6 +307,44 @@ pub enum AttachmentError {
     /// The same, for another reason.
     #[error("sealblk could not unlock the disk again")]
     NoHelper(#[source] KeyError),
+    /// `sealblk upgrade` was quicker.
+    #[error("another process of sealblk serves the disk by now; try again")]
+    HandedOver,
+}
+
+/// Whether a disk has its key, as the process that takes it over has to know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KeyState {
+    /// It has.
+    Open,
+    /// An operator has locked it.
+    LockedByOperator,
+    /// It waits for it.
+    NoKey,
+}
+
+/// A disk whose key neither comes nor goes, until this is dropped.
+#[derive(Debug)]
+pub struct KeyHold<'a> {
+    attachment: &'a Attachment,
+    _turn: Option<MutexGuard<'a, ()>>,
+    /// Whether it has its key.
+    pub state: KeyState,
+}
+
+impl KeyHold<'_> {
+    /// Another process serves the disk from now on.
+    pub fn leave(self) {
+        lock(&self.attachment.order).is_left = true;
+    }
+}
+
+impl Drop for KeyHold<'_> {
+    fn drop(&mut self) {
+        lock(&self.attachment.order).is_held = false;
+        self.attachment.changed.notify_all();
+    }
 }
 
 /// The first try to get the key of a volume that is being served.
@@ -388,6 +431,14 @@ impl Attachment {
         Ok(FirstTry { ended, outcome })
     }
 
+    /// Has a thread wait for the end of the key helper, of a disk that is not to get its key now. As [`Attachment::get_key`].
+    ///
+    /// # Errors
+    /// If threads are exhausted.
+    pub fn watch_helper(&self) -> io::Result<()> {
+        self.opener.helper.watch()
+    }
+
     fn try_first(&self, wait: bool) -> Result<(), OpenError> {
         match self.open(&lock(&self.turn), 0) {
             Err(error) if wait && error.may_pass() => {
@@ -446,7 +497,7 @@ impl Attachment {
         }
         // It is in force at once, also while a rekey or an unlock waits for a server.
         let withdrawal = {
-            let mut order = lock(&self.order);
+            let mut order = self.order_unheld()?;
             order.lock = Some(Lock::Operator);
             order.locks += 1;
             order.locking += 1;
@@ -470,9 +521,74 @@ impl Attachment {
     pub fn unlock(&self) -> Result<(), AttachmentError> {
         let order = self
             .changed
-            .wait_while(lock(&self.order), |order| order.locking > 0);
+            .wait_while(self.order_unheld()?, |order| order.locking > 0);
         let locks = order.unwrap_or_else(PoisonError::into_inner).locks;
         Ok(self.open(&lock(&self.turn), locks)?)
+    }
+
+    /// The order, once no other process is about to take the disk over.
+    fn order_unheld(&self) -> Result<MutexGuard<'_, Order>, AttachmentError> {
+        let order = self.changed.wait_while(lock(&self.order), |order| order.is_held);
+        let order = order.unwrap_or_else(PoisonError::into_inner);
+        match order.is_left {
+            true => Err(AttachmentError::HandedOver),
+            false => Ok(order),
+        }
+    }
+
+    /// Has the key neither come nor go, for another process to take the disk over; none while it is just coming, going or being changed.
+    pub fn hold(&self) -> Option<KeyHold<'_>> {
+        // One that waits for its key may be asking for it. If the key comes meanwhile, no ring starts by it.
+        let turn = self.turn.try_lock().ok();
+        let mut order = lock(&self.order);
+        let state = match (self.disk.is_locked(), &order.lock) {
+            _ if order.locking > 0 || order.is_left => return None,
+            (false, _) => KeyState::Open,
+            (true, Some(Lock::Operator)) => KeyState::LockedByOperator,
+            (true, _) => KeyState::NoKey,
+        };
+        if turn.is_none() && state != KeyState::NoKey {
+            return None;
+        }
+        order.is_held = true;
+        drop(order);
+        Some(KeyHold {
+            attachment: self,
+            _turn: turn,
+            state,
+        })
+    }
+
+    /// Locks the disk as an operator has locked it in the process before this one.
+    pub fn stay_locked(&self) {
+        let withdrawal = {
+            let mut order = lock(&self.order);
+            order.lock = Some(Lock::Operator);
+            order.locks += 1;
+            self.disk.withdraw()
+        };
+        self.changed.notify_all();
+        withdrawal.wait();
+    }
+
+    /// Whether it has its key.
+    pub fn is_open(&self) -> bool {
+        !self.disk.is_locked()
+    }
+
+    /// The disk.
+    pub fn disk(&self) -> &Arc<Disk> {
+        &self.disk
+    }
+
+    /// The disk's file or device, and that of its header where that is detached.
+    pub fn backings(&self) -> (&Backing, Option<&Backing>) {
+        (&self.opener.disk, self.opener.header.as_ref())
+    }
+
+    /// Whether what opens the volume can be read only once.
+    pub fn reads_once(&self) -> bool {
+        self.opener.by == By::Passphrase { once: true }
     }
 
     /// Whether it is locked, and why.
@@ -659,7 +775,7 @@ impl Attachment {
     }
 
     /// Tells of an event of this disk.
-    fn tell(&self, event: Event, mut fields: Value) {
+    pub fn tell(&self, event: Event, mut fields: Value) {
         fields["volume"] = self.uuid.to_string().into();
         self.events.tell(event, &fields);
     }

@@ -64,7 +64,8 @@ may be lost, and a second flush would not say so.
 On SIGTERM sealblk finishes the requests in flight and ends. You can stop and start
 it while the guest runs, and it can be killed: QEMU connects again (because of
 `reconnect`), and the requests wait. Start it again with --incoming if the disk is
-being migrated. One QEMU can be connected at a time.";
+being migrated. One QEMU can be connected at a time. `sealblk upgrade` has another
+release serve the disk, and QEMU stays connected.";
 
 /// The most queues: one for each virtual CPU of a large guest. A queue takes 20 KiB until a driver uses it.
 const MAX_QUEUES: i64 = 64;
@@ -183,6 +184,9 @@ pub struct Serve {
     /// if it does not have all, 'off' takes none. `sealblk status` shows the measures in force
     #[arg(long, value_name = "WHEN", default_value = "prefer", value_enum)]
     pub(super) sandbox: Choice,
+    /// Take the disk over from the process that answers on the control socket: an attempt of `sealblk upgrade`, which adds this
+    #[arg(long, value_name = "N", hide = true, requires = "control_socket")]
+    pub(super) take_over: Option<u64>,
     /// The implementation of the cipher: 'fastest' on this machine, or 'avx512', 'avx2', 'aes-ni' (x86-64) or
     /// 'portable'
     #[arg(long, value_name = "NAME", default_value_t)]

@@ -20,6 +20,7 @@ use crate::luks2::{Advice, HeaderError, Owner, Reason, Refusal, VolumeError};
 use crate::map::UnencryptedError;
 use crate::sandbox::SandboxError;
 use crate::storage::StorageError;
+use crate::upgrade::TakeError;
 
 /// Why a disk is not served.
 #[derive(Debug, thiserror::Error)]
@@ -158,6 +159,9 @@ pub(super) enum Failure {
     /// A passphrase or recovery key cannot be read or written.
     #[error(transparent)]
     Secret(#[from] SecretError),
+    /// The disk stays with the process that serves it.
+    #[error("the disk is not taken over")]
+    TakeOver(#[from] TakeError),
 }
 
 impl From<HelperError> for Failure {
@@ -199,6 +203,7 @@ impl Failure {
             Self::Open(error) => error.blame(),
             Self::Serve(error) => error.blame(),
             Self::Secret(error) => error.blame(),
+            Self::TakeOver(error) => error.blame(),
         }
     }
 }

@@ -5,6 +5,7 @@ mod failure;
 mod serve;
 
 use std::ffi::OsString;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -16,6 +17,10 @@ use sealblk_secmem::harden;
 use crate::cipher;
 pub use arguments::Serve;
 use failure::Failure;
+pub use serve::TAKEN_OVER;
+
+/// The option by which `sealblk upgrade` has a process take a disk over, with the number of the attempt.
+pub const TAKE_OVER: &str = serve::TAKE_OVER;
 
 /// The executable's name, as QEMU's descriptors and packages name it.
 pub const NAME: &str = "vhost-user-sealblk";
@@ -46,6 +51,13 @@ pub fn main() -> ExitCode {
         // The user did not type the verb.
         command = command.mut_subcommand(VERB, |serve| serve.override_usage(format!("{NAME} [OPTIONS]")));
     }
+    let is_taking_over = given
+        .iter()
+        .any(|argument| argument.as_bytes().starts_with(serve::TAKE_OVER.as_bytes()));
+    if is_taking_over {
+        // `sealblk upgrade` adds to arguments that were given before.
+        command = command.mut_subcommand(VERB, |serve| serve.args_override_self(true));
+    }
     let given = arguments(given.into_iter());
     let parsed = command
         .try_get_matches_from_mut(&given)
@@ -58,6 +70,10 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             output::complain(&failure);
+            if is_taking_over {
+                // To `sealblk upgrade`: standard error is the log of the disk.
+                let _ = output::line::<Failure>(&output::told(&failure));
+            }
             ExitCode::from(failure.blame().exit_code())
         }
     };

@@ -2,10 +2,11 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
@@ -22,10 +23,12 @@ use sha2::{Digest, Sha256};
 use super::COMMAND;
 use super::arguments::Serve;
 use super::failure::Failure;
-use crate::attachment::{Attachment, By, Interface, OpenError, Opener};
+use crate::attachment::{Attachment, Before, By, Interface, KeyState, OpenError, Opener};
 use crate::cipher::{KEY_LEN, Sector, SectorCipher, SectorSize};
 use crate::closer::{self, ClosedElsewhere};
+use crate::control::events::Event;
 use crate::control::privilege::Grants;
+use crate::control::server::Gate;
 use crate::control::socket::{self, Bound, Permissions};
 use crate::control::{datagram, manager, server, varlink};
 use crate::device::{Claims, DEFAULT_POOL_PAGES, Disk, Endpoint, Server, Waited};
@@ -35,7 +38,9 @@ use crate::luks2::{Changed, HeaderError, Identity, Locked, MATERIAL_LEN, Reason,
 use crate::map::{SegmentTable, Treatment, unencrypted};
 use crate::sandbox::{self, Allowed, Measure, Sandbox};
 use crate::storage::{Access, Attached, Backing, DataFile, Fence, Kind, Others, Policy, StorageError};
+use crate::upgrade::{Giver, Origin, Taker};
 use sealblk_secmem::{arena, arena::SecretBytes};
+use serde_json::json;
 
 /// What QEMU's vhost-user.json names, and nothing more (`VHostUserBackendBlockFeature`).
 const CAPABILITIES: &str = r#"{"type": "block", "features": ["read-only", "blk-file"]}"#;
@@ -58,6 +63,8 @@ impl Serve {
             });
         }
         process::raise_descriptor_limit();
+        let origin = Origin::of_this(TAKE_OVER);
+        let taker = self.taker()?;
         let by = match &self.passphrase_file {
             Some(source) => By::Passphrase {
                 once: source.can_be_read_once(),
@@ -86,12 +93,14 @@ impl Serve {
                 source @ StorageError::WriteProtected { .. } => Failure::WriteProtected { source },
                 error => error.into(),
             })?;
-            attached.add(backing.attach(others)?);
+            if taker.is_none() {
+                attached.add(backing.attach(others)?);
+            }
             Ok(Some(backing))
         };
         let (backing, header) = (open(&self.blk_file)?, open(&self.header)?);
         let fence = attached.fence();
-        let claims = match self.incoming {
+        let claims = match self.incoming || taker.is_some() {
             true => Claims::later(attached),
             false => Claims::now(attached)?,
         };
@@ -104,9 +113,15 @@ impl Serve {
         let disk = Arc::new(self.disk(&medium, claims)?);
         // All that can fail is tried before a key is asked for, which other hosts and logs may hear of.
         // From here on threads do not get the signals that end the process.
-        let endpoint = self.endpoint(groups.socket);
-        let server = Server::new(Arc::clone(&disk), self.num_queues, endpoint)?;
-        let control = self.control_socket(&medium, groups.control_socket)?;
+        let endpoint = match taker {
+            Some(_) => Endpoint::OtherProcess(self.socket_path.clone()),
+            None => self.endpoint(groups.socket),
+        };
+        let mut server = Server::new(Arc::clone(&disk), self.num_queues, endpoint)?;
+        if let Some(taker) = &taker {
+            taker.check(&disk, self.num_queues)?;
+        }
+        let mut control = self.control_socket(&medium, groups.control_socket)?;
         if let Key::Volume { .. } = &medium.key {
             arena::reserve(&SECRETS).map_err(SecretError::from)?;
         }
@@ -129,14 +144,32 @@ impl Serve {
         }
         stderr::begin();
         sandbox::tell_of_refusals().map_err(Failure::Host)?;
-        if !self.incoming {
+        if !self.incoming && taker.is_none() {
             disk.ask_for_claim().map_err(Failure::Host)?;
         }
-        if let Some(served) = &served
-            && self.get_key(&server, served)? == Waited::Stopped
-        {
-            return Ok(());
-        }
+        let before = match (taker, &served, &mut control) {
+            (Some(taker), Some(served), Some(control)) => {
+                match self.take_over(taker, &mut server, served, control) {
+                    Ok(Some(before)) => Some(before),
+                    Ok(None) => return Ok(()),
+                    Err(error) => {
+                        // Else the agent takes this process for one that was killed while it served the disk.
+                        served.detach();
+                        return Err(error);
+                    }
+                }
+            }
+            _ => {
+                // A guest that has migrated to a locked disk could not go back.
+                let may_wait = !self.no_wait && !self.incoming;
+                if let Some(served) = &served
+                    && self.get_key(&server, served, may_wait)? == Waited::Stopped
+                {
+                    return Ok(());
+                }
+                None
+            }
+        };
         self.announce(&medium.shape);
         manager::ready(
             &served
@@ -144,13 +177,76 @@ impl Serve {
                 .map_or("serving".to_owned(), |served| served.standing()),
         );
         let result = match (&served, control) {
-            (Some(served), Some(control)) => control.run_with(server, served, sandbox),
+            (Some(served), Some(control)) => control.run_with(
+                server,
+                served,
+                Started {
+                    sandbox,
+                    before,
+                    origin,
+                    queues: self.num_queues,
+                },
+            ),
             _ => server.run().map_err(Failure::from),
         };
-        if let Some(served) = &served {
-            served.detach();
+        match (&served, &result) {
+            // The disk stays attached, by another process.
+            (_, Ok(true)) => {}
+            (Some(served), _) => served.detach(),
+            (None, _) => {}
         }
-        result
+        result.map(drop)
+    }
+
+    /// The way to the process from which this one is to take the disk over.
+    fn taker(&self) -> Result<Option<Taker>, Failure> {
+        let (Some(upgrade), Some(socket)) = (self.take_over, &self.control_socket) else {
+            return Ok(None);
+        };
+        // This process does not end with the terminal of `sealblk upgrade`.
+        let _ = rustix::process::setsid();
+        Ok(Some(Taker::connect(socket, upgrade)?))
+    }
+
+    /// Gets the key, if the disk has it, then takes the disk over. Nothing comes back if this process was told to end.
+    fn take_over(
+        &self,
+        taker: Taker,
+        server: &mut Server,
+        served: &Arc<Attachment>,
+        control: &mut ControlSocket,
+    ) -> Result<Option<Before>, Failure> {
+        let waited = match taker.key() {
+            KeyState::Open => self.get_key(server, served, false)?,
+            KeyState::NoKey => self.get_key(server, served, true)?,
+            KeyState::LockedByOperator => {
+                served.watch_helper().map_err(Failure::Host)?;
+                Waited::Came
+            }
+        };
+        if waited == Waited::Stopped {
+            return Ok(None);
+        }
+        let took = taker.take(served, server)?;
+        server.take_name(took.front_ends_name);
+        control.bound.take(took.control_name);
+        control.listener = Some(took.control.into());
+        let _ = output::line::<Failure>(TAKEN_OVER);
+        let pause = u64::try_from(took.pause.as_millis()).unwrap_or(u64::MAX);
+        tracing::info!(
+            milliseconds = pause,
+            "took the disk over; the guest's requests waited no longer than this"
+        );
+        served.tell(
+            Event::DiskTakenOver,
+            json!({
+                "process": std::process::id(),
+                "version": env!("CARGO_PKG_VERSION"),
+                "pause": pause,
+                "from": { "process": took.before.process, "version": took.before.version },
+            }),
+        );
+        Ok(Some(took.before))
     }
 
     /// Where front-ends come from: clap requires a path or a descriptor.
@@ -209,10 +305,18 @@ impl Serve {
         };
         let grants = opener.helper.grants()?;
         let mode = self.control_socket_mode.unwrap_or(CONTROL_MODE);
+        if self.take_over.is_some() {
+            let bound = Bound::of_other(path).map_err(Failure::Host)?;
+            return Ok(Some(ControlSocket {
+                listener: None,
+                grants,
+                bound,
+            }));
+        }
         let permissions = Permissions::new(Some(mode), group);
         let (listener, bound) = socket::bind(path, permissions)?;
         Ok(Some(ControlSocket {
-            listener: listener.into(),
+            listener: Some(listener.into()),
             grants,
             bound,
         }))
@@ -265,11 +369,9 @@ impl Serve {
 
     /// Gets the key of `served`, or finds that the disk has to wait for it. A key server that does not answer holds up a guest
     /// no longer than [`FIRST_TRY`]: its disk is locked then.
-    fn get_key(&self, server: &Server, served: &Arc<Attachment>) -> Result<Waited, Failure> {
-        // A guest that has migrated to a locked disk could not go back.
-        let wait = !self.no_wait && !self.incoming;
-        let first = served.get_key(wait).map_err(Failure::Host)?;
-        let limit = wait.then_some(FIRST_TRY);
+    fn get_key(&self, server: &Server, served: &Arc<Attachment>, may_wait: bool) -> Result<Waited, Failure> {
+        let first = served.get_key(may_wait).map_err(Failure::Host)?;
+        let limit = may_wait.then_some(FIRST_TRY);
         let waited = server.wait_for(&first, limit).map_err(Failure::Host)?;
         match waited {
             Waited::Came => first.outcome()?,
@@ -472,6 +574,10 @@ impl Serve {
     }
 }
 
+/// What `sealblk upgrade` adds to the arguments, and the line by which it learns that the disk was taken over.
+pub(super) const TAKE_OVER: &str = "--take-over=";
+pub const TAKEN_OVER: &str = "taken over";
+
 /// How long the first attempt to get a key can delay the guest.
 const FIRST_TRY: Duration = Duration::from_secs(10);
 
@@ -489,30 +595,58 @@ struct Groups {
 
 /// A control socket that is bound, and goes with this.
 struct ControlSocket {
-    listener: ClosedElsewhere<UnixListener>,
+    /// None before another process has given it.
+    listener: Option<ClosedElsewhere<UnixListener>>,
     grants: Grants,
     bound: Bound,
 }
 
 impl ControlSocket {
-    /// Serves, and answers on the control socket meanwhile.
-    fn run_with(self, server: Server, served: &Arc<Attachment>, sandbox: Sandbox) -> Result<(), Failure> {
-        let interface: Arc<dyn varlink::Interface> =
-            Arc::new(Interface::new(Arc::clone(served), self.grants, sandbox));
+    /// Serves, and answers on the control socket meanwhile. Tells whether another process serves the disk at the end.
+    fn run_with(self, server: Server, served: &Arc<Attachment>, started: Started) -> Result<bool, Failure> {
+        let Some(listener) = self.listener else {
+            return Ok(server.run()?);
+        };
+        let Started { sandbox, before, .. } = started;
+        let interface = Interface::new(Arc::clone(served), self.grants, sandbox, before);
+        let gate = Arc::<Gate>::default();
+        let giver = Giver {
+            gate: Arc::clone(&gate),
+            served: Arc::clone(served),
+            handover: server.handover(),
+            queues: started.queues,
+            control: listener.as_fd().try_clone_to_owned().map_err(Failure::Host)?,
+            origin: started.origin,
+            front_ends_name: server.bound().and_then(Bound::inode),
+            control_name: self.bound.inode(),
+            current: Mutex::default(),
+        };
+        let interfaces: Arc<[Arc<dyn varlink::Interface>]> = Arc::new([Arc::new(interface), Arc::new(giver)]);
         let ended = eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| Failure::Host(error.into()))?;
         thread::scope(|scope| {
             let control = thread::Builder::new().name("control".into());
             let spawned = control.spawn_scoped(scope, || {
-                if let Err(error) = server::run(&self.listener, &ended, &interface) {
+                if let Err(error) = server::run(&listener, &ended, &interfaces, &gate) {
                     tracing::error!(%error, "the control socket no longer works");
                 }
             });
             spawned.map_err(Failure::Host)?;
             let result = server.run();
             let _ = rustix::io::write(&ended, &1_u64.to_ne_bytes());
+            if matches!(result, Ok(true)) {
+                self.bound.keep();
+            }
             Ok(result?)
         })
     }
+}
+
+/// How this process was started, and what it is.
+struct Started {
+    sandbox: Sandbox,
+    before: Option<Before>,
+    origin: Origin,
+    queues: u16,
 }
 
 /// The storage of a disk.

@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use crate::error_chain::causes;
 use crate::mutex::lock;
-use crate::storage::{Attached, Claim, DataFile, StorageError, Unclaimed};
+use crate::storage::{Attached, Claim, DataFile, Lent, StorageError, Unclaimed};
 
 /// How long the source of a migration can take to give up the disk once the destination's guest runs.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -64,6 +64,17 @@ enum State {
     Refused(Attached, String),
 }
 
+/// A claim on its way to another process. See [`Claims::lend`].
+#[derive(Debug)]
+pub struct LentClaim {
+    /// What is attached.
+    pub parts: Vec<Lent>,
+    /// Whether it is claimed.
+    pub is_claimed: bool,
+    /// Whether the process has ever had the claim.
+    pub was_claimed: bool,
+}
+
 /// How a disk's claim is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Standing {
@@ -96,6 +107,43 @@ impl Claims {
             }) => Ok(Self::later(attached)),
             Err(Unclaimed { error, .. }) => Err(error),
         }
+    }
+
+    /// What is attached, and whether it is claimed, for another process that takes it over. Both change only when a ring starts or stops.
+    ///
+    /// # Errors
+    /// If the disk is just being claimed, or was refused.
+    pub(super) fn lend(&self) -> io::Result<LentClaim> {
+        let state = lock(&self.state);
+        let (attached, is_claimed) = match &*state {
+            State::Claimed(claim) => (claim.attached(), true),
+            State::Attached(attached) => (attached, false),
+            State::Claiming { .. } | State::Refused(..) => return Err(io::ErrorKind::ResourceBusy.into()),
+        };
+        Ok(LentClaim {
+            parts: attached.lend()?,
+            is_claimed,
+            was_claimed: self.was_held.load(Ordering::Relaxed),
+        })
+    }
+
+    /// Leaves the locks to the process that has borrowed them.
+    pub(super) fn leave(&self) {
+        match &*lock(&self.state) {
+            State::Claimed(claim) => claim.attached().leave(),
+            State::Attached(attached) | State::Refused(attached, _) => attached.leave(),
+            State::Claiming { .. } => {}
+        }
+    }
+
+    /// Takes over what another process has left, claimed or not.
+    pub(super) fn take_over(&self, attached: Attached, is_claimed: bool, was_claimed: bool) {
+        attached.take();
+        self.was_held.store(was_claimed, Ordering::Relaxed);
+        *lock(&self.state) = match is_claimed {
+            true => State::Claimed(Arc::new(attached.claimed())),
+            false => State::Attached(attached),
+        };
     }
 
     fn with(state: State) -> Self {

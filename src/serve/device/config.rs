@@ -59,7 +59,7 @@ pub(super) struct Agreed(u64);
      with when QEMU started, or stop QEMU and start it again",
     names(*missing)
 )]
-pub(super) struct NotOffered {
+pub struct NotOffered {
     missing: u64,
 }
 
@@ -83,6 +83,11 @@ impl Agreed {
     /// otherwise than the front-end has it.
     pub(super) fn of_handler(self) -> u64 {
         self.0 & !(1 << VIRTIO_BLK_F_CONFIG_WCE) & !LOG_ALL
+    }
+
+    /// All of them.
+    pub(super) fn bits(self) -> u64 {
+        self.0
     }
 
     /// Whether the front-end logs what is written to the driver's buffers.
@@ -167,7 +172,8 @@ pub(super) fn write(agreed: Agreed, offset: u32, bytes: &[u8]) -> Result<(), Not
 const PAGE_SECTORS: u8 = 8;
 const _: () = assert!(PAGE == PAGE_SECTORS as usize * 512);
 
-fn space(disk: &Disk, num_queues: u16) -> [u8; CONFIG_LEN] {
+/// The bytes of the configuration space that have a meaning.
+pub(super) fn space(disk: &Disk, num_queues: u16) -> [u8; CONFIG_LEN] {
     let mut space = [0; CONFIG_LEN];
     let mut put = |at: usize, field: &[u8]| space[at..at + field.len()].copy_from_slice(field);
     let granule = disk.sector_size.sectors();

@@ -17,13 +17,13 @@ use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::claims::{Claims, Kept, NotClaimed, Observer, Standing};
+use super::claims::{Claims, Kept, LentClaim, NotClaimed, Observer, Standing};
 use super::held::{Held, HeldObserver, HeldTransfers};
 use super::limits::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES, DEFAULT_STOP_LIMIT};
 use crate::cipher::SectorSize;
 use crate::map::SegmentTable;
 use crate::mutex::lock;
-use crate::storage::{Claim, DataFile};
+use crate::storage::{Attached, Claim, DataFile};
 use crate::timestamp::Timestamp;
 
 /// How often a lock looks whether the workers are done.
@@ -141,6 +141,8 @@ pub struct Disk {
     pub stop_limit: Duration,
     /// Since when a front-end is connected.
     front_end: Mutex<Option<Timestamp>>,
+    /// The features that it has agreed on: its own and the driver's, and those of the protocol.
+    agreed: Mutex<(u64, u64)>,
     /// Whether the log says already that a driver takes this disk for another: a driver can cause that at any time.
     pub(super) mismatch_told: AtomicBool,
 }
@@ -184,6 +186,7 @@ impl Disk {
             pool_pages: DEFAULT_POOL_PAGES,
             stop_limit: DEFAULT_STOP_LIMIT,
             front_end: Mutex::default(),
+            agreed: Mutex::default(),
             mismatch_told: AtomicBool::new(false),
         })
     }
@@ -354,6 +357,34 @@ impl Disk {
         }
     }
 
+    /// The features that the front-end has agreed on: its own and the driver's, and those of the protocol.
+    pub(super) fn agreed(&self) -> (u64, u64) {
+        *lock(&self.agreed)
+    }
+
+    /// Takes note of the features that a front-end has agreed on: its own and the driver's, and those of the protocol.
+    pub(super) fn set_agreed(&self, features: u64, protocol_features: u64) {
+        *lock(&self.agreed) = (features, protocol_features);
+    }
+
+    /// The claim, for another process that takes the disk over. No ring is served.
+    ///
+    /// # Errors
+    /// If it is just coming, was refused, or descriptors are exhausted.
+    pub fn lend_claim(&self) -> io::Result<LentClaim> {
+        self.claims.lend()
+    }
+
+    /// Leaves the claim to the process that has borrowed it.
+    pub fn leave_claim(&self) {
+        self.claims.leave();
+    }
+
+    /// Takes over a claim that another process has left.
+    pub fn take_claim(&self, attached: Attached, is_claimed: bool, was_claimed: bool) {
+        self.claims.take_over(attached, is_claimed, was_claimed);
+    }
+
     /// Has `observer` asked and told when the claim comes or goes.
     pub fn observe_claim(&self, observer: Box<dyn Observer>) {
         self.claims.observe(observer);
@@ -389,6 +420,7 @@ impl Disk {
 
     /// Records that a front-end has come or left.
     pub(super) fn set_front_end(&self, since: Option<Timestamp>) {
+        self.set_agreed(0, 0);
         *lock(&self.front_end) = since;
     }
 

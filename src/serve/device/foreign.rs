@@ -8,6 +8,7 @@
 //! - The link /proc/self/fd/N shows an eventfd and a socket by names that no path can have, since paths begin with '/'.
 //! - statx(2) with AT_STATX_DONT_SYNC tells what the kernel knows of a file already: whether it is a device, and which one.
 
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
@@ -43,6 +44,19 @@ impl Foreign {
     pub(super) fn new(fd: OwnedFd) -> Self {
         let kind = kind(fd.as_fd());
         Self { fd: Some(fd), kind }
+    }
+
+    /// One more descriptor of the same.
+    pub(super) fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self {
+            fd: Some(self.as_fd().try_clone_to_owned()?),
+            kind: self.kind,
+        })
+    }
+
+    /// The descriptor, which the caller closes from then on.
+    pub(super) fn into_inner(mut self) -> OwnedFd {
+        self.fd.take().expect("it is taken when this is dropped")
     }
 
     pub(super) fn kind(&self) -> Kind {

@@ -183,7 +183,7 @@ impl FrontendMessage {
 }
 
 /// The structure that `bytes` are, if they are as many as it has.
-fn structure<T: ByteValued + Default>(bytes: &[u8]) -> Option<T> {
+pub(super) fn structure<T: ByteValued + Default>(bytes: &[u8]) -> Option<T> {
     let mut structure = T::default();
     let target = structure.as_mut_slice();
     if target.len() != bytes.len() {

@@ -30,8 +30,10 @@ use super::disk::Disk;
 use super::foreign::Foreign;
 use super::frontend_message::{FrontendMessage, Refused, Reply, Scope};
 use super::handler::{Handler, HandlerError, NoResources};
+use super::handover::Desk;
 use super::inflight::{self, InflightMemory, MapError};
 use super::message::{Incoming, Message, MessageError, Progress};
+use super::record::Record;
 use super::rings::Rings;
 use super::sigbus;
 
@@ -94,32 +96,16 @@ impl InterceptError {
     }
 }
 
-/// Passes messages between the front-end and the handler until one of them leaves. When it returns, each ring is stopped, and
-/// the handler ends.
-pub(super) fn relay(
-    front_end: &UnixStream,
-    handler: UnixStream,
-    disk: &Disk,
-    rings: &mut Rings,
-) -> Result<(), InterceptError> {
-    let mut interceptor = Interceptor {
-        front_end,
-        handler: Handler::new(handler)?,
-        disk,
-        rings,
-        protocol: VhostUserProtocolFeatures::empty(),
-        back_end_channel: None,
-        asked_capacity: None,
-        told_capacity: None,
-    };
-    let result = interceptor.relay();
-    // Before the handler goes, whose vrings they are.
-    interceptor.rings.leave();
-    disk.front_end_left();
-    result
+/// How a session ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ended {
+    /// The front-end has left.
+    Left,
+    /// Another process serves it on.
+    HandedOver,
 }
 
-struct Interceptor<'s> {
+pub(super) struct Interceptor<'s> {
     front_end: &'s UnixStream,
     handler: Handler,
     disk: &'s Disk,
@@ -133,10 +119,59 @@ struct Interceptor<'s> {
     asked_capacity: Option<u64>,
     /// The capacity that was reported to it since rings are served.
     told_capacity: Option<u64>,
+    record: Record,
+    /// Where this session is asked for what another process needs to continue it.
+    desk: &'s Desk<Vec<Message>>,
 }
 
-impl Interceptor<'_> {
-    fn relay(&mut self) -> Result<(), InterceptError> {
+impl<'s> Interceptor<'s> {
+    /// Of a front-end that has said nothing yet.
+    pub(super) fn new(
+        front_end: &'s UnixStream,
+        handler: UnixStream,
+        disk: &'s Disk,
+        rings: &'s mut Rings,
+        desk: &'s Desk<Vec<Message>>,
+    ) -> Result<Self, InterceptError> {
+        Ok(Self {
+            front_end,
+            handler: Handler::new(handler)?,
+            disk,
+            rings,
+            protocol: VhostUserProtocolFeatures::empty(),
+            back_end_channel: None,
+            asked_capacity: None,
+            told_capacity: None,
+            record: Record::default(),
+            desk,
+        })
+    }
+
+    /// Applies what the front-end has said to the process before this one; no ring is served yet.
+    pub(super) fn repeat(&mut self, messages: Vec<Message>) -> Result<(), InterceptError> {
+        self.rings.hold();
+        for message in messages {
+            let content = FrontendMessage::decode(&message)?;
+            self.apply(message, &content)?;
+        }
+        Ok(self.rings.prepare().map_err(NoResources)?)
+    }
+
+    /// Passes messages between the front-end and the handler until one of them leaves, or another process serves the front-end. When it
+    /// returns, each ring is stopped, and the handler ends.
+    pub(super) fn relay(mut self) -> Result<Ended, InterceptError> {
+        let result = self.rings.let_go().map_err(|error| NoResources(error).into());
+        let result = result.and_then(|()| self.pass_messages());
+        if matches!(result, Ok(Ended::HandedOver)) {
+            return result;
+        }
+        // Before the handler goes, whose vrings they are.
+        self.rings.leave();
+        self.disk.front_end_left();
+        result
+    }
+
+    fn pass_messages(&mut self) -> Result<Ended, InterceptError> {
         let mut incoming = Incoming::new(MESSAGE_TIMEOUT);
         let mut asked_for_queues = false;
         loop {
@@ -147,31 +182,63 @@ impl Interceptor<'_> {
                     return Err(InterceptError::MemoryLost);
                 }
                 self.rings.start().map_err(NoResources)?;
-                continue;
+            } else if self.advance(&mut incoming, &mut asked_for_queues)? {
+                return Ok(Ended::Left);
             }
-            match incoming
-                .advance(self.front_end)
-                .map_err(InterceptError::FrontEnd)?
-            {
-                Progress::Message(message) => {
-                    let content = FrontendMessage::decode(&message)?;
-                    asked_for_queues = matches!(content, FrontendMessage::GetQueueNum);
-                    self.handle(message, &content)?;
-                }
-                Progress::Waiting => {}
-                Progress::End => {
-                    // A front-end that sends more after that answer leaves for another reason.
-                    if asked_for_queues {
-                        let queues = self.rings.count();
-                        tracing::info!(
-                            queues,
-                            "it left when it heard how many queues there are; with more it may stay: --num-queues"
-                        );
-                    }
-                    return Ok(());
-                }
+            if incoming.is_empty() && self.hand_over()? {
+                return Ok(Ended::HandedOver);
             }
         }
+    }
+
+    /// Takes what the front-end has sent; tells whether it has left.
+    fn advance(
+        &mut self,
+        incoming: &mut Incoming,
+        asked_for_queues: &mut bool,
+    ) -> Result<bool, InterceptError> {
+        match incoming
+            .advance(self.front_end)
+            .map_err(InterceptError::FrontEnd)?
+        {
+            Progress::Message(message) => {
+                let content = FrontendMessage::decode(&message)?;
+                *asked_for_queues = matches!(content, FrontendMessage::GetQueueNum);
+                self.handle(message, &content)?;
+            }
+            Progress::Waiting => {}
+            Progress::End => {
+                // A front-end that sends more after that answer leaves for another reason.
+                if *asked_for_queues {
+                    let queues = self.rings.count();
+                    tracing::info!(
+                        queues,
+                        "it left when it heard how many queues there are; with more it may stay: --num-queues"
+                    );
+                }
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// If another process is to serve the front-end, gives what it needs, with no request in flight, and waits for the decision; whether
+    /// this process leaves.
+    fn hand_over(&mut self) -> Result<bool, InterceptError> {
+        let Some(asked) = self.desk.take() else {
+            return Ok(false);
+        };
+        self.rings.hold();
+        self.rings.drop_engines();
+        let messages = match self.rings.are_finished() {
+            true => self.record.repeated(&self.rings.bases()),
+            false => Err(io::ErrorKind::TimedOut.into()),
+        };
+        if asked.answer(messages) {
+            return Ok(true);
+        }
+        self.rings.let_go().map_err(NoResources)?;
+        Ok(false)
     }
 
     /// Waits for the front-end, also in the middle of a message; it is not its turn if the disk was locked or unlocked.
@@ -224,9 +291,27 @@ impl Interceptor<'_> {
     }
 
     /// Checks a message, has it applied, and answers it.
-    fn handle(&mut self, mut message: Message, content: &FrontendMessage) -> Result<(), InterceptError> {
-        checks::check(&message, content, self.rings)?;
+    fn handle(&mut self, message: Message, content: &FrontendMessage) -> Result<(), InterceptError> {
         let wants_acknowledgement = message.needs_reply();
+        let answer = self.apply(message, content)?;
+        let is_wanted = match content.rule().reply {
+            Reply::Data => true,
+            Reply::Acknowledgement => {
+                wants_acknowledgement && self.protocol.contains(VhostUserProtocolFeatures::REPLY_ACK)
+            }
+        };
+        if is_wanted {
+            let sent = answer.send(self.front_end, REPLY_TIMEOUT);
+            sent.map_err(InterceptError::Reply)?;
+        }
+        Ok(())
+    }
+
+    /// Checks a message, has it applied, and gives the answer.
+    fn apply(&mut self, mut message: Message, content: &FrontendMessage) -> Result<Message, InterceptError> {
+        checks::check(&message, content, self.rings)?;
+        let copy = Record::copy(&message, content).map_err(HandlerError::Descriptors)?;
+        let body = message.body.clone();
         let answer = match content {
             FrontendMessage::SetLogBase(log) => self.set_log(&mut message, *log)?,
             FrontendMessage::SetConfig { offset, bytes } => self.set_config(&message, *offset, bytes),
@@ -243,17 +328,10 @@ impl Interceptor<'_> {
             FrontendMessage::GetConfig => self.asked_capacity = Some(self.disk.shown()),
             _ => {}
         }
-        let is_wanted = match content.rule().reply {
-            Reply::Data => true,
-            Reply::Acknowledgement => {
-                wants_acknowledgement && self.protocol.contains(VhostUserProtocolFeatures::REPLY_ACK)
-            }
-        };
-        if is_wanted {
-            let sent = answer.send(self.front_end, REPLY_TIMEOUT);
-            sent.map_err(InterceptError::Reply)?;
-        }
-        Ok(())
+        self.disk
+            .set_agreed(self.rings.agreed().bits(), self.protocol.bits());
+        self.record.keep(content, copy, &body);
+        Ok(answer)
     }
 
     /// Writes to the configuration space. The handler would leave if it were refused, and it is the guest's to try.

@@ -27,7 +27,7 @@ const HEADER: usize = 12;
 
 /// A message, in either direction.
 #[derive(Debug)]
-pub(super) struct Message {
+pub struct Message {
     request: u32,
     flags: u32,
     pub body: Vec<u8>,
@@ -36,7 +36,7 @@ pub(super) struct Message {
 
 /// Why no message can be received.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum MessageError {
+pub enum MessageError {
     #[error("the connection ended in the middle of a message")]
     Cut,
     #[error("a message that has begun does not end")]
@@ -59,6 +59,21 @@ impl MessageError {
 }
 
 impl Message {
+    /// A message between processes of sealblk, whose number no message of a front-end has.
+    pub fn own(number: u32, body: Vec<u8>, fds: Vec<OwnedFd>) -> Self {
+        Self {
+            request: number,
+            flags: VERSION,
+            body,
+            fds: fds.into_iter().map(Foreign::new).collect(),
+        }
+    }
+
+    /// Takes its descriptors out of it; the caller closes them from then on.
+    pub fn take_descriptors(&mut self) -> Vec<OwnedFd> {
+        self.take_fds().into_iter().map(Foreign::into_inner).collect()
+    }
+
     /// A request without descriptors.
     pub(super) fn request(request: FrontendReq, body: &[u8]) -> Self {
         Self {
@@ -67,6 +82,23 @@ impl Message {
             body: body.to_vec(),
             fds: Vec::new(),
         }
+    }
+
+    /// The same message once more, with descriptors of its own.
+    ///
+    /// # Errors
+    /// If descriptors are exhausted.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self {
+            request: self.request,
+            flags: self.flags,
+            body: self.body.clone(),
+            fds: self
+                .fds
+                .iter()
+                .map(Foreign::try_clone)
+                .collect::<io::Result<_>>()?,
+        })
     }
 
     /// A reply to this request.
@@ -80,8 +112,13 @@ impl Message {
     }
 
     /// The same message with a descriptor.
-    pub(super) fn with_fd(mut self, fd: OwnedFd) -> Self {
-        self.fds.push(Foreign::new(fd));
+    pub(super) fn with_fd(self, fd: OwnedFd) -> Self {
+        self.with(Foreign::new(fd))
+    }
+
+    /// The same message with a descriptor of the front-end's.
+    pub(super) fn with(mut self, fd: Foreign) -> Self {
+        self.fds.push(fd);
         self
     }
 
@@ -104,7 +141,7 @@ impl Message {
     }
 
     /// The number of the request.
-    pub(super) fn number(&self) -> u32 {
+    pub fn number(&self) -> u32 {
         self.request
     }
 
@@ -130,7 +167,7 @@ impl Message {
     }
 
     /// Waits for a message, as a whole for no longer than `limit`; none once the peer has closed the connection.
-    pub(super) fn receive(stream: &UnixStream, limit: Duration) -> Result<Option<Self>, MessageError> {
+    pub fn receive(stream: &UnixStream, limit: Duration) -> Result<Option<Self>, MessageError> {
         let deadline = Deadline::after(limit);
         let mut incoming = Incoming::new(limit);
         loop {
@@ -143,7 +180,7 @@ impl Message {
     }
 
     /// Sends it, as a whole within `limit`, and closes its descriptors on this side.
-    pub(super) fn send(self, stream: &UnixStream, limit: Duration) -> io::Result<()> {
+    pub fn send(self, stream: &UnixStream, limit: Duration) -> io::Result<()> {
         let len = u32::try_from(self.body.len()).map_err(io::Error::other)?;
         let mut bytes = Vec::with_capacity(HEADER + self.body.len());
         for field in [self.request, self.flags, len] {
@@ -201,6 +238,11 @@ impl Incoming {
             limit,
             deadline: Deadline::NEVER,
         }
+    }
+
+    /// Whether nothing of it has come yet.
+    pub(super) fn is_empty(&self) -> bool {
+        self.received == 0
     }
 
     /// Until when more of it has to come.

@@ -8,6 +8,8 @@
 //! server            the socket that front-ends connect to, one at a time, and signals
 //! session           one front-end's connection, from its first message to its end
 //! interceptor       each message of the front-end: received, decoded, checked, passed on, answered
+//! record            what it has said, as far as it holds
+//! handover          another process continues a session
 //! checks            messages that the protocol handler would accept and that we cannot serve
 //! handler           the connection to vhost-user-backend's protocol handler: the one way to change what I/O stands on
 //! rings             which rings are served, and the guard of those that are paused
@@ -18,6 +20,7 @@
 //! polling           how long a worker looks for work before it sleeps
 //! task              requests in hand, and their pieces in flight
 //! request           a descriptor chain becomes a request
+//! guise             the disk as the guest sees it
 //! config            feature bits, and the configuration space
 //! disk              what all workers share; it has a segment table, or it is locked
 //! claims            the claim on its storage, without which no ring is served
@@ -76,7 +79,9 @@ mod disk;
 mod foreign;
 mod frontend_message;
 mod guest;
+mod guise;
 mod handler;
+mod handover;
 mod held;
 mod inflight;
 mod interceptor;
@@ -85,6 +90,7 @@ mod limits;
 mod message;
 mod path;
 mod polling;
+mod record;
 mod request;
 mod resumption;
 mod ring;
@@ -98,8 +104,11 @@ mod vring;
 mod worker;
 mod worker_thread;
 
-pub use claims::{Claims, Kept, NotClaimed, Observer, Standing};
+pub use claims::{Claims, Kept, LentClaim, NotClaimed, Observer, Standing};
 pub use disk::Disk;
+pub use guise::{Guise, NotTheSame};
+pub use handover::{Answer, Given, Handover, Served};
 pub use held::{Held, HeldBy};
 pub use limits::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES, DEFAULT_STOP_LIMIT};
-pub use server::{Endpoint, ServeError, Server, Waited};
+pub use message::Message;
+pub use server::{Endpoint, Ready, ServeError, Server, Waited};

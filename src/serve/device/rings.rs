@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
+use vhost_user_backend::VringT;
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 
 use super::call::Call;
@@ -61,6 +62,8 @@ pub(super) struct Rings {
     log: Option<Arc<DirtyLog>>,
     /// Where writes to each used ring are marked in it.
     used_logs: Vec<Option<u64>>,
+    /// Whether none is served, whatever the front-end wants.
+    is_held: bool,
 }
 
 impl Rings {
@@ -90,7 +93,56 @@ impl Rings {
             agreed: Agreed::default(),
             log: None,
             used_logs,
+            is_held: false,
         })
+    }
+
+    /// Stops all rings, and starts none until [`Rings::let_go`].
+    pub(super) fn hold(&mut self) {
+        self.is_held = true;
+        self.stop();
+    }
+
+    /// Starts the rings that the front-end wants served by now.
+    ///
+    /// # Errors
+    /// Those of [`Rings::start`].
+    pub(super) fn let_go(&mut self) -> io::Result<()> {
+        self.is_held = false;
+        self.start()
+    }
+
+    /// Whether another process finds all that is left in flight, in memory that the front-end keeps, and nothing of it is under way. All
+    /// are stopped.
+    pub(super) fn are_finished(&self) -> bool {
+        let may_have_left = |index| {
+            let part = self.inflight.of_queue(index);
+            part.is_ok_and(|part| part.may_have_left())
+        };
+        let is_lost = self.inflight.is_private() && (0..self.count()).any(may_have_left);
+        !is_lost && !self.disk.held.is_landing()
+    }
+
+    /// How far each ring was served. All are stopped.
+    pub(super) fn bases(&self) -> Vec<u16> {
+        self.vrings.iter().map(VringT::queue_next_avail).collect()
+    }
+
+    /// Frees the memory of rings that are stopped, which counts against a limit of this user's.
+    pub(super) fn drop_engines(&mut self) {
+        self.engines.clear();
+    }
+
+    /// Makes what the rings need that the front-end wants served, so that nothing is left to fail when they start.
+    ///
+    /// # Errors
+    /// If there are no descriptors or memory left.
+    pub(super) fn prepare(&mut self) -> io::Result<()> {
+        let wanted = self.vrings.iter().filter(|vring| vring.is_wanted()).count();
+        while self.engines.len() < wanted {
+            self.engines.push(engine(&self.disk, &self.urings)?);
+        }
+        Ok(())
     }
 
     /// Stops the rings of `scope`, and gives the guard by which what they stand on can be changed.
@@ -196,6 +248,9 @@ impl Rings {
     /// If there are no descriptors, threads or memory left to serve one. A ring that the driver set up wrongly is no
     /// error of the session: it rests.
     pub(super) fn start(&mut self) -> io::Result<()> {
+        if self.is_held {
+            return Ok(());
+        }
         let (granted, sectors) = self.disk.granted();
         let current = granted.as_ref().map(Grant::generation);
         self.stop_those(|_, running| Some(running.generation) != current);

@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -21,12 +22,16 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::blame::log_by_blame;
 use super::disk::Disk;
+use super::handover::{Asked, Desk, Given, Handover, Served};
+use super::interceptor::Ended;
+use super::message::Message;
 use super::rings::{self, Urings};
-use super::session::{self, Link};
+use super::session::{self, Continued, Link, Tools};
 use super::uring;
 use crate::closer::{self, ClosedElsewhere};
 use crate::control::manager;
 use crate::control::socket::{BindError, Bound, Permissions, accept, bind, termination};
+use crate::error_chain::causes;
 use crate::timestamp::Timestamp;
 
 /// Where front-ends come from.
@@ -36,6 +41,8 @@ pub enum Endpoint {
     Path(PathBuf, Permissions),
     /// A socket that the process was started with: one that listens, or one that is connected to the only front-end.
     Fd(RawFd),
+    /// Those of another process, which may have bound a socket to this path: [`Server::take_over`].
+    OtherProcess(Option<PathBuf>),
 }
 
 /// Why a disk is not served.
@@ -56,6 +63,8 @@ pub enum ServeError {
     IoUring(#[source] io::Error),
     #[error("the control thread cannot be set up")]
     Control(#[source] io::Error),
+    #[error("the front-end cannot be served by this process: {0}")]
+    Session(String, Blame),
 }
 
 impl ServeError {
@@ -65,6 +74,7 @@ impl ServeError {
             Self::Socket(error) => error.blame(),
             Self::BadFd { .. } | Self::IdleFd { .. } => Blame::Operator,
             Self::IoUring(_) | Self::Control(_) => Blame::Host,
+            Self::Session(_, blame) => *blame,
         }
     }
 }
@@ -87,7 +97,22 @@ pub enum Waited {
     TooLong,
 }
 
+/// A front-end of another process, which this one is ready to serve.
+#[must_use = "the other process continues if this is dropped"]
+#[derive(Debug)]
+pub struct Ready(Option<SyncSender<()>>);
+
+impl Ready {
+    /// Serves it: the other process does not do so any more.
+    pub fn go(self) {
+        if let Some(go) = self.0 {
+            let _ = go.send(());
+        }
+    }
+}
+
 enum Source {
+    None(Option<Bound>),
     Listener {
         listener: UnixListener,
         bound: Option<Bound>,
@@ -115,6 +140,10 @@ impl Server {
                 }
             }
             Endpoint::Fd(fd) => inherited(fd)?,
+            Endpoint::OtherProcess(path) => {
+                let bound = path.as_deref().map(Bound::of_other).transpose();
+                Source::None(bound.map_err(ServeError::Control)?)
+            }
         };
         let (listener, next, bound) = match source {
             Source::Listener { listener, bound } => {
@@ -122,8 +151,11 @@ impl Server {
                 (Some(listener.into()), None, bound)
             }
             Source::Connected(stream) => (None, Some(stream.into()), None),
+            Source::None(bound) => (None, None, bound),
         };
         let control = Control {
+            handover: Handover::new().map_err(ServeError::Control)?,
+            is_handed_over: false,
             host: Arc::new(host),
             listener,
             signals,
@@ -146,6 +178,46 @@ impl Server {
     /// Where there is no `/proc`.
     pub fn settle(&self) -> io::Result<usize> {
         self.control.host.link.settle()
+    }
+
+    /// The way to ask for all that another process needs to serve the front-ends.
+    pub fn handover(&self) -> Handover {
+        self.control.handover.clone()
+    }
+
+    /// Takes what another process serves front-ends with, and does all that can fail. That process has stopped its rings.
+    ///
+    /// # Errors
+    /// If descriptors, threads or memory are exhausted, or this process does not understand what the front-end has said.
+    pub fn take_over(&mut self, given: Given, limit: Duration) -> Result<Ready, ServeError> {
+        self.control.listener = given.listener.map(|listener| UnixListener::from(listener).into());
+        let Some(served) = given.served else {
+            return Ok(Ready(None));
+        };
+        let (ready, wait) = sync_channel(0);
+        let (go, start) = sync_channel(1);
+        let continued = Continued {
+            messages: served.messages,
+            ready,
+            go: start,
+        };
+        self.control
+            .begin(served.connection.into(), Some((served.since, continued)));
+        match wait.recv_timeout(limit) {
+            Ok(Ok(())) => Ok(Ready(Some(go))),
+            Ok(Err(error)) => {
+                let text = causes(&error).fold(error.to_string(), |text, cause| format!("{text}: {cause}"));
+                Err(ServeError::Session(text, error.blame()))
+            }
+            Err(error) => Err(ServeError::Session(error.to_string(), Blame::Host)),
+        }
+    }
+
+    /// Takes the name of the listening socket of another process, to be removed at the end.
+    pub fn take_name(&mut self, inode: Option<(u64, u64)>) {
+        if let Some(bound) = &mut self.bound {
+            bound.take(inode);
+        }
     }
 
     /// The socket that it has bound, if it has.
@@ -176,11 +248,11 @@ impl Server {
         }
     }
 
-    /// Serves front-ends until SIGINT or SIGTERM, or until the only one leaves.
-    pub fn run(mut self) -> Result<(), ServeError> {
+    /// Serves front-ends until SIGINT or SIGTERM, until the only one leaves, or until another process serves them; tells whether one does.
+    pub fn run(mut self) -> Result<bool, ServeError> {
         let control_error = |error: event_manager::Error| ServeError::Control(io::Error::other(error));
         if let Some(stream) = self.control.next.take() {
-            self.control.begin(stream);
+            self.control.begin(stream, None);
         }
         let id = self.manager.add_subscriber(self.control);
         while !self.manager.subscriber_mut(id).map_err(control_error)?.finished {
@@ -188,8 +260,12 @@ impl Server {
         }
         let control = self.manager.subscriber_mut(id).map_err(control_error)?;
         let failure = control.failure.take();
+        let is_handed_over = control.is_handed_over;
+        if is_handed_over && let Some(bound) = self.bound.take() {
+            bound.keep();
+        }
         drop(self.bound);
-        failure.map_or(Ok(()), |error| Err(ServeError::Control(error)))
+        failure.map_or(Ok(is_handed_over), |error| Err(ServeError::Control(error)))
     }
 }
 
@@ -208,6 +284,8 @@ struct Host {
     num_queues: u16,
     link: Link,
     urings: Urings,
+    /// Where a session is asked for what another process needs to continue it.
+    desk: Desk<Vec<Message>>,
     /// Signalled when a session has ended.
     ended: OwnedFd,
 }
@@ -220,6 +298,7 @@ impl Host {
             num_queues,
             link: Link::new()?,
             urings,
+            desk: Desk::default(),
             ended,
         })
     }
@@ -236,11 +315,16 @@ struct Control {
     finished: bool,
     /// Why the only front-end was not served.
     failure: Option<io::Error>,
+    /// Where this thread is asked for all that another process needs.
+    handover: Handover,
+    /// Whether another process serves the front-ends.
+    is_handed_over: bool,
 }
 
 #[derive(Debug)]
 struct Session {
     stream: ClosedElsewhere<UnixStream>,
+    since: Timestamp,
     thread: JoinHandle<()>,
 }
 
@@ -251,6 +335,10 @@ const MOST_UNCLOSED: usize = 256;
 const SIGNAL: u32 = 0;
 const CONNECTION: u32 = 1;
 const SESSION_ENDED: u32 = 2;
+const HANDOVER: u32 = 3;
+
+/// How long requests in flight may take to end before another process serves the front-end.
+const DRAIN_LIMIT: Duration = Duration::from_secs(5);
 
 impl MutEventSubscriber for Control {
     fn init(&mut self, ops: &mut EventOps<'_>) {
@@ -261,6 +349,7 @@ impl MutEventSubscriber for Control {
         let fds = [
             (self.signals.as_raw_fd(), SIGNAL),
             (self.host.ended.as_raw_fd(), SESSION_ENDED),
+            (self.handover.asked().as_raw_fd(), HANDOVER),
         ];
         for (fd, number) in fds.into_iter().chain(listener) {
             if let Err(error) = ops.add(Events::with_data_raw(fd, number, EventSet::IN)) {
@@ -274,6 +363,11 @@ impl MutEventSubscriber for Control {
         match events.data() {
             CONNECTION => self.accept(),
             SESSION_ENDED => self.end(),
+            HANDOVER => {
+                if let Some(asked) = self.handover.take() {
+                    self.hand_over(asked);
+                }
+            }
             _ => self.stop(),
         }
     }
@@ -302,7 +396,7 @@ impl Control {
             return;
         }
         match &self.session {
-            None => self.begin(stream),
+            None => self.begin(stream, None),
             Some(session)
                 if has_hung_up(&session.stream)
                     && self.next.as_ref().is_none_or(|next| has_hung_up(next)) =>
@@ -313,19 +407,33 @@ impl Control {
         }
     }
 
-    fn begin(&mut self, stream: ClosedElsewhere<UnixStream>) {
+    fn begin(&mut self, stream: ClosedElsewhere<UnixStream>, continued: Option<(Timestamp, Continued)>) {
         let host = Arc::clone(&self.host);
+        let (since, continued) = match continued {
+            Some((since, continued)) => (since, Some(continued)),
+            None => {
+                tracing::info!("a front-end has connected");
+                (Timestamp::now(), None)
+            }
+        };
         let session = stream.try_clone().and_then(|front_end| {
             let thread = std::thread::Builder::new()
                 .name("session".into())
                 .spawn(move || {
-                    tracing::info!("a front-end has connected");
-                    host.disk.set_front_end(Some(Timestamp::now()));
-                    let ended =
-                        session::run(&front_end, &host.disk, host.num_queues, &host.link, &host.urings);
+                    host.disk.set_front_end(Some(since));
+                    let tools = Tools {
+                        disk: &host.disk,
+                        num_queues: host.num_queues,
+                        link: &host.link,
+                        urings: &host.urings,
+                        desk: &host.desk,
+                    };
+                    let ended = session::run(&front_end, &tools, continued);
                     host.disk.set_front_end(None);
                     match ended {
-                        Ok(()) => tracing::info!("the front-end has left"),
+                        // The connection is another process' as well.
+                        Ok(Ended::HandedOver) => return,
+                        Ok(Ended::Left) => tracing::info!("the front-end has left"),
                         Err(error) => {
                             let blame = error.blame();
                             let error: &dyn std::error::Error = &error;
@@ -336,7 +444,11 @@ impl Control {
                     let _ = front_end.shutdown(std::net::Shutdown::Both);
                     rustix::io::write(&host.ended, &1_u64.to_ne_bytes()).expect("an eventfd takes a 1");
                 })?;
-            Ok(Session { stream, thread })
+            Ok(Session {
+                stream,
+                since,
+                thread,
+            })
         });
         match session {
             Ok(session) => self.session = Some(session),
@@ -354,9 +466,52 @@ impl Control {
             let _ = session.thread.join();
         }
         match self.next.take() {
-            Some(stream) => self.begin(stream),
+            Some(stream) => self.begin(stream, None),
             None => self.finished |= self.listener.is_none(),
         }
+    }
+
+    /// Gives what another process needs, and waits for the decision. Meanwhile nobody is served.
+    fn hand_over(&mut self, asked: Asked<Given>) {
+        let host = &self.host;
+        let session = match &self.session {
+            _ if self.next.is_some() => Err(busy()),
+            None => Ok(None),
+            Some(session) => {
+                let is_there = || !session.thread.is_finished();
+                let tell = || host.disk.tell();
+                let messages = host.desk.ask(tell, is_there, DRAIN_LIMIT);
+                messages.map(|messages| Some((session, messages)))
+            }
+        };
+        let (answer, session) = match session {
+            Ok(Some((session, answer))) => {
+                let served = session.stream.try_clone().map(|connection| Served {
+                    connection,
+                    since: session.since,
+                    messages: answer.given,
+                });
+                (served.map(Some), Some(answer.leaves))
+            }
+            Ok(None) => (Ok(None), None),
+            Err(error) => (Err(error), None),
+        };
+        let given = answer.and_then(|served| {
+            let listener = self.listener.as_ref().map(|listener| listener.try_clone());
+            Ok(Given {
+                listener: listener.transpose()?.map(OwnedFd::from),
+                served,
+            })
+        });
+        if !asked.answer(given) {
+            return;
+        }
+        if let (Some(leaves), Some(session)) = (session, self.session.take()) {
+            let _ = leaves.send(());
+            let _ = session.thread.join();
+        }
+        self.is_handed_over = true;
+        self.finished = true;
     }
 
     /// Ends the session, which drains its rings, and then the control thread.
@@ -371,6 +526,11 @@ impl Control {
         }
         self.finished = true;
     }
+}
+
+/// A front-end is coming or leaving just now.
+fn busy() -> io::Error {
+    io::ErrorKind::ResourceBusy.into()
 }
 
 fn has_hung_up(stream: &UnixStream) -> bool {

@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender};
 
 use rustix::fs::{Mode, OFlags};
 use sealblk_base::blame::Blame;
@@ -17,9 +18,11 @@ use vmm_sys_util::epoll::EventSet;
 use super::config;
 use super::disk::Disk;
 use super::guest::SharedMemory;
+use super::handover::Desk;
 use super::inflight::MapError;
-use super::interceptor::{self, InterceptError};
+use super::interceptor::{Ended, InterceptError, Interceptor};
 use super::limits::MAX_QUEUE_SIZE;
+use super::message::Message;
 use super::rings::{Rings, Urings};
 use super::vring::{self, Vring};
 
@@ -47,14 +50,34 @@ impl SessionError {
     }
 }
 
-/// Serves `disk` to a front-end until it leaves.
+/// A session that another process has begun.
+#[derive(Debug)]
+pub(super) struct Continued {
+    /// What the front-end has said to it.
+    pub messages: Vec<Message>,
+    /// Told when all is applied, and the rings can start.
+    pub ready: SyncSender<Result<(), SessionError>>,
+    /// Says that they are to start.
+    pub go: Receiver<()>,
+}
+
+/// What a session works with.
+pub(super) struct Tools<'h> {
+    pub disk: &'h Arc<Disk>,
+    pub num_queues: u16,
+    pub link: &'h Link,
+    pub urings: &'h Urings,
+    /// Where the session is asked for what another process needs to continue it.
+    pub desk: &'h Desk<Vec<Message>>,
+}
+
+/// Serves a disk to a front-end until it leaves, or another process serves it.
 pub(super) fn run(
     front_end: &UnixStream,
-    disk: &Arc<Disk>,
-    num_queues: u16,
-    link: &Link,
-    urings: &Urings,
-) -> Result<(), SessionError> {
+    tools: &Tools<'_>,
+    continued: Option<Continued>,
+) -> Result<Ended, SessionError> {
+    let Tools { disk, num_queues, .. } = *tools;
     let memory = SharedMemory::new(GuestMemoryMmap::new());
     let backend = Arc::new(Backend {
         disk: Arc::clone(disk),
@@ -63,14 +86,34 @@ pub(super) fn run(
     let (daemon, vrings) =
         vring::collect(|| VhostUserDaemon::new("vhost-user".into(), backend, memory.clone()));
     let mut daemon = daemon.map_err(SessionError::Handler)?;
-    let mut rings = Rings::new(Arc::clone(disk), urings.clone(), memory, vrings)?;
-    let handler = link.connect(&mut daemon)?;
+    let mut rings = Rings::new(Arc::clone(disk), tools.urings.clone(), memory, vrings)?;
+    let handler = tools.link.connect(&mut daemon)?;
 
-    let result = interceptor::relay(front_end, handler, disk, &mut rings);
+    let result = relay(front_end, handler, tools, &mut rings, continued);
     if let Err(error) = daemon.wait() {
         tracing::debug!(%error, "the protocol handler ended");
     }
-    Ok(result?)
+    result
+}
+
+fn relay(
+    front_end: &UnixStream,
+    handler: UnixStream,
+    tools: &Tools<'_>,
+    rings: &mut Rings,
+    continued: Option<Continued>,
+) -> Result<Ended, SessionError> {
+    let mut interceptor = Interceptor::new(front_end, handler, tools.disk, rings, tools.desk)?;
+    if let Some(continued) = continued {
+        let repeated = interceptor.repeat(continued.messages);
+        let is_ready = repeated.is_ok();
+        let told = continued.ready.send(repeated.map_err(SessionError::from));
+        // Without that, the process before this one goes on.
+        if !is_ready || told.is_err() || continued.go.recv().is_err() {
+            return Ok(Ended::HandedOver);
+        }
+    }
+    Ok(interceptor.relay()?)
 }
 
 /// The socket by which a session's protocol handler and its interceptor find each other. The crate connects by path only;

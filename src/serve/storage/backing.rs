@@ -10,7 +10,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use rustix::fs::{Advice, Mode, OFlags, fadvise};
@@ -18,12 +18,13 @@ use rustix::io::Errno;
 
 use super::access::{Access, StorageError};
 use super::capabilities::{self, Kind, Protection, block_device_size, direct_alignment, logical_block_size};
-use super::claim::{self, Attached, Claim, Fence, Others};
+use super::claim::{self, Attached, Claim, Fence, Lent, Others};
 use super::loss::Losses;
 use super::policy::Policy;
 use super::pool::PAGE_U32;
 use super::reopen::reopen;
 use crate::luks2::{FileLock, LOCK_DIRECTORY};
+use crate::mutex::lock;
 
 /// An opened file or block device. See the module's header.
 #[derive(Debug)]
@@ -136,6 +137,15 @@ impl Backing {
     pub fn attach(&self, others: Others) -> Result<Attached, StorageError> {
         let (access, claimed) = (self.access, Arc::clone(&self.claimed));
         Attached::to(&self.file, &self.path, access, others, claimed)
+    }
+
+    /// What another process has attached and lent, of this disk and its `header`. The locks are not this process' own before
+    /// [`Attached::take`].
+    pub fn borrow(&self, header: Option<&Self>, lent: Vec<Lent>) -> Attached {
+        Attached::borrowed(lent, |path| {
+            let of = header.filter(|header| header.path == path).unwrap_or(self);
+            (of.access, Arc::clone(&of.claimed))
+        })
     }
 
     /// Attaches and claims the disk.
@@ -288,7 +298,7 @@ impl Backing {
             discard_granule: discard_granule.into(),
             losses: Arc::clone(&self.losses),
             policy: Policy::default(),
-            fence: fence.clone(),
+            fence: Mutex::new(fence.clone()),
             discard_alignment: capabilities::discard_granularity(&self.file, self.kind),
         })
     }
@@ -306,7 +316,7 @@ pub struct DataFile {
     discard_granule: u64,
     losses: Arc<Losses>,
     policy: Policy,
-    fence: Fence,
+    fence: Mutex<Fence>,
     discard_alignment: u64,
 }
 
@@ -326,7 +336,7 @@ impl DataFile {
             discard_granule: 1,
             losses: Arc::new(Losses::new(None)),
             policy: Policy::default(),
-            fence: Fence::default(),
+            fence: Mutex::default(),
             discard_alignment: 1,
         })
     }
@@ -353,8 +363,24 @@ impl DataFile {
     }
 
     /// What has to be registered with an io_uring that does I/O on the file.
-    pub(super) fn fence(&self) -> &Fence {
-        &self.fence
+    pub(super) fn fence(&self) -> Fence {
+        lock(&self.fence).clone()
+    }
+
+    /// Has `fence` registered with each io_uring that begins with the file from now on.
+    pub fn set_fence(&self, fence: Fence) {
+        *lock(&self.fence) = fence;
+    }
+
+    /// Whether there is a loss that the guest was not told of.
+    pub fn has_loss(&self) -> bool {
+        self.losses.look();
+        self.losses.is_untold()
+    }
+
+    /// Keeps a loss for the guest that another process has found.
+    pub fn record_loss(&self) {
+        self.losses.record();
     }
 
     /// Puts on stable storage what was written, where no guest asked for it.

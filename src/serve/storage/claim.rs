@@ -61,7 +61,7 @@
 use std::fs::{self, File, Metadata};
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -136,6 +136,48 @@ impl Attached {
         parts.any(|part| part.is_attached_by_others().unwrap_or(true))
     }
 
+    /// The descriptions that hold the locks, for another process that takes the disk over. Both hold the locks then, until one of them is
+    /// told that it does not ([`Attached::leave`]).
+    ///
+    /// # Errors
+    /// If descriptors are exhausted.
+    pub fn lend(&self) -> io::Result<Vec<Lent>> {
+        self.parts.iter().map(Part::lend).collect()
+    }
+
+    /// What another process has lent; `of` gives what the file or device at a path is open for, and the flag of its claim.
+    pub(super) fn borrowed(lent: Vec<Lent>, of: impl Fn(&Path) -> (Access, Arc<AtomicBool>)) -> Self {
+        let part = |lent: Lent| {
+            let (access, claimed) = of(&lent.path);
+            Part::borrowed(lent, access, claimed)
+        };
+        Self {
+            parts: lent.into_iter().filter_map(part).collect(),
+        }
+    }
+
+    /// Has the locks end with this, since the other process has left them to this one.
+    pub fn take(&self) {
+        self.parts
+            .iter()
+            .for_each(|part| part.is_borrowed.store(false, Ordering::Release));
+    }
+
+    /// Leaves the locks to another process: they do not end with this.
+    pub fn leave(&self) {
+        self.parts
+            .iter()
+            .for_each(|part| part.is_borrowed.store(true, Ordering::Release));
+    }
+
+    /// As claimed: the process that has lent it had the claim.
+    pub fn claimed(self) -> Claim {
+        self.parts
+            .iter()
+            .for_each(|part| part.claimed.store(true, Ordering::Release));
+        Claim { attached: self }
+    }
+
     /// What each io_uring has to register that writes to the disk.
     pub fn fence(&self) -> Fence {
         let writers = self.parts.iter().filter(|part| part.access == Access::ReadWrite);
@@ -203,6 +245,11 @@ impl Attached {
 }
 
 impl Claim {
+    /// What is attached by it.
+    pub fn attached(&self) -> &Attached {
+        &self.attached
+    }
+
     /// See [`Attached::is_attached_by_others`].
     pub fn is_attached_by_others(&self) -> bool {
         self.attached.is_attached_by_others()
@@ -228,6 +275,20 @@ pub enum Others {
     Refused,
     /// The other side of a migration may.
     Accepted,
+}
+
+/// The descriptions of a part of what is attached. See [`Attached::lend`].
+#[derive(Debug)]
+pub struct Lent {
+    /// The disk or header that it is a part of.
+    pub path: PathBuf,
+    /// Which bytes of the file lead to that.
+    pub range: Range<u64>,
+    /// Whether a claim opens it with O_EXCL.
+    pub is_exclusive: bool,
+    /// The description with the locks of what is attached, that of what is claimed, and the one that was opened with O_EXCL, if there is
+    /// one.
+    pub descriptions: Vec<OwnedFd>,
 }
 
 /// Storage that is attached and could not be claimed.
@@ -301,9 +362,40 @@ struct Part {
     exclusive: Option<File>,
     /// Says that the whole disk is claimed.
     claimed: Arc<AtomicBool>,
+    /// Whether another process has the same descriptions, and the locks are its own.
+    is_borrowed: AtomicBool,
 }
 
 impl Part {
+    fn lend(&self) -> io::Result<Lent> {
+        let descriptions = [Some(&self.process), Some(&*self.io), self.exclusive.as_ref()];
+        let copies = descriptions
+            .into_iter()
+            .flatten()
+            .map(|file| file.as_fd().try_clone_to_owned());
+        Ok(Lent {
+            path: self.path.clone(),
+            range: self.range.clone(),
+            is_exclusive: self.is_exclusive,
+            descriptions: copies.collect::<io::Result<_>>()?,
+        })
+    }
+
+    fn borrowed(lent: Lent, access: Access, claimed: Arc<AtomicBool>) -> Option<Self> {
+        let mut files = lent.descriptions.into_iter().map(File::from);
+        Some(Self {
+            process: files.next()?,
+            io: Arc::new(files.next()?),
+            exclusive: files.next(),
+            path: lent.path,
+            access,
+            range: lent.range,
+            is_exclusive: lent.is_exclusive,
+            claimed,
+            is_borrowed: AtomicBool::new(true),
+        })
+    }
+
     /// Takes the locks of what is attached.
     fn attach(&self, others: Others) -> Result<(), StorageError> {
         self.exclude_qemu(&self.process)?;
@@ -431,6 +523,9 @@ impl Part {
 
 impl Drop for Part {
     fn drop(&mut self) {
+        if self.is_borrowed.load(Ordering::Acquire) {
+            return;
+        }
         // To close them is not enough: a child that has not executed its program yet has copies of the descriptors.
         self.disclaim();
         let _ = set(&self.process, Kind::None, &EVERYTHING);
@@ -464,6 +559,7 @@ impl Attaching<'_> {
             is_exclusive: false,
             exclusive: None,
             claimed: Arc::clone(&self.claimed),
+            is_borrowed: AtomicBool::new(false),
         };
         part.attach(self.others)?;
         Ok(part)

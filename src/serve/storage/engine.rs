@@ -183,12 +183,12 @@ impl<C> Engine<C> {
         let pool = Pool::new(pages)?;
         // Every buffer holds a page at least, so an operation with a buffer always finds a vacant place.
         let places = pages + WITHOUT_DATA;
-        let reopened = file.reopen()?;
+        let (reopened, fence) = (file.reopen()?, file.fence());
         let ring = rings.take()?;
         // The ring holds them from then on, until its last operation has ended, also after the end of this process.
         let files: Vec<_> = [reopened.as_raw_fd()]
             .into_iter()
-            .chain(file.fence().descriptors())
+            .chain(fence.descriptors())
             .collect();
         if let Err(error) = ring.submitter().register_files(&files) {
             rings.give(ring);

@@ -60,6 +60,11 @@ impl Losses {
         lock(&self.witness).as_ref().map(write_back_failed);
     }
 
+    /// Whether there is one that the guest is to be told of.
+    pub(super) fn is_untold(&self) -> bool {
+        self.untold.load(Ordering::Acquire)
+    }
+
     /// Whether the guest is to be told of a loss; where `once`, it counts as told from then on.
     pub(super) fn any(&self, once: bool) -> bool {
         self.untold.load(Ordering::Acquire) && (!once || self.untold.swap(false, Ordering::AcqRel))

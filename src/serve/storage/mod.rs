@@ -17,7 +17,7 @@ mod stacking;
 pub use access::{Access, StorageError};
 pub use backing::{Backing, DataFile};
 pub use capabilities::{Kind, Protection, opening_acts};
-pub use claim::{Attached, Claim, Fence, Others, Unclaimed};
+pub use claim::{Attached, Claim, Fence, Lent, Others, Unclaimed};
 pub use engine::{Done, Engine, Event};
 pub use policy::{Answer, Policy, is_full};
 pub use pool::{Buffer, PAGE};
