@@ -33,8 +33,11 @@
 //! because a head is taken only in the available ring's order, and because each head that was taken is in flight or in the used
 //! ring.
 
+#![allow(unsafe_code)] // A part is a structure in mapped memory.
+
 use std::fs::File;
 use std::io;
+use std::mem::offset_of;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
@@ -42,7 +45,7 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create};
 use sealblk_base::blame::Blame;
 use vm_memory::mmap::MmapRegionError;
-use vm_memory::{AtomicInteger, FileOffset, MmapRegion, VolatileMemory};
+use vm_memory::{FileOffset, MmapRegion};
 
 use super::limits::MAX_QUEUE_SIZE;
 
@@ -56,13 +59,40 @@ pub(super) struct InflightMemory {
     is_private: bool,
 }
 
-/// The length of a queue's part. There is room for the largest queue: QEMU 10 tells the size of its property `queue-size`, and lets
-/// firmware set up a larger queue.
-const PART: usize = (DESCRIPTORS + DESCRIPTOR * MAX_QUEUE_SIZE as usize).next_multiple_of(64);
+/// The part of a queue, as in the module's header. All fields are atomic, since the front-end has the memory as well. There is room for
+/// the largest queue: QEMU 10 tells the size of its property `queue-size`, and lets firmware set up a larger queue.
+#[repr(C, align(64))]
+#[derive(Debug)]
+struct Part {
+    _features: AtomicU64,
+    version: AtomicU16,
+    desc_num: AtomicU16,
+    last_batch_head: AtomicU16,
+    used_idx: AtomicU16,
+    descriptors: [Descriptor; MAX_QUEUE_SIZE as usize],
+}
+
+/// What is kept of a descriptor.
+#[repr(C)]
+#[derive(Debug)]
+struct Descriptor {
+    inflight: AtomicU8,
+    _padding: [AtomicU8; 5],
+    next: AtomicU16,
+    counter: AtomicU64,
+}
+
+/// The layout is the specification's.
+const _: () = {
+    assert!(offset_of!(Part, version) == 8 && offset_of!(Part, desc_num) == 10);
+    assert!(offset_of!(Part, last_batch_head) == 12 && offset_of!(Part, used_idx) == 14);
+    assert!(offset_of!(Part, descriptors) == 16 && size_of::<Descriptor>() == 16);
+    assert!(offset_of!(Descriptor, next) == 6 && offset_of!(Descriptor, counter) == 8);
+};
 
 /// The length of memory for `queues` queues.
 pub(super) fn len_for(queues: u16) -> usize {
-    PART * usize::from(queues)
+    size_of::<Part>() * usize::from(queues)
 }
 
 impl InflightMemory {
@@ -132,7 +162,7 @@ impl InflightMemory {
         }
         Ok(Inflight {
             map: Arc::clone(&self.map),
-            at: index * PART,
+            index,
             size: 0,
             counter: 0,
         })
@@ -167,25 +197,13 @@ impl MapError {
 #[derive(Debug)]
 pub(super) struct Inflight {
     map: Arc<MmapRegion>,
-    /// Where it begins.
-    at: usize,
+    /// Which of those in `map`; it has as many.
+    index: usize,
     /// How many descriptors the queue has.
     size: u16,
     /// The number of the head that is taken next.
     counter: u64,
 }
-
-const VERSION: usize = 8;
-const DESC_NUM: usize = 10;
-const LAST_BATCH_HEAD: usize = 12;
-const USED_IDX: usize = 14;
-const DESCRIPTORS: usize = 16;
-
-/// The length of what is kept of a descriptor, and the offsets in it.
-const DESCRIPTOR: usize = 16;
-const INFLIGHT: usize = 0;
-const NEXT: usize = 6;
-const COUNTER: usize = 8;
 
 /// A queue cannot be tracked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -218,16 +236,17 @@ impl Inflight {
             return Err(InflightError::TooLarge { size });
         }
         self.size = size;
-        match self.number(VERSION).load(Ordering::Acquire) {
+        let part = self.part();
+        match part.version.load(Ordering::Acquire) {
             0 => {
-                for head in 0..size {
-                    set8(self.inflight(head), 0);
+                for descriptor in part.descriptors.iter().take(size.into()) {
+                    set8(&descriptor.inflight, 0);
                 }
-                set16(self.number(DESC_NUM), size);
-                set16(self.number(LAST_BATCH_HEAD), 0);
+                set16(&part.desc_num, size);
+                set16(&part.last_batch_head, 0);
                 // Not 0: this queue may have been served elsewhere, and the difference would count as given back.
-                set16(self.number(USED_IDX), used);
-                set16(self.number(VERSION), 1);
+                set16(&part.used_idx, used);
+                set16(&part.version, 1);
                 Ok(None)
             }
             1 => self.take_over(used).map(Some),
@@ -237,37 +256,34 @@ impl Inflight {
 
     /// Finds what a process has left that ended at any instruction.
     fn take_over(&mut self, used: u16) -> Result<Left, InflightError> {
-        let number = |offset| self.number(offset).load(Ordering::Relaxed);
-        if number(DESC_NUM) != self.size {
+        let part = self.part();
+        if part.desc_num.load(Ordering::Relaxed) != self.size {
             return Err(InflightError::Unknown("its record is of a queue of another size"));
         }
         // In the used ring, and perhaps in flight all the same: it ended before it took note of that.
         let mut given_back = Vec::new();
-        let mut head = number(LAST_BATCH_HEAD);
-        for _ in 0..used.wrapping_sub(number(USED_IDX)) {
+        let mut head = part.last_batch_head.load(Ordering::Relaxed);
+        for _ in 0..used.wrapping_sub(part.used_idx.load(Ordering::Relaxed)) {
             if head >= self.size || given_back.len() == usize::from(self.size) {
                 return Err(InflightError::Unknown("its record does not fit its used ring"));
             }
             given_back.push(head);
-            let next = self.cell::<AtomicU16>(descriptor(head) + NEXT);
-            head = next.load(Ordering::Relaxed);
+            head = part.of(head).next.load(Ordering::Relaxed);
         }
         for head in given_back {
-            set8(self.inflight(head), 0);
+            set8(&part.of(head).inflight, 0);
         }
-        set16(self.number(USED_IDX), used);
+        set16(&part.used_idx, used);
 
         let mut taken: Vec<(u64, u16)> = (0..self.size)
-            .filter(|&head| self.inflight(head).load(Ordering::Relaxed) != 0)
-            .map(|head| {
-                let counter = self.cell::<AtomicU64>(descriptor(head) + COUNTER);
-                (counter.load(Ordering::Relaxed), head)
-            })
+            .filter(|&head| part.of(head).inflight.load(Ordering::Relaxed) != 0)
+            .map(|head| (part.of(head).counter.load(Ordering::Relaxed), head))
             .collect();
         taken.sort_unstable();
-        self.counter = taken.last().map_or(0, |(counter, _)| counter.wrapping_add(1));
+        let counter = taken.last().map_or(0, |(counter, _)| counter.wrapping_add(1));
         let heads: Vec<u16> = taken.into_iter().map(|(_, head)| head).collect();
         let in_flight = u16::try_from(heads.len()).map_err(|_| InflightError::Unknown("it has too many"))?;
+        self.counter = counter;
         Ok(Left {
             heads,
             next_avail: used.wrapping_add(in_flight),
@@ -276,59 +292,61 @@ impl Inflight {
 
     /// Takes `head`, unless it is in flight already, or no head of this queue.
     pub(super) fn take(&mut self, head: u16) -> bool {
-        if head >= self.size || self.inflight(head).load(Ordering::Relaxed) != 0 {
+        if head >= self.size {
             return false;
         }
-        set64(self.cell(descriptor(head) + COUNTER), self.counter);
+        let descriptor = self.part().of(head);
+        if descriptor.inflight.load(Ordering::Relaxed) != 0 {
+            return false;
+        }
+        set64(&descriptor.counter, self.counter);
+        set8(&descriptor.inflight, 1);
         self.counter = self.counter.wrapping_add(1);
-        set8(self.inflight(head), 1);
         true
     }
 
     /// Takes note of `head`, which is about to be put into the used ring.
     pub(super) fn giving_back(&self, head: u16) {
-        let last = self.number(LAST_BATCH_HEAD);
-        set16(self.cell(descriptor(head) + NEXT), last.load(Ordering::Relaxed));
-        set16(last, head);
+        let part = self.part();
+        set16(&part.of(head).next, part.last_batch_head.load(Ordering::Relaxed));
+        set16(&part.last_batch_head, head);
     }
 
     /// Takes note that `head` is in the used ring, whose index is `used` by now.
     pub(super) fn given_back(&self, head: u16, used: u16) {
-        set8(self.inflight(head), 0);
-        set16(self.number(USED_IDX), used);
+        let part = self.part();
+        set8(&part.of(head).inflight, 0);
+        set16(&part.used_idx, used);
     }
 
     /// Ends. What is in flight still is left to the next one, in this process or in another.
     pub(super) fn end(&self) {
-        let is_in_flight = |head| self.inflight(head).load(Ordering::Relaxed) != 0;
+        let part = self.part();
+        let is_in_flight = |head| part.of(head).inflight.load(Ordering::Relaxed) != 0;
         if !(0..self.size).any(is_in_flight) {
-            set16(self.number(VERSION), 0);
+            set16(&part.version, 0);
         }
     }
 
     /// Whether something may be left in flight; nothing of the queue is served.
     pub(super) fn may_have_left(&self) -> bool {
-        self.number(VERSION).load(Ordering::Acquire) != 0
+        self.part().version.load(Ordering::Acquire) != 0
     }
 
-    fn inflight(&self, head: u16) -> &AtomicU8 {
-        self.cell(descriptor(head) + INFLIGHT)
-    }
-
-    fn number(&self, offset: usize) -> &AtomicU16 {
-        self.cell(offset)
-    }
-
-    fn cell<T: AtomicInteger>(&self, offset: usize) -> &T {
-        self.map
-            .get_atomic_ref(self.at + offset)
-            .expect("the part lies within the memory, and heads are below the size")
+    fn part(&self) -> &Part {
+        let parts = self.map.as_ptr().cast::<Part>();
+        // SAFETY: `map` begins at a page and has more than `index` parts, so the pointer is aligned and stays within it.
+        let part = unsafe { parts.add(self.index) };
+        // SAFETY: `map` lives as long as `self`, cannot become shorter, and is only read and written by atomics, which take any bits.
+        unsafe { &*part }
     }
 }
 
-/// Where what is kept of a descriptor begins.
-fn descriptor(head: u16) -> usize {
-    DESCRIPTORS + DESCRIPTOR * usize::from(head)
+impl Part {
+    /// What is kept of the descriptor `head`, which is below the queue's size.
+    fn of(&self, head: u16) -> &Descriptor {
+        &self.descriptors[usize::from(head)]
+    }
 }
 
 // Each write can be the last one of this process. Release, so that all before it were done as well.
