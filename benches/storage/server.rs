@@ -260,10 +260,11 @@ fn in_repository(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
-/// A server in its own process, killed when this goes.
+/// A server in its own process, which ends when this goes.
 #[derive(Debug)]
 pub(crate) struct Server {
     child: Child,
+    end: Signal,
     socket: PathBuf,
 }
 
@@ -277,7 +278,13 @@ impl Server {
         let child = command
             .spawn()
             .unwrap_or_else(|error| panic!("{command:?}: {error}"));
-        Server { child, socket }
+        let end = match kind {
+            // QEMU 7.2, whose front-end has just left, can wait for itself for ever. All was measured already.
+            Kind::Qemu | Kind::QemuLuks => Signal::KILL,
+            // The kernel keeps the locks of a killed server until it has taken apart its rings, and the next one has the same file.
+            Kind::Sealblk | Kind::OtherBuild | Kind::Plain => Signal::TERM,
+        };
+        Server { child, end, socket }
     }
 
     pub(crate) fn socket(&self) -> &Path {
@@ -291,9 +298,8 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // Not SIGTERM: QEMU 7.2, whose front-end has just left, can wait for itself for ever. All was measured already, and
-        // it does not matter if it has ended by itself.
-        let _ = kill_process(self.pid(), Signal::KILL);
+        // It does not matter if it has ended by itself.
+        let _ = kill_process(self.pid(), self.end);
         let _ = self.child.wait();
     }
 }
