@@ -236,10 +236,12 @@ impl Serve {
         control.bound.take(took.control_name);
         control.listener = Some(took.control.into());
         let _ = output::line::<Failure>(TAKEN_OVER);
-        let pause = u64::try_from(took.pause.as_millis()).unwrap_or(u64::MAX);
+        let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let pause = milliseconds(took.pause);
         tracing::info!(
             milliseconds = pause,
-            "took the disk over; the guest's requests waited no longer than this"
+            drain = milliseconds(took.drain),
+            "took the disk over; the guest's requests waited no longer than this, first until those in flight had ended"
         );
         served.tell(
             Event::DiskTakenOver,

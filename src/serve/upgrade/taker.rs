@@ -115,6 +115,8 @@ pub struct Took {
     pub before: Before,
     /// How long the guest's requests waited at most.
     pub pause: Duration,
+    /// How much of that the requests in flight took to end.
+    pub drain: Duration,
 }
 
 /// How long the other process may take over an answer that it can give at once.
@@ -176,7 +178,9 @@ impl Taker {
         varlink::begin(&mut self.connection, &method, parameters, &[theirs.as_fd()])
             .map_err(TakeError::Call)?;
         drop(theirs);
-        let taken = receive(&ours).and_then(|taken| taken.apply(served, server));
+        let came = receive(&ours);
+        let drain = start.elapsed();
+        let taken = came.and_then(|came| came.apply(served, server));
         let (taken, ready) = match taken {
             Ok(taken) => taken,
             Err(error) => {
@@ -218,6 +222,7 @@ impl Taker {
                 until: Timestamp::now(),
             },
             pause,
+            drain,
         })
     }
 
