@@ -6,7 +6,8 @@
 //!
 //! A worker has guest memory as [`Memory`], which does not give out its mapping. So there are two ways to write to it: by
 //! the methods of vm-memory, as virtio-queue does for the used ring, and by [`Memory::fill`], as the cipher does. With a dirty log,
-//! both mark what was written ([`super::dirty_log`]). The protocol handler has the mapping too, and reads the used ring's index only.
+//! both mark what was written ([`super::dirty_log`]). Chains and the available ring are read by [`Readable`], which no log slows down
+//! and nothing can write to. The protocol handler has the mapping too, and reads the used ring's index only.
 
 #![allow(unsafe_code)] // A slice of guest memory becomes one that marks what is written to it.
 
@@ -17,8 +18,8 @@ use smallvec::SmallVec;
 use vm_memory::bitmap::{BS, Bitmap};
 use vm_memory::guest_memory::{GuestMemorySliceIterator, Result};
 use vm_memory::{
-    GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap,
-    GuestRegionCollectionError, GuestRegionMmap, Permissions, VolatileSlice,
+    GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryError,
+    GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap, Permissions, VolatileSlice,
 };
 
 use super::dirty_log::{DirtyLog, Marks, MarksAt};
@@ -37,7 +38,7 @@ pub(super) const HOW_TO_SHARE: &str = "all memory of the guest must be shared: i
 /// The guest's memory, as a snapshot that stays mapped for as long as it is held.
 #[derive(Clone, Debug)]
 pub(super) struct Memory {
-    mapped: Arc<GuestMemoryMmap>,
+    mapped: Readable,
     /// Where writes are marked; none while the front-end logs nothing.
     marks: Option<Marks>,
 }
@@ -46,14 +47,14 @@ impl Memory {
     /// The memory as it is now.
     pub(super) fn now(shared: &SharedMemory) -> Self {
         Self {
-            mapped: shared.memory().into_inner(),
+            mapped: Readable(shared.memory().into_inner()),
             marks: None,
         }
     }
 
     /// Its last address.
     pub(super) fn last_addr(&self) -> GuestAddress {
-        self.mapped.last_addr()
+        self.mapped.0.last_addr()
     }
 
     /// The same memory, with memory of ours beside it, in which nothing is logged.
@@ -65,7 +66,7 @@ impl Memory {
         ours: GuestRegionMmap,
     ) -> std::result::Result<Self, GuestRegionCollectionError> {
         Ok(Self {
-            mapped: Arc::new(self.mapped.insert_region(Arc::new(ours))?),
+            mapped: Readable(Arc::new(self.mapped.0.insert_region(Arc::new(ours))?)),
             marks: None,
         })
     }
@@ -73,14 +74,19 @@ impl Memory {
     /// The same memory, with writes to it marked by `marks`.
     pub(super) fn marked_by(&self, marks: Option<Marks>) -> Self {
         Self {
-            mapped: Arc::clone(&self.mapped),
+            mapped: self.mapped.clone(),
             marks,
         }
     }
 
     /// Whether `log` has a bit for each page of it.
     pub(super) fn is_covered_by(&self, log: &DirtyLog) -> bool {
-        log.covers(&self.mapped)
+        log.covers(&self.mapped.0)
+    }
+
+    /// The same memory, to be read.
+    pub(super) fn readable(&self) -> &Readable {
+        &self.mapped
     }
 
     /// The `len` bytes of `ranges` from `position` on, to be read.
@@ -119,11 +125,37 @@ impl Memory {
     ) -> Result<Pieces<'_>> {
         let mut pieces = Pieces::new();
         for range in part(ranges, position, len) {
-            for slice in GuestMemory::get_slices(&*self.mapped, range.address, range.len as usize, access)? {
+            for slice in GuestMemory::get_slices(&*self.mapped.0, range.address, range.len as usize, access)?
+            {
                 pieces.push(slice?);
             }
         }
         Ok(pieces)
+    }
+}
+
+/// The guest's memory, which is only read.
+#[derive(Clone, Debug)]
+pub(super) struct Readable(Arc<GuestMemoryMmap>);
+
+impl GuestMemory for Readable {
+    type PhysicalMemory = GuestMemoryMmap;
+    type Bitmap = ();
+
+    fn check_range(&self, address: GuestAddress, len: usize, access: Permissions) -> bool {
+        access == Permissions::Read && GuestMemory::check_range(&*self.0, address, len, access)
+    }
+
+    fn get_slices<'a>(
+        &'a self,
+        address: GuestAddress,
+        len: usize,
+        access: Permissions,
+    ) -> Result<impl GuestMemorySliceIterator<'a, ()>> {
+        match access {
+            Permissions::Read => GuestMemory::get_slices(&*self.0, address, len, access),
+            _ => Err(GuestMemoryError::HostAddressNotAvailable),
+        }
     }
 }
 
@@ -132,7 +164,7 @@ impl GuestMemory for Memory {
     type Bitmap = Option<Marks>;
 
     fn check_range(&self, address: GuestAddress, len: usize, access: Permissions) -> bool {
-        GuestMemory::check_range(&*self.mapped, address, len, access)
+        GuestMemory::check_range(&*self.mapped.0, address, len, access)
     }
 
     fn get_slices<'a>(
@@ -142,7 +174,7 @@ impl GuestMemory for Memory {
         access: Permissions,
     ) -> Result<impl GuestMemorySliceIterator<'a, BS<'a, Self::Bitmap>>> {
         Ok(Slices {
-            slices: GuestMemory::get_slices(&*self.mapped, address, len, access)?,
+            slices: GuestMemory::get_slices(&*self.mapped.0, address, len, access)?,
             marks: self.marks.as_ref().map(|marks| marks.at(address)),
         })
     }
@@ -260,7 +292,7 @@ mod tests {
             (GuestAddress(65536), 4096),
         ];
         Memory {
-            mapped: Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap()),
+            mapped: Readable(Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap())),
             marks: None,
         }
     }
@@ -296,6 +328,22 @@ mod tests {
         assert!(!range(u64::MAX - 10, 100).is_in(&memory, Permissions::Write));
         let beyond = [range(8000, 200)];
         assert!(memory.source(&beyond, Position::default(), 200).is_err());
+    }
+
+    #[test]
+    fn what_is_to_be_read_cannot_be_written() {
+        let memory = memory();
+        let readable = memory.readable();
+        readable
+            .store(1_u16, GuestAddress(0), Ordering::Release)
+            .unwrap_err();
+        readable.write_slice(&[1; 100], GuestAddress(4000)).unwrap_err();
+        assert!(!readable.check_range(GuestAddress(0), 2, Permissions::Write));
+        assert!(written(&memory).is_empty());
+        assert_eq!(
+            readable.load::<u16>(GuestAddress(0), Ordering::Acquire).unwrap(),
+            0
+        );
     }
 
     /// Where the test's memory has been written to: it was all zeros.

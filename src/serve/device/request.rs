@@ -14,7 +14,7 @@ use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestAddress, Permissions};
 
 use super::disk::Disk;
-use super::guest::{GuestRange, HOW_TO_SHARE, Memory, Position};
+use super::guest::{GuestRange, HOW_TO_SHARE, Memory, Position, Readable};
 use super::limits::{
     MAX_DESCRIPTORS, MAX_DISCARD_SECTORS, MAX_REQUEST, MAX_SECTOR_RANGES, MAX_WRITE_ZEROES_SECTORS,
 };
@@ -244,7 +244,7 @@ impl Request {
     }
 
     /// Collects the chain's head and buffers.
-    pub(super) fn gather(&mut self, chain: DescriptorChain<&Memory>) -> Result<Gathered, BadRequest> {
+    pub(super) fn gather(&mut self, chain: DescriptorChain<&Readable>) -> Result<Gathered, BadRequest> {
         self.head = chain.head_index();
         self.readable.clear();
         self.writable.clear();

@@ -9,7 +9,7 @@ use vm_memory::{
     Address, Bytes, GuestAddress, GuestMemoryError, GuestRegionCollectionError, GuestRegionMmap, MmapRegion,
 };
 
-use super::guest::Memory;
+use super::guest::{Memory, Readable};
 use super::limits::MAX_QUEUE_SIZE;
 
 /// See the module's header.
@@ -62,9 +62,9 @@ impl Resumption {
     }
 
     /// Takes the next one.
-    pub(super) fn take(&mut self) -> Result<Option<DescriptorChain<&Memory>>, QueueError> {
+    pub(super) fn take(&mut self) -> Result<Option<DescriptorChain<&Readable>>, QueueError> {
         self.left = self.left.saturating_sub(1);
-        Ok(self.queue.iter(&self.memory)?.next())
+        Ok(self.queue.iter(self.memory.readable())?.next())
     }
 }
 

@@ -14,7 +14,7 @@ use virtio_queue::{DescriptorChain, Error as QueueError, Queue, QueueOwnedT, Que
 use vm_memory::{Bytes, GuestAddress};
 
 use super::call::Call;
-use super::guest::Memory;
+use super::guest::{Memory, Readable};
 use super::inflight::Inflight;
 use super::resumption::Resumption;
 
@@ -39,13 +39,13 @@ impl Ring {
     ///
     /// # Errors
     /// If the available ring makes no sense.
-    pub(super) fn take(&mut self) -> Result<Option<DescriptorChain<&Memory>>, TakeError> {
+    pub(super) fn take(&mut self) -> Result<Option<DescriptorChain<&Readable>>, TakeError> {
         if let Some(resumption) = &mut self.resumption
             && !resumption.is_done()
         {
             return Ok(resumption.take()?);
         }
-        let mut chains = self.queue.iter(&self.memory)?;
+        let mut chains = self.queue.iter(self.memory.readable())?;
         let Some(chain) = chains.next() else {
             return Ok(None);
         };
@@ -76,7 +76,7 @@ impl Ring {
 
     /// Whether the driver has offered a chain that was not taken yet.
     pub(super) fn has_chain(&self) -> bool {
-        let offered = self.queue.avail_idx(&self.memory, Ordering::Acquire);
+        let offered = self.queue.avail_idx(self.memory.readable(), Ordering::Acquire);
         offered.is_ok_and(|offered| offered.0 != self.queue.next_avail())
     }
 
@@ -95,13 +95,14 @@ impl Ring {
 
     /// Whether the driver wants to be notified of what was put into the used ring.
     pub(super) fn needs_notification(&mut self) -> Result<bool, QueueError> {
-        let wanted = self.queue.needs_notification(&self.memory)?;
+        let wanted = self.queue.needs_notification(self.memory.readable())?;
         if !wanted || self.queue.event_idx_enabled() {
             return Ok(wanted);
         }
         // virtio-queue leaves out the flag by which a driver that has no event index says that it does not.
         let flags: u16 = self
             .memory
+            .readable()
             .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
             .map_err(QueueError::GuestMemory)?;
         Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
