@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::ops::Deref;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -18,13 +19,27 @@ use sealblk::luks2::{
 };
 use sealblk::map::{SegmentTable, Treatment};
 use sealblk::providers::{registry::Backup, registry::Registry, registry::Source};
-use sealblk::storage::{Access, Backing};
+use sealblk::storage::{Access, Backing, Claim};
 use sealblk_secmem::arena::SecretBytes;
 use serde_json::Value;
 use vm_memory::VolatileSlice;
 
-fn as_io(payload: &Option<Backing>) -> Option<&dyn HeaderIo> {
-    payload.as_ref().map(|payload| payload as &dyn HeaderIo)
+fn as_io(payload: &Option<Opened>) -> Option<&dyn HeaderIo> {
+    payload.as_ref().map(|opened| &opened.backing as &dyn HeaderIo)
+}
+
+/// Storage, and the claim on it.
+struct Opened {
+    backing: Backing,
+    _claim: Option<Claim>,
+}
+
+impl Deref for Opened {
+    type Target = Backing;
+
+    fn deref(&self) -> &Backing {
+        &self.backing
+    }
 }
 
 const PASSPHRASE: &str = "correct horse battery staple";
@@ -142,7 +157,7 @@ fn cryptsetup_exports_our_token_and_leaves_it_whole_through_an_import_of_another
 
     // And ours leaves the other one whole.
     let (header, _) = disk.backings(Access::ReadWrite);
-    let mut locked = Locked::open(&header, None).unwrap();
+    let mut locked = Locked::open(&*header, None).unwrap();
     let volume = binding::unlock(&locked, &disk.providers).unwrap();
     locked
         .add_passphrase(&volume, &secret(PASSPHRASE), CHEAP)
@@ -167,7 +182,7 @@ fn cryptsetup_repairs_either_copy_and_so_do_we() {
 
         disk.damage(damaged);
         let (header, _) = disk.backings(Access::ReadWrite);
-        let locked = Locked::open(&header, None).unwrap();
+        let locked = Locked::open(&*header, None).unwrap();
         assert!(matches!(locked.header_state(), HeaderState::Repaired { .. }));
         drop(header);
         assert_eq!(disk.info().header, CopiesInfo::Sound);
@@ -180,7 +195,7 @@ fn cryptsetup_repairs_either_copy_and_so_do_we() {
 fn recovery_keys_come_and_go() {
     let disk = Disk::created(SectorSize::B512);
     let (header, _) = disk.backings(Access::ReadWrite);
-    let mut locked = Locked::open(&header, None).unwrap();
+    let mut locked = Locked::open(&*header, None).unwrap();
     let volume = binding::unlock(&locked, &disk.providers).unwrap();
     let keyslot = locked
         .add_passphrase(&volume, &secret(PASSPHRASE), CHEAP)
@@ -353,7 +368,7 @@ fn keyslots_that_both_add_at_a_time_are_all_there() {
                 while !disk.try_cryptsetup(RECOVERY, &arguments).status.success() {}
             }
         });
-        let mut locked = Locked::open(&header, None).unwrap();
+        let mut locked = Locked::open(&*header, None).unwrap();
         let volume = binding::unlock(&locked, &disk.providers).unwrap();
         for i in 0..4 {
             locked
@@ -506,7 +521,7 @@ fn a_volume_is_not_made_over_another_unless_told() {
         recovery_key: Some((&secret(RECOVERY), CHEAP)),
         overwrite: false,
     };
-    let error = create(&header, None, &options).unwrap_err();
+    let error = create(&*header, None, &options).unwrap_err();
     assert!(
         matches!(*error.reason, BindingReason::Volume(Reason::AlreadyLuks)),
         "{error}"
@@ -515,7 +530,7 @@ fn a_volume_is_not_made_over_another_unless_told() {
     disk.unlock(PASSPHRASE).unwrap();
     let (header, _) = disk.backings(Access::ReadWrite);
     options.overwrite = true;
-    create(&header, None, &options).unwrap();
+    create(&*header, None, &options).unwrap();
     drop(header);
     assert_eq!(disk.unlock(RECOVERY).unwrap().layout().capacity, 24 * MIB);
     disk.cryptsetup_opens(RECOVERY);
@@ -537,7 +552,7 @@ fn a_detached_header_of_ours_opens_with_cryptsetup() {
         recovery_key: Some((&recovery, CHEAP)),
         overwrite: false,
     };
-    create(&header, as_io(&payload), &options).unwrap();
+    create(&*header, as_io(&payload), &options).unwrap();
     drop((header, payload));
     assert_eq!(fs::metadata(&disk.path).unwrap().len(), 8 * MIB);
     disk.cryptsetup_opens(RECOVERY);
@@ -636,7 +651,7 @@ impl Disk {
             recovery_key: Some((&secret(RECOVERY), CHEAP)),
             overwrite: false,
         };
-        create(&header, as_io(&payload), &options).unwrap();
+        create(&*header, as_io(&payload), &options).unwrap();
         disk
     }
 
@@ -673,8 +688,16 @@ impl Disk {
         self.providers.provider("native").unwrap()
     }
 
-    fn backings(&self, access: Access) -> (Backing, Option<Backing>) {
-        let open = |path: &Path| Backing::open(path, access).unwrap();
+    /// The header and the payload, if that is apart. What can be written is claimed: nothing else of a header is changed.
+    fn backings(&self, access: Access) -> (Opened, Option<Opened>) {
+        let open = |path: &Path| {
+            let backing = Backing::open(path, access).unwrap();
+            let claim = (access == Access::ReadWrite).then(|| backing.claim().unwrap());
+            Opened {
+                backing,
+                _claim: claim,
+            }
+        };
         match &self.header {
             Some(header) => (open(header), Some(open(&self.path))),
             None => (open(&self.path), None),
@@ -694,12 +717,12 @@ impl Disk {
 
     fn info(&self) -> Info {
         let (header, payload) = self.backings(Access::Inspect);
-        Info::read(&header, as_io(&payload)).unwrap()
+        Info::read(&*header, as_io(&payload)).unwrap()
     }
 
     fn unlock(&self, passphrase: &str) -> Result<Volume, Reason> {
         let (header, payload) = self.backings(Access::ReadWrite);
-        let locked = Locked::open(&header, as_io(&payload)).map_err(|error| *error.reason)?;
+        let locked = Locked::open(&*header, as_io(&payload)).map_err(|error| *error.reason)?;
         locked
             .unlock_with_passphrase(&secret(passphrase))
             .map_err(|error| *error.reason)
@@ -707,7 +730,7 @@ impl Disk {
 
     fn unlock_with_provider(&self) -> Result<Volume, BindingReason> {
         let (header, payload) = self.backings(Access::ReadWrite);
-        let locked = Locked::open(&header, as_io(&payload)).unwrap();
+        let locked = Locked::open(&*header, as_io(&payload)).unwrap();
         binding::unlock(&locked, &self.providers).map_err(|error| *error.reason)
     }
 
