@@ -189,10 +189,6 @@ impl Serve {
             ),
             _ => server.run().map_err(Failure::from),
         };
-        // Unless another process has taken the disk over: the locks are its own now.
-        if let Ok(false) = result {
-            disk.leave();
-        }
         match (&served, &result) {
             // The disk stays attached, by another process.
             (_, Ok(true)) => {}

@@ -346,14 +346,6 @@ impl Disk {
         }
     }
 
-    /// Gives the claim back at the end of the process, unless I/O is on its way still. The kernel would keep it for some milliseconds after
-    /// that, until it has taken apart the rings that hold the [`Fence`](crate::storage::Fence), and refuse the disk to others meanwhile.
-    pub fn leave(&self) {
-        if !self.held.is_landing() {
-            self.claims.release();
-        }
-    }
-
     /// Gives the claim back if the other side of a migration may need it: the front-end has left without stopping its rings.
     pub(super) fn front_end_left(&self) {
         if self
