@@ -36,7 +36,11 @@ def main():
     random.seed(seed)
     judge = Judge(key, recovery, int(file_system), sealblk, state, work)
     flushes = [at for at, entry in enumerate(entries) if entry.is_flush()]
-    chosen = sorted(random.choices(range(len(entries)), k=int(cuts)))
+    # The header is written seldom: a fifth of the cuts is there.
+    of_header = [at for at, entry in enumerate(entries) if entry.data and entry.offset < PAYLOAD]
+    assert of_header, "no header was changed"
+    anywhere = int(cuts) * 4 // 5
+    chosen = sorted(random.choices(range(len(entries)), k=anywhere) + random.choices(of_header, k=int(cuts) - anywhere))
     disk, applied = Disk(key, before), 0
     for cut in chosen:
         # All before the last flush that had begun.
@@ -63,7 +67,6 @@ def main():
     )
     assert of_kind[0] and of_kind[2], "nothing was flushed, or nothing discarded"
     assert judge.recovered > len(chosen) // 2, "most cuts came before there was a file system"
-    assert len(judge.headers) > 3, "no header was changed"
 
 
 def read(path):
