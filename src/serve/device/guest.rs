@@ -15,14 +15,15 @@ use std::iter::FusedIterator;
 use std::sync::Arc;
 
 use smallvec::SmallVec;
-use vm_memory::bitmap::{BS, Bitmap};
+use vm_memory::bitmap::{BS, Bitmap, BitmapSlice, WithBitmapSlice};
 use vm_memory::guest_memory::{GuestMemorySliceIterator, Result};
 use vm_memory::{
     GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryError,
-    GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap, Permissions, VolatileSlice,
+    GuestMemoryMmap, GuestMemoryRegion, GuestRegionCollectionError, GuestRegionMmap, Permissions,
+    VolatileSlice,
 };
 
-use super::dirty_log::{DirtyLog, Marks, MarksAt};
+use super::dirty_log::{DirtyLog, Marks};
 
 /// The guest's memory, as the front-end changes it.
 pub(super) type SharedMemory = GuestMemoryAtomic<GuestMemoryMmap>;
@@ -47,14 +48,14 @@ impl Memory {
     /// The memory as it is now.
     pub(super) fn now(shared: &SharedMemory) -> Self {
         Self {
-            mapped: Readable(shared.memory().into_inner()),
+            mapped: Readable::of(shared.memory().into_inner()),
             marks: None,
         }
     }
 
     /// Its last address.
     pub(super) fn last_addr(&self) -> GuestAddress {
-        self.mapped.0.last_addr()
+        self.mapped.0.memory.last_addr()
     }
 
     /// The same memory, with memory of ours beside it, in which nothing is logged.
@@ -65,8 +66,9 @@ impl Memory {
         &self,
         ours: GuestRegionMmap,
     ) -> std::result::Result<Self, GuestRegionCollectionError> {
+        let both = self.mapped.0.memory.insert_region(Arc::new(ours))?;
         Ok(Self {
-            mapped: Readable(Arc::new(self.mapped.0.insert_region(Arc::new(ours))?)),
+            mapped: Readable::of(Arc::new(both)),
             marks: None,
         })
     }
@@ -81,7 +83,7 @@ impl Memory {
 
     /// Whether `log` has a bit for each page of it.
     pub(super) fn is_covered_by(&self, log: &DirtyLog) -> bool {
-        log.covers(&self.mapped.0)
+        log.covers(&self.mapped.0.memory)
     }
 
     /// The same memory, to be read.
@@ -91,7 +93,7 @@ impl Memory {
 
     /// The `len` bytes of `ranges` from `position` on, to be read.
     pub(super) fn source(&self, ranges: &[GuestRange], position: Position, len: u32) -> Result<Pieces<'_>> {
-        self.pieces(ranges, position, len, Permissions::Read)
+        self.pieces(ranges, position, len)
     }
 
     /// Has `write` fill the `len` bytes of `ranges` from `position` on.
@@ -102,7 +104,7 @@ impl Memory {
         len: u32,
         write: impl FnOnce(&[VolatileSlice<'_>]),
     ) -> Result<()> {
-        write(&self.pieces(ranges, position, len, Permissions::Write)?);
+        write(&self.pieces(ranges, position, len)?);
         if self.marks.is_some() {
             part(ranges, position, len).for_each(|range| self.mark(range));
         }
@@ -116,17 +118,10 @@ impl Memory {
         }
     }
 
-    fn pieces(
-        &self,
-        ranges: &[GuestRange],
-        position: Position,
-        len: u32,
-        access: Permissions,
-    ) -> Result<Pieces<'_>> {
+    fn pieces(&self, ranges: &[GuestRange], position: Position, len: u32) -> Result<Pieces<'_>> {
         let mut pieces = Pieces::new();
         for range in part(ranges, position, len) {
-            for slice in GuestMemory::get_slices(&*self.mapped.0, range.address, range.len as usize, access)?
-            {
+            for slice in self.mapped.0.slices(range.address, range.len as usize, ()) {
                 pieces.push(slice?);
             }
         }
@@ -136,16 +131,23 @@ impl Memory {
 
 /// The guest's memory, which is only read.
 #[derive(Clone, Debug)]
-pub(super) struct Readable(Arc<GuestMemoryMmap>);
+pub(super) struct Readable(Arc<Mapped>);
+
+impl Readable {
+    fn of(memory: Arc<GuestMemoryMmap>) -> Self {
+        Self(Arc::new(Mapped::of(memory)))
+    }
+}
 
 impl GuestMemory for Readable {
     type PhysicalMemory = GuestMemoryMmap;
     type Bitmap = ();
 
     fn check_range(&self, address: GuestAddress, len: usize, access: Permissions) -> bool {
-        access == Permissions::Read && GuestMemory::check_range(&*self.0, address, len, access)
+        access == Permissions::Read && self.0.has(address, len)
     }
 
+    #[inline]
     fn get_slices<'a>(
         &'a self,
         address: GuestAddress,
@@ -153,7 +155,7 @@ impl GuestMemory for Readable {
         access: Permissions,
     ) -> Result<impl GuestMemorySliceIterator<'a, ()>> {
         match access {
-            Permissions::Read => GuestMemory::get_slices(&*self.0, address, len, access),
+            Permissions::Read => Ok(self.0.slices(address, len, ())),
             _ => Err(GuestMemoryError::HostAddressNotAvailable),
         }
     }
@@ -163,52 +165,134 @@ impl GuestMemory for Memory {
     type PhysicalMemory = GuestMemoryMmap;
     type Bitmap = Option<Marks>;
 
-    fn check_range(&self, address: GuestAddress, len: usize, access: Permissions) -> bool {
-        GuestMemory::check_range(&*self.mapped.0, address, len, access)
+    fn check_range(&self, address: GuestAddress, len: usize, _: Permissions) -> bool {
+        self.mapped.0.has(address, len)
     }
 
+    #[inline]
     fn get_slices<'a>(
         &'a self,
         address: GuestAddress,
         len: usize,
-        access: Permissions,
+        _: Permissions,
     ) -> Result<impl GuestMemorySliceIterator<'a, BS<'a, Self::Bitmap>>> {
-        Ok(Slices {
-            slices: GuestMemory::get_slices(&*self.mapped.0, address, len, access)?,
-            marks: self.marks.as_ref().map(|marks| marks.at(address)),
-        })
+        let marks = self.marks.as_ref().map(|marks| marks.at(address));
+        Ok(self.mapped.0.slices(address, len, marks))
     }
 }
 
-/// Slices of guest memory that are adjacent for the guest, and that mark what is written to them.
-struct Slices<'m, S> {
-    slices: S,
+/// Guest memory, and where each region of it is mapped, in one list: a request asks for that a dozen times, and vm-memory finds a
+/// region by way of three pointers each time.
+#[derive(Debug)]
+struct Mapped {
+    memory: Arc<GuestMemoryMmap>,
+    /// Ordered by their addresses.
+    regions: Box<[Region]>,
+}
+
+/// Where a region of guest memory is mapped.
+#[derive(Debug)]
+struct Region {
+    first: u64,
+    len: usize,
+    start: *mut u8,
+}
+
+// SAFETY: the guest and its devices all have this memory; whoever uses the address copes with that.
+unsafe impl Send for Region {}
+// SAFETY: the same.
+unsafe impl Sync for Region {}
+
+impl Mapped {
+    fn of(memory: Arc<GuestMemoryMmap>) -> Self {
+        let regions = memory.iter().map(|region| Region {
+            first: region.start_addr().0,
+            len: region.size(),
+            start: region.as_ptr(),
+        });
+        Self {
+            regions: regions.collect(),
+            memory,
+        }
+    }
+
+    /// The region that `address` is in, and how far in.
+    #[inline]
+    fn find(&self, address: GuestAddress) -> Option<(&Region, usize)> {
+        let above = self.regions.partition_point(|region| region.first <= address.0);
+        let region = self.regions.get(above.checked_sub(1)?)?;
+        let within = usize::try_from(address.0 - region.first).ok()?;
+        (within < region.len).then_some((region, within))
+    }
+
+    /// Whether all `len` bytes from `address` on are memory.
+    fn has(&self, mut address: GuestAddress, len: usize) -> bool {
+        let mut left = len;
+        while left > 0 {
+            let Some((region, within)) = self.find(address) else {
+                return false;
+            };
+            let len = left.min(region.len - within);
+            left -= len;
+            // No region has the last address of all.
+            address.0 += len as u64;
+        }
+        true
+    }
+
+    /// The `len` bytes from `address` on, marked by `marks` where they are written to.
+    #[inline]
+    fn slices<B>(&self, address: GuestAddress, len: usize, marks: B) -> Slices<'_, B> {
+        Slices {
+            mapped: self,
+            address,
+            left: len,
+            marks,
+        }
+    }
+}
+
+/// Slices of guest memory that are adjacent for the guest. After an error there are none.
+struct Slices<'m, B> {
+    mapped: &'m Mapped,
+    address: GuestAddress,
+    left: usize,
     /// Those of the next slice.
-    marks: Option<MarksAt<'m>>,
+    marks: B,
 }
 
-impl<'m, S: Iterator<Item = Result<VolatileSlice<'m>>>> Iterator for Slices<'m, S> {
-    type Item = Result<VolatileSlice<'m, Option<MarksAt<'m>>>>;
+impl<'m, B: BitmapSlice> Iterator for Slices<'m, B>
+where
+    for<'a> B: WithBitmapSlice<'a, S = B>,
+{
+    type Item = Result<VolatileSlice<'m, B>>;
 
+    #[inline]
     fn next(&mut self) -> Option<Self::Item> {
-        let slice = match self.slices.next()? {
-            Ok(slice) => slice,
-            Err(error) => return Some(Err(error)),
+        if self.left == 0 {
+            return None;
+        }
+        let Some((region, within)) = self.mapped.find(self.address) else {
+            self.left = 0;
+            return Some(Err(GuestMemoryError::InvalidGuestAddress(self.address)));
         };
+        let len = self.left.min(region.len - within);
         let marks = self.marks.clone();
-        self.marks = marks.slice_at(slice.len());
-        let start = slice.ptr_guard_mut().as_ptr();
-        // SAFETY: `slice` is memory that is mapped for `'m`, for as many bytes.
-        Some(Ok(unsafe {
-            VolatileSlice::with_bitmap(start, slice.len(), marks, None)
-        }))
+        self.marks = marks.slice_at(len);
+        self.left -= len;
+        // No region has the last address of all.
+        self.address.0 += len as u64;
+        // SAFETY: `within` is less than the region's length.
+        let start = unsafe { region.start.add(within) };
+        // SAFETY: `len` bytes of the region are left there, and `memory` keeps it mapped for `'m`.
+        Some(Ok(unsafe { VolatileSlice::with_bitmap(start, len, marks, None) }))
     }
 }
 
-impl<'m, S: Iterator<Item = Result<VolatileSlice<'m>>> + FusedIterator> FusedIterator for Slices<'m, S> {}
+impl<B: BitmapSlice> FusedIterator for Slices<'_, B> where for<'a> B: WithBitmapSlice<'a, S = B> {}
 
-impl<'m, S> GuestMemorySliceIterator<'m, Option<MarksAt<'m>>> for Slices<'m, S> where
-    S: Iterator<Item = Result<VolatileSlice<'m>>> + FusedIterator
+impl<'m, B: BitmapSlice> GuestMemorySliceIterator<'m, B> for Slices<'m, B> where
+    for<'a> B: WithBitmapSlice<'a, S = B>
 {
 }
 
@@ -292,7 +376,7 @@ mod tests {
             (GuestAddress(65536), 4096),
         ];
         Memory {
-            mapped: Readable(Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap())),
+            mapped: Readable::of(Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap())),
             marks: None,
         }
     }

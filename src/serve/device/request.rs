@@ -4,6 +4,8 @@
 //! (header, then data or segments) and what it writes (data, then the status byte). What is read here is a copy:
 //! the guest may change its memory at any time, and later looks would see something else than what was checked.
 
+use std::sync::atomic::Ordering;
+
 use sealblk_base::blame::Blame;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
@@ -410,6 +412,6 @@ impl Request {
         memory: &Memory,
         status: Status,
     ) -> Result<(), vm_memory::GuestMemoryError> {
-        memory.write_obj(status.byte(), self.status)
+        memory.store(status.byte(), self.status, Ordering::Relaxed)
     }
 }

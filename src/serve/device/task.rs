@@ -80,6 +80,7 @@ impl Task {
     }
 
     /// Gives the piece of this task, which is number `task`, that lies in `extent`, and takes into account that it is issued.
+    #[inline]
     pub(super) fn next_piece(&mut self, task: TaskIndex, extent: Extent) -> Piece {
         let position = self.position;
         self.sectors_issued += extent.sectors;

@@ -244,6 +244,7 @@ impl<C> Engine<C> {
     }
 
     /// Fills `buffer` from `offset` bytes into the file.
+    #[inline]
     pub fn read(&mut self, buffer: Buffer, offset: u64, context: C) {
         self.start(Flight {
             operation: Operation::Read { offset },
@@ -254,6 +255,7 @@ impl<C> Engine<C> {
     }
 
     /// Writes `buffer` at `offset` bytes into the file; `durable` means on stable storage before it ends.
+    #[inline]
     pub fn write(&mut self, buffer: Buffer, offset: u64, durable: bool, context: C) {
         if durable && let Some(error) = self.file.loss() {
             let (buffer, result) = (Some(buffer), Err(error));
@@ -513,6 +515,7 @@ impl<C> Engine<C> {
         }
     }
 
+    #[inline]
     fn start(&mut self, flight: Flight<C>) {
         self.without_data += u32::from(flight.buffer.is_none());
         let place = self
@@ -627,15 +630,14 @@ impl<C> Engine<C> {
                 Ok(())
             }
         };
-        let is_probe = self.probe.take_if(|probe| *probe == place).is_some();
-        match result {
-            Err(error) if self.holds(place, &error) => {
-                self.held.push(Held { place, error });
-                return None;
-            }
-            Ok(()) if is_probe => self.try_those_that_follow(),
-            _ => {}
+        if self.probe.is_some() || result.is_err() {
+            return self.judge(place, result);
         }
+        self.finish(place, result)
+    }
+
+    /// The end of the operation at `place`.
+    fn finish(&mut self, place: u32, result: io::Result<()>) -> Option<Done<C>> {
         let flight = self.vacate(place)?;
         Some(Done {
             context: flight.context,
@@ -646,6 +648,21 @@ impl<C> Engine<C> {
 }
 
 impl<C> Engine<C> {
+    /// The end of the operation at `place`, unless it is held; which others go on now.
+    #[cold]
+    fn judge(&mut self, place: u32, result: io::Result<()>) -> Option<Done<C>> {
+        let is_probe = self.probe.take_if(|probe| *probe == place).is_some();
+        match result {
+            Err(error) if self.holds(place, &error) => {
+                self.held.push(Held { place, error });
+                return None;
+            }
+            Ok(()) if is_probe => self.try_those_that_follow(),
+            _ => {}
+        }
+        self.finish(place, result)
+    }
+
     /// Whether the operation at `place` is held, which `error` has ended.
     fn holds(&self, place: u32, error: &io::Error) -> bool {
         let operation = self.flights[place as usize]
