@@ -1,4 +1,4 @@
-//! Evidence that strangers send to a broker: `cargo +nightly fuzz run evidence`.
+//! Evidence that strangers send to a broker: `ci/campaign fuzz`.
 //!
 //! The input is taken for each thing that a broker reads: an attestation, evidence, a quote, the keys of an enrolment. Nobody
 //! has signed what is made up here, so that none of it may be believed.

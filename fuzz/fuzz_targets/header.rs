@@ -1,4 +1,4 @@
-//! LUKS2 headers of every kind: `cargo +nightly fuzz run header`.
+//! LUKS2 headers of every kind: `ci/campaign fuzz`.
 //!
 //! The first byte of the input says what the rest is: the front of a volume as it lies on storage, or the JSON text
 //! of a header whose both copies are sound otherwise. Without the second kind everything would end at the checksum.
@@ -15,7 +15,9 @@ use sealblk::luks2::{HeaderIo, LockMode, Locked, MetadataLock};
 use sha2::{Digest, Sha256};
 
 fuzz_target!(|input: &[u8]| {
-    let Some((kind, rest)) = input.split_first() else { return };
+    let Some((kind, rest)) = input.split_first() else {
+        return;
+    };
     let medium = match kind % 2 {
         0 => Medium(rest.to_vec()),
         _ => Medium(sealed(rest)),
@@ -70,7 +72,10 @@ impl HeaderIo for Medium {
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        if offset.checked_add(buffer.len() as u64).is_none_or(|end| end > SIZE) {
+        if offset
+            .checked_add(buffer.len() as u64)
+            .is_none_or(|end| end > SIZE)
+        {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         buffer.fill(0);

@@ -1,4 +1,4 @@
-//! Answers of KMIP servers: `cargo +nightly fuzz run kmip`.
+//! Answers of KMIP servers: `ci/campaign fuzz`.
 //!
 //! The first byte of the input is the operation that was asked for, the rest is the answer. What decodes has one encoding, and
 //! everything that is ever read of an answer is read.
@@ -10,7 +10,9 @@ use sealblk::providers::kmip::message::Answer;
 use sealblk::providers::kmip::ttlv::Item;
 
 fuzz_target!(|input: &[u8]| {
-    let Some((operation, message)) = input.split_first() else { return };
+    let Some((operation, message)) = input.split_first() else {
+        return;
+    };
     if let Ok(item) = Item::decode(message) {
         assert_eq!(*item.encode().unwrap(), *message);
     }

@@ -35,6 +35,7 @@
 //! guest, sigbus     guest memory, and a front-end that takes it away
 //! dirty_log         the log of what was written to it, by which a front-end migrates the guest
 //! uring             what an operator does where io_uring cannot be set up
+//! hostile           guests and front-ends that do anything, for tests and fuzz targets alone
 //! limits, blame     what guest and front-end may ask for at most; how loud the log is about what they do wrong
 //! ```
 //!
@@ -83,6 +84,8 @@ mod guise;
 mod handler;
 mod handover;
 mod held;
+#[cfg(any(test, fuzzing))]
+pub mod hostile;
 mod inflight;
 mod interceptor;
 mod left;

@@ -127,18 +127,18 @@ fn replace(start: usize, len: usize) -> bool {
     mapped != libc::MAP_FAILED
 }
 
+/// There is one place for the mappings of a session.
+#[cfg(any(test, fuzzing))]
+pub(super) static SESSION: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::storage::PAGE;
     use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
     use std::fs::File;
-    use std::sync::Mutex;
     use vhost::vhost_user::message::VhostUserLog;
     use vm_memory::{Bytes, FileOffset, GuestAddress};
-
-    /// There is one place for the mappings of a session.
-    static SESSION: Mutex<()> = Mutex::new(());
 
     #[test]
     fn a_log_that_was_taken_away_takes_marks_all_the_same() {

@@ -40,9 +40,16 @@ pub(super) enum End {
     Idle(io::Result<()>),
 }
 
+/// What comes after a round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    Round,
+    Sleep,
+}
+
 /// Serves a ring.
 pub(super) struct Worker {
-    path: RequestPath,
+    pub(super) path: RequestPath,
     /// How often the driver kicked and had offered nothing yet.
     vain_kicks: u64,
     /// Whether this thread has done anything, and whether it has then been idle for long enough to end.
@@ -94,20 +101,9 @@ impl Worker {
 
     /// Serves until the ring is to stop, or until it has been idle for a while after this thread did something.
     pub(super) fn serve(&mut self, stop: &OwnedFd) -> End {
-        self.path.engine.watch(KICK, self.path.ring.kick.as_fd());
-        self.path.engine.watch(STOP, stop.as_fd());
-        (self.worked, self.rests) = (false, false);
+        self.begin(stop);
         while !(self.rests || self.path.is_drained() || self.gives_up()) {
-            let completed = self.complete();
-            if self.held > 0 || self.path.engine.held() > 0 {
-                self.tend_held();
-            }
-            let taken = self.path.take(ROUND);
-            self.path.notify();
-            if completed || taken || self.path.owes_notification() || self.look() {
-                self.worked = true;
-                self.enter(Engine::submit);
-            } else if !self.path.has_more() {
+            if self.round() == Next::Sleep {
                 self.sleep();
             }
         }
@@ -121,6 +117,31 @@ impl Worker {
             End::Idle(unwatched)
         } else {
             End::Stopped(unwatched)
+        }
+    }
+
+    pub(super) fn begin(&mut self, stop: &OwnedFd) {
+        self.path.engine.watch(KICK, self.path.ring.kick.as_fd());
+        self.path.engine.watch(STOP, stop.as_fd());
+        (self.worked, self.rests) = (false, false);
+    }
+
+    /// What has happened goes to the path of its request, new chains are taken, the driver is notified.
+    pub(super) fn round(&mut self) -> Next {
+        let completed = self.complete();
+        if self.held > 0 || self.path.engine.held() > 0 {
+            self.tend_held();
+        }
+        let taken = self.path.take(ROUND);
+        self.path.notify();
+        if completed || taken || self.path.owes_notification() || self.look() {
+            self.worked = true;
+            self.enter(Engine::submit);
+            Next::Round
+        } else if self.path.has_more() {
+            Next::Round
+        } else {
+            Next::Sleep
         }
     }
 
@@ -207,7 +228,7 @@ impl Worker {
     }
 
     /// Sleeps until there is something to do. A worker with enough in flight never looked, and learns nothing from it.
-    fn sleep(&mut self) {
+    pub(super) fn sleep(&mut self) {
         let in_flight = self.path.engine.in_flight();
         let asleep = Instant::now();
         if in_flight == 0 && self.worked {
