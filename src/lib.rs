@@ -46,5 +46,7 @@ pub use sealblk_base::{
 pub use sealblk_control as control;
 pub use sealblk_keys as keys;
 pub use sealblk_luks2 as luks2;
+#[cfg(fuzzing)]
+pub use sealblk_serve::hostile;
 pub use sealblk_serve::{attachment, device, key_helper, map, sandbox, storage, upgrade};
 pub use sealblk_xts as cipher;

@@ -1,4 +1,4 @@
-//! Front-ends that send anything: `ci/campaign fuzz messages`. See `src/serve/device/hostile/messages.rs`.
+//! Front-ends that send anything: `ci/campaign fuzz`. See `src/serve/device/hostile/messages.rs`.
 
 #![no_main]
 

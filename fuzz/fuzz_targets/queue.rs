@@ -1,4 +1,4 @@
-//! Drivers that do anything with a virtqueue: `ci/campaign fuzz queue`. See `src/serve/device/hostile/queue.rs`.
+//! Drivers that do anything with a virtqueue: `ci/campaign fuzz`. See `src/serve/device/hostile/queue.rs`.
 
 #![no_main]
 

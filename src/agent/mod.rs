@@ -7,6 +7,7 @@
 //! certificates  reports of certificates that are about to expire
 //! erasure       records of erasures in the audit log
 //! client        the other side: calls to the agent's socket
+//! hostile       callers that say anything, for tests and fuzz targets alone
 //! messages      the messages between the two about management
 //! ```
 //!
@@ -16,6 +17,8 @@
 mod certificates;
 mod client;
 mod erasure;
+#[cfg(any(test, fuzzing))]
+pub mod hostile;
 mod listing;
 mod manage;
 mod messages;

@@ -8,6 +8,7 @@
 //! sandbox      confines a process that serves a disk
 //! device       what the guest sees: virtio-blk over vhost-user
 //! map          where each sector of a disk lies in its file, and what is done to it on the way
+//! hostile      callers, key helpers and other processes that say anything, for tests and fuzz targets alone
 //! storage      files and block devices: claims on them, what they can do, and the io_uring engine
 //! ```
 //!
@@ -26,6 +27,8 @@
 pub mod attachment;
 pub mod command;
 pub mod device;
+#[cfg(any(test, fuzzing))]
+pub mod hostile;
 pub mod key_helper;
 pub mod map;
 pub mod sandbox;

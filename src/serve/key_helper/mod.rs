@@ -195,6 +195,15 @@ impl KeyHelper {
         })))
     }
 
+    /// One that is behind `stream`.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn over(stream: std::os::unix::net::UnixStream, timeout: Duration) -> Self {
+        Self(Arc::new(Line {
+            process: Process::none(),
+            connection: Mutex::new(Connection::new(stream, timeout)),
+        }))
+    }
+
     /// What the configuration grants to users and groups, of the volume that the helper serves.
     ///
     /// # Errors

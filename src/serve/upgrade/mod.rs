@@ -47,6 +47,8 @@ use crate::parsing;
 use crate::timestamp::Timestamp;
 
 pub use giver::{Giver, Origin};
+#[cfg(any(test, fuzzing))]
+pub(crate) use taker::received;
 pub use taker::{TakeError, Taker};
 
 /// The interface's name.

@@ -265,6 +265,12 @@ fn receive(stream: &UnixStream) -> Result<Came, TakeError> {
     }
 }
 
+/// Receives all that comes, and nothing is done with it.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn received(stream: &UnixStream) {
+    let _ = receive(stream);
+}
+
 impl Came {
     /// Does all with it that can fail.
     fn apply(self, served: &Attachment, server: &mut Server) -> Result<(Taken, Ready), TakeError> {

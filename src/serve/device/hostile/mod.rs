@@ -4,31 +4,55 @@
 mod messages;
 mod queue;
 
+use std::thread;
+
+use rustix::event::{PollFd, PollFlags, poll};
+
+use super::handover::{Given, Handover};
+
 pub use messages::messages;
 pub use queue::queue;
 
+/// The way to a thread that serves no front-end, and hands over that.
+pub(crate) fn handover_of_no_session() -> Handover {
+    let handover = Handover::new().unwrap();
+    let asked = handover.clone();
+    thread::spawn(move || {
+        loop {
+            poll(&mut [PollFd::new(asked.asked(), PollFlags::IN)], None).unwrap();
+            if let Some(asked) = asked.take() {
+                asked.answer(Ok(Given {
+                    listener: None,
+                    served: None,
+                }));
+            }
+        }
+    });
+    handover
+}
+
 /// Bytes that are taken from the front.
-struct Bytes<'b>(&'b [u8]);
+pub(crate) struct Bytes<'b>(pub(crate) &'b [u8]);
 
 impl<'b> Bytes<'b> {
-    fn take(&mut self, len: usize) -> Option<&'b [u8]> {
+    pub(crate) fn take(&mut self, len: usize) -> Option<&'b [u8]> {
         let (taken, rest) = self.0.split_at_checked(len)?;
         self.0 = rest;
         Some(taken)
     }
 
-    fn byte(&mut self) -> Option<u8> {
+    pub(crate) fn byte(&mut self) -> Option<u8> {
         self.take(1).map(|bytes| bytes[0])
     }
 
     /// A number of two bytes.
-    fn number(&mut self) -> Option<u16> {
+    pub(crate) fn number(&mut self) -> Option<u16> {
         let bytes = self.take(2)?.try_into().ok()?;
         Some(u16::from_le_bytes(bytes))
     }
 
     /// As many bytes as the next one says, or what is left of them.
-    fn some(&mut self) -> Option<&'b [u8]> {
+    pub(super) fn some(&mut self) -> Option<&'b [u8]> {
         let len = self.byte()?;
         self.take(self.0.len().min(len.into()))
     }
