@@ -16,6 +16,7 @@ use super::made::Made;
 use super::recovery_key::RecoveryKey;
 use super::secret::SecretSource;
 use super::size::Size;
+use super::volume_args::TakeOver;
 use super::{Host, Keys, output, provider, stderr, text};
 use crate::cipher::SectorSize;
 use crate::keys::RequestPurpose;
@@ -84,6 +85,8 @@ pub(super) struct Create {
     /// Make the disk even if DISK is not empty. You lose its content, but sealblk does not wipe it (see below)
     #[arg(long)]
     force: bool,
+    #[command(flatten)]
+    take_over: TakeOver,
 }
 
 impl Create {
@@ -199,6 +202,7 @@ impl Create {
                 content: Content::of(&backing),
             });
         }
+        self.take_over.check(&backing)?;
         Ok((backing, claim))
     }
 }

@@ -16,7 +16,7 @@ use super::failure::Failure;
 use super::key::revoked_text;
 use super::made::Made;
 use super::size::Size;
-use super::volume_args::VolumeArgs;
+use super::volume_args::{TakeOver, VolumeArgs};
 use super::{Host, Keys, output, stderr, text};
 use crate::agent::{Erasure, ErasureStep};
 use crate::inventory::{GuardError, Removal};
@@ -25,7 +25,7 @@ use crate::keys::binding::{self, Bindings, BoundTo, Info, Proof};
 use crate::keys::{KeyError, KeyId, KeyReason, Reach, Revocation};
 use crate::luks2::{Erased, erase};
 use crate::path_text;
-use crate::storage::{Access, Backing, Kind};
+use crate::storage::{Backing, Kind};
 use crate::timestamp::Timestamp;
 use sealblk_secmem::private_file;
 
@@ -71,6 +71,8 @@ pub(super) struct Erase {
     /// (`sealblk key where-used`) needs, and the receipt says so; if a provider cannot revoke a key now, sealblk erases nothing
     #[arg(long)]
     revoke_key: bool,
+    #[command(flatten)]
+    take_over: TakeOver,
 }
 
 /// What was done, by whom, and how it was seen to be done.
@@ -144,7 +146,7 @@ const NOT_COVERED: [&str; 3] = [
 
 impl Erase {
     pub(super) fn run(self, host: &Host) -> Result<(), Failure> {
-        let files = self.volume.open(Access::ReadWrite)?;
+        let files = self.volume.open_to_change(&self.take_over)?;
         let (header, payload) = files.parts();
         let before = Info::read(header, payload)?;
         self.confirm(&before)?;

@@ -89,6 +89,17 @@ fn text(disk: &str, info: &VolumeInfo) -> String {
     for token in &info.tokens {
         row(&format!("token {}", token.token), token_text(token));
     }
+    if let Some(attached) = &info.attached {
+        row(
+            "attached",
+            format!(
+                "by host {} since {} (attachment {})",
+                printable(&attached.name),
+                attached.since,
+                attached.attachment
+            ),
+        );
+    }
     if !info.flags.is_empty() {
         row("flags", printable(&info.flags.join(", ")));
     }

@@ -6,11 +6,10 @@ use super::failure::Failure;
 use super::made::Made;
 use super::recovery_key::RecoveryKey;
 use super::secret::SecretSource;
-use super::volume_args::{Unlock, VolumeArgs};
+use super::volume_args::{TakeOver, Unlock, VolumeArgs};
 use super::{Host, output, text};
 use crate::keys::RequestPurpose;
 use crate::luks2::{Argon2Cost, HeaderError, Reason};
-use crate::storage::Access;
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -54,6 +53,8 @@ struct Add {
     weak: bool,
     #[command(flatten)]
     unlock: Unlock,
+    #[command(flatten)]
+    take_over: TakeOver,
 }
 
 #[derive(Debug, Args)]
@@ -64,6 +65,8 @@ struct Remove {
     which: Which,
     #[command(flatten)]
     unlock: Unlock,
+    #[command(flatten)]
+    take_over: TakeOver,
 }
 
 #[derive(Debug, Args)]
@@ -98,7 +101,7 @@ impl Recovery {
 
 impl Add {
     fn run(self, host: &Host) -> Result<(), Failure> {
-        let files = self.volume.open(Access::ReadWrite)?;
+        let files = self.volume.open_to_change(&self.take_over)?;
         let mut locked = files.locked()?;
         let volume = self.unlock.open(&locked, || {
             host.keys_of(self.volume.header_path(), RequestPurpose::Access)
@@ -138,7 +141,7 @@ impl Add {
 
 impl Remove {
     fn run(self, host: &Host) -> Result<(), Failure> {
-        let files = self.volume.open(Access::ReadWrite)?;
+        let files = self.volume.open_to_change(&self.take_over)?;
         let mut locked = files.locked()?;
         let key = match &self.which.recovery_key {
             Some(key) => Some(key.read_key()?),
@@ -174,7 +177,7 @@ impl Remove {
 
 impl Test {
     fn run(self) -> Result<(), Failure> {
-        let files = self.volume.open(Access::Inspect)?;
+        let files = self.volume.inspect()?;
         let key = self.recovery_key.read_key()?;
         let locked = files.locked()?;
         let volume = key.open(|form| locked.unlock_with_passphrase(form))?;

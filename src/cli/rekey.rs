@@ -10,12 +10,12 @@ use serde_json::json;
 use super::config::parse_age;
 use super::failure::Failure;
 use super::key::max_key_age;
-use super::volume_args::{Unlock, VolumeArgs};
+use super::volume_args::{TakeOver, Unlock, VolumeArgs};
 use super::{Host, output, served, text};
 use crate::keys::KeyId;
 use crate::keys::RequestPurpose;
 use crate::keys::binding::{self, Bindings, Rekeyed};
-use crate::storage::{Access, StorageError};
+use crate::storage::StorageError;
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -55,7 +55,7 @@ pub(super) struct Rekey {
     #[arg(long, value_name = "FILE", requires = "disks")]
     header: Option<PathBuf>,
     /// The control socket of `sealblk serve`, to rekey a disk that is being served; the guest does not notice
-    #[arg(long, value_name = "SOCK", conflicts_with_all = ["header", "unlock_key"])]
+    #[arg(long, value_name = "SOCK", conflicts_with_all = ["header", "unlock_key", "take_over"])]
     control_socket: Option<PathBuf>,
     /// Key provider of the new key [default: the provider of the old key, else the host's default]
     #[arg(long, value_name = "NAME")]
@@ -68,6 +68,8 @@ pub(super) struct Rekey {
     max_age: Option<Duration>,
     #[command(flatten)]
     unlock: Unlock,
+    #[command(flatten)]
+    take_over: TakeOver,
 }
 
 impl Rekey {
@@ -79,7 +81,7 @@ impl Rekey {
         if let Some(socket) = &self.control_socket {
             return self.served(socket, max_age);
         }
-        if self.disks.len() > 1 && (max_age.is_none() || self.header.is_some()) {
+        if self.disks.len() > 1 && (max_age.is_none() || self.header.is_some() || self.take_over.is_given()) {
             return Err(Failure::OneDisk);
         }
         // One disk that fails keeps no other from its turn.
@@ -98,15 +100,17 @@ impl Rekey {
     fn at_rest(&self, host: &Host, volume: &VolumeArgs, max_age: Option<Duration>) -> Result<(), Failure> {
         if let Some(max_age) = max_age {
             // This does not disturb a process that uses the disk.
-            let files = volume.open(Access::Inspect)?;
+            let files = volume.inspect()?;
             if !Bindings::of(files.locked()?.header()).are_older_than(max_age) {
                 return tell_not_due(&volume.disk);
             }
         }
-        let files = volume.open(Access::ReadWrite).map_err(|failure| match failure {
-            Failure::Storage(StorageError::InUse { path }) => Failure::MayBeServed { path },
-            other => other,
-        })?;
+        let files = volume
+            .open_to_change(&self.take_over)
+            .map_err(|failure| match failure {
+                Failure::Storage(StorageError::InUse { path }) => Failure::MayBeServed { path },
+                other => other,
+            })?;
         let mut locked = files.locked()?;
         let keys = || host.keys_of(volume.header_path(), RequestPurpose::Recrypt);
         let unlocked = self.unlock.open(&locked, keys)?;

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::failure::Failure;
 use super::size::Size;
-use super::volume_args::VolumeArgs;
+use super::volume_args::{TakeOver, VolumeArgs};
 use super::{output, served, text};
 use crate::luks2::{Resize as Wanted, Resized};
 use crate::storage::StorageError;
@@ -50,7 +50,7 @@ pub(super) struct Resize {
     #[arg(long, value_name = "FILE", requires = "disk")]
     header: Option<PathBuf>,
     /// The control socket of `sealblk serve`, to resize a disk that is being served
-    #[arg(long, value_name = "SOCK", conflicts_with_all = ["header", "shrink"])]
+    #[arg(long, value_name = "SOCK", conflicts_with_all = ["header", "shrink", "take_over"])]
     control_socket: Option<PathBuf>,
     /// The new size of the disk, as in 40G [default: all the room of its file or device]
     #[arg(long)]
@@ -58,23 +58,35 @@ pub(super) struct Resize {
     /// Also make the disk smaller. You lose the data behind its new end
     #[arg(long, requires = "size")]
     shrink: bool,
+    #[command(flatten)]
+    take_over: TakeOver,
 }
 
 impl Resize {
     pub(super) fn run(self) -> Result<(), Failure> {
         let capacity = self.size.map(|Size(bytes)| bytes);
         match (self.disk, self.control_socket) {
-            (Some(disk), _) => at_rest(&VolumeArgs::new(disk, self.header), capacity, self.shrink),
+            (Some(disk), _) => {
+                let volume = VolumeArgs::new(disk, self.header);
+                at_rest(&volume, capacity, self.shrink, &self.take_over)
+            }
             (None, socket) => while_served(&socket.unwrap_or_default(), capacity),
         }
     }
 }
 
-fn at_rest(volume: &VolumeArgs, capacity: Option<u64>, shrink: bool) -> Result<(), Failure> {
-    let files = volume.open_to_resize().map_err(|failure| match failure {
-        Failure::Storage(StorageError::InUse { path }) => Failure::MayBeServed { path },
-        other => other,
-    })?;
+fn at_rest(
+    volume: &VolumeArgs,
+    capacity: Option<u64>,
+    shrink: bool,
+    take_over: &TakeOver,
+) -> Result<(), Failure> {
+    let files = volume
+        .open_to_resize(take_over)
+        .map_err(|failure| match failure {
+            Failure::Storage(StorageError::InUse { path }) => Failure::MayBeServed { path },
+            other => other,
+        })?;
     let (_, payload) = files.parts();
     let mut locked = files.locked()?;
     let resized = locked.resize(payload, Wanted { capacity, shrink });

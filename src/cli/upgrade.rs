@@ -13,7 +13,7 @@ use base16ct::lower;
 use clap::Args;
 use sealblk_base::blame::Blame;
 use sealblk_command::executable;
-use sealblk_serve::command::{NAME, TAKE_OVER, TAKEN_OVER};
+use sealblk_serve::command::{NAME, TAKEN_OVER, UPGRADE};
 use serde_json::{Value, json};
 
 use super::failure::Failure;
@@ -106,7 +106,7 @@ impl Upgrade {
         let is_own = Path::new(&name).file_name().is_some_and(|name| name == NAME);
         std::os::unix::process::CommandExt::arg0(&mut command, if is_own { NAME } else { "sealblk" });
         command.args(arguments).current_dir(directory);
-        command.arg(format!("{TAKE_OVER}{}", begun.upgrade));
+        command.arg(format!("{UPGRADE}{}", begun.upgrade));
         if let Some(source) = &self.passphrase_file {
             // Its descriptors go with the process, and its directory is another one.
             source.inherited()?;

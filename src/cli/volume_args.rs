@@ -8,8 +8,8 @@ use super::Keys;
 use super::failure::Failure;
 use super::secret::SecretSource;
 use crate::keys::binding;
-use crate::luks2::{self, HeaderIo, Locked, Volume};
-use crate::storage::{Access, Backing, Claim};
+use crate::luks2::{self, HeaderIo, Holding, Locked, Terms, Volume};
+use crate::storage::{Access, Backing, Claim, ThisHost};
 
 #[derive(Debug, Args)]
 pub(super) struct VolumeArgs {
@@ -30,19 +30,24 @@ impl VolumeArgs {
         self.header.as_ref().unwrap_or(&self.disk)
     }
 
-    /// Opens the header for `access`, and claims what is opened, unless that is to inspect it. If it is detached, the verb does not write
-    /// to the payload. One that is a copy of the disk's own is not to be changed: the disk would open as before.
-    pub(super) fn open(&self, access: Access) -> Result<Files, Failure> {
-        let payload = match access {
-            Access::ReadWrite => Access::ReadOnly,
-            access => access,
-        };
-        self.open_parts(access, payload)
+    /// Opens the header to look at it, whoever has it attached.
+    pub(super) fn inspect(&self) -> Result<Files, Failure> {
+        self.open_parts(Access::Inspect, Access::Inspect)
+    }
+
+    /// Opens the header to change it, and claims it. If it is detached, the verb does not write to the payload. One that is a copy of the
+    /// disk's own is not to be changed: the disk would open as before.
+    pub(super) fn open_to_change(&self, take_over: &TakeOver) -> Result<Files, Failure> {
+        let files = self.open_parts(Access::ReadWrite, Access::ReadOnly)?;
+        take_over.check(files.parts().0)?;
+        Ok(files)
     }
 
     /// The same, for a verb that also writes to a payload whose header is detached.
-    pub(super) fn open_to_resize(&self) -> Result<Files, Failure> {
-        self.open_parts(Access::ReadWrite, Access::ReadWrite)
+    pub(super) fn open_to_resize(&self, take_over: &TakeOver) -> Result<Files, Failure> {
+        let files = self.open_parts(Access::ReadWrite, Access::ReadWrite)?;
+        take_over.check(files.parts().0)?;
+        Ok(files)
     }
 
     fn open_parts(&self, access: Access, payload: Access) -> Result<Files, Failure> {
@@ -101,6 +106,35 @@ impl Files {
     pub(super) fn locked(&self) -> Result<Locked<'_>, Failure> {
         let (header, payload) = self.parts();
         Ok(Locked::open(header, payload)?)
+    }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct TakeOver {
+    /// Change the volume although another host has it attached, by attachment N, as the refusal said. Do this only if that host cannot
+    /// write to the storage any more
+    #[arg(long, value_name = "N")]
+    take_over: Option<u64>,
+}
+
+impl TakeOver {
+    /// Whether one is given: it is for one volume.
+    pub(super) fn is_given(&self) -> bool {
+        self.take_over.is_some()
+    }
+
+    /// Checks that no other host has the volume attached. A header that cannot be read says nothing; the verb finds that out itself.
+    pub(super) fn check(&self, header: &Backing) -> Result<(), Failure> {
+        let Ok(found) = luks2::read(header) else {
+            return Ok(());
+        };
+        let terms = Terms {
+            host: &ThisHost::find().host,
+            take_over: self.take_over,
+            ran_as: None,
+        };
+        let checked = Holding::of(found.header().metadata()).check(&terms);
+        checked.map_err(|reason| Failure::from(reason.at(header.path())))
     }
 }
 

@@ -22,7 +22,11 @@ impl Reason {
                 Blame::Host
             }
             Self::WrongPassphrase { .. } | Self::WrongBackupPassphrase => Blame::Key,
-            Self::AlreadyLuks | Self::Shrinks { .. } => Blame::Use,
+            Self::AlreadyLuks
+            | Self::Shrinks { .. }
+            | Self::HeldElsewhere { .. }
+            | Self::RanElsewhere { .. }
+            | Self::AttachedTwice { .. } => Blame::Use,
             Self::Header(HeaderError::Read(_) | HeaderError::Length(_) | HeaderError::Write { .. })
             | Self::Keyslot {
                 source: KeyslotError::Read(_) | KeyslotError::Lock(_),

@@ -105,6 +105,16 @@ impl Header {
         }
     }
 
+    /// Whether the primary copy on storage is this header, whatever the secondary is.
+    pub(crate) fn is_primary(&self, io: &dyn HeaderIo) -> bool {
+        let ours = One {
+            binary: self.binary.clone(),
+            metadata: self.metadata.clone(),
+        };
+        read_copy(io, Copy::Primary, 0)
+            .is_ok_and(|found| found.binary.salt == ours.binary.salt && ours.agrees(&found))
+    }
+
     fn write(&self, copy: Copy, io: &dyn HeaderIo) -> Result<(), HeaderError> {
         let bytes = self.encode(copy)?;
         let offset = copy.offset(self.binary.header_size);

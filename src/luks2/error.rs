@@ -9,7 +9,9 @@ use uuid::Uuid;
 
 use crate::copies::{Damage, HeaderError};
 use crate::foreign::{Format, Owner, Unpack};
+use crate::holder::Holder;
 use crate::keyslot::KeyslotError;
+use crate::metadata::MetadataError;
 use crate::refusal::Refusal;
 use sealblk_base::error_chain::remedy;
 use sealblk_base::harmless::harmless;
@@ -92,6 +94,22 @@ pub enum Reason {
     Replaced { expected: Uuid, found: Uuid },
     #[error("another program changed its metadata in the meantime; try again")]
     ChangedMeanwhile,
+    #[error(
+        "host {:?} has it attached since {} (attachment {sequence}): end sealblk there. Only if that host cannot write to the storage any \
+         more, since it is off or cut off, take the volume over with --take-over {sequence}", holder.name, holder.since
+    )]
+    HeldElsewhere {
+        /// Of the attachment.
+        sequence: u64,
+        holder: Box<Holder>,
+    },
+    #[error(
+        "the guest has run elsewhere since it ran here (attachment {then}, now {now}), so its memory here is out of date: end this QEMU, \
+         and boot the guest again"
+    )]
+    RanElsewhere { then: u64, now: u64 },
+    #[error("another host ({by:?}) attached it in the same moment: start the guest on one host only")]
+    AttachedTwice { by: String },
     #[error("the key does not belong to this volume")]
     NotItsKey,
     #[error("all {limit} {what}s are in use; remove one first")]
@@ -155,6 +173,21 @@ impl Reason {
             path: path.to_owned(),
             reason: Box::new(self),
         }
+    }
+}
+
+impl Reason {
+    /// Whether this user is not permitted to change the header. It is unchanged then.
+    pub fn is_not_permitted(&self) -> bool {
+        matches!(self, Self::Lock(error) if error.kind() == io::ErrorKind::PermissionDenied)
+    }
+
+    /// Whether the header has no room for what was to be added to it. It is unchanged then.
+    pub fn has_no_room(&self) -> bool {
+        matches!(
+            self,
+            Self::NoneFree { .. } | Self::Header(HeaderError::Unwritable(MetadataError::TooLong { .. }))
+        )
     }
 }
 

@@ -38,6 +38,7 @@
 //! ```text
 //! create, update, passphrases     a new volume; changes of a header; keyslots of persons
 //! resize                          another length of the disk
+//! hold, holder                    which host has it attached
 //! locked                          opening a volume
 //! erase                           crypto-erase
 //! key_backup                      a key in a header without a disk
@@ -75,6 +76,8 @@ mod foreign;
 mod hash;
 mod header_file;
 mod header_io;
+mod hold;
+mod holder;
 #[cfg(test)]
 mod hostile;
 mod kdf;
@@ -101,6 +104,8 @@ pub use error::{Advice, Reason, VolumeError};
 pub use foreign::{Format, Owner, Unpack, find as find_format};
 pub use header_file::{HeaderFile, read_direct};
 pub use header_io::{BLOCK, HeaderIo};
+pub use hold::Terms;
+pub use holder::{Holder, Holding, Host};
 pub use kdf::{Argon2Cost, Budget, KdfError};
 pub use keyslot::{KEY_LEN, KeyslotError, MATERIAL_LEN, NewKeyslot};
 pub use layout::Layout;

@@ -15,6 +15,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::MutexGuard;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -42,7 +43,16 @@ pub enum FileLock {
 
 /// The lock on the metadata of one device, until it is dropped.
 #[derive(Debug)]
-pub struct MetadataLock<'file>(Held<'file>);
+pub struct MetadataLock<'file> {
+    held: Held<'file>,
+    _alone: Option<MutexGuard<'file, ()>>,
+}
+
+impl<'file> From<Held<'file>> for MetadataLock<'file> {
+    fn from(held: Held<'file>) -> Self {
+        Self { held, _alone: None }
+    }
+}
 
 impl<'file> MetadataLock<'file> {
     /// Waits for the lock on `file`, but not for ever; a regular file is locked as `by` says. To read a block device without
@@ -56,10 +66,10 @@ impl<'file> MetadataLock<'file> {
             let rdev = metadata.rdev();
             let name = format!("L_{}:{}", major(rdev), minor(rdev));
             return match ResourceFile::lock(Path::new(LOCK_DIRECTORY), &name, mode) {
-                Ok(held) => Ok(Self(Held::Resource(held))),
+                Ok(held) => Ok(Held::Resource(held).into()),
                 Err(error) => match (error.kind(), mode) {
                     (io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem, LockMode::Read) => {
-                        Ok(Self(Held::Nothing))
+                        Ok(Held::Nothing.into())
                     }
                     (
                         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem,
@@ -72,27 +82,33 @@ impl<'file> MetadataLock<'file> {
         match by {
             FileLock::Flock => {
                 wait_for(file.as_fd(), mode)?;
-                Ok(Self(Held::File(file.as_fd())))
+                Ok(Held::File(file.as_fd()).into())
             }
-            FileLock::Claimed => Ok(Self(Held::Unshared)),
-            FileLock::None => Ok(Self(Held::Nothing)),
+            FileLock::Claimed => Ok(Held::Unshared.into()),
+            FileLock::None => Ok(Held::Nothing.into()),
         }
     }
 
     /// No lock at all, for what nobody else can open.
     pub fn unshared() -> Self {
-        Self(Held::Unshared)
+        Held::Unshared.into()
+    }
+
+    /// The same, and no other thread has `alone` meanwhile: threads that share a description of the file share its flock(2), too.
+    pub fn alone(mut self, alone: MutexGuard<'file, ()>) -> Self {
+        self._alone = Some(alone);
+        self
     }
 
     /// Whether nobody can be writing meanwhile.
     pub fn is_held(&self) -> bool {
-        !matches!(self.0, Held::Nothing)
+        !matches!(self.held, Held::Nothing)
     }
 }
 
 impl Drop for MetadataLock<'_> {
     fn drop(&mut self) {
-        if let Held::File(file) = &self.0 {
+        if let Held::File(file) = &self.held {
             // Closing the file would release it too, but the disk stays open.
             let _ = flock(file, FlockOperation::Unlock);
         }

@@ -310,6 +310,11 @@ impl<'header> Locked<'header> {
         Ok(())
     }
 
+    /// Whether the header was opened for reading only.
+    pub fn is_read_only(&self) -> bool {
+        self.io.read_only()
+    }
+
     /// What holds the header.
     pub fn path(&self) -> &Path {
         self.io.path()

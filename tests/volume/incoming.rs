@@ -91,7 +91,8 @@ fn go_on(driver: &mut Driver, bases: &[u16]) {
     }
 }
 
-fn goes_over(volume: &Volume) {
+/// `is_counted`: the header tells that the guest has run elsewhere.
+fn goes_over(volume: &Volume, is_counted: bool) {
     let source = Side::start(volume, "source", &[]);
     let mut there = source.server.connect();
     let bytes = pattern(1, 64 * 1024);
@@ -125,6 +126,19 @@ fn goes_over(volume: &Volume) {
     // Nobody has it, and third parties do not get it.
     for args in [&[][..], &["--read-only"]] {
         serve_fails(volume, args).assert_says(IN_USE, &["in use"]);
+    }
+    if is_counted {
+        go_on(&mut there, &bases);
+        let refused = source.wait_claim("refused");
+        let message = refused["message"].as_str().unwrap();
+        assert!(message.contains("has run elsewhere"), "{refused}");
+        // A guest that comes back, or another one.
+        drop(there);
+        assert!(source.server.connect().read(0, bytes.len()) == bytes);
+        drop(here);
+        destination.server.stop();
+        source.server.stop();
+        return;
     }
     go_on(&mut there, &bases);
     assert!(there.read(0, bytes.len()) == bytes);
@@ -161,7 +175,7 @@ fn goes_over(volume: &Volume) {
 
 #[test]
 fn a_disk_goes_over_to_another_server_when_its_guest_has_stopped() {
-    goes_over(&Volume::created(MIB, 512));
+    goes_over(&Volume::created(MIB, 512), false);
 }
 
 /// There the claim is also the device's own, which one process can have.
@@ -175,7 +189,7 @@ fn a_block_device_goes_over_to_another_server_when_its_guest_has_stopped() {
         return;
     };
     let volume = Volume::created_at(dir, device.path().to_owned(), &["--size", "1M"]);
-    goes_over(&volume);
+    goes_over(&volume, true);
 
     // Nothing mounts it while the guest is stopped, whether there is a destination by then or not.
     let is_exclusive = || {

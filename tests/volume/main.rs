@@ -3,6 +3,7 @@
 mod backup;
 mod cli;
 mod failing;
+mod hosts;
 mod incoming;
 mod killed;
 mod lifecycle;

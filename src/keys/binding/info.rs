@@ -6,7 +6,7 @@ use uuid::Uuid;
 use super::token::{SealblkToken, is_ours};
 use sealblk_base::timestamp::Timestamp;
 use sealblk_luks2::metadata::{Id, Kdf, Keyslot, Metadata, Segment, SegmentSize, Token};
-use sealblk_luks2::{Found, HeaderIo, Reason, VolumeError, keyslots_of_segments, layout};
+use sealblk_luks2::{Found, HeaderIo, Holding, Reason, VolumeError, keyslots_of_segments, layout};
 
 /// What an operator asks of a volume. Its JSON form is stable: fields are added, and none is renamed or removed.
 #[derive(Debug, Clone, Serialize)]
@@ -38,10 +38,27 @@ pub struct Info {
     pub keyslots: Vec<KeyslotInfo>,
     /// What opens keyslots without a person.
     pub tokens: Vec<TokenInfo>,
+    /// Which host has it attached, if the header tells.
+    pub attached: Option<AttachedInfo>,
     /// Flags of the header: what the volume permits whoever activates it ("allow-discards" …).
     pub flags: Vec<String>,
     /// What a program must know of to touch the volume.
     pub requirements: Vec<String>,
+}
+
+/// The host that has a volume attached, or had it when it crashed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct AttachedInfo {
+    /// The number of the attachment, for `--take-over`.
+    pub attachment: u64,
+    /// The host, derived from its machine ID.
+    pub host: Uuid,
+    /// Its name.
+    pub name: String,
+    /// Its boot.
+    pub boot: Uuid,
+    /// Since when, by its clock.
+    pub since: Timestamp,
 }
 
 /// The two copies of the header.
@@ -209,9 +226,23 @@ impl Info {
                 .iter()
                 .map(|(&id, token)| TokenInfo::of(id, token))
                 .collect(),
+            attached: AttachedInfo::of(metadata),
             flags: metadata.config.flags.clone().unwrap_or_default(),
             requirements: metadata.config.mandatory().to_vec(),
         }
+    }
+}
+
+impl AttachedInfo {
+    fn of(metadata: &Metadata) -> Option<Self> {
+        let Holding { sequence, holder } = Holding::of(metadata);
+        holder.map(|holder| Self {
+            attachment: sequence,
+            host: holder.host,
+            name: holder.name,
+            boot: holder.boot,
+            since: holder.since,
+        })
     }
 }
 

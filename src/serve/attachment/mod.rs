@@ -9,6 +9,7 @@
 //! While the disk is locked, the guest's requests wait, and no part of the volume's key is in this process. The process keeps
 //! what it needs to fetch the key again: the header, and the key helper ([`crate::key_helper`]).
 
+mod header_claim;
 mod interface;
 mod twins;
 
@@ -18,7 +19,7 @@ use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, SendError, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 use sealblk_base::blame::Blame;
@@ -34,7 +35,7 @@ use crate::key_helper::{HelperError, HelperFailure, KeyHelper};
 use crate::keys::RequestPurpose;
 use crate::keys::binding::{self, BindingError, BindingReason, Bindings, Rekeyed};
 use crate::keys::{KeyError, KeyReason};
-use crate::luks2::{Changed, HeaderIo, Identity, Locked, Resize, Resized, Volume, VolumeError};
+use crate::luks2::{Changed, HeaderIo, Identity, Locked, Reason, Resize, Resized, Volume, VolumeError};
 use crate::map::SegmentTable;
 use crate::mutex::lock;
 use crate::path_text;
@@ -42,6 +43,7 @@ use crate::storage::Backing;
 
 use twins::Announcement;
 
+pub use header_claim::{Choice, HeaderClaim};
 pub use interface::{
     Before, ClaimState, ClaimStatus, FrontEnd, HeldBy, HeldStatus, INTERFACE, Interface, LockStatus,
     LockedBy, State, Status, describe,
@@ -54,6 +56,10 @@ const LAST_RETRY: Duration = Duration::from_secs(30);
 
 /// How long the end of this process waits for the agent: the guest does not wait for it any more.
 const DETACH_LIMIT: Duration = Duration::from_secs(2);
+
+/// How long the host that has the disk attached can take to give it up once the guest runs here, and how often this one looks.
+const GIVEN_UP_WITHIN: Duration = Duration::from_secs(10);
+const LOOK: Duration = Duration::from_millis(50);
 
 /// What opens a volume, as often as it has to be opened.
 #[derive(Debug)]
@@ -234,6 +240,7 @@ pub struct Attachment {
     /// What the guest knows the volume by. Its length changes.
     identity: Mutex<Identity>,
     opener: Opener,
+    header_claim: HeaderClaim,
     _announcement: Option<Announcement>,
     /// Held while the key comes, goes or is changed: one of these at a time.
     turn: Mutex<()>,
@@ -374,7 +381,7 @@ impl AsFd for FirstTry {
 
 impl Attachment {
     /// `disk`, which is locked, as that of the volume that `opener` opens. Nothing is asked for its key yet.
-    pub fn new(opener: Opener, disk: Arc<Disk>, identity: Identity) -> Arc<Self> {
+    pub fn new(opener: Opener, disk: Arc<Disk>, identity: Identity, header_claim: HeaderClaim) -> Arc<Self> {
         let order = Order {
             lock: Some(Lock::Asked),
             ..Order::default()
@@ -391,6 +398,7 @@ impl Attachment {
             uuid: identity.uuid(),
             identity: Mutex::new(identity),
             opener,
+            header_claim,
             _announcement,
             turn: Mutex::new(()),
             order: Mutex::new(order),
@@ -449,9 +457,29 @@ impl Attachment {
         }
     }
 
-    /// Tells the agent that this process is about to end. The agent takes one that ends without that for killed, and keeps its KEK for a
-    /// while.
+    /// Enters in the header that this host has the disk attached, at the start of the process. If writes of one that was killed have to
+    /// land first, it is only looked whether another host has it.
+    ///
+    /// # Errors
+    /// If another host has it attached, or the header cannot be written.
+    pub fn claim_header(&self) -> Result<(), OpenError> {
+        let mut locked = self.read_header()?;
+        let claimed = match self.disk.claimed() {
+            Standing::Held => self.header_claim.take(&mut locked, false, true),
+            _ => self.header_claim.check(&locked),
+        };
+        claimed.map_err(|reason| OpenError::from(reason.at(locked.path())))
+    }
+
+    /// The claim in the header.
+    pub fn header_claim(&self) -> &HeaderClaim {
+        &self.header_claim
+    }
+
+    /// Tells other hosts, and the agent, that this process is about to end. The agent takes one that ends without that for killed, and keeps
+    /// its KEK for a while.
     pub fn detach(&self) {
+        self.disk.detach();
         self.opener.helper.detach(DETACH_LIMIT);
     }
 
@@ -716,14 +744,29 @@ impl Attachment {
     }
 
     /// Reads it after another process may have changed it. The volume may have become longer: then it is as long for the guest from now on.
-    fn read_header_of_others(&self) -> Result<(), OpenError> {
-        let found = self.opener.locked()?.identity()?;
+    fn read_header_of_others(&self) -> Result<Locked<'_>, OpenError> {
+        let locked = self.opener.locked()?;
+        let found = locked.identity()?;
         let changed = lock(&self.identity).changed_to(&found);
         if let Some(changed) = changed {
             return Err(changed.into());
         }
         self.set_length(found);
-        Ok(())
+        Ok(locked)
+    }
+
+    /// Takes the claim in the header, once the host that has it has given it up.
+    fn take_over_header(&self, goes_on: bool) -> Result<(), OpenError> {
+        let start = Instant::now();
+        loop {
+            let mut locked = self.read_header_of_others()?;
+            match self.header_claim.take(&mut locked, goes_on, false) {
+                Err(Reason::HeldElsewhere { .. }) if start.elapsed() < GIVEN_UP_WITHIN => {
+                    thread::sleep(LOOK);
+                }
+                taken => return taken.map_err(|reason| reason.at(locked.path()).into()),
+            }
+        }
     }
 
     /// While the disk is locked for want of its key, tries again and again.
@@ -783,17 +826,17 @@ impl Attachment {
 
 impl Observer for Weak<Attachment> {
     /// Another process may have changed the header while it had the claim.
-    fn check(&self, first: bool) -> Result<(), String> {
+    fn check(&self, first: bool, goes_on: bool) -> Result<(), String> {
         let Some(served) = self.upgrade() else {
             return Ok(());
         };
-        let Err(error) = served.read_header_of_others() else {
+        let Err(error) = served.take_over_header(goes_on) else {
             return Ok(());
         };
         let reason = interface::describe(&error);
         match error {
             OpenError::Changed(Changed::Volume { .. } | Changed::Key | Changed::Place) => Err(reason),
-            _ if first => Err(reason),
+            _ if first || served.header_claim.has_refused(&error) => Err(reason),
             _ => {
                 tracing::warn!("the disk is served by the header as it was read before: {reason}");
                 Ok(())
@@ -801,8 +844,31 @@ impl Observer for Weak<Attachment> {
         }
     }
 
+    fn has_to_release(&self) -> bool {
+        let served = self.upgrade();
+        served.is_some_and(|served| served.header_claim.is_held())
+    }
+
+    fn release(&self, ran: bool) {
+        let Some(served) = self.upgrade().filter(|served| served.header_claim.is_held()) else {
+            return;
+        };
+        let let_go = || -> Result<(), VolumeError> {
+            let mut locked = served.opener.locked()?;
+            let let_go = served.header_claim.let_go(&mut locked, ran);
+            let_go.map_err(|reason| reason.at(locked.path()))
+        };
+        if let Err(error) = let_go() {
+            let reason = interface::describe(&error);
+            tracing::error!(
+                "the header may still say that this host has the disk attached, so that another host needs --take-over to attach it: {reason}"
+            );
+        }
+    }
+
     fn changed(&self) {
         if let Some(served) = self.upgrade() {
+            served.disk.tell();
             served.tell_manager();
         }
     }

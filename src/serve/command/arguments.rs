@@ -9,6 +9,7 @@ use sealblk_command::size::{NotASize, Size};
 use sealblk_command::socket_args::{Group, parse_mode};
 use uuid::Uuid;
 
+use crate::attachment::Choice as HeaderClaimChoice;
 use crate::cipher::{KernelChoice, SectorSize};
 use crate::device::{DEFAULT_POLL_MAX, DEFAULT_STOP_LIMIT};
 use crate::sandbox::Choice;
@@ -54,6 +55,13 @@ stopped within 10 seconds, the requests of the guest at the destination wait, an
 log and `sealblk status` say why. With --incoming, sealblk ends if the key is not
 available, and the agent asks for the privilege Migrate in place of RegisterVM. Two
 readers (--read-only) need no --incoming.
+
+Locks do not reach the other hosts of a LUN. So on a block device sealblk enters in
+the header that this host has the disk attached, and removes that at its end. If
+another host has it attached, sealblk refuses the disk and names that host. After a
+crash, the same host attaches the disk again, also after a boot; another host needs
+--take-over. This does not stop a host that still writes: it is no fencing
+(docs/durability.md).
 
 While requests wait for the storage (--on-full, --on-error), the guest gets no answer to
 them; others continue. They wait also over a restart of `sealblk serve`. If QEMU stops,
@@ -184,9 +192,23 @@ pub struct Serve {
     /// if it does not have all, 'off' takes none. `sealblk status` shows the measures in force
     #[arg(long, value_name = "WHEN", default_value = "prefer", value_enum)]
     pub(super) sandbox: Choice,
+    /// When sealblk enters in the volume's header that this host has the disk attached, which keeps other hosts out where locks do not
+    /// reach them (see below): 'auto' does it on a block device, 'on' always, 'off' never
+    #[arg(
+        long,
+        value_name = "WHEN",
+        default_value = "auto",
+        hide_possible_values = true,
+        conflicts_with = "null_storage"
+    )]
+    pub(super) header_claim: HeaderClaimChoice,
+    /// Attach the disk although another host has it attached, by attachment N, as the refusal said. Do this only if that host cannot write
+    /// to the storage any more
+    #[arg(long, value_name = "N", conflicts_with = "null_storage")]
+    pub(super) take_over: Option<u64>,
     /// Take the disk over from the process that answers on the control socket: an attempt of `sealblk upgrade`, which adds this
     #[arg(long, value_name = "N", hide = true, requires = "control_socket")]
-    pub(super) take_over: Option<u64>,
+    pub(super) upgrade: Option<u64>,
     /// The implementation of the cipher: 'fastest' on this machine, or 'avx512', 'avx2', 'aes-ni' (x86-64) or
     /// 'portable'
     #[arg(long, value_name = "NAME", default_value_t)]

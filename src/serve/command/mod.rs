@@ -20,7 +20,7 @@ use failure::Failure;
 pub use serve::TAKEN_OVER;
 
 /// The option by which `sealblk upgrade` has a process take a disk over, with the number of the attempt.
-pub const TAKE_OVER: &str = serve::TAKE_OVER;
+pub const UPGRADE: &str = serve::UPGRADE;
 
 /// The executable's name, as QEMU's descriptors and packages name it.
 pub const NAME: &str = "vhost-user-sealblk";
@@ -53,7 +53,7 @@ pub fn main() -> ExitCode {
     }
     let is_taking_over = given
         .iter()
-        .any(|argument| argument.as_bytes().starts_with(serve::TAKE_OVER.as_bytes()));
+        .any(|argument| argument.as_bytes().starts_with(serve::UPGRADE.as_bytes()));
     if is_taking_over {
         // `sealblk upgrade` adds to arguments that were given before.
         command = command.mut_subcommand(VERB, |serve| serve.args_override_self(true));

@@ -23,7 +23,7 @@ use sha2::{Digest, Sha256};
 use super::COMMAND;
 use super::arguments::Serve;
 use super::failure::Failure;
-use crate::attachment::{Attachment, Before, By, Interface, KeyState, OpenError, Opener};
+use crate::attachment::{Attachment, Before, By, HeaderClaim, Interface, KeyState, OpenError, Opener};
 use crate::cipher::{KEY_LEN, Sector, SectorCipher, SectorSize};
 use crate::closer::{self, ClosedElsewhere};
 use crate::control::events::Event;
@@ -63,7 +63,7 @@ impl Serve {
             });
         }
         process::raise_descriptor_limit();
-        let origin = Origin::of_this(TAKE_OVER);
+        let origin = Origin::of_this(UPGRADE);
         let taker = self.taker()?;
         let by = match &self.passphrase_file {
             Some(source) => By::Passphrase {
@@ -117,24 +117,57 @@ impl Serve {
             Some(_) => Endpoint::OtherProcess(self.socket_path.clone()),
             None => self.endpoint(groups.socket),
         };
-        let mut server = Server::new(Arc::clone(&disk), self.num_queues, endpoint)?;
+        let server = Server::new(Arc::clone(&disk), self.num_queues, endpoint)?;
         if let Some(taker) = &taker {
             taker.check(&disk, self.num_queues)?;
         }
-        let mut control = self.control_socket(&medium, groups.control_socket)?;
+        let control = self.control_socket(&medium, groups.control_socket)?;
         if let Key::Volume { .. } = &medium.key {
             arena::reserve(&SECRETS).map_err(SecretError::from)?;
         }
-        let mut allowed = self
+        let allowed = self
             .allowed(&medium, &server, control.as_ref())
             .map_err(Failure::Host)?;
         let served = match medium.key {
-            Key::Volume { opener, identity } => Some(Attachment::new(*opener, Arc::clone(&disk), identity)),
+            Key::Volume { opener, identity } => {
+                let header = opener.header.as_ref().unwrap_or(&opener.disk);
+                let claim = HeaderClaim::new(header, self.header_claim, self.take_over);
+                Some(Attachment::new(*opener, Arc::clone(&disk), identity, claim))
+            }
             Key::Known { table } => {
                 disk.unlock(table);
                 None
             }
         };
+        if let (Some(served), false, None) = (&served, self.incoming, &taker) {
+            served.claim_header()?;
+        }
+        let result = self.serve(
+            server,
+            &medium.shape,
+            served.as_ref(),
+            control,
+            allowed,
+            (taker, origin),
+        );
+        match (&served, &result) {
+            // The disk stays attached, by another process.
+            (_, Ok(true)) | (None, _) => {}
+            (Some(served), _) => served.disk().detach(),
+        }
+        result.map(drop)
+    }
+
+    /// Confines the process, and serves the disk until the end; whether another process serves it then.
+    fn serve(
+        &self,
+        mut server: Server,
+        shape: &Shape,
+        served: Option<&Arc<Attachment>>,
+        mut control: Option<ControlSocket>,
+        mut allowed: Allowed,
+        (taker, origin): (Option<Taker>, Origin),
+    ) -> Result<bool, Failure> {
         manager::connect();
         allowed.connect(server.settle().map_err(Failure::Host)?);
         // From here on there are threads.
@@ -145,13 +178,13 @@ impl Serve {
         stderr::begin();
         sandbox::tell_of_refusals().map_err(Failure::Host)?;
         if !self.incoming && taker.is_none() {
-            disk.ask_for_claim().map_err(Failure::Host)?;
+            server.disk().ask_for_claim().map_err(Failure::Host)?;
         }
-        let before = match (taker, &served, &mut control) {
+        let before = match (taker, served, &mut control) {
             (Some(taker), Some(served), Some(control)) => {
                 match self.take_over(taker, &mut server, served, control) {
                     Ok(Some(before)) => Some(before),
-                    Ok(None) => return Ok(()),
+                    Ok(None) => return Ok(false),
                     Err(error) => {
                         // Else the agent takes this process for one that was killed while it served the disk.
                         served.detach();
@@ -162,21 +195,17 @@ impl Serve {
             _ => {
                 // A guest that has migrated to a locked disk could not go back.
                 let may_wait = !self.no_wait && !self.incoming;
-                if let Some(served) = &served
+                if let Some(served) = served
                     && self.get_key(&server, served, may_wait)? == Waited::Stopped
                 {
-                    return Ok(());
+                    return Ok(false);
                 }
                 None
             }
         };
-        self.announce(&medium.shape);
-        manager::ready(
-            &served
-                .as_ref()
-                .map_or("serving".to_owned(), |served| served.standing()),
-        );
-        let result = match (&served, control) {
+        self.announce(shape);
+        manager::ready(&served.map_or("serving".to_owned(), |served| served.standing()));
+        let result = match (served, control) {
             (Some(served), Some(control)) => control.run_with(
                 server,
                 served,
@@ -189,18 +218,17 @@ impl Serve {
             ),
             _ => server.run().map_err(Failure::from),
         };
-        match (&served, &result) {
+        match (served, &result) {
             // The disk stays attached, by another process.
-            (_, Ok(true)) => {}
+            (_, Ok(true)) | (None, _) => {}
             (Some(served), _) => served.detach(),
-            (None, _) => {}
         }
-        result.map(drop)
+        result
     }
 
     /// The way to the process from which this one is to take the disk over.
     fn taker(&self) -> Result<Option<Taker>, Failure> {
-        let (Some(upgrade), Some(socket)) = (self.take_over, &self.control_socket) else {
+        let (Some(upgrade), Some(socket)) = (self.upgrade, &self.control_socket) else {
             return Ok(None);
         };
         // This process does not end with the terminal of `sealblk upgrade`.
@@ -307,7 +335,7 @@ impl Serve {
         };
         let grants = opener.helper.grants()?;
         let mode = self.control_socket_mode.unwrap_or(CONTROL_MODE);
-        if self.take_over.is_some() {
+        if self.upgrade.is_some() {
             let bound = Bound::of_other(path).map_err(Failure::Host)?;
             return Ok(Some(ControlSocket {
                 listener: None,
@@ -577,7 +605,7 @@ impl Serve {
 }
 
 /// What `sealblk upgrade` adds to the arguments, and the line by which it learns that the disk was taken over.
-pub(super) const TAKE_OVER: &str = "--take-over=";
+pub(super) const UPGRADE: &str = "--upgrade=";
 pub const TAKEN_OVER: &str = "taken over";
 
 /// How long the first attempt to get a key can delay the guest.

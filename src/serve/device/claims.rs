@@ -16,10 +16,12 @@
 use std::error::Error;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::Duration;
 
+use super::limits::DEFAULT_STOP_LIMIT;
 use crate::error_chain::causes;
 use crate::mutex::lock;
 use crate::storage::{Attached, Claim, DataFile, Lent, StorageError, Unclaimed};
@@ -30,8 +32,13 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// What is asked and told when a claim comes or goes.
 pub trait Observer: Send + Sync {
     /// Checks that the disk, which is claimed and not served yet, is the one that the guest knows; the error says why it is not. For the
-    /// `first` claim of the process, the disk has to be read for that; later a disk that cannot be read is no other one.
-    fn check(&self, first: bool) -> Result<(), String>;
+    /// `first` claim of the process, the disk has to be read for that; later a disk that cannot be read is no other one. A guest that
+    /// `goes_on` has run here before.
+    fn check(&self, first: bool, goes_on: bool) -> Result<(), String>;
+    /// Whether [`Observer::release`] has something to do.
+    fn has_to_release(&self) -> bool;
+    /// The claim is about to be given back; whether a guest `ran` with it.
+    fn release(&self, ran: bool);
     /// The claim has come or gone, or was refused.
     fn changed(&self);
 }
@@ -46,6 +53,10 @@ pub struct Claims {
     observer: OnceLock<Box<dyn Observer>>,
     /// Whether this process has had the claim.
     was_held: AtomicBool,
+    /// Whether a ring was served with the claim.
+    is_used: AtomicBool,
+    /// Whether the guest of the front-end that is connected has run here.
+    guest_ran: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -140,6 +151,9 @@ impl Claims {
     pub(super) fn take_over(&self, attached: Attached, is_claimed: bool, was_claimed: bool) {
         attached.take();
         self.was_held.store(was_claimed, Ordering::Relaxed);
+        // It may have run by then.
+        self.is_used.store(true, Ordering::Relaxed);
+        self.guest_ran.store(was_claimed, Ordering::Relaxed);
         *lock(&self.state) = match is_claimed {
             true => State::Claimed(Arc::new(attached.claimed())),
             false => State::Attached(attached),
@@ -149,6 +163,8 @@ impl Claims {
     fn with(state: State) -> Self {
         Self {
             was_held: AtomicBool::new(matches!(state, State::Claimed(_))),
+            is_used: AtomicBool::new(false),
+            guest_ran: AtomicBool::new(false),
             state: Mutex::new(state),
             kept: AtomicU32::new(0),
             is_overdue: AtomicBool::new(false),
@@ -167,6 +183,17 @@ impl Claims {
             State::Claimed(claim) => Some(Arc::clone(claim)),
             _ => None,
         }
+    }
+
+    /// A ring is served with the claim.
+    pub(super) fn set_used(&self) {
+        self.is_used.store(true, Ordering::Relaxed);
+        self.guest_ran.store(true, Ordering::Relaxed);
+    }
+
+    /// Another front-end has come: its guest has not run here.
+    pub(super) fn front_end_came(&self) {
+        self.guest_ran.store(false, Ordering::Relaxed);
     }
 
     /// How it is.
@@ -238,17 +265,21 @@ impl Claims {
             },
             Err(Unclaimed { attached, error }) => Err((attached, text(&error))),
         };
+        self.is_used.store(false, Ordering::Relaxed);
         {
             let mut state = lock(&self.state);
             let is_wanted = matches!(*state, State::Claiming { is_wanted: true, .. });
             *state = match claimed {
-                Ok(claim) if is_wanted => {
+                Ok(claim) if !is_wanted => {
+                    drop(state);
+                    return self.give_back(claim);
+                }
+                Ok(claim) => {
                     if !self.was_held.swap(true, Ordering::Relaxed) {
                         tracing::info!("the disk is taken over: its guest runs here from now on");
                     }
                     State::Claimed(Arc::new(claim))
                 }
-                Ok(claim) => State::Attached(claim.release()),
                 Err((attached, reason)) if is_wanted => {
                     tracing::error!(
                         "the disk is not served, and the guest's requests wait: {reason}. To try again, stop and continue the guest"
@@ -294,6 +325,7 @@ impl Claims {
         let mut state = lock(&self.state);
         let kept = match claimed {
             Ok(claim) => {
+                self.is_used.store(false, Ordering::Relaxed);
                 *state = State::Claimed(Arc::new(claim));
                 self.is_overdue.store(true, Ordering::Relaxed);
                 Ok(self.kept())
@@ -318,10 +350,11 @@ impl Claims {
     /// Checks what was just claimed.
     fn check(&self, file: &DataFile) -> Result<(), String> {
         let first = !self.was_held.load(Ordering::Relaxed);
+        let goes_on = self.guest_ran.load(Ordering::Relaxed);
         file.forget_cached().map_err(|error| text(&error))?;
         self.observer
             .get()
-            .map_or(Ok(()), |observer| observer.check(first))
+            .map_or(Ok(()), |observer| observer.check(first, goes_on))
     }
 
     fn tell(&self) {
@@ -330,27 +363,73 @@ impl Claims {
         }
     }
 
-    /// Gives the claim back, unless a ring is served with it. What was refused may be tried again.
-    pub(super) fn release(&self) {
-        {
+    /// Gives the claim back, unless a ring is served with it. What was refused may be tried again. If storage does not answer within
+    /// `limit`, a thread continues, and the claim is held until it is done.
+    pub(super) fn release(self: &Arc<Self>, limit: Duration) {
+        let claim = {
             let mut state = lock(&self.state);
             let is_kept = self.kept.load(Ordering::Relaxed) > 0;
-            *state = match state.take() {
+            let (next, claim) = match state.take() {
                 State::Claimed(claim) if is_kept && !claim.is_attached_by_others() => {
                     self.is_overdue.store(true, Ordering::Relaxed);
-                    State::Claimed(claim)
+                    (State::Claimed(claim), None)
                 }
                 State::Claimed(claim) => match Arc::try_unwrap(claim) {
-                    Ok(claim) => State::Attached(claim.release()),
-                    Err(claim) => State::Claimed(claim),
+                    Ok(claim) => (State::nothing(), Some(claim)),
+                    Err(claim) => (State::Claimed(claim), None),
                 },
-                State::Refused(attached, _) | State::Attached(attached) => State::Attached(attached),
-                State::Claiming { attached, .. } => State::Claiming {
-                    is_wanted: false,
-                    attached,
-                },
+                State::Refused(attached, _) | State::Attached(attached) => (State::Attached(attached), None),
+                State::Claiming { attached, .. } => {
+                    let is_wanted = false;
+                    (State::Claiming { is_wanted, attached }, None)
+                }
             };
+            *state = next;
+            claim
+        };
+        match claim {
+            Some(claim) if self.has_to_release() => self.give_back_within(claim, limit),
+            Some(claim) => self.give_back(claim),
+            None => self.tell(),
         }
+    }
+
+    /// Whether the observer has something to do before the claim can be given back.
+    pub(super) fn has_to_release(&self) -> bool {
+        let observer = self.observer.get();
+        observer.is_some_and(|observer| observer.has_to_release())
+    }
+
+    fn give_back_within(self: &Arc<Self>, claim: Claim, limit: Duration) {
+        let (done, wait) = sync_channel(1);
+        // A thread that is not spawned gives nothing back.
+        let claim = Arc::new(Mutex::new(Some(claim)));
+        let (claims, given) = (Arc::clone(self), Arc::clone(&claim));
+        let thread = thread::Builder::new().name("release".into());
+        let spawned = thread.spawn(move || {
+            if let Some(claim) = lock(&given).take() {
+                claims.give_back(claim);
+            }
+            let _ = done.send(());
+        });
+        if spawned.is_err() {
+            if let Some(claim) = lock(&claim).take() {
+                self.give_back(claim);
+            }
+        } else if wait.recv_timeout(limit).is_err() {
+            tracing::error!(
+                "the storage does not answer, so the disk stays claimed until it does: no other process can take it over"
+            );
+        }
+    }
+
+    /// Gives the claim back. The state says that it is being claimed.
+    fn give_back(&self, claim: Claim) {
+        if let Some(observer) = self.observer.get() {
+            observer.release(self.is_used.load(Ordering::Relaxed));
+        }
+        // A ring that has asked for it meanwhile asks again when it is told.
+        *lock(&self.state) = State::Attached(claim.release());
         self.tell();
     }
 }
@@ -367,7 +446,7 @@ impl Drop for Kept {
             self.0.kept.fetch_sub(1, Ordering::Relaxed) == 1
         };
         if is_last && self.0.is_overdue.swap(false, Ordering::Relaxed) {
-            self.0.release();
+            self.0.release(DEFAULT_STOP_LIMIT);
         }
     }
 }
@@ -394,11 +473,13 @@ pub enum NotClaimed {
 impl State {
     /// Takes it, to put another one in its place at once.
     fn take(&mut self) -> Self {
-        let nothing = State::Claiming {
-            is_wanted: false,
-            attached: None,
-        };
-        std::mem::replace(self, nothing)
+        std::mem::replace(self, Self::nothing())
+    }
+
+    /// What another thread has, and puts back.
+    fn nothing() -> Self {
+        let (is_wanted, attached) = (false, None);
+        State::Claiming { is_wanted, attached }
     }
 }
 

@@ -327,7 +327,19 @@ impl Disk {
             );
             return;
         }
-        self.claims.release();
+        self.claims.release(self.stop_limit);
+    }
+
+    /// Gives the claim back at the end of the process, if other hosts have to be told. No ring is served.
+    pub fn detach(&self) {
+        if self.claims.has_to_release() {
+            self.release_claim();
+        }
+    }
+
+    /// Takes note that a ring is served by the claim.
+    pub(super) fn set_claim_used(&self) {
+        self.claims.set_used();
     }
 
     /// Puts on stable storage what was written, unless storage does not answer: the front-end waits.
@@ -407,8 +419,8 @@ impl Disk {
         let _ = rustix::io::read(&self.changed, &mut [0; 8]);
     }
 
-    /// Wakes the session.
-    pub(super) fn tell(&self) {
+    /// Wakes the session, to start the rings that can be served by now.
+    pub fn tell(&self) {
         // A counter that is full is readable already.
         let _ = rustix::io::write(&self.changed, &1_u64.to_ne_bytes());
     }
@@ -421,6 +433,9 @@ impl Disk {
     /// Records that a front-end has come or left.
     pub(super) fn set_front_end(&self, since: Option<Timestamp>) {
         self.set_agreed(0, 0);
+        if since.is_some() {
+            self.claims.front_end_came();
+        }
         *lock(&self.front_end) = since;
     }
 

@@ -281,6 +281,7 @@ impl Rings {
                 Some(engine) => engine,
                 None => engine(&self.disk, &self.urings)?,
             };
+            self.disk.set_claim_used();
             let worker = WorkerThread::start(
                 ring,
                 Arc::clone(&self.disk),

@@ -220,6 +220,11 @@ impl Server {
         }
     }
 
+    /// The disk.
+    pub fn disk(&self) -> &Arc<Disk> {
+        &self.control.host.disk
+    }
+
     /// The socket that it has bound, if it has.
     pub fn bound(&self) -> Option<&Bound> {
         self.bound.as_ref()

@@ -10,7 +10,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
 use rustix::fs::{Advice, Mode, OFlags, fadvise};
@@ -38,6 +38,8 @@ pub struct Backing {
     direct: OnceLock<Option<File>>,
     /// Whether it is claimed.
     claimed: Arc<AtomicBool>,
+    /// Held by the thread that changes metadata.
+    changing: Mutex<()>,
 }
 
 impl Backing {
@@ -126,7 +128,13 @@ impl Backing {
             losses: Arc::new(Losses::new(witness)),
             direct: OnceLock::new(),
             claimed: Arc::default(),
+            changing: Mutex::default(),
         })
+    }
+
+    /// Waits until no other thread of this process changes metadata.
+    pub(super) fn change_alone(&self) -> MutexGuard<'_, ()> {
+        lock(&self.changing)
     }
 
     /// Attaches the disk: no other process can attach it, unless `others` are accepted on both sides; where this one only reads, others can to

@@ -50,8 +50,8 @@
 //! A network file system may have only one kind of lock ([`one_kind_of_lock`]). Then these locks also exclude flock(2).
 //!
 //! Remaining gaps, because Linux does not report them or has nothing to lock:
-//! - a device with two numbers (paths of a LUN without multipath), or on two hosts; a network file system whose
-//!   server keeps no locks;
+//! - a device with two numbers (paths of a LUN without multipath); a device on two hosts, for which the header of a volume
+//!   has a claim ([`Holder`](crate::luks2::Holder)); a network file system whose server keeps no locks;
 //! - a loop device that is set up over a file after the claim: the claim excludes another sealblk, but not a mount;
 //! - a reader of a device that device-mapper writes to, and readers of one device in containers with their own `/dev`;
 //! - objects that this process cannot open or see: the file under a loop device of another user or mount namespace, the

@@ -82,6 +82,10 @@ impl HeaderIo for Backing {
         if mode == LockMode::Write && !self.is_claimed() {
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, NOT_CLAIMED));
         }
-        MetadataLock::acquire(self.file(), mode, self.metadata_lock())
+        if mode == LockMode::Read {
+            return MetadataLock::acquire(self.file(), mode, self.metadata_lock());
+        }
+        let alone = self.change_alone();
+        Ok(MetadataLock::acquire(self.file(), mode, self.metadata_lock())?.alone(alone))
     }
 }

@@ -13,6 +13,7 @@ mod pool;
 mod reopen;
 mod ring_pool;
 mod stacking;
+mod this_host;
 
 pub use access::{Access, StorageError};
 pub use backing::{Backing, DataFile};
@@ -22,3 +23,4 @@ pub use engine::{Done, Engine, Event};
 pub use policy::{Answer, Policy, is_full};
 pub use pool::{Buffer, PAGE};
 pub use ring_pool::{RingPool, restrict};
+pub use this_host::ThisHost;

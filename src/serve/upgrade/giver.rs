@@ -192,6 +192,7 @@ impl Giver {
             is_claimed: claim.is_claimed,
             was_claimed: claim.was_claimed,
             has_loss: disk.file.has_loss(),
+            header_claim: served.header_claim().lend(),
             front_end: answer.given.served.as_ref().map(|served| served.since),
         };
         let next = match self.send(socket, &state, &claim, &answer) {

@@ -136,6 +136,9 @@ struct State {
     is_claimed: bool,
     was_claimed: bool,
     has_loss: bool,
+    /// The sequence of the last claim in the header, if there was one. An earlier release does not tell.
+    #[serde(default)]
+    header_claim: Option<u64>,
     /// Since when a front-end is connected.
     front_end: Option<Timestamp>,
 }

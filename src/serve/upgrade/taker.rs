@@ -100,6 +100,7 @@ struct Taken {
     attached: Attached,
     is_claimed: bool,
     was_claimed: bool,
+    header_claim: Option<u64>,
     control: UnixListener,
 }
 
@@ -209,6 +210,7 @@ impl Taker {
             Ok(None) | Err(_) => return Err(TakeError::Incomplete),
         }
         let disk = served.disk();
+        served.header_claim().borrow(taken.header_claim, taken.is_claimed);
         disk.take_claim(taken.attached, taken.is_claimed, taken.was_claimed);
         ready.go();
         let pause = start.elapsed();
@@ -313,6 +315,7 @@ impl Came {
             attached,
             is_claimed: state.is_claimed,
             was_claimed: state.was_claimed,
+            header_claim: state.header_claim,
             control: control.into(),
         };
         Ok((taken, server.take_over(given, LIMIT)?))

@@ -1,0 +1,427 @@
+//! Attaches a volume by its header, and detaches it ([`Holder`]).
+//!
+//! Headers have no atomic update that two hosts can use. Two that attach a volume at one moment may both find it free. So each waits a
+//! while after its write and reads the header again; the one that does not find itself gives up. This is no proof: storage that delays a
+//! write by more than that while deceives both.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::copies::HeaderError;
+use crate::error::Reason;
+use crate::holder::{Holder, Holding, Host, TYPE};
+use crate::lock::LockMode;
+use crate::locked::Locked;
+use crate::update::Update;
+
+/// How a process attaches a volume.
+#[derive(Debug, Clone, Copy)]
+pub struct Terms<'a> {
+    /// The process' host.
+    pub host: &'a Host,
+    /// The sequence of an attachment of another host that is over.
+    pub take_over: Option<u64>,
+    /// The sequence with which the guest has run here that is to go on now.
+    pub ran_as: Option<u64>,
+}
+
+impl Holding {
+    /// Whether a process can attach the volume.
+    ///
+    /// # Errors
+    /// If another host has it attached, or the guest has run elsewhere since.
+    pub fn check(&self, terms: &Terms<'_>) -> Result<(), Reason> {
+        if let Some(holder) = &self.holder
+            && !holder.is(terms.host)
+            && terms.take_over != Some(self.sequence)
+        {
+            return Err(Reason::HeldElsewhere {
+                sequence: self.sequence,
+                holder: Box::new(holder.clone()),
+            });
+        }
+        match terms.ran_as {
+            Some(ran_as) if ran_as != self.sequence => Err(Reason::RanElsewhere {
+                then: ran_as,
+                now: self.sequence,
+            }),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// How long a process waits at least before it looks whether another host has attached the volume in the same moment.
+const PAUSE: Duration = Duration::from_millis(100);
+
+impl Update<'_> {
+    /// What the header says.
+    fn holding(&self) -> Holding {
+        Holding::of(self.metadata())
+    }
+
+    /// Has the header say this.
+    fn set_holding(&mut self, holding: Holding) -> Result<(), Reason> {
+        let tokens = self.metadata().tokens.iter();
+        let ours: Vec<_> = tokens
+            .filter(|(_, token)| token.kind == TYPE)
+            .map(|(&id, _)| id)
+            .collect();
+        for &id in ours.iter().skip(1) {
+            self.remove_token(id);
+        }
+        match ours.first() {
+            Some(&id) => self.replace_token(id, holding.into_token()),
+            None => drop(self.add_token(holding.into_token())?),
+        }
+        Ok(())
+    }
+}
+
+impl Locked<'_> {
+    /// What the header says, as of when it was read or written last.
+    pub fn holding(&self) -> Holding {
+        Holding::of(self.header().metadata())
+    }
+
+    /// Enters the host as the one that has the volume attached, and gives the sequence of that. If the process is to be sure that
+    /// `no_other` host does the same at this moment, this takes a tenth of a second.
+    ///
+    /// # Errors
+    /// If another host has it attached or was quicker, the guest has run elsewhere, or the header cannot be written. Then the host is not
+    /// entered, unless the storage fails.
+    pub fn hold(&mut self, terms: &Terms<'_>, no_other: bool) -> Result<u64, Reason> {
+        // Also where the header cannot be locked to be changed.
+        self.holding().check(terms)?;
+        let start = Instant::now();
+        let mut update = self.update()?;
+        let found = update.holding();
+        found.check(terms)?;
+        let ours = Holding {
+            sequence: found.sequence.wrapping_add(1),
+            holder: Some(Holder::now(terms.host)),
+        };
+        update.set_holding(ours.clone())?;
+        let entered = update.commit(self).and_then(|()| {
+            if no_other {
+                // Storage that is slow for this host is so for others.
+                thread::sleep(PAUSE.max(2 * start.elapsed()));
+            }
+            self.is_held_as(&ours)
+        });
+        match entered {
+            Ok(()) => Ok(ours.sequence),
+            Err(error) => {
+                // A write that failed may have come through nevertheless.
+                let _ = self.set_holding(&ours, found);
+                Err(error)
+            }
+        }
+    }
+
+    /// Reads the header again, to see whether it is as this process has written it.
+    fn is_held_as(&mut self, ours: &Holding) -> Result<(), Reason> {
+        match self.read_back() {
+            Ok(()) => {}
+            // The writes of two hosts have crossed, each to both copies. The primary is in force, so both hosts agree whose it is.
+            Err(Reason::Header(HeaderError::CopiesDisagree { .. })) => {
+                let lock = self.io.lock(LockMode::Write).map_err(Reason::Lock)?;
+                if !self.header.is_primary(self.io) {
+                    return Err(Reason::AttachedTwice { by: String::new() });
+                }
+                self.state = self.header.commit(self.io)?;
+                drop(lock);
+                thread::sleep(PAUSE);
+                self.read_back()?;
+            }
+            Err(error) => return Err(error),
+        }
+        let found = self.holding();
+        match found == *ours {
+            true => Ok(()),
+            false => Err(Reason::AttachedTwice {
+                by: found.holder.map(|holder| holder.name).unwrap_or_default(),
+            }),
+        }
+    }
+
+    /// Has the header say that no host has the volume attached, if it says `sequence` and this host; a guest that never `ran` gives that
+    /// number back.
+    ///
+    /// # Errors
+    /// If another host has it attached by now, or the header cannot be written.
+    pub fn let_go(&mut self, host: &Host, sequence: u64, ran: bool) -> Result<(), Reason> {
+        let mut update = self.update()?;
+        let found = update.holding();
+        match &found.holder {
+            Some(holder) if holder.is(host) && found.sequence == sequence => {}
+            // A successor on this host.
+            Some(holder) if holder.is(host) => return Ok(()),
+            None => return Ok(()),
+            Some(holder) => {
+                return Err(Reason::HeldElsewhere {
+                    sequence: found.sequence,
+                    holder: Box::new(holder.clone()),
+                });
+            }
+        }
+        let left = match ran {
+            true => sequence,
+            false => sequence.wrapping_sub(1),
+        };
+        update.set_holding(Holding {
+            sequence: left,
+            holder: None,
+        })?;
+        update.commit(self)
+    }
+
+    /// Has the header say that no host has the volume attached, if it names one that [`Holding::check`] accepts.
+    ///
+    /// # Errors
+    /// As for [`Locked::hold`].
+    pub fn forget_holder(&mut self, terms: &Terms<'_>) -> Result<(), Reason> {
+        let found = self.holding();
+        found.check(terms)?;
+        match found.holder {
+            Some(_) => self.set_holding(
+                &found.clone(),
+                Holding {
+                    holder: None,
+                    ..found
+                },
+            ),
+            None => Ok(()),
+        }
+    }
+
+    /// Has the header say `next` if it says `expected`.
+    fn set_holding(&mut self, expected: &Holding, next: Holding) -> Result<(), Reason> {
+        let mut update = self.update()?;
+        if update.holding() != *expected {
+            return Err(Reason::ChangedMeanwhile);
+        }
+        update.set_holding(next)?;
+        update.commit(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::metadata::Id;
+    use crate::testing::{Memory, sample, sample_with};
+
+    fn host(number: u128) -> Host {
+        Host {
+            id: Uuid::from_u128(number),
+            name: format!("node-{number}"),
+            boot: Uuid::from_u128(100 + number),
+        }
+    }
+
+    fn terms(host: &Host) -> Terms<'_> {
+        Terms {
+            host,
+            take_over: None,
+            ran_as: None,
+        }
+    }
+
+    fn held(io: &Memory) -> Holding {
+        Locked::open(io, None).unwrap().holding()
+    }
+
+    #[test]
+    fn another_host_is_refused_until_the_first_lets_go_and_its_own_processes_are_not() {
+        let io = Memory::of(&sample());
+        let [a, b] = [1, 2].map(host);
+        let mut locked = Locked::open(&io, None).unwrap();
+        assert_eq!(locked.hold(&terms(&a), false).unwrap(), 1);
+        let mut other = Locked::open(&io, None).unwrap();
+        let refused = other.hold(&terms(&b), false).unwrap_err();
+        assert!(refused.to_string().contains("\"node-1\""), "{refused}");
+        assert!(refused.to_string().contains("--take-over 1"), "{refused}");
+        assert_eq!(held(&io).holder.unwrap().host, a.id);
+
+        // After a crash, after a boot, and in another container.
+        let booted = Host {
+            boot: Uuid::nil(),
+            ..a.clone()
+        };
+        assert_eq!(other.hold(&terms(&booted), false).unwrap(), 2);
+        let container = Host {
+            id: Uuid::max(),
+            ..booted.clone()
+        };
+        assert_eq!(other.hold(&terms(&container), false).unwrap(), 3);
+
+        // A process that was succeeded takes nothing away.
+        locked.let_go(&booted, 2, true).unwrap();
+        assert!(held(&io).holder.is_some());
+        other.let_go(&container, 3, true).unwrap();
+        let nobody = Holding {
+            sequence: 3,
+            holder: None,
+        };
+        assert_eq!(held(&io), nobody);
+        assert_eq!(other.hold(&terms(&b), false).unwrap(), 4);
+    }
+
+    #[test]
+    fn a_take_over_is_of_one_attachment() {
+        let io = Memory::of(&sample());
+        let [a, b, c] = [1, 2, 3].map(host);
+        let mut locked = Locked::open(&io, None).unwrap();
+        locked.hold(&terms(&a), false).unwrap();
+        let take_over = |host, number| Terms {
+            take_over: Some(number),
+            ..terms(host)
+        };
+        locked.hold(&take_over(&b, 2), false).unwrap_err();
+        assert_eq!(locked.hold(&take_over(&b, 1), false).unwrap(), 2);
+        locked.hold(&take_over(&c, 1), false).unwrap_err();
+        // It is the first host's no more.
+        let refused = locked.let_go(&a, 1, true).unwrap_err();
+        assert!(
+            matches!(refused, Reason::HeldElsewhere { sequence: 2, .. }),
+            "{refused}"
+        );
+        locked.forget_holder(&take_over(&a, 1)).unwrap_err();
+        locked.forget_holder(&take_over(&a, 2)).unwrap();
+        assert_eq!(
+            held(&io),
+            Holding {
+                sequence: 2,
+                holder: None
+            }
+        );
+    }
+
+    #[test]
+    fn a_guest_does_not_go_on_where_it_ran_before_it_ran_elsewhere() {
+        let io = Memory::of(&sample());
+        let [a, b] = [1, 2].map(host);
+        let mut locked = Locked::open(&io, None).unwrap();
+        let sequence = locked.hold(&terms(&a), false).unwrap();
+        locked.let_go(&a, sequence, true).unwrap();
+        let goes_on = Terms {
+            ran_as: Some(sequence),
+            ..terms(&a)
+        };
+        // It never ran there.
+        let elsewhere = locked.hold(&terms(&b), false).unwrap();
+        locked.let_go(&b, elsewhere, false).unwrap();
+        assert_eq!(held(&io).sequence, sequence);
+        let sequence = locked.hold(&goes_on, false).unwrap();
+        locked.let_go(&a, sequence, true).unwrap();
+        let elsewhere = locked.hold(&terms(&b), false).unwrap();
+        locked.let_go(&b, elsewhere, true).unwrap();
+        let goes_on = Terms {
+            ran_as: Some(sequence),
+            ..terms(&a)
+        };
+        let refused = locked.hold(&goes_on, false).unwrap_err();
+        assert!(matches!(refused, Reason::RanElsewhere { .. }), "{refused}");
+        // Another guest begins with what is there.
+        locked.hold(&terms(&a), false).unwrap();
+    }
+
+    /// Both had found it free, and the second write was the last.
+    #[test]
+    fn of_two_hosts_that_attach_at_one_moment_one_gives_up() {
+        let io = Memory::of(&sample());
+        let [a, b] = [1, 2].map(host);
+        let mut first = Locked::open(&io, None).unwrap();
+        let mut second = Locked::open(&io, None).unwrap();
+        let enter = |locked: &mut Locked<'_>, update: Update<'_>, host: &Host| {
+            let mut update = update;
+            let ours = Holding {
+                sequence: 1,
+                holder: Some(Holder::now(host)),
+            };
+            update.set_holding(ours.clone()).unwrap();
+            update.commit(locked).unwrap();
+            ours
+        };
+        let (one, two) = (first.update().unwrap(), second.update().unwrap());
+        let ours = enter(&mut first, one, &a);
+        let theirs = enter(&mut second, two, &b);
+        let refused = first.is_held_as(&ours).unwrap_err();
+        assert!(
+            matches!(&refused, Reason::AttachedTwice { by } if by == "node-2"),
+            "{refused}"
+        );
+        second.is_held_as(&theirs).unwrap();
+
+        // The writes crossed: the secondary is that of the first.
+        let (whole, half) = (io.front.borrow().clone(), crate::testing::COPY as usize);
+        let io = Memory::of(&sample());
+        let mut first = Locked::open(&io, None).unwrap();
+        let one = first.update().unwrap();
+        let ours = enter(&mut first, one, &a);
+        io.front.borrow_mut()[..half].copy_from_slice(&whole[..half]);
+        let refused = first.is_held_as(&ours).unwrap_err();
+        assert!(matches!(refused, Reason::AttachedTwice { .. }), "{refused}");
+        let mut second = Locked { io: &io, ..second };
+        second.is_held_as(&theirs).unwrap();
+        assert_eq!(held(&io), theirs);
+    }
+
+    #[test]
+    fn a_header_without_room_says_so_and_stays_as_it_is() {
+        let mut json = sample();
+        let filler = "x".repeat(12288 - json.to_string().len() - 100);
+        json["tokens"]["1"] = json!({ "type": "filler", "keyslots": [], "text": filler });
+        let io = Memory::of(&json);
+        let before = io.front.borrow().clone();
+        let mut locked = Locked::open(&io, None).unwrap();
+        let refused = locked.hold(&terms(&host(1)), false).unwrap_err();
+        assert!(refused.has_no_room(), "{refused}");
+        assert!(*io.front.borrow() == before);
+
+        let mut json = sample();
+        for id in 1..32 {
+            json["tokens"][id.to_string()] = json!({ "type": "filler", "keyslots": [] });
+        }
+        let io = Memory::of(&json);
+        let mut locked = Locked::open(&io, None).unwrap();
+        let refused = locked.hold(&terms(&host(1)), false).unwrap_err();
+        assert!(refused.has_no_room(), "{refused}");
+    }
+
+    /// A header comes from storage, and says what its last writer wanted.
+    #[test]
+    fn a_token_that_cannot_be_read_says_nothing_and_is_replaced() {
+        for token in [
+            json!({ "type": TYPE, "keyslots": [] }),
+            json!({ "type": TYPE, "keyslots": [], "sequence": 7, "host": "x" }),
+            json!({ "type": TYPE, "keyslots": ["0"], "sequence": "-1" }),
+        ] {
+            let io = Memory::of(&sample_with("/tokens/1", token));
+            assert_eq!(held(&io), Holding::default());
+            let mut locked = Locked::open(&io, None).unwrap();
+            assert_eq!(locked.hold(&terms(&host(1)), false).unwrap(), 1);
+            assert_eq!(locked.header().metadata().tokens[&Id(1)].keyslots, []);
+        }
+        let last = json!({ "type": TYPE, "keyslots": [], "sequence": u64::MAX.to_string() });
+        let io = Memory::of(&sample_with("/tokens/1", last));
+        let mut locked = Locked::open(&io, None).unwrap();
+        assert_eq!(locked.hold(&terms(&host(1)), false).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_name_cannot_steer_a_terminal() {
+        let mut named = host(1);
+        named.name = "\u{1b}[2J".repeat(40);
+        let token = Holding {
+            sequence: 1,
+            holder: Some(Holder::now(&named)),
+        }
+        .into_token();
+        let name = token.other["name"].as_str().unwrap();
+        assert!(!name.contains('\u{1b}') && name.len() < 700, "{name}");
+    }
+}

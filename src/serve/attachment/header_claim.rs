@@ -1,0 +1,176 @@
+//! The claim on a volume in its header ([`Locked::hold`]), by which a process keeps those of other hosts out where locks do not reach them.
+//!
+//! It comes and goes with the claim on the storage ([`Claims`](crate::device::Claims)): it is entered after that was taken, and
+//! removed before that is given back. After a crash it stays, and the next process of this host replaces it.
+
+use std::sync::Mutex;
+
+use super::OpenError;
+use crate::keys::binding::BindingReason;
+use crate::luks2::{Host, Locked, Reason, Terms};
+use crate::mutex::lock;
+use crate::storage::{Backing, Kind, ThisHost};
+
+/// When a claim is entered in the header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Choice {
+    /// On a block device, if the header can be changed
+    Auto,
+    /// Always
+    On,
+    /// Never
+    Off,
+}
+
+/// See the module's header.
+#[derive(Debug)]
+pub struct HeaderClaim {
+    host: Host,
+    choice: Choice,
+    /// Whether there is one.
+    is_wanted: bool,
+    take_over: Option<u64>,
+    /// Not locked while the storage is waited for.
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// The sequence of the last claim.
+    last: Option<u64>,
+    is_held: bool,
+}
+
+impl HeaderClaim {
+    /// On the volume with its header in `header`; that of another host with the sequence `take_over` is over.
+    pub fn new(header: &Backing, choice: Choice, take_over: Option<u64>) -> Self {
+        let is_wanted = match choice {
+            Choice::Auto => header.kind() == Kind::BlockDevice,
+            Choice::On => true,
+            Choice::Off => false,
+        };
+        let is_wanted = is_wanted && !header.read_only();
+        let ThisHost { host, is_lasting } = ThisHost::find();
+        if is_wanted && !is_lasting {
+            tracing::warn!(
+                "this host has no machine ID (/etc/machine-id): if it crashes, it needs --take-over to attach the disk again after its boot"
+            );
+        }
+        Self {
+            host,
+            choice,
+            is_wanted,
+            take_over,
+            state: Mutex::default(),
+        }
+    }
+
+    /// Enters it, for the guest that ran here last if that `goes_on`. If another host could do the same at this moment (`no_other`), that
+    /// is excluded as far as possible.
+    ///
+    /// # Errors
+    /// Those of [`Locked::hold`].
+    pub fn take(&self, locked: &mut Locked<'_>, goes_on: bool, no_other: bool) -> Result<(), Reason> {
+        let terms = Terms {
+            host: &self.host,
+            take_over: self.take_over,
+            ran_as: self.lend().filter(|_| goes_on && self.is_wanted),
+        };
+        let found = locked.holding();
+        found.check(&terms)?;
+        if let Some(holder) = found.holder.filter(|holder| !holder.is(&self.host)) {
+            tracing::warn!(
+                host = holder.name,
+                since = %holder.since,
+                attachment = found.sequence,
+                "the volume is taken over from another host, which must not write to it any more"
+            );
+        }
+        if locked.is_read_only() {
+            return Ok(());
+        }
+        let held = match self.is_wanted {
+            true => locked.hold(&terms, no_other).map(Some),
+            false => locked.forget_holder(&terms).map(|()| None),
+        };
+        match held {
+            Ok(sequence) => {
+                self.borrow(sequence, true);
+                Ok(())
+            }
+            Err(error) if self.choice != Choice::On && (error.is_not_permitted() || error.has_no_room()) => {
+                tracing::warn!(
+                    "the header cannot say that this host has the disk attached, so no other host is kept from it: {error}"
+                );
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether another host has it.
+    ///
+    /// # Errors
+    /// Those of [`Holding::check`](crate::luks2::Holding::check).
+    pub fn check(&self, locked: &Locked<'_>) -> Result<(), Reason> {
+        locked.holding().check(&Terms {
+            host: &self.host,
+            take_over: self.take_over,
+            ran_as: None,
+        })
+    }
+
+    /// Whether the disk is not to be served because of `error`.
+    pub fn has_refused(&self, error: &OpenError) -> bool {
+        let is_refusal = |reason: &BindingReason| {
+            matches!(
+                reason,
+                BindingReason::Volume(
+                    Reason::HeldElsewhere { .. } | Reason::RanElsewhere { .. } | Reason::AttachedTwice { .. }
+                )
+            )
+        };
+        self.is_wanted || matches!(error, OpenError::Volume(error) if is_refusal(&error.reason))
+    }
+
+    /// Whether there is one now.
+    pub fn is_held(&self) -> bool {
+        lock(&self.state).is_held
+    }
+
+    /// Removes it. A guest that never `ran` by it leaves no trace.
+    ///
+    /// # Errors
+    /// Those of [`Locked::let_go`].
+    pub fn let_go(&self, locked: &mut Locked<'_>, ran: bool) -> Result<(), Reason> {
+        let sequence = {
+            let mut state = lock(&self.state);
+            // Also if it fails: the next claim replaces what is left in the header.
+            match std::mem::take(&mut state.is_held) {
+                true => state.last,
+                false => None,
+            }
+        };
+        let Some(sequence) = sequence else {
+            return Ok(());
+        };
+        locked.let_go(&self.host, sequence, ran)?;
+        if !ran {
+            lock(&self.state).last = Some(sequence.wrapping_sub(1));
+        }
+        Ok(())
+    }
+
+    /// The sequence of the last claim, for another process of this host that takes the disk over.
+    pub fn lend(&self) -> Option<u64> {
+        lock(&self.state).last
+    }
+
+    /// Takes over what another process has lent, which holds it or not.
+    pub fn borrow(&self, last: Option<u64>, is_held: bool) {
+        *lock(&self.state) = State {
+            last,
+            is_held: is_held && last.is_some(),
+        };
+    }
+}
