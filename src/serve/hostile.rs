@@ -20,7 +20,7 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use sealblk_secmem::arena::SecretBytes;
 
-use crate::attachment::{Attachment, By, Interface, Opener};
+use crate::attachment::{Attachment, By, Choice, HeaderClaim, Interface, Opener};
 use crate::cipher::{KernelChoice, Sector, SectorSize};
 use crate::control::peer::Peer;
 use crate::control::privilege::Grants;
@@ -260,7 +260,8 @@ impl Host {
             kernel: KernelChoice::Fastest,
         };
         let identity = opener.locked().unwrap().identity().unwrap();
-        let served = Attachment::new(opener, Arc::new(disk.unwrap()), identity);
+        let claim = HeaderClaim::new(&opener.disk, Choice::Off, None);
+        let served = Attachment::new(opener, Arc::new(disk.unwrap()), identity, claim);
         let interface = Interface::new(Arc::clone(&served), Grants::default(), Sandbox::default(), None);
         let giver = Giver {
             served,
