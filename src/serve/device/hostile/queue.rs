@@ -7,7 +7,7 @@
 //! - the page of each byte that has changed is in the dirty log, and no page where nothing may have been written;
 //! - each chain that was given back was in flight, and what is in flight is what the record says.
 //!
-//! When the worker has nothing more to do, nothing is in flight. No byte beyond the disk's part of its file has changed at the end.
+//! When the worker has nothing more to do, nothing is in flight but what waits for storage that fails. No byte beyond the disk's part of its file has changed at the end.
 //!
 //! A driver can have the device write to a descriptor table, or to the used ring. What the device does then is as open as it is what
 //! the driver does, so some of this is not checked.
@@ -47,7 +47,7 @@ use super::Bytes;
 use crate::cipher::{KEY_LEN, KernelChoice, Sector, SectorCipher, SectorSize};
 use crate::map::{Segment, SegmentTable, Treatment};
 use crate::mutex::lock;
-use crate::storage::{Access, Backing, Engine, Others, PAGE, RingPool};
+use crate::storage::{Access, Answer, Backing, Engine, Others, PAGE, Policy, RingPool};
 
 /// Has a driver do what `input` says. See the module's header.
 ///
@@ -110,6 +110,8 @@ pub(super) struct DiskKind {
     discard: bool,
     encrypted: bool,
     large_sectors: bool,
+    /// Whether a transfer that storage fails waits, or the driver gets an error.
+    holds: bool,
 }
 
 impl Setup {
@@ -122,6 +124,7 @@ impl Setup {
                 discard: !flag(1),
                 encrypted: flag(2),
                 large_sectors: flag(3),
+                holds: queue & 0x20 != 0,
             },
             event_idx: flag(4),
             write_through: flag(5),
@@ -211,7 +214,18 @@ impl Stored {
         };
         let backing = Backing::open(&path, access).unwrap();
         let attached = backing.attach(Others::Refused).unwrap();
-        let data = backing.data_file(512, &attached.fence()).unwrap();
+        let answer = match kind.holds {
+            true => Answer::Stop,
+            false => Answer::Report,
+        };
+        let policy = Policy {
+            full: answer,
+            error: answer,
+        };
+        let data = backing
+            .data_file(512, &attached.fence())
+            .unwrap()
+            .with_policy(policy);
         let sectors = CAPACITY / Sector::LEN;
         let disk = Disk::new(
             sectors,
@@ -354,7 +368,7 @@ impl<'h> Play<'h> {
 
     /// Does what the next command says; none at the end of the input.
     fn act(&mut self, input: &mut Bytes<'_>) -> Option<()> {
-        match input.byte()? % 12 {
+        match input.byte()? % 13 {
             // A descriptor of the queue's table.
             0 => {
                 let at = u64::from(input.byte()? % 32);
@@ -442,7 +456,12 @@ impl<'h> Play<'h> {
                 let bytes = input.some()?;
                 self.host.record_file.write_all_at(bytes, at).unwrap();
             }
-            _ => {}
+            // Storage has lost its end, or has it again: what lies there fails.
+            _ => {
+                let len = u64::from(input.byte()?) << 11;
+                let whole = BEYOND + CAPACITY + BEYOND;
+                self.stored().file.set_len(len.min(whole)).unwrap();
+            }
         }
         Some(())
     }
@@ -508,10 +527,15 @@ impl<'h> Play<'h> {
     /// Has a worker serve the queue, if that can be served.
     fn start(&mut self) {
         let vring = self.vring.take().unwrap_or_else(|| self.vring());
+        let (left, is_sound) = (self.in_flight(), self.record_is_sound());
         let ring = self.stands_on(|on| vring.start(0, on));
         self.vring = Some(vring);
         // A record that makes no sense.
         let Ok(Some(ring)) = ring else { return };
+        assert!(
+            !is_sound || self.in_flight() == left,
+            "what was left in flight is lost"
+        );
         self.clear_log();
         let write_through = self.setup.write_through;
         let stored = self.stored();
@@ -537,9 +561,14 @@ impl<'h> Play<'h> {
             if next == Next::Round {
                 continue;
             }
-            if worker.path.engine.in_flight() > 0 {
+            let engine = &worker.path.engine;
+            if engine.under_way() > 0 {
                 worker.sleep();
                 continue;
+            }
+            // What is held waits for the next start.
+            if engine.held() > 0 {
+                return;
             }
             let is_resuming = worker.path.ring.is_resuming();
             assert!(
@@ -562,6 +591,15 @@ impl<'h> Play<'h> {
             .filter(|(_, of)| of[0] != 0)
             .map(|(head, _)| head)
             .collect()
+    }
+
+    /// Whether the record is that of a queue of this size, whose used ring is as far as the record says.
+    fn record_is_sound(&self) -> bool {
+        let mut record = [0; 8];
+        self.host.record_file.read_exact_at(&mut record, 8).unwrap();
+        let number = |at: usize| u16::from_le_bytes([record[at], record[at + 1]]);
+        let used = self.read(USED + 2..USED + 4);
+        number(0) == 1 && number(2) == self.setup.size && record[6..] == used
     }
 
     /// A round of the worker, which is then checked.
@@ -741,7 +779,9 @@ impl<'h> Play<'h> {
         assert!(matches!(end, End::Stopped(Ok(()))), "watches stay");
         let (ring, engine) = worker.into_parts();
         assert_eq!(engine.in_flight(), 0);
-        self.stored().engine = Some(engine);
+        let stored = self.stored();
+        stored.engine = Some(engine);
+        stored.disk.held.forget(0);
         self.writable = Ranges::default();
         Some(ring)
     }
@@ -750,7 +790,16 @@ impl<'h> Play<'h> {
     fn stop(&mut self) {
         if let (Some(ring), Some(vring)) = (self.end_worker(), &self.vring) {
             vring.stopped(&ring);
+            let is_kept = self.in_flight().is_empty() || !self.record_is_of_none();
+            assert!(is_kept, "what waits is not kept for the next start");
         }
+    }
+
+    /// Whether the record says that nothing was left.
+    fn record_is_of_none(&self) -> bool {
+        let mut version = [1; 2];
+        self.host.record_file.read_exact_at(&mut version, 8).unwrap();
+        version == [0; 2]
     }
 
     /// Ends the worker as a kill would: of what it does from then on, nothing is left but on storage.
@@ -781,7 +830,8 @@ impl<'h> Play<'h> {
         self.stop();
         assert!(!sigbus::is_lost());
         let file = &self.stored().file;
-        assert_eq!(file.metadata().unwrap().len(), BEYOND + CAPACITY + BEYOND);
+        assert!(file.metadata().unwrap().len() <= BEYOND + CAPACITY + BEYOND);
+        file.set_len(BEYOND + CAPACITY + BEYOND).unwrap();
         for at in [0, BEYOND + CAPACITY] {
             let mut beyond = [1; BEYOND as usize];
             file.read_exact_at(&mut beyond, at).unwrap();
