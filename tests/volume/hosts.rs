@@ -96,21 +96,26 @@ impl Lun {
 }
 
 /// A `sealblk serve` on a host.
-struct Side {
-    server: Server,
+pub(super) struct Side {
+    pub(super) server: Server,
     control: PathBuf,
 }
 
 impl Side {
     fn start(host: &Host, volume: &Volume, args: &[&str]) -> Self {
+        Side::by(volume, args, |command| host.runs(&command))
+    }
+
+    /// By the command that `on_host` makes of that of this machine.
+    pub(super) fn by(volume: &Volume, args: &[&str], on_host: impl FnOnce(Command) -> Command) -> Self {
         let (socket, control) = (volume.beside("sock"), volume.beside("control"));
         let args = [args, &["--control-socket", control.to_str().unwrap()]].concat();
-        let server = Server::at(&mut host.runs(&serve(volume, &socket, &args)), socket);
+        let server = Server::at(&mut on_host(serve(volume, &socket, &args)), socket);
         server.process.wait_stderr("serving");
         Side { server, control }
     }
 
-    fn wait_claim(&self, state: &str) -> Value {
+    pub(super) fn wait_claim(&self, state: &str) -> Value {
         let start = Instant::now();
         loop {
             let mut status = Command::new(sealblk_path());
@@ -127,7 +132,7 @@ impl Side {
         }
     }
 
-    fn crash(mut self) {
+    pub(super) fn crash(mut self) {
         self.server.process.signal(Signal::KILL);
         self.server.process.wait();
     }
@@ -141,7 +146,7 @@ fn serve_fails(host: &Host, volume: &Volume, args: &[&str]) -> Ended {
 }
 
 /// As QEMU does when its guest stops, and when it continues.
-fn stop(driver: &mut Driver) -> Vec<u16> {
+pub(super) fn stop(driver: &mut Driver) -> Vec<u16> {
     let queues: Vec<_> = driver.queues.iter().map(|queue| queue.index).collect();
     queues
         .iter()
@@ -152,7 +157,7 @@ fn stop(driver: &mut Driver) -> Vec<u16> {
         .collect()
 }
 
-fn go_on(driver: &mut Driver, bases: &[u16]) {
+pub(super) fn go_on(driver: &mut Driver, bases: &[u16]) {
     for (queue, base) in bases.iter().enumerate() {
         driver.restart(queue, *base);
     }

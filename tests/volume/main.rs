@@ -9,6 +9,7 @@ mod killed;
 mod lifecycle;
 mod luks2_crash;
 mod luks2_interop;
+mod nfs;
 mod paths;
 mod rekey;
 mod resize;

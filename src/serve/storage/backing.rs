@@ -116,6 +116,12 @@ impl Backing {
         {
             return Err(protected(Protection::Device));
         }
+        if access == Access::ReadWrite {
+            claim::tie_to_locks(&file).map_err(|source| StorageError::Lock {
+                path: path.into(),
+                source,
+            })?;
+        }
         let witness = match access {
             Access::ReadWrite => Some(reopen(&file, OFlags::RDONLY).map_err(open_error)?),
             Access::ReadOnly | Access::Inspect => None,
@@ -180,7 +186,9 @@ impl Backing {
     fn open_direct(&self, unit: u32) -> Option<File> {
         let file = reopen(&self.file, self.data_flags() | OFlags::DIRECT).ok()?;
         let align = direct_alignment(&file, self.kind)?;
-        unit.is_multiple_of(align).then_some(file)
+        let is_usable =
+            unit.is_multiple_of(align) && (self.read_only() || claim::tie_to_locks(&file).is_ok());
+        is_usable.then_some(file)
     }
 
     fn data_flags(&self) -> OFlags {
@@ -283,6 +291,12 @@ impl Backing {
                     path: self.path.clone(),
                     source: error.into(),
                 })?;
+                if !self.read_only() {
+                    claim::tie_to_locks(&file).map_err(|source| StorageError::Lock {
+                        path: self.path.clone(),
+                        source,
+                    })?;
+                }
                 // Where a write-back has failed, the cache may hold what storage never got. What is still to be written stays.
                 fadvise(&file, 0, None, Advice::DontNeed).map_err(|error| StorageError::Reopen {
                     path: self.path.clone(),
@@ -352,7 +366,11 @@ impl DataFile {
     /// The same file opened once more, for a queue of its own, which is told of write-backs that fail from then on.
     pub(super) fn reopen(&self) -> io::Result<File> {
         let kept = OFlags::RWMODE | OFlags::DIRECT;
-        let file = reopen(&self.file, rustix::fs::fcntl_getfl(&self.file)? & kept)?;
+        let flags = rustix::fs::fcntl_getfl(&self.file)? & kept;
+        let file = reopen(&self.file, flags)?;
+        if flags.contains(OFlags::RDWR) {
+            claim::tie_to_locks(&file)?;
+        }
         // What failed before the file was open.
         self.losses.look();
         Ok(file)

@@ -162,10 +162,26 @@ pub(super) fn direct_alignment(file: &File, kind: Kind) -> Option<u32> {
     }
 }
 
+/// The number of the file system of `file` (statfs(2)). Magic numbers have 32 bits, with or without a sign.
+pub(super) fn file_system(file: &File) -> u32 {
+    let [k0, k1, k2, k3, ..] = rustix::fs::fstatfs(file)
+        .map_or(0, |stat| stat.f_type)
+        .to_le_bytes();
+    u32::from_le_bytes([k0, k1, k2, k3])
+}
+
+/// The number of NFS, as the client of Linux has it.
+pub(super) const NFS: u32 = 0x6969;
+
 /// The same of a file, before Linux 6.1, where nothing tells it: that of the device under its file system, else a page's.
 ///
 /// To try is no way to find it: a read from a hole or past the end is taken at any alignment, also where a write is not.
+///
+/// NFS has no blocks: its requests begin and end at any byte, and the client's direct I/O passes them on as they are.
 fn untold_alignment(file: &File) -> u32 {
+    if file_system(file) == NFS {
+        return 512;
+    }
     let device = file.metadata().map(|metadata| metadata.dev());
     let told = device
         .ok()

@@ -10,6 +10,7 @@
 //! bytes        a writer holds                            a reader holds                     both then look for
 //! 100..=199    nothing                                   nothing                            writer: any; reader: 101, 103
 //! 200..=299    all of them, shared                       201 and 203, shared                nothing
+//! 2^60         shared, by all that writes, on NFS         nothing                            nothing
 //! 2^61 + x     shared, while it has byte x attached;     nothing                            reader: any
 //!              exclusively for a moment to begin with,
 //!              unless it accepts others
@@ -47,7 +48,8 @@
 //! block device that is written, O_EXCL excludes mounts, device-mapper, and other nodes of the device in other
 //! containers. It belongs to one process: the source of a migration gives it up with its claim if the destination is there by then.
 //!
-//! A network file system may have only one kind of lock ([`one_kind_of_lock`]). Then these locks also exclude flock(2).
+//! A network file system may have only one kind of lock ([`one_kind_of_lock`]). Then these locks also exclude flock(2). On NFS, the server
+//! gives the locks of a host that is cut off to another one, so all I/O of the disk is tied to locks ([`tie_to_locks`]).
 //!
 //! Remaining gaps, because Linux does not report them or has nothing to lock:
 //! - a device with two numbers (paths of a LUN without multipath); a device on two hosts, for which the header of a volume
@@ -73,7 +75,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use super::access::{Access, StorageError};
-use super::capabilities::sysfs;
+use super::capabilities::{NFS, file_system, sysfs};
 use super::ofd_lock::{EVERYTHING, Holder, Kind, holder, set};
 use super::reopen::reopen;
 use super::stacking::{LoopBacking, Partition, WHOLE, loops_over, node, shifted};
@@ -318,16 +320,25 @@ const SOON: Duration = Duration::from_millis(100);
 /// Whether flock(2) is a lock of the whole file by fcntl(2) here: on NFS and SMB (flock(2), "NFS details", "CIFS details"), and
 /// on 9p (`v9fs_file_flock_dotl` in Linux' fs/9p/vfs_file.c).
 pub(super) fn one_kind_of_lock(file: &File) -> bool {
-    const NFS: u32 = 0x6969;
     const SMB: [u32; 3] = [0x517b, 0xfe53_4d42, 0xff53_4d42];
     const V9FS: u32 = 0x0102_1997;
-    // Magic numbers have 32 bits, with or without a sign.
-    let [k0, k1, k2, k3, ..] = rustix::fs::fstatfs(file)
-        .map_or(0, |stat| stat.f_type)
-        .to_le_bytes();
-    let kind = u32::from_le_bytes([k0, k1, k2, k3]);
+    let kind = file_system(file);
     kind == NFS || SMB.contains(&kind) || kind == V9FS
 }
+
+/// Has I/O by the description of `file` fail once the locks of this host are lost. An NFSv4 server gives the locks of a host that it does not
+/// hear from to another one. I/O by a description that has a lock names the lock, so the server refuses it then, also what was in flight,
+/// and the client of Linux refuses what comes later (`nfs4_copy_lock_stateid` in its fs/nfs/nfs4state.c). I/O by a description without a
+/// lock would go on. This lock is shared, and excludes nobody.
+pub(super) fn tie_to_locks(file: &File) -> io::Result<()> {
+    match file_system(file) {
+        NFS => set(file, Kind::Shared, &TIED).map(drop),
+        _ => Ok(()),
+    }
+}
+
+/// The byte of [`tie_to_locks`].
+const TIED: Range<u64> = 1 << 60..(1 << 60) + 1;
 
 /// Where the locks on the bytes of what is attached begin, and where those of what is claimed.
 const ATTACHED: u64 = 1 << 61;
@@ -340,7 +351,7 @@ const UNSHARED: Range<u64> = 200..300;
 const UNSHARED_BY_READERS: [u64; 2] = [1, 3];
 
 /// The ranges are disjoint.
-const _: () = assert!(USED.end <= UNSHARED.start && UNSHARED.end <= ATTACHED);
+const _: () = assert!(USED.end <= UNSHARED.start && UNSHARED.end <= TIED.start && TIED.end <= ATTACHED);
 const _: () = assert!(ATTACHED + WHOLE.end <= CLAIMED && CLAIMED + WHOLE.end <= EVERYTHING.end);
 
 /// The most that one thing stands on another.
