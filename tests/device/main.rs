@@ -16,5 +16,6 @@ mod protocol;
 mod requests;
 mod sessions;
 mod shared;
+mod soak;
 mod storage;
 mod upgrade;

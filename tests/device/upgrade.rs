@@ -107,18 +107,18 @@ impl Drop for Served {
     }
 }
 
-fn start(volume: &Volume, socket: &Path, control: &Path, args: &[&str]) -> Process {
+pub(super) fn start(volume: &Volume, socket: &Path, control: &Path, args: &[&str]) -> Process {
     let with_control = [args, &["--control-socket", control.to_str().unwrap()]].concat();
     Process::spawn(&mut serve(volume, socket, &with_control))
 }
 
-fn upgrade(sealblk: &Path, control: &Path) -> Command {
+pub(super) fn upgrade(sealblk: &Path, control: &Path) -> Command {
     let mut command = Command::new(sealblk);
     command.args(["upgrade", "--control-socket"]).arg(control);
     command
 }
 
-fn spawn(command: &mut Command) -> Child {
+pub(super) fn spawn(command: &mut Command) -> Child {
     command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -127,7 +127,7 @@ fn spawn(command: &mut Command) -> Child {
         .unwrap()
 }
 
-fn signal(process: u32, signal: Signal) {
+pub(super) fn signal(process: u32, signal: Signal) {
     let process = Pid::from_raw(process.cast_signed()).unwrap();
     let _ = kill_process(process, signal);
 }
@@ -141,7 +141,7 @@ fn has_ended(process: u32) -> bool {
     fields.trim_start().starts_with('Z')
 }
 
-fn wait_ended(process: u32) {
+pub(super) fn wait_ended(process: u32) {
     let start = Instant::now();
     while !has_ended(process) {
         assert!(start.elapsed() < DEADLINE, "process {process} does not end");
