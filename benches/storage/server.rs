@@ -1,5 +1,6 @@
 //! The servers that are measured: sealblk, and QEMU's storage daemon, over disks that hold the same or over nothing.
 
+use crate::logging;
 use common::serve::sealblk_path;
 use rustix::fs::{CWD, FallocateFlags, RenameFlags, fallocate, renameat_with};
 use rustix::process::{Pid, Signal, kill_process};
@@ -7,6 +8,7 @@ use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::thread::{self, JoinHandle};
 use tempfile::TempDir;
 
 const QEMU: &str = "qemu-storage-daemon";
@@ -22,6 +24,8 @@ pub(crate) enum Kind {
     Sealblk,
     /// The same by another build.
     OtherBuild,
+    /// The same while a front-end logs what is written to the driver's memory.
+    Logged,
     /// sealblk over a disk that is not encrypted.
     Plain,
     Qemu,
@@ -166,7 +170,9 @@ impl Disks {
 
     fn serve(&self, kind: Kind, socket: &Path, tuning: &Tuning<'_>) -> Command {
         match kind {
-            Kind::Sealblk | Kind::OtherBuild | Kind::Plain => self.sealblk(kind, socket, tuning),
+            Kind::Sealblk | Kind::OtherBuild | Kind::Logged | Kind::Plain => {
+                self.sealblk(kind, socket, tuning)
+            }
             Kind::Qemu | Kind::QemuLuks => self.qemu(kind, socket, tuning),
         }
     }
@@ -189,7 +195,9 @@ impl Disks {
         let sector_size = tuning.sector_size.to_string();
         match (self.null, kind) {
             (true, _) => serve.args(["--null-storage", NULL_SIZE, "--sector-size", &sector_size]),
-            (false, Kind::Sealblk | Kind::OtherBuild) => serve.arg("--blk-file").arg(self.path("volume")),
+            (false, Kind::Sealblk | Kind::OtherBuild | Kind::Logged) => {
+                serve.arg("--blk-file").arg(self.path("volume"))
+            }
             (false, _) => serve
                 .arg("--blk-file")
                 .arg(self.raw())
@@ -266,6 +274,8 @@ pub(crate) struct Server {
     child: Child,
     end: Signal,
     socket: PathBuf,
+    /// What stands before it.
+    logging: Option<JoinHandle<()>>,
 }
 
 impl Server {
@@ -282,9 +292,21 @@ impl Server {
             // QEMU 7.2, whose front-end has just left, can wait for itself for ever. All was measured already.
             Kind::Qemu | Kind::QemuLuks => Signal::KILL,
             // The kernel keeps the locks of a killed server until it has taken apart its rings, and the next one has the same file.
-            Kind::Sealblk | Kind::OtherBuild | Kind::Plain => Signal::TERM,
+            Kind::Sealblk | Kind::OtherBuild | Kind::Logged | Kind::Plain => Signal::TERM,
         };
-        Server { child, end, socket }
+        let (socket, logging) = match kind {
+            Kind::Logged => {
+                let (socket, logging) = logging::before(&socket);
+                (socket, Some(logging))
+            }
+            _ => (socket, None),
+        };
+        Server {
+            child,
+            end,
+            socket,
+            logging,
+        }
     }
 
     pub(crate) fn socket(&self) -> &Path {
@@ -301,6 +323,10 @@ impl Drop for Server {
         // It does not matter if it has ended by itself.
         let _ = kill_process(self.pid(), self.end);
         let _ = self.child.wait();
+        // After another failure there may never have been a driver.
+        if let Some(logging) = self.logging.take().filter(|_| !thread::panicking()) {
+            logging.join().expect("the front-end that logs");
+        }
     }
 }
 

@@ -390,6 +390,12 @@ impl Channel {
     }
 }
 
+impl AsFd for Frontend {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
 impl Drop for Frontend {
     /// Leaves at once. Closing alone is not enough: while another thread starts a process, that has a copy of every
     /// descriptor for a moment.
