@@ -305,6 +305,25 @@ fn killed_at_any_moment_it_answers_each_request_once_and_has_done_what_it_answer
     assert!(ended.status.success(), "{ended:?}");
 }
 
+/// It ended before it could notify the driver, which waits for that alone; the used ring's index is at its beginning again.
+#[test]
+fn killed_after_an_answer_the_next_one_notifies_the_driver_wherever_the_used_ring_is() {
+    let mut served = Served::new();
+    let setup = Setup {
+        base: u16::MAX - 1,
+        ..Setup::default()
+    };
+    let mut driver = Driver::tracked(&served.socket, setup);
+    driver.flush();
+    driver.flush();
+    assert_eq!(driver.queues[0].used_index(), 0);
+    served.kill();
+    driver.queues[0].take_call();
+    served.start();
+    driver.reconnect(&served.socket);
+    driver.queues[0].wait_call();
+}
+
 /// A guest whose server has ended, and the memory that it has left, as a test makes it up.
 struct Left {
     driver: Driver,

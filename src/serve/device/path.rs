@@ -77,7 +77,8 @@ impl RequestPath {
                 true => Reader::Device,
                 false => Reader::Processor,
             },
-            owes_notification: ring.queue.next_used() != 0,
+            // By an earlier process, which may have ended before it did that. The used ring's index can be 0 again.
+            owes_notification: ring.queue.next_used() != 0 || ring.resumption.is_some(),
             ring,
             engine,
             disk,
