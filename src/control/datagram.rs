@@ -7,6 +7,7 @@ use std::io;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use sealblk_base::mutex::lock;
 
@@ -17,6 +18,9 @@ static CONFINED: AtomicBool = AtomicBool::new(false);
 pub fn keep_connections() {
     CONFINED.store(true, Ordering::Relaxed);
 }
+
+/// How long a service may not read.
+const PATIENCE: Duration = Duration::from_millis(500);
 
 /// See the module's header.
 #[derive(Debug)]
@@ -32,16 +36,20 @@ impl Service {
         Self { address, socket }
     }
 
-    /// Sends a datagram; waits if the service does not read.
+    /// Sends a datagram; waits for a moment if the service does not read.
     ///
     /// # Errors
-    /// If nothing is at the address, or the datagram is too long.
+    /// If nothing is at the address, the service does not read, or the datagram is too long.
     pub fn send(&self, datagram: &[u8]) -> io::Result<()> {
         let mut socket = lock(&self.socket);
         let sent = socket.as_ref().map(|socket| socket.send(datagram));
         match sent {
             Some(Ok(_)) => return Ok(()),
-            Some(Err(error)) if CONFINED.load(Ordering::Relaxed) => return Err(error),
+            Some(Err(error))
+                if error.kind() == io::ErrorKind::WouldBlock || CONFINED.load(Ordering::Relaxed) =>
+            {
+                return Err(error);
+            }
             None if CONFINED.load(Ordering::Relaxed) => return Err(io::ErrorKind::NotConnected.into()),
             Some(Err(_)) | None => {}
         }
@@ -53,5 +61,6 @@ impl Service {
 fn connected(address: &SocketAddr) -> io::Result<UnixDatagram> {
     let socket = UnixDatagram::unbound()?;
     socket.connect_addr(address)?;
+    socket.set_write_timeout(Some(PATIENCE))?;
     Ok(socket)
 }

@@ -6,7 +6,9 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::thread;
+use std::time::Duration;
 
 use crate::mutex::lock;
 use crate::storage::is_full;
@@ -36,73 +38,80 @@ pub enum HeldBy {
 /// What is told when transfers begin to wait, and when none waits any more.
 pub(super) type HeldObserver = Box<dyn Fn(Option<&Held>) + Send + Sync>;
 
+/// So long nothing waits before that is told: what is tried again may have to wait again.
+const SETTLED: Duration = Duration::from_millis(500);
+
 /// See the module's header.
+#[derive(Clone, Default)]
+pub(super) struct HeldTransfers(Arc<Shared>);
+
 #[derive(Default)]
-pub(super) struct HeldTransfers {
-    by_queue: Mutex<BTreeMap<usize, Held>>,
-    /// The same of queues that were stopped, and that storage does not answer.
-    landing: Mutex<BTreeMap<usize, Held>>,
+struct Shared {
+    state: Mutex<State>,
     observer: OnceLock<HeldObserver>,
 }
 
+#[derive(Debug, Default)]
+struct State {
+    by_queue: BTreeMap<usize, Held>,
+    /// The same of queues that were stopped, and that storage does not answer.
+    landing: BTreeMap<usize, Held>,
+    /// Why transfers wait, as far as that was told.
+    told: Option<HeldBy>,
+    /// Whether a thread tells what has changed since.
+    is_telling: bool,
+}
+
+impl State {
+    fn now(&self) -> Option<Held> {
+        sum(&self.landing).or_else(|| sum(&self.by_queue))
+    }
+
+    /// Whether what was told is not true any more. If so, a thread is telling from then on.
+    fn begins_to_tell(&mut self) -> bool {
+        let begins = !self.is_telling && self.told != self.now().map(|held| held.by);
+        self.is_telling |= begins;
+        begins
+    }
+}
+
 impl HeldTransfers {
-    /// Has `observer` told from now on.
+    /// Has `observer` told from now on, in a thread that nothing waits for.
     pub(super) fn observe(&self, observer: HeldObserver) {
-        let _ = self.observer.set(observer);
+        let _ = self.0.observer.set(observer);
     }
 
     /// What waits, if anything does.
     pub(super) fn now(&self) -> Option<Held> {
-        sum(&lock(&self.landing)).or_else(|| sum(&lock(&self.by_queue)))
+        lock(&self.0.state).now()
     }
 
     /// Takes note of how many transfers of `queue` wait, the last one for `error` if that is known.
     pub(super) fn set(&self, queue: usize, transfers: usize, error: Option<&io::Error>) {
-        let (before, now) = {
-            let mut by_queue = lock(&self.by_queue);
-            let before = sum(&by_queue);
+        self.change(|state| {
             if transfers == 0 {
-                by_queue.remove(&queue);
-            } else {
-                let held = by_queue.entry(queue).or_insert_with(|| Held {
-                    transfers,
-                    by: HeldBy::Error,
-                    error: String::new(),
-                });
-                held.transfers = transfers;
-                if let Some(error) = error {
-                    held.by = if is_full(error) {
-                        HeldBy::Full
-                    } else {
-                        HeldBy::Error
-                    };
-                    held.error = error.to_string();
-                }
+                state.by_queue.remove(&queue);
+                return;
             }
-            (before, sum(&by_queue))
-        };
-        match (before, &now) {
-            (None, Some(held)) if held.by == HeldBy::Full => tracing::error!(
-                error = held.error,
-                "the storage is full: requests of the guest wait; free space, and they continue by themselves"
-            ),
-            (None, Some(held)) => tracing::error!(
-                error = held.error,
-                "the storage fails: requests of the guest wait; repair it, then run `sealblk resume`, or restart `sealblk serve`"
-            ),
-            (Some(_), None) => {
-                tracing::info!("the storage works: no request of the guest waits for it any more")
+            let held = state.by_queue.entry(queue).or_insert_with(|| Held {
+                transfers,
+                by: HeldBy::Error,
+                error: String::new(),
+            });
+            held.transfers = transfers;
+            if let Some(error) = error {
+                held.by = match is_full(error) {
+                    true => HeldBy::Full,
+                    false => HeldBy::Error,
+                };
+                held.error = error.to_string();
             }
-            _ => return,
-        }
-        if let Some(observer) = self.observer.get() {
-            observer(now.as_ref());
-        }
+        });
     }
 
     /// Takes note that `queue` is not served any more. What waited is tried again when it is.
     pub(super) fn forget(&self, queue: usize) {
-        lock(&self.by_queue).remove(&queue);
+        self.change(|state| drop(state.by_queue.remove(&queue)));
     }
 
     /// Takes note that storage has not answered so many transfers of `queue`, which is stopped.
@@ -117,28 +126,91 @@ impl HeldTransfers {
             by: HeldBy::Hung,
             error: "the storage does not answer".to_owned(),
         };
-        lock(&self.landing).insert(queue, held.clone());
-        if let Some(observer) = self.observer.get() {
-            observer(Some(&held));
-        }
+        self.change(|state| drop(state.landing.insert(queue, held)));
     }
 
     /// Takes note that it has answered all of them.
     pub(super) fn end_landing(&self, queue: usize) {
         tracing::info!(queue, "the storage answers again");
-        let is_last = {
-            let mut landing = lock(&self.landing);
-            landing.remove(&queue);
-            landing.is_empty()
-        };
-        if let Some(observer) = self.observer.get().filter(|_| is_last) {
-            observer(None);
-        }
+        self.change(|state| drop(state.landing.remove(&queue)));
     }
 
     /// Whether storage has not answered transfers of a queue that is stopped.
     pub(super) fn is_landing(&self) -> bool {
-        !lock(&self.landing).is_empty()
+        !lock(&self.0.state).landing.is_empty()
+    }
+
+    /// Changes what waits, and has a thread tell of that: the observer may have to wait for others.
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        let begins = {
+            let mut state = lock(&self.0.state);
+            change(&mut state);
+            state.begins_to_tell()
+        };
+        if begins {
+            let held = self.clone();
+            let thread = thread::Builder::new().name("held".into());
+            if let Err(error) = thread.spawn(move || held.tell()) {
+                tracing::error!(%error, "whether requests wait for the storage cannot be told");
+                lock(&self.0.state).is_telling = false;
+            }
+        }
+    }
+
+    /// Tells what has changed, until all is told.
+    fn tell(&self) {
+        let mut is_settled = false;
+        loop {
+            let now = {
+                let mut state = lock(&self.0.state);
+                let now = state.now();
+                let by = now.as_ref().map(|held| held.by);
+                if by == state.told {
+                    state.is_telling = false;
+                    return;
+                }
+                if now.is_some() || is_settled {
+                    state.told = by;
+                    Some(now)
+                } else {
+                    None
+                }
+            };
+            is_settled = now.is_none();
+            match now {
+                Some(now) => {
+                    log(now.as_ref());
+                    if let Some(observer) = self.0.observer.get() {
+                        observer(now.as_ref());
+                    }
+                }
+                None => thread::sleep(SETTLED),
+            }
+        }
+    }
+}
+
+fn log(held: Option<&Held>) {
+    match held {
+        Some(Held {
+            by: HeldBy::Full,
+            error,
+            ..
+        }) => tracing::error!(
+            error,
+            "the storage is full: requests of the guest wait; free space, and they continue by themselves"
+        ),
+        Some(Held {
+            by: HeldBy::Error,
+            error,
+            ..
+        }) => tracing::error!(
+            error,
+            "the storage fails: requests of the guest wait; repair it, then run `sealblk resume`, or restart `sealblk serve`"
+        ),
+        // Of each queue, when it is stopped.
+        Some(Held { by: HeldBy::Hung, .. }) => {}
+        None => tracing::info!("the storage works: no request of the guest waits for it any more"),
     }
 }
 
@@ -152,8 +224,6 @@ fn sum(by_queue: &BTreeMap<usize, Held>) -> Option<Held> {
 
 impl std::fmt::Debug for HeldTransfers {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("HeldTransfers")
-            .field("by_queue", &self.by_queue)
-            .finish_non_exhaustive()
+        f.debug_tuple("HeldTransfers").field(&self.0.state).finish()
     }
 }
