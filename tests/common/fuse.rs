@@ -228,6 +228,14 @@ impl Fuse {
             reply(&self.device, unique, &[]);
         }
     }
+
+    /// Answers all from now on, and with an error what has waited.
+    pub fn answer_by(&self, error: i32) {
+        self.ignore(0);
+        for unique in self.waiting.requests.lock().unwrap().drain(..) {
+            refuse(&self.device, unique, error);
+        }
+    }
 }
 
 impl Drop for Fuse {

@@ -1,5 +1,6 @@
 //! Storage that fails under a guest: what the guest sees of each failure, what waits, and what becomes of that.
 
+use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 use std::process::Command;
 use std::thread;
@@ -10,7 +11,7 @@ use common::driver::{
     Data, Done, Driver, F_FLUSH, Pending, S_IOERR, S_OK, Setup, T_DISCARD, T_FLUSH, T_IN, T_OUT,
     T_WRITE_ZEROES, range_bytes,
 };
-use common::frontend::RESET_DEVICE;
+use common::frontend::{RESET_DEVICE, SET_VRING_CALL};
 use common::fuse::{Fault, Fuse, Operation};
 use common::pattern;
 use common::serve::{Server, sealblk_path, serve};
@@ -116,6 +117,14 @@ impl Failing {
         let pending = driver.submit(0, T_OUT, sector, Data::Out(bytes));
         self.wait_held("error");
         pending
+    }
+}
+
+fn wait_for(what: &str, is_there: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !is_there() {
+        assert!(start.elapsed() < DEADLINE, "{what} does not come");
+        thread::sleep(Duration::from_millis(5));
     }
 }
 
@@ -237,6 +246,7 @@ fn a_durable_write_waits_too() {
     failing.control(&["resume"]);
     assert_eq!(outcome(&mut driver, &pending).status, S_OK);
     assert!(driver.read(64, bytes.len()) == bytes);
+    failing.server().process.wait_stderr("event=RequestsResumed");
 }
 
 /// With the page cache, data that a failed flush was for are not on storage, and no later flush puts them there.
@@ -523,6 +533,110 @@ fn sigterm_ends_a_process_whose_storage_hangs() {
     driver.still_serves();
 }
 
+/// The guest's flush is carried out again when storage answers, and the kernel tells of a failure once.
+#[test]
+fn a_flush_that_hangs_and_then_fails_is_not_forgotten() {
+    for sector_size in [512, 4096] {
+        let Some(failing) = Failing::with_sectors(sector_size, &SOON) else {
+            return;
+        };
+        let mut driver = failing.server().connect();
+        driver.write(64, &pattern(1, 8192));
+        failing.fuse.ignore(failing.server().process.pid());
+        let pending = driver.submit(0, T_FLUSH, 0, Data::None);
+        wait_for("a sync", || failing.fuse.is_asked());
+        // A ring is stopped for this, and started again.
+        driver
+            .frontend
+            .set_vring_fd(SET_VRING_CALL, 0, Some(&driver.queues[0].call));
+        failing.wait_held("hung");
+        failing.fuse.answer_by(EIO);
+        assert_eq!(outcome(&mut driver, &pending).status, S_IOERR, "{sector_size}");
+        let is_cached = sector_size == 512;
+        let status = driver.run(T_FLUSH, 0, Data::None).status;
+        assert_eq!(status, if is_cached { S_IOERR } else { S_OK });
+    }
+}
+
+/// What has not landed of one queue can overwrite what another one writes.
+#[test]
+fn no_queue_is_served_beside_one_that_waits_for_storage_after_it_was_stopped() {
+    let Some(failing) = Failing::start(&SOON) else {
+        return;
+    };
+    let mut driver = failing.server().connect_with(Setup {
+        queues: 2,
+        ..Setup::default()
+    });
+    let [stale, fresh] = [1, 2].map(|seed| pattern(seed, 4096));
+    let pending = hung_write(&failing, &mut driver, &stale);
+    driver.frontend.stop_vring(0);
+    assert_eq!(outcome(&mut driver, &pending).status, S_IOERR);
+    let write = driver.submit(1, T_OUT, 64, Data::Out(&fresh));
+    thread::sleep(A_WHILE);
+    assert!(
+        driver.queues[1].poll_used().is_none(),
+        "served beside a stale write"
+    );
+    failing.fuse.let_writes_land();
+    let used = driver.queues[1].wait_used();
+    assert_eq!(driver.outcome(&write, used).status, S_OK);
+    let read = driver.run_on(1, T_IN, 64, Data::In(fresh.len()));
+    assert!(read.data == fresh, "overwritten by a stale write");
+}
+
+/// A migration's destination waits for it.
+#[test]
+fn the_claim_is_given_back_when_storage_answers_again_after_the_guest_has_stopped() {
+    let Some(failing) = Failing::start(&SOON) else {
+        return;
+    };
+    let mut driver = failing.server().connect();
+    let pending = hung_write(&failing, &mut driver, &pattern(1, 4096));
+    let base = driver.frontend.stop_vring(0);
+    assert_eq!(outcome(&mut driver, &pending).status, S_IOERR);
+    assert_eq!(failing.status()["claim"]["state"], "held");
+    failing.fuse.let_writes_land();
+    wait_for("the claim's release", || {
+        failing.status()["claim"]["state"] == "released"
+    });
+    driver.restart(0, base);
+    driver.still_serves();
+}
+
+/// Nothing reads what the service manager is told. Workers do not wait for it.
+#[test]
+fn a_service_manager_that_does_not_read_keeps_no_request_waiting() {
+    let dir = tempfile::tempdir().unwrap();
+    let manager = dir.path().join("notify");
+    let _unread = UnixDatagram::bind(&manager).unwrap();
+    let Some(mut failing) = Failing::start(&STOP) else {
+        return;
+    };
+    failing.server.take().unwrap().stop();
+    let control = failing.control.to_str().unwrap().to_owned();
+    let mut command = serve(&failing.volume, &failing.socket, &["--control-socket", &control]);
+    command.env("NOTIFY_SOCKET", &manager);
+    let socket = failing.socket.clone();
+    failing.server = Some(Server::at(&mut command, socket));
+    let mut driver = failing.server().connect();
+    // Its queue of datagrams is full after ten.
+    for number in 0..6 {
+        let pending = {
+            failing.fail(Operation::Write, Fault::Error(ENOSPC));
+            let pending = driver.submit(0, T_OUT, 64, Data::Out(&pattern(number, 4096)));
+            failing.wait_held("full");
+            pending
+        };
+        thread::sleep(A_WHILE);
+        failing.fuse.heal();
+        assert_eq!(outcome(&mut driver, &pending).status, S_OK);
+        // Longer than it takes until that is told.
+        thread::sleep(2 * A_WHILE);
+    }
+    driver.frontend.stop_vring(0);
+}
+
 /// When the guest stops, what was written is put on stable storage before another process may take the disk over.
 #[test]
 fn a_sync_that_hangs_does_not_keep_the_guest_from_stopping_and_the_disk_stays_claimed() {
@@ -534,8 +648,11 @@ fn a_sync_that_hangs_does_not_keep_the_guest_from_stopping_and_the_disk_stays_cl
     failing.fuse.ignore(failing.server().process.pid());
     let base = driver.frontend.stop_vring(0);
     assert!(failing.fuse.is_asked());
-    failing.fuse.answer();
     assert_eq!(failing.status()["claim"]["state"], "held");
+    failing.fuse.answer();
+    wait_for("the claim's release", || {
+        failing.status()["claim"]["state"] == "released"
+    });
     driver.restart(0, base);
     driver.still_serves();
 }

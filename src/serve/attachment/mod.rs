@@ -712,7 +712,7 @@ impl Attachment {
             }
             *known = found;
         }
-        self.disk.resize(capacity / Sector::LEN).wait();
+        self.disk.grow(capacity / Sector::LEN).wait();
     }
 
     /// Opens the disk, unless it was locked since it had been locked `locks` times.

@@ -70,6 +70,7 @@ pub(super) struct Landing {
 impl Drop for Landing {
     fn drop(&mut self) {
         self.disk.held.end_landing(self.queue);
+        self.disk.release_overdue_claim();
         self.disk.tell();
     }
 }
@@ -125,6 +126,8 @@ pub struct Disk {
     claims: Arc<Claims>,
     /// What waits for storage.
     pub(super) held: HeldTransfers,
+    /// Whether the claim was to be given back, and storage did not answer.
+    is_claim_overdue: AtomicBool,
     /// The unit of every transfer.
     pub sector_size: SectorSize,
     /// Whether writes are refused.
@@ -178,6 +181,7 @@ impl Disk {
             file,
             claims: Arc::new(claims),
             held: HeldTransfers::default(),
+            is_claim_overdue: AtomicBool::new(false),
             sector_size,
             read_only,
             discard,
@@ -204,10 +208,11 @@ impl Disk {
         self.tell();
     }
 
-    /// Gives the disk another length, and notifies the session: requests in flight are finished, and all others are carried out by
-    /// another table. [`Withdrawal::wait`] waits until no ring runs by the one before.
-    pub fn resize(&self, sectors: u64) -> Withdrawal<'_> {
+    /// Has the disk grow to this length, and notifies the session: requests in flight are finished, and all others are carried out by
+    /// another table. [`Withdrawal::wait`] waits until no ring runs by the one before. The guest knows a disk that is longer already.
+    pub fn grow(&self, sectors: u64) -> Withdrawal<'_> {
         let mut tables = lock(&self.tables);
+        let sectors = sectors.max(tables.sectors);
         tables.sectors = sectors;
         let grant = tables.current.take();
         if let Some(Grant { table, .. }) = &grant {
@@ -222,7 +227,7 @@ impl Disk {
     /// Has all that waits for storage tried again: the rings are stopped, and take it from their records when they start.
     /// [`Withdrawal::wait`] waits until they have stopped.
     pub fn resume(&self) -> Withdrawal<'_> {
-        self.resize(self.sectors())
+        self.grow(0)
     }
 
     /// What waits for storage.
@@ -307,23 +312,31 @@ impl Disk {
 
     /// Gives the claim back, once what was written is on stable storage. No ring is served. A reader keeps its claim: it is all that keeps
     /// writers out, and no other reader needs it.
-    pub(super) fn release_claim(&self) {
+    pub(super) fn release_claim(self: &Arc<Self>) {
         if self.held.is_landing() {
             // What would be written by then could overwrite what another process has written.
             tracing::error!(
-                "the storage does not answer, so the disk stays claimed: no other process can take it over"
+                "the storage does not answer, so the disk stays claimed, and no other process can take it over until the storage answers"
             );
+            self.set_claim_overdue(true);
             return;
         }
         let is_held = self.claims.current().is_some();
         if is_held && self.read_only {
             return;
         }
-        if is_held && let Err(error) = self.sync_in_time() {
+        // Before the thread that syncs looks.
+        self.set_claim_overdue(true);
+        let synced = if is_held { self.sync_in_time() } else { Ok(()) };
+        let is_late = matches!(&synced, Err(error) if error.kind() == io::ErrorKind::TimedOut);
+        if !is_late {
+            self.set_claim_overdue(false);
+        }
+        if let Err(error) = synced {
             tracing::error!(
                 %error,
                 "what was written cannot be put on stable storage: the disk stays claimed, so that no other process takes it over without \
-                 these data; the next flush will fail"
+                 these data"
             );
             return;
         }
@@ -331,7 +344,7 @@ impl Disk {
     }
 
     /// Gives the claim back at the end of the process, if other hosts have to be told. No ring is served.
-    pub fn detach(&self) {
+    pub fn detach(self: &Arc<Self>) {
         if self.claims.has_to_release() {
             self.release_claim();
         }
@@ -342,15 +355,36 @@ impl Disk {
         self.claims.set_used();
     }
 
-    /// Puts on stable storage what was written, unless storage does not answer: the front-end waits.
+    /// Gives the claim back if that is overdue, and storage answers.
+    fn release_overdue_claim(self: &Arc<Self>) {
+        if !self.held.is_landing() && self.is_claim_overdue.swap(false, Ordering::AcqRel) {
+            self.release_claim();
+        }
+    }
+
+    /// Takes note of whether the claim is to be given back as soon as storage answers.
+    pub(super) fn set_claim_overdue(&self, is_overdue: bool) {
+        self.is_claim_overdue.store(is_overdue, Ordering::Release);
+    }
+
+    /// Puts on stable storage what was written, unless storage does not answer: the front-end waits. If it answers later, a claim that was
+    /// to be given back by then is.
     ///
     /// # Errors
     /// Those of storage; or it does not answer.
-    pub(super) fn sync_in_time(&self) -> io::Result<()> {
-        let (tell, result) = sync_channel(1);
-        let file = Arc::clone(&self.file);
+    pub(super) fn sync_in_time(self: &Arc<Self>) -> io::Result<()> {
+        let (tell, result) = sync_channel(0);
+        let disk = Arc::clone(self);
         let thread = thread::Builder::new().name("sync".into());
-        match thread.spawn(move || drop(tell.send(file.sync()))) {
+        let sync = move || {
+            let synced = disk.file.sync();
+            let is_synced = synced.is_ok();
+            let is_late = tell.send(synced).is_err();
+            if is_synced && is_late {
+                disk.release_overdue_claim();
+            }
+        };
+        match thread.spawn(sync) {
             Ok(_) => result
                 .recv_timeout(self.stop_limit)
                 .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "it does not answer"))),
@@ -359,7 +393,7 @@ impl Disk {
     }
 
     /// Gives the claim back if the other side of a migration may need it: the front-end has left without stopping its rings.
-    pub(super) fn front_end_left(&self) {
+    pub(super) fn front_end_left(self: &Arc<Self>) {
         if self
             .claims
             .current()

@@ -14,6 +14,7 @@
 
 use std::io;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -108,7 +109,7 @@ pub(super) enum Ended {
 pub(super) struct Interceptor<'s> {
     front_end: &'s UnixStream,
     handler: Handler,
-    disk: &'s Disk,
+    disk: &'s Arc<Disk>,
     rings: &'s mut Rings,
     /// The protocol features that the front-end has agreed on.
     protocol: VhostUserProtocolFeatures,
@@ -129,7 +130,7 @@ impl<'s> Interceptor<'s> {
     pub(super) fn new(
         front_end: &'s UnixStream,
         handler: UnixStream,
-        disk: &'s Disk,
+        disk: &'s Arc<Disk>,
         rings: &'s mut Rings,
         desk: &'s Desk<Vec<Message>>,
     ) -> Result<Self, InterceptError> {

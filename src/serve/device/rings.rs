@@ -255,7 +255,16 @@ impl Rings {
         let current = granted.as_ref().map(Grant::generation);
         self.stop_those(|_, running| Some(running.generation) != current);
         self.disk.show(sectors);
-        let Some(grant) = granted.filter(|_| !self.disk.held.is_landing()) else {
+        if self.vrings.iter().any(Vring::is_started) {
+            // The guest runs here, or will when the disk is unlocked.
+            self.disk.set_claim_overdue(false);
+        }
+        if self.disk.held.is_landing() {
+            // What has not landed could overwrite what a ring writes that is still served.
+            self.stop();
+            return Ok(());
+        }
+        let Some(grant) = granted else {
             return Ok(());
         };
         let Some(claim) = self.disk.claim() else {
@@ -309,7 +318,7 @@ pub(super) struct Paused<'r> {
 
 impl Paused<'_> {
     /// The disk that the rings serve.
-    pub(super) fn disk(&self) -> &Disk {
+    pub(super) fn disk(&self) -> &Arc<Disk> {
         &self.rings.disk
     }
 
@@ -326,7 +335,7 @@ impl Paused<'_> {
         if agreed.write_through() && !self.disk().read_only {
             // This driver assumes that everything written before it is on stable storage as well.
             if let Err(error) = self.disk().sync_in_time() {
-                tracing::error!(%error, "earlier writes cannot be put on stable storage; the next flush will fail");
+                tracing::error!(%error, "earlier writes are not on stable storage");
             }
         }
     }

@@ -75,6 +75,8 @@ pub struct Engine<C> {
     held: Vec<Held>,
     /// The one of them that is being tried.
     probe: Option<u32>,
+    /// Whether nobody hears any more how operations end: they are carried out again later.
+    is_unheard: bool,
 }
 
 /// An operation that storage has failed, and that waits to be tried again.
@@ -220,6 +222,7 @@ impl<C> Engine<C> {
             ended: Vec::new(),
             held: Vec::new(),
             probe: None,
+            is_unheard: false,
         })
     }
 
@@ -610,6 +613,8 @@ impl<C> Engine<C> {
             }
             error if error < 0 => {
                 match flight.operation {
+                    // Repeated, it would succeed, since the kernel tells of a failure once.
+                    Operation::Sync if self.is_unheard => self.file.record_loss(),
                     Operation::Sync => self.file.flush_failed(),
                     Operation::Write { durable: true, .. } => self.file.durable_write_failed(),
                     _ => {}
@@ -708,6 +713,7 @@ impl<C> Engine<C> {
 
 impl<C> Drop for Engine<C> {
     fn drop(&mut self) {
+        self.is_unheard = true;
         let drained = loop {
             while self.next_event().is_some() {}
             self.give_up_held();
