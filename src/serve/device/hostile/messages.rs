@@ -135,7 +135,7 @@ impl Host {
         });
         drop(theirs);
         disk.withdraw().wait();
-        disk.resize(CAPACITY / Sector::LEN).wait();
+        disk.grow(CAPACITY / Sector::LEN).wait();
         front_end.left_behind(self.descriptors);
     }
 }
@@ -229,7 +229,7 @@ impl FrontEnd {
             7 => host.unlock(),
             8 => {
                 let sectors = u64::from(input.byte()?) * 8;
-                host.disk.resize(CAPACITY / Sector::LEN + sectors).wait();
+                host.disk.grow(CAPACITY / Sector::LEN + sectors).wait();
             }
             // Guest memory is taken away.
             _ => {
