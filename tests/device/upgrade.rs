@@ -301,6 +301,67 @@ fn a_disk_that_has_become_another_one_for_the_guest_is_not_upgraded() {
     served.stop();
 }
 
+/// A copy of the disk came to its path, as an editor or `mv` puts it there: the new process served that, with the locks of the other one.
+#[test]
+fn a_path_that_names_another_file_by_now_is_not_upgraded() {
+    let header = "--header";
+    let dir = tempfile::tempdir().unwrap();
+    let (disk, detached) = (dir.path().join("disk"), dir.path().join("header"));
+    let args = ["--size", "16M", header, detached.to_str().unwrap()];
+    let volume = Volume::created_at(dir, disk.clone(), &args);
+    let served = Served::of(volume, &args[2..]);
+    let mut driver = Driver::connect(&served.socket);
+    let process = served.process();
+    for path in [&disk, &detached] {
+        let (copy, moved) = (path.with_extension("copy"), path.with_extension("moved"));
+        fs::copy(path, &copy).unwrap();
+        fs::rename(path, &moved).unwrap();
+        fs::rename(&copy, path).unwrap();
+        let (code, said) = failed(&served.upgrade().output().unwrap());
+        assert_eq!(code, 2, "{said}");
+        let says = format!("{} names another file", path.display());
+        assert!(said.contains(&says), "{said}");
+        assert_eq!(served.process(), process);
+        driver.still_serves();
+        fs::rename(&moved, path).unwrap();
+    }
+    succeeded(&served.upgrade().output().unwrap(), &served);
+    driver.still_serves();
+    served.stop();
+}
+
+/// The new process waits for its key, perhaps for long, and knew the disk as it was before: it served the old size, and was known to the
+/// agent under a key that had been retired.
+#[test]
+fn a_disk_that_is_changed_while_the_new_process_starts_is_not_handed_over() {
+    let served = Served::new();
+    let mut driver = Driver::connect(&served.socket);
+    let process = served.process();
+    let len = served.volume.file().metadata().unwrap().len();
+    let refused = |verb: &[&str]| {
+        let upgrade = served.prepare();
+        run(Command::new(sealblk_path())
+            .args(verb)
+            .arg("--control-socket")
+            .arg(&served.control));
+        let mut handover = served.hand_over_for(&upgrade);
+        // An earlier release of the other side sends all.
+        let error = match reply::<Value>(&mut handover.connection) {
+            Err(CallError::Method(error)) => error.to_string(),
+            other => panic!("{other:?}"),
+        };
+        assert!(error.contains("was resized or rekeyed"), "{error}");
+        assert_eq!(served.process(), process);
+    };
+    served.volume.file().set_len(len + (1 << 20)).unwrap();
+    refused(&["resize", "--size", "65M"]);
+    refused(&["rekey"]);
+    driver.still_serves();
+    succeeded(&served.upgrade().output().unwrap(), &served);
+    driver.still_serves();
+    served.stop();
+}
+
 /// The socket of a handover, and the call that waits for its end.
 struct Handover {
     connection: Connection,
@@ -320,10 +381,19 @@ impl Served {
 
     /// Asks for the disk, as the next process does.
     fn hand_over(&self) -> Handover {
+        self.hand_over_for(&self.prepare())
+    }
+
+    /// Begins an upgrade, and asks for what the next process needs at its start.
+    fn prepare(&self) -> Value {
         let begun = self.call("Begin", json!({})).unwrap();
         let upgrade = begun["upgrade"].clone();
         let prepared = self.call("Prepare", json!({ "upgrade": upgrade, "versions": [1] }));
         assert_eq!(prepared.unwrap()["version"], 1);
+        upgrade
+    }
+
+    fn hand_over_for(&self, upgrade: &Value) -> Handover {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let mut connection = Connection::to(&self.control, DEADLINE).unwrap();
         let parameters = json!({ "upgrade": upgrade, "version": 1 });

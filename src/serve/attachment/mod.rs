@@ -16,6 +16,7 @@ mod twins;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SendError, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
@@ -244,6 +245,8 @@ pub struct Attachment {
     _announcement: Option<Announcement>,
     /// Held while the key comes, goes or is changed: one of these at a time.
     turn: Mutex<()>,
+    /// How often the header, or the length of the disk, was changed. See [`Attachment::changes`].
+    changes: AtomicU64,
     order: Mutex<Order>,
     /// Signalled when `order` was changed.
     changed: Condvar,
@@ -261,6 +264,8 @@ struct Order {
     locks: u64,
     /// How many of these locks are under way: what is in flight is being finished.
     locking: u32,
+    /// Whether a thread that has the turn asks for the key, which can take long, and does nothing else.
+    is_fetching: bool,
     /// Whether another process is about to take the disk over: nothing is changed meanwhile.
     is_held: bool,
     /// Whether it has.
@@ -401,6 +406,7 @@ impl Attachment {
             header_claim,
             _announcement,
             turn: Mutex::new(()),
+            changes: AtomicU64::new(0),
             order: Mutex::new(order),
             changed: Condvar::new(),
             events: Events::default(),
@@ -448,7 +454,7 @@ impl Attachment {
     }
 
     fn try_first(&self, wait: bool) -> Result<(), OpenError> {
-        match self.open(&lock(&self.turn), 0) {
+        match self.fetch(&lock(&self.turn), 0) {
             Err(error) if wait && error.may_pass() => {
                 self.tell_locked(error, 0);
                 Ok(())
@@ -551,7 +557,14 @@ impl Attachment {
             .changed
             .wait_while(self.order_unheld()?, |order| order.locking > 0);
         let locks = order.unwrap_or_else(PoisonError::into_inner).locks;
-        Ok(self.open(&lock(&self.turn), locks)?)
+        Ok(self.open(&self.turn()?, locks)?)
+    }
+
+    /// Waits for the turn, and until no other process is about to take the disk over. None begins meanwhile to do that.
+    fn turn(&self) -> Result<MutexGuard<'_, ()>, AttachmentError> {
+        let turn = lock(&self.turn);
+        drop(self.order_unheld()?);
+        Ok(turn)
     }
 
     /// The order, once no other process is about to take the disk over.
@@ -566,7 +579,6 @@ impl Attachment {
 
     /// Has the key neither come nor go, for another process to take the disk over; none while it is just coming, going or being changed.
     pub fn hold(&self) -> Option<KeyHold<'_>> {
-        // One that waits for its key may be asking for it. If the key comes meanwhile, no ring starts by it.
         let turn = self.turn.try_lock().ok();
         let mut order = lock(&self.order);
         let state = match (self.disk.is_locked(), &order.lock) {
@@ -575,7 +587,8 @@ impl Attachment {
             (true, Some(Lock::Operator)) => KeyState::LockedByOperator,
             (true, _) => KeyState::NoKey,
         };
-        if turn.is_none() && state != KeyState::NoKey {
+        // Who asks for the key may have the turn for long. If the key comes meanwhile, no ring starts by it.
+        if turn.is_none() && !(order.is_fetching && state == KeyState::NoKey) {
             return None;
         }
         order.is_held = true;
@@ -585,6 +598,15 @@ impl Attachment {
             _turn: turn,
             state,
         })
+    }
+
+    /// How often the header or the disk's length was changed: another process may have read them before.
+    pub fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
+    }
+
+    fn count_change(&self) {
+        self.changes.fetch_add(1, Ordering::AcqRel);
     }
 
     /// Locks the disk as an operator has locked it in the process before this one.
@@ -643,7 +665,7 @@ impl Attachment {
         if self.opener.by != By::Providers {
             return Err(AttachmentError::NoProviders);
         }
-        let _turn = lock(&self.turn);
+        let _turn = self.turn()?;
         if self.disk.is_locked() {
             return Err(AttachmentError::IsLocked);
         }
@@ -652,6 +674,8 @@ impl Attachment {
         if if_older_than.is_some_and(|age| !Bindings::of(locked.header()).are_older_than(age)) {
             return Ok(None);
         }
+        // Also if it fails in the middle.
+        self.count_change();
         let volume = self.opener.unlock(&locked)?;
         let providers = self.opener.helper.providers(RequestPurpose::Recrypt);
         // The agent knows a volume by the KEK that it was opened with last.
@@ -669,7 +693,7 @@ impl Attachment {
     /// # Errors
     /// [`AttachmentError`].
     pub fn resize(&self, capacity: Option<u64>) -> Result<Resized, AttachmentError> {
-        let _turn = lock(&self.turn);
+        let _turn = self.turn()?;
         if self.disk.claimed() != Standing::Held {
             return Err(AttachmentError::NoGuest);
         }
@@ -678,6 +702,7 @@ impl Attachment {
         let header = self.opener.header.as_ref();
         let payload: Option<&dyn HeaderIo> = header.map(|_| &self.opener.disk as _);
         let shrink = false;
+        self.count_change();
         let resized = locked.resize(payload, Resize { capacity, shrink });
         let resized = resized.map_err(|reason| OpenError::from(reason.at(locked.path())))?;
         self.set_length(locked.identity().map_err(OpenError::from)?);
@@ -712,7 +737,16 @@ impl Attachment {
             }
             *known = found;
         }
+        self.count_change();
         self.disk.grow(capacity / Sector::LEN).wait();
+    }
+
+    /// As [`Attachment::open`]; meanwhile another process may take the disk over.
+    fn fetch(&self, turn: &MutexGuard<'_, ()>, locks: u64) -> Result<(), OpenError> {
+        lock(&self.order).is_fetching = true;
+        let opened = self.open(turn, locks);
+        lock(&self.order).is_fetching = false;
+        opened
     }
 
     /// Opens the disk, unless it was locked since it had been locked `locks` times.
@@ -775,7 +809,7 @@ impl Attachment {
         while self.pause(pause) {
             let turn = lock(&self.turn);
             let Some(locks) = self.wants_key() else { return };
-            match self.open(&turn, locks) {
+            match self.fetch(&turn, locks) {
                 Ok(()) => return,
                 Err(error) => self.tell_locked(error, locks),
             }
@@ -786,7 +820,7 @@ impl Attachment {
     /// If the disk is locked for want of its key, how often it was locked before.
     fn wants_key(&self) -> Option<u64> {
         let order = lock(&self.order);
-        order.lacks_key().then_some(order.locks)
+        (order.lacks_key() && !order.is_left).then_some(order.locks)
     }
 
     /// Waits; tells whether the disk is still locked for want of its key.

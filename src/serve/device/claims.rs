@@ -73,6 +73,8 @@ enum State {
     },
     /// A ring needs it, and it was refused for this reason.
     Refused(Attached, String),
+    /// Another process has what was attached, for good.
+    Left,
 }
 
 /// A claim on its way to another process. See [`Claims::lend`].
@@ -129,7 +131,9 @@ impl Claims {
         let (attached, is_claimed) = match &*state {
             State::Claimed(claim) => (claim.attached(), true),
             State::Attached(attached) => (attached, false),
-            State::Claiming { .. } | State::Refused(..) => return Err(io::ErrorKind::ResourceBusy.into()),
+            State::Claiming { .. } | State::Refused(..) | State::Left => {
+                return Err(io::ErrorKind::ResourceBusy.into());
+            }
         };
         Ok(LentClaim {
             parts: attached.lend()?,
@@ -138,13 +142,15 @@ impl Claims {
         })
     }
 
-    /// Leaves the locks to the process that has borrowed them.
+    /// Leaves the locks to the process that has borrowed them. From then on nothing of the disk is this process'.
     pub(super) fn leave(&self) {
-        match &*lock(&self.state) {
+        let mut state = lock(&self.state);
+        match &*state {
             State::Claimed(claim) => claim.attached().leave(),
             State::Attached(attached) | State::Refused(attached, _) => attached.leave(),
-            State::Claiming { .. } => {}
+            State::Claiming { .. } | State::Left => {}
         }
+        *state = State::Left;
     }
 
     /// Takes over what another process has left, claimed or not.
@@ -201,7 +207,7 @@ impl Claims {
         match &*lock(&self.state) {
             State::Claimed(_) => Standing::Held,
             State::Claiming { is_wanted: true, .. } => Standing::Waiting,
-            State::Attached(_) | State::Claiming { .. } => Standing::Released,
+            State::Attached(_) | State::Claiming { .. } | State::Left => Standing::Released,
             State::Refused(_, reason) => Standing::Refused(reason.clone()),
         }
     }
@@ -305,6 +311,7 @@ impl Claims {
                 let not_claimed = match &other {
                     State::Claimed(_) => None,
                     State::Refused(_, reason) => Some(NotClaimed::Refused(reason.clone())),
+                    State::Left => Some(NotClaimed::HandedOver),
                     _ => Some(NotClaimed::Waiting),
                 };
                 *state = other;
@@ -383,6 +390,7 @@ impl Claims {
                     let is_wanted = false;
                     (State::Claiming { is_wanted, attached }, None)
                 }
+                State::Left => (State::Left, None),
             };
             *state = next;
             claim
@@ -465,6 +473,9 @@ pub enum NotClaimed {
         "the disk is being taken over from another process, or waits for writes of one that was killed: try again later"
     )]
     Waiting,
+    /// `sealblk upgrade` was quicker.
+    #[error("another process of sealblk serves the disk by now; try again")]
+    HandedOver,
     /// Another process has it in use, or it is not the disk that the guest knows.
     #[error("the disk cannot be claimed: {0}")]
     Refused(String),

@@ -365,6 +365,10 @@ impl MutEventSubscriber for Control {
     }
 
     fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
+        // Of events that came at once, one may have been the last: then a front-end that waits is another process' to accept.
+        if self.finished {
+            return;
+        }
         match events.data() {
             CONNECTION => self.accept(),
             SESSION_ENDED => self.end(),

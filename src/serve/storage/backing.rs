@@ -6,14 +6,14 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
-use rustix::fs::{Advice, Mode, OFlags, fadvise};
+use rustix::fs::{Advice, FileType, Mode, OFlags, Stat, fadvise, fstat};
 use rustix::io::Errno;
 
 use super::access::{Access, StorageError};
@@ -25,6 +25,21 @@ use super::pool::PAGE_U32;
 use super::reopen::reopen;
 use crate::luks2::{FileLock, LOCK_DIRECTORY};
 use crate::mutex::lock;
+
+/// Why what another process has lent is not borrowed.
+#[derive(Debug, thiserror::Error)]
+pub enum NotBorrowed {
+    /// Locks are missing.
+    #[error("the locks of the disk are not all there")]
+    Incomplete,
+    /// The path leads elsewhere by now.
+    #[error(
+        "{} names another file or device than the one that is served: if that is to be served, end `sealblk serve` and start it again; else put \
+         the served one back",
+        .0.display()
+    )]
+    OtherFile(PathBuf),
+}
 
 /// An opened file or block device. See the module's header.
 #[derive(Debug)]
@@ -155,11 +170,26 @@ impl Backing {
 
     /// What another process has attached and lent, of this disk and its `header`. The locks are not this process' own before
     /// [`Attached::take`].
-    pub fn borrow(&self, header: Option<&Self>, lent: Vec<Lent>) -> Attached {
-        Attached::borrowed(lent, |path| {
+    ///
+    /// # Errors
+    /// If the locks are not all there, or are of another file: the path may have got another one since the other process opened it.
+    pub fn borrow(&self, header: Option<&Self>, lent: Vec<Lent>) -> Result<Attached, NotBorrowed> {
+        for of in std::iter::once(self).chain(header) {
+            let own = lent.iter().filter(|lent| lent.path == of.path);
+            let named: Vec<_> = own.filter_map(|lent| lent.descriptions.first()).collect();
+            if named.is_empty() {
+                return Err(NotBorrowed::Incomplete);
+            }
+            // The others are of what the file or device stands on.
+            if !named.into_iter().any(|named| is_same(&of.file, named)) {
+                return Err(NotBorrowed::OtherFile(of.path.clone()));
+            }
+        }
+        let attached = Attached::borrowed(lent, |path| {
             let of = header.filter(|header| header.path == path).unwrap_or(self);
             (of.access, Arc::clone(&of.claimed))
-        })
+        });
+        attached.ok_or(NotBorrowed::Incomplete)
     }
 
     /// Attaches and claims the disk.
@@ -323,6 +353,16 @@ impl Backing {
             fence: Mutex::new(fence.clone()),
             discard_alignment: capabilities::discard_granularity(&self.file, self.kind),
         })
+    }
+}
+
+/// Whether both are open for the same inode, or for the same device, which may have several.
+fn is_same(file: &File, other: &OwnedFd) -> bool {
+    let is_device = |stat: &Stat| FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice;
+    match (fstat(file), fstat(other)) {
+        (Ok(one), Ok(two)) if is_device(&one) && is_device(&two) => one.st_rdev == two.st_rdev,
+        (Ok(one), Ok(two)) => (one.st_dev, one.st_ino) == (two.st_dev, two.st_ino),
+        _ => false,
     }
 }
 
@@ -577,5 +617,33 @@ mod tests {
         let backing = Backing::open(file.path(), Access::ReadWrite).unwrap();
         // No file system asks for an alignment that divides 1.
         assert!(!backing.data_file(1, &Fence::default()).unwrap().is_direct());
+    }
+
+    fn backing() -> (tempfile::NamedTempFile, Backing) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let backing = Backing::open(file.path(), Access::ReadWrite).unwrap();
+        (file, backing)
+    }
+
+    #[test]
+    fn locks_that_are_not_all_there_are_not_borrowed() {
+        let [(_one, disk), (_two, header)] = [backing(), backing()];
+        let mut attached = disk.attach(Others::Refused).unwrap();
+        attached.add(header.attach(Others::Refused).unwrap());
+        let borrow = |lent| disk.borrow(Some(&header), lent);
+        borrow(attached.lend().unwrap()).unwrap();
+        let incomplete = |change: &dyn Fn(&mut Vec<Lent>)| {
+            let mut lent = attached.lend().unwrap();
+            change(&mut lent);
+            let error = borrow(lent).unwrap_err();
+            assert!(matches!(error, NotBorrowed::Incomplete), "{error}");
+        };
+        incomplete(&Vec::clear);
+        // None of the disk, none of the header.
+        for part in 0..2 {
+            incomplete(&|lent| drop(lent.remove(part)));
+            incomplete(&|lent| lent[part].descriptions.truncate(1));
+            incomplete(&|lent| lent[part].descriptions.clear());
+        }
     }
 }

@@ -147,15 +147,15 @@ impl Attached {
         self.parts.iter().map(Part::lend).collect()
     }
 
-    /// What another process has lent; `of` gives what the file or device at a path is open for, and the flag of its claim.
-    pub(super) fn borrowed(lent: Vec<Lent>, of: impl Fn(&Path) -> (Access, Arc<AtomicBool>)) -> Self {
+    /// What another process has lent; `of` gives what the file or device at a path is open for, and the flag of its claim. None if a part
+    /// lacks a description: without one of its locks the disk is not this process' own.
+    pub(super) fn borrowed(lent: Vec<Lent>, of: impl Fn(&Path) -> (Access, Arc<AtomicBool>)) -> Option<Self> {
         let part = |lent: Lent| {
             let (access, claimed) = of(&lent.path);
             Part::borrowed(lent, access, claimed)
         };
-        Self {
-            parts: lent.into_iter().filter_map(part).collect(),
-        }
+        let parts = lent.into_iter().map(part).collect::<Option<_>>()?;
+        Some(Self { parts })
     }
 
     /// Has the locks end with this, since the other process has left them to this one.
@@ -165,11 +165,12 @@ impl Attached {
             .for_each(|part| part.is_borrowed.store(false, Ordering::Release));
     }
 
-    /// Leaves the locks to another process: they do not end with this.
+    /// Leaves the locks to another process: they do not end with this, and this process has no claim any more.
     pub fn leave(&self) {
-        self.parts
-            .iter()
-            .for_each(|part| part.is_borrowed.store(true, Ordering::Release));
+        for part in &self.parts {
+            part.claimed.store(false, Ordering::Release);
+            part.is_borrowed.store(true, Ordering::Release);
+        }
     }
 
     /// As claimed: the process that has lent it had the claim.
@@ -452,6 +453,9 @@ impl Part {
     /// Gives back the locks of what is claimed.
     fn disclaim(&self) {
         self.claimed.store(false, Ordering::Release);
+        if self.is_borrowed.load(Ordering::Acquire) {
+            return;
+        }
         let _ = set(&self.io, Kind::None, &EVERYTHING);
     }
 

@@ -16,7 +16,7 @@ mod stacking;
 mod this_host;
 
 pub use access::{Access, StorageError};
-pub use backing::{Backing, DataFile};
+pub use backing::{Backing, DataFile, NotBorrowed};
 pub use capabilities::{Kind, Protection, opening_acts};
 pub use claim::{Attached, Claim, Fence, Lent, Others, Unclaimed};
 pub use engine::{Done, Engine, Event};

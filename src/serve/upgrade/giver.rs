@@ -80,6 +80,8 @@ pub struct Giver {
 #[derive(Debug, Default)]
 pub struct Current {
     number: u64,
+    /// How often the disk was changed before the new process could look at it; none before it has asked.
+    changes: Option<u64>,
     /// Whether the disk is another process' by now.
     is_handed_over: bool,
 }
@@ -103,6 +105,7 @@ impl Giver {
             return Err(out_of_date());
         }
         current.number += 1;
+        current.changes = None;
         let begun = Begun {
             upgrade: current.number,
             process: std::process::id(),
@@ -118,7 +121,7 @@ impl Giver {
 
     fn prepare(&self, mut request: Request<'_>) -> Answered {
         let Prepare { upgrade, versions } = request.parameters()?;
-        let current = lock(&self.current);
+        let mut current = lock(&self.current);
         if current.is_handed_over || upgrade != current.number {
             return Err(out_of_date());
         }
@@ -126,6 +129,7 @@ impl Giver {
         let version = *version
             .ok_or_else(|| MethodError::new(INTERFACE, "NoCommonVersion", json!({ "versions": VERSIONS })))?;
         let held = self.served.hold().ok_or_else(|| failed(CHANGING))?;
+        current.changes = Some(self.served.changes());
         Ok(Reply::of(Prepared {
             version,
             process: std::process::id(),
@@ -150,7 +154,8 @@ impl Giver {
         let socket = request.descriptors.pop().filter(|_| is_known);
         let socket = socket.ok_or_else(|| MethodError::invalid_parameter("version"))?;
         let socket = ClosedElsewhere::from(UnixStream::from(socket));
-        match self.give(&socket) {
+        let changes = current.changes.ok_or_else(out_of_date)?;
+        match self.give(&socket, changes) {
             Ok(next) => {
                 current.is_handed_over = true;
                 tracing::info!(process = next, "another process serves the disk from now on");
@@ -166,8 +171,8 @@ impl Giver {
         }
     }
 
-    /// Gives all to the process behind `socket`, which serves the disk afterwards.
-    fn give(&self, socket: &UnixStream) -> Result<u32, Box<dyn std::error::Error>> {
+    /// Gives all to the process behind `socket`, which serves the disk afterwards, and knows it as it was after so many `changes`.
+    fn give(&self, socket: &UnixStream, changes: u64) -> Result<u32, Box<dyn std::error::Error>> {
         let served = &self.served;
         let disk = served.disk();
         let held = served.hold().ok_or(CHANGING)?;
@@ -187,6 +192,10 @@ impl Giver {
             }
             _ => Box::<dyn std::error::Error>::from(error),
         })?;
+        // From here on neither a verb nor a claim changes the disk.
+        if served.changes() != changes {
+            return Err(CHANGED.into());
+        }
         let state = State {
             key: held.state,
             is_claimed: claim.is_claimed,
@@ -266,6 +275,7 @@ impl Giver {
 
 /// Why a disk cannot be handed over now.
 const CHANGING: &str = "the disk's key is being fetched, wiped or changed: try again";
+const CHANGED: &str = "the disk was resized or rekeyed since the new process has looked at it: try again";
 
 impl varlink::Interface for Giver {
     fn name(&self) -> &'static str {

@@ -20,7 +20,7 @@ use crate::control::varlink::{self, CallError, reply};
 use crate::control::wire::Connection;
 use crate::deadline::Deadline;
 use crate::device::{Disk, Given, Message, NotTheSame, Ready, ServeError, Served, Server};
-use crate::storage::{Attached, Lent};
+use crate::storage::{Attached, Lent, NotBorrowed};
 use crate::timestamp::Timestamp;
 
 /// Why this process does not take the disk over.
@@ -46,6 +46,8 @@ pub enum TakeError {
     Unknown(u32),
     #[error("the handover is incomplete")]
     Incomplete,
+    #[error(transparent)]
+    NotBorrowed(#[from] NotBorrowed),
     #[error("the process that serves the disk has stopped the handover, and continues")]
     Stopped,
     #[error(transparent)]
@@ -56,7 +58,7 @@ impl TakeError {
     /// Where the cause lies.
     pub fn blame(&self) -> Blame {
         match self {
-            Self::NotTheSame(_) => Blame::Operator,
+            Self::NotTheSame(_) | Self::NotBorrowed(NotBorrowed::OtherFile(_)) => Blame::Operator,
             Self::NoKey => Blame::Key,
             Self::Serve(error) => error.blame(),
             Self::Connect(_)
@@ -66,6 +68,7 @@ impl TakeError {
             | Self::Io(_)
             | Self::Unknown(_)
             | Self::Incomplete
+            | Self::NotBorrowed(NotBorrowed::Incomplete)
             | Self::Stopped => Blame::Process,
         }
     }
@@ -293,7 +296,7 @@ impl Came {
                 descriptions,
             }
         };
-        let attached = disk.borrow(header, self.locks.into_iter().map(lent).collect());
+        let attached = disk.borrow(header, self.locks.into_iter().map(lent).collect())?;
         let file = &served.disk().file;
         file.set_fence(attached.fence());
         if state.has_loss {
