@@ -1,12 +1,14 @@
 //! Front-ends come and go, any number of times and in any way, and leave the server as it was.
 
 use common::driver::{Data, Driver, S_OK, SECTOR, Setup, T_IN};
-use common::frontend::Frontend;
+use common::frontend::{ADD_MEM_REG, Frontend, NEED_REPLY, single_region};
+use common::memory::Region;
 use common::pattern;
 use common::process::Process;
 use common::serve::{Server, serve};
 use common::volume::Volume;
-use std::os::fd::OwnedFd;
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -209,4 +211,27 @@ fn spawn_with_fd(volume: &Volume, fd: OwnedFd) -> Process {
     command.args(["-c", r#"exec "$@" 9<&0 </dev/null"#, "sh"]);
     command.arg(direct.get_program()).args(args);
     Process::spawn_with_stdin(&mut command, fd.into())
+}
+
+/// The message was taken for one that has fewer descriptors.
+#[test]
+fn a_message_whose_descriptors_do_not_all_come_ends_the_session() {
+    let server = Server::new();
+    let mut frontend = Frontend::connect(server.socket());
+    frontend.negotiate(!0, !0);
+    let process = Pid::from_raw(server.process.pid().cast_signed());
+    // All numbers below are in use, and it can still wait for two descriptors.
+    let few = Rlimit {
+        current: Some(3),
+        maximum: rustix::process::getrlimit(Resource::Nofile).maximum,
+    };
+    let before = prlimit(process, Resource::Nofile, few).unwrap();
+    let region = Region::create(0, 4096);
+    let fds = [region.file.as_fd()];
+    frontend.send(ADD_MEM_REG, NEED_REPLY, &single_region(&region), &fds);
+    frontend.wait_closed();
+    let _ = prlimit(process, Resource::Nofile, before).unwrap();
+    server.connect().still_serves();
+    let said = server.stop().stderr;
+    assert!(said.contains("the kernel did not give them all"), "{said}");
 }

@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, SendAncillaryBuffer, SendAncillaryMessage};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
+};
 use sealblk_base::blame::Blame;
 use vhost::vhost_user::message::{FrontendReq, MAX_ATTACHED_FD_ENTRIES, MAX_MSG_SIZE};
 
@@ -45,6 +47,11 @@ pub enum MessageError {
     Version(u32),
     #[error("a message of {0} bytes is longer than any of the protocol")]
     TooLong(u32),
+    #[error(
+        "descriptors have come with a message, and the kernel did not give them all: this process has too many open (see `ulimit -n`), or a \
+         security module forbids them"
+    )]
+    LostDescriptors,
     #[error(transparent)]
     Io(#[from] io::Error),
 }
@@ -53,6 +60,7 @@ impl MessageError {
     /// Where the cause lies.
     pub(super) fn blame(&self) -> Blame {
         match self {
+            Self::LostDescriptors => Blame::Host,
             Self::Cut | Self::Slow | Self::Version(_) | Self::TooLong(_) | Self::Io(_) => Blame::FrontEnd,
         }
     }
@@ -266,9 +274,10 @@ impl Incoming {
                 }
             };
             match received {
-                Ok(0) if self.received == 0 => return Ok(Progress::End),
-                Ok(0) => return Err(MessageError::Cut),
-                Ok(len) => {
+                Ok((_, Descriptors::Lost)) => return Err(MessageError::LostDescriptors),
+                Ok((0, _)) if self.received == 0 => return Ok(Progress::End),
+                Ok((0, _)) => return Err(MessageError::Cut),
+                Ok((len, Descriptors::All)) => {
                     if self.received == 0 {
                         self.deadline = Deadline::after(self.limit);
                     }
@@ -317,11 +326,19 @@ impl Incoming {
 /// in our call, and that close can wait for the peer.
 const SCM_MAX_FD: usize = 253;
 
+/// Whether the kernel gave all descriptors that came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Descriptors {
+    All,
+    /// It closes those for which this process has no number, or no permission.
+    Lost,
+}
+
 fn receive_with_fds(
     stream: &UnixStream,
     bytes: &mut [u8],
     fds: &mut Vec<Foreign>,
-) -> rustix::io::Result<usize> {
+) -> rustix::io::Result<(usize, Descriptors)> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(SCM_MAX_FD))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let received = deadline::receive_now(stream, bytes, &mut ancillary)?;
@@ -332,5 +349,9 @@ fn receive_with_fds(
     }
     // One message never carries more; descriptors that come with later bytes of the header are closed.
     fds.truncate(MAX_ATTACHED_FD_ENTRIES);
-    Ok(received.bytes)
+    let descriptors = match received.flags.contains(ReturnFlags::CTRUNC) {
+        false => Descriptors::All,
+        true => Descriptors::Lost,
+    };
+    Ok((received.bytes, descriptors))
 }
