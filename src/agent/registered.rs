@@ -64,8 +64,8 @@ struct Registration {
     ending: OwnedFd,
     /// Whether it said so before.
     is_detached: bool,
-    /// Whether another process serves the volume since.
-    is_followed: bool,
+    /// The process that was the last to serve the volume since.
+    followed_by: Option<i32>,
     /// Since when it is known that the process has ended.
     ended: Option<BootTime>,
 }
@@ -76,7 +76,7 @@ impl Registration {
             volume,
             ending,
             is_detached: false,
-            is_followed: false,
+            followed_by: None,
             ended: None,
         }
     }
@@ -244,7 +244,7 @@ impl Registered {
             .served
             .iter_mut()
             .filter(|(other, _)| other.0 == place.0 && **other != place);
-        others.for_each(|(_, other)| other.is_followed = true);
+        others.for_each(|(_, other)| other.followed_by = Some(peer.process));
         let before = all.served.insert(place, Registration::new(volume, ending))?;
         (!all.any_under(before.volume.kek())).then_some(before.volume)
     }
@@ -256,7 +256,6 @@ impl Registered {
             && registration.volume.user == peer.user
         {
             registration.is_detached = true;
-            all.unfollow(volume);
         }
     }
 
@@ -292,7 +291,6 @@ impl Registered {
             Some(registration) if registration.volume != *volume => return,
             _ => drop(all.served.remove(&place)),
         }
-        all.unfollow(volume.volume);
         // One that stays is taken up by the next agent, and found to have ended.
         let _ = fs::remove_file(self.path(place));
     }
@@ -372,23 +370,22 @@ impl All {
     fn due_places(&mut self, grace: Duration) -> HashSet<ServedAs> {
         let now = BootTime::now();
         let mut ended = self.ended_places();
+        // One that has left, as the new process of an upgrade that failed, follows none.
+        let serving: HashSet<_> = self
+            .served
+            .iter()
+            .filter(|(place, registration)| !registration.is_detached && !ended.contains(place))
+            .map(|(place, _)| *place)
+            .collect();
         ended.retain(|place| {
             self.served.get_mut(place).is_some_and(|registration| {
                 let since = *registration.ended.get_or_insert(now);
-                registration.is_detached || registration.is_followed || since + grace <= now
+                let follower = registration.followed_by.map(|process| (place.0, process));
+                let is_followed = follower.is_some_and(|follower| serving.contains(&follower));
+                registration.is_detached || is_followed || since + grace <= now
             })
         });
         ended
-    }
-
-    /// Takes note that no process follows those that serve `volume` now: the one that did has ended, as after an upgrade that failed.
-    fn unfollow(&mut self, volume: Uuid) {
-        let ended = self.ended_places();
-        for (place, registration) in &mut self.served {
-            if place.0 == volume && !ended.contains(place) {
-                registration.is_followed = false;
-            }
-        }
     }
 
     fn ended_places(&self) -> HashSet<ServedAs> {
@@ -618,14 +615,13 @@ mod tests {
             end(new);
             let ended = take_ended(&registered);
             assert_eq!(ended.len(), usize::from(is_detached));
-            if !is_detached {
-                // Its own grace time is over.
-                forget(&two);
-            }
             end(old);
             assert_eq!(take_ended(&registered), Vec::new());
             assert!(registered.serves(1000, volume, ("kms", &key)));
             forget(&one);
+            if !is_detached {
+                forget(&two);
+            }
         }
     }
 }

@@ -153,7 +153,8 @@ impl Serve {
         match (&served, &result) {
             // The disk stays attached, by another process.
             (_, Ok(true)) | (None, _) => {}
-            (Some(served), _) => served.disk().detach(),
+            // Also if it was stopped, or failed, while it got its key: else the agent takes it for one that was killed.
+            (Some(served), _) => served.detach(),
         }
         result.map(drop)
     }
@@ -182,14 +183,9 @@ impl Serve {
         }
         let before = match (taker, served, &mut control) {
             (Some(taker), Some(served), Some(control)) => {
-                match self.take_over(taker, &mut server, served, control) {
-                    Ok(Some(before)) => Some(before),
-                    Ok(None) => return Ok(false),
-                    Err(error) => {
-                        // Else the agent takes this process for one that was killed while it served the disk.
-                        served.detach();
-                        return Err(error);
-                    }
+                match self.take_over(taker, &mut server, served, control)? {
+                    Some(before) => Some(before),
+                    None => return Ok(false),
                 }
             }
             _ => {
@@ -205,7 +201,7 @@ impl Serve {
         };
         self.announce(shape);
         manager::ready(&served.map_or("serving".to_owned(), |served| served.standing()));
-        let result = match (served, control) {
+        match (served, control) {
             (Some(served), Some(control)) => control.run_with(
                 server,
                 served,
@@ -217,13 +213,7 @@ impl Serve {
                 },
             ),
             _ => server.run().map_err(Failure::from),
-        };
-        match (served, &result) {
-            // The disk stays attached, by another process.
-            (_, Ok(true)) | (None, _) => {}
-            (Some(served), _) => served.detach(),
         }
-        result
     }
 
     /// The way to the process from which this one is to take the disk over.
