@@ -126,14 +126,14 @@ impl Claims {
     ///
     /// # Errors
     /// If the disk is just being claimed, or was refused.
-    pub(super) fn lend(&self) -> io::Result<LentClaim> {
+    pub(super) fn lend(&self) -> Result<LentClaim, NotLent> {
         let state = lock(&self.state);
         let (attached, is_claimed) = match &*state {
             State::Claimed(claim) => (claim.attached(), true),
             State::Attached(attached) => (attached, false),
-            State::Claiming { .. } | State::Refused(..) | State::Left => {
-                return Err(io::ErrorKind::ResourceBusy.into());
-            }
+            State::Claiming { .. } => return Err(NotClaimed::Waiting.into()),
+            State::Refused(_, reason) => return Err(NotClaimed::Refused(reason.clone()).into()),
+            State::Left => return Err(NotClaimed::HandedOver.into()),
         };
         Ok(LentClaim {
             parts: attached.lend()?,
@@ -481,6 +481,17 @@ pub enum NotClaimed {
     Refused(String),
 }
 
+/// Why a claim cannot go to another process.
+#[derive(Debug, thiserror::Error)]
+pub enum NotLent {
+    /// There is none, and the guest waits for it.
+    #[error(transparent)]
+    NotClaimed(#[from] NotClaimed),
+    /// Descriptors are exhausted.
+    #[error("the locks of the disk cannot be passed on")]
+    Io(#[from] io::Error),
+}
+
 impl State {
     /// Takes it, to put another one in its place at once.
     fn take(&mut self) -> Self {
@@ -504,5 +515,39 @@ impl std::fmt::Debug for Claims {
         f.debug_struct("Claims")
             .field("state", &self.state)
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::{Access, Backing, Others};
+
+    /// The process that had left a disk went on as if it had its claim, and gave back the locks that were another one's by then.
+    #[test]
+    fn a_claim_that_another_process_has_is_neither_used_nor_given_back() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let backing = Backing::open(file.path(), Access::ReadWrite).unwrap();
+        let claims = Arc::new(Claims::now(backing.attach(Others::Refused).unwrap()).unwrap());
+        let of_the_other = claims.lend().unwrap();
+        assert!(claims.current().is_some() && backing.is_claimed());
+        claims.leave();
+        let data = DataFile::null().unwrap();
+        assert!(claims.current().is_none() && !backing.is_claimed());
+        assert_eq!(claims.standing(), Standing::Released);
+        assert!(matches!(claims.keep(&data), Err(NotClaimed::HandedOver)));
+        assert!(matches!(
+            claims.lend(),
+            Err(NotLent::NotClaimed(NotClaimed::HandedOver))
+        ));
+        claims
+            .ask(&Arc::new(data), || panic!("nothing is to be claimed"))
+            .unwrap();
+        claims.release(DEFAULT_STOP_LIMIT);
+        drop(claims);
+        let third = || Backing::open(file.path(), Access::ReadWrite).unwrap().claim();
+        assert!(matches!(third(), Err(StorageError::InUse { .. })));
+        drop(of_the_other);
+        third().unwrap();
     }
 }

@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::claims::{Claims, Kept, LentClaim, NotClaimed, Observer, Standing};
+use super::claims::{Claims, Kept, LentClaim, NotClaimed, NotLent, Observer, Standing};
 use super::held::{Held, HeldObserver, HeldTransfers};
 use super::limits::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES, DEFAULT_STOP_LIMIT};
 use crate::cipher::SectorSize;
@@ -417,7 +417,7 @@ impl Disk {
     ///
     /// # Errors
     /// If it is just coming, was refused, or descriptors are exhausted.
-    pub fn lend_claim(&self) -> io::Result<LentClaim> {
+    pub fn lend_claim(&self) -> Result<LentClaim, NotLent> {
         self.claims.lend()
     }
 

@@ -37,16 +37,40 @@ pub struct Given {
     pub served: Option<Served>,
 }
 
+/// Why no other process can continue now.
+#[derive(Debug, thiserror::Error)]
+pub enum NotHandedOver {
+    /// The session has just ended, or the next one is to begin.
+    #[error("a front-end is connecting or leaving: try again")]
+    Changing,
+    /// It is in the middle of a message, or waits for the answer to one.
+    #[error("the front-end is just asking for something, such as to stop the guest: try again")]
+    Asking,
+    /// What is in flight does not end.
+    #[error(
+        "requests in flight have not ended in time: see whether the storage is slow or hangs (`sealblk status`), or try again"
+    )]
+    InFlight,
+    /// What waits for storage would be lost: it is in the memory of this process.
+    #[error(
+        "requests wait for the storage, and this front-end keeps no record of them, by which another process could carry them out: repair \
+         the storage first (`sealblk status`)"
+    )]
+    NoRecord,
+    #[error("the front-end cannot be passed on")]
+    Io(#[from] io::Error),
+}
+
 /// A request, and where its answer and the decision about it go.
 #[derive(Debug)]
 pub(super) struct Asked<T> {
-    answer: SyncSender<io::Result<T>>,
+    answer: SyncSender<Result<T, NotHandedOver>>,
     leaves: Receiver<()>,
 }
 
 impl<T> Asked<T> {
     /// Answers, and waits for the decision; whether this process leaves.
-    pub(super) fn answer(self, answer: io::Result<T>) -> bool {
+    pub(super) fn answer(self, answer: Result<T, NotHandedOver>) -> bool {
         self.answer.send(answer).is_ok() && self.leaves.recv().is_ok()
     }
 }
@@ -87,7 +111,7 @@ impl<T> Desk<T> {
         tell: impl FnOnce(),
         is_there: impl Fn() -> bool,
         limit: Duration,
-    ) -> io::Result<Answer<T>> {
+    ) -> Result<Answer<T>, NotHandedOver> {
         let (answer, answered) = sync_channel(0);
         let (leaves, decision) = sync_channel(1);
         *lock(&self.0) = Some(Asked {
@@ -102,13 +126,17 @@ impl<T> Desk<T> {
                 Err(_) if is_there() && Instant::now() < end => match answered.try_recv() {
                     Ok(given) => break given,
                     Err(TryRecvError::Empty) => {}
-                    Err(TryRecvError::Disconnected) => break Err(io::ErrorKind::BrokenPipe.into()),
+                    Err(TryRecvError::Disconnected) => break Err(NotHandedOver::Changing),
                 },
-                Err(_) => break Err(io::ErrorKind::TimedOut.into()),
+                Err(_) if !is_there() => break Err(NotHandedOver::Changing),
+                Err(_) => break Err(NotHandedOver::InFlight),
             }
         };
-        // One that was not answered is answered no more.
-        drop(self.take());
+        // One that was not answered is answered no more. Is it still there, the thread was busy with something else.
+        let given = match (self.take(), given) {
+            (Some(_), Err(NotHandedOver::InFlight)) => Err(NotHandedOver::Asking),
+            (_, given) => given,
+        };
         given.map(|given| Answer { given, leaves })
     }
 }
@@ -138,7 +166,7 @@ impl Handover {
     ///
     /// # Errors
     /// If requests in flight do not end in time, a front-end is just coming or leaving, or descriptors are exhausted.
-    pub fn ask(&self, limit: Duration) -> io::Result<Answer<Given>> {
+    pub fn ask(&self, limit: Duration) -> Result<Answer<Given>, NotHandedOver> {
         let tell = || {
             // A counter that is full is readable already.
             let _ = rustix::io::write(&self.0.asked, &1_u64.to_ne_bytes());
@@ -155,5 +183,30 @@ impl Handover {
     pub(super) fn take(&self) -> Option<Asked<Given>> {
         let _ = rustix::io::read(&self.0.asked, &mut [0; 8]);
         self.0.desk.take()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_millis(30);
+
+    #[test]
+    fn why_a_session_is_not_handed_over_is_told_apart() {
+        let why = |tell: &dyn Fn(&Desk<()>), is_there: bool| {
+            let desk = Desk::default();
+            desk.ask(|| tell(&desk), || is_there, LIMIT).unwrap_err()
+        };
+        assert!(matches!(why(&|_| {}, false), NotHandedOver::Changing));
+        assert!(matches!(why(&|_| {}, true), NotHandedOver::Asking));
+        // It was taken, and dropped.
+        assert!(matches!(
+            why(&|desk| drop(desk.take()), true),
+            NotHandedOver::Changing
+        ));
+        let taken = Mutex::new(None);
+        let keep = |desk: &Desk<()>| *lock(&taken) = desk.take();
+        assert!(matches!(why(&keep, true), NotHandedOver::InFlight));
     }
 }

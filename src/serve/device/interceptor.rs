@@ -231,10 +231,8 @@ impl<'s> Interceptor<'s> {
         };
         self.rings.hold();
         self.rings.drop_engines();
-        let messages = match self.rings.are_finished() {
-            true => self.record.repeated(&self.rings.bases()),
-            false => Err(io::ErrorKind::TimedOut.into()),
-        };
+        let finished = self.rings.check_finished();
+        let messages = finished.and_then(|()| Ok(self.record.repeated(&self.rings.bases())?));
         if asked.answer(messages) {
             return Ok(true);
         }

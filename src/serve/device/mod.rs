@@ -107,11 +107,11 @@ mod vring;
 mod worker;
 mod worker_thread;
 
-pub use claims::{Claims, Kept, LentClaim, NotClaimed, Observer, Standing};
+pub use claims::{Claims, Kept, LentClaim, NotClaimed, NotLent, Observer, Standing};
 pub use disk::Disk;
 pub use guise::{Guise, NotTheSame};
-pub use handover::{Answer, Given, Handover, Served};
+pub use handover::{Answer, Given, Handover, NotHandedOver, Served};
 pub use held::{Held, HeldBy};
 pub use limits::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES, DEFAULT_STOP_LIMIT};
-pub use message::Message;
+pub use message::{Message, MessageError};
 pub use server::{Endpoint, Ready, ServeError, Server, Waited};

@@ -12,6 +12,7 @@ use super::dirty_log::DirtyLog;
 use super::disk::{Disk, Grant};
 use super::frontend_message::Scope;
 use super::guest::SharedMemory;
+use super::handover::NotHandedOver;
 use super::inflight::{InflightMemory, MapError};
 use super::left;
 use super::sigbus;
@@ -112,15 +113,19 @@ impl Rings {
         self.start()
     }
 
-    /// Whether another process finds all that is left in flight, in memory that the front-end keeps, and nothing of it is under way. All
-    /// are stopped.
-    pub(super) fn are_finished(&self) -> bool {
+    /// Checks that another process finds all that is left in flight, in memory that the front-end keeps, and that nothing of it is under way.
+    /// All are stopped.
+    pub(super) fn check_finished(&self) -> Result<(), NotHandedOver> {
         let may_have_left = |index| {
             let part = self.inflight.of_queue(index);
             part.is_ok_and(|part| part.may_have_left())
         };
         let is_lost = self.inflight.is_private() && (0..self.count()).any(may_have_left);
-        !is_lost && !self.disk.held.is_landing()
+        match is_lost {
+            _ if self.disk.held.is_landing() => Err(NotHandedOver::InFlight),
+            true => Err(NotHandedOver::NoRecord),
+            false => Ok(()),
+        }
     }
 
     /// How far each ring was served. All are stopped.

@@ -22,7 +22,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::blame::log_by_blame;
 use super::disk::Disk;
-use super::handover::{Asked, Desk, Given, Handover, Served};
+use super::handover::{Asked, Desk, Given, Handover, NotHandedOver, Served};
 use super::interceptor::Ended;
 use super::message::Message;
 use super::rings::{self, Urings};
@@ -343,7 +343,8 @@ const SESSION_ENDED: u32 = 2;
 const HANDOVER: u32 = 3;
 
 /// How long requests in flight may take to end before another process serves the front-end.
-const DRAIN_LIMIT: Duration = Duration::from_secs(5);
+/// The process that has asked waits for somewhat longer, and learns why not.
+const DRAIN_LIMIT: Duration = Duration::from_secs(4);
 
 impl MutEventSubscriber for Control {
     fn init(&mut self, ops: &mut EventOps<'_>) {
@@ -484,7 +485,7 @@ impl Control {
     fn hand_over(&mut self, asked: Asked<Given>) {
         let host = &self.host;
         let session = match &self.session {
-            _ if self.next.is_some() => Err(busy()),
+            _ if self.next.is_some() => Err(NotHandedOver::Changing),
             None => Ok(None),
             Some(session) => {
                 let is_there = || !session.thread.is_finished();
@@ -500,7 +501,7 @@ impl Control {
                     since: session.since,
                     messages: answer.given,
                 });
-                (served.map(Some), Some(answer.leaves))
+                (served.map(Some).map_err(NotHandedOver::from), Some(answer.leaves))
             }
             Ok(None) => (Ok(None), None),
             Err(error) => (Err(error), None),
@@ -535,11 +536,6 @@ impl Control {
         }
         self.finished = true;
     }
-}
-
-/// A front-end is coming or leaving just now.
-fn busy() -> io::Error {
-    io::ErrorKind::ResourceBusy.into()
 }
 
 fn has_hung_up(stream: &UnixStream) -> bool {

@@ -176,22 +176,8 @@ impl Giver {
         let served = &self.served;
         let disk = served.disk();
         let held = served.hold().ok_or(CHANGING)?;
-        let answer = self.handover.ask(LIMIT).map_err(|error| match error.kind() {
-            io::ErrorKind::TimedOut => {
-                "requests in flight have not ended in time: see whether the storage hangs, or try again"
-                    .into()
-            }
-            io::ErrorKind::ResourceBusy | io::ErrorKind::BrokenPipe => {
-                "a front-end is connecting or leaving: try again".into()
-            }
-            _ => Box::<dyn std::error::Error>::from(error),
-        })?;
-        let claim = disk.lend_claim().map_err(|error| match error.kind() {
-            io::ErrorKind::ResourceBusy => {
-                "the guest's requests wait for the storage (`sealblk status`)".into()
-            }
-            _ => Box::<dyn std::error::Error>::from(error),
-        })?;
+        let answer = self.handover.ask(LIMIT)?;
+        let claim = disk.lend_claim()?;
         // From here on neither a verb nor a claim changes the disk.
         if served.changes() != changes {
             return Err(CHANGED.into());
@@ -212,16 +198,16 @@ impl Giver {
                 return Err(format!("the new process was not ready: {error}").into());
             }
         };
-        manager::main_process(next);
         // A caller that came to this process from now on would not get an answer.
         self.gate.set_closed(true);
         if let Err(error) = say(socket, GO) {
             self.gate.set_closed(false);
-            manager::main_process(std::process::id());
             return Err(format!("the new process has ended: {error}").into());
         }
         disk.leave_claim();
         held.leave();
+        // The manager may not read: no process waits for this one any more.
+        manager::main_process(next);
         answer.leave();
         Ok(next)
     }
@@ -275,7 +261,7 @@ impl Giver {
 
 /// Why a disk cannot be handed over now.
 const CHANGING: &str = "the disk's key is being fetched, wiped or changed: try again";
-const CHANGED: &str = "the disk was resized or rekeyed since the new process has looked at it: try again";
+const CHANGED: &str = "the disk was resized or rekeyed while the new process started: try again";
 
 impl varlink::Interface for Giver {
     fn name(&self) -> &'static str {
