@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use base16ct::lower;
 use clap::Args;
+use rustix::process::{Pid, Signal, kill_process};
 use sealblk_base::blame::Blame;
 use sealblk_command::executable;
 use sealblk_serve::command::{NAME, TAKEN_OVER, UPGRADE};
@@ -20,8 +21,7 @@ use super::failure::Failure;
 use super::secret::SecretSource;
 use super::{absolute, output, served, text};
 use crate::control::varlink::{CallError, call};
-use crate::control::wire::Connection;
-use crate::upgrade::{Begun, ENVIRONMENT, INTERFACE};
+use crate::upgrade::{Begun, ConnectError, ENVIRONMENT, INTERFACE, connect};
 
 const AFTER_HELP: &str = "\
 The executable vhost-user-sealblk beside this `sealblk` serves the disk afterwards. So install the new release, then run its
@@ -49,19 +49,13 @@ pub(super) struct Upgrade {
     timeout: u64,
 }
 
-/// How long a process that serves the disk may take to say so.
+/// How long a process that serves the disk may take to say so, or one that does not to end; and how often that is checked.
 const LAST_WORD: Duration = Duration::from_secs(10);
+const TICK: Duration = Duration::from_millis(10);
 
 impl Upgrade {
     pub(super) fn run(self) -> Result<(), Failure> {
         let (begun, stderr) = self.ask::<Begun>("Begin", json!({}))?;
-        let user = rustix::process::geteuid().as_raw();
-        if user != begun.user {
-            return Err(self.refuse(format!(
-                "the disk is served as user {}, and this is user {user}: run `sealblk upgrade` as that user",
-                begun.user
-            )));
-        }
         if begun.reads_once && self.passphrase_file.is_none() {
             return Err(self.refuse(
                 "the passphrase of this disk was read from a source that can be read only once: give it again with \
@@ -164,15 +158,14 @@ impl Upgrade {
         Err(self.did_not_take_over(ended, &String::from_utf8_lossy(&said)))
     }
 
-    /// Cancels the upgrade, and kills the new process, unless it has taken the disk over meanwhile; then: what it has said.
+    /// Cancels the upgrade, and ends the new process, unless it has taken the disk over meanwhile; then: what it has said.
     fn cancel(&self, child: &mut Child, begun: &Begun, told: &Receiver<Vec<u8>>) -> Result<Vec<u8>, Failure> {
         let reason = match self.ask::<Value>("End", json!({ "upgrade": begun.upgrade })) {
             // It cannot take the disk over any more.
             Ok(_) => {
-                let _ = child.kill();
-                let _ = child.wait();
+                end(child);
                 format!(
-                    "the new process was not ready after {} seconds, and was killed",
+                    "the new process was not ready after {} seconds, and was ended",
                     self.timeout
                 )
             }
@@ -210,15 +203,12 @@ impl Upgrade {
         parameters: Value,
     ) -> Result<(T, Option<std::os::fd::OwnedFd>), Failure> {
         let socket = &self.control_socket;
-        let answer = || {
-            let mut connection = Connection::to(socket, served::TIMEOUT)?;
-            call(&mut connection, &format!("{INTERFACE}.{method}"), parameters, &[])
-        };
-        match answer() {
+        let mut connection = connect(socket, served::TIMEOUT).map_err(|error| match error {
+            ConnectError::Io(error) => served::failure(socket, error.into()),
+            other @ ConnectError::OtherUser { .. } => self.refuse(other.to_string()),
+        })?;
+        match call(&mut connection, &format!("{INTERFACE}.{method}"), parameters, &[]) {
             Ok((answer, descriptors)) => Ok((answer, descriptors.into_iter().next())),
-            Err(CallError::Method(error)) if error.name.ends_with(".NotPermitted") => Err(self.refuse(
-                "only root and the user that the disk is served as can upgrade it".to_owned(),
-            )),
             Err(CallError::Method(error)) if error.name.ends_with(".InterfaceNotFound") => Err(self.refuse(
                 "the release that serves this disk cannot be upgraded while the guest runs: end `sealblk serve` (SIGTERM), and start \
                  the new one; the guest's requests wait meanwhile"
@@ -235,6 +225,20 @@ impl Upgrade {
             reason: None,
         }
     }
+}
+
+/// Has a process end, which tells the agent of it if it can: the agent keeps the key of one that is killed for a while.
+fn end(child: &mut Child) {
+    let start = Instant::now();
+    let _ = kill_process(Pid::from_child(child), Signal::TERM);
+    while start.elapsed() < LAST_WORD {
+        if !matches!(child.try_wait(), Ok(None)) {
+            return;
+        }
+        thread::sleep(TICK);
+    }
+    let _ = child.kill();
+    let _ = child.wait();
 }
 
 /// The most that the new process says to this one.

@@ -13,9 +13,10 @@ use sealblk::control::varlink::{CallError, begin, call, reply};
 use sealblk::control::wire::Connection;
 use serde_json::{Value, json};
 use std::fs;
+use std::io::Read;
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -262,7 +263,7 @@ fn an_upgrade_that_fails_leaves_all_as_it_was() {
     installed.with_script("#!/bin/sh\necho no; kill -9 $$\n");
     fails(&mut command, 1, "no");
     installed.with_script("#!/bin/sh\nexec sleep 1000\n");
-    fails(command.args(["--timeout", "1"]), 7, "was killed");
+    fails(command.args(["--timeout", "1"]), 7, "was ended");
     fs::remove_file(installed.dir.path().join("vhost-user-sealblk")).unwrap();
     fails(&mut command, 1, "cannot find the executable vhost-user-sealblk");
 
@@ -614,12 +615,54 @@ fn a_handover_that_is_out_of_date_or_of_another_version_or_user_is_refused() {
         let output = command.uid(4_200_100).gid(4_200_100).output().unwrap();
         let (code, said) = failed(&output);
         assert_eq!(code, 7, "{said}");
-        assert!(
-            said.contains("only root and the user that the disk is served as"),
-            "{said}"
-        );
+        assert!(said.contains("the disk is served as user 0"), "{said}");
     }
     Driver::connect(&served.socket).still_serves();
+    served.stop();
+}
+
+/// Whoever has made a control socket tells what to start: root started a process with arguments and an environment of a stranger's choice.
+#[test]
+fn a_control_socket_of_another_user_is_told_nothing() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    let socket = dir.path().join("control.sock");
+    let bind = socket.clone();
+    // The user of this thread alone.
+    let stranger = std::thread::spawn(move || {
+        let user = rustix::process::Uid::from_raw(4_200_100);
+        rustix::thread::set_thread_res_uid(user, user, user).unwrap();
+        UnixListener::bind(bind).unwrap()
+    });
+    let listener = stranger.join().unwrap();
+    let (code, said) = failed(&upgrade(Path::new(sealblk_path()), &socket).output().unwrap());
+    assert_eq!(code, 7, "{said}");
+    assert!(said.contains("the disk is served as user 4200100"), "{said}");
+    let (mut caller, _) = listener.accept().unwrap();
+    let mut heard = Vec::new();
+    caller.read_to_end(&mut heard).unwrap();
+    assert!(heard.is_empty(), "{}", String::from_utf8_lossy(&heard));
+}
+
+/// It was said that the storage may hang.
+#[test]
+fn a_front_end_in_the_middle_of_a_message_is_named_as_the_cause() {
+    let served = Served::new();
+    let mut driver = Driver::connect(&served.socket);
+    driver.frontend.send_bytes(&[1, 0, 0, 0], &[]);
+    let (code, said) = failed(&served.upgrade().output().unwrap());
+    assert_eq!(code, 7, "{said}");
+    assert!(
+        said.contains("the front-end is just asking for something"),
+        "{said}"
+    );
+    // GET_FEATURES goes on.
+    driver.frontend.send_bytes(&[1, 0, 0, 0, 0, 0, 0, 0], &[]);
+    driver.frontend.receive().unwrap();
+    driver.still_serves();
     served.stop();
 }
 

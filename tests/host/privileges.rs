@@ -202,7 +202,13 @@ fn a_verb_takes_its_privilege_and_no_other_will_do() {
             }
             let (code, words) = match takes {
                 AnyOf(privileges) => (Some(7), ["lack", privileges.last().unwrap()]),
-                ServingUser => (Some(7), ["only root", "the user that the disk is served as"]),
+                ServingUser => (
+                    Some(7),
+                    [
+                        "the disk is served as user 0",
+                        "run `sealblk upgrade` as that user",
+                    ],
+                ),
                 StateDirectory => (ran.status.code(), ["ermission denied", state]),
                 Nothing => unreachable!("nothing is refused to nobody"),
             };

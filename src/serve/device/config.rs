@@ -27,6 +27,9 @@ const LOG_ALL: u64 = VhostUserVirtioFeatures::LOG_ALL.bits();
 /// The bytes of the configuration space that have a meaning here: up to and with `write_zeroes_may_unmap`, padded.
 const CONFIG_LEN: usize = offset_of!(virtio_blk_config, max_secure_erase_sectors);
 
+/// What each release that has `sealblk upgrade` shows of it.
+pub(super) const LEAST_LEN: usize = offset_of!(virtio_blk_config, max_secure_erase_sectors);
+
 /// The feature bits of `disk`.
 pub(super) fn features(disk: &Disk) -> u64 {
     let mut features = PROTOCOL_FEATURES | LOG_ALL;

@@ -52,7 +52,8 @@ impl Guise {
     pub fn check(&self, disk: &Disk, num_queues: u16) -> Result<(), NotTheSame> {
         let own = Self::of(disk, num_queues);
         let common = self.config.len().min(own.config.len());
-        if self.config.get(..common) != own.config.get(..common) {
+        // In hexadecimal. What another process says can be short or empty.
+        if common < 2 * config::LEAST_LEN || self.config.get(..common) != own.config.get(..common) {
             return Err(NotTheSame::Other(
                 "the capacity, or another field of the device's configuration,",
             ));
@@ -65,5 +66,40 @@ impl Guise {
             0 => Ok(()),
             missing => Err(NotTheSame::Protocol(missing)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::super::claims::Claims;
+    use super::*;
+    use crate::cipher::SectorSize;
+    use crate::storage::{Access, Backing, Others};
+
+    /// An empty configuration was the beginning of any.
+    #[test]
+    fn a_disk_of_which_less_is_told_than_a_guest_can_see_is_another_one() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let backing = Backing::open(file.path(), Access::ReadWrite).unwrap();
+        let attached = backing.attach(Others::Refused).unwrap();
+        let data = Arc::new(backing.data_file(512, &attached.fence()).unwrap());
+        let claims = Claims::now(attached).unwrap();
+        let disk = Disk::new(2048, data, claims, SectorSize::B512, false, false, "serial").unwrap();
+        let whole = Guise::of(&disk, 4);
+        whole.check(&disk, 4).unwrap();
+        for len in [0, 16, whole.config.len() - 1] {
+            let config = whole.config[..len].to_owned();
+            Guise {
+                config,
+                ..whole.clone()
+            }
+            .check(&disk, 4)
+            .unwrap_err();
+        }
+        // A later release tells of more.
+        let config = whole.config.clone() + "00";
+        Guise { config, ..whole }.check(&disk, 4).unwrap();
     }
 }

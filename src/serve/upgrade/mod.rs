@@ -28,20 +28,26 @@
 //! of a message, unknown fields are ignored. A message whose number is in [`IGNORABLE`] may be ignored; any other unknown one is refused.
 //!
 //! **Rights.** The new process gets guest memory, and with it all that the guest knows. So only root, and the user that the old process
-//! runs as, can ask for it; no grant gives the right to others.
+//! runs as, can ask for it; no grant gives the right to others. The other way round, what the old process answers decides what is
+//! executed, and with what environment. So both sides of `sealblk upgrade` ask only a process of their own user ([`connect`]): the kernel
+//! says who has made the socket, and no answer is needed for that.
 
 mod giver;
 mod taker;
 
+use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
 use crate::attachment::KeyState;
+use crate::control::peer::credentials;
+use crate::control::wire::Connection;
 use crate::device::{Guise, Message};
 use crate::parsing;
 use crate::timestamp::Timestamp;
@@ -56,6 +62,31 @@ pub const INTERFACE: &str = "org.sealblk.Upgrade";
 
 /// The versions of the handover that this release understands.
 const VERSIONS: [u32; 1] = [1];
+
+/// Why there is no way to the process that serves the disk.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error(
+        "the disk is served as user {served}, and this is user {own}: run `sealblk upgrade` as that user"
+    )]
+    OtherUser { served: u32, own: u32 },
+}
+
+/// Connects to the control socket of the process that serves a disk, if that is of the same user. Nothing is sent to one that is not.
+///
+/// # Errors
+/// [`ConnectError`].
+pub fn connect(socket: &Path, timeout: Duration) -> Result<Connection, ConnectError> {
+    let connection = Connection::to(socket, timeout)?;
+    let served = credentials(connection.stream())?.uid;
+    let own = rustix::process::geteuid().as_raw();
+    match served == own {
+        true => Ok(connection),
+        false => Err(ConnectError::OtherUser { served, own }),
+    }
+}
 
 /// What `Begin` answers. Texts that may be no UTF-8 are in hexadecimal.
 #[derive(Debug, Serialize, Deserialize)]
@@ -178,15 +209,15 @@ const IGNORABLE: Range<u32> = 0x5ea2_0000..0x5ea3_0000;
 const LIMIT: Duration = Duration::from_secs(5);
 
 /// A message with a JSON object, and with descriptors.
-fn message(number: u32, content: &impl Serialize, fds: &[BorrowedFd<'_>]) -> std::io::Result<Message> {
+fn message(number: u32, content: &impl Serialize, fds: &[BorrowedFd<'_>]) -> io::Result<Message> {
     let body = serde_json::to_vec(content)?;
     let fds = fds.iter().map(|fd| fd.try_clone_to_owned());
-    Ok(Message::own(number, body, fds.collect::<std::io::Result<_>>()?))
+    Ok(Message::own(number, body, fds.collect::<io::Result<_>>()?))
 }
 
 /// What a message holds.
-fn content<T: DeserializeOwned>(message: &Message) -> std::io::Result<T> {
-    parsing::json(&message.body).map_err(|error| std::io::Error::new(std::io::ErrorKind::InvalidData, error))
+fn content<T: DeserializeOwned>(message: &Message) -> io::Result<T> {
+    parsing::json(&message.body).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }
 
 fn send(
@@ -194,12 +225,12 @@ fn send(
     number: u32,
     content: &impl Serialize,
     fds: &[BorrowedFd<'_>],
-) -> std::io::Result<()> {
+) -> io::Result<()> {
     message(number, content, fds)?.send(stream, LIMIT)
 }
 
 /// Sends a message that only has a number.
-fn say(stream: &UnixStream, number: u32) -> std::io::Result<()> {
+fn say(stream: &UnixStream, number: u32) -> io::Result<()> {
     send(stream, number, &Value::Object(serde_json::Map::new()), &[])
 }
 

@@ -1,6 +1,7 @@
 //! The process that is to serve a disk, in the place of another one.
 
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -12,14 +13,14 @@ use sealblk_base::blame::Blame;
 use serde_json::Value;
 
 use super::{
-    CONNECTION, CONTROL, END, GO, HandOver, IGNORABLE, INTERFACE, LIMIT, LISTENER, LOCKS, Locks, Next, OWN,
-    Prepare, Prepared, READY, STATE, STOP, State, VERSIONS, content, send,
+    CONNECTION, CONTROL, ConnectError, END, GO, HandOver, IGNORABLE, INTERFACE, LIMIT, LISTENER, LOCKS,
+    Locks, Next, OWN, Prepare, Prepared, READY, STATE, STOP, State, VERSIONS, connect, content, send,
 };
 use crate::attachment::{Attachment, Before, KeyState};
 use crate::control::varlink::{self, CallError, reply};
 use crate::control::wire::Connection;
 use crate::deadline::Deadline;
-use crate::device::{Disk, Given, Message, NotTheSame, Ready, ServeError, Served, Server};
+use crate::device::{Disk, Given, Message, MessageError, NotTheSame, Ready, ServeError, Served, Server};
 use crate::storage::{Attached, Lent, NotBorrowed};
 use crate::timestamp::Timestamp;
 
@@ -28,6 +29,8 @@ use crate::timestamp::Timestamp;
 pub enum TakeError {
     #[error("the process that serves the disk cannot be reached by its control socket")]
     Connect(#[source] io::Error),
+    #[error("{0}")]
+    OtherUser(ConnectError),
     #[error("the process that serves the disk does not hand it over: {0}")]
     Refused(String),
     #[error("the process that serves the disk does not answer")]
@@ -62,6 +65,7 @@ impl TakeError {
             Self::NoKey => Blame::Key,
             Self::Serve(error) => error.blame(),
             Self::Connect(_)
+            | Self::OtherUser(_)
             | Self::Refused(_)
             | Self::Call(_)
             | Self::Version(_)
@@ -132,7 +136,10 @@ impl Taker {
     /// # Errors
     /// If that process is not there, or refuses.
     pub fn connect(socket: &Path, upgrade: u64) -> Result<Self, TakeError> {
-        let mut connection = Connection::to(socket, CALL_LIMIT).map_err(TakeError::Connect)?;
+        let mut connection = connect(socket, CALL_LIMIT).map_err(|error| match error {
+            ConnectError::Io(error) => TakeError::Connect(error),
+            other @ ConnectError::OtherUser { .. } => TakeError::OtherUser(other),
+        })?;
         let versions = VERSIONS.to_vec();
         let prepared = varlink::call(
             &mut connection,
@@ -201,7 +208,7 @@ impl Taker {
         };
         // If it cannot be sent, the other process has ended, or has said that it continues.
         let _ = send(&ours, READY, &next, &[]);
-        match Message::receive(&ours, 2 * LIMIT) {
+        match decision(&ours, 2 * LIMIT) {
             Ok(Some(message)) if message.number() == GO => {}
             Ok(Some(_)) => return Err(self.reason().unwrap_or(TakeError::Stopped)),
             Ok(None) | Err(_) if self.giver_has_ended() => {
@@ -246,11 +253,21 @@ impl Taker {
     }
 }
 
+/// The decision of the other process. If it does not come within `limit`, the other process cannot take it any more: what it has sent by
+/// then is in force, and what it sends later fails on its side.
+fn decision(stream: &UnixStream, limit: Duration) -> Result<Option<Message>, MessageError> {
+    Message::receive(stream, limit).or_else(|_| {
+        stream.shutdown(Shutdown::Both)?;
+        Message::receive(stream, LIMIT)
+    })
+}
+
 /// Receives all that comes.
 fn receive(stream: &UnixStream) -> Result<Came, TakeError> {
     let mut came = Came::default();
     loop {
-        let message = Message::receive(stream, LIMIT).map_err(io::Error::other)?;
+        // The other process waits for requests in flight no longer than the limit, and says why it refuses then.
+        let message = Message::receive(stream, 2 * LIMIT).map_err(io::Error::other)?;
         let mut message = message.ok_or(TakeError::Incomplete)?;
         match message.number() {
             STATE => came.state = Some(content(&message)?),
@@ -340,5 +357,31 @@ fn refused(error: CallError) -> TakeError {
             TakeError::Refused("the upgrade was cancelled, or another one was begun".to_owned())
         }
         _ => TakeError::Refused(message.map_or_else(|| told.to_string(), str::to_owned)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::upgrade::say;
+
+    /// The other process could send "go" just after this one had given up: then neither served the disk.
+    #[test]
+    fn a_decision_that_comes_too_late_fails_where_it_was_taken() {
+        let limit = Duration::from_millis(10);
+        let number = |decision: Result<Option<Message>, MessageError>| {
+            decision.unwrap().map(|message| message.number())
+        };
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        assert_eq!(number(decision(&ours, limit)), None);
+        say(&theirs, GO).unwrap_err();
+        // It came in time, and was not looked at in time.
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        say(&theirs, GO).unwrap();
+        assert_eq!(number(decision(&ours, Duration::ZERO)), Some(GO));
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        say(&theirs, GO).unwrap();
+        ours.shutdown(Shutdown::Both).unwrap();
+        assert_eq!(number(decision(&ours, limit)), Some(GO));
     }
 }
