@@ -9,6 +9,7 @@ use common::memory::Log;
 use rustix::event::{PollFd, PollFlags, poll};
 use std::fs;
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::thread::{self, JoinHandle};
@@ -54,7 +55,9 @@ impl Session {
     fn pass_on(mut self) {
         while self.pass_one_on() {}
         let log = self.log.expect("a ring was set up");
-        assert!(!log.pages().is_empty(), "the server logs nothing");
+        // libblkio's memory has addresses as high as its own process's, so the log is long, and almost all of it a hole.
+        let log = log.file.metadata().expect("the log's size");
+        assert!(log.blocks() > 0, "the server logs nothing");
     }
 
     /// Waits for the next messages and passes them on; false if there will be none.
