@@ -74,7 +74,7 @@ impl KeyProvider for Known {
     }
 
     fn create_kek(&self) -> Result<KeyId, KeyError> {
-        unimplemented!("a volume is bound, and no more")
+        unreachable!("a volume is bound, and no more")
     }
 
     fn wrap(&self, _: &Binding<'_>, secret: &SecretBytes) -> Result<Vec<u8>, KeyError> {
@@ -83,7 +83,7 @@ impl KeyProvider for Known {
     }
 
     fn unwrap(&self, _: &Binding<'_>, _: &[u8]) -> Result<SecretBytes, KeyError> {
-        unimplemented!("a volume is bound, and no more")
+        unreachable!("a volume is bound, and no more")
     }
 
     fn state(&self, _: &KeyId) -> Result<KeyState, KeyError> {
@@ -91,7 +91,7 @@ impl KeyProvider for Known {
     }
 
     fn revoke(&self, _: &KeyId, _: Revocation) -> Result<Reach, KeyError> {
-        unimplemented!("a volume is bound, and no more")
+        unreachable!("a volume is bound, and no more")
     }
 
     fn check(&self) -> Result<(), KeyError> {
