@@ -118,15 +118,17 @@ impl Client {
         })
     }
 
-    /// Tells the agent that the process that serves `volume` is about to end.
+    /// Tells the agent that the process that serves `volume`, or has `served` it, is about to end.
     ///
     /// # Errors
     /// [`KeyError`].
-    pub fn detach(&self, volume: Uuid) -> Result<(), KeyError> {
-        let process = self.0.process();
-        self.0
-            .ask::<Nothing>("", "Detach", Detach { volume, process }, &[])
-            .map(drop)
+    pub fn detach(&self, volume: Uuid, served: bool) -> Result<(), KeyError> {
+        let detach = Detach {
+            volume,
+            process: self.0.process(),
+            served: Some(served),
+        };
+        self.0.ask::<Nothing>("", "Detach", detach, &[]).map(drop)
     }
 
     /// Gives the agent a KEK, which somebody has fetched for this host.

@@ -64,7 +64,7 @@ struct Registration {
     ending: OwnedFd,
     /// Whether it said so before.
     is_detached: bool,
-    /// The process that was the last to serve the volume since.
+    /// The process that was the last to get the volume's key since.
     followed_by: Option<i32>,
     /// Since when it is known that the process has ended.
     ended: Option<BootTime>,
@@ -249,14 +249,19 @@ impl Registered {
         (!all.any_under(before.volume.kek())).then_some(before.volume)
     }
 
-    /// Takes note that the process that `peer` is, or is the helper of, serves `volume` no more, and is about to end.
-    pub(super) fn detach(&self, peer: &Peer, volume: Uuid) {
+    /// Takes note that the process that `peer` is, or is the helper of, is about to end. If it has `served` the volume, the ones before it
+    /// are not waited for either.
+    pub(super) fn detach(&self, peer: &Peer, volume: Uuid, served: bool) {
         let mut all = self.lock();
-        if let Some(registration) = all.served.get_mut(&(volume, peer.process))
-            && registration.volume.user == peer.user
-        {
-            registration.is_detached = true;
+        match all.served.get_mut(&(volume, peer.process)) {
+            Some(registration) if registration.volume.user == peer.user => registration.is_detached = true,
+            _ => return,
         }
+        let of_volume = all.served.iter_mut().filter(|(place, _)| place.0 == volume);
+        let before = of_volume
+            .map(|(_, registration)| registration)
+            .filter(|registration| registration.followed_by == Some(peer.process));
+        before.for_each(|registration| registration.is_detached |= served);
     }
 
     /// Whether `user` serves `volume` under this KEK, or has served it until a process was killed, less than the grace time ago.
@@ -568,9 +573,9 @@ mod tests {
             user: 7,
             ..one.clone()
         };
-        registered.detach(&other, volumes[0]);
-        registered.detach(&one, volumes[1]);
-        registered.detach(&two, volumes[1]);
+        registered.detach(&other, volumes[0], true);
+        registered.detach(&one, volumes[1], true);
+        registered.detach(&two, volumes[1], true);
         end(killed);
         end(detached);
         let ended = take_ended(&registered);
@@ -592,6 +597,16 @@ mod tests {
         assert_eq!(registered.list().len(), 1);
         end(again);
         assert!(take_ended(&registered).is_empty());
+        // It was killed as well, and the next one detaches before the agent has looked.
+        let (last, four) = process();
+        registered.add(&four, volumes[0], ("kms", &key), None);
+        registered.detach(&four, volumes[0], true);
+        end(last);
+        let ended = take_ended(&registered);
+        assert!(
+            ended.len() == 2 && ended.iter().all(|(_, last)| *last),
+            "{ended:?}"
+        );
     }
 
     /// The new process of an upgrade that failed has ended: the old one was kept no grace time when it was killed then.
@@ -610,7 +625,7 @@ mod tests {
             registered.add(&one, volume, ("kms", &key), None);
             registered.add(&two, volume, ("kms", &key), None);
             if is_detached {
-                registered.detach(&two, volume);
+                registered.detach(&two, volume, false);
             }
             end(new);
             let ended = take_ended(&registered);

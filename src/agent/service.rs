@@ -298,8 +298,13 @@ impl Service {
     }
 
     fn detach(&self, mut request: Request<'_>) -> Answered {
-        let Detach { volume, process } = request.parameters()?;
-        self.registered.detach(&serving(request.peer, process), volume);
+        let Detach {
+            volume,
+            process,
+            served,
+        } = request.parameters()?;
+        self.registered
+            .detach(&serving(request.peer, process), volume, served != Some(false));
         Ok(Reply::default())
     }
 

@@ -24,8 +24,8 @@ use crate::control::varlink::{self, Interface, MethodError, Reply, Request};
 use crate::control::wire::{self, Connection};
 use crate::error_chain::causes;
 use crate::key_helper::{
-    DESCRIPTION, Form, GivenGrants, GroupName, GroupNumber, INTERFACE, Open, Opened, Passphrase, WireFailure,
-    give, path_of, reopened,
+    DESCRIPTION, Detached, Form, GivenGrants, GroupName, GroupNumber, INTERFACE, Open, Opened, Passphrase,
+    WireFailure, give, path_of, reopened,
 };
 use crate::keys::RequestPurpose;
 use crate::keys::binding::Bindings;
@@ -193,7 +193,8 @@ impl Disk<'_> {
     }
 
     /// The serving process is about to end. Without an agent that keeps KEKs there is nothing to tell.
-    fn detach(&self) -> Answered {
+    fn detach(&self, mut request: Request<'_>) -> Answered {
+        let Detached { served } = request.parameters()?;
         if let Some(Volume {
             uuid,
             keys: Some(Ways {
@@ -202,7 +203,7 @@ impl Disk<'_> {
             }),
         }) = self.opened.get()
         {
-            client.detach(*uuid).map_err(|error| failure(&error))?;
+            client.detach(*uuid, served).map_err(|error| failure(&error))?;
         }
         Ok(Reply::default())
     }
@@ -359,7 +360,7 @@ impl Interface for Own<'_> {
 
     fn call(&self, method: &str, request: Request<'_>) -> Option<Answered> {
         Some(match method {
-            "Detach" => self.0.detach(),
+            "Detach" => self.0.detach(request),
             "GetGrants" => self.0.grants(),
             "GetGroup" => self.0.group(request),
             "Open" => self.0.open(request),

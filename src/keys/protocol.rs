@@ -88,6 +88,9 @@ pub struct Detach {
     /// As for [`Unwrap`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub process: Option<u32>,
+    /// Whether it has served the volume; earlier builds do not say.
+    #[serde(default)]
+    pub served: Option<bool>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]

@@ -232,7 +232,7 @@ impl Host {
         let _ = provider.state(&key_id);
         let _ = provider.revoke(&key_id, Revocation::Deactivate);
         let _ = provider.check();
-        helper.detach(LIMIT);
+        helper.detach(true, LIMIT);
     }
 
     /// Answers the caller.

@@ -300,11 +300,10 @@ fn a_disk_whose_server_was_killed_opens_again_without_its_key_server_and_no_othe
         cannot_serve(&detached);
         first = serve(&killed);
         first.connect().still_serves();
-        let released = host.agent.audit().pop().unwrap();
-        assert_eq!(
-            (&released["event"], &released["held"]),
-            (&json!("KeyReleased"), &json!(true))
-        );
+        // The end of the killed one may be told of since.
+        let mut audit = host.agent.audit();
+        audit.retain(|record| record["event"] == "KeyReleased");
+        assert_eq!(audit.pop().unwrap()["held"], true);
     }
     // Detached in order, it is as any other.
     first.stop();

@@ -16,7 +16,7 @@ mod twins;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SendError, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
@@ -253,6 +253,8 @@ pub struct Attachment {
     events: Events,
     /// Held while the service manager is told, so that it hears of the last state last.
     told: Mutex<()>,
+    /// Whether front-ends are, or were, served by this process.
+    is_begun: AtomicBool,
 }
 
 /// What was asked for, in the order in which it was: of a lock and an unlock, the later is in force.
@@ -411,6 +413,7 @@ impl Attachment {
             changed: Condvar::new(),
             events: Events::default(),
             told: Mutex::new(()),
+            is_begun: AtomicBool::new(false),
         });
         let observer = Arc::downgrade(&attachment);
         attachment.disk.observe_claim(Box::new(observer.clone()));
@@ -486,7 +489,13 @@ impl Attachment {
     /// its KEK for a while.
     pub fn detach(&self) {
         self.disk.detach();
-        self.opener.helper.detach(DETACH_LIMIT);
+        let has_served = self.is_begun.load(Ordering::Relaxed);
+        self.opener.helper.detach(has_served, DETACH_LIMIT);
+    }
+
+    /// Takes note that front-ends are served from now on.
+    pub fn begin(&self) {
+        self.is_begun.store(true, Ordering::Relaxed);
     }
 
     /// How the disk is, in a line.

@@ -200,6 +200,9 @@ impl Serve {
             }
         };
         self.announce(shape);
+        if let Some(served) = served {
+            served.begin();
+        }
         manager::ready(&served.map_or("serving".to_owned(), |served| served.standing()));
         match (served, control) {
             (Some(served), Some(control)) => control.run_with(

@@ -105,6 +105,12 @@ pub struct GroupNumber {
     pub number: u32,
 }
 
+/// `Detach`, as the interface has it.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Detached {
+    pub served: bool,
+}
+
 /// What `ReadPassphrase` answers.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Passphrase {
@@ -272,12 +278,14 @@ impl KeyHelper {
         Ok(secrets.map_err(|error| self.0.fail().because(error))?)
     }
 
-    /// Reports that this process is about to end, and waits for the answer no longer than `limit`: the agent may not answer.
-    pub fn detach(&self, limit: Duration) {
+    /// Reports that this process is about to end, and whether it has `served` the volume. Waits for the answer no longer than `limit`: the
+    /// agent may not answer.
+    pub fn detach(&self, served: bool, limit: Duration) {
         let (done, wait) = sync_channel(1);
         let line = Arc::clone(&self.0);
         let spawned = thread::Builder::new().name("detach".into()).spawn(move || {
-            let told = line.call(&format!("{INTERFACE}.Detach"), &Map::new(), &[]);
+            let parameters = Map::from_iter([("served".to_owned(), Value::Bool(served))]);
+            let told = line.call(&format!("{INTERFACE}.Detach"), &parameters, &[]);
             let _ = done.send(told.map(drop));
         });
         if spawned.is_err() {
