@@ -7,6 +7,7 @@ e2fsck and debugfs for what is in it; sealblk has to open each header as well.
 """
 
 import hashlib
+import json
 import os
 import random
 import re
@@ -19,17 +20,17 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 SECTOR = 512
 PAYLOAD = 16 << 20  # where the payload of a volume starts that sealblk made
-BLOCK = 4096  # the encryption sector
+BLOCK = 4096  # of the guest
 MAGIC = 0x6A736677736872
 FLUSH, FUA, DISCARD = 1, 2, 4
-WINDOW = 16  # how many files the guest keeps
+WINDOW = 16  # how many files the guest keeps, and how many blocks that it writes durably
 
 
 def main():
-    before, record, recovery, file_system, cuts, sealblk, state, work = sys.argv[1:]
+    before, record, recovery, file_system, unit, cuts, sealblk, state, work = sys.argv[1:]
     with open(before, "rb") as file:
         before = file.read()
-    key = volume_key(before, recovery)
+    key = Key(volume_key(before, recovery), int(unit))
     entries = [Entry(key, *entry) for entry in read(record)]
     seed = int(os.environ.get("SEED") or random.randrange(1 << 32))
     print(f"  SEED={seed}", flush=True)
@@ -63,10 +64,11 @@ def main():
     print(
         f"  {len(entries)} entries, of these {of_kind[0]} flushes, {of_kind[1]} durable writes, {of_kind[2]} discards; "
         f"{len(chosen)} cuts: {judge.recovered} file systems recovered, with up to {judge.most} flushed files, "
-        f"{len(judge.headers)} headers opened"
+        f"{len(judge.headers)} headers opened, of {len(set(judge.headers.values()))} sizes"
     )
     assert of_kind[0] and of_kind[2], "nothing was flushed, or nothing discarded"
     assert judge.recovered > len(chosen) // 2, "most cuts came before there was a file system"
+    assert len(set(judge.headers.values())) > 1, "the disk did not grow"
 
 
 def read(path):
@@ -89,15 +91,21 @@ def read(path):
         return entries
 
 
-def decrypted(key, offset, data):
-    """The plaintext of `data`, which lie at `offset` in the payload."""
-    blocks = []
-    for at in range(0, len(data), BLOCK):
-        # The tweak is the number of the sector of 512 bytes.
-        tweak = ((offset + at) // SECTOR).to_bytes(16, "little")
-        decryptor = Cipher(algorithms.AES(key), modes.XTS(tweak)).decryptor()
-        blocks.append(decryptor.update(data[at : at + BLOCK]))
-    return b"".join(blocks)
+class Key:
+    """Decrypts the payload, whose encryption sectors have `unit` bytes."""
+
+    def __init__(self, key, unit):
+        self.key, self.unit = key, unit
+
+    def decrypts(self, offset, data):
+        """The plaintext of `data`, which lie at `offset` in the payload."""
+        sectors = []
+        for at in range(0, len(data), self.unit):
+            # The tweak is the number of the sector of 512 bytes.
+            tweak = ((offset + at) // SECTOR).to_bytes(16, "little")
+            decryptor = Cipher(algorithms.AES(self.key), modes.XTS(tweak)).decryptor()
+            sectors.append(decryptor.update(data[at : at + self.unit]))
+        return b"".join(sectors)
 
 
 class Entry:
@@ -108,9 +116,8 @@ class Entry:
         self.data = bytes(length) if flags & DISCARD else data
         self.plain = b""
         if offset >= PAYLOAD:
-            assert offset % BLOCK == 0 and length % BLOCK == 0, "a part of an encryption sector was written"
-            self.plain = decrypted(key, offset - PAYLOAD, self.data)
-
+            assert offset % key.unit == 0 and length % key.unit == 0, "a part of an encryption sector was written"
+            self.plain = key.decrypts(offset - PAYLOAD, self.data)
 
     def is_flush(self):
         return bool(self.flags & FLUSH)
@@ -127,7 +134,7 @@ class Disk:
 
     def __init__(self, key, data, plain=None):
         self.data = bytearray(data)
-        self.plain = bytearray(plain or decrypted(key, 0, data[PAYLOAD:]))
+        self.plain = bytearray(plain or key.decrypts(0, data[PAYLOAD:]))
 
     def copy(self):
         return Disk(None, self.data, self.plain)
@@ -161,14 +168,13 @@ class Judge:
         self.key, self.recovery, self.file_system, self.sealblk, self.state = key, recovery, file_system, sealblk, state
         self.scratch = tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else work)
         self.work = work
-        self.headers = set()
+        self.headers = {}  # the size of the disk by each header's digest
         self.recovered = 0
         self.most = 0
 
     def judge(self, disk, what):
         try:
-            self.judge_header(disk.data)
-            self.judge_content(disk.plain)
+            self.judge_content(disk.plain, self.judge_header(disk.data))
         except AssertionError as error:
             left = f"{self.work}/left.luks"
             with open(left, "wb") as file:
@@ -176,18 +182,20 @@ class Judge:
             sys.exit(f"{what}: {error}; see {left}")
 
     def judge_header(self, disk):
+        """How many sectors the header says that the disk has."""
         header = hashlib.sha256(disk[:PAYLOAD]).digest()
         if header in self.headers:
-            return
-        self.headers.add(header)
+            return self.headers[header]
         path = f"{self.scratch.name}/disk"
         with open(path, "wb") as file:
             file.write(disk)
-        said = run("cryptsetup", "luksDump", path)
+        said = run("cryptsetup", "luksDump", "--dump-json-metadata", path)
         assert said.returncode == 0, f"cryptsetup refuses the header: {said.stdout}"
+        (segment,) = json.loads(said.stdout)["segments"].values()
+        self.headers[header] = int(segment["size"]) // SECTOR
         # The recovery key takes seconds.
         if len(self.headers) % 4 == 0:
-            assert volume_key(disk, self.recovery) == self.key, "cryptsetup finds another volume key"
+            assert volume_key(disk, self.recovery) == self.key.key, "cryptsetup finds another volume key"
         socket = f"{self.scratch.name}/socket"
         server = subprocess.Popen(
             [self.sealblk, "serve", "--blk-file", path, "--socket-path", socket, "--state-dir", self.state],
@@ -203,12 +211,22 @@ class Judge:
         server.terminate()
         said += server.communicate(timeout=60)[0]
         assert server.returncode == 0 and "the disk is unlocked" in said, f"sealblk does not open it: {said}"
+        return self.headers[header]
 
-    def judge_content(self, plain):
-        found = re.match(rb"flushed (\d+) ", plain[self.file_system : self.file_system + BLOCK])
+    def judge_content(self, plain, sectors):
+        def behind(number):
+            at = self.file_system + number * BLOCK
+            return bytes(plain[at : at + BLOCK])
+
+        found = re.fullmatch(rb"flushed (\d+), sectors (\d+)", behind(0).rstrip())
         if not found:
             return
-        flushed = int(found[1])
+        flushed, seen = int(found[1]), int(found[2])
+        assert sectors >= seen, f"the disk has {sectors} sectors, and the guest has seen {seen}"
+        # The oldest may be overwritten already.
+        for number in range(max(1, flushed - WINDOW + 2), flushed + 1):
+            wanted = (b"durable %d;" % number * BLOCK)[:BLOCK]
+            assert behind(number % WINDOW + 1) == wanted, f"durable write {number} of {flushed} is gone"
         path = f"{self.scratch.name}/plain"
         with open(path, "wb") as file:
             file.write(plain[: self.file_system])
