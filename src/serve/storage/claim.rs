@@ -242,7 +242,8 @@ impl Attached {
                 _ => return Err(unclaimed),
             }
             self = unclaimed.attached;
-            thread::sleep(TICK);
+            // On NFS each look is several requests to the server.
+            thread::sleep((start.elapsed() / 16).clamp(TICK, SLOW_TICK));
         }
     }
 }
@@ -314,8 +315,9 @@ impl Fence {
     }
 }
 
-/// How often a process looks whether it can claim a disk, and after how long it says that it waits.
+/// How often a process looks whether it can claim a disk, at first and after a while, and after how long it says that it waits.
 const TICK: Duration = Duration::from_millis(5);
+const SLOW_TICK: Duration = Duration::from_millis(100);
 const SOON: Duration = Duration::from_millis(100);
 
 /// Whether flock(2) is a lock of the whole file by fcntl(2) here: on NFS and SMB (flock(2), "NFS details", "CIFS details"), and
