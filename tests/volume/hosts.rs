@@ -116,6 +116,11 @@ impl Side {
     }
 
     pub(super) fn wait_claim(&self, state: &str) -> Value {
+        self.wait_claim_of(&[state])
+    }
+
+    /// Waits until the claim is in one of these states.
+    pub(super) fn wait_claim_of(&self, states: &[&str]) -> Value {
         let start = Instant::now();
         loop {
             let mut status = Command::new(sealblk_path());
@@ -124,10 +129,10 @@ impl Side {
                 .arg(&self.control));
             let status: Value = serde_json::from_slice(&told.stdout).unwrap();
             let claim = status["claim"].clone();
-            if claim["state"] == state {
+            if states.contains(&claim["state"].as_str().unwrap()) {
                 return claim;
             }
-            assert!(start.elapsed() < DEADLINE, "it is not {state} but {claim}");
+            assert!(start.elapsed() < DEADLINE, "it is none of {states:?} but {claim}");
             thread::sleep(Duration::from_millis(20));
         }
     }

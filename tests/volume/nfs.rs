@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::hosts::{Side, go_on, stop};
-use common::driver::{Data, S_OK, T_IN, T_OUT};
+use common::driver::{Data, Driver, S_OK, T_IN, T_OUT};
 use common::pattern;
 use common::process::{Ended, Process};
 use common::serve::{Server, sealblk_path, serve};
@@ -91,6 +91,38 @@ fn attached_within(volume: &Volume, limit: Duration) -> (Server, Duration) {
     }
 }
 
+/// Migrates the guest that is connected to a server of the same volume; `last` is what it writes last before.
+fn migrate(from: &mut Driver, there: &Volume, last: &[u8]) -> (Side, Driver, Vec<u16>) {
+    let destination = start(there, &["--incoming"]);
+    let mut to = destination.server.connect();
+    let read = to.submit(0, T_IN, 0, Data::In(last.len()));
+    destination.wait_claim("waiting");
+    from.write(0, last);
+    thread::sleep(Duration::from_millis(300));
+    assert!(to.queue().poll_used().is_none(), "both serve");
+    let bases = stop(from);
+    let used = to.queue().wait_used();
+    let done = to.outcome(&read, used);
+    assert!(done.status == S_OK && done.data == last);
+    (destination, to, bases)
+}
+
+/// Asserts that this host's locks are another's, so that it cannot write.
+fn assert_lost(driver: &mut Driver) {
+    let late = pattern(9, 64 * 1024);
+    assert!(
+        driver.run(T_OUT, 0, Data::Out(&late)).status != S_OK,
+        "both write"
+    );
+    let log = run(&mut Command::new("dmesg")).stdout;
+    let log = String::from_utf8_lossy(&log);
+    assert!(
+        log.lines()
+            .any(|line| line.contains("NFS: ") && line.contains(" locks")),
+        "{log}"
+    );
+}
+
 #[test]
 fn nfs_locks_keep_the_other_host_out_in_each_order() {
     let Some([a, b]) = hosts() else { return };
@@ -136,26 +168,19 @@ fn nfs_locks_keep_the_other_host_out_in_each_order() {
         let source = start(&here, &[]);
         let mut from = source.server.connect();
         assert!(from.read(0, third.len()) == third);
-        let destination = start(&there, &["--incoming"]);
-        let mut to = destination.server.connect();
-        let read = to.submit(0, T_IN, 0, Data::In(first.len()));
-        destination.wait_claim("waiting");
-        from.write(0, &first);
-        thread::sleep(Duration::from_millis(300));
-        assert!(to.queue().poll_used().is_none(), "both serve");
-        let bases = stop(&mut from);
-        let used = to.queue().wait_used();
-        let done = to.outcome(&read, used);
-        assert!(done.status == S_OK && done.data == first);
+        let (destination, mut to, bases) = migrate(&mut from, &there, &first);
         to.write(0, &second);
         go_on(&mut from, &bases);
-        let refused = source.wait_claim("refused");
-        assert!(
-            refused["message"].as_str().unwrap().contains("in use"),
-            "{refused}"
-        );
+        match source.wait_claim_of(&["refused", "held"]) {
+            refused if refused["state"] == "refused" => assert!(
+                refused["message"].as_str().unwrap().contains("in use"),
+                "{refused}"
+            ),
+            // The whole guest stood still for so long that the destination's host did not renew its lease.
+            _ => assert_lost(&mut to),
+        }
         drop(to);
-        destination.server.stop();
+        destination.server.terminate();
         drop(from);
         assert!(source.server.connect().read(0, second.len()) == second);
         source.server.stop();
@@ -221,4 +246,37 @@ fn nfs_client_that_is_cut_off_loses_the_disk_and_writes_nothing_afterwards() {
     assert!(other.read(0, second.len()) == second);
     drop(other);
     server.stop();
+}
+
+/// The host that has the guest since a migration is cut off, and the one that the guest came from gets the disk back: for a while both
+/// say that they hold it, and only one of them can write.
+#[test]
+fn nfs_destination_that_is_cut_off_loses_the_disk_to_its_source() {
+    let Some([a, b]) = hosts() else { return };
+    let [here, there] = volume("cut-off-destination", [&a, &b]);
+    let source = start(&here, &[]);
+    let mut from = source.server.connect();
+    let [first, second] = [10, 11].map(|seed| pattern(seed, 64 * 1024));
+    let (destination, mut to, mut bases) = migrate(&mut from, &there, &first);
+    to.write(0, &second);
+    let link = CutOff::host("b");
+    let start = Instant::now();
+    loop {
+        go_on(&mut from, &bases);
+        if source.wait_claim_of(&["refused", "held"])["state"] == "held" {
+            break;
+        }
+        assert!(start.elapsed() < Duration::from_secs(6 * LEASE), "still refused");
+        bases = stop(&mut from);
+    }
+    drop(link);
+    destination.wait_claim("held");
+    assert_lost(&mut to);
+    assert!(from.read(0, second.len()) == second);
+    from.write(0, &first);
+    drop(to);
+    destination.server.terminate();
+    assert!(from.read(0, first.len()) == first);
+    drop(from);
+    source.server.stop();
 }
