@@ -249,19 +249,20 @@ impl Registered {
         (!all.any_under(before.volume.kek())).then_some(before.volume)
     }
 
-    /// Takes note that the process that `peer` is, or is the helper of, is about to end. If it has `served` the volume, the ones before it
-    /// are not waited for either.
+    /// Takes note that the process that `peer` is, or is the helper of, is about to end. If it has `served` the volume, those that have ended
+    /// before it are not waited for either.
     pub(super) fn detach(&self, peer: &Peer, volume: Uuid, served: bool) {
         let mut all = self.lock();
         match all.served.get_mut(&(volume, peer.process)) {
             Some(registration) if registration.volume.user == peer.user => registration.is_detached = true,
             _ => return,
         }
-        let of_volume = all.served.iter_mut().filter(|(place, _)| place.0 == volume);
-        let before = of_volume
-            .map(|(_, registration)| registration)
-            .filter(|registration| registration.followed_by == Some(peer.process));
-        before.for_each(|registration| registration.is_detached |= served);
+        // One that lives is the source of a migration that came to nothing, or another reader.
+        let ended = all.ended_places();
+        for (place, registration) in &mut all.served {
+            let is_before = place.0 == volume && registration.followed_by == Some(peer.process);
+            registration.is_detached |= served && is_before && ended.contains(place);
+        }
     }
 
     /// Whether `user` serves `volume` under this KEK, or has served it until a process was killed, less than the grace time ago.
@@ -607,6 +608,17 @@ mod tests {
             ended.len() == 2 && ended.iter().all(|(_, last)| *last),
             "{ended:?}"
         );
+
+        // The destination of a migration that came to nothing takes nothing from the source, which lives.
+        let [(source, five), (destination, six)] = [process(), process()];
+        registered.add(&five, volumes[1], ("kms", &key), None);
+        registered.add(&six, volumes[1], ("kms", &key), None);
+        registered.detach(&six, volumes[1], true);
+        end(destination);
+        assert_eq!(take_ended(&registered).len(), 1);
+        end(source);
+        assert!(take_ended(&registered).is_empty());
+        assert!(registered.serves(1000, volumes[1], ("kms", &key)));
     }
 
     /// The new process of an upgrade that failed has ended: the old one was kept no grace time when it was killed then.

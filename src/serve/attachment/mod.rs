@@ -489,7 +489,8 @@ impl Attachment {
     /// its KEK for a while.
     pub fn detach(&self) {
         self.disk.detach();
-        let has_served = self.is_begun.load(Ordering::Relaxed);
+        // The destination of a migration that came to nothing has not.
+        let has_served = self.is_begun.load(Ordering::Relaxed) && self.disk.was_claimed();
         self.opener.helper.detach(has_served, DETACH_LIMIT);
     }
 

@@ -370,6 +370,11 @@ impl Claims {
         }
     }
 
+    /// Whether this process has had the claim.
+    pub(super) fn was_held(&self) -> bool {
+        self.was_held.load(Ordering::Relaxed)
+    }
+
     /// Gives the claim back, unless a ring is served with it. What was refused may be tried again. If storage does not answer within
     /// `limit`, a thread continues, and the claim is held until it is done.
     pub(super) fn release(self: &Arc<Self>, limit: Duration) {

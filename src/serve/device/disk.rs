@@ -290,6 +290,11 @@ impl Disk {
         self.claims.standing()
     }
 
+    /// Whether this process has, or had, the claim on its storage.
+    pub fn was_claimed(&self) -> bool {
+        self.claims.was_held()
+    }
+
     /// Has a thread claim the storage, and the rings start then.
     ///
     /// # Errors
