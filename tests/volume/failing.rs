@@ -11,7 +11,7 @@ use common::driver::{
     Data, Done, Driver, F_FLUSH, Pending, S_IOERR, S_OK, Setup, T_DISCARD, T_FLUSH, T_IN, T_OUT,
     T_WRITE_ZEROES, range_bytes,
 };
-use common::frontend::{RESET_DEVICE, SET_VRING_CALL};
+use common::frontend::{GET_VRING_BASE, RESET_DEVICE, SET_VRING_CALL, VERSION, vring_state};
 use common::fuse::{Fault, Fuse, Operation};
 use common::pattern;
 use common::serve::{Server, sealblk_path, serve};
@@ -570,9 +570,18 @@ fn no_queue_is_served_beside_one_that_waits_for_storage_after_it_was_stopped() {
     });
     let [stale, fresh] = [1, 2].map(|seed| pattern(seed, 4096));
     let pending = hung_write(&failing, &mut driver, &stale);
-    driver.frontend.stop_vring(0);
-    assert_eq!(outcome(&mut driver, &pending).status, S_IOERR);
+    // The driver tries again as soon as it hears of the failure, before the front-end has its answer.
+    driver
+        .frontend
+        .send(GET_VRING_BASE, VERSION, &vring_state(0, 0), &[]);
+    let used = loop {
+        if let Some(used) = driver.queue().poll_used() {
+            break used;
+        }
+    };
     let write = driver.submit(1, T_OUT, 64, Data::Out(&fresh));
+    assert_eq!(driver.outcome(&pending, used).status, S_IOERR);
+    driver.frontend.receive().expect("the ring's base");
     thread::sleep(A_WHILE);
     assert!(
         driver.queues[1].poll_used().is_none(),

@@ -153,6 +153,10 @@ impl Rings {
     /// Stops the rings of `scope`, and gives the guard by which what they stand on can be changed.
     pub(super) fn pause(&mut self, scope: Scope) -> Paused<'_> {
         self.stop_those(|index, _| scope.contains(index));
+        if self.disk.held.is_landing() {
+            // What is about to be answered with an error lands later: until then, no other queue may take the driver's next try.
+            self.stop();
+        }
         Paused { rings: self, scope }
     }
 
