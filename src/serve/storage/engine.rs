@@ -16,6 +16,7 @@ use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
@@ -122,6 +123,9 @@ enum Operation {
     Sync,
     Discard { offset: u64, len: u64 },
 }
+
+/// Before what the kernel had no memory for is tried again.
+const SHORT_OF_MEMORY: Duration = Duration::from_millis(10);
 
 /// The sizes of a ring. Most are never used, so they are small: 12 KiB each. What does not fit into the submission queue waits
 /// in the engine.
@@ -720,8 +724,13 @@ impl<C> Drop for Engine<C> {
             if self.in_flight() == 0 {
                 break self.unwatch();
             }
-            if let Err(error) = self.wait() {
-                break Err(error);
+            match self.wait() {
+                Ok(()) => {}
+                // The kernel lacks memory. What is in flight can still land, so who waits for this must not go on.
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::ENOMEM)) => {
+                    thread::sleep(SHORT_OF_MEMORY);
+                }
+                Err(error) => break Err(error),
             }
         };
         // SAFETY: it is taken once, here, and not used afterwards.
