@@ -226,13 +226,15 @@ fn served_for_long_it_loses_nothing_and_nothing_adds_up() {
     let mut agent = Vec::new();
     let mut happened = BTreeMap::new();
     let (mut serving, mut at_first) = (0, least_of(soak.agent.child.id()));
-    // In a long run a process lives for long, too.
-    let calm = if seconds < 60 { 1 } else { 8 };
+    // In a long run a process lives for minutes, too.
+    let calm = if seconds < 60 { 4 } else { 256 };
     // The first and the last part each have all events.
-    let part = calm * OF_A_PROCESS.len() + OF_PROCESSES.len();
+    let part = (calm + 1) * OF_A_PROCESS.len() + OF_PROCESSES.len();
     while Instant::now() < end || served.len() < 2 * part {
+        let begun = served.len();
+        // First those of one process, then all by chance.
         let mut left: Vec<Event> = OF_A_PROCESS.repeat(calm);
-        left.extend(OF_PROCESSES);
+        let mut mixed = [&OF_A_PROCESS[..], &OF_PROCESSES[..]].concat();
         while !left.is_empty() {
             let which = soak.guest.random.below(left.len() as u64) as usize;
             let (what, event) = left.swap_remove(which);
@@ -252,6 +254,18 @@ fn served_for_long_it_loses_nothing_and_nothing_adds_up() {
             );
             served.push(facts);
             agent.push(least_of(soak.agent.child.id()));
+            if left.is_empty() {
+                if !mixed.is_empty() {
+                    let calm = &served[begun..];
+                    let quarter = calm.len() / 4;
+                    assert_level(
+                        "one process",
+                        &most(&calm[..quarter]),
+                        &most(&calm[calm.len() - quarter..]),
+                    );
+                }
+                left.append(&mut mixed);
+            }
         }
         soak.guest.settle();
         soak.guest.check_content();

@@ -505,8 +505,9 @@ fn a_new_process_that_is_killed_once_it_has_the_disk_loses_nothing() {
     // Both have ended, but for the descriptors that this process has.
     serve_fails(&served.volume, &[]).assert_says(5, &["in use"]);
     drop((messages, handover));
-    let process = start(&served.volume, &served.socket, &served.control, &[]);
-    served.first = process;
+    served.first = start(&served.volume, &served.socket, &served.control, &[]);
+    // A process that another test is about to start can have the listener of before for a moment.
+    served.first.wait_stderr("serving");
     guest.driver.reconnect(&served.socket);
     guest.settle();
     guest.check_content();

@@ -224,6 +224,13 @@ impl Disk {
         Withdrawal { disk: self, grant }
     }
 
+    /// Gives a disk without a table the size that it had: for the next input.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn shrink_for_next_input(&self, sectors: u64) {
+        lock(&self.tables).sectors = sectors;
+        self.show(sectors);
+    }
+
     /// Has all that waits for storage tried again: the rings are stopped, and take it from their records when they start.
     /// [`Withdrawal::wait`] waits until they have stopped.
     pub fn resume(&self) -> Withdrawal<'_> {

@@ -135,7 +135,7 @@ impl Host {
         });
         drop(theirs);
         disk.withdraw().wait();
-        disk.grow(CAPACITY / Sector::LEN).wait();
+        disk.shrink_for_next_input(CAPACITY / Sector::LEN);
         front_end.left_behind(self.descriptors);
     }
 }
@@ -143,6 +143,8 @@ impl Host {
 /// What can be behind a descriptor of a front-end.
 struct FrontEnd {
     stream: UnixStream,
+    /// The name of its memory files in the list of this process' mappings.
+    name: String,
     memory: File,
     things: Vec<OwnedFd>,
 }
@@ -151,7 +153,7 @@ struct FrontEnd {
 const KICK: usize = 3;
 const CALL: usize = 5;
 
-/// Names the memory files of this input in the list of this process' mappings.
+/// How many inputs there were.
 static INPUT: AtomicUsize = AtomicUsize::new(0);
 
 impl FrontEnd {
@@ -188,6 +190,7 @@ impl FrontEnd {
         ];
         Self {
             stream,
+            name,
             memory: memory.into(),
             things,
         }
@@ -314,7 +317,17 @@ impl FrontEnd {
             // Threads close some.
             thread::sleep(Duration::from_micros(200));
         }
+        while is_mapped(&self.name) {
+            assert!(start.elapsed() < LIMIT, "a memory region stays mapped");
+            thread::sleep(Duration::from_micros(200));
+        }
     }
+}
+
+/// Whether this process has mapped a memory file of this name.
+fn is_mapped(name: &str) -> bool {
+    let maps = fs::read_to_string("/proc/self/maps").unwrap();
+    maps.contains(&format!("/memfd:{name} "))
 }
 
 /// What is behind a descriptor, which may be closed by now.
