@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 
 /// What memory may grow by between the first part of a run and its last: buffers that were not used before, and what an allocator keeps.
 const SLACK_KIB: u64 = 4096;
+/// How long a connection that has ended, or the thread that ends, may still be seen.
+const PASSING: Duration = Duration::from_secs(5);
 /// Beyond which the disk does not grow.
 const LARGEST_MIB: u64 = 4096;
 
@@ -243,15 +245,20 @@ fn served_for_long_it_loses_nothing_and_nothing_adds_up() {
             let time = soak.guest.random.below(100);
             soak.guest.run(Duration::from_millis(20 + time));
             let process = soak.host.process();
-            let facts = least_of(process);
+            let mut facts = least_of(process);
             // Of one process from its first moment on, whatever happened since.
             if serving != process {
                 (serving, at_first) = (process, facts.clone());
             }
-            assert!(
-                facts.descriptors <= at_first.descriptors && facts.guest_mappings <= at_first.guest_mappings,
-                "{what}: {facts:?}, at first it was {at_first:?}"
-            );
+            // What passes has time to.
+            let start = Instant::now();
+            while facts.descriptors > at_first.descriptors || facts.guest_mappings > at_first.guest_mappings {
+                assert!(
+                    start.elapsed() < PASSING,
+                    "{what}: {facts:?}, at first it was {at_first:?}"
+                );
+                facts = least_of(process);
+            }
             served.push(facts);
             agent.push(least_of(soak.agent.child.id()));
             if left.is_empty() {
