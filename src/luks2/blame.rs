@@ -47,7 +47,7 @@ impl Reason {
             | Self::NotErased
             | Self::Entry { .. } => Blame::Storage,
             Self::Keyslot { source, .. } if lacks_memory(source) => Blame::Host,
-            Self::Arena(_) | Self::NewKeyslot(_) | Self::Random(_) => Blame::Host,
+            Self::Arena(_) | Self::NewKeyslot(_) | Self::Random(_) | Self::UnknownHost => Blame::Host,
             Self::Header(_)
             | Self::Keyslot { .. }
             | Self::Refused(_)

@@ -108,6 +108,12 @@ pub enum Reason {
          and boot the guest again"
     )]
     RanElsewhere { then: u64, now: u64 },
+    #[error(
+        "nothing tells this host from others, since neither its machine ID (/etc/machine-id) nor its boot ID \
+         (/proc/sys/kernel/random/boot_id) can be read, so it cannot be entered in the header as the one that has the volume attached: give it a \
+         machine ID (`systemd-machine-id-setup`); or, where nothing else attaches the volume, use --header-claim off"
+    )]
+    UnknownHost,
     #[error("another host ({by:?}) attached it in the same moment: start the guest on one host only")]
     AttachedTwice { by: String },
     #[error("the key does not belong to this volume")]

@@ -87,11 +87,14 @@ impl Locked<'_> {
     /// `no_other` host does the same at this moment, this takes a tenth of a second.
     ///
     /// # Errors
-    /// If another host has it attached or was quicker, the guest has run elsewhere, or the header cannot be written. Then the host is not
-    /// entered, unless the storage fails.
+    /// If another host has it attached or was quicker, the guest has run elsewhere, the host has no ID, or the header cannot be written.
+    /// Then the host is not entered, unless the storage fails.
     pub fn hold(&mut self, terms: &Terms<'_>, no_other: bool) -> Result<u64, Reason> {
         // Also where the header cannot be locked to be changed.
         self.holding().check(terms)?;
+        if terms.host.id.is_nil() {
+            return Err(Reason::UnknownHost);
+        }
         let start = Instant::now();
         let mut update = self.update()?;
         let found = update.holding();
@@ -248,7 +251,7 @@ mod tests {
 
         // After a crash, after a boot, and in another container.
         let booted = Host {
-            boot: Uuid::nil(),
+            boot: Uuid::from_u128(200),
             ..a.clone()
         };
         assert_eq!(other.hold(&terms(&booted), false).unwrap(), 2);
@@ -298,6 +301,32 @@ mod tests {
                 holder: None
             }
         );
+    }
+
+    #[test]
+    fn a_host_without_an_id_is_no_other_host() {
+        let io = Memory::of(&sample());
+        let [mut a, mut b] = [1, 2].map(host);
+        (a.boot, b.boot) = (Uuid::nil(), Uuid::nil());
+        let mut locked = Locked::open(&io, None).unwrap();
+        locked.hold(&terms(&a), false).unwrap();
+        let refused = locked.hold(&terms(&b), false).unwrap_err();
+        assert!(matches!(refused, Reason::HeldElsewhere { .. }), "{refused}");
+        // What an earlier release has entered of a host without any.
+        b.id = Uuid::nil();
+        let theirs = json!({
+            "type": TYPE, "keyslots": [], "sequence": "1", "host": b.id.to_string(), "name": "", "boot": b.boot.to_string(),
+            "since": "2026-11-30T18:12:00Z",
+        });
+        let io = Memory::of(&sample_with("/tokens/1", theirs));
+        let mut locked = Locked::open(&io, None).unwrap();
+        let refused = locked.hold(&terms(&b), false).unwrap_err();
+        assert!(matches!(refused, Reason::HeldElsewhere { .. }), "{refused}");
+        let io = Memory::of(&sample());
+        let mut locked = Locked::open(&io, None).unwrap();
+        let refused = locked.hold(&terms(&b), false).unwrap_err();
+        assert!(matches!(refused, Reason::UnknownHost), "{refused}");
+        assert_eq!(held(&io), Holding::default());
     }
 
     #[test]

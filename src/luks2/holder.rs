@@ -32,11 +32,11 @@ pub(crate) const TYPE: &str = "sealblk-host";
 /// A host, as its processes enter it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Host {
-    /// Tells it from all other hosts, also after a boot.
+    /// Tells it from all other hosts, also after a boot. Nil: nothing tells it from others.
     pub id: Uuid,
     /// For people.
     pub name: String,
-    /// Its boot.
+    /// Its boot; nil if it is not known.
     pub boot: Uuid,
 }
 
@@ -65,7 +65,9 @@ impl Holder {
 
     /// Whether locks of `host` reach its processes.
     pub fn is(&self, host: &Host) -> bool {
-        self.host == host.id || self.boot == host.boot
+        // Two hosts whose ID cannot be read are not the same one.
+        let is_same = |ours: Uuid, theirs: Uuid| !ours.is_nil() && ours == theirs;
+        is_same(self.host, host.id) || is_same(self.boot, host.boot)
     }
 }
 

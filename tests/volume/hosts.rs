@@ -23,6 +23,7 @@ use uuid::Uuid;
 
 const IN_USE: i32 = 5;
 const STORAGE: i32 = 6;
+const HOST: i32 = 1;
 
 /// A host, by the files that tell it from others.
 struct Host {
@@ -42,6 +43,11 @@ impl Host {
 
     fn boot(&self) {
         fs::write(self.dir.path().join("boot_id"), format!("{}\n", Uuid::new_v4())).unwrap();
+    }
+
+    /// Its file `id` says nothing from now on.
+    fn forget(&self, id: &str) {
+        fs::write(self.dir.path().join(id), "").unwrap();
     }
 
     /// The same command, on this host.
@@ -341,6 +347,30 @@ fn a_guest_migrates_over_a_lun_and_cannot_go_on_where_it_ran_before() {
     assert_eq!(lun.token()["name"], "node-a");
     drop(anew);
     source.server.stop();
+}
+
+/// All hosts without one were taken for the same host.
+#[test]
+fn a_host_without_a_boot_id_is_told_from_others_and_one_without_any_id_attaches_nothing() {
+    let Some(lun) = Lun::new() else {
+        eprintln!("skipped: no loop device can be had here");
+        return;
+    };
+    let [a, b] = ["node-a", "node-b"].map(Host::new);
+    for host in [&a, &b] {
+        host.forget("boot_id");
+    }
+    let at_a = Side::start(&a, &lun.here, &[]);
+    assert!(at_a.server.process.stderr().contains("the boot ID"));
+    at_a.server.connect().still_serves();
+    assert_refused(&serve_fails(&b, &lun.there, &[]), 1);
+    b.forget("machine-id");
+    assert_refused(&serve_fails(&b, &lun.there, &[]), 1);
+    at_a.server.stop();
+    serve_fails(&b, &lun.there, &[]).assert_says(HOST, &["/etc/machine-id", "systemd-machine-id-setup"]);
+    let at_b = Side::start(&b, &lun.there, &["--header-claim", "off"]);
+    at_b.server.connect().still_serves();
+    at_b.server.stop();
 }
 
 /// Storage that takes no write of the header: nothing is served by a claim that is not there.

@@ -56,6 +56,12 @@ impl HeaderClaim {
                 "this host has no machine ID (/etc/machine-id): if it crashes, it needs --take-over to attach the disk again after its boot"
             );
         }
+        if is_wanted && host.boot.is_nil() {
+            tracing::warn!(
+                "the boot ID (/proc/sys/kernel/random/boot_id) of this host cannot be read: containers with another machine ID (/etc/machine-id) \
+                 count as other hosts"
+            );
+        }
         Self {
             host,
             choice,

@@ -20,15 +20,14 @@ pub struct ThisHost {
 impl ThisHost {
     /// As its files say. Call it while the process is not confined.
     pub fn find() -> Self {
-        let boot = uuid("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-        let machine = uuid("/etc/machine-id").filter(|id| !id.is_nil());
-        let name = text("/proc/sys/kernel/hostname").unwrap_or_default();
+        let boot = uuid("/proc/sys/kernel/random/boot_id");
+        let machine = uuid("/etc/machine-id");
         Self {
             is_lasting: machine.is_some(),
             host: Host {
-                id: derived(machine.unwrap_or(boot)),
-                name,
-                boot,
+                id: machine.or(boot).map(derived).unwrap_or_default(),
+                name: text("/proc/sys/kernel/hostname").unwrap_or_default(),
+                boot: boot.unwrap_or_default(),
             },
         }
     }
@@ -39,7 +38,7 @@ fn text(path: &str) -> Option<String> {
 }
 
 fn uuid(path: &str) -> Option<Uuid> {
-    text(path)?.parse().ok()
+    text(path)?.parse().ok().filter(|id: &Uuid| !id.is_nil())
 }
 
 /// machine-id(5) asks that the ID itself be kept from other hosts. This is what sd_id128_get_machine_app_specific(3) makes of it.
