@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use uuid::Uuid;
 
 use super::Keys;
 use super::failure::Failure;
@@ -130,8 +131,10 @@ impl TakeOver {
         };
         let terms = Terms {
             host: &ThisHost::find().host,
+            process: Uuid::new_v4(),
             take_over: self.take_over,
-            ran_as: None,
+            ran: None,
+            goes_on: false,
         };
         let checked = Holding::of(found.header().metadata()).check(&terms);
         checked.map_err(|reason| Failure::from(reason.at(header.path())))

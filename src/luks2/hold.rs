@@ -7,6 +7,8 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use uuid::Uuid;
+
 use crate::copies::HeaderError;
 use crate::error::Reason;
 use crate::holder::{Holder, Holding, Host, TYPE};
@@ -19,10 +21,14 @@ use crate::update::Update;
 pub struct Terms<'a> {
     /// The process' host.
     pub host: &'a Host,
+    /// Tells the process from all others.
+    pub process: Uuid,
     /// The sequence of an attachment of another host that is over.
     pub take_over: Option<u64>,
-    /// The sequence with which the guest has run here that is to go on now.
-    pub ran_as: Option<u64>,
+    /// The last of the process' attachments whose guest ran.
+    pub ran: Option<u64>,
+    /// Whether that guest is to go on now.
+    pub goes_on: bool,
 }
 
 impl Holding {
@@ -40,12 +46,22 @@ impl Holding {
                 holder: Box::new(holder.clone()),
             });
         }
-        match terms.ran_as {
-            Some(ran_as) if ran_as != self.sequence => Err(Reason::RanElsewhere {
-                then: ran_as,
-                now: self.sequence,
-            }),
+        let now = self.last_run(terms);
+        match terms.ran {
+            Some(then) if terms.goes_on && then != now => Err(Reason::RanElsewhere { then, now }),
             _ => Ok(()),
+        }
+    }
+
+    /// The last attachment whose guest has run, or may have.
+    fn last_run(&self, terms: &Terms<'_>) -> u64 {
+        match &self.holder {
+            // The process could not remove it, or not enter it as a whole.
+            Some(holder) if holder.process == Some(terms.process) && terms.ran != Some(self.sequence) => {
+                self.ran
+            }
+            Some(_) => self.sequence,
+            None => self.ran,
         }
     }
 }
@@ -101,7 +117,8 @@ impl Locked<'_> {
         found.check(terms)?;
         let ours = Holding {
             sequence: found.sequence.wrapping_add(1),
-            holder: Some(Holder::now(terms.host)),
+            ran: found.last_run(terms),
+            holder: Some(Holder::now(terms.host, terms.process)),
         };
         update.set_holding(ours.clone())?;
         let entered = update.commit(self).and_then(|()| {
@@ -114,8 +131,12 @@ impl Locked<'_> {
         match entered {
             Ok(()) => Ok(ours.sequence),
             Err(error) => {
-                // A write that failed may have come through nevertheless.
-                let _ = self.set_holding(&ours, found);
+                // A write that failed may have come through nevertheless, and others may have read the number.
+                let nobody = Holding {
+                    holder: None,
+                    ..ours.clone()
+                };
+                let _ = self.set_holding(&ours, nobody);
                 Err(error)
             }
         }
@@ -147,8 +168,7 @@ impl Locked<'_> {
         }
     }
 
-    /// Has the header say that no host has the volume attached, if it says `sequence` and this host; a guest that never `ran` gives that
-    /// number back.
+    /// Has the header say that no host has the volume attached, if it says `sequence` and this host; and whether its guest `ran`.
     ///
     /// # Errors
     /// If another host has it attached by now, or the header cannot be written.
@@ -167,12 +187,9 @@ impl Locked<'_> {
                 });
             }
         }
-        let left = match ran {
-            true => sequence,
-            false => sequence.wrapping_sub(1),
-        };
         update.set_holding(Holding {
-            sequence: left,
+            sequence,
+            ran: if ran { sequence } else { found.ran },
             holder: None,
         })?;
         update.commit(self)
@@ -189,8 +206,9 @@ impl Locked<'_> {
             Some(_) => self.set_holding(
                 &found.clone(),
                 Holding {
+                    sequence: found.sequence,
+                    ran: found.last_run(terms),
                     holder: None,
-                    ..found
                 },
             ),
             None => Ok(()),
@@ -210,10 +228,16 @@ impl Locked<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::{Cell, RefCell};
+    use std::ops::Range;
+    use std::path::Path;
+    use std::{fmt, io};
+
     use serde_json::json;
-    use uuid::Uuid;
 
     use super::*;
+    use crate::header_io::HeaderIo;
+    use crate::lock::MetadataLock;
     use crate::metadata::Id;
     use crate::testing::{Memory, sample, sample_with};
 
@@ -228,13 +252,92 @@ mod tests {
     fn terms(host: &Host) -> Terms<'_> {
         Terms {
             host,
+            process: Uuid::new_v4(),
             take_over: None,
-            ran_as: None,
+            ran: None,
+            goes_on: false,
+        }
+    }
+
+    fn nobody(sequence: u64, ran: u64) -> Holding {
+        Holding {
+            sequence,
+            ran,
+            holder: None,
         }
     }
 
     fn held(io: &Memory) -> Holding {
         Locked::open(io, None).unwrap().holding()
+    }
+
+    /// A medium on which something happens when it is synced, or read back.
+    struct Medium<'a> {
+        io: &'a Memory,
+        /// What is read until the first write.
+        seen: RefCell<Option<Vec<u8>>>,
+        on_sync: Box<dyn Fn() -> io::Result<()> + 'a>,
+        on_look: Box<dyn Fn() + 'a>,
+    }
+
+    impl fmt::Debug for Medium<'_> {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            self.io.fmt(f)
+        }
+    }
+
+    impl HeaderIo for Medium<'_> {
+        fn path(&self) -> &Path {
+            self.io.path()
+        }
+
+        fn size(&self) -> io::Result<u64> {
+            self.io.size()
+        }
+
+        fn can_grow(&self) -> bool {
+            self.io.can_grow()
+        }
+
+        fn set_size(&self, size: u64) -> io::Result<()> {
+            self.io.set_size(size)
+        }
+
+        fn read_only(&self) -> bool {
+            self.io.read_only()
+        }
+
+        fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+            self.io.read_at(buffer, offset)?;
+            if let Some(there) = self
+                .seen
+                .borrow()
+                .as_ref()
+                .and_then(|seen| seen.get(offset as usize..))
+            {
+                let len = there.len().min(buffer.len());
+                buffer[..len].copy_from_slice(&there[..len]);
+            }
+            Ok(())
+        }
+
+        fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+            *self.seen.borrow_mut() = None;
+            self.io.write_at(bytes, offset)
+        }
+
+        fn sync(&self) -> io::Result<()> {
+            (self.on_sync)()
+        }
+
+        fn forget_cached(&self, _: Range<u64>) -> io::Result<()> {
+            (self.on_look)();
+            Ok(())
+        }
+
+        fn lock(&self, mode: LockMode) -> io::Result<MetadataLock<'_>> {
+            self.io.lock(mode)
+        }
     }
 
     #[test]
@@ -265,11 +368,7 @@ mod tests {
         locked.let_go(&booted, 2, true).unwrap();
         assert!(held(&io).holder.is_some());
         other.let_go(&container, 3, true).unwrap();
-        let nobody = Holding {
-            sequence: 3,
-            holder: None,
-        };
-        assert_eq!(held(&io), nobody);
+        assert_eq!(held(&io), nobody(3, 3));
         assert_eq!(other.hold(&terms(&b), false).unwrap(), 4);
     }
 
@@ -286,21 +385,42 @@ mod tests {
         locked.hold(&take_over(&b, 2), false).unwrap_err();
         assert_eq!(locked.hold(&take_over(&b, 1), false).unwrap(), 2);
         locked.hold(&take_over(&c, 1), false).unwrap_err();
-        // It is the first host's no more.
-        let refused = locked.let_go(&a, 1, true).unwrap_err();
-        assert!(
-            matches!(refused, Reason::HeldElsewhere { sequence: 2, .. }),
-            "{refused}"
-        );
         locked.forget_holder(&take_over(&a, 1)).unwrap_err();
         locked.forget_holder(&take_over(&a, 2)).unwrap();
-        assert_eq!(
-            held(&io),
-            Holding {
-                sequence: 2,
-                holder: None
-            }
-        );
+        assert_eq!(held(&io), nobody(2, 2));
+    }
+
+    /// The number of an attachment without a guest was given out again, so that it could be taken over by what was said of the first.
+    #[test]
+    fn a_number_is_given_out_once() {
+        let io = Memory::of(&sample());
+        let [a, b] = [1, 2].map(host);
+        let mut locked = Locked::open(&io, None).unwrap();
+        assert_eq!(locked.hold(&terms(&a), false).unwrap(), 1);
+        locked.let_go(&a, 1, false).unwrap();
+        assert_eq!(held(&io), nobody(1, 0));
+        assert_eq!(locked.hold(&terms(&a), false).unwrap(), 2);
+        let left_in_a_unit = Terms {
+            take_over: Some(1),
+            ..terms(&b)
+        };
+        let refused = locked.hold(&left_in_a_unit, false).unwrap_err();
+        assert!(refused.to_string().contains("--take-over 2"), "{refused}");
+        // Also if the claim fails.
+        locked.let_go(&a, 2, true).unwrap();
+        let fails = Cell::new(true);
+        let medium = Medium {
+            io: &io,
+            seen: RefCell::default(),
+            on_sync: Box::new(|| match fails.take() {
+                true => Err(io::ErrorKind::Other.into()),
+                false => Ok(()),
+            }),
+            on_look: Box::new(|| {}),
+        };
+        let mut locked = Locked::open(&medium, None).unwrap();
+        locked.hold(&terms(&a), false).unwrap_err();
+        assert_eq!(held(&io), nobody(3, 2));
     }
 
     #[test]
@@ -337,25 +457,96 @@ mod tests {
         let sequence = locked.hold(&terms(&a), false).unwrap();
         locked.let_go(&a, sequence, true).unwrap();
         let goes_on = Terms {
-            ran_as: Some(sequence),
+            ran: Some(sequence),
+            goes_on: true,
             ..terms(&a)
         };
         // It never ran there.
         let elsewhere = locked.hold(&terms(&b), false).unwrap();
         locked.let_go(&b, elsewhere, false).unwrap();
-        assert_eq!(held(&io).sequence, sequence);
+        assert_eq!(held(&io), nobody(2, 1));
         let sequence = locked.hold(&goes_on, false).unwrap();
         locked.let_go(&a, sequence, true).unwrap();
         let elsewhere = locked.hold(&terms(&b), false).unwrap();
         locked.let_go(&b, elsewhere, true).unwrap();
         let goes_on = Terms {
-            ran_as: Some(sequence),
-            ..terms(&a)
+            ran: Some(sequence),
+            ..goes_on
         };
         let refused = locked.hold(&goes_on, false).unwrap_err();
-        assert!(matches!(refused, Reason::RanElsewhere { .. }), "{refused}");
+        assert!(
+            matches!(refused, Reason::RanElsewhere { then: 3, now: 4 }),
+            "{refused}"
+        );
         // Another guest begins with what is there.
         locked.hold(&terms(&a), false).unwrap();
+    }
+
+    /// What had come through of a claim that failed was taken for a guest that has run elsewhere.
+    #[test]
+    fn a_process_knows_that_no_guest_ran_by_a_claim_that_it_could_not_remove() {
+        let io = Memory::of(&sample());
+        let [a, b] = [1, 2].map(host);
+        let mut locked = Locked::open(&io, None).unwrap();
+        let first = locked.hold(&terms(&a), false).unwrap();
+        locked.let_go(&a, first, true).unwrap();
+        let goes_on = Terms {
+            ran: Some(first),
+            goes_on: true,
+            ..terms(&a)
+        };
+        for left in 2..4 {
+            assert_eq!(locked.hold(&goes_on, false).unwrap(), left);
+        }
+        assert_eq!((held(&io).sequence, held(&io).ran), (3, 1));
+        // A guest ran by it, and it could not be removed.
+        let ran = Terms {
+            ran: Some(3),
+            ..goes_on
+        };
+        locked.hold(&ran, false).unwrap();
+        assert_eq!((held(&io).sequence, held(&io).ran), (4, 3));
+        // Another process does not know, of this host or another.
+        let other = Terms {
+            process: Uuid::new_v4(),
+            ..ran
+        };
+        let refused = locked.hold(&other, false).unwrap_err();
+        assert!(
+            matches!(refused, Reason::RanElsewhere { then: 3, now: 4 }),
+            "{refused}"
+        );
+        let take_over = Terms {
+            take_over: Some(4),
+            ..terms(&b)
+        };
+        locked.hold(&take_over, false).unwrap();
+        assert_eq!((held(&io).sequence, held(&io).ran), (5, 4));
+    }
+
+    #[test]
+    fn an_earlier_release_has_given_back_the_number_of_an_attachment_without_a_guest() {
+        let a = host(1);
+        let theirs = json!({ "type": TYPE, "keyslots": [], "sequence": "7" });
+        let io = Memory::of(&sample_with("/tokens/1", theirs));
+        assert_eq!(held(&io), nobody(7, 7));
+        let goes_on = |ran| Terms {
+            ran: Some(ran),
+            goes_on: true,
+            ..terms(&a)
+        };
+        let mut locked = Locked::open(&io, None).unwrap();
+        locked.hold(&goes_on(6), false).unwrap_err();
+        locked.hold(&goes_on(7), false).unwrap();
+        let holder = json!({
+            "type": TYPE, "keyslots": [], "sequence": "8", "host": a.id.to_string(), "name": "node-1", "boot": a.boot.to_string(),
+            "since": "2026-11-30T18:12:00Z",
+        });
+        let io = Memory::of(&sample_with("/tokens/1", holder));
+        let mut locked = Locked::open(&io, None).unwrap();
+        locked.hold(&goes_on(7), false).unwrap_err();
+        locked.let_go(&a, 8, true).unwrap();
+        assert_eq!(held(&io), nobody(8, 8));
     }
 
     /// Both had found it free, and the second write was the last.
@@ -369,7 +560,8 @@ mod tests {
             let mut update = update;
             let ours = Holding {
                 sequence: 1,
-                holder: Some(Holder::now(host)),
+                ran: 0,
+                holder: Some(Holder::now(host, Uuid::new_v4())),
             };
             update.set_holding(ours.clone()).unwrap();
             update.commit(locked).unwrap();
@@ -428,6 +620,7 @@ mod tests {
             json!({ "type": TYPE, "keyslots": [] }),
             json!({ "type": TYPE, "keyslots": [], "sequence": 7, "host": "x" }),
             json!({ "type": TYPE, "keyslots": ["0"], "sequence": "-1" }),
+            json!({ "type": TYPE, "keyslots": [], "sequence": "7", "ran": 7 }),
         ] {
             let io = Memory::of(&sample_with("/tokens/1", token));
             assert_eq!(held(&io), Holding::default());
@@ -447,7 +640,8 @@ mod tests {
         named.name = "\u{1b}[2J".repeat(40);
         let token = Holding {
             sequence: 1,
-            holder: Some(Holder::now(&named)),
+            ran: 0,
+            holder: Some(Holder::now(&named, Uuid::new_v4())),
         }
         .into_token();
         let name = token.other["name"].as_str().unwrap();

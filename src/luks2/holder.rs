@@ -1,21 +1,26 @@
 //! Which host has a volume attached, by a token in its header: for storage whose locks do not reach other hosts.
 //!
 //! ```json
-//! {"type": "sealblk-host", "keyslots": [], "sequence": "7", "host": "8d5e…", "name": "node-a", "boot": "e976…",
-//!  "since": "2026-11-30T18:12:00Z"}
+//! {"type": "sealblk-host", "keyslots": [], "sequence": "7", "ran": "5", "host": "8d5e…", "name": "node-a", "boot": "e976…",
+//!  "process": "c1f0…", "since": "2026-11-30T18:12:00Z"}
 //! ```
 //!
 //! A process that attaches the volume adds 1 to `sequence` and enters its host. When it detaches, the host goes and the sequence stays:
 //!
 //! ```json
-//! {"type": "sealblk-host", "keyslots": [], "sequence": "7"}
+//! {"type": "sealblk-host", "keyslots": [], "sequence": "7", "ran": "7"}
 //! ```
 //!
 //! So the host is there as long as a process has the volume attached, and after a crash. A process of another host refuses the volume then.
 //! A process of the same host does not: locks reach it, so the one that has entered the host has ended. `boot` is the same for all
 //! processes of one kernel, in whichever container they run.
 //!
-//! The sequence says whether a guest has run elsewhere since it ran here. One that never ran gives its number back.
+//! `sequence` never names two attachments, since an operator names one by it (`--take-over`). `ran` is the last attachment that has ended
+//! and whose guest ran: it says whether a guest has run elsewhere since it ran here. An attachment that has not ended may have a guest,
+//! unless it is one of this `process`, which knows.
+//!
+//! An earlier release writes neither `ran` nor `process`. It gives the number of an attachment without a guest back, so that `sequence` is
+//! `ran` there.
 
 use sealblk_base::harmless::harmless;
 use sealblk_base::parsing;
@@ -49,16 +54,20 @@ pub struct Holder {
     pub name: String,
     /// [`Host::boot`].
     pub boot: Uuid,
+    /// [`Terms::process`](crate::Terms::process). An earlier release does not tell.
+    #[serde(default)]
+    pub process: Option<Uuid>,
     /// Since when, by its clock.
     pub since: Timestamp,
 }
 
 impl Holder {
-    pub(crate) fn now(host: &Host) -> Self {
+    pub(crate) fn now(host: &Host, process: Uuid) -> Self {
         Self {
             host: host.id,
             name: host.name.clone(),
             boot: host.boot,
+            process: Some(process),
             since: Timestamp::now(),
         }
     }
@@ -76,6 +85,8 @@ impl Holder {
 pub struct Holding {
     /// How many times the volume was attached, as far as that was entered.
     pub sequence: u64,
+    /// The last attachment that has ended and whose guest ran.
+    pub ran: u64,
     /// Who has it attached.
     pub holder: Option<Holder>,
 }
@@ -86,10 +97,11 @@ impl Holding {
         let tokens = metadata.tokens.values().filter(|token| token.kind == TYPE);
         let holdings = tokens.filter_map(|token| {
             let fields = Value::Object(token.other.clone());
-            let Sequence { sequence } = parsing::json_value(fields.clone()).ok()?;
+            let Sequence { sequence, ran } = parsing::json_value(fields.clone()).ok()?;
             let holder = parsing::json_value(fields).ok();
             Some(Self {
                 sequence: sequence.0,
+                ran: ran.unwrap_or(sequence).0,
                 holder,
             })
         });
@@ -103,10 +115,14 @@ impl Holding {
         let field = |text: String| Value::String(text);
         let mut other = Other::new();
         other.insert("sequence".to_owned(), field(self.sequence.to_string()));
+        other.insert("ran".to_owned(), field(self.ran.to_string()));
         if let Some(holder) = self.holder {
             other.insert("host".to_owned(), field(holder.host.to_string()));
             other.insert("name".to_owned(), field(harmless(&holder.name, MOST_OF_NAME)));
             other.insert("boot".to_owned(), field(holder.boot.to_string()));
+            if let Some(process) = holder.process {
+                other.insert("process".to_owned(), field(process.to_string()));
+            }
             other.insert("since".to_owned(), field(holder.since.to_string()));
         }
         Token {
@@ -120,6 +136,8 @@ impl Holding {
 #[derive(Deserialize)]
 struct Sequence {
     sequence: Decimal,
+    #[serde(default)]
+    ran: Option<Decimal>,
 }
 
 /// How much of a host's name is entered, in characters: as long as Linux lets it be.

@@ -349,6 +349,21 @@ fn a_guest_migrates_over_a_lun_and_cannot_go_on_where_it_ran_before() {
     source.server.stop();
 }
 
+/// The first process has ended before a guest ran, and its number was given out a second time, to an attachment that is not over.
+#[test]
+fn a_take_over_that_was_left_in_a_unit_takes_no_later_attachment_over() {
+    let Some(lun) = Lun::new() else {
+        eprintln!("skipped: no loop device can be had here");
+        return;
+    };
+    let [a, b] = ["node-a", "node-b"].map(Host::new);
+    Side::start(&a, &lun.here, &[]).server.stop();
+    let at_a = Side::start(&a, &lun.here, &[]);
+    at_a.server.connect().still_serves();
+    assert_refused(&serve_fails(&b, &lun.there, &["--take-over", "1"]), 2);
+    at_a.server.stop();
+}
+
 /// All hosts without one were taken for the same host.
 #[test]
 fn a_host_without_a_boot_id_is_told_from_others_and_one_without_any_id_attaches_nothing() {
@@ -371,6 +386,48 @@ fn a_host_without_a_boot_id_is_told_from_others_and_one_without_any_id_attaches_
     let at_b = Side::start(&b, &lun.there, &["--header-claim", "off"]);
     at_b.server.connect().still_serves();
     at_b.server.stop();
+}
+
+/// What had come through of a claim that failed was taken for a guest that has run elsewhere.
+#[test]
+fn a_guest_goes_on_after_storage_that_failed_in_the_middle_of_a_claim() {
+    const EIO: i32 = 5;
+    let mut volume = Volume::created(MIB, 4096);
+    let Some(fuse) = Fuse::over(volume.file()) else {
+        eprintln!("skipped: nothing can be mounted here");
+        return;
+    };
+    volume.path = fuse.path();
+    let a = Host::new("node-a");
+    let side = Side::start(&a, &volume, &["--header-claim", "on"]);
+    let mut driver = side.server.connect();
+    driver.still_serves();
+    // The primary copy is written, or both are.
+    for writes in [1, 2] {
+        let bases = stop(&mut driver);
+        side.wait_claim("released");
+        match writes {
+            1 => fuse.fail(Operation::Write, Fault::Error(EIO), 16 << 10),
+            _ => fuse.fail(Operation::Sync, Fault::Error(EIO), 0),
+        }
+        go_on(&mut driver, &bases);
+        let read = driver.submit(0, T_IN, 0, Data::In(4096));
+        side.wait_claim("refused");
+        assert!(driver.queue().poll_used().is_none());
+        fuse.heal();
+        assert_eq!(token_of(&volume.path).unwrap()["name"], "node-a");
+        let bases = stop(&mut driver);
+        go_on(&mut driver, &bases);
+        let used = driver.queue().wait_used();
+        assert_eq!(
+            driver.outcome(&read, used).status,
+            S_OK,
+            "{}",
+            side.server.process.stderr()
+        );
+    }
+    drop(driver);
+    side.server.stop();
 }
 
 /// Storage that takes no write of the header: nothing is served by a claim that is not there.

@@ -235,7 +235,7 @@ impl Info {
 
 impl AttachedInfo {
     fn of(metadata: &Metadata) -> Option<Self> {
-        let Holding { sequence, holder } = Holding::of(metadata);
+        let Holding { sequence, holder, .. } = Holding::of(metadata);
         holder.map(|holder| Self {
             attachment: sequence,
             host: holder.host,

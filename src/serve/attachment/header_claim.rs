@@ -5,9 +5,11 @@
 
 use std::sync::Mutex;
 
+use uuid::Uuid;
+
 use super::OpenError;
 use crate::keys::binding::BindingReason;
-use crate::luks2::{Host, Locked, Reason, Terms};
+use crate::luks2::{Host, Locked, Reason, Terms, VolumeError};
 use crate::mutex::lock;
 use crate::storage::{Backing, Kind, ThisHost};
 
@@ -26,6 +28,8 @@ pub enum Choice {
 #[derive(Debug)]
 pub struct HeaderClaim {
     host: Host,
+    /// See [`Terms::process`].
+    process: Uuid,
     choice: Choice,
     /// Whether there is one.
     is_wanted: bool,
@@ -36,9 +40,10 @@ pub struct HeaderClaim {
 
 #[derive(Debug, Default)]
 struct State {
-    /// The sequence of the last claim.
-    last: Option<u64>,
-    is_held: bool,
+    /// The sequence of the claim, while it is held.
+    held: Option<u64>,
+    /// That of the last one by which a guest ran.
+    ran: Option<u64>,
 }
 
 impl HeaderClaim {
@@ -64,6 +69,7 @@ impl HeaderClaim {
         }
         Self {
             host,
+            process: Uuid::new_v4(),
             choice,
             is_wanted,
             take_over,
@@ -77,11 +83,7 @@ impl HeaderClaim {
     /// # Errors
     /// Those of [`Locked::hold`].
     pub fn take(&self, locked: &mut Locked<'_>, goes_on: bool, no_other: bool) -> Result<(), Reason> {
-        let terms = Terms {
-            host: &self.host,
-            take_over: self.take_over,
-            ran_as: self.lend().filter(|_| goes_on && self.is_wanted),
-        };
+        let terms = self.terms(goes_on && self.is_wanted);
         let found = locked.holding();
         found.check(&terms)?;
         if let Some(holder) = found.holder.filter(|holder| !holder.is(&self.host)) {
@@ -101,7 +103,7 @@ impl HeaderClaim {
         };
         match held {
             Ok(sequence) => {
-                self.borrow(sequence, true);
+                lock(&self.state).held = sequence;
                 Ok(())
             }
             Err(error) if self.choice != Choice::On && (error.is_not_permitted() || error.has_no_room()) => {
@@ -119,11 +121,17 @@ impl HeaderClaim {
     /// # Errors
     /// Those of [`Holding::check`](crate::luks2::Holding::check).
     pub fn check(&self, locked: &Locked<'_>) -> Result<(), Reason> {
-        locked.holding().check(&Terms {
+        locked.holding().check(&self.terms(false))
+    }
+
+    fn terms(&self, goes_on: bool) -> Terms<'_> {
+        Terms {
             host: &self.host,
+            process: self.process,
             take_over: self.take_over,
-            ran_as: None,
-        })
+            ran: lock(&self.state).ran,
+            goes_on,
+        }
     }
 
     /// Whether the disk is not to be served because of `error`.
@@ -141,42 +149,46 @@ impl HeaderClaim {
 
     /// Whether there is one now.
     pub fn is_held(&self) -> bool {
-        lock(&self.state).is_held
+        lock(&self.state).held.is_some()
     }
 
-    /// Removes it. A guest that never `ran` by it leaves no trace.
+    /// Removes it from the header that `open` gives; and whether a guest `ran` by it.
     ///
     /// # Errors
-    /// Those of [`Locked::let_go`].
-    pub fn let_go(&self, locked: &mut Locked<'_>, ran: bool) -> Result<(), Reason> {
+    /// Those of `open` and of [`Locked::let_go`].
+    pub fn let_go<'header>(
+        &self,
+        open: impl FnOnce() -> Result<Locked<'header>, VolumeError>,
+        ran: bool,
+    ) -> Result<(), VolumeError> {
         let sequence = {
             let mut state = lock(&self.state);
-            // Also if it fails: the next claim replaces what is left in the header.
-            match std::mem::take(&mut state.is_held) {
-                true => state.last,
-                false => None,
+            // Also if the header cannot be opened or written: the next claim replaces what is left there.
+            let Some(held) = state.held.take() else {
+                return Ok(());
+            };
+            if ran {
+                state.ran = Some(held);
             }
+            held
         };
-        let Some(sequence) = sequence else {
-            return Ok(());
-        };
-        locked.let_go(&self.host, sequence, ran)?;
-        if !ran {
-            lock(&self.state).last = Some(sequence.wrapping_sub(1));
-        }
-        Ok(())
+        let mut locked = open()?;
+        let let_go = locked.let_go(&self.host, sequence, ran);
+        let_go.map_err(|reason| reason.at(locked.path()))
     }
 
-    /// The sequence of the last claim, for another process of this host that takes the disk over.
+    /// The sequence of the last claim by which a guest ran, for another process of this host that takes the disk over. The claim that is
+    /// held counts.
     pub fn lend(&self) -> Option<u64> {
-        lock(&self.state).last
+        let state = lock(&self.state);
+        state.held.or(state.ran)
     }
 
     /// Takes over what another process has lent, which holds it or not.
     pub fn borrow(&self, last: Option<u64>, is_held: bool) {
         *lock(&self.state) = State {
-            last,
-            is_held: is_held && last.is_some(),
+            held: last.filter(|_| is_held),
+            ran: last,
         };
     }
 }

@@ -897,17 +897,13 @@ impl Observer for Weak<Attachment> {
         let Some(served) = self.upgrade().filter(|served| served.header_claim.is_held()) else {
             return;
         };
-        let let_go = || -> Result<(), VolumeError> {
-            let mut locked = served.opener.locked()?;
-            let let_go = served.header_claim.let_go(&mut locked, ran);
-            let_go.map_err(|reason| reason.at(locked.path()))
+        let Err(error) = served.header_claim.let_go(|| served.opener.locked(), ran) else {
+            return;
         };
-        if let Err(error) = let_go() {
-            let reason = interface::describe(&error);
-            tracing::error!(
-                "the header may still say that this host has the disk attached, so that another host needs --take-over to attach it: {reason}"
-            );
-        }
+        let reason = interface::describe(&error);
+        tracing::error!(
+            "the header may still say that this host has the disk attached, so that another host needs --take-over to attach it: {reason}"
+        );
     }
 
     fn changed(&self) {
