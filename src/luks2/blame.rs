@@ -26,6 +26,7 @@ impl Reason {
             | Self::Shrinks { .. }
             | Self::HeldElsewhere { .. }
             | Self::RanElsewhere { .. }
+            | Self::TakenOver { .. }
             | Self::AttachedTwice { .. } => Blame::Use,
             Self::Header(HeaderError::Read(_) | HeaderError::Length(_) | HeaderError::Write { .. })
             | Self::Keyslot {

@@ -109,6 +109,15 @@ pub enum Reason {
     )]
     RanElsewhere { then: u64, now: u64 },
     #[error(
+        "{} has taken the volume over while this host had it attached, so both may have written to it: end this host's guest, and check the file \
+         system of the disk",
+        by.as_ref().map_or_else(|| "another host".to_owned(), |name| format!("host {name:?}"))
+    )]
+    TakenOver {
+        /// None: it has ended since.
+        by: Option<String>,
+    },
+    #[error(
         "nothing tells this host from others, since neither its machine ID (/etc/machine-id) nor its boot ID \
          (/proc/sys/kernel/random/boot_id) can be read, so it cannot be entered in the header as the one that has the volume attached: give it a \
          machine ID (`systemd-machine-id-setup`); or, where nothing else attaches the volume, use --header-claim off"

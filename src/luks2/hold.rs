@@ -64,6 +64,18 @@ impl Holding {
             None => self.ran,
         }
     }
+
+    /// Whether the attachment `sequence` of `host` is still there.
+    fn has(&self, host: &Host, sequence: u64) -> Result<bool, Reason> {
+        match &self.holder {
+            Some(holder) if holder.is(host) => Ok(self.sequence == sequence),
+            // It was removed before, or the header is an older one.
+            None if self.sequence <= sequence => Ok(false),
+            holder => Err(Reason::TakenOver {
+                by: holder.as_ref().map(|holder| holder.name.clone()),
+            }),
+        }
+    }
 }
 
 /// How long a process waits at least before it looks whether another host has attached the volume in the same moment.
@@ -171,21 +183,12 @@ impl Locked<'_> {
     /// Has the header say that no host has the volume attached, if it says `sequence` and this host; and whether its guest `ran`.
     ///
     /// # Errors
-    /// If another host has it attached by now, or the header cannot be written.
+    /// If another host has attached it since, or the header cannot be written.
     pub fn let_go(&mut self, host: &Host, sequence: u64, ran: bool) -> Result<(), Reason> {
         let mut update = self.update()?;
         let found = update.holding();
-        match &found.holder {
-            Some(holder) if holder.is(host) && found.sequence == sequence => {}
-            // A successor on this host.
-            Some(holder) if holder.is(host) => return Ok(()),
-            None => return Ok(()),
-            Some(holder) => {
-                return Err(Reason::HeldElsewhere {
-                    sequence: found.sequence,
-                    holder: Box::new(holder.clone()),
-                });
-            }
+        if !found.has(host, sequence)? {
+            return Ok(());
         }
         update.set_holding(Holding {
             sequence,
@@ -421,6 +424,33 @@ mod tests {
         let mut locked = Locked::open(&medium, None).unwrap();
         locked.hold(&terms(&a), false).unwrap_err();
         assert_eq!(held(&io), nobody(3, 2));
+    }
+
+    /// It heard nothing of it, or that the other host had to be taken over.
+    #[test]
+    fn a_host_that_was_taken_over_hears_of_that_at_its_end() {
+        let io = Memory::of(&sample());
+        let [a, b] = [1, 2].map(host);
+        let mut locked = Locked::open(&io, None).unwrap();
+        locked.hold(&terms(&a), false).unwrap();
+        let take_over = Terms {
+            take_over: Some(1),
+            ..terms(&b)
+        };
+        locked.hold(&take_over, false).unwrap();
+        let refused = locked.let_go(&a, 1, true).unwrap_err();
+        assert!(
+            matches!(&refused, Reason::TakenOver { by: Some(by) } if by == "node-2"),
+            "{refused}"
+        );
+        assert!(!refused.to_string().contains("--take-over"), "{refused}");
+        locked.let_go(&b, 2, true).unwrap();
+        let refused = locked.let_go(&a, 1, true).unwrap_err();
+        assert!(matches!(refused, Reason::TakenOver { by: None }), "{refused}");
+        assert_eq!(held(&io), nobody(2, 2));
+        // Its own removal had come through; an older header was restored.
+        locked.let_go(&b, 2, true).unwrap();
+        locked.let_go(&b, 3, true).unwrap();
     }
 
     #[test]

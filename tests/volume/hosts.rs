@@ -388,6 +388,43 @@ fn a_host_without_a_boot_id_is_told_from_others_and_one_without_any_id_attaches_
     at_b.server.stop();
 }
 
+/// It said nothing, or told the operator to take the disk from the host that has it.
+#[test]
+fn a_host_whose_disk_was_taken_over_says_so_at_its_end() {
+    let Some(lun) = Lun::new() else {
+        eprintln!("skipped: no loop device can be had here");
+        return;
+    };
+    let [a, b] = ["node-a", "node-b"].map(Host::new);
+    for (number, ends_before) in [(1, false), (3, true)] {
+        let at_a = Side::start(&a, &lun.here, &[]);
+        at_a.server.connect().still_serves();
+        let at_b = Side::start(&b, &lun.there, &["--take-over", &number.to_string()]);
+        at_b.server.connect().still_serves();
+        let (said, at_b) = match ends_before {
+            true => {
+                at_b.server.stop();
+                (at_a.server.stop().stderr, None)
+            }
+            false => (at_a.server.stop().stderr, Some(at_b)),
+        };
+        assert!(
+            said.contains("has taken the volume over while this host had it"),
+            "{said}"
+        );
+        assert!(said.contains("check the file system"), "{said}");
+        assert_eq!(said.contains("\"node-b\""), !ends_before, "{said}");
+        assert!(
+            !said.contains("needs --take-over") && !said.contains("--take-over 2"),
+            "{said}"
+        );
+        if let Some(at_b) = at_b {
+            assert_eq!(lun.token()["name"], "node-b");
+            at_b.server.stop();
+        }
+    }
+}
+
 /// What had come through of a claim that failed was taken for a guest that has run elsewhere.
 #[test]
 fn a_guest_goes_on_after_storage_that_failed_in_the_middle_of_a_claim() {

@@ -901,9 +901,12 @@ impl Observer for Weak<Attachment> {
             return;
         };
         let reason = interface::describe(&error);
-        tracing::error!(
-            "the header may still say that this host has the disk attached, so that another host needs --take-over to attach it: {reason}"
-        );
+        match *error.reason {
+            Reason::TakenOver { .. } => tracing::error!("{reason}"),
+            _ => tracing::error!(
+                "the header may still say that this host has the disk attached, so that another host needs --take-over to attach it: {reason}"
+            ),
+        }
     }
 
     fn changed(&self) {
