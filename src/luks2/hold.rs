@@ -579,6 +579,51 @@ mod tests {
         assert_eq!(held(&io), nobody(8, 8));
     }
 
+    /// Each host finds the volume free, and the writes of the second land a while after those of the first.
+    #[test]
+    fn of_two_hosts_that_start_at_one_moment_never_two_attach() {
+        let io = Memory::of(&sample());
+        let [a, b] = [1, 2].map(host);
+        let (theirs, landed) = (RefCell::new(None), Cell::new(None));
+        let second = Medium {
+            io: &io,
+            seen: RefCell::new(Some(io.front.borrow().clone())),
+            on_sync: Box::new(|| Ok(())),
+            on_look: Box::new(|| {}),
+        };
+        let attach_second = || {
+            if theirs.borrow().is_none() {
+                let mut locked = Locked::open(&second, None).unwrap();
+                let held = locked.hold(&terms(&b), true);
+                *theirs.borrow_mut() = Some(held);
+            }
+        };
+        let first = Medium {
+            io: &io,
+            seen: RefCell::default(),
+            on_sync: Box::new(|| {
+                landed.set(Some(Instant::now()));
+                Ok(())
+            }),
+            on_look: Box::new(|| {
+                let waited = landed.get().map(|landed: Instant| landed.elapsed());
+                if waited.is_some_and(|waited| waited >= PAUSE / 2) {
+                    attach_second();
+                }
+            }),
+        };
+        let ours = Locked::open(&first, None).unwrap().hold(&terms(&a), true);
+        attach_second();
+        let theirs = theirs.take().unwrap();
+        assert!(ours.is_err() || theirs.is_err(), "both have it");
+        let refused = ours.unwrap_err();
+        assert!(
+            matches!(&refused, Reason::AttachedTwice { by } if by == "node-2"),
+            "{refused}"
+        );
+        assert_eq!(held(&io).holder.unwrap().host, b.id);
+    }
+
     /// Both had found it free, and the second write was the last.
     #[test]
     fn of_two_hosts_that_attach_at_one_moment_one_gives_up() {

@@ -349,6 +349,37 @@ fn a_guest_migrates_over_a_lun_and_cannot_go_on_where_it_ran_before() {
     source.server.stop();
 }
 
+/// Both may find the disk free.
+#[test]
+fn of_two_hosts_that_start_at_one_moment_never_two_serve() {
+    let Some(lun) = Lun::new() else {
+        eprintln!("skipped: no loop device can be had here");
+        return;
+    };
+    let hosts = ["node-a", "node-b"].map(Host::new);
+    for _ in 0..6 {
+        let mut sides = [(&hosts[0], &lun.here), (&hosts[1], &lun.there)].map(|(host, volume)| {
+            let socket = volume.beside("sock");
+            Process::spawn(&mut host.runs(&serve(volume, &socket, &[])))
+        });
+        let start = Instant::now();
+        let serves = sides.each_mut().map(|side| {
+            while side.is_running() && !side.stderr().contains("serving disk") {
+                assert!(start.elapsed() < DEADLINE, "{}", side.stderr());
+                thread::sleep(Duration::from_millis(10));
+            }
+            side.is_running()
+        });
+        assert_ne!(serves, [true; 2], "both serve: {}", sides[1].stderr());
+        for (side, serves) in sides.iter_mut().zip(serves) {
+            if serves {
+                side.signal(Signal::TERM);
+            }
+            assert_eq!(side.wait().status.success(), serves);
+        }
+    }
+}
+
 /// The first process has ended before a guest ran, and its number was given out a second time, to an attachment that is not over.
 #[test]
 fn a_take_over_that_was_left_in_a_unit_takes_no_later_attachment_over() {
