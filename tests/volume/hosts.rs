@@ -5,19 +5,20 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use common::DEADLINE;
-use common::driver::{Data, Driver, S_OK, T_IN, T_OUT};
+use common::driver::{Data, Driver, S_OK, Setup, T_IN, T_OUT};
+use common::frontend::Frontend;
 use common::fuse::{Fault, Fuse, Operation};
 use common::pattern;
-use common::process::{Ended, Process};
+use common::process::{Ended, Process, children_of};
 use common::serve::{Server, sealblk_path, serve};
 use common::storage::LoopDevice;
 use common::volume::{MIB, Volume, run};
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use uuid::Uuid;
 
@@ -129,10 +130,7 @@ impl Side {
     pub(super) fn wait_claim_of(&self, states: &[&str]) -> Value {
         let start = Instant::now();
         loop {
-            let mut status = Command::new(sealblk_path());
-            let told = run(status
-                .args(["status", "--json", "--control-socket"])
-                .arg(&self.control));
+            let told = run(self.verb("status").arg("--json"));
             let status: Value = serde_json::from_slice(&told.stdout).unwrap();
             let claim = status["claim"].clone();
             if states.contains(&claim["state"].as_str().unwrap()) {
@@ -141,6 +139,34 @@ impl Side {
             assert!(start.elapsed() < DEADLINE, "it is none of {states:?} but {claim}");
             thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    /// A verb for this side.
+    fn verb(&self, verb: &str) -> Command {
+        let mut command = Command::new(sealblk_path());
+        command.arg(verb).arg("--control-socket").arg(&self.control);
+        command
+    }
+
+    /// Ends the process that serves since an upgrade.
+    fn end_upgraded(&self) {
+        let told = run(self.verb("status").arg("--json"));
+        let status: Value = serde_json::from_slice(&told.stdout).unwrap();
+        let process = Pid::from_raw(status["process"].as_i64().unwrap() as i32).unwrap();
+        kill_process(process, Signal::TERM).unwrap();
+    }
+
+    /// Begins a rekey that gets no key until the key helper goes on, which is what comes with it.
+    fn begin_rekey(&self) -> (Child, Pid) {
+        let [helper] = children_of(self.server.process.pid())[..] else {
+            panic!("there is not one helper");
+        };
+        let helper = Pid::from_raw(helper.cast_signed()).unwrap();
+        kill_process(helper, Signal::STOP).unwrap();
+        let rekey = self.verb("rekey").stderr(Stdio::piped()).spawn().unwrap();
+        self.server.process.wait_stderr("PrivilegeUsed");
+        thread::sleep(Duration::from_millis(300));
+        (rekey, helper)
     }
 
     pub(super) fn crash(mut self) {
@@ -498,6 +524,110 @@ fn a_guest_goes_on_after_storage_that_failed_in_the_middle_of_a_claim() {
     side.server.stop();
 }
 
+/// The migration has priority. The source kept the claim in the header for the rekey: the locks do not say that another host is there.
+#[test]
+fn a_guest_leaves_a_lun_in_the_middle_of_a_rekey_which_fails() {
+    let Some(lun) = Lun::new() else {
+        eprintln!("skipped: no loop device can be had here");
+        return;
+    };
+    let [a, b] = ["node-a", "node-b"].map(Host::new);
+    let source = Side::start(&a, &lun.here, &[]);
+    let mut there = source.server.connect();
+    there.still_serves();
+    let destination = Side::start(&b, &lun.there, &["--incoming"]);
+    let (rekey, helper) = source.begin_rekey();
+    stop(&mut there);
+    source.wait_claim("released");
+    assert_eq!(lun.token().get("host"), None);
+    let mut here = destination.server.connect();
+    here.still_serves();
+    let before = lun.here.stored(0, 16 * MIB as usize);
+    kill_process(helper, Signal::CONT).unwrap();
+    let refused = rekey.wait_with_output().unwrap();
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert!(
+        !refused.status.success() && said.contains("where the guest runs"),
+        "{said}"
+    );
+    assert!(lun.here.stored(0, 16 * MIB as usize) == before);
+    run(&mut destination.verb("rekey"));
+}
+
+/// A rekey claimed the disk while the guest was under way, and the destination refused its guest.
+#[test]
+fn a_volume_on_a_lun_is_not_rekeyed_where_no_guest_runs_any_more() {
+    let Some(lun) = Lun::new() else {
+        eprintln!("skipped: no loop device can be had here");
+        return;
+    };
+    let a = Host::new("node-a");
+    let side = Side::start(&a, &lun.here, &[]);
+    // No guest has come yet, and the header says that this host has the disk.
+    run(&mut side.verb("rekey"));
+    let mut driver = side.server.connect();
+    driver.still_serves();
+    let bases = stop(&mut driver);
+    side.wait_claim("released");
+    let refused = side.verb("rekey").output().unwrap();
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert!(
+        !refused.status.success() && said.contains("locks do not tell"),
+        "{said}"
+    );
+    go_on(&mut driver, &bases);
+    driver.still_serves();
+    run(&mut side.verb("rekey"));
+}
+
+/// The claim stayed in the header, and nothing said so.
+#[test]
+fn the_end_of_a_process_in_the_middle_of_a_rekey_gives_a_lun_back() {
+    let Some(lun) = Lun::new() else {
+        eprintln!("skipped: no loop device can be had here");
+        return;
+    };
+    let [a, b] = ["node-a", "node-b"].map(Host::new);
+    let side = Side::start(&a, &lun.here, &[]);
+    let mut driver = side.server.connect();
+    driver.still_serves();
+    let (mut rekey, helper) = side.begin_rekey();
+    let ended = side.server.terminate();
+    kill_process(helper, Signal::CONT).unwrap();
+    assert!(!rekey.wait().unwrap().success());
+    assert_eq!(lun.token().get("host"), None, "{}", ended.stderr);
+    let side = Side::start(&b, &lun.there, &[]);
+    side.server.connect().still_serves();
+}
+
+/// The next process took the guest of a front-end that had started nothing yet for one that had run here.
+#[test]
+fn a_guest_that_comes_back_after_an_upgrade_is_served() {
+    let Some(lun) = Lun::new() else {
+        eprintln!("skipped: no loop device can be had here");
+        return;
+    };
+    let [a, b] = ["node-a", "node-b"].map(Host::new);
+    let here = Side::start(&a, &lun.here, &[]);
+    let mut driver = here.server.connect();
+    driver.still_serves();
+    stop(&mut driver);
+    here.wait_claim("released");
+    drop(driver);
+    let there = Side::start(&b, &lun.there, &[]);
+    there.server.connect().still_serves();
+    there.server.stop();
+
+    // QEMU waits for the guest.
+    let mut driver = Driver::unstarted(Frontend::connect(here.server.socket()), Setup::default());
+    run(&mut a.runs(&here.verb("upgrade")));
+    go_on(&mut driver, &[0]);
+    here.wait_claim("held");
+    driver.still_serves();
+    drop(driver);
+    here.end_upgraded();
+}
+
 /// Storage that takes no write of the header: nothing is served by a claim that is not there.
 #[test]
 fn a_claim_that_cannot_be_entered_is_refused_and_one_that_cannot_be_removed_stays() {
@@ -595,13 +725,7 @@ fn a_file_gets_no_claim_unless_it_is_demanded_and_loses_one_that_is_over() {
         (&token["name"], &token["sequence"]),
         (&"node-a".into(), &"1".into())
     );
-    let mut status = Command::new(sealblk_path());
-    let told = run(status
-        .args(["status", "--json", "--control-socket"])
-        .arg(&side.control));
-    let status: Value = serde_json::from_slice(&told.stdout).unwrap();
-    let process = rustix::process::Pid::from_raw(status["process"].as_i64().unwrap() as i32).unwrap();
-    rustix::process::kill_process(process, Signal::TERM).unwrap();
+    side.end_upgraded();
     let start = Instant::now();
     while token_of(&volume.path).unwrap().get("host").is_some() {
         assert!(start.elapsed() < DEADLINE, "the claim stays");

@@ -147,6 +147,11 @@ impl HeaderClaim {
         self.is_wanted || matches!(error, OpenError::Volume(error) if is_refusal(&error.reason))
     }
 
+    /// Whether there is one while the disk is claimed.
+    pub fn is_wanted(&self) -> bool {
+        self.is_wanted
+    }
+
     /// Whether there is one now.
     pub fn is_held(&self) -> bool {
         lock(&self.state).held.is_some()

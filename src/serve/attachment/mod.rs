@@ -893,6 +893,11 @@ impl Observer for Weak<Attachment> {
         served.is_some_and(|served| served.header_claim.is_held())
     }
 
+    fn tells_other_hosts(&self) -> bool {
+        let served = self.upgrade();
+        served.is_some_and(|served| served.header_claim.is_wanted())
+    }
+
     fn release(&self, ran: bool) {
         let Some(served) = self.upgrade().filter(|served| served.header_claim.is_held()) else {
             return;

@@ -11,7 +11,11 @@
 //!
 //! A change of the volume's header needs the claim, too, and keeps it ([`Kept`]) while no other process has attached the disk: a guest
 //! that is reset, or stopped, in the middle of a rekey is not noticed. If the other side of a migration is there, the guest goes
-//! first: the claim is given back, and the rest of the change is refused.
+//! first: the claim is given back, and the rest of the change is refused. With a claim in the header, locks do not tell whether the other
+//! side is there, so the guest always goes first.
+//!
+//! A claim that has to wait for storage before it is given back is due. Meanwhile no other process takes the disk over: there, nothing
+//! would give it back.
 
 use std::error::Error;
 use std::io;
@@ -37,6 +41,8 @@ pub trait Observer: Send + Sync {
     fn check(&self, first: bool, goes_on: bool) -> Result<(), String>;
     /// Whether [`Observer::release`] has something to do.
     fn has_to_release(&self) -> bool;
+    /// Whether other hosts are kept out by more than locks, which do not reach them.
+    fn tells_other_hosts(&self) -> bool;
     /// The claim is about to be given back; whether a guest `ran` with it.
     fn release(&self, ran: bool);
     /// The claim has come or gone, or was refused.
@@ -50,6 +56,10 @@ pub struct Claims {
     kept: AtomicU32,
     /// Whether it is to be given back when none keeps it any more.
     is_overdue: AtomicBool,
+    /// Whether it is to be given back once storage has what was written. This and the next one change while the state is locked.
+    is_due: AtomicBool,
+    /// Whether another process has the locks as well, and it is not decided which of the two goes on. Nothing is given back then.
+    is_lent: AtomicBool,
     observer: OnceLock<Box<dyn Observer>>,
     /// Whether this process has had the claim.
     was_held: AtomicBool,
@@ -82,10 +92,21 @@ enum State {
 pub struct LentClaim {
     /// What is attached.
     pub parts: Vec<Lent>,
-    /// Whether it is claimed.
+    /// What else the other process has to know.
+    pub past: ClaimPast,
+}
+
+/// A disk's claim so far, as another process continues with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ClaimPast {
+    /// Whether the disk is claimed.
     pub is_claimed: bool,
-    /// Whether the process has ever had the claim.
+    /// Whether it ever was.
     pub was_claimed: bool,
+    /// Whether a ring was served with the last claim.
+    pub is_used: bool,
+    /// Whether the guest of the front-end that is connected has run here.
+    pub guest_ran: bool,
 }
 
 /// How a disk's claim is.
@@ -125,9 +146,12 @@ impl Claims {
     /// What is attached, and whether it is claimed, for another process that takes it over. Both change only when a ring starts or stops.
     ///
     /// # Errors
-    /// If the disk is just being claimed, or was refused.
+    /// If the disk is just being claimed, was refused, or is to be given back.
     pub(super) fn lend(&self) -> Result<LentClaim, NotLent> {
         let state = lock(&self.state);
+        if self.is_due.load(Ordering::Relaxed) {
+            return Err(NotLent::Due);
+        }
         let (attached, is_claimed) = match &*state {
             State::Claimed(claim) => (claim.attached(), true),
             State::Attached(attached) => (attached, false),
@@ -135,11 +159,21 @@ impl Claims {
             State::Refused(_, reason) => return Err(NotClaimed::Refused(reason.clone()).into()),
             State::Left => return Err(NotClaimed::HandedOver.into()),
         };
-        Ok(LentClaim {
-            parts: attached.lend()?,
+        let parts = attached.lend()?;
+        self.is_lent.store(true, Ordering::Relaxed);
+        let past = ClaimPast {
             is_claimed,
             was_claimed: self.was_held.load(Ordering::Relaxed),
-        })
+            is_used: self.is_used.load(Ordering::Relaxed),
+            guest_ran: self.guest_ran.load(Ordering::Relaxed),
+        };
+        Ok(LentClaim { parts, past })
+    }
+
+    /// The locks are this process' alone again, or the other one's ([`Claims::leave`]).
+    pub(super) fn lending_ends(&self) {
+        let _state = lock(&self.state);
+        self.is_lent.store(false, Ordering::Relaxed);
     }
 
     /// Leaves the locks to the process that has borrowed them. From then on nothing of the disk is this process'.
@@ -151,16 +185,16 @@ impl Claims {
             State::Claiming { .. } | State::Left => {}
         }
         *state = State::Left;
+        self.is_due.store(false, Ordering::Relaxed);
     }
 
     /// Takes over what another process has left, claimed or not.
-    pub(super) fn take_over(&self, attached: Attached, is_claimed: bool, was_claimed: bool) {
+    pub(super) fn take_over(&self, attached: Attached, past: ClaimPast) {
         attached.take();
-        self.was_held.store(was_claimed, Ordering::Relaxed);
-        // It may have run by then.
-        self.is_used.store(true, Ordering::Relaxed);
-        self.guest_ran.store(was_claimed, Ordering::Relaxed);
-        *lock(&self.state) = match is_claimed {
+        self.was_held.store(past.was_claimed, Ordering::Relaxed);
+        self.is_used.store(past.is_used, Ordering::Relaxed);
+        self.guest_ran.store(past.guest_ran, Ordering::Relaxed);
+        *lock(&self.state) = match past.is_claimed {
             true => State::Claimed(Arc::new(attached.claimed())),
             false => State::Attached(attached),
         };
@@ -174,6 +208,8 @@ impl Claims {
             state: Mutex::new(state),
             kept: AtomicU32::new(0),
             is_overdue: AtomicBool::new(false),
+            is_due: AtomicBool::new(false),
+            is_lent: AtomicBool::new(false),
             observer: OnceLock::new(),
         }
     }
@@ -200,6 +236,26 @@ impl Claims {
     /// Another front-end has come: its guest has not run here.
     pub(super) fn front_end_came(&self) {
         self.guest_ran.store(false, Ordering::Relaxed);
+    }
+
+    /// Takes note of whether the claim is to be given back once storage has what was written.
+    pub(super) fn set_due(&self, is_due: bool) {
+        let _state = lock(&self.state);
+        self.is_due.store(is_due, Ordering::Relaxed);
+    }
+
+    /// See [`Claims::set_due`].
+    pub(super) fn is_due(&self) -> bool {
+        let _state = lock(&self.state);
+        self.is_due.load(Ordering::Relaxed)
+    }
+
+    /// Whether this process neither has the claim nor is about to get it or to give it back.
+    pub(super) fn is_given_back(&self) -> bool {
+        matches!(
+            *lock(&self.state),
+            State::Attached(_) | State::Refused(..) | State::Left
+        )
     }
 
     /// How it is.
@@ -299,7 +355,7 @@ impl Claims {
     }
 
     /// Keeps the claim for a change of the header; if it is not held, the disk is claimed for that, unless another process has attached
-    /// it.
+    /// it, or could have without a lock that tells.
     ///
     /// # Errors
     /// Why the header cannot be changed here now.
@@ -319,8 +375,14 @@ impl Claims {
             }
         };
         drop(state);
+        let tells_other_hosts = self
+            .observer
+            .get()
+            .is_some_and(|observer| observer.tells_other_hosts());
         let claimed = match attached.is_attached_by_others() {
             true => Err((attached, NotClaimed::Elsewhere)),
+            // A guest that is on its way to another host would be refused there.
+            false if tells_other_hosts => Err((attached, NotClaimed::NoGuest)),
             false => match attached.claim() {
                 Ok(claim) => match self.check(file) {
                     Ok(()) => Ok(claim),
@@ -375,12 +437,16 @@ impl Claims {
         self.was_held.load(Ordering::Relaxed)
     }
 
-    /// Gives the claim back, unless a ring is served with it. What was refused may be tried again. If storage does not answer within
-    /// `limit`, a thread continues, and the claim is held until it is done.
+    /// Gives back the claim that is due, unless a ring is served with it. What was refused may be tried again. If storage does not answer
+    /// within `limit`, a thread continues, and the claim is held until it is done.
     pub(super) fn release(self: &Arc<Self>, limit: Duration) {
         let claim = {
             let mut state = lock(&self.state);
-            let is_kept = self.kept.load(Ordering::Relaxed) > 0;
+            if self.is_lent.load(Ordering::Relaxed) || !self.is_due.swap(false, Ordering::Relaxed) {
+                return;
+            }
+            // Locks do not tell whether other hosts have attached a disk whose header names this one.
+            let is_kept = self.kept.load(Ordering::Relaxed) > 0 && !self.has_to_release();
             let (next, claim) = match state.take() {
                 State::Claimed(claim) if is_kept && !claim.is_attached_by_others() => {
                     self.is_overdue.store(true, Ordering::Relaxed);
@@ -438,6 +504,8 @@ impl Claims {
 
     /// Gives the claim back. The state says that it is being claimed.
     fn give_back(&self, claim: Claim) {
+        // A change of the header may be under way.
+        claim.leave_changes_to_this_thread();
         if let Some(observer) = self.observer.get() {
             observer.release(self.is_used.load(Ordering::Relaxed));
         }
@@ -454,11 +522,15 @@ pub struct Kept(Arc<Claims>);
 
 impl Drop for Kept {
     fn drop(&mut self) {
-        let is_last = {
+        let is_overdue = {
             let _state = lock(&self.0.state);
-            self.0.kept.fetch_sub(1, Ordering::Relaxed) == 1
+            let is_last = self.0.kept.fetch_sub(1, Ordering::Relaxed) == 1;
+            // One that is due already waits for storage.
+            is_last
+                && self.0.is_overdue.swap(false, Ordering::Relaxed)
+                && !self.0.is_due.swap(true, Ordering::Relaxed)
         };
-        if is_last && self.0.is_overdue.swap(false, Ordering::Relaxed) {
+        if is_overdue {
             self.0.release(DEFAULT_STOP_LIMIT);
         }
     }
@@ -473,6 +545,12 @@ pub enum NotClaimed {
          the two"
     )]
     Elsewhere,
+    /// On storage whose locks do not reach other hosts.
+    #[error(
+        "no guest runs with the disk here any more, and locks do not tell whether it goes on at another host: make the change where the guest \
+         runs, or end `sealblk serve` first"
+    )]
+    NoGuest,
     /// See [`Standing::Waiting`].
     #[error(
         "the disk is being taken over from another process, or waits for writes of one that was killed: try again later"
@@ -492,6 +570,12 @@ pub enum NotLent {
     /// There is none, and the guest waits for it.
     #[error(transparent)]
     NotClaimed(#[from] NotClaimed),
+    /// The guest has stopped, and what it has written is not on stable storage yet.
+    #[error(
+        "the guest has stopped, and this process gives the disk back as soon as the storage has answered: see whether the storage is slow or \
+         hangs (`sealblk status`), and try again then, or when the guest runs"
+    )]
+    Due,
     /// Descriptors are exhausted.
     #[error("the locks of the disk cannot be passed on")]
     Io(#[from] io::Error),
@@ -525,7 +609,12 @@ impl std::fmt::Debug for Claims {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc::SyncSender;
+
+    use rustix::fs::{FlockOperation, flock};
+
     use super::*;
+    use crate::luks2::{HeaderIo, LockMode};
     use crate::storage::{Access, Backing, Others};
 
     /// The process that had left a disk went on as if it had its claim, and gave back the locks that were another one's by then.
@@ -554,5 +643,109 @@ mod tests {
         assert!(matches!(third(), Err(StorageError::InUse { .. })));
         drop(of_the_other);
         third().unwrap();
+    }
+
+    /// What is to be given back when storage has answered would be the next process', which knows nothing of that. What is given back
+    /// meanwhile would not be the next process' although it says so: both unlock one description.
+    #[test]
+    fn a_claim_is_either_lent_or_given_back() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let backing = Backing::open(file.path(), Access::ReadWrite).unwrap();
+        let claims = Arc::new(Claims::now(backing.attach(Others::Refused).unwrap()).unwrap());
+        claims.set_due(true);
+        assert!(matches!(claims.lend(), Err(NotLent::Due)));
+        // The guest continues.
+        claims.set_due(false);
+        let lent = claims.lend().unwrap();
+        claims.set_due(true);
+        claims.release(DEFAULT_STOP_LIMIT);
+        assert!(claims.current().is_some() && backing.is_claimed());
+        claims.lending_ends();
+        claims.release(DEFAULT_STOP_LIMIT);
+        assert!(claims.current().is_none() && !backing.is_claimed());
+        drop(lent);
+    }
+
+    /// On storage whose locks do not reach other hosts: what changes the header while it says that this host has the disk, and after that.
+    #[derive(Debug, Default)]
+    struct InHeader {
+        is_held: Arc<AtomicBool>,
+        let_go: Option<SyncSender<SyncSender<()>>>,
+    }
+
+    impl Observer for InHeader {
+        fn check(&self, _: bool, _: bool) -> Result<(), String> {
+            Ok(())
+        }
+
+        fn has_to_release(&self) -> bool {
+            self.is_held.load(Ordering::Relaxed)
+        }
+
+        fn tells_other_hosts(&self) -> bool {
+            true
+        }
+
+        fn release(&self, _: bool) {
+            self.is_held.store(false, Ordering::Relaxed);
+            if let Some(let_go) = &self.let_go {
+                let (go_on, wait) = sync_channel(0);
+                let_go.send(go_on).unwrap();
+                wait.recv().unwrap();
+            }
+        }
+
+        fn changed(&self) {}
+    }
+
+    /// A rekey wrote the header of another host's disk: it had asked for the claim before it waited for the lock on the header.
+    #[test]
+    fn a_header_that_says_no_more_that_this_host_has_the_disk_is_not_changed() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let backing = Backing::open(file.path(), Access::ReadWrite).unwrap();
+        let claims = Arc::new(Claims::now(backing.attach(Others::Refused).unwrap()).unwrap());
+        let (let_go, is_let_go) = sync_channel(0);
+        claims.observe(Box::new(InHeader {
+            is_held: Arc::new(true.into()),
+            let_go: Some(let_go),
+        }));
+        let kept = claims.keep(&DataFile::null().unwrap()).unwrap();
+        let change = || backing.lock(LockMode::Write);
+        drop(change().unwrap());
+        claims.set_due(true);
+        // A rekey that waits for a key server does not keep it.
+        thread::scope(|scope| {
+            let release = scope.spawn(|| claims.release(DEFAULT_STOP_LIMIT));
+            let go_on = is_let_go.recv().unwrap();
+            assert!(backing.is_claimed());
+            assert!(change().is_err());
+            go_on.send(()).unwrap();
+            release.join().unwrap();
+        });
+        assert!(!backing.is_claimed() && claims.is_given_back());
+        assert!(change().is_err());
+        drop(kept);
+        assert!(matches!(
+            claims.keep(&DataFile::null().unwrap()),
+            Err(NotClaimed::NoGuest)
+        ));
+    }
+
+    /// The lock on the header was waited for meanwhile.
+    #[test]
+    fn a_change_that_waited_until_the_claim_was_given_back_is_refused() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let backing = Backing::open(file.path(), Access::ReadWrite).unwrap();
+        let claim = backing.claim().unwrap();
+        let other = file.reopen().unwrap();
+        flock(&other, FlockOperation::LockExclusive).unwrap();
+        thread::scope(|scope| {
+            let change = scope.spawn(|| backing.lock(LockMode::Write).map(drop));
+            thread::sleep(Duration::from_millis(100));
+            let _attached = claim.release();
+            flock(&other, FlockOperation::Unlock).unwrap();
+            let refused = change.join().unwrap().unwrap_err();
+            assert_eq!(refused.kind(), io::ErrorKind::PermissionDenied);
+        });
     }
 }

@@ -10,14 +10,14 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::sync_channel;
+use std::sync::mpsc::{SendError, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::claims::{Claims, Kept, LentClaim, NotClaimed, NotLent, Observer, Standing};
+use super::claims::{ClaimPast, Claims, Kept, LentClaim, NotClaimed, NotLent, Observer, Standing};
 use super::held::{Held, HeldObserver, HeldTransfers};
 use super::limits::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES, DEFAULT_STOP_LIMIT};
 use crate::cipher::SectorSize;
@@ -70,7 +70,9 @@ pub(super) struct Landing {
 impl Drop for Landing {
     fn drop(&mut self) {
         self.disk.held.end_landing(self.queue);
-        self.disk.release_overdue_claim();
+        if !self.disk.held.is_landing() {
+            self.disk.release_due_claim();
+        }
         self.disk.tell();
     }
 }
@@ -111,6 +113,29 @@ impl Withdrawal<'_> {
     }
 }
 
+/// The claim while another process has its locks as well. When this is dropped, this process goes on.
+#[derive(Debug)]
+#[must_use = "this process goes on"]
+pub struct Loan {
+    pub claim: LentClaim,
+    disk: Arc<Disk>,
+}
+
+impl Loan {
+    /// Leaves the claim to the process that has borrowed it.
+    pub fn leave(self) {
+        self.disk.claims.leave();
+    }
+}
+
+impl Drop for Loan {
+    fn drop(&mut self) {
+        self.disk.claims.lending_ends();
+        // It may have become so meanwhile.
+        self.disk.release_due_claim();
+    }
+}
+
 /// A disk as the guest sees it, and the storage under it.
 #[derive(Debug)]
 pub struct Disk {
@@ -126,8 +151,6 @@ pub struct Disk {
     claims: Arc<Claims>,
     /// What waits for storage.
     pub(super) held: HeldTransfers,
-    /// Whether the claim was to be given back, and storage did not answer.
-    is_claim_overdue: AtomicBool,
     /// The unit of every transfer.
     pub sector_size: SectorSize,
     /// Whether writes are refused.
@@ -181,7 +204,6 @@ impl Disk {
             file,
             claims: Arc::new(claims),
             held: HeldTransfers::default(),
-            is_claim_overdue: AtomicBool::new(false),
             sector_size,
             read_only,
             discard,
@@ -325,40 +347,51 @@ impl Disk {
     /// Gives the claim back, once what was written is on stable storage. No ring is served. A reader keeps its claim: it is all that keeps
     /// writers out, and no other reader needs it.
     pub(super) fn release_claim(self: &Arc<Self>) {
+        // Before this looks whether storage has answered: what ends to land, or to sync, then looks whether the claim is due.
+        self.claims.set_due(true);
+        self.release_due_claim();
+    }
+
+    /// Gives the claim back if that is due, and storage answers.
+    fn release_due_claim(self: &Arc<Self>) {
+        if !self.claims.is_due() {
+            return;
+        }
         if self.held.is_landing() {
             // What would be written by then could overwrite what another process has written.
             tracing::error!(
                 "the storage does not answer, so the disk stays claimed, and no other process can take it over until the storage answers"
             );
-            self.set_claim_overdue(true);
             return;
         }
         let is_held = self.claims.current().is_some();
         if is_held && self.read_only {
+            self.claims.set_due(false);
             return;
         }
-        // Before the thread that syncs looks.
-        self.set_claim_overdue(true);
-        let synced = if is_held { self.sync_in_time() } else { Ok(()) };
-        let is_late = matches!(&synced, Err(error) if error.kind() == io::ErrorKind::TimedOut);
-        if !is_late {
-            self.set_claim_overdue(false);
+        match if is_held { self.sync_in_time() } else { Ok(()) } {
+            Ok(()) => self.claims.release(self.stop_limit),
+            Err(error) => {
+                // An error of the storage has a number; a sync that has not ended looks at its end.
+                if error.raw_os_error().is_some() {
+                    self.claims.set_due(false);
+                }
+                tell_not_synced(&error);
+            }
         }
-        if let Err(error) = synced {
-            tracing::error!(
-                %error,
-                "what was written cannot be put on stable storage: the disk stays claimed, so that no other process takes it over without \
-                 these data"
-            );
-            return;
-        }
-        self.claims.release(self.stop_limit);
     }
 
     /// Gives the claim back at the end of the process, if other hosts have to be told. No ring is served.
     pub fn detach(self: &Arc<Self>) {
-        if self.claims.has_to_release() {
-            self.release_claim();
+        if !self.claims.has_to_release() {
+            return;
+        }
+        self.release_claim();
+        if !self.claims.is_given_back() {
+            tracing::error!(
+                "this process ends before the storage has answered: the header may still say that this host has the disk attached, so that \
+                 another host needs --take-over to attach it"
+            );
         }
     }
 
@@ -367,16 +400,9 @@ impl Disk {
         self.claims.set_used();
     }
 
-    /// Gives the claim back if that is overdue, and storage answers.
-    fn release_overdue_claim(self: &Arc<Self>) {
-        if !self.held.is_landing() && self.is_claim_overdue.swap(false, Ordering::AcqRel) {
-            self.release_claim();
-        }
-    }
-
     /// Takes note of whether the claim is to be given back as soon as storage answers.
     pub(super) fn set_claim_overdue(&self, is_overdue: bool) {
-        self.is_claim_overdue.store(is_overdue, Ordering::Release);
+        self.claims.set_due(is_overdue);
     }
 
     /// Puts on stable storage what was written, unless storage does not answer: the front-end waits. If it answers later, a claim that was
@@ -390,10 +416,14 @@ impl Disk {
         let thread = thread::Builder::new().name("sync".into());
         let sync = move || {
             let synced = disk.file.sync();
-            let is_synced = synced.is_ok();
-            let is_late = tell.send(synced).is_err();
-            if is_synced && is_late {
-                disk.release_overdue_claim();
+            match tell.send(synced) {
+                Ok(()) => {}
+                Err(SendError(Ok(()))) => disk.release_due_claim(),
+                Err(SendError(Err(error))) if disk.claims.is_due() => {
+                    disk.claims.set_due(false);
+                    tell_not_synced(&error);
+                }
+                Err(_) => {}
             }
         };
         match thread.spawn(sync) {
@@ -428,19 +458,16 @@ impl Disk {
     /// The claim, for another process that takes the disk over. No ring is served.
     ///
     /// # Errors
-    /// If it is just coming, was refused, or descriptors are exhausted.
-    pub fn lend_claim(&self) -> Result<LentClaim, NotLent> {
-        self.claims.lend()
-    }
-
-    /// Leaves the claim to the process that has borrowed it.
-    pub fn leave_claim(&self) {
-        self.claims.leave();
+    /// If it is just coming or to be given back, was refused, or descriptors are exhausted.
+    pub fn lend_claim(self: &Arc<Self>) -> Result<Loan, NotLent> {
+        let claim = self.claims.lend()?;
+        let disk = Arc::clone(self);
+        Ok(Loan { claim, disk })
     }
 
     /// Takes over a claim that another process has left.
-    pub fn take_claim(&self, attached: Attached, is_claimed: bool, was_claimed: bool) {
-        self.claims.take_over(attached, is_claimed, was_claimed);
+    pub fn take_claim(&self, attached: Attached, past: ClaimPast) {
+        self.claims.take_over(attached, past);
     }
 
     /// Has `observer` asked and told when the claim comes or goes.
@@ -506,5 +533,66 @@ impl Disk {
     /// The capacity in sectors.
     pub fn sectors(&self) -> u64 {
         lock(&self.tables).sectors
+    }
+}
+
+fn tell_not_synced(error: &io::Error) {
+    tracing::error!(
+        %error,
+        "what was written cannot be put on stable storage: the disk stays claimed, so that no other process takes it over without these data"
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use tracing::span::{Attributes, Id, Record};
+    use tracing::{Event, Metadata, Subscriber, subscriber};
+
+    use super::*;
+    use crate::storage::{Access, Backing, Others};
+
+    /// Has storage answer as soon as the log says that it does not.
+    struct Answer(Mutex<Option<Landing>>);
+
+    impl Subscriber for Answer {
+        fn enabled(&self, _: &Metadata<'_>) -> bool {
+            true
+        }
+
+        fn new_span(&self, _: &Attributes<'_>) -> Id {
+            Id::from_u64(1)
+        }
+
+        fn record(&self, _: &Id, _: &Record<'_>) {}
+
+        fn record_follows_from(&self, _: &Id, _: &Id) {}
+
+        fn event(&self, _: &Event<'_>) {
+            let landing = lock(&self.0).take();
+            thread::scope(|scope| drop(scope.spawn(|| drop(landing))));
+        }
+
+        fn enter(&self, _: &Id) {}
+
+        fn exit(&self, _: &Id) {}
+    }
+
+    /// The last request landed after it had been looked for, and before it was noted that the claim is to be given back: nothing looked
+    /// again, and the destination of a migration was refused.
+    #[test]
+    fn a_claim_is_given_back_if_storage_answers_while_the_guest_stops() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let backing = Backing::open(file.path(), Access::ReadWrite).unwrap();
+        let attached = backing.attach(Others::Refused).unwrap();
+        let data = Arc::new(backing.data_file(512, &attached.fence()).unwrap());
+        let claims = Claims::now(attached).unwrap();
+        let disk = Disk::new(2048, data, claims, SectorSize::B512, false, false, "serial").unwrap();
+        let disk = Arc::new(disk);
+        let answer = Answer(Mutex::new(Some(disk.landing(0, 1))));
+        subscriber::with_default(answer, || disk.release_claim());
+        assert_eq!(disk.claimed(), Standing::Released);
+        assert!(!backing.is_claimed());
     }
 }

@@ -107,8 +107,8 @@ mod vring;
 mod worker;
 mod worker_thread;
 
-pub use claims::{Claims, Kept, LentClaim, NotClaimed, NotLent, Observer, Standing};
-pub use disk::Disk;
+pub use claims::{ClaimPast, Claims, Kept, LentClaim, NotClaimed, NotLent, Observer, Standing};
+pub use disk::{Disk, Loan};
 pub use guise::{Guise, NotTheSame};
 pub use handover::{Answer, Given, Handover, NotHandedOver, Served};
 pub use held::{Held, HeldBy};

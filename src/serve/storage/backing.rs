@@ -9,7 +9,6 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
@@ -18,7 +17,7 @@ use rustix::io::Errno;
 
 use super::access::{Access, StorageError};
 use super::capabilities::{self, Kind, Protection, block_device_size, direct_alignment, logical_block_size};
-use super::claim::{self, Attached, Claim, Fence, Lent, Others};
+use super::claim::{self, Attached, Changers, Claim, Fence, Lent, Others};
 use super::loss::Losses;
 use super::policy::Policy;
 use super::pool::PAGE_U32;
@@ -51,8 +50,8 @@ pub struct Backing {
     losses: Arc<Losses>,
     /// See [`Backing::direct`].
     direct: OnceLock<Option<File>>,
-    /// Whether it is claimed.
-    claimed: Arc<AtomicBool>,
+    /// Whether it is claimed, and who changes metadata then.
+    changers: Arc<Changers>,
     /// Held by the thread that changes metadata.
     changing: Mutex<()>,
 }
@@ -148,7 +147,7 @@ impl Backing {
             kind,
             losses: Arc::new(Losses::new(witness)),
             direct: OnceLock::new(),
-            claimed: Arc::default(),
+            changers: Arc::default(),
             changing: Mutex::default(),
         })
     }
@@ -164,8 +163,8 @@ impl Backing {
     /// # Errors
     /// Where it is attached elsewhere, or cannot be locked.
     pub fn attach(&self, others: Others) -> Result<Attached, StorageError> {
-        let (access, claimed) = (self.access, Arc::clone(&self.claimed));
-        Attached::to(&self.file, &self.path, access, others, claimed)
+        let (access, changers) = (self.access, Arc::clone(&self.changers));
+        Attached::to(&self.file, &self.path, access, others, changers)
     }
 
     /// What another process has attached and lent, of this disk and its `header`. The locks are not this process' own before
@@ -187,7 +186,7 @@ impl Backing {
         }
         let attached = Attached::borrowed(lent, |path| {
             let of = header.filter(|header| header.path == path).unwrap_or(self);
-            (of.access, Arc::clone(&of.claimed))
+            (of.access, Arc::clone(&of.changers))
         });
         attached.ok_or(NotBorrowed::Incomplete)
     }
@@ -254,7 +253,12 @@ impl Backing {
 
     /// Whether this process has claimed it.
     pub fn is_claimed(&self) -> bool {
-        self.claimed.load(Ordering::Acquire)
+        self.changers.is_claimed()
+    }
+
+    /// Whether this thread may change metadata. That can change as long as it does not have the lock on them.
+    pub(super) fn may_change(&self) -> bool {
+        self.changers.include_this_thread()
     }
 
     /// How to lock metadata, which lie in a file: by flock(2), or not at all.

@@ -66,9 +66,9 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
+use std::sync::{Arc, Mutex};
+use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
@@ -79,6 +79,7 @@ use super::capabilities::{NFS, file_system, sysfs};
 use super::ofd_lock::{EVERYTHING, Holder, Kind, holder, set};
 use super::reopen::reopen;
 use super::stacking::{LoopBacking, Partition, WHOLE, loops_over, node, shifted};
+use crate::mutex::lock;
 use sealblk_base::mounts::{Mount, overlay_upper};
 
 /// A disk that this process has attached, until this is dropped: no other process attaches it to write, and if this one writes,
@@ -102,13 +103,13 @@ impl Attached {
         path: &Path,
         access: Access,
         others: Others,
-        claimed: Arc<AtomicBool>,
+        changers: Arc<Changers>,
     ) -> Result<Self, StorageError> {
         let mut attaching = Attaching {
             path,
             access,
             others,
-            claimed,
+            changers,
             parts: Vec::new(),
         };
         let is_device = file
@@ -147,12 +148,12 @@ impl Attached {
         self.parts.iter().map(Part::lend).collect()
     }
 
-    /// What another process has lent; `of` gives what the file or device at a path is open for, and the flag of its claim. None if a part
+    /// What another process has lent; `of` gives what the file or device at a path is open for, and who changes its header. None if a part
     /// lacks a description: without one of its locks the disk is not this process' own.
-    pub(super) fn borrowed(lent: Vec<Lent>, of: impl Fn(&Path) -> (Access, Arc<AtomicBool>)) -> Option<Self> {
+    pub(super) fn borrowed(lent: Vec<Lent>, of: impl Fn(&Path) -> (Access, Arc<Changers>)) -> Option<Self> {
         let part = |lent: Lent| {
-            let (access, claimed) = of(&lent.path);
-            Part::borrowed(lent, access, claimed)
+            let (access, changers) = of(&lent.path);
+            Part::borrowed(lent, access, changers)
         };
         let parts = lent.into_iter().map(part).collect::<Option<_>>()?;
         Some(Self { parts })
@@ -168,7 +169,7 @@ impl Attached {
     /// Leaves the locks to another process: they do not end with this, and this process has no claim any more.
     pub fn leave(&self) {
         for part in &self.parts {
-            part.claimed.store(false, Ordering::Release);
+            part.changers.set(Who::Nobody);
             part.is_borrowed.store(true, Ordering::Release);
         }
     }
@@ -177,7 +178,7 @@ impl Attached {
     pub fn claimed(self) -> Claim {
         self.parts
             .iter()
-            .for_each(|part| part.claimed.store(true, Ordering::Release));
+            .for_each(|part| part.changers.set(Who::AllThreads));
         Claim { attached: self }
     }
 
@@ -194,11 +195,7 @@ impl Attached {
     pub fn claim(mut self) -> Result<Claim, Unclaimed> {
         let claimed = self.parts.iter_mut().try_for_each(Part::claim);
         match claimed {
-            Ok(()) => {
-                let claimed = self.parts.iter().map(|part| &part.claimed);
-                claimed.for_each(|claimed| claimed.store(true, Ordering::Release));
-                Ok(Claim { attached: self })
-            }
+            Ok(()) => Ok(self.claimed()),
             Err(error) => {
                 self.parts.iter().for_each(Part::disclaim);
                 Err(Unclaimed {
@@ -259,6 +256,16 @@ impl Claim {
         self.attached.is_attached_by_others()
     }
 
+    /// Has only this thread change the headers from now on. The others must not, once the header does not say any more that this host has
+    /// the disk; the lock on the metadata says when they are done ([`Changers`]).
+    pub fn leave_changes_to_this_thread(&self) {
+        let this = Who::Thread(thread::current().id());
+        self.attached
+            .parts
+            .iter()
+            .for_each(|part| part.changers.set(this));
+    }
+
     /// Gives the claim back; what is attached stays attached. Nothing of this process may be in flight.
     pub fn release(mut self) -> Attached {
         for part in &mut self.attached.parts {
@@ -269,6 +276,42 @@ impl Claim {
             part.disclaim();
         }
         self.attached
+    }
+}
+
+/// Which threads of this process may change the metadata of a disk, or of a header. A thread asks when it has the lock on the metadata: until
+/// then another one can give the claim back.
+#[derive(Debug, Default)]
+pub(super) struct Changers(Mutex<Who>);
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Who {
+    /// It is not claimed.
+    #[default]
+    Nobody,
+    /// It is claimed.
+    AllThreads,
+    /// It is claimed, and this one gives the claim back.
+    Thread(ThreadId),
+}
+
+impl Changers {
+    fn set(&self, who: Who) {
+        *lock(&self.0) = who;
+    }
+
+    /// Whether this process has the claim.
+    pub(super) fn is_claimed(&self) -> bool {
+        *lock(&self.0) != Who::Nobody
+    }
+
+    /// Whether this thread may change metadata.
+    pub(super) fn include_this_thread(&self) -> bool {
+        match *lock(&self.0) {
+            Who::Nobody => false,
+            Who::AllThreads => true,
+            Who::Thread(id) => id == thread::current().id(),
+        }
     }
 }
 
@@ -374,8 +417,8 @@ struct Part {
     /// Whether a claim opens it with O_EXCL, and what it has opened so.
     is_exclusive: bool,
     exclusive: Option<File>,
-    /// Says that the whole disk is claimed.
-    claimed: Arc<AtomicBool>,
+    /// Those of the disk or header that it is a part of.
+    changers: Arc<Changers>,
     /// Whether another process has the same descriptions, and the locks are its own.
     is_borrowed: AtomicBool,
 }
@@ -395,7 +438,7 @@ impl Part {
         })
     }
 
-    fn borrowed(lent: Lent, access: Access, claimed: Arc<AtomicBool>) -> Option<Self> {
+    fn borrowed(lent: Lent, access: Access, changers: Arc<Changers>) -> Option<Self> {
         let mut files = lent.descriptions.into_iter().map(File::from);
         Some(Self {
             process: files.next()?,
@@ -405,7 +448,7 @@ impl Part {
             access,
             range: lent.range,
             is_exclusive: lent.is_exclusive,
-            claimed,
+            changers,
             is_borrowed: AtomicBool::new(true),
         })
     }
@@ -454,7 +497,7 @@ impl Part {
 
     /// Gives back the locks of what is claimed.
     fn disclaim(&self) {
-        self.claimed.store(false, Ordering::Release);
+        self.changers.set(Who::Nobody);
         if self.is_borrowed.load(Ordering::Acquire) {
             return;
         }
@@ -553,7 +596,7 @@ struct Attaching<'a> {
     path: &'a Path,
     access: Access,
     others: Others,
-    claimed: Arc<AtomicBool>,
+    changers: Arc<Changers>,
     parts: Vec<Part>,
 }
 
@@ -575,7 +618,7 @@ impl Attaching<'_> {
             process,
             is_exclusive: false,
             exclusive: None,
-            claimed: Arc::clone(&self.claimed),
+            changers: Arc::clone(&self.changers),
             is_borrowed: AtomicBool::new(false),
         };
         part.attach(self.others)?;
@@ -702,7 +745,7 @@ mod tests {
             path: file.path(),
             access: Access::ReadWrite,
             others: Others::Refused,
-            claimed: Arc::default(),
+            changers: Arc::default(),
             parts: Vec::new(),
         };
         let take = |range: Range<u64>| {

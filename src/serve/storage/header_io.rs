@@ -79,13 +79,19 @@ impl HeaderIo for Backing {
     }
 
     fn lock(&self, mode: LockMode) -> io::Result<MetadataLock<'_>> {
-        if mode == LockMode::Write && !self.is_claimed() {
-            return Err(io::Error::new(io::ErrorKind::PermissionDenied, NOT_CLAIMED));
-        }
         if mode == LockMode::Read {
             return MetadataLock::acquire(self.file(), mode, self.metadata_lock());
         }
+        let not_claimed = || io::Error::new(io::ErrorKind::PermissionDenied, NOT_CLAIMED);
+        if !self.may_change() {
+            return Err(not_claimed());
+        }
         let alone = self.change_alone();
-        Ok(MetadataLock::acquire(self.file(), mode, self.metadata_lock())?.alone(alone))
+        let lock = MetadataLock::acquire(self.file(), mode, self.metadata_lock())?;
+        // Another thread may have given the claim back while this one has waited.
+        match self.may_change() {
+            true => Ok(lock.alone(alone)),
+            false => Err(not_claimed()),
+        }
     }
 }

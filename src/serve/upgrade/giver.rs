@@ -177,20 +177,23 @@ impl Giver {
         let disk = served.disk();
         let held = served.hold().ok_or(CHANGING)?;
         let answer = self.handover.ask(LIMIT)?;
-        let claim = disk.lend_claim()?;
+        let loan = disk.lend_claim()?;
         // From here on neither a verb nor a claim changes the disk.
         if served.changes() != changes {
             return Err(CHANGED.into());
         }
+        let past = loan.claim.past;
         let state = State {
             key: held.state,
-            is_claimed: claim.is_claimed,
-            was_claimed: claim.was_claimed,
+            is_claimed: past.is_claimed,
+            was_claimed: past.was_claimed,
+            is_used: Some(past.is_used),
+            guest_ran: Some(past.guest_ran),
             has_loss: disk.file.has_loss(),
             header_claim: served.header_claim().lend(),
             front_end: answer.given.served.as_ref().map(|served| served.since),
         };
-        let next = match self.send(socket, &state, &claim, &answer) {
+        let next = match self.send(socket, &state, &loan.claim, &answer) {
             Ok(next) => next,
             Err(error) => {
                 // Before a ring starts here. If it cannot be said, the other process has ended.
@@ -204,7 +207,7 @@ impl Giver {
             self.gate.set_closed(false);
             return Err(format!("the new process has ended: {error}").into());
         }
-        disk.leave_claim();
+        loan.leave();
         held.leave();
         // The manager may not read: no process waits for this one any more.
         manager::main_process(next);

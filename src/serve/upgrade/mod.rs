@@ -48,7 +48,7 @@ use serde_json::Value;
 use crate::attachment::KeyState;
 use crate::control::peer::credentials;
 use crate::control::wire::Connection;
-use crate::device::{Guise, Message};
+use crate::device::{ClaimPast, Guise, Message};
 use crate::parsing;
 use crate::timestamp::Timestamp;
 
@@ -166,12 +166,29 @@ struct State {
     key: KeyState,
     is_claimed: bool,
     was_claimed: bool,
+    /// See [`ClaimPast`]. An earlier release does not tell.
+    #[serde(default)]
+    is_used: Option<bool>,
+    #[serde(default)]
+    guest_ran: Option<bool>,
     has_loss: bool,
     /// The sequence of the last claim in the header, if there was one. An earlier release does not tell.
     #[serde(default)]
     header_claim: Option<u64>,
     /// Since when a front-end is connected.
     front_end: Option<Timestamp>,
+}
+
+impl State {
+    fn claim(&self) -> ClaimPast {
+        ClaimPast {
+            is_claimed: self.is_claimed,
+            was_claimed: self.was_claimed,
+            // It may have run by then.
+            is_used: self.is_used.unwrap_or(true),
+            guest_ran: self.guest_ran.unwrap_or(self.was_claimed),
+        }
+    }
 }
 
 /// Locks on a part of the disk.

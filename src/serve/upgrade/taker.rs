@@ -20,7 +20,9 @@ use crate::attachment::{Attachment, Before, KeyState};
 use crate::control::varlink::{self, CallError, reply};
 use crate::control::wire::Connection;
 use crate::deadline::Deadline;
-use crate::device::{Disk, Given, Message, MessageError, NotTheSame, Ready, ServeError, Served, Server};
+use crate::device::{
+    ClaimPast, Disk, Given, Message, MessageError, NotTheSame, Ready, ServeError, Served, Server,
+};
 use crate::storage::{Attached, Lent, NotBorrowed};
 use crate::timestamp::Timestamp;
 
@@ -105,8 +107,7 @@ struct Came {
 #[derive(Debug)]
 struct Taken {
     attached: Attached,
-    is_claimed: bool,
-    was_claimed: bool,
+    claim: ClaimPast,
     header_claim: Option<u64>,
     control: UnixListener,
 }
@@ -220,8 +221,10 @@ impl Taker {
             Ok(None) | Err(_) => return Err(TakeError::Incomplete),
         }
         let disk = served.disk();
-        served.header_claim().borrow(taken.header_claim, taken.is_claimed);
-        disk.take_claim(taken.attached, taken.is_claimed, taken.was_claimed);
+        served
+            .header_claim()
+            .borrow(taken.header_claim, taken.claim.is_claimed);
+        disk.take_claim(taken.attached, taken.claim);
         ready.go();
         let pause = start.elapsed();
         Ok(Took {
@@ -333,8 +336,7 @@ impl Came {
         };
         let taken = Taken {
             attached,
-            is_claimed: state.is_claimed,
-            was_claimed: state.was_claimed,
+            claim: state.claim(),
             header_claim: state.header_claim,
             control: control.into(),
         };
