@@ -124,9 +124,8 @@ impl Locked<'_> {
             return Err(Reason::UnknownHost);
         }
         let start = Instant::now();
-        let mut update = self.update()?;
+        let mut update = self.update_if(|metadata| Holding::of(metadata).check(terms))?;
         let found = update.holding();
-        found.check(terms)?;
         let ours = Holding {
             sequence: found.sequence.wrapping_add(1),
             ran: found.last_run(terms),
@@ -185,7 +184,7 @@ impl Locked<'_> {
     /// # Errors
     /// If another host has attached it since, or the header cannot be written.
     pub fn let_go(&mut self, host: &Host, sequence: u64, ran: bool) -> Result<(), Reason> {
-        let mut update = self.update()?;
+        let mut update = self.update_if(|metadata| Holding::of(metadata).has(host, sequence).map(drop))?;
         let found = update.holding();
         if !found.has(host, sequence)? {
             return Ok(());
@@ -220,10 +219,10 @@ impl Locked<'_> {
 
     /// Has the header say `next` if it says `expected`.
     fn set_holding(&mut self, expected: &Holding, next: Holding) -> Result<(), Reason> {
-        let mut update = self.update()?;
-        if update.holding() != *expected {
-            return Err(Reason::ChangedMeanwhile);
-        }
+        let mut update = self.update_if(|metadata| match Holding::of(metadata) == *expected {
+            true => Ok(()),
+            false => Err(Reason::ChangedMeanwhile),
+        })?;
         update.set_holding(next)?;
         update.commit(self)
     }
@@ -239,6 +238,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::copies::HeaderState;
     use crate::header_io::HeaderIo;
     use crate::lock::MetadataLock;
     use crate::metadata::Id;
@@ -577,6 +577,34 @@ mod tests {
         locked.hold(&goes_on(7), false).unwrap_err();
         locked.let_go(&a, 8, true).unwrap();
         assert_eq!(held(&io), nobody(8, 8));
+    }
+
+    /// The other host may be in the middle of a write, and no lock tells.
+    #[test]
+    fn nothing_is_repaired_while_another_host_has_the_volume() {
+        let io = Memory::of(&sample());
+        let [a, b] = [1, 2].map(host);
+        Locked::open(&io, None).unwrap().hold(&terms(&a), false).unwrap();
+        io.spoil(crate::testing::COPY + 5000);
+        let before = io.front.borrow().clone();
+        let mut there = Locked::open_on(&b, &io, None).unwrap();
+        assert!(matches!(there.header_state(), HeaderState::NeedsRepair { .. }));
+        there.hold(&terms(&b), false).unwrap_err();
+        there.let_go(&b, 1, true).unwrap_err();
+        assert!(*io.front.borrow() == before);
+        let take_over = Terms {
+            take_over: Some(1),
+            ..terms(&b)
+        };
+        there.hold(&take_over, false).unwrap();
+        assert_eq!(
+            *Locked::open_on(&a, &io, None).unwrap().header_state(),
+            HeaderState::Sound
+        );
+
+        io.spoil(crate::testing::COPY + 5000);
+        let locked = Locked::open_on(&b, &io, None).unwrap();
+        assert!(matches!(locked.header_state(), HeaderState::Repaired { .. }));
     }
 
     /// Each host finds the volume free, and the writes of the second land a while after those of the first.

@@ -15,6 +15,7 @@ use uuid::Uuid;
 use crate::copies::{self, Found, Header, HeaderError, HeaderState};
 use crate::error::{Reason, VolumeError};
 use crate::header_io::HeaderIo;
+use crate::holder::{Holding, Host};
 use crate::kdf::Budget;
 use crate::keyslot::{self, KeyslotError};
 use crate::layout::Layout;
@@ -120,8 +121,32 @@ impl<'header> Locked<'header> {
     /// # Errors
     /// Where there is no LUKS2 header, both its copies are damaged, or sealblk does not serve what it describes.
     pub fn open(header: &'header dyn HeaderIo, payload: Option<&dyn HeaderIo>) -> Result<Self, VolumeError> {
+        Self::open_with(header, payload, |_| true)
+    }
+
+    /// The same for a process of `host`. It repairs nothing while another host has the volume attached: that host may be writing the
+    /// header, and no lock tells.
+    ///
+    /// # Errors
+    /// As for [`Locked::open`].
+    pub fn open_on(
+        host: &Host,
+        header: &'header dyn HeaderIo,
+        payload: Option<&dyn HeaderIo>,
+    ) -> Result<Self, VolumeError> {
+        Self::open_with(header, payload, |found| {
+            let holder = Holding::of(&found.metadata).holder;
+            holder.is_none_or(|holder| holder.is(host))
+        })
+    }
+
+    fn open_with(
+        header: &'header dyn HeaderIo,
+        payload: Option<&dyn HeaderIo>,
+        may_repair: impl Fn(&Header) -> bool,
+    ) -> Result<Self, VolumeError> {
         let read = || {
-            let (found, state) = read_and_repair(header)?;
+            let (found, state) = read_and_repair(header, may_repair)?;
             let layout = layout(&found, header, payload)?;
             Ok(Self {
                 io: header,
@@ -387,12 +412,15 @@ const PAUSE: Duration = Duration::from_millis(10);
 
 /// Reads the header under the lock. What needs recovery is looked at again under the write lock before it is
 /// repaired, because what looked like damage may have been another program's update.
-fn read_and_repair(io: &dyn HeaderIo) -> Result<(Header, HeaderState), Reason> {
+fn read_and_repair(
+    io: &dyn HeaderIo,
+    may_repair: impl Fn(&Header) -> bool,
+) -> Result<(Header, HeaderState), Reason> {
     let found = read(io)?;
     if let Found::Sound(header) = found {
         return Ok((header, HeaderState::Sound));
     }
-    let lock = match io.read_only() {
+    let lock = match io.read_only() || !may_repair(found.header()) {
         true => None,
         false => match io.lock(LockMode::Write) {
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
@@ -405,7 +433,7 @@ fn read_and_repair(io: &dyn HeaderIo) -> Result<(Header, HeaderState), Reason> {
     let found = match lock {
         None => found,
         Some(_lock) => match copies::read(io)? {
-            Found::NeedsRecovery(recoverable) => {
+            Found::NeedsRecovery(recoverable) if may_repair(&recoverable.header) => {
                 let copy = recoverable.bad.name();
                 let damage = recoverable.damage.to_string();
                 let header = recoverable.header.clone();
@@ -425,7 +453,7 @@ fn read_and_repair(io: &dyn HeaderIo) -> Result<(Header, HeaderState), Reason> {
                     Err(error) => return Err(error.into()),
                 }
             }
-            sound => sound,
+            found => found,
         },
     };
     Ok(match found {

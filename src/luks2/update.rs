@@ -47,12 +47,25 @@ impl<'header> Locked<'header> {
     /// # Errors
     /// If the header cannot be locked, read or written, or is another volume's by now.
     pub fn update(&self) -> Result<Update<'header>, Reason> {
+        self.update_if(|_| Ok(()))
+    }
+
+    /// The same, if `check` accepts the header as it is found, before it is repaired.
+    ///
+    /// # Errors
+    /// As for [`Locked::update`], and those of `check`.
+    pub(crate) fn update_if(
+        &self,
+        check: impl FnOnce(&Metadata) -> Result<(), Reason>,
+    ) -> Result<Update<'header>, Reason> {
         let io = self.io;
         if io.read_only() {
             return Err(Reason::ReadOnly);
         }
         let lock = io.lock(LockMode::Write).map_err(Reason::Lock)?;
-        let header = match copies::read(io)? {
+        let found = copies::read(io)?;
+        check(&found.header().metadata)?;
+        let header = match found {
             Found::Sound(header) => header,
             Found::NeedsRecovery(recoverable) => recoverable.recover(io)?,
         };

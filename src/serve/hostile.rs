@@ -34,7 +34,7 @@ use crate::keys::{
     Binding, KeyError, KeyId, KeyProvider, KeyState, Providers, Reach, RequestPurpose, Revocation,
 };
 use crate::sandbox::Sandbox;
-use crate::storage::{Access, Backing, Others};
+use crate::storage::{Access, Backing, Others, ThisHost};
 use crate::upgrade::{self, Giver, Origin};
 
 /// Has callers, the helper and another process say what `input` holds.
@@ -254,6 +254,7 @@ impl Host {
         let opener = Opener {
             disk: backing,
             header: None,
+            host: ThisHost::find().host,
             by,
             purpose: RequestPurpose::Attach,
             helper,

@@ -4,6 +4,7 @@
 //! file that has no name any more: so no lock is shared, as the kernels of two hosts share none.
 
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
@@ -480,6 +481,33 @@ fn a_host_whose_disk_was_taken_over_says_so_at_its_end() {
             at_b.server.stop();
         }
     }
+}
+
+/// It wrote to the header, by a lock that does not reach the host whose header it is.
+#[test]
+fn a_host_that_is_refused_repairs_nothing() {
+    let Some(lun) = Lun::new() else {
+        eprintln!("skipped: no loop device can be had here");
+        return;
+    };
+    let [a, b] = ["node-a", "node-b"].map(Host::new);
+    let at_a = Side::start(&a, &lun.here, &[]);
+    at_a.server.connect().still_serves();
+    // Its secondary copy is being written.
+    let device = fs::File::options().write(true).open(&lun.there.path).unwrap();
+    device.write_all_at(&[0; 512], 16 << 10).unwrap();
+    device.sync_all().unwrap();
+    let state = || {
+        let info = run(Command::new(sealblk_path())
+            .args(["info", "--json"])
+            .arg(&lun.there.path));
+        let info: Value = serde_json::from_slice(&info.stdout).unwrap();
+        info["header"]["state"].as_str().unwrap().to_owned()
+    };
+    assert_refused(&serve_fails(&b, &lun.there, &[]), 1);
+    assert_eq!(state(), "needs-repair");
+    at_a.server.stop();
+    assert_eq!(state(), "sound");
 }
 
 /// What had come through of a claim that failed was taken for a guest that has run elsewhere.

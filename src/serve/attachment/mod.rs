@@ -36,7 +36,9 @@ use crate::key_helper::{HelperError, HelperFailure, KeyHelper};
 use crate::keys::RequestPurpose;
 use crate::keys::binding::{self, BindingError, BindingReason, Bindings, Rekeyed};
 use crate::keys::{KeyError, KeyReason};
-use crate::luks2::{Changed, HeaderIo, Identity, Locked, Reason, Resize, Resized, Volume, VolumeError};
+use crate::luks2::{
+    self, Changed, Found, HeaderIo, Host, Identity, Locked, Reason, Resize, Resized, Volume, VolumeError,
+};
 use crate::map::SegmentTable;
 use crate::mutex::lock;
 use crate::path_text;
@@ -62,6 +64,9 @@ const DETACH_LIMIT: Duration = Duration::from_secs(2);
 const GIVEN_UP_WITHIN: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(50);
 
+/// An update takes milliseconds. What stays half written so long needs repair.
+const LOOKS_AT_HALF: u32 = 10;
+
 /// What opens a volume, as often as it has to be opened.
 #[derive(Debug)]
 pub struct Opener {
@@ -69,6 +74,8 @@ pub struct Opener {
     pub disk: Backing,
     /// See [`Opener::disk`].
     pub header: Option<Backing>,
+    /// The host of this process.
+    pub host: Host,
     /// What unlocks it.
     pub by: By,
     /// What its key is asked for: to serve it to a guest.
@@ -172,9 +179,15 @@ impl Opener {
     /// Where it is no volume that can be served.
     pub fn locked(&self) -> Result<Locked<'_>, VolumeError> {
         match &self.header {
-            Some(header) => Locked::open(header, Some(&self.disk)),
-            None => Locked::open(&self.disk, None),
+            Some(header) => Locked::open_on(&self.host, header, Some(&self.disk)),
+            None => Locked::open_on(&self.host, &self.disk, None),
         }
+    }
+
+    /// Whether one copy of the header has to be repaired, or is just being written.
+    fn is_half_written(&self) -> bool {
+        let header = self.header.as_ref().unwrap_or(&self.disk);
+        matches!(luks2::read(header), Ok(Found::NeedsRecovery(_)))
     }
 
     /// Unlocks the volume.
@@ -802,7 +815,14 @@ impl Attachment {
     /// Takes the claim in the header, once the host that has it has given it up.
     fn take_over_header(&self, goes_on: bool) -> Result<(), OpenError> {
         let start = Instant::now();
+        let mut looks = 0;
         loop {
+            // The host that gives it up writes one copy after the other, and no lock tells. A repair would cross that.
+            if looks < LOOKS_AT_HALF && self.opener.is_half_written() {
+                looks += 1;
+                thread::sleep(LOOK);
+                continue;
+            }
             let mut locked = self.read_header_of_others()?;
             match self.header_claim.take(&mut locked, goes_on, false) {
                 Err(Reason::HeldElsewhere { .. }) if start.elapsed() < GIVEN_UP_WITHIN => {

@@ -37,7 +37,9 @@ use crate::keys::RequestPurpose;
 use crate::luks2::{Changed, HeaderError, Identity, Locked, MATERIAL_LEN, Reason, VolumeError};
 use crate::map::{SegmentTable, Treatment, unencrypted};
 use crate::sandbox::{self, Allowed, Measure, Sandbox};
-use crate::storage::{Access, Attached, Backing, DataFile, Fence, Kind, Others, Policy, StorageError};
+use crate::storage::{
+    Access, Attached, Backing, DataFile, Fence, Kind, Others, Policy, StorageError, ThisHost,
+};
 use crate::upgrade::{Giver, Origin, Taker};
 use sealblk_secmem::{arena, arena::SecretBytes};
 use serde_json::json;
@@ -415,9 +417,10 @@ impl Serve {
         (disk, header): (Backing, Option<Backing>),
         fence: &Fence,
     ) -> Result<Medium, Failure> {
+        let host = ThisHost::find().host;
         let opened = match &header {
-            Some(header) => Locked::open(header, Some(&disk)),
-            None => Locked::open(&disk, None),
+            Some(header) => Locked::open_on(&host, header, Some(&disk)),
+            None => Locked::open_on(&host, &disk, None),
         };
         match opened {
             Ok(locked) => {
@@ -448,6 +451,7 @@ impl Serve {
                     opener: Box::new(Opener {
                         disk,
                         header,
+                        host,
                         by,
                         purpose: match self.incoming {
                             true => RequestPurpose::Migrate,
