@@ -245,11 +245,13 @@ fn served_for_long_it_loses_nothing_and_nothing_adds_up() {
             let time = soak.guest.random.below(100);
             soak.guest.run(Duration::from_millis(20 + time));
             let process = soak.host.process();
-            let mut facts = least_of(process);
-            // Of one process from its first moment on, whatever happened since.
             if serving != process {
-                (serving, at_first) = (process, facts.clone());
+                // Once it serves all queues; whatever happens to it later.
+                soak.guest.settle();
+                soak.guest.ask_all();
+                (serving, at_first) = (process, least_of(process));
             }
+            let mut facts = least_of(process);
             // What passes has time to.
             let start = Instant::now();
             while facts.descriptors > at_first.descriptors || facts.guest_mappings > at_first.guest_mappings {

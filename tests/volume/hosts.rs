@@ -621,7 +621,8 @@ fn the_end_of_a_process_in_the_middle_of_a_rekey_gives_a_lun_back() {
     driver.still_serves();
     let (mut rekey, helper) = side.begin_rekey();
     let ended = side.server.terminate();
-    kill_process(helper, Signal::CONT).unwrap();
+    // It may have ended with its parent.
+    let _ = kill_process(helper, Signal::CONT);
     assert!(!rekey.wait().unwrap().success());
     assert_eq!(lun.token().get("host"), None, "{}", ended.stderr);
     let side = Side::start(&b, &lun.there, &[]);
