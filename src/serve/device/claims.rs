@@ -547,7 +547,7 @@ pub enum NotClaimed {
     Elsewhere,
     /// On storage whose locks do not reach other hosts.
     #[error(
-        "no guest runs with the disk here any more, and locks do not tell whether it goes on at another host: make the change where the guest \
+        "no guest runs with the disk here any more, and locks do not tell whether it continues at another host: make the change where the guest \
          runs, or end `sealblk serve` first"
     )]
     NoGuest,

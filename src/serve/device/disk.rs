@@ -115,7 +115,7 @@ impl Withdrawal<'_> {
 
 /// The claim while another process has its locks as well. When this is dropped, this process goes on.
 #[derive(Debug)]
-#[must_use = "this process goes on"]
+#[must_use = "this process continues"]
 pub struct Loan {
     pub claim: LentClaim,
     disk: Arc<Disk>,
