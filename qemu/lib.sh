@@ -179,6 +179,7 @@ start_job() {
 }
 
 # start_with_initrd INITRD NAME [QEMU OPTION...]: starts the small guest with an initramfs that is there; NAME.log is its console.
+# It boots with one CPU (`maxcpus`), and its /init brings the others up: see `start_guest`.
 start_with_initrd() {
     local initrd=$1 name=$2
     shift 2
@@ -189,7 +190,7 @@ start_with_initrd() {
     CONSOLE_SEEN=0
     [ -n "${MAY_REBOOT:-}" ] || MACHINE+=(-no-reboot)
     "${QEMU[@]}" "${MACHINE[@]}" -serial "file:$name.log" -kernel "$BUILD/guest/vmlinuz" -initrd "$initrd" \
-        -append "console=ttyS0 panic=-1 quiet" "$@" </dev/null 2>>"$name.qemu" &
+        -append "console=ttyS0 panic=-1 quiet maxcpus=1" "$@" </dev/null 2>>"$name.qemu" &
     GUEST=$!
 }
 
@@ -243,13 +244,16 @@ install_debian() {
         -device virtio-blk-pci,drive=tar
 }
 
-# start_guest LOG [QEMU OPTION...]: boots from firmware; LOG is the serial console, `type_line` types on it.
+# start_guest LOG [QEMU OPTION...]: boots from firmware; LOG is the serial console, `type_line` types on it. With QEMU 7.2
+# the guest has one CPU. Before 8.2 TCG changes a CPU's memory map while that CPU runs: if one CPU sizes a PCI BAR while another
+# writes to its APIC, that write can reach the device of the BAR, and QEMU ends with a failed assertion of hw/pci/msix.c.
 start_guest() {
     CONSOLE_LOG=$1
     CONSOLE_SEEN=0
     shift
     qemu_command
     machine_options
+    [ "${SEALBLK_QEMU:-system}" != system ] || MACHINE+=(-smp 1)
     rm -f "$CONSOLE_LOG" "$CONSOLE_LOG.keyboard"
     : >"$CONSOLE_LOG"
     mkfifo "$CONSOLE_LOG.keyboard"
@@ -261,15 +265,20 @@ start_guest() {
 # type_line TEXT: as if somebody typed it.
 type_line() { printf '%s\r' "$1" >&"$KEYBOARD"; }
 
-# expect SECONDS TEXT: waits until the console shows TEXT, after what the last `expect` has seen.
+# expect SECONDS TEXT: waits until the console shows TEXT, after what the last `expect` has seen. Fails at once if QEMU ended.
 expect() {
-    wait_until "$1" console_shows "$2" || {
-        printf '%s\n' "--- the last on the guest's console ($CONSOLE_LOG)" >&2
-        tail -c 3000 "$CONSOLE_LOG" | tr -d '\r' >&2
+    wait_until "$1" shows_or_ended "$2" && console_shows "$2" && return
+    printf '%s\n' "--- the last on the guest's console ($CONSOLE_LOG)" >&2
+    tail -c 3000 "$CONSOLE_LOG" | tr -d '\r' >&2
+    if process_is_gone "$GUEST"; then
+        printf '%s\n' "--- QEMU ended before '$2'" >&2
+    else
         printf '%s\n' "--- waited $1 s for '$2'" >&2
-        return 1
-    }
+    fi
+    return 1
 }
+
+shows_or_ended() { grep -q -a -F -- "$1" <(tail -c "+$((CONSOLE_SEEN + 1))" "$CONSOLE_LOG") || process_is_gone "$GUEST"; }
 
 console_shows() {
     local at
