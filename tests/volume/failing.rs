@@ -574,10 +574,12 @@ fn no_queue_is_served_beside_one_that_waits_for_storage_after_it_was_stopped() {
     driver
         .frontend
         .send(GET_VRING_BASE, VERSION, &vring_state(0, 0), &[]);
+    let start = Instant::now();
     let used = loop {
         if let Some(used) = driver.queue().poll_used() {
             break used;
         }
+        assert!(start.elapsed() < DEADLINE, "the write is not answered");
     };
     let write = driver.submit(1, T_OUT, 64, Data::Out(&fresh));
     assert_eq!(driver.outcome(&pending, used).status, S_IOERR);
