@@ -19,6 +19,7 @@ use uuid::Uuid;
 use crate::binary::{self, BinaryError, BinaryHeader, Copy, HEADER_SIZES, checksum_holds};
 use crate::foreign::{self, Format};
 use crate::header_io::HeaderIo;
+use crate::holder;
 use crate::metadata::{Metadata, MetadataError};
 
 /// A header that both copies hold, or that the sound one of them holds.
@@ -228,7 +229,11 @@ pub fn read(io: &dyn HeaderIo) -> Result<Found, HeaderError> {
             };
             match ours.cmp(&theirs) {
                 std::cmp::Ordering::Equal if !primary.agrees(&secondary) => {
-                    return Err(HeaderError::CopiesDisagree { seqid: ours });
+                    match primary.without_host().agrees(&secondary.without_host()) {
+                        // Which the primary names is what both hosts go by.
+                        true => Recoverable::found(header(primary, salt), Copy::Secondary, Damage::OtherHost),
+                        false => return Err(HeaderError::CopiesDisagree { seqid: ours }),
+                    }
                 }
                 std::cmp::Ordering::Equal => Found::Sound(header(primary, salt)),
                 std::cmp::Ordering::Greater => {
@@ -292,6 +297,16 @@ impl One {
             ..self.binary.clone()
         };
         binary == other.binary && self.metadata == other.metadata
+    }
+
+    /// What it says beside which host has the volume attached.
+    fn without_host(&self) -> Self {
+        let mut metadata = self.metadata.clone();
+        metadata.tokens.retain(|_, token| token.kind != holder::TYPE);
+        Self {
+            binary: self.binary.clone(),
+            metadata,
+        }
     }
 }
 
@@ -391,6 +406,10 @@ pub enum Damage {
     Metadata { seqid: u64, source: MetadataError },
     #[error("its sequence number is {seqid}, but {newer} in the other copy")]
     Older { seqid: u64, newer: u64 },
+    #[error(
+        "it names another host than the primary copy: two hosts have attached the volume in the same moment"
+    )]
+    OtherHost,
     #[error("it is at none of the possible offsets")]
     NotFound,
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use crate::copies::HeaderError;
+use crate::copies::Damage;
 use crate::error::Reason;
 use crate::holder::{Holder, Holding, Host, TYPE};
 use crate::lock::LockMode;
@@ -79,7 +79,7 @@ impl Holding {
 }
 
 /// How long a process waits at least before it looks whether another host has attached the volume in the same moment.
-const PAUSE: Duration = Duration::from_millis(100);
+const PAUSE: Duration = Duration::from_millis(if cfg!(test) { 20 } else { 100 });
 
 impl Update<'_> {
     /// What the header says.
@@ -111,13 +111,13 @@ impl Locked<'_> {
         Holding::of(self.header().metadata())
     }
 
-    /// Enters the host as the one that has the volume attached, and gives the sequence of that. If the process is to be sure that
-    /// `no_other` host does the same at this moment, this takes a tenth of a second.
+    /// Enters the host as the one that has the volume attached, and gives the sequence of that. It takes a tenth of a second, to be sure
+    /// that no other host does the same at this moment.
     ///
     /// # Errors
     /// If another host has it attached or was quicker, the guest has run elsewhere, the host has no ID, or the header cannot be written.
     /// Then the host is not entered, unless the storage fails.
-    pub fn hold(&mut self, terms: &Terms<'_>, no_other: bool) -> Result<u64, Reason> {
+    pub fn hold(&mut self, terms: &Terms<'_>) -> Result<u64, Reason> {
         // Also where the header cannot be locked to be changed.
         self.holding().check(terms)?;
         if terms.host.id.is_nil() {
@@ -133,10 +133,8 @@ impl Locked<'_> {
         };
         update.set_holding(ours.clone())?;
         let entered = update.commit(self).and_then(|()| {
-            if no_other {
-                // Storage that is slow for this host is so for others.
-                thread::sleep(PAUSE.max(2 * start.elapsed()));
-            }
+            // Storage that is slow for this host is so for others. Both sides wait: the write of one may come after all of the other's.
+            thread::sleep(PAUSE.max(2 * start.elapsed()));
             self.is_held_as(&ours)
         });
         match entered {
@@ -158,7 +156,10 @@ impl Locked<'_> {
         match self.read_back() {
             Ok(()) => {}
             // The writes of two hosts have crossed, each to both copies. The primary is in force, so both hosts agree whose it is.
-            Err(Reason::Header(HeaderError::CopiesDisagree { .. })) => {
+            Err(Reason::DamagedCopy {
+                damage: Damage::OtherHost,
+                ..
+            }) => {
                 let lock = self.io.lock(LockMode::Write).map_err(Reason::Lock)?;
                 if !self.header.is_primary(self.io) {
                     return Err(Reason::AttachedTwice { by: String::new() });
@@ -176,6 +177,17 @@ impl Locked<'_> {
             false => Err(Reason::AttachedTwice {
                 by: found.holder.map(|holder| holder.name).unwrap_or_default(),
             }),
+        }
+    }
+
+    /// Checks that the header, as of when it was read or written last, names the attachment `sequence` of `host`.
+    ///
+    /// # Errors
+    /// [`Reason::TakenOver`].
+    pub fn check_held(&self, host: &Host, sequence: u64) -> Result<(), Reason> {
+        match self.holding().has(host, sequence)? {
+            true => Ok(()),
+            false => Err(Reason::TakenOver { by: None }),
         }
     }
 
@@ -348,9 +360,9 @@ mod tests {
         let io = Memory::of(&sample());
         let [a, b] = [1, 2].map(host);
         let mut locked = Locked::open(&io, None).unwrap();
-        assert_eq!(locked.hold(&terms(&a), false).unwrap(), 1);
+        assert_eq!(locked.hold(&terms(&a)).unwrap(), 1);
         let mut other = Locked::open(&io, None).unwrap();
-        let refused = other.hold(&terms(&b), false).unwrap_err();
+        let refused = other.hold(&terms(&b)).unwrap_err();
         assert!(refused.to_string().contains("\"node-1\""), "{refused}");
         assert!(refused.to_string().contains("--take-over 1"), "{refused}");
         assert_eq!(held(&io).holder.unwrap().host, a.id);
@@ -360,19 +372,19 @@ mod tests {
             boot: Uuid::from_u128(200),
             ..a.clone()
         };
-        assert_eq!(other.hold(&terms(&booted), false).unwrap(), 2);
+        assert_eq!(other.hold(&terms(&booted)).unwrap(), 2);
         let container = Host {
             id: Uuid::max(),
             ..booted.clone()
         };
-        assert_eq!(other.hold(&terms(&container), false).unwrap(), 3);
+        assert_eq!(other.hold(&terms(&container)).unwrap(), 3);
 
         // A process that was succeeded takes nothing away.
         locked.let_go(&booted, 2, true).unwrap();
         assert!(held(&io).holder.is_some());
         other.let_go(&container, 3, true).unwrap();
         assert_eq!(held(&io), nobody(3, 3));
-        assert_eq!(other.hold(&terms(&b), false).unwrap(), 4);
+        assert_eq!(other.hold(&terms(&b)).unwrap(), 4);
     }
 
     #[test]
@@ -380,14 +392,14 @@ mod tests {
         let io = Memory::of(&sample());
         let [a, b, c] = [1, 2, 3].map(host);
         let mut locked = Locked::open(&io, None).unwrap();
-        locked.hold(&terms(&a), false).unwrap();
+        locked.hold(&terms(&a)).unwrap();
         let take_over = |host, number| Terms {
             take_over: Some(number),
             ..terms(host)
         };
-        locked.hold(&take_over(&b, 2), false).unwrap_err();
-        assert_eq!(locked.hold(&take_over(&b, 1), false).unwrap(), 2);
-        locked.hold(&take_over(&c, 1), false).unwrap_err();
+        locked.hold(&take_over(&b, 2)).unwrap_err();
+        assert_eq!(locked.hold(&take_over(&b, 1)).unwrap(), 2);
+        locked.hold(&take_over(&c, 1)).unwrap_err();
         locked.forget_holder(&take_over(&a, 1)).unwrap_err();
         locked.forget_holder(&take_over(&a, 2)).unwrap();
         assert_eq!(held(&io), nobody(2, 2));
@@ -399,15 +411,15 @@ mod tests {
         let io = Memory::of(&sample());
         let [a, b] = [1, 2].map(host);
         let mut locked = Locked::open(&io, None).unwrap();
-        assert_eq!(locked.hold(&terms(&a), false).unwrap(), 1);
+        assert_eq!(locked.hold(&terms(&a)).unwrap(), 1);
         locked.let_go(&a, 1, false).unwrap();
         assert_eq!(held(&io), nobody(1, 0));
-        assert_eq!(locked.hold(&terms(&a), false).unwrap(), 2);
+        assert_eq!(locked.hold(&terms(&a)).unwrap(), 2);
         let left_in_a_unit = Terms {
             take_over: Some(1),
             ..terms(&b)
         };
-        let refused = locked.hold(&left_in_a_unit, false).unwrap_err();
+        let refused = locked.hold(&left_in_a_unit).unwrap_err();
         assert!(refused.to_string().contains("--take-over 2"), "{refused}");
         // Also if the claim fails.
         locked.let_go(&a, 2, true).unwrap();
@@ -422,7 +434,7 @@ mod tests {
             on_look: Box::new(|| {}),
         };
         let mut locked = Locked::open(&medium, None).unwrap();
-        locked.hold(&terms(&a), false).unwrap_err();
+        locked.hold(&terms(&a)).unwrap_err();
         assert_eq!(held(&io), nobody(3, 2));
     }
 
@@ -432,12 +444,12 @@ mod tests {
         let io = Memory::of(&sample());
         let [a, b] = [1, 2].map(host);
         let mut locked = Locked::open(&io, None).unwrap();
-        locked.hold(&terms(&a), false).unwrap();
+        locked.hold(&terms(&a)).unwrap();
         let take_over = Terms {
             take_over: Some(1),
             ..terms(&b)
         };
-        locked.hold(&take_over, false).unwrap();
+        locked.hold(&take_over).unwrap();
         let refused = locked.let_go(&a, 1, true).unwrap_err();
         assert!(
             matches!(&refused, Reason::TakenOver { by: Some(by) } if by == "node-2"),
@@ -459,8 +471,8 @@ mod tests {
         let [mut a, mut b] = [1, 2].map(host);
         (a.boot, b.boot) = (Uuid::nil(), Uuid::nil());
         let mut locked = Locked::open(&io, None).unwrap();
-        locked.hold(&terms(&a), false).unwrap();
-        let refused = locked.hold(&terms(&b), false).unwrap_err();
+        locked.hold(&terms(&a)).unwrap();
+        let refused = locked.hold(&terms(&b)).unwrap_err();
         assert!(matches!(refused, Reason::HeldElsewhere { .. }), "{refused}");
         // What an earlier release has entered of a host without any.
         b.id = Uuid::nil();
@@ -470,11 +482,11 @@ mod tests {
         });
         let io = Memory::of(&sample_with("/tokens/1", theirs));
         let mut locked = Locked::open(&io, None).unwrap();
-        let refused = locked.hold(&terms(&b), false).unwrap_err();
+        let refused = locked.hold(&terms(&b)).unwrap_err();
         assert!(matches!(refused, Reason::HeldElsewhere { .. }), "{refused}");
         let io = Memory::of(&sample());
         let mut locked = Locked::open(&io, None).unwrap();
-        let refused = locked.hold(&terms(&b), false).unwrap_err();
+        let refused = locked.hold(&terms(&b)).unwrap_err();
         assert!(matches!(refused, Reason::UnknownHost), "{refused}");
         assert_eq!(held(&io), Holding::default());
     }
@@ -484,7 +496,7 @@ mod tests {
         let io = Memory::of(&sample());
         let [a, b] = [1, 2].map(host);
         let mut locked = Locked::open(&io, None).unwrap();
-        let sequence = locked.hold(&terms(&a), false).unwrap();
+        let sequence = locked.hold(&terms(&a)).unwrap();
         locked.let_go(&a, sequence, true).unwrap();
         let goes_on = Terms {
             ran: Some(sequence),
@@ -492,24 +504,24 @@ mod tests {
             ..terms(&a)
         };
         // It never ran there.
-        let elsewhere = locked.hold(&terms(&b), false).unwrap();
+        let elsewhere = locked.hold(&terms(&b)).unwrap();
         locked.let_go(&b, elsewhere, false).unwrap();
         assert_eq!(held(&io), nobody(2, 1));
-        let sequence = locked.hold(&goes_on, false).unwrap();
+        let sequence = locked.hold(&goes_on).unwrap();
         locked.let_go(&a, sequence, true).unwrap();
-        let elsewhere = locked.hold(&terms(&b), false).unwrap();
+        let elsewhere = locked.hold(&terms(&b)).unwrap();
         locked.let_go(&b, elsewhere, true).unwrap();
         let goes_on = Terms {
             ran: Some(sequence),
             ..goes_on
         };
-        let refused = locked.hold(&goes_on, false).unwrap_err();
+        let refused = locked.hold(&goes_on).unwrap_err();
         assert!(
             matches!(refused, Reason::RanElsewhere { then: 3, now: 4 }),
             "{refused}"
         );
         // Another guest begins with what is there.
-        locked.hold(&terms(&a), false).unwrap();
+        locked.hold(&terms(&a)).unwrap();
     }
 
     /// What had come through of a claim that failed was taken for a guest that has run elsewhere.
@@ -518,7 +530,7 @@ mod tests {
         let io = Memory::of(&sample());
         let [a, b] = [1, 2].map(host);
         let mut locked = Locked::open(&io, None).unwrap();
-        let first = locked.hold(&terms(&a), false).unwrap();
+        let first = locked.hold(&terms(&a)).unwrap();
         locked.let_go(&a, first, true).unwrap();
         let goes_on = Terms {
             ran: Some(first),
@@ -526,7 +538,7 @@ mod tests {
             ..terms(&a)
         };
         for left in 2..4 {
-            assert_eq!(locked.hold(&goes_on, false).unwrap(), left);
+            assert_eq!(locked.hold(&goes_on).unwrap(), left);
         }
         assert_eq!((held(&io).sequence, held(&io).ran), (3, 1));
         // A guest ran by it, and it could not be removed.
@@ -534,14 +546,14 @@ mod tests {
             ran: Some(3),
             ..goes_on
         };
-        locked.hold(&ran, false).unwrap();
+        locked.hold(&ran).unwrap();
         assert_eq!((held(&io).sequence, held(&io).ran), (4, 3));
         // Another process does not know, of this host or another.
         let other = Terms {
             process: Uuid::new_v4(),
             ..ran
         };
-        let refused = locked.hold(&other, false).unwrap_err();
+        let refused = locked.hold(&other).unwrap_err();
         assert!(
             matches!(refused, Reason::RanElsewhere { then: 3, now: 4 }),
             "{refused}"
@@ -550,7 +562,7 @@ mod tests {
             take_over: Some(4),
             ..terms(&b)
         };
-        locked.hold(&take_over, false).unwrap();
+        locked.hold(&take_over).unwrap();
         assert_eq!((held(&io).sequence, held(&io).ran), (5, 4));
     }
 
@@ -566,15 +578,15 @@ mod tests {
             ..terms(&a)
         };
         let mut locked = Locked::open(&io, None).unwrap();
-        locked.hold(&goes_on(6), false).unwrap_err();
-        locked.hold(&goes_on(7), false).unwrap();
+        locked.hold(&goes_on(6)).unwrap_err();
+        locked.hold(&goes_on(7)).unwrap();
         let holder = json!({
             "type": TYPE, "keyslots": [], "sequence": "8", "host": a.id.to_string(), "name": "node-1", "boot": a.boot.to_string(),
             "since": "2026-11-30T18:12:00Z",
         });
         let io = Memory::of(&sample_with("/tokens/1", holder));
         let mut locked = Locked::open(&io, None).unwrap();
-        locked.hold(&goes_on(7), false).unwrap_err();
+        locked.hold(&goes_on(7)).unwrap_err();
         locked.let_go(&a, 8, true).unwrap();
         assert_eq!(held(&io), nobody(8, 8));
     }
@@ -584,19 +596,19 @@ mod tests {
     fn nothing_is_repaired_while_another_host_has_the_volume() {
         let io = Memory::of(&sample());
         let [a, b] = [1, 2].map(host);
-        Locked::open(&io, None).unwrap().hold(&terms(&a), false).unwrap();
+        Locked::open(&io, None).unwrap().hold(&terms(&a)).unwrap();
         io.spoil(crate::testing::COPY + 5000);
         let before = io.front.borrow().clone();
         let mut there = Locked::open_on(&b, &io, None).unwrap();
         assert!(matches!(there.header_state(), HeaderState::NeedsRepair { .. }));
-        there.hold(&terms(&b), false).unwrap_err();
+        there.hold(&terms(&b)).unwrap_err();
         there.let_go(&b, 1, true).unwrap_err();
         assert!(*io.front.borrow() == before);
         let take_over = Terms {
             take_over: Some(1),
             ..terms(&b)
         };
-        there.hold(&take_over, false).unwrap();
+        there.hold(&take_over).unwrap();
         assert_eq!(
             *Locked::open_on(&a, &io, None).unwrap().header_state(),
             HeaderState::Sound
@@ -622,7 +634,7 @@ mod tests {
         let attach_second = || {
             if theirs.borrow().is_none() {
                 let mut locked = Locked::open(&second, None).unwrap();
-                let held = locked.hold(&terms(&b), true);
+                let held = locked.hold(&terms(&b));
                 *theirs.borrow_mut() = Some(held);
             }
         };
@@ -640,7 +652,7 @@ mod tests {
                 }
             }),
         };
-        let ours = Locked::open(&first, None).unwrap().hold(&terms(&a), true);
+        let ours = Locked::open(&first, None).unwrap().hold(&terms(&a));
         attach_second();
         let theirs = theirs.take().unwrap();
         assert!(ours.is_err() || theirs.is_err(), "both have it");
@@ -694,6 +706,59 @@ mod tests {
         assert_eq!(held(&io), theirs);
     }
 
+    /// The copies differed for ever then, and no tool of ours opened the volume any more.
+    #[test]
+    fn of_two_hosts_that_attach_at_one_moment_the_quicker_may_die() {
+        let io = Memory::of(&sample());
+        let [a, b] = [1, 2].map(host);
+        let quicker = RefCell::new(Locked::open(&io, None).unwrap());
+        let update = RefCell::new(Some(quicker.borrow().update().unwrap()));
+        let medium = Medium {
+            io: &io,
+            seen: RefCell::default(),
+            // After the write of the first copy.
+            on_sync: Box::new(|| {
+                if let Some(mut update) = update.borrow_mut().take() {
+                    let theirs = Holding {
+                        sequence: 1,
+                        ran: 0,
+                        holder: Some(Holder::now(&b, Uuid::new_v4())),
+                    };
+                    update.set_holding(theirs).unwrap();
+                    update.commit(&mut quicker.borrow_mut()).unwrap();
+                }
+                Ok(())
+            }),
+            on_look: Box::new(|| {}),
+        };
+        let refused = Locked::open(&medium, None).unwrap().hold(&terms(&a)).unwrap_err();
+        assert!(matches!(refused, Reason::AttachedTwice { .. }), "{refused}");
+
+        let refused = Locked::open_on(&a, &io, None)
+            .unwrap()
+            .hold(&terms(&a))
+            .unwrap_err();
+        assert!(refused.to_string().contains("--take-over 1"), "{refused}");
+        let mut locked = Locked::open_on(&b, &io, None).unwrap();
+        assert_eq!(locked.hold(&terms(&b)).unwrap(), 2);
+        assert_eq!(
+            *Locked::open_on(&a, &io, None).unwrap().header_state(),
+            HeaderState::Sound
+        );
+    }
+
+    /// It took itself for another host.
+    #[test]
+    fn a_host_with_a_strange_name_knows_itself() {
+        let io = Memory::of(&sample());
+        let mut named = host(1);
+        named.name = "node\u{7f}1".repeat(40);
+        let mut locked = Locked::open(&io, None).unwrap();
+        assert_eq!(locked.hold(&terms(&named)).unwrap(), 1);
+        locked.let_go(&named, 1, true).unwrap();
+        assert_eq!(held(&io), nobody(1, 1));
+    }
+
     #[test]
     fn a_header_without_room_says_so_and_stays_as_it_is() {
         let mut json = sample();
@@ -702,7 +767,7 @@ mod tests {
         let io = Memory::of(&json);
         let before = io.front.borrow().clone();
         let mut locked = Locked::open(&io, None).unwrap();
-        let refused = locked.hold(&terms(&host(1)), false).unwrap_err();
+        let refused = locked.hold(&terms(&host(1))).unwrap_err();
         assert!(refused.has_no_room(), "{refused}");
         assert!(*io.front.borrow() == before);
 
@@ -712,7 +777,7 @@ mod tests {
         }
         let io = Memory::of(&json);
         let mut locked = Locked::open(&io, None).unwrap();
-        let refused = locked.hold(&terms(&host(1)), false).unwrap_err();
+        let refused = locked.hold(&terms(&host(1))).unwrap_err();
         assert!(refused.has_no_room(), "{refused}");
     }
 
@@ -728,13 +793,13 @@ mod tests {
             let io = Memory::of(&sample_with("/tokens/1", token));
             assert_eq!(held(&io), Holding::default());
             let mut locked = Locked::open(&io, None).unwrap();
-            assert_eq!(locked.hold(&terms(&host(1)), false).unwrap(), 1);
+            assert_eq!(locked.hold(&terms(&host(1))).unwrap(), 1);
             assert_eq!(locked.header().metadata().tokens[&Id(1)].keyslots, []);
         }
         let last = json!({ "type": TYPE, "keyslots": [], "sequence": u64::MAX.to_string() });
         let io = Memory::of(&sample_with("/tokens/1", last));
         let mut locked = Locked::open(&io, None).unwrap();
-        assert_eq!(locked.hold(&terms(&host(1)), false).unwrap(), 0);
+        assert_eq!(locked.hold(&terms(&host(1))).unwrap(), 0);
     }
 
     #[test]

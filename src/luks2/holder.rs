@@ -65,7 +65,7 @@ impl Holder {
     pub(crate) fn now(host: &Host, process: Uuid) -> Self {
         Self {
             host: host.id,
-            name: host.name.clone(),
+            name: harmless(&host.name, MOST_OF_NAME),
             boot: host.boot,
             process: Some(process),
             since: Timestamp::now(),
@@ -118,7 +118,7 @@ impl Holding {
         other.insert("ran".to_owned(), field(self.ran.to_string()));
         if let Some(holder) = self.holder {
             other.insert("host".to_owned(), field(holder.host.to_string()));
-            other.insert("name".to_owned(), field(harmless(&holder.name, MOST_OF_NAME)));
+            other.insert("name".to_owned(), field(holder.name));
             other.insert("boot".to_owned(), field(holder.boot.to_string()));
             if let Some(process) = holder.process {
                 other.insert("process".to_owned(), field(process.to_string()));

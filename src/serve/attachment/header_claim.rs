@@ -82,7 +82,7 @@ impl HeaderClaim {
     ///
     /// # Errors
     /// Those of [`Locked::hold`].
-    pub fn take(&self, locked: &mut Locked<'_>, goes_on: bool, no_other: bool) -> Result<(), Reason> {
+    pub fn take(&self, locked: &mut Locked<'_>, goes_on: bool) -> Result<(), Reason> {
         let terms = self.terms(goes_on && self.is_wanted);
         let found = locked.holding();
         found.check(&terms)?;
@@ -98,7 +98,7 @@ impl HeaderClaim {
             return Ok(());
         }
         let held = match self.is_wanted {
-            true => locked.hold(&terms, no_other).map(Some),
+            true => locked.hold(&terms).map(Some),
             false => locked.forget_holder(&terms).map(|()| None),
         };
         match held {
@@ -122,6 +122,16 @@ impl HeaderClaim {
     /// Those of [`Holding::check`](crate::luks2::Holding::check).
     pub fn check(&self, locked: &Locked<'_>) -> Result<(), Reason> {
         locked.holding().check(&self.terms(false))
+    }
+
+    /// Checks, before the header is changed, that it still names this attachment, if there is one: no lock keeps another host from taking
+    /// it over.
+    ///
+    /// # Errors
+    /// [`Reason::TakenOver`].
+    pub fn check_held(&self, locked: &Locked<'_>) -> Result<(), Reason> {
+        let held = lock(&self.state).held;
+        held.map_or(Ok(()), |sequence| locked.check_held(&self.host, sequence))
     }
 
     fn terms(&self, goes_on: bool) -> Terms<'_> {

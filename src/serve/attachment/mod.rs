@@ -487,7 +487,7 @@ impl Attachment {
     pub fn claim_header(&self) -> Result<(), OpenError> {
         let mut locked = self.read_header()?;
         let claimed = match self.disk.claimed() {
-            Standing::Held => self.header_claim.take(&mut locked, false, true),
+            Standing::Held => self.header_claim.take(&mut locked, false),
             _ => self.header_claim.check(&locked),
         };
         claimed.map_err(|reason| OpenError::from(reason.at(locked.path())))
@@ -693,7 +693,7 @@ impl Attachment {
             return Err(AttachmentError::IsLocked);
         }
         let _kept = self.disk.keep_claim()?;
-        let mut locked = self.read_header()?;
+        let mut locked = self.read_header_to_change()?;
         if if_older_than.is_some_and(|age| !Bindings::of(locked.header()).are_older_than(age)) {
             return Ok(None);
         }
@@ -721,7 +721,7 @@ impl Attachment {
             return Err(AttachmentError::NoGuest);
         }
         let _kept = self.disk.keep_claim()?;
-        let mut locked = self.read_header()?;
+        let mut locked = self.read_header_to_change()?;
         let header = self.opener.header.as_ref();
         let payload: Option<&dyn HeaderIo> = header.map(|_| &self.opener.disk as _);
         let shrink = false;
@@ -800,6 +800,14 @@ impl Attachment {
         self.opener.locked()?.as_before(&known)
     }
 
+    /// Reads it to change it. The claim is held.
+    fn read_header_to_change(&self) -> Result<Locked<'_>, OpenError> {
+        let locked = self.read_header()?;
+        let held = self.header_claim.check_held(&locked);
+        held.map_err(|reason| reason.at(locked.path()))?;
+        Ok(locked)
+    }
+
     /// Reads it after another process may have changed it. The volume may have become longer: then it is as long for the guest from now on.
     fn read_header_of_others(&self) -> Result<Locked<'_>, OpenError> {
         let locked = self.opener.locked()?;
@@ -824,7 +832,7 @@ impl Attachment {
                 continue;
             }
             let mut locked = self.read_header_of_others()?;
-            match self.header_claim.take(&mut locked, goes_on, false) {
+            match self.header_claim.take(&mut locked, goes_on) {
                 Err(Reason::HeldElsewhere { .. }) if start.elapsed() < GIVEN_UP_WITHIN => {
                     thread::sleep(LOOK);
                 }
