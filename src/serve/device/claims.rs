@@ -227,6 +227,16 @@ impl Claims {
         }
     }
 
+    /// Whether it is held.
+    pub(super) fn is_held(&self) -> bool {
+        matches!(&*lock(&self.state), State::Claimed(_))
+    }
+
+    /// Whether a thread is claiming the disk, or giving it back.
+    pub(super) fn is_changing(&self) -> bool {
+        matches!(&*lock(&self.state), State::Claiming { .. })
+    }
+
     /// A ring is served with the claim.
     pub(super) fn set_used(&self) {
         self.is_used.store(true, Ordering::Relaxed);
@@ -248,14 +258,6 @@ impl Claims {
     pub(super) fn is_due(&self) -> bool {
         let _state = lock(&self.state);
         self.is_due.load(Ordering::Relaxed)
-    }
-
-    /// Whether this process neither has the claim nor is about to get it or to give it back.
-    pub(super) fn is_given_back(&self) -> bool {
-        matches!(
-            *lock(&self.state),
-            State::Attached(_) | State::Refused(..) | State::Left
-        )
     }
 
     /// How it is.
@@ -375,10 +377,7 @@ impl Claims {
             }
         };
         drop(state);
-        let tells_other_hosts = self
-            .observer
-            .get()
-            .is_some_and(|observer| observer.tells_other_hosts());
+        let tells_other_hosts = self.tells_other_hosts();
         let claimed = match attached.is_attached_by_others() {
             true => Err((attached, NotClaimed::Elsewhere)),
             // A guest that is on its way to another host would be refused there.
@@ -446,7 +445,7 @@ impl Claims {
                 return;
             }
             // Locks do not tell whether other hosts have attached a disk whose header names this one.
-            let is_kept = self.kept.load(Ordering::Relaxed) > 0 && !self.has_to_release();
+            let is_kept = self.kept.load(Ordering::Relaxed) > 0 && !self.tells_other_hosts();
             let (next, claim) = match state.take() {
                 State::Claimed(claim) if is_kept && !claim.is_attached_by_others() => {
                     self.is_overdue.store(true, Ordering::Relaxed);
@@ -454,7 +453,11 @@ impl Claims {
                 }
                 State::Claimed(claim) => match Arc::try_unwrap(claim) {
                     Ok(claim) => (State::nothing(), Some(claim)),
-                    Err(claim) => (State::Claimed(claim), None),
+                    Err(claim) => {
+                        // Somebody looks at it, who looks whether it is due afterwards.
+                        self.is_due.store(true, Ordering::Relaxed);
+                        (State::Claimed(claim), None)
+                    }
                 },
                 State::Refused(attached, _) | State::Attached(attached) => (State::Attached(attached), None),
                 State::Claiming { attached, .. } => {
@@ -477,6 +480,12 @@ impl Claims {
     pub(super) fn has_to_release(&self) -> bool {
         let observer = self.observer.get();
         observer.is_some_and(|observer| observer.has_to_release())
+    }
+
+    /// Whether other hosts are kept out by more than locks.
+    pub(super) fn tells_other_hosts(&self) -> bool {
+        let observer = self.observer.get();
+        observer.is_some_and(|observer| observer.tells_other_hosts())
     }
 
     fn give_back_within(self: &Arc<Self>, claim: Claim, limit: Duration) {
@@ -553,7 +562,7 @@ pub enum NotClaimed {
     NoGuest,
     /// See [`Standing::Waiting`].
     #[error(
-        "the disk is being taken over from another process, or waits for writes of one that was killed: try again later"
+        "the disk is being taken over from another process, waits for writes of one that was killed, or is being given back: try again later"
     )]
     Waiting,
     /// `sealblk upgrade` was quicker.
@@ -576,6 +585,12 @@ pub enum NotLent {
          hangs (`sealblk status`), and try again then, or when the guest runs"
     )]
     Due,
+    /// What a guest has written can still land.
+    #[error(
+        "requests of a guest that has left do not end: see whether the storage is slow or hangs (`sealblk status`), and try again when they have \
+         ended"
+    )]
+    InFlight,
     /// Descriptors are exhausted.
     #[error("the locks of the disk cannot be passed on")]
     Io(#[from] io::Error),
@@ -698,6 +713,22 @@ mod tests {
         fn changed(&self) {}
     }
 
+    /// The claim stayed for ever if another thread looked at it at that moment.
+    #[test]
+    fn a_claim_that_somebody_looks_at_is_given_back_afterwards() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let backing = Backing::open(file.path(), Access::ReadWrite).unwrap();
+        let claims = Arc::new(Claims::now(backing.attach(Others::Refused).unwrap()).unwrap());
+        let looked = claims.current();
+        claims.set_due(true);
+        claims.release(DEFAULT_STOP_LIMIT);
+        assert!(claims.is_due() && claims.is_held());
+        drop(looked);
+        claims.release(DEFAULT_STOP_LIMIT);
+        assert!(!backing.is_claimed());
+        assert_eq!(claims.standing(), Standing::Released);
+    }
+
     /// A rekey wrote the header of another host's disk: it had asked for the claim before it waited for the lock on the header.
     #[test]
     fn a_header_that_says_no_more_that_this_host_has_the_disk_is_not_changed() {
@@ -722,7 +753,8 @@ mod tests {
             go_on.send(()).unwrap();
             release.join().unwrap();
         });
-        assert!(!backing.is_claimed() && claims.is_given_back());
+        assert!(!backing.is_claimed());
+        assert_eq!(claims.standing(), Standing::Released);
         assert!(change().is_err());
         drop(kept);
         assert!(matches!(

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{SendError, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 
@@ -28,6 +28,8 @@ use crate::timestamp::Timestamp;
 
 /// How often a lock looks whether the workers are done.
 const LOCK_TICK: Duration = Duration::from_millis(1);
+/// How often the end of the process looks whether the claim is given back.
+const CLAIM_TICK: Duration = Duration::from_millis(10);
 
 /// The segment table by which rings run: which range of sectors lies where, and under which key. Each unlock gives out
 /// another one, of the next generation; a ring whose generation is not the current one is stopped before any is started.
@@ -353,7 +355,7 @@ impl Disk {
     }
 
     /// Gives the claim back if that is due, and storage answers.
-    fn release_due_claim(self: &Arc<Self>) {
+    pub(super) fn release_due_claim(self: &Arc<Self>) {
         if !self.claims.is_due() {
             return;
         }
@@ -364,7 +366,7 @@ impl Disk {
             );
             return;
         }
-        let is_held = self.claims.current().is_some();
+        let is_held = self.claims.is_held();
         if is_held && self.read_only {
             self.claims.set_due(false);
             return;
@@ -383,13 +385,23 @@ impl Disk {
 
     /// Gives the claim back at the end of the process, if other hosts have to be told. No ring is served.
     pub fn detach(self: &Arc<Self>) {
-        if !self.claims.has_to_release() {
+        if !self.claims.tells_other_hosts() {
             return;
         }
-        self.release_claim();
-        if !self.claims.is_given_back() {
+        let start = Instant::now();
+        loop {
+            if self.claims.has_to_release() || self.claims.is_changing() {
+                self.release_claim();
+            }
+            // Another thread may have begun to write the header.
+            if !self.claims.is_changing() || start.elapsed() >= self.stop_limit {
+                break;
+            }
+            thread::sleep(CLAIM_TICK);
+        }
+        if self.claims.has_to_release() || self.claims.is_changing() {
             tracing::error!(
-                "this process ends before the storage has answered: the header may still say that this host has the disk attached, so that \
+                "this process ends without having given the disk back, since the storage does not answer or fails: the header may still say that this host has the disk attached, so that \
                  another host needs --take-over to attach it"
             );
         }
@@ -418,7 +430,11 @@ impl Disk {
             let synced = disk.file.sync();
             match tell.send(synced) {
                 Ok(()) => {}
-                Err(SendError(Ok(()))) => disk.release_due_claim(),
+                Err(SendError(Ok(()))) => {
+                    disk.release_due_claim();
+                    // A ring may have asked for the claim meanwhile.
+                    disk.tell();
+                }
                 Err(SendError(Err(error))) if disk.claims.is_due() => {
                     disk.claims.set_due(false);
                     tell_not_synced(&error);
@@ -442,6 +458,8 @@ impl Disk {
             .is_none_or(|claim| claim.is_attached_by_others())
         {
             self.release_claim();
+        } else {
+            self.release_due_claim();
         }
     }
 
@@ -458,8 +476,12 @@ impl Disk {
     /// The claim, for another process that takes the disk over. No ring is served.
     ///
     /// # Errors
-    /// If it is just coming or to be given back, was refused, or descriptors are exhausted.
+    /// If it is just coming or to be given back, was refused, what a guest has written can still land, or descriptors are exhausted.
     pub fn lend_claim(self: &Arc<Self>) -> Result<Loan, NotLent> {
+        // The locks are the other process' own, and would not keep it waiting.
+        if self.held.is_landing() {
+            return Err(NotLent::InFlight);
+        }
         let claim = self.claims.lend()?;
         let disk = Arc::clone(self);
         Ok(Loan { claim, disk })
@@ -546,6 +568,7 @@ fn tell_not_synced(error: &io::Error) {
 #[cfg(test)]
 mod tests {
     use std::sync::Mutex;
+    use std::sync::mpsc::SyncSender;
 
     use tracing::span::{Attributes, Id, Record};
     use tracing::{Event, Metadata, Subscriber, subscriber};
@@ -579,17 +602,72 @@ mod tests {
         fn exit(&self, _: &Id) {}
     }
 
-    /// The last request landed after it had been looked for, and before it was noted that the claim is to be given back: nothing looked
-    /// again, and the destination of a migration was refused.
-    #[test]
-    fn a_claim_is_given_back_if_storage_answers_while_the_guest_stops() {
-        let file = tempfile::NamedTempFile::new().unwrap();
+    fn served(file: &tempfile::NamedTempFile) -> (Backing, Arc<Disk>) {
         let backing = Backing::open(file.path(), Access::ReadWrite).unwrap();
         let attached = backing.attach(Others::Refused).unwrap();
         let data = Arc::new(backing.data_file(512, &attached.fence()).unwrap());
         let claims = Claims::now(attached).unwrap();
         let disk = Disk::new(2048, data, claims, SectorSize::B512, false, false, "serial").unwrap();
-        let disk = Arc::new(disk);
+        (backing, Arc::new(disk))
+    }
+
+    /// The next process had the locks for its own, and did not wait: the write could land over those of its guest.
+    #[test]
+    fn a_disk_is_not_handed_over_while_a_write_of_a_guest_that_has_left_can_land() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let (_backing, disk) = served(&file);
+        let landing = disk.landing(0, 1);
+        disk.front_end_left();
+        assert!(matches!(disk.lend_claim(), Err(NotLent::InFlight)));
+        drop(landing);
+        drop(disk.lend_claim().unwrap());
+    }
+
+    /// The process ended in the middle of the write, and without a word.
+    #[test]
+    fn the_end_of_the_process_waits_for_a_header_that_is_just_written() {
+        struct Slow {
+            is_held: AtomicBool,
+            begun: Mutex<Option<SyncSender<()>>>,
+        }
+        impl Observer for Slow {
+            fn check(&self, _: bool, _: bool) -> Result<(), String> {
+                Ok(())
+            }
+            fn has_to_release(&self) -> bool {
+                self.is_held.load(Ordering::Relaxed)
+            }
+            fn tells_other_hosts(&self) -> bool {
+                true
+            }
+            fn release(&self, _: bool) {
+                self.is_held.store(false, Ordering::Relaxed);
+                drop(lock(&self.begun).take());
+                thread::sleep(Duration::from_millis(100));
+            }
+            fn changed(&self) {}
+        }
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let (backing, disk) = served(&file);
+        let (begun, begins) = sync_channel(0);
+        disk.observe_claim(Box::new(Slow {
+            is_held: true.into(),
+            begun: Mutex::new(Some(begun)),
+        }));
+        thread::scope(|scope| {
+            scope.spawn(|| disk.release_claim());
+            begins.recv().unwrap_err();
+            disk.detach();
+            assert!(!backing.is_claimed());
+        });
+    }
+
+    /// The last request landed after it had been looked for, and before it was noted that the claim is to be given back: nothing looked
+    /// again, and the destination of a migration was refused.
+    #[test]
+    fn a_claim_is_given_back_if_storage_answers_while_the_guest_stops() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let (backing, disk) = served(&file);
         let answer = Answer(Mutex::new(Some(disk.landing(0, 1))));
         subscriber::with_default(answer, || disk.release_claim());
         assert_eq!(disk.claimed(), Standing::Released);

@@ -276,11 +276,11 @@ impl Rings {
         let Some(grant) = granted else {
             return Ok(());
         };
+        if !self.vrings.iter().any(Vring::is_wanted) {
+            return Ok(());
+        }
         let Some(claim) = self.disk.claim() else {
-            return match self.vrings.iter().any(Vring::is_wanted) {
-                true => self.disk.ask_for_claim(),
-                false => Ok(()),
-            };
+            return self.disk.ask_for_claim();
         };
         for (index, vring) in self.vrings.iter().enumerate() {
             if self.running[index].is_some() {
