@@ -4,12 +4,10 @@
 
 declare -A HOSTS=() # of each host that is up: the PID of its systemd
 
-# host_up NAME: boots a host, and waits until all of its units are up. /shared is the same directory on all hosts of a test, /sealblk
-# that of the binaries under test.
+# host_up NAME: boots a host, and waits until all of its units are up. /sealblk there is the directory of the binaries under test.
 host_up() {
     local name=$1 dir=$WORK/$1 boot
-    mkdir -p "$dir" "$WORK/shared"
-    ln -sfn ../shared "$dir/shared"
+    mkdir -p "$dir"
     "$REPO/ci/host-boot" "$dir" "$name" </dev/null >>"$dir.log" 2>&1 &
     boot=$!
     HOSTS[$name]=
@@ -48,13 +46,6 @@ on() {
 
 # path_on NAME PATH: where this machine sees a file of a host.
 path_on() { printf '%s' "/proc/${HOSTS[$1]}/root$2"; }
-
-# host_killed NAME: as if its power failed.
-host_killed() {
-    kill -KILL "${HOSTS[$1]}"
-    wait_until 10 process_is_gone "${HOSTS[$1]}" || true
-    unset "HOSTS[$1]"
-}
 
 end_hosts() {
     local name
