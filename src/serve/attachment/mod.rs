@@ -319,7 +319,7 @@ pub enum AttachmentError {
     /// It could not tell the guest.
     #[error(
         "no guest runs with the disk, or another process has it, so its size cannot be changed here now; continue the guest, or resize the \
-         disk where it runs"
+         disk where it runs; if none is to run, end `sealblk serve` and resize the disk at rest"
     )]
     NoGuest,
     /// Its header is not this process's to change.

@@ -109,7 +109,8 @@ pub struct Serve {
     /// once, and takes the disk over when the guest starts here (see below)
     #[arg(long, conflicts_with_all = ["null_storage", "read_only"])]
     pub(super) incoming: bool,
-    /// Answer `sealblk status`, `lock`, `unlock` and `rekey` on this socket
+    /// Answer the verbs for a served disk on this socket: `sealblk status`, `events`, `lock`, `unlock`, `rekey`, `resize`, `resume` and
+    /// `upgrade`. Without it the disk has none of them
     #[arg(long, value_name = "SOCK", conflicts_with_all = ["null_storage", "allow_unencrypted"])]
     pub(super) control_socket: Option<PathBuf>,
     /// Give the control socket to a group, by name or number. Its members can connect and ask for the status; they can do more only

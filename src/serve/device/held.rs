@@ -210,7 +210,7 @@ fn log(held: Option<&Held>) {
         ),
         // Of each queue, when it is stopped.
         Some(Held { by: HeldBy::Hung, .. }) => {}
-        None => tracing::info!("the storage works: no request of the guest waits for it any more"),
+        None => tracing::info!("no request of the guest waits for the storage any more"),
     }
 }
 
