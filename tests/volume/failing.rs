@@ -648,6 +648,31 @@ fn a_service_manager_that_does_not_read_keeps_no_request_waiting() {
     driver.frontend.stop_vring(0);
 }
 
+/// The kernel told of the failure once, and the next try gave the disk away: its next owner's flushes succeeded over lost data.
+#[test]
+fn a_disk_with_a_loss_that_the_guest_does_not_know_of_is_not_given_away() {
+    for sector_size in [512, 4096] {
+        let Some(failing) = Failing::with_sectors(sector_size, &SOON) else {
+            return;
+        };
+        let mut driver = failing.server().connect();
+        let held = || failing.status()["claim"]["state"] == "held";
+        driver.write(64, &pattern(1, 8192));
+        failing.fail(Operation::Sync, Fault::Error(EIO));
+        let base = driver.frontend.stop_vring(0);
+        assert!(held(), "{sector_size}");
+        failing.fuse.heal();
+        driver.restart(0, base);
+        let base = driver.frontend.stop_vring(0);
+        assert!(held(), "{sector_size}: given away");
+
+        driver.restart(0, base);
+        assert_eq!(driver.run(T_FLUSH, 0, Data::None).status, S_IOERR);
+        driver.frontend.stop_vring(0);
+        wait_for("the claim's release", || !held());
+    }
+}
+
 /// When the guest stops, what was written is put on stable storage before another process may take the disk over.
 #[test]
 fn a_sync_that_hangs_does_not_keep_the_guest_from_stopping_and_the_disk_stays_claimed() {

@@ -77,8 +77,7 @@ impl HeaderClaim {
         }
     }
 
-    /// Enters it, for the guest that ran here last if that `goes_on`. If another host could do the same at this moment (`no_other`), that
-    /// is excluded as far as possible.
+    /// Enters it, for the guest that ran here last if that `goes_on`.
     ///
     /// # Errors
     /// Those of [`Locked::hold`].

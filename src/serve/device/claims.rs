@@ -58,6 +58,8 @@ pub struct Claims {
     is_overdue: AtomicBool,
     /// Whether it is to be given back once storage has what was written. This and the next one change while the state is locked.
     is_due: AtomicBool,
+    /// Whether a thread is giving it back.
+    is_leaving: AtomicBool,
     /// Whether another process has the locks as well, and it is not decided which of the two goes on. Nothing is given back then.
     is_lent: AtomicBool,
     observer: OnceLock<Box<dyn Observer>>,
@@ -209,6 +211,7 @@ impl Claims {
             kept: AtomicU32::new(0),
             is_overdue: AtomicBool::new(false),
             is_due: AtomicBool::new(false),
+            is_leaving: AtomicBool::new(false),
             is_lent: AtomicBool::new(false),
             observer: OnceLock::new(),
         }
@@ -232,13 +235,15 @@ impl Claims {
         matches!(&*lock(&self.state), State::Claimed(_))
     }
 
-    /// Whether a thread is claiming the disk, or giving it back.
-    pub(super) fn is_changing(&self) -> bool {
-        matches!(&*lock(&self.state), State::Claiming { .. })
+    /// Whether a thread is giving it back.
+    pub(super) fn is_leaving(&self) -> bool {
+        self.is_leaving.load(Ordering::Acquire)
     }
 
     /// A ring is served with the claim.
     pub(super) fn set_used(&self) {
+        // Also if it came for a change of the header.
+        self.was_held.store(true, Ordering::Relaxed);
         self.is_used.store(true, Ordering::Relaxed);
         self.guest_ran.store(true, Ordering::Relaxed);
     }
@@ -248,9 +253,13 @@ impl Claims {
         self.guest_ran.store(false, Ordering::Relaxed);
     }
 
-    /// Takes note of whether the claim is to be given back once storage has what was written.
+    /// Takes note of whether the claim is to be given back once storage has what was written. If it is not, a guest runs, or storage has
+    /// failed: the end of a change of the header does not give it back either.
     pub(super) fn set_due(&self, is_due: bool) {
         let _state = lock(&self.state);
+        if !is_due {
+            self.is_overdue.store(false, Ordering::Relaxed);
+        }
         self.is_due.store(is_due, Ordering::Relaxed);
     }
 
@@ -335,6 +344,7 @@ impl Claims {
             let is_wanted = matches!(*state, State::Claiming { is_wanted: true, .. });
             *state = match claimed {
                 Ok(claim) if !is_wanted => {
+                    self.is_leaving.store(true, Ordering::Release);
                     drop(state);
                     return self.give_back(claim);
                 }
@@ -452,7 +462,10 @@ impl Claims {
                     (State::Claimed(claim), None)
                 }
                 State::Claimed(claim) => match Arc::try_unwrap(claim) {
-                    Ok(claim) => (State::nothing(), Some(claim)),
+                    Ok(claim) => {
+                        self.is_leaving.store(true, Ordering::Release);
+                        (State::nothing(), Some(claim))
+                    }
                     Err(claim) => {
                         // Somebody looks at it, who looks whether it is due afterwards.
                         self.is_due.store(true, Ordering::Relaxed);
@@ -520,6 +533,7 @@ impl Claims {
         }
         // A ring that has asked for it meanwhile asks again when it is told.
         *lock(&self.state) = State::Attached(claim.release());
+        self.is_leaving.store(false, Ordering::Release);
         self.tell();
     }
 }

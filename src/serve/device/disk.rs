@@ -372,6 +372,13 @@ impl Disk {
             return;
         }
         match if is_held { self.sync_in_time() } else { Ok(()) } {
+            // The kernel tells of a failure once, and the sync after that succeeds.
+            Ok(()) if is_held && self.file.has_unknown_loss() => {
+                self.claims.set_due(false);
+                tell_not_synced(&io::Error::other(
+                    "the storage has lost data, and the guest does not know of that yet: continue it, so that it flushes",
+                ));
+            }
             Ok(()) => self.claims.release(self.stop_limit),
             Err(error) => {
                 // An error of the storage has a number; a sync that has not ended looks at its end.
@@ -390,16 +397,16 @@ impl Disk {
         }
         let start = Instant::now();
         loop {
-            if self.claims.has_to_release() || self.claims.is_changing() {
+            if self.claims.has_to_release() {
                 self.release_claim();
             }
             // Another thread may have begun to write the header.
-            if !self.claims.is_changing() || start.elapsed() >= self.stop_limit {
+            if !self.claims.is_leaving() || start.elapsed() >= self.stop_limit {
                 break;
             }
             thread::sleep(CLAIM_TICK);
         }
-        if self.claims.has_to_release() || self.claims.is_changing() {
+        if self.claims.has_to_release() || self.claims.is_leaving() {
             tracing::error!(
                 "this process ends without having given the disk back, since the storage does not answer or fails: the header may still say that this host has the disk attached, so that \
                  another host needs --take-over to attach it"

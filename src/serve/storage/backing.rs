@@ -448,6 +448,12 @@ impl DataFile {
         self.losses.is_untold()
     }
 
+    /// Whether there is a loss that the guest does not know of.
+    pub fn has_unknown_loss(&self) -> bool {
+        self.losses.look();
+        self.losses.is_unknown()
+    }
+
     /// Keeps a loss for the guest that another process has found.
     pub fn record_loss(&self) {
         self.losses.record();
@@ -489,7 +495,7 @@ impl DataFile {
     pub(super) fn flush_failed(&self) {
         match self.direct {
             true => self.losses.told(),
-            false => self.losses.record(),
+            false => self.losses.record_known(),
         }
     }
 

@@ -30,6 +30,8 @@ pub(super) struct Losses {
     witness: Mutex<Option<File>>,
     /// Whether there was one that the guest is to be told of.
     untold: AtomicBool,
+    /// Whether there was one that the guest was never told of. With the page cache it is told again and again.
+    unknown: AtomicBool,
 }
 
 impl Losses {
@@ -38,12 +40,20 @@ impl Losses {
         Self {
             witness: Mutex::new(witness),
             untold: AtomicBool::new(false),
+            unknown: AtomicBool::new(false),
         }
     }
 
     /// A sync failed, or a write-back, which nobody has told the guest of.
     pub(super) fn record(&self) {
+        self.unknown.store(true, Ordering::Release);
         self.untold.store(true, Ordering::Release);
+    }
+
+    /// Records one that the guest is being told of.
+    pub(super) fn record_known(&self) {
+        self.untold.store(true, Ordering::Release);
+        self.unknown.store(false, Ordering::Release);
     }
 
     /// Records what the witness was told of since it was asked last.
@@ -65,9 +75,18 @@ impl Losses {
         self.untold.load(Ordering::Acquire)
     }
 
-    /// Whether the guest is to be told of a loss; where `once`, it counts as told from then on.
+    /// Whether there is one that the guest does not know of.
+    pub(super) fn is_unknown(&self) -> bool {
+        self.unknown.load(Ordering::Acquire)
+    }
+
+    /// Whether the guest is to be told of a loss, which it knows of from then on; where `once`, it is not told again.
     pub(super) fn any(&self, once: bool) -> bool {
-        self.untold.load(Ordering::Acquire) && (!once || self.untold.swap(false, Ordering::AcqRel))
+        let any = self.untold.load(Ordering::Acquire) && (!once || self.untold.swap(false, Ordering::AcqRel));
+        if any {
+            self.unknown.store(false, Ordering::Release);
+        }
+        any
     }
 }
 
