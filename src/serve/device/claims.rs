@@ -14,8 +14,8 @@
 //! first: the claim is given back, and the rest of the change is refused. With a claim in the header, locks do not tell whether the other
 //! side is there, so the guest always goes first.
 //!
-//! A claim that has to wait for storage before it is given back is due. Meanwhile no other process takes the disk over: there, nothing
-//! would give it back.
+//! A claim that has to wait for storage before it is given back is due ([`Due`]). Meanwhile no other process takes the disk over: there,
+//! nothing would give it back.
 
 use std::error::Error;
 use std::io;
@@ -56,11 +56,12 @@ pub struct Claims {
     kept: AtomicU32,
     /// Whether it is to be given back when none keeps it any more.
     is_overdue: AtomicBool,
-    /// Whether it is to be given back once storage has what was written. This and the next one change while the state is locked.
-    is_due: AtomicBool,
+    /// Changes while the state is locked.
+    stops: Mutex<Stops>,
     /// Whether a thread is giving it back.
     is_leaving: AtomicBool,
-    /// Whether another process has the locks as well, and it is not decided which of the two goes on. Nothing is given back then.
+    /// Whether another process has the locks as well, and it is not decided which of the two goes on. Nothing is given back then. Changes
+    /// while the state is locked.
     is_lent: AtomicBool,
     observer: OnceLock<Box<dyn Observer>>,
     /// Whether this process has had the claim.
@@ -87,6 +88,44 @@ enum State {
     Refused(Attached, String),
     /// Another process has what was attached, for good.
     Left,
+}
+
+/// A stop of the guest after which the claim is to be given back, once storage has what was written. What is known of the storage for one
+/// stop says nothing for a later one: the guest has run in between.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Due(u64);
+
+/// See [`Due`].
+#[derive(Debug, Default)]
+struct Stops {
+    count: u64,
+    last: Stop,
+}
+
+/// What became of the last stop.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Stop {
+    /// There was none, the claim was given back, or it is not to be: the guest runs again, or storage has failed.
+    #[default]
+    Over,
+    /// The claim is to be given back.
+    Due,
+    /// So it is, and a thread waits for the storage.
+    Syncing,
+}
+
+impl Stops {
+    fn due(&self) -> Option<Due> {
+        (self.last != Stop::Over).then_some(Due(self.count))
+    }
+
+    /// Takes note that the claim is due, unless it is already.
+    fn add(&mut self) {
+        if self.last == Stop::Over {
+            self.count += 1;
+            self.last = Stop::Due;
+        }
+    }
 }
 
 /// A claim on its way to another process. See [`Claims::lend`].
@@ -151,7 +190,7 @@ impl Claims {
     /// If the disk is just being claimed, was refused, or is to be given back.
     pub(super) fn lend(&self) -> Result<LentClaim, NotLent> {
         let state = lock(&self.state);
-        if self.is_due.load(Ordering::Relaxed) {
+        if lock(&self.stops).due().is_some() {
             return Err(NotLent::Due);
         }
         let (attached, is_claimed) = match &*state {
@@ -187,7 +226,7 @@ impl Claims {
             State::Claiming { .. } | State::Left => {}
         }
         *state = State::Left;
-        self.is_due.store(false, Ordering::Relaxed);
+        lock(&self.stops).last = Stop::Over;
     }
 
     /// Takes over what another process has left, claimed or not.
@@ -210,7 +249,7 @@ impl Claims {
             state: Mutex::new(state),
             kept: AtomicU32::new(0),
             is_overdue: AtomicBool::new(false),
-            is_due: AtomicBool::new(false),
+            stops: Mutex::default(),
             is_leaving: AtomicBool::new(false),
             is_lent: AtomicBool::new(false),
             observer: OnceLock::new(),
@@ -235,9 +274,13 @@ impl Claims {
         matches!(&*lock(&self.state), State::Claimed(_))
     }
 
-    /// Whether a thread is giving it back.
+    /// Whether a thread is giving it back, or waits for the storage to do so.
     pub(super) fn is_leaving(&self) -> bool {
-        self.is_leaving.load(Ordering::Acquire)
+        let is_syncing = {
+            let _state = lock(&self.state);
+            lock(&self.stops).last == Stop::Syncing
+        };
+        is_syncing || self.is_leaving.load(Ordering::Acquire)
     }
 
     /// A ring is served with the claim.
@@ -253,20 +296,48 @@ impl Claims {
         self.guest_ran.store(false, Ordering::Relaxed);
     }
 
-    /// Takes note of whether the claim is to be given back once storage has what was written. If it is not, a guest runs, or storage has
-    /// failed: the end of a change of the header does not give it back either.
-    pub(super) fn set_due(&self, is_due: bool) {
+    /// Takes note that the guest has stopped: the claim is due, unless it is already. Nothing was written since then.
+    pub(super) fn stopped(&self) {
         let _state = lock(&self.state);
-        if !is_due {
-            self.is_overdue.store(false, Ordering::Relaxed);
-        }
-        self.is_due.store(is_due, Ordering::Relaxed);
+        lock(&self.stops).add();
     }
 
-    /// See [`Claims::set_due`].
-    pub(super) fn is_due(&self) -> bool {
+    /// Takes note that the claim is not due any more: the guest runs.
+    pub(super) fn runs(&self) {
         let _state = lock(&self.state);
-        self.is_due.load(Ordering::Relaxed)
+        self.is_overdue.store(false, Ordering::Relaxed);
+        lock(&self.stops).last = Stop::Over;
+    }
+
+    /// The stop by which the claim is due.
+    pub(super) fn due(&self) -> Option<Due> {
+        let _state = lock(&self.state);
+        lock(&self.stops).due()
+    }
+
+    /// Whether the caller is to have storage take what was written before the stop by which the claim is `due`; then it says what became
+    /// of that ([`Claims::release`], [`Claims::retain`]). One caller is enough.
+    pub(super) fn begin_sync(&self, due: Due) -> bool {
+        let _state = lock(&self.state);
+        let mut stops = lock(&self.stops);
+        let begins = stops.last == Stop::Due && stops.due() == Some(due);
+        if begins {
+            stops.last = Stop::Syncing;
+        }
+        begins
+    }
+
+    /// Keeps the claim although it is `due`, unless the guest has run since then. The end of a change of the header does not give it back
+    /// either. Whether it is kept.
+    pub(super) fn retain(&self, due: Due) -> bool {
+        let _state = lock(&self.state);
+        let mut stops = lock(&self.stops);
+        let is_last = stops.due() == Some(due);
+        if is_last {
+            self.is_overdue.store(false, Ordering::Relaxed);
+            stops.last = Stop::Over;
+        }
+        is_last
     }
 
     /// How it is.
@@ -446,14 +517,20 @@ impl Claims {
         self.was_held.load(Ordering::Relaxed)
     }
 
-    /// Gives back the claim that is due, unless a ring is served with it. What was refused may be tried again. If storage does not answer
-    /// within `limit`, a thread continues, and the claim is held until it is done.
-    pub(super) fn release(self: &Arc<Self>, limit: Duration) {
+    /// Gives back the claim that is `due`, unless the guest has run since then. What was refused may be tried again. If storage does not
+    /// answer within `limit`, a thread continues, and the claim is held until it is done.
+    pub(super) fn release(self: &Arc<Self>, due: Due, limit: Duration) {
         let claim = {
             let mut state = lock(&self.state);
-            if self.is_lent.load(Ordering::Relaxed) || !self.is_due.swap(false, Ordering::Relaxed) {
+            let mut stops = lock(&self.stops);
+            if stops.due() != Some(due) {
                 return;
             }
+            if self.is_lent.load(Ordering::Relaxed) {
+                stops.last = Stop::Due;
+                return;
+            }
+            stops.last = Stop::Over;
             // Locks do not tell whether other hosts have attached a disk whose header names this one.
             let is_kept = self.kept.load(Ordering::Relaxed) > 0 && !self.tells_other_hosts();
             let (next, claim) = match state.take() {
@@ -468,7 +545,7 @@ impl Claims {
                     }
                     Err(claim) => {
                         // Somebody looks at it, who looks whether it is due afterwards.
-                        self.is_due.store(true, Ordering::Relaxed);
+                        stops.last = Stop::Due;
                         (State::Claimed(claim), None)
                     }
                 },
@@ -545,16 +622,19 @@ pub struct Kept(Arc<Claims>);
 
 impl Drop for Kept {
     fn drop(&mut self) {
-        let is_overdue = {
+        let overdue = {
             let _state = lock(&self.0.state);
             let is_last = self.0.kept.fetch_sub(1, Ordering::Relaxed) == 1;
+            let is_overdue = is_last && self.0.is_overdue.swap(false, Ordering::Relaxed);
+            let mut stops = lock(&self.0.stops);
             // One that is due already waits for storage.
-            is_last
-                && self.0.is_overdue.swap(false, Ordering::Relaxed)
-                && !self.0.is_due.swap(true, Ordering::Relaxed)
+            (is_overdue && stops.last == Stop::Over).then(|| {
+                stops.add();
+                Due(stops.count)
+            })
         };
-        if is_overdue {
-            self.0.release(DEFAULT_STOP_LIMIT);
+        if let Some(due) = overdue {
+            self.0.release(due, DEFAULT_STOP_LIMIT);
         }
     }
 }
@@ -646,6 +726,13 @@ mod tests {
     use crate::luks2::{HeaderIo, LockMode};
     use crate::storage::{Access, Backing, Others};
 
+    /// Storage has what was written.
+    fn release(claims: &Arc<Claims>) {
+        let due = claims.due().unwrap();
+        assert!(claims.begin_sync(due));
+        claims.release(due, DEFAULT_STOP_LIMIT);
+    }
+
     /// The process that had left a disk went on as if it had its claim, and gave back the locks that were another one's by then.
     #[test]
     fn a_claim_that_another_process_has_is_neither_used_nor_given_back() {
@@ -666,7 +753,7 @@ mod tests {
         claims
             .ask(&Arc::new(data), || panic!("nothing is to be claimed"))
             .unwrap();
-        claims.release(DEFAULT_STOP_LIMIT);
+        assert!(claims.due().is_none());
         drop(claims);
         let third = || Backing::open(file.path(), Access::ReadWrite).unwrap().claim();
         assert!(matches!(third(), Err(StorageError::InUse { .. })));
@@ -681,18 +768,37 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         let backing = Backing::open(file.path(), Access::ReadWrite).unwrap();
         let claims = Arc::new(Claims::now(backing.attach(Others::Refused).unwrap()).unwrap());
-        claims.set_due(true);
+        claims.stopped();
         assert!(matches!(claims.lend(), Err(NotLent::Due)));
-        // The guest continues.
-        claims.set_due(false);
+        claims.runs();
         let lent = claims.lend().unwrap();
-        claims.set_due(true);
-        claims.release(DEFAULT_STOP_LIMIT);
+        claims.stopped();
+        release(&claims);
         assert!(claims.current().is_some() && backing.is_claimed());
         claims.lending_ends();
-        claims.release(DEFAULT_STOP_LIMIT);
+        release(&claims);
         assert!(claims.current().is_none() && !backing.is_claimed());
         drop(lent);
+    }
+
+    /// What storage had answered for one stop gave the claim of the next one back, while what the guest had written since could be lost.
+    #[test]
+    fn an_answer_for_a_stop_says_nothing_for_a_later_one() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let backing = Backing::open(file.path(), Access::ReadWrite).unwrap();
+        let claims = Arc::new(Claims::now(backing.attach(Others::Refused).unwrap()).unwrap());
+        claims.stopped();
+        let first = claims.due().unwrap();
+        assert!(claims.begin_sync(first));
+        // The front-end has left, too: one thread is enough.
+        claims.stopped();
+        assert_eq!((claims.due(), claims.begin_sync(first)), (Some(first), false));
+        claims.runs();
+        claims.stopped();
+        claims.release(first, DEFAULT_STOP_LIMIT);
+        assert!(!claims.retain(first) && !claims.begin_sync(first) && backing.is_claimed());
+        release(&claims);
+        assert!(!backing.is_claimed());
     }
 
     /// On storage whose locks do not reach other hosts: what changes the header while it says that this host has the disk, and after that.
@@ -734,11 +840,11 @@ mod tests {
         let backing = Backing::open(file.path(), Access::ReadWrite).unwrap();
         let claims = Arc::new(Claims::now(backing.attach(Others::Refused).unwrap()).unwrap());
         let looked = claims.current();
-        claims.set_due(true);
-        claims.release(DEFAULT_STOP_LIMIT);
-        assert!(claims.is_due() && claims.is_held());
+        claims.stopped();
+        release(&claims);
+        assert!(claims.is_held());
         drop(looked);
-        claims.release(DEFAULT_STOP_LIMIT);
+        release(&claims);
         assert!(!backing.is_claimed());
         assert_eq!(claims.standing(), Standing::Released);
     }
@@ -757,10 +863,10 @@ mod tests {
         let kept = claims.keep(&DataFile::null().unwrap()).unwrap();
         let change = || backing.lock(LockMode::Write);
         drop(change().unwrap());
-        claims.set_due(true);
+        claims.stopped();
         // A rekey that waits for a key server does not keep it.
         thread::scope(|scope| {
-            let release = scope.spawn(|| claims.release(DEFAULT_STOP_LIMIT));
+            let release = scope.spawn(|| release(&claims));
             let go_on = is_let_go.recv().unwrap();
             assert!(backing.is_claimed());
             assert!(change().is_err());

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::claims::{ClaimPast, Claims, Kept, LentClaim, NotClaimed, NotLent, Observer, Standing};
+use super::claims::{ClaimPast, Claims, Due, Kept, LentClaim, NotClaimed, NotLent, Observer, Standing};
 use super::held::{Held, HeldObserver, HeldTransfers};
 use super::limits::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES, DEFAULT_STOP_LIMIT};
 use crate::cipher::SectorSize;
@@ -349,16 +349,16 @@ impl Disk {
     /// Gives the claim back, once what was written is on stable storage. No ring is served. A reader keeps its claim: it is all that keeps
     /// writers out, and no other reader needs it.
     pub(super) fn release_claim(self: &Arc<Self>) {
-        // Before this looks whether storage has answered: what ends to land, or to sync, then looks whether the claim is due.
-        self.claims.set_due(true);
+        // Before this looks whether storage has answered: what ends to land then looks whether the claim is due.
+        self.claims.stopped();
         self.release_due_claim();
     }
 
-    /// Gives the claim back if that is due, and storage answers.
+    /// Gives the claim back if that is due, and storage answers. If it answers later, the claim is given back then.
     pub(super) fn release_due_claim(self: &Arc<Self>) {
-        if !self.claims.is_due() {
+        let Some(due) = self.claims.due() else {
             return;
-        }
+        };
         if self.held.is_landing() {
             // What would be written by then could overwrite what another process has written.
             tracing::error!(
@@ -366,26 +366,42 @@ impl Disk {
             );
             return;
         }
-        let is_held = self.claims.is_held();
-        if is_held && self.read_only {
-            self.claims.set_due(false);
+        if !self.claims.begin_sync(due) {
             return;
         }
-        match if is_held { self.sync_in_time() } else { Ok(()) } {
-            // The kernel tells of a failure once, and the sync after that succeeds.
-            Ok(()) if is_held && self.file.has_unknown_loss() => {
-                self.claims.set_due(false);
-                tell_not_synced(&io::Error::other(
-                    "the storage has lost data, and the guest does not know of that yet: continue it, so that it flushes",
-                ));
+        if !self.claims.is_held() {
+            self.claims.release(due, self.stop_limit);
+        } else if self.read_only {
+            self.claims.retain(due);
+        } else {
+            let disk = Arc::clone(self);
+            let late = move |result| {
+                disk.synced(due, result);
+                // A ring may have asked for the claim meanwhile.
+                disk.tell();
+            };
+            match self.sync_in_time(late) {
+                Some(result) => self.synced(due, result),
+                None => tell_not_synced(&not_answered()),
             }
-            Ok(()) => self.claims.release(self.stop_limit),
+        }
+    }
+
+    /// Gives back the claim that is `due` if what was written is on stable storage.
+    fn synced(&self, due: Due, result: io::Result<()>) {
+        // The kernel tells of a failure once, and the sync after that succeeds.
+        let result = result.and_then(|()| match self.file.has_unknown_loss() {
+            true => Err(io::Error::other(
+                "the storage has lost data, and the guest does not know of that yet: continue it, so that it flushes",
+            )),
+            false => Ok(()),
+        });
+        match result {
+            Ok(()) => self.claims.release(due, self.stop_limit),
             Err(error) => {
-                // An error of the storage has a number; a sync that has not ended looks at its end.
-                if error.raw_os_error().is_some() {
-                    self.claims.set_due(false);
+                if self.claims.retain(due) {
+                    tell_not_synced(&error);
                 }
-                tell_not_synced(&error);
             }
         }
     }
@@ -419,41 +435,33 @@ impl Disk {
         self.claims.set_used();
     }
 
-    /// Takes note of whether the claim is to be given back as soon as storage answers.
-    pub(super) fn set_claim_overdue(&self, is_overdue: bool) {
-        self.claims.set_due(is_overdue);
+    /// Takes note that the guest runs: the claim is not to be given back.
+    pub(super) fn set_claim_needed(&self) {
+        self.claims.runs();
     }
 
-    /// Puts on stable storage what was written, unless storage does not answer: the front-end waits. If it answers later, a claim that was
-    /// to be given back by then is.
+    /// Puts on stable storage what was written, unless storage does not answer: the front-end waits.
     ///
     /// # Errors
     /// Those of storage; or it does not answer.
-    pub(super) fn sync_in_time(self: &Arc<Self>) -> io::Result<()> {
+    pub(super) fn sync(&self) -> io::Result<()> {
+        self.sync_in_time(|_| ()).unwrap_or_else(|| Err(not_answered()))
+    }
+
+    /// Puts on stable storage what was written, and gives the result. None if storage does not answer in time; then `late` gets it from
+    /// another thread.
+    fn sync_in_time(&self, late: impl FnOnce(io::Result<()>) + Send + 'static) -> Option<io::Result<()>> {
         let (tell, result) = sync_channel(0);
-        let disk = Arc::clone(self);
+        let file = Arc::clone(&self.file);
         let thread = thread::Builder::new().name("sync".into());
         let sync = move || {
-            let synced = disk.file.sync();
-            match tell.send(synced) {
-                Ok(()) => {}
-                Err(SendError(Ok(()))) => {
-                    disk.release_due_claim();
-                    // A ring may have asked for the claim meanwhile.
-                    disk.tell();
-                }
-                Err(SendError(Err(error))) if disk.claims.is_due() => {
-                    disk.claims.set_due(false);
-                    tell_not_synced(&error);
-                }
-                Err(_) => {}
+            if let Err(SendError(result)) = tell.send(file.sync()) {
+                late(result);
             }
         };
         match thread.spawn(sync) {
-            Ok(_) => result
-                .recv_timeout(self.stop_limit)
-                .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "it does not answer"))),
-            Err(_) => self.file.sync(),
+            Ok(_) => result.recv_timeout(self.stop_limit).ok(),
+            Err(_) => Some(self.file.sync()),
         }
     }
 
@@ -563,6 +571,11 @@ impl Disk {
     pub fn sectors(&self) -> u64 {
         lock(&self.tables).sectors
     }
+}
+
+/// The time limit has passed.
+fn not_answered() -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, "it does not answer")
 }
 
 fn tell_not_synced(error: &io::Error) {

@@ -266,7 +266,7 @@ impl Rings {
         self.disk.show(sectors);
         if self.vrings.iter().any(Vring::is_started) {
             // The guest runs here, or will when the disk is unlocked.
-            self.disk.set_claim_overdue(false);
+            self.disk.set_claim_needed();
         }
         if self.disk.held.is_landing() {
             // What has not landed could overwrite what a ring writes that is still served.
@@ -343,7 +343,7 @@ impl Paused<'_> {
         self.rings.agreed = agreed;
         if agreed.write_through() && !self.disk().read_only {
             // This driver assumes that everything written before it is on stable storage as well.
-            if let Err(error) = self.disk().sync_in_time() {
+            if let Err(error) = self.disk().sync() {
                 tracing::error!(%error, "earlier writes are not on stable storage");
             }
         }
