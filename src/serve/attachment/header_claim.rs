@@ -5,6 +5,7 @@
 
 use std::sync::Mutex;
 
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::OpenError;
@@ -28,21 +29,22 @@ pub enum Choice {
 #[derive(Debug)]
 pub struct HeaderClaim {
     host: Host,
-    /// See [`Terms::process`].
-    process: Uuid,
     choice: Choice,
     /// Whether there is one.
     is_wanted: bool,
     take_over: Option<u64>,
     /// Not locked while the storage is waited for.
-    state: Mutex<State>,
+    past: Mutex<HeaderClaimPast>,
 }
 
-#[derive(Debug, Default)]
-struct State {
+/// The claims so far.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeaderClaimPast {
+    /// See [`Terms::process`]. The process that takes over a disk goes by that of the one before.
+    process: Uuid,
     /// The sequence of the claim, while it is held.
     held: Option<u64>,
-    /// That of the last one by which a guest ran.
+    /// That of the last one by which a guest ran, and which is held no more.
     ran: Option<u64>,
 }
 
@@ -69,11 +71,14 @@ impl HeaderClaim {
         }
         Self {
             host,
-            process: Uuid::new_v4(),
             choice,
             is_wanted,
             take_over,
-            state: Mutex::default(),
+            past: Mutex::new(HeaderClaimPast {
+                process: Uuid::new_v4(),
+                held: None,
+                ran: None,
+            }),
         }
     }
 
@@ -102,7 +107,7 @@ impl HeaderClaim {
         };
         match held {
             Ok(sequence) => {
-                lock(&self.state).held = sequence;
+                lock(&self.past).held = sequence;
                 Ok(())
             }
             Err(error) if self.choice != Choice::On && (error.is_not_permitted() || error.has_no_room()) => {
@@ -129,16 +134,17 @@ impl HeaderClaim {
     /// # Errors
     /// [`Reason::TakenOver`].
     pub fn check_held(&self, locked: &Locked<'_>) -> Result<(), Reason> {
-        let held = lock(&self.state).held;
+        let held = lock(&self.past).held;
         held.map_or(Ok(()), |sequence| locked.check_held(&self.host, sequence))
     }
 
     fn terms(&self, goes_on: bool) -> Terms<'_> {
+        let HeaderClaimPast { process, ran, .. } = self.past();
         Terms {
             host: &self.host,
-            process: self.process,
+            process,
             take_over: self.take_over,
-            ran: lock(&self.state).ran,
+            ran,
             goes_on,
         }
     }
@@ -163,7 +169,7 @@ impl HeaderClaim {
 
     /// Whether there is one now.
     pub fn is_held(&self) -> bool {
-        lock(&self.state).held.is_some()
+        lock(&self.past).held.is_some()
     }
 
     /// Removes it from the header that `open` gives; and whether a guest `ran` by it.
@@ -176,13 +182,13 @@ impl HeaderClaim {
         ran: bool,
     ) -> Result<(), VolumeError> {
         let sequence = {
-            let mut state = lock(&self.state);
+            let mut past = lock(&self.past);
             // Also if the header cannot be opened or written: the next claim replaces what is left there.
-            let Some(held) = state.held.take() else {
+            let Some(held) = past.held.take() else {
                 return Ok(());
             };
             if ran {
-                state.ran = Some(held);
+                past.ran = Some(held);
             }
             held
         };
@@ -191,18 +197,13 @@ impl HeaderClaim {
         let_go.map_err(|reason| reason.at(locked.path()))
     }
 
-    /// The sequence of the last claim by which a guest ran, for another process of this host that takes the disk over. The claim that is
-    /// held counts.
-    pub fn lend(&self) -> Option<u64> {
-        let state = lock(&self.state);
-        state.held.or(state.ran)
+    /// The claims so far, for another process of this host that takes the disk over.
+    pub fn past(&self) -> HeaderClaimPast {
+        *lock(&self.past)
     }
 
-    /// Takes over what another process has lent, which holds it or not.
-    pub fn borrow(&self, last: Option<u64>, is_held: bool) {
-        *lock(&self.state) = State {
-            held: last.filter(|_| is_held),
-            ran: last,
-        };
+    /// Continues with those of another process.
+    pub fn take_over(&self, past: HeaderClaimPast) {
+        *lock(&self.past) = past;
     }
 }

@@ -46,7 +46,7 @@ use crate::storage::Backing;
 
 use twins::Announcement;
 
-pub use header_claim::{Choice, HeaderClaim};
+pub use header_claim::{Choice, HeaderClaim, HeaderClaimPast};
 pub use interface::{
     Before, ClaimState, ClaimStatus, FrontEnd, HeldBy, HeldStatus, INTERFACE, Interface, LockStatus,
     LockedBy, State, Status, describe,

@@ -190,7 +190,7 @@ impl Giver {
             is_used: Some(past.is_used),
             guest_ran: Some(past.guest_ran),
             has_loss: disk.file.has_loss(),
-            header_claim: served.header_claim().lend(),
+            header_claims: Some(served.header_claim().past()),
             front_end: answer.given.served.as_ref().map(|served| served.since),
         };
         let next = match self.send(socket, &state, &loan.claim, &answer) {

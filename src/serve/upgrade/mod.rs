@@ -45,7 +45,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-use crate::attachment::KeyState;
+use crate::attachment::{HeaderClaimPast, KeyState};
 use crate::control::peer::credentials;
 use crate::control::wire::Connection;
 use crate::device::{ClaimPast, Guise, Message};
@@ -172,9 +172,9 @@ struct State {
     #[serde(default)]
     guest_ran: Option<bool>,
     has_loss: bool,
-    /// The sequence of the last claim in the header, if there was one. An earlier release does not tell.
+    /// An earlier release does not tell.
     #[serde(default)]
-    header_claim: Option<u64>,
+    header_claims: Option<HeaderClaimPast>,
     /// Since when a front-end is connected.
     front_end: Option<Timestamp>,
 }

@@ -16,7 +16,7 @@ use super::{
     CONNECTION, CONTROL, ConnectError, END, GO, HandOver, IGNORABLE, INTERFACE, LIMIT, LISTENER, LOCKS,
     Locks, Next, OWN, Prepare, Prepared, READY, STATE, STOP, State, VERSIONS, connect, content, send,
 };
-use crate::attachment::{Attachment, Before, KeyState};
+use crate::attachment::{Attachment, Before, HeaderClaimPast, KeyState};
 use crate::control::varlink::{self, CallError, reply};
 use crate::control::wire::Connection;
 use crate::deadline::Deadline;
@@ -108,7 +108,7 @@ struct Came {
 struct Taken {
     attached: Attached,
     claim: ClaimPast,
-    header_claim: Option<u64>,
+    header_claims: Option<HeaderClaimPast>,
     control: UnixListener,
 }
 
@@ -221,9 +221,9 @@ impl Taker {
             Ok(None) | Err(_) => return Err(TakeError::Incomplete),
         }
         let disk = served.disk();
-        served
-            .header_claim()
-            .borrow(taken.header_claim, taken.claim.is_claimed);
+        if let Some(past) = taken.header_claims {
+            served.header_claim().take_over(past);
+        }
         disk.take_claim(taken.attached, taken.claim);
         ready.go();
         let pause = start.elapsed();
@@ -337,7 +337,7 @@ impl Came {
         let taken = Taken {
             attached,
             claim: state.claim(),
-            header_claim: state.header_claim,
+            header_claims: state.header_claims,
             control: control.into(),
         };
         Ok((taken, server.take_over(given, LIMIT)?))
