@@ -81,8 +81,19 @@ impl Unlock {
 
 impl Resume {
     pub(super) fn run(self) -> Result<(), Failure> {
-        ask::<Nothing>(&self.disk.control_socket, "Resume", json!({})).map(drop)
+        let Resumed { transfers } = ask(&self.disk.control_socket, "Resume", json!({}))?;
+        output::print(&match transfers {
+            0 => "no request waited for the storage\n".to_owned(),
+            _ => format!(
+                "transfers that are tried again: {transfers} (`sealblk status` shows those that fail again)\n"
+            ),
+        })
     }
+}
+
+#[derive(Deserialize)]
+struct Resumed {
+    transfers: u64,
 }
 
 #[derive(Deserialize)]
@@ -151,19 +162,15 @@ fn text(status: &attachment::Status) -> String {
         row("", text::printable(&held.message));
     }
     if let Some(claim) = &status.claim {
-        match claim.state {
-            ClaimState::Held => {}
-            ClaimState::Released => row("", "no guest runs with it".to_owned()),
-            ClaimState::Waiting => row(
-                "",
-                "the guest's requests wait: another process has the disk, or its last writes have not landed"
-                    .to_owned(),
-            ),
-            ClaimState::Refused => row(
-                "",
-                "not served: stop and continue the guest to try again; the reason:".to_owned(),
-            ),
-        }
+        let told = match claim.state {
+            ClaimState::Held => "held: no other process can attach the disk",
+            ClaimState::Released => "released: no guest runs with the disk here",
+            ClaimState::Waiting => {
+                "waiting: another process has the disk, or its last writes have not landed; the guest's requests wait"
+            }
+            ClaimState::Refused => "refused: stop and continue the guest to try again; the reason:",
+        };
+        row("claim", told.to_owned());
         if let Some(message) = &claim.message {
             row("", text::printable(message));
         }

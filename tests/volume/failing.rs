@@ -85,9 +85,11 @@ impl Failing {
         self.fuse.fail(operation, fault, PAYLOAD);
     }
 
-    fn control(&self, args: &[&str]) {
+    /// What a verb says.
+    fn control(&self, args: &[&str]) -> String {
         let mut command = Command::new(sealblk_path());
-        run(command.args(args).arg("--control-socket").arg(&self.control));
+        let said = run(command.args(args).arg("--control-socket").arg(&self.control));
+        String::from_utf8(said.stdout).unwrap()
     }
 
     fn status(&self) -> Value {
@@ -243,10 +245,13 @@ fn a_durable_write_waits_too() {
     let pending = driver.submit(0, T_OUT, 64, Data::Out(&bytes));
     failing.wait_held("error");
     assert!(failing.fuse.heal() > 0);
-    failing.control(&["resume"]);
+    let said = failing.control(&["resume"]);
+    assert!(said.contains("tried again: 1 "), "{said}");
     assert_eq!(outcome(&mut driver, &pending).status, S_OK);
     assert!(driver.read(64, bytes.len()) == bytes);
     failing.server().process.wait_stderr("event=RequestsResumed");
+    assert!(failing.control(&["resume"]).contains("no request waited"));
+    assert!(failing.control(&["status"]).contains("held: no other process"));
 }
 
 /// With the page cache, data that a failed flush was for are not on storage, and no later flush puts them there.

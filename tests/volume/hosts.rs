@@ -770,4 +770,7 @@ fn a_file_gets_no_claim_unless_it_is_demanded_and_loses_one_that_is_over() {
     let side = Side::start(&b, &volume, &["--take-over", "2"]);
     assert_eq!(token_of(&volume.path).unwrap().get("host"), None);
     side.server.stop();
+    // No host has it.
+    let ended = Side::start(&b, &volume, &["--take-over", "2"]).server.terminate();
+    assert!(ended.stderr.contains("was not needed"), "{}", ended.stderr);
 }

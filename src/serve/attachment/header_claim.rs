@@ -90,13 +90,19 @@ impl HeaderClaim {
         let terms = self.terms(goes_on && self.is_wanted);
         let found = locked.holding();
         found.check(&terms)?;
-        if let Some(holder) = found.holder.filter(|holder| !holder.is(&self.host)) {
-            tracing::warn!(
+        match found.holder.filter(|holder| !holder.is(&self.host)) {
+            Some(holder) => tracing::warn!(
                 host = holder.name,
                 since = %holder.since,
                 attachment = found.sequence,
                 "the volume is taken over from another host, which must not write to it any more"
-            );
+            ),
+            None if self.take_over == Some(found.sequence) => {
+                tracing::warn!(
+                    "--take-over was not needed, since no other host has the volume attached: leave it out"
+                );
+            }
+            None => {}
         }
         if locked.is_read_only() {
             return Ok(());

@@ -331,8 +331,7 @@ impl Interface {
 
     fn resume(&self, peer: &Peer) -> Answered {
         self.permit(peer, Privilege::RegisterVM)?;
-        self.served.resume();
-        Ok(Reply::default())
+        Ok(Reply::of(json!({ "transfers": self.served.resume() })))
     }
 
     fn watch(&self, request: &Request<'_>) -> Answered {

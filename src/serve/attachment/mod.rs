@@ -31,7 +31,7 @@ use uuid::Uuid;
 use crate::cipher::{CipherError, KernelChoice, Sector};
 use crate::control::events::{Event, Events};
 use crate::control::manager;
-use crate::device::{Disk, Held, NotClaimed, Observer, Standing};
+use crate::device::{self, Disk, Held, NotClaimed, Observer, Standing};
 use crate::key_helper::{HelperError, HelperFailure, KeyHelper};
 use crate::keys::RequestPurpose;
 use crate::keys::binding::{self, BindingError, BindingReason, Bindings, Rekeyed};
@@ -515,7 +515,8 @@ impl Attachment {
     /// How the disk is, in a line.
     pub fn standing(&self) -> String {
         match self.disk.claimed() {
-            Standing::Held | Standing::Released => {}
+            Standing::Held => {}
+            Standing::Released => return "no guest runs with the disk here".to_owned(),
             Standing::Waiting => {
                 return "waiting for another process to leave the disk, or for the last writes of one that was killed".to_owned();
             }
@@ -736,9 +737,11 @@ impl Attachment {
         Ok(resized)
     }
 
-    /// Has all requests tried again that wait for storage.
-    pub fn resume(&self) {
+    /// Has all requests tried again that wait for storage; how many transfers that are.
+    pub fn resume(&self) -> usize {
+        let held = self.disk.held().filter(|held| held.by != device::HeldBy::Hung);
         self.disk.resume().wait();
+        held.map_or(0, |held| held.transfers)
     }
 
     /// Tells of requests that begin to wait for storage, or that none waits any more.

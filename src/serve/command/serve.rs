@@ -574,6 +574,11 @@ impl Serve {
             direct = shape.file.is_direct(),
             "serving"
         );
+        if self.incoming {
+            tracing::info!(
+                "waiting for a guest that migrates here: until it runs here, the other sealblk can keep the disk"
+            );
+        }
     }
 
     fn disk(&self, medium: &Medium, claims: Claims) -> Result<Disk, Failure> {
