@@ -520,6 +520,11 @@ impl Claims {
     /// Gives back the claim that is `due`, unless the guest has run since then. What was refused may be tried again. If storage does not
     /// answer within `limit`, a thread continues, and the claim is held until it is done.
     pub(super) fn release(self: &Arc<Self>, due: Due, limit: Duration) {
+        // Locks do not tell whether other hosts have attached a disk whose header names this one. Where they do, a server may be asked, which
+        // others that look at the claim do not wait for.
+        let gives_way = self.tells_other_hosts()
+            || self.kept.load(Ordering::Relaxed) > 0
+                && self.current().is_some_and(|claim| claim.is_attached_by_others());
         let claim = {
             let mut state = lock(&self.state);
             let mut stops = lock(&self.stops);
@@ -531,10 +536,9 @@ impl Claims {
                 return;
             }
             stops.last = Stop::Over;
-            // Locks do not tell whether other hosts have attached a disk whose header names this one.
-            let is_kept = self.kept.load(Ordering::Relaxed) > 0 && !self.tells_other_hosts();
+            let is_kept = self.kept.load(Ordering::Relaxed) > 0 && !gives_way;
             let (next, claim) = match state.take() {
-                State::Claimed(claim) if is_kept && !claim.is_attached_by_others() => {
+                State::Claimed(claim) if is_kept => {
                     self.is_overdue.store(true, Ordering::Relaxed);
                     (State::Claimed(claim), None)
                 }
