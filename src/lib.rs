@@ -8,6 +8,7 @@
 //! agent        the host's key agent, and its client
 //! broker       releases keys to hosts that attest an allowed state; kbs: the protocol that they speak
 //! audit        a log that shows tampering
+//! disks        the disks that a host has defined
 //! inventory    the volumes that this host has bound or opened: hints, each checked against the volume itself
 //! providers    the key providers of a host: native, KMIP, transit, trusted
 //! tpm          the TPM of a host
@@ -33,6 +34,7 @@ pub mod agent;
 mod audit;
 pub mod broker;
 pub mod cli;
+pub mod disks;
 pub mod inventory;
 pub mod kbs;
 mod probe;

@@ -13,7 +13,8 @@ use uuid::Uuid;
 
 use super::erasure::Erasure;
 use super::messages::{
-    Disks, InUse, ListDisks, ListVolumes, NotBackedUp, PushKek, RemoveProvider, ScanVolumes, Volumes,
+    Disks, ForgetVolume, InUse, ListDisks, ListVolumes, NotBackedUp, PushKek, RemoveProvider, ScanVolumes,
+    Volumes,
 };
 use super::registered::Registrant;
 use crate::control::varlink::{CallError, call};
@@ -243,6 +244,28 @@ impl Client {
         };
         self.manage::<Nothing>(name, "RemoveProvider", parameters)
             .map(drop)
+    }
+
+    /// Has the agent drop the keys of a volume that this host no longer serves.
+    ///
+    /// # Errors
+    /// [`KeyError`]. Within that: the processes that serve the volume.
+    pub fn forget_volume(&self, volume: Uuid) -> Result<Result<(), Vec<i32>>, KeyError> {
+        #[derive(Deserialize)]
+        struct Served {
+            processes: Vec<i32>,
+        }
+        let error = match self.0.call("", "ForgetVolume", ForgetVolume { volume }, &[]) {
+            Ok((Nothing {}, _)) => return Ok(Ok(())),
+            Err(Failed::Method(error)) => error,
+            Err(Failed::Key(error)) => return Err(error),
+        };
+        if error.name.strip_prefix(INTERFACE) == Some(".Served")
+            && let Ok(Served { processes }) = parsing::json_value(Value::Object(error.parameters.clone()))
+        {
+            return Ok(Err(processes));
+        }
+        Err(self.0.refused("", error))
     }
 
     /// Has the agent write down how far the erasure of a volume has come.

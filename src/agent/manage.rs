@@ -1,5 +1,6 @@
 //! The agent's methods for the management of keys and providers: list the volumes of a key, revoke keys, remove providers.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::PathBuf;
 
@@ -7,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::erasure::{Erasure, ErasureStep};
 use super::listing::page;
-use super::messages::{InUse, ListVolumes, NotBackedUp, RemoveProvider, ScanVolumes, Volumes};
+use super::messages::{ForgetVolume, InUse, ListVolumes, NotBackedUp, RemoveProvider, ScanVolumes, Volumes};
 use super::service::{Answered, Service, by, check_names, failure, with};
 use crate::control::events::Event;
 use crate::control::peer::Peer;
@@ -149,6 +150,29 @@ impl Service {
     }
 
     /// Takes the caller's word for it: that somebody says so, stands in the log with who it was.
+    /// Drops the KEKs of a volume that is unregistered from this host, as vSphere does with a machine's.
+    pub(super) fn forget_volume(&self, mut request: Request<'_>) -> Answered {
+        let ForgetVolume { volume } = request.parameters()?;
+        let subject = json!({ "volume": volume });
+        self.permit(request.peer, Privilege::RegisterVM, Some(volume), subject.clone())?;
+        self.registered
+            .release(volume)
+            .map_err(|processes| MethodError::new(INTERFACE, "Served", json!({ "processes": processes })))?;
+        // Those under which it was served go here.
+        self.tell_ended();
+        let listing = self.index.list().map_err(|error| unreadable(&error))?;
+        let notes = listing.notes.iter().filter(|note| note.volume == volume);
+        let keks: BTreeSet<_> = notes.map(|note| (&note.provider, &note.key_id.0)).collect();
+        for (provider, key_id) in keks {
+            let key_id = KeyId(key_id.clone());
+            if !self.registered.has_any_under((provider, &key_id)) {
+                self.providers.forget_for_good(provider, &key_id);
+            }
+        }
+        self.audited(Event::VolumeForgotten, request.peer, subject)?;
+        Ok(Reply::default())
+    }
+
     pub(super) fn report_erasure(&self, mut request: Request<'_>) -> Answered {
         let erasure: Erasure = request.parameters()?;
         if erasure.is_too_long() {

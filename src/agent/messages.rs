@@ -52,6 +52,11 @@ pub(crate) struct Volumes {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct ForgetVolume {
+    pub(crate) volume: Uuid,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct ScanVolumes {
     pub(crate) paths: Vec<String>,
     pub(crate) missing: bool,

@@ -265,6 +265,31 @@ impl Registered {
         }
     }
 
+    /// Takes note that `volume` is none of this host's guests any more: those of its processes that were killed are not waited for. The
+    /// processes that serve it, if any does; then nothing changes.
+    pub(super) fn release(&self, volume: Uuid) -> Result<(), Vec<i32>> {
+        let mut all = self.lock();
+        let ended = all.ended_places();
+        let of_volume = |place: &&ServedAs| place.0 == volume;
+        let alive = all
+            .served
+            .keys()
+            .filter(of_volume)
+            .filter(|place| !ended.contains(place));
+        let alive: Vec<_> = alive.map(|(_, process)| *process).collect();
+        if !alive.is_empty() {
+            return Err(alive);
+        }
+        let of_volume = all.served.iter_mut().filter(|(place, _)| place.0 == volume);
+        of_volume.for_each(|(_, registration)| registration.is_detached = true);
+        Ok(())
+    }
+
+    /// Whether any volume is registered under this KEK.
+    pub(super) fn has_any_under(&self, kek: (&str, &KeyId)) -> bool {
+        self.lock().any_under(kek)
+    }
+
     /// Whether `user` serves `volume` under this KEK, or has served it until a process was killed, less than the grace time ago.
     pub(super) fn serves(&self, user: u32, volume: Uuid, kek: (&str, &KeyId)) -> bool {
         let all = self.lock();

@@ -494,6 +494,7 @@ impl Interface for Service {
             "PushKek" => self.push_kek(request),
             "ListVolumes" => self.list_volumes(request),
             "ScanVolumes" => self.scan_volumes(request),
+            "ForgetVolume" => self.forget_volume(request),
             "RevokeKek" => self.revoke_kek(request),
             "ReportErasure" => self.report_erasure(request),
             "RemoveProvider" => self.remove_provider(request),

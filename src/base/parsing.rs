@@ -38,7 +38,10 @@ pub mod rule {
     /// A volume.
     pub const VOLUME: &str = "a volume is named by its UUID, as `sealblk info` shows it";
 
-    pub(super) const ALL: [&str; 11] = [
+    /// An option of a disk's definition.
+    pub const DISK_OPTION: &str = "this is no option of `sealblk serve`, or one that a disk's definition cannot have: see `sealblk define --help`";
+
+    pub(super) const ALL: [&str; 12] = [
         AGE,
         MODE,
         REGISTERS,
@@ -50,6 +53,7 @@ pub mod rule {
         BASE64,
         USER_OR_GROUP,
         VOLUME,
+        DISK_OPTION,
     ];
 }
 

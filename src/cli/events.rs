@@ -11,14 +11,33 @@ use super::{Host, output, served};
 use crate::attachment as disk;
 use crate::control::varlink::{CallError, call_for_more, reply};
 use crate::control::wire::Connection;
+use crate::disks::{DiskName, Sockets};
 use crate::keys::protocol;
 
 /// Print events of keys and disks as JSON, one object a line, until you interrupt it
 #[derive(Debug, Args)]
 pub(super) struct Events {
-    /// The control socket of a served disk [default: the key agent's]
+    #[command(flatten)]
+    disk: DiskOrAgent,
+}
+
+/// Whose events they are.
+#[derive(Debug, Args)]
+#[group(multiple = false)]
+struct DiskOrAgent {
+    /// The name of a served disk (`sealblk define`) [default: the key agent's events]
+    #[arg(value_name = "NAME")]
+    name: Option<DiskName>,
+    /// The control socket of a served disk
     #[arg(long, value_name = "SOCK")]
     control_socket: Option<PathBuf>,
+}
+
+impl DiskOrAgent {
+    fn socket(self) -> Option<PathBuf> {
+        let of_name = self.name.map(|name| Sockets::of(&name).control);
+        self.control_socket.or(of_name)
+    }
 }
 
 #[derive(Deserialize)]
@@ -28,7 +47,7 @@ struct Told {
 
 impl Events {
     pub(super) fn run(self, host: &Host) -> Result<(), Failure> {
-        let (socket, interface) = match self.control_socket {
+        let (socket, interface) = match self.disk.socket() {
             Some(socket) => (socket, disk::INTERFACE),
             None => (host.agent_socket()?, protocol::INTERFACE),
         };

@@ -12,6 +12,7 @@ use crate::agent::{AgentError, AuditError};
 use crate::broker::{BrokerError, StateError};
 use crate::cipher::CipherError;
 use crate::control::varlink::CallError;
+use crate::disks::{DefinitionError, DiskName};
 use crate::inventory::GuardError;
 use crate::keys::binding::{BindingError, BindingReason};
 use crate::keys::{KeyError, KeyId, KeyReason};
@@ -32,6 +33,65 @@ pub enum Failure {
     /// What a verb prints did not go out.
     #[error(transparent)]
     Output(#[from] OutputError),
+    /// Options of a disk.
+    #[error("{}; see `sealblk serve --help`", first_part(.0))]
+    Options(clap::Error),
+    /// The definition of a disk.
+    #[error(transparent)]
+    Definition(#[from] DefinitionError),
+    /// A file in this directory has the name of a disk.
+    #[error(
+        "this host has a disk {name}, and this directory a file of that name; write ./{name} for the file, or run the command elsewhere"
+    )]
+    NameOrPath {
+        /// The name.
+        name: DiskName,
+    },
+    /// A header for a disk whose definition tells where it is.
+    #[error("--header cannot be given with a disk's name: the definition of {name} says where its header is")]
+    HeaderOfName {
+        /// The disk.
+        name: DiskName,
+    },
+    /// A disk that is to be undefined.
+    #[error("{name} is being served; run `sealblk stop {name}` first")]
+    Served {
+        /// The disk.
+        name: DiskName,
+    },
+    /// The same, under another name or none.
+    #[error(
+        "the volume of {name} is being served by process {}; end it first",
+        list(processes)
+    )]
+    ServedBy {
+        /// The disk.
+        name: DiskName,
+        /// By whom.
+        processes: Vec<i32>,
+    },
+    /// An option of a disk at rest.
+    #[error("{option} is for a disk at rest, and this one is being served; stop it first")]
+    NotWhileServed {
+        /// Which option.
+        option: &'static str,
+    },
+    /// A unit of systemd.
+    #[error("`systemctl {verb} {unit}` failed; `journalctl -u {unit}` says why")]
+    Unit {
+        /// What systemd was told.
+        verb: &'static str,
+        /// Which unit.
+        unit: String,
+    },
+    /// A host without systemd.
+    #[error(
+        "systemctl cannot be started; without systemd, use --foreground, and end the process with SIGTERM"
+    )]
+    NoSystemd {
+        /// The answer.
+        source: io::Error,
+    },
     /// A disk's file cannot be made.
     #[error("cannot make {}; its directory must exist, and this user must have write access to it", path.display())]
     Make {
@@ -317,6 +377,20 @@ impl From<VolumeError> for Failure {
     }
 }
 
+/// What clap says first, on one line, without the usage of a verb that the operator has not called.
+fn first_part(error: &clap::Error) -> String {
+    let text = error.render().to_string();
+    let part = text.split("\n\n").next().unwrap_or_default();
+    let words: Vec<_> = part.trim_start_matches("error: ").split_whitespace().collect();
+    words.join(" ")
+}
+
+/// Numbers, as they are told.
+fn list(numbers: &[i32]) -> String {
+    let texts: Vec<_> = numbers.iter().map(ToString::to_string).collect();
+    texts.join(", ")
+}
+
 impl Failure {
     /// What goes with it, one a line.
     pub(super) fn list(&self) -> Vec<String> {
@@ -334,6 +408,7 @@ impl Failure {
             | Self::Host(_)
             | Self::Executable(_)
             | Self::NotTheServer
+            | Self::NoSystemd { .. }
             | Self::Execute { .. } => Blame::Host,
             Self::SizeNeeded { .. }
             | Self::WeakSecret(_)
@@ -345,12 +420,21 @@ impl Failure {
             | Self::NoGroup { .. }
             | Self::OneDisk
             | Self::NotDue
+            | Self::Options(_)
+            | Self::NameOrPath { .. }
+            | Self::HeaderOfName { .. }
             | Self::OwnHeader { .. } => Blame::Operator,
             Self::Backup { .. } | Self::NoReceipt { .. } => Blame::Content,
             Self::NoProvider | Self::Unusable { .. } => Blame::Key,
-            Self::MayBeServed { .. } | Self::Occupied { .. } => Blame::Use,
+            Self::Served { .. }
+            | Self::ServedBy { .. }
+            | Self::NotWhileServed { .. }
+            | Self::MayBeServed { .. }
+            | Self::Occupied { .. } => Blame::Use,
             Self::Make { .. } | Self::Look { .. } => Blame::Storage,
             Self::Control { .. } | Self::NoAgent { .. } => Blame::Process,
+            Self::Unit { .. } => Blame::Process,
+            Self::Definition(error) => error.blame(),
             Self::NotUpgraded { blame, .. } => *blame,
             Self::NotRevocable { source, .. } => source.reason.blame(),
             Self::NotRevoked { why, .. } => why.blame(),

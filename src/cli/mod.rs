@@ -9,6 +9,7 @@ mod audit;
 mod broker;
 mod config;
 mod create;
+mod define;
 mod erase;
 mod events;
 pub mod failure;
@@ -27,11 +28,14 @@ mod rekey;
 mod resize;
 mod serve;
 mod served;
+mod start;
 mod strength;
+mod target;
+mod units;
 mod upgrade;
 mod volume_args;
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -42,6 +46,7 @@ use sealblk_serve::command::{NAME, Serve};
 
 use crate::agent::Client;
 use crate::cipher;
+use crate::disks::Disks;
 use crate::keys::RequestPurpose;
 use crate::providers::{registry, registry::Registry, registry::RegistryError};
 use config::{Config, ConfigError};
@@ -121,6 +126,10 @@ enum Verb {
     Provider(provider::Provider),
     Key(key::Key),
     Erase(erase::Erase),
+    Define(define::Define),
+    Undefine(define::Undefine),
+    Start(start::Start),
+    Stop(start::Stop),
     Serve(Box<Serve>),
     Status(served::Status),
     Events(events::Events),
@@ -152,6 +161,22 @@ impl Host {
             .config
             .clone()
             .unwrap_or_else(|| config::DEFAULT_PATH.into())
+    }
+
+    /// The disks that it has defined.
+    fn disks(&self) -> Disks {
+        Disks::beside(&self.config_path())
+    }
+
+    /// The options of the host, as they were given.
+    fn arguments(&self) -> Vec<OsString> {
+        let options = [("--config=", &self.0.config), ("--state-dir=", &self.0.state_dir)];
+        let given = options.into_iter().filter_map(|(option, path)| {
+            let mut option = OsString::from(option);
+            option.push(path.as_ref()?);
+            Some(option)
+        });
+        given.collect()
     }
 
     /// The socket of the host's agent, for verbs that ask only the agent.
@@ -271,10 +296,14 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Info(verb) => verb.run(),
         Verb::Recovery(verb) => verb.run(&host),
         Verb::Rekey(verb) => verb.run(&host),
-        Verb::Resize(verb) => verb.run(),
+        Verb::Resize(verb) => verb.run(&host),
         Verb::Provider(verb) => verb.run(&host),
         Verb::Key(verb) => verb.run(&host),
         Verb::Erase(verb) => verb.run(&host),
+        Verb::Define(verb) => verb.run(&host),
+        Verb::Undefine(verb) => verb.run(&host),
+        Verb::Start(verb) => verb.run(&host),
+        Verb::Stop(verb) => verb.run(),
         Verb::Serve(_) => Err(serve::execute()),
         Verb::Status(verb) => verb.run(),
         Verb::Events(verb) => verb.run(&host),
@@ -294,7 +323,6 @@ fn run(cli: Cli) -> Result<(), Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::ffi::OsString;
 
     #[test]
     fn arguments_are_consistent() {

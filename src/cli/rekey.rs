@@ -10,6 +10,7 @@ use serde_json::json;
 use super::config::parse_age;
 use super::failure::Failure;
 use super::key::max_key_age;
+use super::target::Target;
 use super::volume_args::{TakeOver, Unlock, VolumeArgs};
 use super::{Host, output, served, text};
 use crate::keys::KeyId;
@@ -22,6 +23,7 @@ Examples:
   sealblk rekey vm7.luks
   sealblk rekey vm7.luks --provider kms
   sealblk rekey vm7.luks --unlock-key vm7.key
+  sealblk rekey vm7                           # the disk with that name, served or not
   sealblk rekey --control-socket /run/vm7.control
   sealblk rekey --if-due /srv/vms/*.luks      # from a timer, for disks at rest
   sealblk rekey --if-due --control-socket /run/vm7.control    # and for each served one
@@ -40,7 +42,7 @@ attacker who has one of these. In that case, make a new volume, with a new provi
 if the primary key is known, copy the data into it, and erase the old volume.
 
 `sealblk rekey DISK` refuses a disk that is being served (exit code 5): give its
-control socket instead. With several disks, sealblk continues after a failure; the
+name or its control socket instead. With several disks, sealblk continues after a failure; the
 exit code is that of the last failure.";
 
 /// Replace the provider's key that opens a volume; the volume key and the data stay unchanged
@@ -48,8 +50,8 @@ exit code is that of the last failure.";
 #[command(after_help = AFTER_HELP)]
 #[command(group = ArgGroup::new("target").required(true).args(["disks", "control_socket"]))]
 pub(super) struct Rekey {
-    /// The disk's file or device; with --if-due, you can give several
-    #[arg(value_name = "DISK")]
+    /// The disk's file or device, or its name on this host (`sealblk define`); with --if-due, you can give several
+    #[arg(value_name = "DISK|NAME")]
     disks: Vec<PathBuf>,
     /// The file that holds the header, if it is detached
     #[arg(long, value_name = "FILE", requires = "disks")]
@@ -87,14 +89,32 @@ impl Rekey {
         // One disk that fails keeps no other from its turn.
         let mut failed: Option<Failure> = None;
         for disk in &self.disks {
-            let volume = VolumeArgs::new(disk.clone(), self.header.clone());
-            if let Err(failure) = self.at_rest(host, &volume, max_age)
+            let rekeyed = host
+                .target(disk, self.header.as_deref())
+                .and_then(|target| match target {
+                    Target::AtRest(volume) => self.at_rest(host, &volume, max_age),
+                    Target::Served(socket) => {
+                        self.check_served()?;
+                        self.served(&socket, max_age)
+                    }
+                });
+            if let Err(failure) = rekeyed
                 && let Some(earlier) = failed.replace(failure)
             {
                 output::complain_with(&earlier, &earlier.list());
             }
         }
         failed.map_or(Ok(()), Err)
+    }
+
+    /// Refuses options that are for a disk at rest.
+    fn check_served(&self) -> Result<(), Failure> {
+        let option = match (self.unlock.is_given(), self.take_over.is_given()) {
+            (true, _) => "--unlock-key",
+            (_, true) => "--take-over",
+            _ => return Ok(()),
+        };
+        Err(Failure::NotWhileServed { option })
     }
 
     fn at_rest(&self, host: &Host, volume: &VolumeArgs, max_age: Option<Duration>) -> Result<(), Failure> {

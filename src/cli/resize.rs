@@ -8,13 +8,15 @@ use serde_json::json;
 
 use super::failure::Failure;
 use super::size::Size;
+use super::target::Target;
 use super::volume_args::{TakeOver, VolumeArgs};
-use super::{output, served, text};
+use super::{Host, output, served, text};
 use crate::luks2::{Resize as Wanted, Resized};
 use crate::storage::StorageError;
 
 const AFTER_HELP: &str = "\
 Examples:
+  sealblk resize vm7 --size 40G                                 # a file, by the disk's name
   sealblk resize --control-socket /run/vm7.control --size 40G   # a file, while its guest runs
   sealblk resize vm7.luks --size 40G                            # a file at rest
   lvextend -L 50G vg0/vm8
@@ -36,15 +38,15 @@ behind its new end are lost, and a file is cut there. First make the partitions
 and file systems smaller in the guest. Make a device smaller only afterwards.
 
 `sealblk resize DISK` refuses a disk that is being served (exit code 5): give its
-control socket instead. That needs the privilege RegisterVM.";
+name or its control socket instead. That needs the privilege RegisterVM.";
 
 /// Change the size of a disk; the guest of a served disk sees the new size at once
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 #[command(group = ArgGroup::new("target").required(true).args(["disk", "control_socket"]))]
 pub(super) struct Resize {
-    /// The disk's file or device
-    #[arg(value_name = "DISK")]
+    /// The disk's file or device, or its name on this host (`sealblk define`)
+    #[arg(value_name = "DISK|NAME")]
     disk: Option<PathBuf>,
     /// The file that holds the header, if it is detached
     #[arg(long, value_name = "FILE", requires = "disk")]
@@ -63,14 +65,19 @@ pub(super) struct Resize {
 }
 
 impl Resize {
-    pub(super) fn run(self) -> Result<(), Failure> {
+    pub(super) fn run(self, host: &Host) -> Result<(), Failure> {
         let capacity = self.size.map(|Size(bytes)| bytes);
-        match (self.disk, self.control_socket) {
-            (Some(disk), _) => {
-                let volume = VolumeArgs::new(disk, self.header);
-                at_rest(&volume, capacity, self.shrink, &self.take_over)
-            }
-            (None, socket) => while_served(&socket.unwrap_or_default(), capacity),
+        let target = match (self.disk, self.control_socket) {
+            (Some(disk), _) => host.target(&disk, self.header.as_deref())?,
+            (None, socket) => Target::Served(socket.unwrap_or_default()),
+        };
+        match target {
+            Target::AtRest(volume) => at_rest(&volume, capacity, self.shrink, &self.take_over),
+            Target::Served(_) if self.shrink => Err(Failure::NotWhileServed { option: "--shrink" }),
+            Target::Served(_) if self.take_over.is_given() => Err(Failure::NotWhileServed {
+                option: "--take-over",
+            }),
+            Target::Served(socket) => while_served(&socket, capacity),
         }
     }
 }

@@ -14,6 +14,7 @@ use super::{output, text};
 use crate::attachment::{self, ClaimState, FrontEnd, HeldBy, LockedBy, State};
 use crate::control::varlink::{CallError, MethodError, call};
 use crate::control::wire::Connection;
+use crate::disks::{DiskName, Sockets};
 use crate::parsing;
 
 /// How long an answer may take: a lock waits for storage, a rekey for key servers.
@@ -50,16 +51,29 @@ pub(super) struct Resume {
     disk: ServedDisk,
 }
 
+/// The disk that a verb asks.
 #[derive(Debug, Args)]
-struct ServedDisk {
-    /// The control socket of `sealblk serve`
+#[group(required = true, multiple = false)]
+pub(super) struct ServedDisk {
+    /// The disk's name on this host (`sealblk define`)
+    #[arg(value_name = "NAME")]
+    name: Option<DiskName>,
+    /// The control socket of `sealblk serve`, for a disk without a name
     #[arg(long, value_name = "SOCK")]
-    control_socket: PathBuf,
+    control_socket: Option<PathBuf>,
+}
+
+impl ServedDisk {
+    /// Its control socket.
+    pub(super) fn socket(self) -> PathBuf {
+        let of_name = self.name.map(|name| Sockets::of(&name).control);
+        self.control_socket.or(of_name).unwrap_or_default()
+    }
 }
 
 impl Status {
     pub(super) fn run(self) -> Result<(), Failure> {
-        let socket = &self.disk.control_socket;
+        let socket = &self.disk.socket();
         if self.json {
             return output::print_json(&ask::<Value>(socket, "GetStatus", json!({}))?);
         }
@@ -69,19 +83,19 @@ impl Status {
 
 impl Lock {
     pub(super) fn run(self) -> Result<(), Failure> {
-        ask::<Nothing>(&self.disk.control_socket, "Lock", json!({})).map(drop)
+        ask::<Nothing>(&self.disk.socket(), "Lock", json!({})).map(drop)
     }
 }
 
 impl Unlock {
     pub(super) fn run(self) -> Result<(), Failure> {
-        ask::<Nothing>(&self.disk.control_socket, "Unlock", json!({})).map(drop)
+        ask::<Nothing>(&self.disk.socket(), "Unlock", json!({})).map(drop)
     }
 }
 
 impl Resume {
     pub(super) fn run(self) -> Result<(), Failure> {
-        let Resumed { transfers } = ask(&self.disk.control_socket, "Resume", json!({}))?;
+        let Resumed { transfers } = ask(&self.disk.socket(), "Resume", json!({}))?;
         output::print(&match transfers {
             0 => "no request waited for the storage\n".to_owned(),
             _ => format!(
@@ -196,8 +210,18 @@ pub(super) fn ask<T: DeserializeOwned>(
     method: &str,
     parameters: impl Serialize,
 ) -> Result<T, Failure> {
+    ask_within(socket, method, parameters, TIMEOUT)
+}
+
+/// The same, for an answer that must not take long.
+pub(super) fn ask_within<T: DeserializeOwned>(
+    socket: &Path,
+    method: &str,
+    parameters: impl Serialize,
+    patience: Duration,
+) -> Result<T, Failure> {
     let answer = || {
-        let mut connection = Connection::to(socket, TIMEOUT)?;
+        let mut connection = Connection::to(socket, patience)?;
         let method = format!("{}.{method}", attachment::INTERFACE);
         call(&mut connection, &method, parameters, &[])
     };

@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 
 use super::failure::Failure;
 use super::secret::SecretSource;
+use super::served::ServedDisk;
 use super::{absolute, output, served, text};
 use crate::control::varlink::{CallError, call};
 use crate::upgrade::{Begun, ConnectError, ENVIRONMENT, INTERFACE, connect};
@@ -38,14 +39,20 @@ belongs to the unit.";
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub(super) struct Upgrade {
-    /// The control socket of `sealblk serve`
-    #[arg(long, value_name = "SOCK")]
-    control_socket: PathBuf,
+    #[command(flatten)]
+    disk: ServedDisk,
     /// The passphrase, recovery key or key file of the disk, if `sealblk serve` read it from a source that can be read only once
     #[arg(long, value_name = "FILE|-|fd:N|cred:NAME", visible_alias = "key-file")]
     passphrase_file: Option<SecretSource>,
     /// How long the new process may take until it is ready; it asks key servers
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=30))]
+    timeout: u64,
+}
+
+/// An upgrade under way.
+struct Attempt {
+    control_socket: PathBuf,
+    passphrase_file: Option<SecretSource>,
     timeout: u64,
 }
 
@@ -55,6 +62,17 @@ const TICK: Duration = Duration::from_millis(10);
 
 impl Upgrade {
     pub(super) fn run(self) -> Result<(), Failure> {
+        let attempt = Attempt {
+            control_socket: self.disk.socket(),
+            passphrase_file: self.passphrase_file,
+            timeout: self.timeout,
+        };
+        attempt.run()
+    }
+}
+
+impl Attempt {
+    fn run(self) -> Result<(), Failure> {
         let (begun, stderr) = self.ask::<Begun>("Begin", json!({}))?;
         if begun.reads_once && self.passphrase_file.is_none() {
             return Err(self.refuse(

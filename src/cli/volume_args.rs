@@ -149,6 +149,11 @@ pub(super) struct Unlock {
 }
 
 impl Unlock {
+    /// Whether one is given: it is for a volume at rest.
+    pub(super) fn is_given(&self) -> bool {
+        self.unlock_key.is_some()
+    }
+
     pub(super) fn open(
         &self,
         locked: &Locked<'_>,

@@ -44,6 +44,8 @@ pub enum Event {
     ReceiptIssued,
     /// A certificate with which this host and a provider's servers know each other is to be renewed.
     CertificateExpiring,
+    /// A volume is none of this host's guests any more.
+    VolumeForgotten,
     /// A caller of the agent lacks the privilege.
     KeyRefused,
     /// The provider has no such KEK.
@@ -101,7 +103,7 @@ pub enum Event {
 impl Event {
     /// All of them.
     #[cfg(test)]
-    pub const ALL: [Self; 39] = [
+    pub const ALL: [Self; 40] = [
         Self::AgentStarted,
         Self::KeyCreated,
         Self::KeyBound,
@@ -115,6 +117,7 @@ impl Event {
         Self::VolumeErased,
         Self::ReceiptIssued,
         Self::CertificateExpiring,
+        Self::VolumeForgotten,
         Self::KeyRefused,
         Self::KeyMissing,
         Self::KeyServerUnreachable,
@@ -159,6 +162,7 @@ impl Event {
             Self::VolumeErased => "a volume was erased",
             Self::ReceiptIssued => "the receipt of an erasure was issued",
             Self::CertificateExpiring => "a certificate is about to expire",
+            Self::VolumeForgotten => "a volume's keys were dropped",
             Self::KeyRefused => "a caller was refused a key",
             Self::KeyMissing => "a provider has no such key",
             Self::KeyServerUnreachable => "a provider does not answer",

@@ -155,6 +155,14 @@ impl SharedProviders {
         }
     }
 
+    /// The same, also where it is kept for a reboot.
+    pub fn forget_for_good(&self, provider: &str, key_id: &KeyId) {
+        self.forget(provider, key_id);
+        if let Some(sealed) = &self.sealed {
+            sealed.forget(provider, key_id);
+        }
+    }
+
     /// Lets go of what the settings do not have any more.
     pub fn refresh(&self) {
         let settings = self.settings();

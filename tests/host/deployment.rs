@@ -9,6 +9,7 @@ use std::process::Command;
 use common::process::Process;
 use common::serve::sealblk_path;
 use common::volume::run;
+use sealblk::disks::Sockets;
 
 fn repository(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
@@ -71,15 +72,6 @@ fn domain(element: &str, attribute: &str) -> String {
     String::from_utf8(output.stdout).unwrap().trim_end().to_owned()
 }
 
-/// The sockets that a command line or a domain names under /run.
-fn sockets(text: &str) -> Vec<String> {
-    let words = text.split(|c: char| c.is_whitespace() || "'\"".contains(c));
-    words
-        .filter(|word| word.starts_with("/run/"))
-        .map(str::to_owned)
-        .collect()
-}
-
 /// The agent's unit had the directory of the disks' sockets for its own, so that systemd removed them with each restart.
 #[test]
 fn no_units_end_takes_the_sockets_of_another() {
@@ -88,10 +80,14 @@ fn no_units_end_takes_the_sockets_of_another() {
     let disk = &units["sealblk@.service"];
     let mut owned = vec![("sealblk-agent.service", sealblk::agent::DEFAULT_SOCKET.to_owned())];
     for instance in ["vm7", "vm8"] {
-        let command = setting(disk, "ExecStart").unwrap().replace("%i", instance);
-        let of_disk = sockets(&command);
-        assert_eq!(of_disk.len(), 2, "{command}");
-        owned.extend(of_disk.into_iter().map(|socket| (instance, socket)));
+        assert_eq!(
+            setting(disk, "ExecStart"),
+            Some("/usr/local/bin/sealblk start --foreground %i")
+        );
+        let of_disk = Sockets::of(&instance.parse().unwrap());
+        for socket in [of_disk.front_end, of_disk.control] {
+            owned.push((instance, socket.to_str().unwrap().to_owned()));
+        }
     }
     let path = domain("devices/disk[@type='vhostuser']/source", "path");
     assert!(

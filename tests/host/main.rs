@@ -4,6 +4,7 @@ mod agent;
 #[path = "../providers/certificates.rs"]
 mod certificates;
 mod deployment;
+mod disks;
 mod events;
 mod executables;
 mod header_reader;

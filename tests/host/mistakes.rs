@@ -96,7 +96,7 @@ fn arguments() {
     m.mistake("sealblk provider enrol native --host node1");
     m.mistake("sealblk provider backup native --to vm.luks --passphrase-file pass");
     m.mistake("sealblk provider restore vm.luks --passphrase-file pass");
-    m.mistake("sealblk list");
+    m.mistake("sealblk list --keys");
     m.mistake("sealblk events");
     m.mistake("sealblk serve --blk-file vm.luks");
     m.mistake("sealblk serve --socket-path sock");
@@ -351,6 +351,35 @@ fn front_ends() {
 }
 
 #[test]
+fn disks() {
+    let mut m = with_volume("disks");
+    m.write("config.toml", "");
+    m.env("SEALBLK_CONFIG", Some("config.toml"));
+    m.mistake("sealblk define vm/7 --blk-file vm.luks");
+    m.mistake("sealblk define vm7");
+    m.mistake("sealblk define vm7 --num-queues 4");
+    m.mistake("sealblk define vm7 --blk-file missing.luks");
+    m.mistake("sealblk define vm7 --blk-file vm.luks --incoming");
+    m.mistake("sealblk define vm7 --blk-file vm.luks --num-queues 65");
+    m.mistake("sealblk define vm7 --blk-file vm.luks --read-only --discard");
+    m.does("sealblk define vm7 --blk-file vm.luks");
+    m.mistake("sealblk define vm7 --blk-file vm.luks");
+    m.mistake("sealblk start vm8");
+    m.mistake("sealblk undefine vm8");
+    m.mistake("sealblk status");
+    m.mistake("sealblk status a-disk-that-no-test-serves");
+    m.mistake("sealblk status vm7 --control-socket sock");
+    m.mistake("sealblk rekey vm7 --header vm.luks");
+    m.write("vm7", "");
+    m.mistake("sealblk rekey vm7");
+    m.write("disks.d/vm8.toml", "blk-file = \"vm.luks\"\n");
+    m.mistake("sealblk start --foreground vm8");
+    m.write("disks.d/vm8.toml", "blk-file = \"/vm.luks\"\nnum-queue = 4\n");
+    m.mistake("sealblk resize vm8");
+    m.check();
+}
+
+#[test]
 fn agent() {
     let mut m = with_volume("agent");
     m.mistake("sealblk key push 4711 --provider kms --key-file vm.key");
@@ -367,7 +396,7 @@ fn agent() {
         "sealblk rekey vm.luks",
         "sealblk create new.luks --size 1M",
         "sealblk provider list",
-        "sealblk list",
+        "sealblk list --keys",
         "sealblk events",
         "sealblk serve --blk-file vm.luks --socket-path sock --no-wait",
     ] {

@@ -162,7 +162,7 @@ fn after_a_reboot_without_the_server_disks_open_on_this_host_alone() {
     let record = host.attaches().unwrap();
     assert_eq!(record["event"], "KeyReleased");
     assert!(record["grace"].as_str().unwrap().ends_with('Z'), "{record}");
-    let listed = common::volume::run(&mut host.agent.verb(&["list", "--json"])).stdout;
+    let listed = common::volume::run(&mut host.agent.verb(&["list", "--keys", "--json"])).stdout;
     let listed: Value = serde_json::from_slice(&listed).unwrap();
     assert_eq!(listed["disks"][0]["grace"], record["grace"]);
     // Nothing new is bound to what only this host knows to be good.
@@ -292,7 +292,7 @@ fn a_disk_whose_server_was_killed_opens_again_without_its_key_server_and_no_othe
         first.process.wait();
         // The agent sees the end within a second.
         thread::sleep(Duration::from_secs(2));
-        let listed = common::volume::run(&mut host.agent.verb(&["list", "--json"])).stdout;
+        let listed = common::volume::run(&mut host.agent.verb(&["list", "--keys", "--json"])).stdout;
         assert_eq!(
             serde_json::from_slice::<Value>(&listed).unwrap(),
             json!({ "disks": [] })
