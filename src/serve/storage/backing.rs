@@ -10,7 +10,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{Advice, FileType, Mode, OFlags, Stat, fadvise, fstat};
 use rustix::io::Errno;
@@ -39,6 +40,10 @@ pub enum NotBorrowed {
     )]
     OtherFile(PathBuf),
 }
+
+/// How long locks are waited for when a disk is attached. A process that was killed during an upgrade may have locks of the disk in a socket's
+/// queue; the kernel closes those a little after the process has ended.
+const CLOSED_LATE: Duration = Duration::from_millis(200);
 
 /// An opened file or block device. See the module's header.
 #[derive(Debug)]
@@ -163,8 +168,16 @@ impl Backing {
     /// # Errors
     /// Where it is attached elsewhere, or cannot be locked.
     pub fn attach(&self, others: Others) -> Result<Attached, StorageError> {
-        let (access, changers) = (self.access, Arc::clone(&self.changers));
-        Attached::to(&self.file, &self.path, access, others, changers)
+        let start = Instant::now();
+        loop {
+            let changers = Arc::clone(&self.changers);
+            match Attached::to(&self.file, &self.path, self.access, others, changers) {
+                Err(StorageError::InUse { .. }) if start.elapsed() < CLOSED_LATE => {
+                    thread::sleep(Duration::from_millis(10));
+                }
+                attached => return attached,
+            }
+        }
     }
 
     /// What another process has attached and lent, of this disk and its `header`. The locks are not this process' own before
@@ -582,6 +595,19 @@ mod tests {
         drop(first);
         Backing::claimed(&link, Access::ReadWrite).unwrap();
         std::fs::remove_file(link).unwrap();
+    }
+
+    // Killed in the middle of an upgrade, both processes had ended, and the disk was refused as one that is in use.
+    #[test]
+    fn locks_that_are_closed_a_little_late_are_waited_for() {
+        let file = file_of(4096);
+        let first = Backing::claimed(file.path(), Access::ReadWrite).unwrap();
+        let closing = thread::spawn(|| {
+            thread::sleep(CLOSED_LATE / 4);
+            drop(first);
+        });
+        Backing::claimed(file.path(), Access::ReadWrite).unwrap();
+        closing.join().unwrap();
     }
 
     #[test]
