@@ -562,7 +562,7 @@ fn served_volumes_are_known_until_their_processes_end() {
         ended.len() == 2 && ended.iter().all(|record| record["keyDropped"] == true),
         "{ended:?}"
     );
-    let text = String::from_utf8(run(&mut agent.verb(&["list"])).stdout).unwrap();
+    let text = String::from_utf8(run(&mut agent.verb(&["list", "--keys"])).stdout).unwrap();
     assert_eq!(text, "no volume with a key from the agent is being served\n");
 }
 
@@ -640,7 +640,7 @@ fn names_that_cannot_be_and_endless_failures_do_not_fill_the_log() {
 }
 
 fn list(agent: &Agent) -> Value {
-    serde_json::from_slice(&run(&mut agent.verb(&["list", "--json"])).stdout).unwrap()
+    serde_json::from_slice(&run(&mut agent.verb(&["list", "--keys", "--json"])).stdout).unwrap()
 }
 
 /// As after a reboot of a host. `ATTACHES` asks for more than the few that there is time for.

@@ -453,7 +453,7 @@ fn one_exit_code_has_one_meaning() {
         &["rekey", "vm.luks"][..],
         &["create", "new.luks", "--size", "1M"],
         &["provider", "list"],
-        &["list"],
+        &["list", "--keys"],
         &["events"],
         &["status", "--control-socket", "nowhere"],
         &["lock", "--control-socket", "nowhere"],
