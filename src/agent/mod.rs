@@ -38,9 +38,9 @@ use sealblk_base::blame::Blame;
 use crate::closer::ClosedElsewhere;
 use crate::control::events::Event;
 use crate::control::privilege::Grants;
-use crate::control::server;
 use crate::control::socket::{self, BindError, Bound, Permissions, termination};
 use crate::control::varlink::Interface;
+use crate::control::{manager, server};
 use crate::providers::{SealedCache, SealedCacheSettings, SharedProviders};
 
 use crate::audit::AuditLog;
@@ -113,6 +113,11 @@ pub enum AgentError {
         /// The answer.
         source: io::Error,
     },
+    /// What the service manager has started it with.
+    #[error(
+        "the service manager has started the agent with something that is not a listening Unix socket; correct its socket unit"
+    )]
+    Activated(#[source] io::Error),
     /// The host is out of something.
     #[error(
         "the agent cannot accept callers: this host is out of descriptors or threads; raise LimitNOFILE or TasksMax"
@@ -127,6 +132,7 @@ impl AgentError {
             Self::Socket(error) => error.blame(),
             Self::Audit(error) => error.blame(),
             Self::Dir { .. } => Blame::Storage,
+            Self::Activated(_) => Blame::Operator,
             Self::Setup(_) => Blame::Host,
         }
     }
@@ -138,7 +144,8 @@ pub struct Agent {
     listener: ClosedElsewhere<UnixListener>,
     ending: OwnedFd,
     service: Arc<Service>,
-    _bound: Bound,
+    /// None if the socket is the service manager's.
+    _bound: Option<Bound>,
 }
 
 impl Agent {
@@ -160,13 +167,7 @@ impl Agent {
             Err(error) => tracing::error!("{error}"),
         }
         let ending = termination()?;
-        if let Some(dir) = settings.socket.parent() {
-            std::fs::create_dir_all(dir).map_err(|source| AgentError::Dir {
-                dir: dir.to_owned(),
-                source,
-            })?;
-        }
-        let (listener, bound) = socket::bind(&settings.socket, settings.permissions)?;
+        let (listener, bound) = listen(&settings)?;
         audit.record(
             Event::AgentStarted,
             &serde_json::json!({ "process": std::process::id() }),
@@ -206,8 +207,33 @@ impl Agent {
             &self.ending,
             &[service].into(),
             &server::Gate::default(),
+            manager::watchdog(),
         )
     }
+}
+
+/// The socket that the service manager has for the agent, else one of its own.
+fn listen(settings: &Settings) -> Result<(UnixListener, Option<Bound>), AgentError> {
+    if let Some(listener) = socket::activated().map_err(AgentError::Activated)? {
+        let address = listener.local_addr()?;
+        let path = address.as_pathname().unwrap_or(Path::new(""));
+        if path != settings.socket {
+            tracing::warn!(
+                listens = %path.display(),
+                configured = %settings.socket.display(),
+                "the unit sealblk-agent.socket and `socket` under [agent] name different sockets: verbs and disks do not find the agent"
+            );
+        }
+        return Ok((listener, None));
+    }
+    if let Some(dir) = settings.socket.parent() {
+        std::fs::create_dir_all(dir).map_err(|source| AgentError::Dir {
+            dir: dir.to_owned(),
+            source,
+        })?;
+    }
+    let (listener, bound) = socket::bind(&settings.socket, settings.permissions)?;
+    Ok((listener, Some(bound)))
 }
 
 /// Where the audit log of a state directory is.

@@ -35,6 +35,7 @@ use serde_json::json;
 
 use crate::audit::{AuditError, AuditLog};
 use crate::control::events::Event;
+use crate::control::manager;
 use crate::control::quota::{Quota, Share};
 use crate::control::socket::{listen, termination};
 use crate::deadline::{Deadline, Timed};
@@ -151,7 +152,7 @@ impl Broker {
     /// # Errors
     /// If it cannot wait for hosts.
     pub fn run(self) -> io::Result<()> {
-        listen(&self.listener, &self.ending, || {
+        listen(&self.listener, &self.ending, manager::watchdog(), || {
             let (socket, peer) = self.listener.accept()?;
             self.answer(socket, peer);
             Ok(())

@@ -8,6 +8,7 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::SocketAddr;
 use std::sync::LazyLock;
+use std::time::Duration;
 
 use super::datagram::Service;
 use sealblk_base::harmless::harmless;
@@ -42,6 +43,20 @@ pub fn status(status: &str) {
 /// It finishes what it has begun, and ends.
 pub fn stopping() {
     tell("STOPPING=1\n");
+}
+
+/// How often the manager wants to hear of this process at least (sd_watchdog_enabled(3)); with half of that nothing is late.
+pub fn watchdog() -> Option<Duration> {
+    let number = |name| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
+    // The process of an upgrade takes the place of the one that was meant.
+    let is_meant = number("WATCHDOG_PID").is_none_or(|process| process == u64::from(std::process::id()));
+    let within = number("WATCHDOG_USEC").filter(|within| *within > 1)?;
+    is_meant.then(|| Duration::from_micros(within / 2))
+}
+
+/// The process works: a manager that does not hear this in time kills it.
+pub fn alive() {
+    tell("WATCHDOG=1\n");
 }
 
 /// A path, or behind an '@' an abstract name (sd_notify(3)).

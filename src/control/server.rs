@@ -28,7 +28,7 @@ const CALLER_TIMEOUT: Duration = Duration::from_secs(30);
 const STACK: usize = 1 << 20;
 
 /// Answers callers of `listener`, which does not block, until `ending` is readable. Whoever can connect may ask; what a caller
-/// may have is decided by who it is.
+/// may have is decided by who it is. `alive` is as in [`socket::listen`].
 ///
 /// # Errors
 /// If it cannot wait for callers.
@@ -37,9 +37,10 @@ pub fn run(
     ending: &OwnedFd,
     services: &Arc<[Arc<dyn Interface>]>,
     gate: &Gate,
+    alive: Option<Duration>,
 ) -> io::Result<()> {
     let callers = Arc::default();
-    socket::listen(listener, ending, || {
+    socket::listen(listener, ending, alive, || {
         let is_closed = lock(&gate.0);
         if *is_closed {
             drop(is_closed);

@@ -5,18 +5,19 @@
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Stat};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
 use sealblk_base::blame::Blame;
 
+use super::manager;
 use super::peer::Peer;
 
 /// The longest path of a socket: `sun_path` of unix(7), less the byte that ends it.
@@ -163,6 +164,35 @@ pub fn bind(path: &Path, permissions: Permissions) -> Result<(UnixListener, Boun
     rustix::fs::chmod(through(&file), Mode::from_raw_mode(permissions.mode))
         .map_err(|error| bind_error(error.into()))?;
     Ok((listener, bound))
+}
+
+/// The descriptor of the first socket that a service manager starts a process with (sd_listen_fds(3)).
+pub const ACTIVATED: RawFd = 3;
+
+/// Whether the service manager has started this process with one socket.
+pub fn is_activated() -> bool {
+    let own = std::process::id().to_string();
+    std::env::var_os("LISTEN_PID").is_some_and(|process| process == *own)
+        && std::env::var_os("LISTEN_FDS").is_some_and(|sockets| sockets == "1")
+}
+
+/// That socket, which does not block from now on. None if there is none; call it once.
+///
+/// # Errors
+/// If it is not a listening Unix socket.
+pub fn activated() -> io::Result<Option<UnixListener>> {
+    if !is_activated() {
+        return Ok(None);
+    }
+    // SAFETY: the manager passed this descriptor on for us to own, and this is called once.
+    let socket = unsafe { OwnedFd::from_raw_fd(ACTIVATED) };
+    rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC)?;
+    if sockopt::socket_domain(&socket)? != AddressFamily::UNIX || !sockopt::socket_acceptconn(&socket)? {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let listener = UnixListener::from(socket);
+    listener.set_nonblocking(true)?;
+    Ok(Some(listener))
 }
 
 /// How many callers may wait; the kernel takes fewer if `net.core.somaxconn` says so.
@@ -351,17 +381,32 @@ pub fn accept(listener: &UnixListener) -> io::Result<UnixStream> {
     }
 }
 
-/// Has `accept`, which must not block, take each caller of `listener` until `ending` is readable.
+/// Has `accept`, which must not block, take each caller of `listener` until `ending` is readable. Tells the service manager every `alive` that
+/// this goes on.
 ///
 /// # Errors
 /// If it cannot wait for callers.
-pub fn listen(listener: &impl AsFd, ending: &OwnedFd, accept: impl Fn() -> io::Result<()>) -> io::Result<()> {
+pub fn listen(
+    listener: &impl AsFd,
+    ending: &OwnedFd,
+    alive: Option<Duration>,
+    accept: impl Fn() -> io::Result<()>,
+) -> io::Result<()> {
+    let timeout = alive
+        .map(Timespec::try_from)
+        .transpose()
+        .map_err(io::Error::other)?;
+    let mut told = Instant::now();
     loop {
+        if alive.is_some_and(|every| told.elapsed() >= every) {
+            manager::alive();
+            told = Instant::now();
+        }
         let mut fds = [
             PollFd::new(ending, PollFlags::IN),
             PollFd::new(listener, PollFlags::IN),
         ];
-        match poll(&mut fds, None) {
+        match poll(&mut fds, timeout.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }

@@ -658,7 +658,7 @@ impl ControlSocket {
         thread::scope(|scope| {
             let control = thread::Builder::new().name("control".into());
             let spawned = control.spawn_scoped(scope, || {
-                if let Err(error) = server::run(&listener, &ended, &interfaces, &gate) {
+                if let Err(error) = server::run(&listener, &ended, &interfaces, &gate, None) {
                     tracing::error!(%error, "the control socket no longer works");
                 }
             });

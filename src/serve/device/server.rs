@@ -17,6 +17,9 @@ use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, Subscrib
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType, sockopt};
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_settime,
+};
 use sealblk_base::blame::Blame;
 use vmm_sys_util::epoll::EventSet;
 
@@ -155,6 +158,7 @@ impl Server {
         };
         let control = Control {
             handover: Handover::new().map_err(ServeError::Control)?,
+            alive: alive_timer().map_err(ServeError::Control)?,
             is_handed_over: false,
             host: Arc::new(host),
             listener,
@@ -322,6 +326,8 @@ struct Control {
     failure: Option<io::Error>,
     /// Where this thread is asked for all that another process needs.
     handover: Handover,
+    /// Readable when the service manager is to hear that this thread works; none if it does not ask for that.
+    alive: Option<OwnedFd>,
     /// Whether another process serves the front-ends.
     is_handed_over: bool,
 }
@@ -341,6 +347,7 @@ const SIGNAL: u32 = 0;
 const CONNECTION: u32 = 1;
 const SESSION_ENDED: u32 = 2;
 const HANDOVER: u32 = 3;
+const ALIVE: u32 = 4;
 
 /// How long requests in flight may take to end before another process serves the front-end.
 /// The process that has asked waits for somewhat longer, and learns why not.
@@ -352,12 +359,13 @@ impl MutEventSubscriber for Control {
             .listener
             .as_ref()
             .map(|listener| (listener.as_raw_fd(), CONNECTION));
+        let alive = self.alive.as_ref().map(|timer| (timer.as_raw_fd(), ALIVE));
         let fds = [
             (self.signals.as_raw_fd(), SIGNAL),
             (self.host.ended.as_raw_fd(), SESSION_ENDED),
             (self.handover.asked().as_raw_fd(), HANDOVER),
         ];
-        for (fd, number) in fds.into_iter().chain(listener) {
+        for (fd, number) in fds.into_iter().chain(listener).chain(alive) {
             if let Err(error) = ops.add(Events::with_data_raw(fd, number, EventSet::IN)) {
                 tracing::error!(%error, "the control thread cannot wait");
                 self.finished = true;
@@ -377,6 +385,12 @@ impl MutEventSubscriber for Control {
                 if let Some(asked) = self.handover.take() {
                     self.hand_over(asked);
                 }
+            }
+            ALIVE => {
+                if let Some(timer) = &self.alive {
+                    let _ = rustix::io::read(timer, &mut [0; 8]);
+                }
+                manager::alive();
             }
             _ => self.stop(),
         }
@@ -536,6 +550,24 @@ impl Control {
         }
         self.finished = true;
     }
+}
+
+/// A timer at which the service manager is to hear of this process, if it wants to.
+fn alive_timer() -> io::Result<Option<OwnedFd>> {
+    let Some(every) = manager::watchdog() else {
+        return Ok(None);
+    };
+    let timer = timerfd_create(
+        TimerfdClockId::Monotonic,
+        TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK,
+    )?;
+    let every = Timespec::try_from(every).map_err(io::Error::other)?;
+    let times = Itimerspec {
+        it_interval: every,
+        it_value: every,
+    };
+    timerfd_settime(&timer, TimerfdTimerFlags::empty(), &times)?;
+    Ok(Some(timer))
 }
 
 fn has_hung_up(stream: &UnixStream) -> bool {

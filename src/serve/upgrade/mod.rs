@@ -110,7 +110,7 @@ pub struct Begun {
 }
 
 /// Of the environment: what sealblk, its key helper and its log look at.
-pub const ENVIRONMENT: [&str; 9] = [
+pub const ENVIRONMENT: [&str; 10] = [
     "CREDENTIALS_DIRECTORY",
     "HOME",
     "JOURNAL_STREAM",
@@ -119,6 +119,7 @@ pub const ENVIRONMENT: [&str; 9] = [
     "SEALBLK_LOG",
     "SEALBLK_STATE_DIR",
     "TMPDIR",
+    "WATCHDOG_USEC",
     "XDG_STATE_HOME",
 ];
 
