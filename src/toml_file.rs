@@ -1,5 +1,6 @@
 //! TOML files of an operator: read strictly, and only if no other user could have written them.
 
+use std::fs::Metadata;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
@@ -8,7 +9,7 @@ use serde::de::DeserializeOwned;
 
 use crate::error_chain::remedy;
 use crate::parsing::NotUnderstood;
-use sealblk_secmem::{private_file, private_file::Forbid};
+use sealblk_secmem::{private_file, private_file::Exposed, private_file::Forbid};
 
 /// Why such a file cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +56,21 @@ impl TomlFileError {
 /// # Errors
 /// [`TomlFileError`].
 pub(crate) fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, TomlFileError> {
+    read_checked(path, private_file::check)
+}
+
+/// The same in a state directory, which may be another user's than root, who reads it.
+///
+/// # Errors
+/// [`TomlFileError`].
+pub(crate) fn read_in_state<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, TomlFileError> {
+    read_checked(path, private_file::check_in_state)
+}
+
+fn read_checked<T: DeserializeOwned>(
+    path: &Path,
+    check: fn(&Path, &Metadata, Forbid) -> Result<(), Exposed>,
+) -> Result<Option<T>, TomlFileError> {
     let own = || path.to_owned();
     let failed = |source| TomlFileError::Read { path: own(), source };
     let mut file = match private_file::open(path) {
@@ -62,7 +78,7 @@ pub(crate) fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, TomlFi
         file => file.map_err(failed)?,
     };
     let metadata = file.metadata().map_err(failed)?;
-    private_file::check(path, &metadata, Forbid::Write).map_err(|error| TomlFileError::Exposed {
+    check(path, &metadata, Forbid::Write).map_err(|error| TomlFileError::Exposed {
         path: own(),
         source: error.into(),
     })?;

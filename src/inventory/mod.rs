@@ -232,7 +232,7 @@ impl Index {
 
     /// Whether there was room for it.
     fn write(&self, mut note: Note) -> io::Result<bool> {
-        private_file::ensure_dir(&self.dir)?;
+        private_file::ensure_dir_in_state(&self.dir)?;
         if self.file(&note).exists() {
             return self.put(note).map(|()| true);
         }
@@ -281,7 +281,7 @@ impl Index {
             // A header that was found may say anything, and nobody could read the note.
             return Err(io::ErrorKind::FileTooLarge.into());
         }
-        private_file::replace(file, &text)
+        private_file::replace_in_state(file, &text)
     }
 
     /// All of it. What several users have noted of one place is told once.

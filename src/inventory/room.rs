@@ -228,7 +228,7 @@ impl Index {
         };
         // What the volume itself contradicts makes room. To look at it may take a while, in which nobody has to wait.
         self.drop_contradicted(binding.volume).map_err(unwritable)?;
-        private_file::ensure_dir(&self.dir).map_err(unwritable)?;
+        private_file::ensure_dir_in_state(&self.dir).map_err(unwritable)?;
         let lock = File::open(&self.dir).map_err(unwritable)?;
         flock(&lock, FlockOperation::LockExclusive).map_err(|error| unwritable(error.into()))?;
 
@@ -304,7 +304,7 @@ impl Index {
 
     /// Says, until somebody clears it, that the list lacks something.
     pub(super) fn mark_incomplete(&self) -> io::Result<()> {
-        private_file::replace(&self.dir.join(INCOMPLETE), b"")
+        private_file::replace_in_state(&self.dir.join(INCOMPLETE), b"")
     }
 
     pub(super) fn is_incomplete(&self) -> bool {

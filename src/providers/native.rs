@@ -115,7 +115,7 @@ impl Native {
         content[..16].copy_from_slice(MAGIC);
         content[16..48].copy_from_slice(primary);
         content[48..].copy_from_slice(&identity(primary));
-        private_file::create(path, &content).map_err(|e| fail(e.into()))
+        private_file::create_in_state(path, &content).map_err(|e| fail(e.into()))
     }
 
     /// Reads the primary key at `path`.

@@ -74,14 +74,14 @@ impl Revoked {
     /// # Errors
     /// If it cannot be written.
     pub(super) fn add(&self, key_id: &KeyId) -> io::Result<()> {
-        private_file::ensure_dir(&self.dir)?;
+        private_file::ensure_dir_in_state(&self.dir)?;
         let record = Record {
             provider: self.provider.clone(),
             key_id: key_id.clone(),
             revoked: Timestamp::now(),
         };
         let text = serde_json::to_vec(&record).expect("texts are JSON");
-        match private_file::create(&self.file(key_id), &text) {
+        match private_file::create_in_state(&self.file(key_id), &text) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
             result => result,
         }

@@ -11,7 +11,9 @@ use std::path::Path;
 use crate::keys::KeyReason;
 use crate::probe::{Pool, Probe, Silence, Thread};
 use sealblk_secmem::{arena::ArenaError, arena::SecretBytes};
-use sealblk_secmem::{private_file::Exposed, private_file::Forbid, private_file::check, private_file::open};
+use sealblk_secmem::{
+    private_file::Exposed, private_file::Forbid, private_file::check_in_state, private_file::open,
+};
 
 static POOL: Pool = Pool::new();
 
@@ -68,7 +70,7 @@ pub(crate) fn read_public(path: &Path, longest: usize) -> Result<Vec<u8>, Unread
 pub(crate) fn read(path: &Path, longest: usize) -> Result<SecretBytes, Unreadable> {
     answered(path, move |path, mut file| {
         let metadata = file.metadata()?;
-        check(path, &metadata, Forbid::All)?;
+        check_in_state(path, &metadata, Forbid::All)?;
         let expected = longest.min(metadata.len() as usize);
         // One byte more shows that there are too many.
         let mut content = SecretBytes::zeroed(expected + 1)?;

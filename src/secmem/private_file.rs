@@ -46,9 +46,30 @@ pub enum Forbid {
 
 /// Refuses what is not the user's own, or is open to others. Settings may be root's.
 pub fn check(path: &Path, metadata: &fs::Metadata, forbid: Forbid) -> Result<(), Exposed> {
+    check_of(path, metadata, forbid, None)
+}
+
+/// The same in a state directory. Its owner may be another user than root, who sets it up: the user that the agent runs as.
+pub fn check_in_state(path: &Path, metadata: &fs::Metadata, forbid: Forbid) -> Result<(), Exposed> {
+    let owner = match metadata.is_dir() && rustix::process::geteuid().is_root() {
+        // Who owns the state directory is said by that itself.
+        true => Some(metadata.uid()),
+        false => owner_of_state(path).map(|(user, _)| user),
+    };
+    check_of(path, metadata, forbid, owner)
+}
+
+fn check_of(
+    path: &Path,
+    metadata: &fs::Metadata,
+    forbid: Forbid,
+    directory: Option<u32>,
+) -> Result<(), Exposed> {
     let path = || path.display().to_string();
     let user = rustix::process::geteuid().as_raw();
-    let trusted = metadata.uid() == user || matches!(forbid, Forbid::Write) && metadata.uid() == 0;
+    let trusted = metadata.uid() == user
+        || matches!(forbid, Forbid::Write) && metadata.uid() == 0
+        || directory == Some(metadata.uid());
     if !trusted {
         return Err(Exposed::Owner {
             path: path(),
@@ -96,26 +117,61 @@ pub fn ensure_dir(path: &Path) -> io::Result<()> {
     }
 }
 
+/// Makes a directory in a state directory, for the owner of that.
+pub fn ensure_dir_in_state(path: &Path) -> io::Result<()> {
+    let is_new = !path.exists();
+    ensure_dir(path)?;
+    match owner_of_state(path) {
+        Some((user, group)) if is_new => std::os::unix::fs::lchown(path, Some(user), Some(group)),
+        _ => Ok(()),
+    }
+}
+
+/// The user and group that own the directory of `path`, if this process is root's and they are not root.
+fn owner_of_state(path: &Path) -> Option<(u32, u32)> {
+    let directory = path.parent().filter(|parent| *parent != Path::new(""));
+    let directory = fs::metadata(directory.unwrap_or(Path::new("."))).ok()?;
+    let is_others = rustix::process::geteuid().is_root() && directory.uid() != 0;
+    is_others.then(|| (directory.uid(), directory.gid()))
+}
+
+/// [`create`] in a state directory, for the owner of that.
+///
+/// # Errors
+/// As for [`create`].
+pub fn create_in_state(path: &Path, content: &[u8]) -> io::Result<()> {
+    write_beside(path, content, owner_of_state(path), |new| {
+        renameat_with(CWD, new, CWD, path, RenameFlags::NOREPLACE)
+    })
+}
+
+/// [`replace`] in a state directory, for the owner of that.
+pub fn replace_in_state(path: &Path, content: &[u8]) -> io::Result<()> {
+    write_beside(path, content, owner_of_state(path), |new| {
+        rustix::fs::rename(new, path)
+    })
+}
+
 /// Makes the file `path` with mode 0600.
 ///
 /// # Errors
 /// `AlreadyExists`, if something has that name, which then stays as it is.
 pub fn create(path: &Path, content: &[u8]) -> io::Result<()> {
-    write_beside(path, content, |new| {
+    write_beside(path, content, None, |new| {
         renameat_with(CWD, new, CWD, path, RenameFlags::NOREPLACE)
     })
 }
 
 /// Makes the file `path` with mode 0600, or replaces it.
 pub fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
-    write_beside(path, content, |new| rustix::fs::rename(new, path))
+    write_beside(path, content, None, |new| rustix::fs::rename(new, path))
 }
 
-/// As [`replace`]; what was there is written over, and so is what a crash has left of writing it. Nobody else may write `path`
+/// As [`replace_in_state`]; what was there is written over, and so is what a crash has left of writing it. Nobody else may write `path`
 /// meanwhile.
 pub fn replace_wiping(path: &Path, content: &[u8]) -> io::Result<()> {
-    let mut old = OpenOptions::new().write(true).open(path)?;
-    replace(path, content)?;
+    let mut old = open_to_wipe(path)?;
+    replace_in_state(path, content)?;
     write_over(&mut old)?;
     let Some((dir, name)) = path.parent().zip(path.file_name()) else {
         return Ok(());
@@ -134,9 +190,15 @@ pub fn replace_wiping(path: &Path, content: &[u8]) -> io::Result<()> {
 /// is beyond reach.
 pub fn wipe(path: &Path) -> io::Result<()> {
     if fs::symlink_metadata(path)?.is_file() {
-        write_over(&mut OpenOptions::new().write(true).open(path)?)?;
+        write_over(&mut open_to_wipe(path)?)?;
     }
     fs::remove_file(path)
+}
+
+/// The directory may be another user's, who could have made a link of the file.
+fn open_to_wipe(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.write(true).custom_flags(libc::O_NOFOLLOW).open(path)
 }
 
 fn write_over(file: &mut File) -> io::Result<()> {
@@ -149,6 +211,7 @@ fn write_over(file: &mut File) -> io::Result<()> {
 fn write_beside(
     path: &Path,
     content: &[u8],
+    owner: Option<(u32, u32)>,
     publish: impl FnOnce(&Path) -> rustix::io::Result<()>,
 ) -> io::Result<()> {
     let new = beside(path);
@@ -157,8 +220,11 @@ fn write_beside(
         .create_new(true)
         .mode(0o600)
         .open(&new)?;
-    let written = file
-        .write_all(content)
+    let owned = owner.map_or(Ok(()), |(user, group)| {
+        std::os::unix::fs::fchown(&file, Some(user), Some(group))
+    });
+    let written = owned
+        .and_then(|()| file.write_all(content))
         .and_then(|()| file.sync_all())
         .and_then(|()| publish(&new).map_err(io::Error::from));
     if let Err(e) = written {

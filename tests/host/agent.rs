@@ -2,8 +2,9 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 use std::thread;
@@ -12,8 +13,9 @@ use std::time::{Duration, Instant};
 use common::DEADLINE;
 use common::agent::Agent;
 use common::fuse::Fuse;
+use common::process::Process;
 use common::secrets::as_user;
-use common::serve::{Server, sealblk_path};
+use common::serve::{Server, install, sealblk_path};
 use common::volume::run;
 use sealblk::keys::RequestPurpose;
 use sealblk::keys::{Binding, KeyError, KeyId, KeyReason, Providers};
@@ -710,4 +712,65 @@ fn no_disk_is_bound_to_a_primary_key_whose_file_is_gone() {
     fs::write(&file, &content).unwrap();
     run(&mut agent.verb(&["rekey", "vm"]));
     run(&mut agent.verb(&["recovery", "remove", "vm", "--recovery-key", "vm.key"]));
+}
+
+/// The agent's unit has a user of its own, and root sets its providers up: what root made, the agent could not read.
+#[test]
+fn root_sets_up_the_state_directory_of_an_agent_that_runs_as_another_user() {
+    const USER: u32 = 4242;
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: only root makes files for others");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    chown(dir.path(), Some(USER), Some(USER)).unwrap();
+    fs::create_dir(path("state")).unwrap();
+    fs::set_permissions(path("state"), fs::Permissions::from_mode(0o700)).unwrap();
+    chown(path("state"), Some(USER), Some(USER)).unwrap();
+    fs::write(
+        path("config.toml"),
+        format!("[agent]\nsocket = {:?}\n", path("agent.sock")),
+    )
+    .unwrap();
+    let sealblk = install(dir.path());
+    let verb = |args: &[&str]| {
+        let mut command = Command::new(&sealblk);
+        command
+            .current_dir(&dir)
+            .args(["--config", "config.toml"])
+            .args(args);
+        command
+    };
+    let set_up = |args: &[&str]| run(&mut verb(&[&["--state-dir", "state", "provider"], args].concat()));
+    set_up(&["add", "native", "--no-backup"]);
+    set_up(&["add", "native", "--name", "other", "--no-backup"]);
+    set_up(&["remove", "other", "--force", "--confirm", "other"]);
+    let mut found = vec![path("state")];
+    while let Some(at) = found.pop() {
+        let metadata = fs::symlink_metadata(&at).unwrap();
+        assert_eq!((metadata.uid(), metadata.gid()), (USER, USER), "{}", at.display());
+        if metadata.is_dir() {
+            found.extend(fs::read_dir(&at).unwrap().map(|entry| entry.unwrap().path()));
+        }
+    }
+
+    let mut agent = verb(&["--state-dir", "state", "agent"]);
+    let mut agent = Process::spawn(agent.uid(USER).gid(USER));
+    agent.wait_stderr("the agent answers");
+    run(&mut verb(&["create", "vm", "--size", "1M"]));
+    run(&mut verb(&["rekey", "vm"]));
+    agent.signal(rustix::process::Signal::TERM);
+    assert!(agent.wait().status.success());
+    // Others' files in it are not root's to use, be the directory whose it may.
+    chown(path("state/providers/native/primary.key"), Some(USER + 1), None).unwrap();
+    let refused = verb(&["--state-dir", "state", "provider", "check", "native"])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(
+        !refused.status.success() && said.contains("belongs to user 4243"),
+        "{said}"
+    );
 }

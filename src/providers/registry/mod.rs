@@ -361,7 +361,7 @@ impl Registry {
         let dir = self.dir_of(name);
         let is_new = !dir.exists();
         for dir in [&self.dir.join("providers"), &dir] {
-            private_file::ensure_dir(dir).map_err(io("make", dir))?;
+            private_file::ensure_dir_in_state(dir).map_err(io("make", dir))?;
             check_private(dir, Forbid::All)?;
         }
         prepare(&source, &dir).inspect_err(|_| {

@@ -140,7 +140,7 @@ pub(super) fn check_private(path: &Path, forbid: Forbid) -> Result<(), RegistryE
         path: path.to_owned(),
         source,
     })?;
-    private_file::check(path, &metadata, forbid).map_err(|e: Exposed| RegistryError::Exposed {
+    private_file::check_in_state(path, &metadata, forbid).map_err(|e: Exposed| RegistryError::Exposed {
         path: path.to_owned(),
         source: Box::new(e),
     })
@@ -167,7 +167,7 @@ impl Settings {
     /// Reads the settings of a state directory; without a file there are none.
     pub(super) fn read(dir: &Path) -> Result<Self, RegistryError> {
         let path = dir.join(FILE);
-        let Some(settings) = toml_file::read::<Self>(&path)? else {
+        let Some(settings) = toml_file::read_in_state::<Self>(&path)? else {
             return Ok(Self::default());
         };
         check_private(dir, Forbid::Write)?;
@@ -202,7 +202,7 @@ impl Settings {
             )
         };
         let written = toml::to_string(self).map_err(not_text);
-        let replaced = written.and_then(|text| private_file::replace(&path, text.as_bytes()));
+        let replaced = written.and_then(|text| private_file::replace_in_state(&path, text.as_bytes()));
         replaced.map_err(|source| RegistryError::Io {
             action: "write",
             path,

@@ -142,7 +142,7 @@ impl Trusted {
             || -> Result<AttestationKey, TpmError> { Tpm::open(&settings.tpm)?.create_attestation_key() };
         let key = make().map_err(|e| KeyError::new(name, &settings.tpm, KeyReason::Host).because(e))?;
         let json = serde_json::to_vec(&key).expect("texts are JSON");
-        private_file::create(&path, &json)
+        private_file::create_in_state(&path, &json)
             .map_err(|e| KeyError::new(name, path.display(), KeyReason::Host).because(e))
     }
 
