@@ -186,6 +186,8 @@ impl DiskOption {
     const BLK_FILE: Self = Self("blk-file");
     const HEADER: Self = Self("header");
     const VOLUME: Self = Self("volume");
+    const SOCKET_GROUP: Self = Self("socket-group");
+    const SOCKET_MODE: Self = Self("socket-mode");
     const ALLOW_UNENCRYPTED: Self = Self("allow-unencrypted");
 
     fn find(name: &str) -> Option<Self> {
@@ -210,7 +212,8 @@ impl Disks {
         Self { directory }
     }
 
-    fn path(&self, name: &DiskName) -> PathBuf {
+    /// The file that defines a disk.
+    pub fn path(&self, name: &DiskName) -> PathBuf {
         self.directory.join(format!("{name}.{EXTENSION}"))
     }
 
@@ -420,6 +423,23 @@ impl Definition {
         self.options.insert(DiskOption::VOLUME, volume);
     }
 
+    /// The same for a socket that somebody else has bound, and given a group and a mode.
+    pub fn arguments_without_socket(&self) -> Vec<OsString> {
+        let of_socket = [DiskOption::SOCKET_GROUP, DiskOption::SOCKET_MODE];
+        let mut options = self.options.clone();
+        options.retain(|option, _| !of_socket.contains(option));
+        Self { options }.arguments()
+    }
+
+    /// The group and the mode of the socket for QEMU.
+    pub fn socket(&self) -> [Option<String>; 2] {
+        [DiskOption::SOCKET_GROUP, DiskOption::SOCKET_MODE].map(|option| match self.options.get(&option)? {
+            Setting::Text(text) => Some(text.clone()),
+            Setting::Number(number) => Some(number.to_string()),
+            Setting::Flag(_) => None,
+        })
+    }
+
     /// The arguments of `sealblk serve`.
     pub fn arguments(&self) -> Vec<OsString> {
         let argument = |(option, setting): (&DiskOption, &Setting)| {
@@ -460,15 +480,20 @@ impl fmt::Display for Definition {
 /// Where a disk has its sockets.
 #[derive(Debug)]
 pub struct Sockets {
-    /// The directory, which has only them.
+    /// The directory of the disk, which is root's.
     pub directory: PathBuf,
     /// For QEMU.
     pub front_end: PathBuf,
-    /// For operators.
+    /// For operators, in a directory of the user who serves the disk.
     pub control: PathBuf,
 }
 
 impl Sockets {
+    /// A file that is there while the disk's processes are to accept the other side of a migration.
+    pub fn incoming(&self) -> PathBuf {
+        self.directory.join("incoming")
+    }
+
     /// The directory that has one for each disk, with its sockets.
     pub const DIRECTORY: &str = "/run/sealblk";
 
@@ -477,7 +502,7 @@ impl Sockets {
         let directory = Path::new(Self::DIRECTORY).join(&name.0);
         Self {
             front_end: directory.join("disk.sock"),
-            control: directory.join("control.sock"),
+            control: directory.join("control/control.sock"),
             directory,
         }
     }

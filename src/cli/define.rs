@@ -16,11 +16,12 @@ use crate::keys::RequestPurpose;
 const AFTER_HELP: &str = "\
 Examples:
   sealblk define vm7 --blk-file /srv/vms/vm7.luks --socket-group libvirt-qemu
-  systemctl enable --now sealblk@vm7
+  systemctl enable --now sealblk@vm7.socket
 
 The definition is the file disks.d/NAME.toml beside the configuration: usually
 /etc/sealblk/disks.d/NAME.toml. To change it, edit it: it has a line for each option
-of `sealblk serve`, such as `num-queues = 4`. It is read when the disk starts.
+of `sealblk serve`, such as `num-queues = 4`. Then run `systemctl daemon-reload`, and
+start the disk again.
 
 QEMU finds the disk at /run/sealblk/NAME/disk.sock. Verbs for a served disk take NAME
 in place of --control-socket.
@@ -80,6 +81,7 @@ impl Undefine {
         }
         units::disable(&name);
         host.disks().undefine(&name)?;
+        units::reload();
         Ok(())
     }
 }
@@ -110,6 +112,7 @@ impl Define {
             volume = Some(uuid);
         }
         let path: PathBuf = host.disks().define(&self.name, &definition)?;
+        units::reload();
         let volume = volume.map_or(String::new(), |uuid| format!(" (volume {uuid})"));
         output::print(&format!("{}: {}{volume}\n", self.name, text::shown(&path)))
     }

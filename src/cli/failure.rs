@@ -53,6 +53,16 @@ pub enum Failure {
         /// The disk.
         name: DiskName,
     },
+    /// Another volume in the place of a disk's.
+    #[error("{}: holds the volume {found}, and not {expected}, which the disk's definition has", disk.display())]
+    NotItsVolume {
+        /// The file.
+        disk: PathBuf,
+        /// What the definition has.
+        expected: Uuid,
+        /// What is there.
+        found: Uuid,
+    },
     /// A disk that is to be undefined.
     #[error("{name} is being served; run `sealblk stop {name}` first")]
     Served {
@@ -424,7 +434,7 @@ impl Failure {
             | Self::NameOrPath { .. }
             | Self::HeaderOfName { .. }
             | Self::OwnHeader { .. } => Blame::Operator,
-            Self::Backup { .. } | Self::NoReceipt { .. } => Blame::Content,
+            Self::NotItsVolume { .. } | Self::Backup { .. } | Self::NoReceipt { .. } => Blame::Content,
             Self::NoProvider | Self::Unusable { .. } => Blame::Key,
             Self::Served { .. }
             | Self::ServedBy { .. }

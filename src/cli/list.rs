@@ -1,7 +1,6 @@
 //! `sealblk list`: the disks of this host, and the volumes whose keys its agent has given out.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::thread;
 use std::time::Duration;
 
@@ -11,6 +10,7 @@ use serde_json::json;
 use uuid::Uuid;
 
 use super::failure::Failure;
+use super::target::{is_served, served_names};
 use super::volume_args::VolumeArgs;
 use super::{Host, output, served, stderr, text, units};
 use crate::agent::{Client, Registrant};
@@ -171,7 +171,7 @@ impl Listed {
     fn ask(&mut self) {
         let Some(name) = &self.name else { return };
         let control = Sockets::of(name).control;
-        if !super::target::is_served(&control) {
+        if !is_served(&control) {
             return;
         }
         match served::ask_within::<Status>(&control, "GetStatus", json!({}), PATIENCE) {
@@ -217,11 +217,7 @@ fn bound(volume: &VolumeArgs) -> Option<Timestamp> {
 fn disks(host: &Host) -> Result<Vec<Listed>, Failure> {
     let mut names = host.disks().names()?;
     // Those that are served, and not defined any more.
-    let directories = fs::read_dir(Sockets::DIRECTORY).into_iter().flatten().flatten();
-    let undefined = directories
-        .filter_map(|entry| entry.file_name().to_str()?.parse::<DiskName>().ok())
-        .filter(|name| !host.disks().has(name) && super::target::is_served(&Sockets::of(name).control));
-    names.extend(undefined);
+    names.extend(served_names());
     names.sort();
     names.dedup();
     let mut disks: Vec<_> = names

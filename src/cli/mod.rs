@@ -13,6 +13,7 @@ mod define;
 mod erase;
 mod events;
 pub mod failure;
+mod generate;
 mod header_reader;
 mod info;
 mod key;
@@ -143,6 +144,8 @@ enum Verb {
     Broker(broker::Broker),
     KeyHelper(key_helper::KeyHelper),
     HeaderReader(header_reader::HeaderReader),
+    #[command(hide = true)]
+    GenerateUnits(generate::GenerateUnits),
 }
 
 /// What verbs know of the host that they run on. Nothing is read before a verb asks.
@@ -317,6 +320,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Broker(verb) => verb.run(&host),
         Verb::KeyHelper(verb) => verb.run(&host),
         Verb::HeaderReader(verb) => verb.run(),
+        Verb::GenerateUnits(verb) => verb.run(&host),
     }
 }
 

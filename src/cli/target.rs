@@ -1,5 +1,6 @@
 //! The disk that a verb changes: named by its path, or by its name on this host, and then served or at rest.
 
+use std::fs;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -45,13 +46,24 @@ impl Host {
     }
 }
 
+/// The names of all disks that are being served, also of those that are not defined any more.
+pub(super) fn served_names() -> Vec<DiskName> {
+    let directories = fs::read_dir(Sockets::DIRECTORY).into_iter().flatten().flatten();
+    let names = directories.filter_map(|entry| entry.file_name().to_str()?.parse::<DiskName>().ok());
+    let mut names: Vec<_> = names
+        .filter(|name| is_served(&Sockets::of(name).control))
+        .collect();
+    names.sort();
+    names
+}
+
 /// Whether a process answers on a control socket, or this user cannot find out. A killed process has left one that refuses connections.
 pub(super) fn is_served(control: &Path) -> bool {
     match UnixStream::connect(control) {
         Ok(_) => true,
         Err(error) => !matches!(
             error.kind(),
-            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory | io::ErrorKind::ConnectionRefused
         ),
     }
 }

@@ -19,9 +19,10 @@ use serde_json::{Value, json};
 
 use super::failure::Failure;
 use super::secret::SecretSource;
-use super::served::ServedDisk;
-use super::{absolute, output, served, text};
+use super::target::served_names;
+use super::{absolute, output, served, text, units};
 use crate::control::varlink::{CallError, call};
+use crate::disks::{DiskName, Sockets};
 use crate::upgrade::{Begun, ConnectError, ENVIRONMENT, INTERFACE, connect};
 
 const AFTER_HELP: &str = "\
@@ -32,21 +33,36 @@ in the directory of the old process, and writes to the same log. It gets the key
 The guest's requests wait for some hundredths of a second. QEMU stays connected. If the new process does not start, does not get the key, or
 is not ready in time, the old process continues.
 
-Run it as the user that the disk is served as. In a systemd unit, put it into ExecReload= (see docs/libvirt.md): the new process then
-belongs to the unit.";
+Run it as the user that the disk is served as. For a disk with a name whose unit runs as another user, root has systemd run it as that
+user (`systemctl reload sealblk@NAME`). With --all, sealblk continues after a failure; the exit code is that of the last failure.";
 
 /// Have another release serve a disk, while its guest runs
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub(super) struct Upgrade {
     #[command(flatten)]
-    disk: ServedDisk,
+    which: Which,
     /// The passphrase, recovery key or key file of the disk, if `sealblk serve` read it from a source that can be read only once
     #[arg(long, value_name = "FILE|-|fd:N|cred:NAME", visible_alias = "key-file")]
     passphrase_file: Option<SecretSource>,
     /// How long the new process may take until it is ready; it asks key servers
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=30))]
     timeout: u64,
+}
+
+/// Which disks.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+struct Which {
+    /// The disk's name on this host (`sealblk define`)
+    #[arg(value_name = "NAME")]
+    name: Option<DiskName>,
+    /// The control socket of `sealblk serve`, for a disk without a name
+    #[arg(long, value_name = "SOCK")]
+    control_socket: Option<PathBuf>,
+    /// All disks with names that are being served
+    #[arg(long, conflicts_with = "passphrase_file")]
+    all: bool,
 }
 
 /// An upgrade under way.
@@ -62,12 +78,39 @@ const TICK: Duration = Duration::from_millis(10);
 
 impl Upgrade {
     pub(super) fn run(self) -> Result<(), Failure> {
-        let attempt = Attempt {
-            control_socket: self.disk.socket(),
-            passphrase_file: self.passphrase_file,
+        let Which {
+            name, control_socket, ..
+        } = self.which;
+        let attempt = |control_socket| Attempt {
+            control_socket,
+            passphrase_file: self.passphrase_file.clone(),
             timeout: self.timeout,
         };
-        attempt.run()
+        match (name, control_socket) {
+            (Some(name), _) => upgrade_by_name(&name, attempt),
+            (None, Some(socket)) => attempt(socket).run(),
+            (None, None) => {
+                let mut failed: Option<Failure> = None;
+                for name in served_names() {
+                    if let Err(failure) = upgrade_by_name(&name, attempt)
+                        && let Some(earlier) = failed.replace(failure)
+                    {
+                        output::complain_with(&earlier, &earlier.list());
+                    }
+                }
+                failed.map_or(Ok(()), Err)
+            }
+        }
+    }
+}
+
+/// By this process if it can, else by the disk's unit.
+fn upgrade_by_name(name: &DiskName, attempt: impl Fn(PathBuf) -> Attempt) -> Result<(), Failure> {
+    let control = Sockets::of(name).control;
+    let is_others = matches!(connect(&control, LAST_WORD), Err(ConnectError::OtherUser { .. }));
+    match is_others && units::is_active(name) {
+        true => units::reload_service(name),
+        false => attempt(control).run(),
     }
 }
 

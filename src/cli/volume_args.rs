@@ -1,5 +1,6 @@
 //! Arguments of verbs that change the header of a volume at rest: the volume, and the key that opens it.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -102,6 +103,11 @@ impl Files {
             Some(header) => (header, Some(&self.disk)),
             None => (&self.disk, None),
         }
+    }
+
+    /// Every file.
+    pub(super) fn all(&self) -> impl Iterator<Item = &File> {
+        std::iter::once(&self.disk).chain(&self.header).map(Backing::file)
     }
 
     pub(super) fn locked(&self) -> Result<Locked<'_>, Failure> {

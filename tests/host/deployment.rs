@@ -25,17 +25,25 @@ fn blocks(page: &str, language: &str) -> Vec<String> {
         .collect()
 }
 
-/// The units and drop-ins of the docs, by their names.
+/// The units that are installed, and drop-ins of the docs, by their names.
 fn unit_files() -> BTreeMap<String, String> {
-    let blocks = ["docs/libvirt.md", "docs/agent.md"].map(|page| blocks(page, "ini"));
-    let named = blocks.into_iter().flatten().map(|block| {
+    let drop_ins = ["docs/libvirt.md", "docs/agent.md"].map(|page| blocks(page, "ini"));
+    let drop_ins = drop_ins.into_iter().flatten().map(|block| {
         let path = block.lines().next().unwrap();
         let name = path
             .strip_prefix("# /etc/systemd/system/")
-            .expect("a unit's first line is its path");
+            .expect("a drop-in's first line is its path");
         (name.to_owned(), block)
     });
-    named.collect()
+    let units = fs::read_dir(repository("qemu/host/systemd")).unwrap();
+    let units = units.map(|unit| unit.unwrap().path()).filter_map(|path| {
+        let name = path.file_name()?.to_str()?.to_owned();
+        let is_unit = [".service", ".socket", ".target"]
+            .iter()
+            .any(|kind| name.ends_with(kind));
+        is_unit.then(|| (name, fs::read_to_string(&path).unwrap()))
+    });
+    drop_ins.chain(units).collect()
 }
 
 /// The units by their names, each with its settings; a line that ends in a backslash goes on.
@@ -82,7 +90,7 @@ fn no_units_end_takes_the_sockets_of_another() {
     for instance in ["vm7", "vm8"] {
         assert_eq!(
             setting(disk, "ExecStart"),
-            Some("/usr/local/bin/sealblk start --foreground %i")
+            Some("/usr/bin/sealblk start --foreground %i")
         );
         let of_disk = Sockets::of(&instance.parse().unwrap());
         for socket in [of_disk.front_end, of_disk.control] {
@@ -112,15 +120,18 @@ fn no_units_end_takes_the_sockets_of_another() {
             );
         }
     }
-    // Each has a directory to bind its sockets in.
-    for (name, unit) in [("sealblk-agent.service", agent), ("vm7", disk)] {
-        let directory = format!(
-            "/run/{}/",
-            setting(unit, "RuntimeDirectory").unwrap().replace("%i", name)
-        );
-        let own = owned.iter().filter(|(owner, _)| *owner == name);
-        assert!(own.clone().count() > 0 && own.clone().all(|(_, socket)| socket.starts_with(&directory)));
-        assert_eq!(setting(unit, "Type"), Some("notify"), "{name}");
+    // systemd listens where QEMU, verbs and other disks look for them; and the disk has a directory to bind its own in.
+    let listens = |unit: &str| setting(&units[unit], "ListenStream").map(str::to_owned);
+    assert_eq!(
+        listens("sealblk-agent.socket").as_deref(),
+        Some(sealblk::agent::DEFAULT_SOCKET)
+    );
+    assert_eq!(listens("sealblk@.socket").unwrap().replace("%i", "vm7"), path);
+    let directory = setting(disk, "RuntimeDirectory").unwrap().replace("%i", "vm7");
+    let control = Sockets::of(&"vm7".parse().unwrap()).control;
+    assert_eq!(control.parent().unwrap(), Path::new("/run").join(directory));
+    for unit in [agent, disk] {
+        assert_eq!(setting(unit, "Type"), Some("notify"));
     }
 }
 
@@ -131,17 +142,16 @@ fn units_are_ones_that_systemd_knows_and_starts_again() {
     for (name, text) in unit_files() {
         let path = dir.path().join(name);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(path, text.replace("/usr/local/bin/sealblk", sealblk_path())).unwrap();
+        fs::write(path, text.replace("/usr/bin/sealblk", sealblk_path())).unwrap();
     }
     let mut verify = Command::new("systemd-analyze");
     verify.env("SYSTEMD_UNIT_PATH", format!("{}:", dir.path().display()));
     verify.args(["verify", "--man=no"]);
-    let services = ["sealblk-agent.service", "sealblk@vm7.service"];
-    fs::copy(
-        dir.path().join("sealblk@.service"),
-        dir.path().join("sealblk@vm7.service"),
-    )
-    .unwrap();
+    for kind in ["service", "socket"] {
+        let unit = |instance| dir.path().join(format!("sealblk@{instance}.{kind}"));
+        fs::copy(unit(""), unit("vm7")).unwrap();
+    }
+    let services = ["sealblk-agent.service", "sealblk@vm7.service", "sealblk.target"];
     let output = verify
         .args(services.map(|service| dir.path().join(service)))
         .output()
@@ -149,14 +159,36 @@ fn units_are_ones_that_systemd_knows_and_starts_again() {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success() && !said.contains("sealblk"), "{output:?}");
 
-    for (name, unit) in units().iter().filter(|(name, _)| name.ends_with(".service")) {
-        assert_eq!(setting(unit, "Restart"), Some("on-failure"), "{name}");
+    let units = units();
+    for (name, unit) in units.iter().filter(|(name, _)| name.ends_with(".service")) {
         assert_eq!(setting(unit, "StartLimitIntervalSec"), Some("0"), "{name}");
-        let pause: u32 = setting(unit, "RestartSec").unwrap().parse().unwrap();
-        assert!(pause > 0, "{name}");
-        // Wrong settings and a damaged disk: the two of docs/cli.md that no time mends.
-        assert_eq!(setting(unit, "RestartPreventExitStatus"), Some("2 3"), "{name}");
     }
+    let agent = &units["sealblk-agent.service"];
+    assert_eq!(setting(agent, "Restart"), Some("on-failure"));
+    let pause: u32 = setting(agent, "RestartSec").unwrap().parse().unwrap();
+    assert!(pause > 0);
+    // Wrong settings and a damaged log: the two of docs/cli.md that no time mends.
+    assert_eq!(setting(agent, "RestartPreventExitStatus"), Some("2 3"));
+    // QEMU connects again, and the socket starts the disk's service, however often.
+    assert_eq!(setting(&units["sealblk@.service"], "Restart"), Some("no"));
+    assert_eq!(
+        setting(&units["sealblk@.socket"], "TriggerLimitIntervalSec"),
+        Some("0")
+    );
+}
+
+/// The process that serves a disk sees as little of its host as systemd can arrange for one that has to know who its callers are.
+#[test]
+fn a_disks_unit_is_confined() {
+    let mut security = Command::new("systemd-analyze");
+    security.args(["security", "--offline=true", "--threshold=5"]);
+    let unit = security.arg(repository("qemu/host/systemd/sealblk@.service"));
+    let output = unit.output().unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stdout)
+    );
 }
 
 /// The configuration that the docs began with named a user that no host has, so that the agent did not start.
@@ -164,17 +196,14 @@ fn units_are_ones_that_systemd_knows_and_starts_again() {
 fn commands_for_a_libvirt_host_work_in_their_order() {
     let host = tempfile::tempdir().unwrap();
     let path = |name: &str| host.path().join(name);
-    let config = blocks("docs/libvirt.md", "toml").remove(0);
-    assert!(
-        config.starts_with("# /etc/sealblk/config.toml\n[agent]\n"),
-        "{config}"
+    let config = fs::read_to_string(repository("qemu/host/config.toml")).unwrap();
+    // The usual socket, and the user, are an installed host's.
+    let config = config.replace(
+        "\n[agent]\n",
+        &format!("\n[agent]\nsocket = {:?}\n", path("agent.sock")),
     );
-    // The usual socket is the host's own.
-    fs::write(
-        path("config.toml"),
-        format!("{config}socket = {:?}\n", path("agent.sock")),
-    )
-    .unwrap();
+    let config = config.replace("user = \"sealblk\"", "user = 0");
+    fs::write(path("config.toml"), config).unwrap();
     // systemd makes it, by StateDirectory.
     fs::create_dir(host.path().join("state")).unwrap();
     let mut agent = Command::new(sealblk_path());
@@ -185,7 +214,7 @@ fn commands_for_a_libvirt_host_work_in_their_order() {
     let dir = Path::new(sealblk_path()).parent().unwrap().display();
     let search = format!("{dir}:{}", std::env::var("PATH").unwrap());
     let mut ran = Vec::new();
-    for line in blocks("docs/libvirt.md", "sh").remove(0).lines() {
+    for line in blocks("docs/libvirt.md", "sh").remove(1).lines() {
         let line = line.split("  #").next().unwrap().replace("/srv/", "srv/");
         let Some(word) = line.split_whitespace().next() else {
             continue;

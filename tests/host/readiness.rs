@@ -236,3 +236,108 @@ fn a_key_server_that_does_not_answer_keeps_neither_the_start_nor_the_end_waiting
     process.signal(Signal::TERM);
     assert!(process.wait().status.success());
 }
+
+/// A process that hangs would hold a guest up until somebody looks; its manager kills it if it does not hear this.
+#[test]
+fn the_service_manager_hears_that_a_disk_and_the_agent_work() {
+    let volume = Volume::created(4 * MIB, 512);
+    let state = volume.beside("agent-state");
+    fs::create_dir(&state).unwrap();
+    let mut agent = Command::new(sealblk_path());
+    agent.arg("--state-dir").arg(&state);
+    agent
+        .args(["agent", "--socket-path"])
+        .arg(volume.beside("agent.sock"));
+    let disk = serve(&volume, &volume.beside("vhost"), &[]);
+    for (mut command, name) in [(disk, "of-disk"), (agent, "of-agent")] {
+        command.env("WATCHDOG_USEC", "100000");
+        let manager = Manager::of(&mut command, &volume.beside(name));
+        let mut process = Process::spawn(&mut command);
+        manager.waits_for("READY=1");
+        (0..3).for_each(|_| drop(manager.waits_for("WATCHDOG=1")));
+        process.signal(Signal::TERM);
+        manager.waits_for("STOPPING=1");
+        assert!(process.wait().status.success());
+    }
+}
+
+/// The first caller of a socket has its process started, by systemd's own program for this, and is answered.
+#[test]
+fn a_socket_that_the_service_manager_has_bound_is_served() {
+    let agent = Agent::new("");
+    let dir = tempfile::tempdir().unwrap();
+    let activated = |socket: &Path, args: &[&str]| {
+        let mut activate = Command::new("systemd-socket-activate");
+        activate.arg(format!("--listen={}", socket.display()));
+        activate.args(["--setenv=SEALBLK_LOG=info", sealblk_path()]);
+        let process = Process::spawn(activate.args(args).env_remove("SEALBLK_LOG"));
+        process.wait_stderr("Listening on");
+        process
+    };
+
+    let socket = dir.path().join("agent.sock");
+    let state = agent.path("state").display().to_string();
+    fs::create_dir(dir.path().join("state")).unwrap();
+    let own_state = dir.path().join("state").display().to_string();
+    let config = dir.path().join("config.toml");
+    fs::write(&config, format!("[agent]\nsocket = {socket:?}\n")).unwrap();
+    let mut process = activated(
+        &socket,
+        &["--config", named(&config), "--state-dir", &own_state, "agent"],
+    );
+    let verb = |args: &[&str]| {
+        let mut verb = Command::new(sealblk_path());
+        verb.args(["--config", named(&config)])
+            .args(args)
+            .output()
+            .unwrap()
+    };
+    // It has no providers, and says so.
+    let listed = verb(&["provider", "list"]);
+    assert!(listed.status.success(), "{listed:?}");
+    process.signal(Signal::TERM);
+    assert!(process.wait().status.success());
+    // The socket is its manager's, for the next process.
+    assert!(socket.exists());
+    let said = process.stderr();
+    assert!(!said.contains("name different sockets"), "{said}");
+
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: only root can serve a disk by its name");
+        return;
+    }
+    let volume = agent.volume();
+    let name = format!("test-activated-{}", std::process::id());
+    // The group is a matter of the socket's unit.
+    let mut define = agent.verb(&["define", &name, "--socket-group", "0", "--blk-file"]);
+    run(define.arg(&volume.path));
+    let sockets = sealblk::disks::Sockets::of(&name.parse().unwrap());
+    let socket = dir.path().join("disk.sock");
+    let config = agent.path("config.toml");
+    let args = ["--config", named(&config), "start", "--foreground", &name];
+    let mut process = activated(&socket, &args);
+    let mut driver = common::driver::Driver::connect(&socket);
+    let data = [0x5a; 4096];
+    driver.write(0, &data);
+    assert_eq!(driver.read(0, 4096), data);
+    run(Command::new(sealblk_path()).args(["status", &name]));
+    // Another process serves it, and the same socket.
+    run(Command::new(sealblk_path()).args(["upgrade", &name]));
+    assert_eq!(driver.read(0, 4096), data);
+    // Both write to the same log, so that it does not end.
+    while process.is_running() {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let status = run(Command::new(sealblk_path()).args(["status", "--json", &name])).stdout;
+    let status: serde_json::Value = serde_json::from_slice(&status).unwrap();
+    drop(driver);
+    let mut driver = common::driver::Driver::connect(&socket);
+    assert_eq!(driver.read(0, 4096), data);
+    let served = i32::try_from(status["process"].as_i64().unwrap()).unwrap();
+    rustix::process::kill_process(rustix::process::Pid::from_raw(served).unwrap(), Signal::TERM).unwrap();
+    while UnixStream::connect(&sockets.control).is_ok() {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    fs::remove_dir_all(&sockets.directory).unwrap();
+    drop(state);
+}

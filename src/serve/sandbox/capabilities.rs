@@ -16,8 +16,19 @@ use super::landlock_rules::Allowed;
 
 /// Drops all capabilities from all sets, but for those that serving this disk needs.
 pub(super) fn drop_all(allowed: &Allowed) -> Result<(), NotTaken> {
-    needed(allowed).and_then(keep).map_err(NotTaken::Kernel)
+    let held = capabilities(None).map_err(|error| NotTaken::Kernel(error.into()))?;
+    match held == NOTHING {
+        // A service manager has seen to it, and its filter of system calls may forbid to do it again.
+        true => leave_bounds(NOTHING.effective).map_err(NotTaken::Kernel),
+        false => needed(allowed).and_then(keep).map_err(NotTaken::Kernel),
+    }
 }
+
+const NOTHING: CapabilitySets = CapabilitySets {
+    effective: CapabilitySet::empty(),
+    permitted: CapabilitySet::empty(),
+    inheritable: CapabilitySet::empty(),
+};
 
 /// Those that the process needs later, of the ones that it has.
 fn needed(allowed: &Allowed) -> io::Result<CapabilitySet> {
@@ -59,6 +70,17 @@ fn lift_memory_limit() -> io::Result<()> {
 }
 
 fn keep(needed: CapabilitySet) -> io::Result<()> {
+    leave_bounds(needed)?;
+    let sets = CapabilitySets {
+        effective: needed,
+        permitted: needed,
+        inheritable: CapabilitySet::empty(),
+    };
+    Ok(set_capabilities(None, sets)?)
+}
+
+/// Leaves the sets that the execution of another program would look at.
+fn leave_bounds(needed: CapabilitySet) -> io::Result<()> {
     for number in 0..u64::BITS {
         let capability = CapabilitySet::from_bits_retain(1 << number);
         if needed.contains(capability) {
@@ -72,11 +94,5 @@ fn keep(needed: CapabilitySet) -> io::Result<()> {
             Err(error) => return Err(error.into()),
         }
     }
-    clear_ambient_capability_set()?;
-    let sets = CapabilitySets {
-        effective: needed,
-        permitted: needed,
-        inheritable: CapabilitySet::empty(),
-    };
-    Ok(set_capabilities(None, sets)?)
+    Ok(clear_ambient_capability_set()?)
 }
