@@ -68,22 +68,29 @@ pub(super) struct Undefine {
 
 impl Undefine {
     pub(super) fn run(self, host: &Host) -> Result<(), Failure> {
-        let Self { name, force } = self;
-        let definition = host.disks().definition(&name)?;
-        if is_served(&Sockets::of(&name).control) {
-            return Err(Failure::Served { name });
-        }
-        match forget(host, &definition) {
-            Err(failure) if !force => return Err(failure),
-            Err(failure) => tracing::warn!("the key agent may keep keys of this disk: {failure}"),
-            Ok(Err(processes)) => return Err(Failure::ServedBy { name, processes }),
-            Ok(Ok(())) => {}
-        }
-        units::disable(&name);
-        host.disks().undefine(&name)?;
-        units::reload();
-        Ok(())
+        undefine(host, &self.name, self.force)
     }
+}
+
+/// Removes the definition of a disk, and its keys from the agent; with `force` also if that cannot be asked.
+pub(super) fn undefine(host: &Host, name: &DiskName, force: bool) -> Result<(), Failure> {
+    let definition = host.disks().definition(name)?;
+    if is_served(&Sockets::of(name).control) {
+        return Err(Failure::Served { name: name.clone() });
+    }
+    match forget(host, &definition) {
+        Err(failure) if !force => return Err(failure),
+        Err(failure) => tracing::warn!("the key agent may keep keys of this disk: {failure}"),
+        Ok(Err(processes)) => {
+            let name = name.clone();
+            return Err(Failure::ServedBy { name, processes });
+        }
+        Ok(Ok(())) => {}
+    }
+    units::disable(name);
+    host.disks().undefine(name)?;
+    units::reload();
+    Ok(())
 }
 
 /// Has the agent forget the disk's keys, or tells of the processes that serve it. Without an agent, no key is kept.

@@ -94,6 +94,47 @@ pub enum Failure {
         /// Which unit.
         unit: String,
     },
+    /// A disk of a domain that is to start.
+    #[error("the disk {name} cannot be served: {}", if said.is_empty() { "see `sealblk list`" } else { said })]
+    NotStarted {
+        /// The disk.
+        name: String,
+        /// What its service has said.
+        said: String,
+    },
+    /// No libvirt.
+    #[error("virsh cannot be started; it is in the package libvirt-clients, or libvirt-client")]
+    NoVirsh {
+        /// The answer.
+        source: io::Error,
+    },
+    /// libvirt refuses.
+    #[error("`virsh {verb}` failed: {said}")]
+    Virsh {
+        /// Its command.
+        verb: String,
+        /// What it says.
+        said: String,
+    },
+    /// What libvirt gives as a domain.
+    #[error("libvirt's domain cannot be read, or names disks in its metadata that cannot be names")]
+    NoDomain,
+    /// A disk that the domain has.
+    #[error("the domain {domain:?} has this disk, or another one as {target}")]
+    Attached {
+        /// The domain.
+        domain: String,
+        /// Where.
+        target: String,
+    },
+    /// A disk that the domain does not have.
+    #[error("the domain {domain:?} does not have the disk {name}")]
+    NotAttached {
+        /// The domain.
+        domain: String,
+        /// The disk.
+        name: DiskName,
+    },
     /// A host without systemd.
     #[error(
         "systemctl cannot be started; without systemd, use --foreground, and end the process with SIGTERM"
@@ -419,6 +460,7 @@ impl Failure {
             | Self::Executable(_)
             | Self::NotTheServer
             | Self::NoSystemd { .. }
+            | Self::NoVirsh { .. }
             | Self::Execute { .. } => Blame::Host,
             Self::SizeNeeded { .. }
             | Self::WeakSecret(_)
@@ -432,18 +474,21 @@ impl Failure {
             | Self::NotDue
             | Self::Options(_)
             | Self::NameOrPath { .. }
+            | Self::NoDomain
+            | Self::NotAttached { .. }
             | Self::HeaderOfName { .. }
             | Self::OwnHeader { .. } => Blame::Operator,
             Self::NotItsVolume { .. } | Self::Backup { .. } | Self::NoReceipt { .. } => Blame::Content,
             Self::NoProvider | Self::Unusable { .. } => Blame::Key,
-            Self::Served { .. }
+            Self::Attached { .. }
+            | Self::Served { .. }
             | Self::ServedBy { .. }
             | Self::NotWhileServed { .. }
             | Self::MayBeServed { .. }
             | Self::Occupied { .. } => Blame::Use,
             Self::Make { .. } | Self::Look { .. } => Blame::Storage,
             Self::Control { .. } | Self::NoAgent { .. } => Blame::Process,
-            Self::Unit { .. } => Blame::Process,
+            Self::Unit { .. } | Self::NotStarted { .. } | Self::Virsh { .. } => Blame::Process,
             Self::Definition(error) => error.blame(),
             Self::NotUpgraded { blame, .. } => *blame,
             Self::NotRevocable { source, .. } => source.reason.blame(),

@@ -19,6 +19,7 @@ mod info;
 mod key;
 mod key_helper;
 mod keys;
+mod libvirt;
 mod list;
 mod made;
 mod primary_key;
@@ -135,6 +136,7 @@ enum Verb {
     Status(served::Status),
     Events(events::Events),
     List(list::List),
+    Libvirt(libvirt::Libvirt),
     Lock(served::Lock),
     Unlock(served::Unlock),
     Resume(served::Resume),
@@ -311,6 +313,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Status(verb) => verb.run(),
         Verb::Events(verb) => verb.run(&host),
         Verb::List(verb) => verb.run(&host),
+        Verb::Libvirt(verb) => verb.run(&host),
         Verb::Lock(verb) => verb.run(),
         Verb::Unlock(verb) => verb.run(),
         Verb::Resume(verb) => verb.run(),

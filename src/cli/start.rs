@@ -63,27 +63,10 @@ impl Start {
             (true, _) => Err(self.in_foreground(host, &definition)?),
             (_, true) => prepare(&definition, &Sockets::of(&self.name)),
             _ => {
-                self.note_incoming()?;
+                note_incoming(&self.name, self.incoming)?;
                 units::order("start", &self.name)
             }
         }
-    }
-
-    /// Leaves word to each process of the unit whether it is to accept the other side of a migration.
-    fn note_incoming(&self) -> Result<(), Failure> {
-        let sockets = Sockets::of(&self.name);
-        let path = sockets.incoming();
-        let noted = match self.incoming {
-            true => make(&sockets.directory).and_then(|()| File::create_new(&path).map(drop)),
-            false => fs::remove_file(&path),
-        };
-        let noted = match noted {
-            Err(error) if [io::ErrorKind::NotFound, io::ErrorKind::AlreadyExists].contains(&error.kind()) => {
-                Ok(())
-            }
-            noted => noted,
-        };
-        noted.map_err(|source| Failure::Make { path, source })
     }
 
     /// Becomes the process that serves the disk. Returns if that fails.
@@ -126,6 +109,23 @@ impl Stop {
         let _ = fs::remove_file(Sockets::of(&self.name).incoming());
         Ok(())
     }
+}
+
+/// Leaves word to each process of a disk's unit whether it is to accept the other side of a migration.
+pub(super) fn note_incoming(name: &DiskName, incoming: bool) -> Result<(), Failure> {
+    let sockets = Sockets::of(name);
+    let path = sockets.incoming();
+    let noted = match incoming {
+        true => make(&sockets.directory).and_then(|()| File::create_new(&path).map(drop)),
+        false => fs::remove_file(&path),
+    };
+    let noted = match noted {
+        Err(error) if [io::ErrorKind::NotFound, io::ErrorKind::AlreadyExists].contains(&error.kind()) => {
+            Ok(())
+        }
+        noted => noted,
+    };
+    noted.map_err(|source| Failure::Make { path, source })
 }
 
 /// The directory of the control socket: the user's who serves the disk.

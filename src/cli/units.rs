@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::failure::Failure;
 use super::stderr;
@@ -34,6 +36,66 @@ fn run(verb: &'static str, unit: String, others: &[&str]) -> Result<(), Failure>
         Ok(_) => Err(Failure::Unit { verb, unit }),
         Err(source) => Err(Failure::NoSystemd { source }),
     }
+}
+
+/// Starts disks for a domain, and says why one does not start. One that takes longer is served when it is ready: its socket is there, and QEMU
+/// waits.
+pub(super) fn start_within(names: &[&DiskName], patience: Duration) -> Result<(), Failure> {
+    let mut start = Command::new("systemctl");
+    start.arg("start");
+    start.args(names.iter().flat_map(|name| [socket(name), service(name)]));
+    start
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    let mut child = start.spawn().map_err(|source| Failure::NoSystemd { source })?;
+    let began = Instant::now();
+    while began.elapsed() < patience {
+        match child.try_wait() {
+            Ok(None) => thread::sleep(Duration::from_millis(10)),
+            Ok(Some(status)) if status.success() => return Ok(()),
+            _ => {
+                let failed = names.iter().find(|name| !is_active(name));
+                return Err(Failure::NotStarted {
+                    name: failed
+                        .or(names.first())
+                        .map_or(String::new(), ToString::to_string),
+                    said: failed.map(|name| last_words(name)).unwrap_or_default(),
+                });
+            }
+        }
+    }
+    // systemd continues with what it was asked for.
+    let _ = child.kill();
+    let _ = child.wait();
+    Ok(())
+}
+
+/// What the service of a disk has said at its end.
+fn last_words(name: &DiskName) -> String {
+    let mut journal = Command::new("journalctl");
+    journal.args(["--quiet", "--lines=20", "--output=cat", "--unit", &service(name)]);
+    let output = journal.stdin(Stdio::null()).stderr(Stdio::null()).output();
+    let text = output
+        .map(|output| String::from_utf8_lossy(&output.stdout).into_owned())
+        .unwrap_or_default();
+    let lines: Vec<_> = text.lines().collect();
+    let begin = lines.iter().rposition(|line| line.starts_with("sealblk: "));
+    let said = lines.into_iter().skip(begin.unwrap_or(usize::MAX));
+    let said = said.take_while(|line| line.starts_with("sealblk: ") || line.starts_with("  cause: "));
+    said.map(str::trim).collect::<Vec<_>>().join("; ")
+}
+
+/// Has systemd stop the services of disks, whose sockets stay, and does not wait for that: storage may not answer.
+pub(super) fn stop_services(names: &[&DiskName]) {
+    let mut stop = Command::new("systemctl");
+    stop.args(["stop", "--no-block"])
+        .args(names.iter().map(|name| service(name)));
+    let _ = stop
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
 }
 
 /// Whether systemd runs the service of a disk.

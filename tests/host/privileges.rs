@@ -57,7 +57,7 @@ impl Takes {
 }
 
 /// What is beside the configuration, and the units of systemd, are root's: the kernel and systemd refuse others.
-const OF_DEFINITIONS: [&str; 4] = ["define", "undefine", "start", "stop"];
+const OF_DEFINITIONS: [&str; 5] = ["define", "undefine", "start", "stop", "libvirt"];
 
 /// Verbs of another host, whose keys they are; whoever can write its state directory may all of it.
 const OF_A_BROKER: &str = "broker";
