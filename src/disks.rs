@@ -186,6 +186,7 @@ impl DiskOption {
     const BLK_FILE: Self = Self("blk-file");
     const HEADER: Self = Self("header");
     const VOLUME: Self = Self("volume");
+    const PEER_FILE: Self = Self("peer-file");
     const SOCKET_GROUP: Self = Self("socket-group");
     const SOCKET_MODE: Self = Self("socket-mode");
     const ALLOW_UNENCRYPTED: Self = Self("allow-unencrypted");
@@ -245,6 +246,34 @@ impl Disks {
         }
         names.sort();
         Ok(names)
+    }
+
+    /// Adds an option to the definition of a disk, unless it has that.
+    ///
+    /// # Errors
+    /// [`DefinitionError`]; the definition is as before then.
+    pub fn accept_only_registered(&self, name: &DiskName) -> Result<bool, DefinitionError> {
+        let definition = self.definition(name)?;
+        if definition.options.contains_key(&DiskOption::PEER_FILE) {
+            return Ok(false);
+        }
+        let path = self.path(name);
+        let DiskOption(option) = DiskOption::PEER_FILE;
+        let file = toml::Value::from(Sockets::of(name).peer().display().to_string());
+        let add = || {
+            // What an operator has written stays as it is.
+            let mut text = fs::read_to_string(&path)?;
+            if !text.ends_with('\n') {
+                text.push('\n');
+            }
+            text.push_str(&format!("{option} = {file}\n"));
+            private_file::replace(&path, text.as_bytes())?;
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o644))
+        };
+        match add() {
+            Ok(()) => Ok(true),
+            Err(source) => Err(DefinitionError::Write { path, source }),
+        }
     }
 
     /// Removes the definition of a disk.
@@ -489,6 +518,11 @@ pub struct Sockets {
 }
 
 impl Sockets {
+    /// Where the front-end is registered that may have the disk.
+    pub fn peer(&self) -> PathBuf {
+        self.directory.join("peer")
+    }
+
     /// A file that is there while the disk's processes are to accept the other side of a migration.
     pub fn incoming(&self) -> PathBuf {
         self.directory.join("incoming")

@@ -6,11 +6,16 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
+use std::fs;
 use std::io::{self, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
+use sealblk_secmem::private_file;
+use sealblk_serve::device::Registered;
 
 use super::failure::Failure;
 use super::{Host, output, units};
@@ -208,13 +213,17 @@ impl Connection {
         let mut dump = vec!["dumpxml", domain];
         dump.extend(is_persistent.then_some("--inactive"));
         let xml = self.virsh(&dump, "")?;
+        let running = match is_active {
+            true => Some(registered(&self.virsh(&["dumpxml", domain], "")?)?),
+            false => None,
+        };
         let mut scope = Vec::new();
         scope.extend(is_persistent.then_some("--config"));
         scope.extend(is_active.then_some("--live"));
         Ok(Domain {
             disks: disks_of(&xml)?,
             devices: devices_of(&xml)?,
-            is_active,
+            running,
             scope,
         })
     }
@@ -240,7 +249,8 @@ impl Connection {
 struct Domain {
     disks: BTreeSet<DiskName>,
     devices: Vec<(String, String)>,
-    is_active: bool,
+    /// Its QEMU, if it runs.
+    running: Option<Registered>,
     /// virsh's options for changes of it.
     scope: Vec<&'static str>,
 }
@@ -269,9 +279,14 @@ impl Attach {
         let disks: BTreeSet<_> = found.disks.iter().cloned().chain([name.clone()]).collect();
         // A name too many starts a disk too many, and does no harm.
         connection.set_disks(&domain, &found.scope, &disks)?;
+        // QEMUs of all domains may run as one user: from now on the disk accepts this domain's alone.
+        let is_new = host.disks().accept_only_registered(&name)?;
         let attach = || {
-            if found.is_active {
-                units::order("start", &name)?;
+            if let Some(running) = &found.running {
+                register(&name, running)?;
+                units::reload();
+                // A process that was started before accepts any.
+                units::order(if is_new { "restart" } else { "start" }, &name)?;
             }
             let mut attach = vec!["attach-device", &domain, "/dev/stdin"];
             attach.extend(&found.scope);
@@ -302,7 +317,8 @@ impl Detach {
         let mut disks = found.disks;
         disks.remove(&name);
         connection.set_disks(&domain, &found.scope, &disks)?;
-        if found.is_active {
+        if found.running.is_some() {
+            unregister(&name);
             units::order("stop", &name)?;
         }
         output::print(&format!("{domain}: {name} is detached\n"))
@@ -322,7 +338,7 @@ impl Undefine {
         undefine.extend(options.iter().map(String::as_str));
         connection.virsh(&undefine, "")?;
         for name in found.disks {
-            if !found.is_active {
+            if found.running.is_none() {
                 units::order("stop", &name)?;
             }
             super::define::undefine(host, &name, force)?;
@@ -361,17 +377,77 @@ impl Hook {
             "migrate" => names
                 .into_iter()
                 .try_for_each(|name| super::start::note_incoming(name, true)),
-            "prepare" => units::start_within(&names, PATIENCE),
+            "prepare" => {
+                let front_end = registered(&xml)?;
+                names.iter().try_for_each(|name| register(name, &front_end))?;
+                units::start_within(&names, PATIENCE)
+            }
             // The guest has ended here, or has left. systemd sees to the rest.
             _ => {
                 for name in &names {
                     let _ = super::start::note_incoming(name, false);
+                    unregister(name);
                 }
                 units::stop_services(&names);
                 Ok(())
             }
         }
     }
+}
+
+/// The QEMU of a domain, as libvirt starts it.
+fn registered(xml: &str) -> Result<Registered, Failure> {
+    let document = roxmltree::Document::parse(xml).map_err(|_| Failure::NoDomain)?;
+    let domain = document.root_element();
+    let label = |models: &[&str]| {
+        let mut labels = domain.children().filter(|node| node.has_tag_name("seclabel"));
+        let of_model = labels.find(|node| {
+            node.attribute("model")
+                .is_some_and(|model| models.contains(&model))
+        })?;
+        let label = of_model.children().find(|node| node.has_tag_name("label"))?;
+        Some(label.text()?.trim().to_owned())
+    };
+    // As +64055:+994; a name is not looked up.
+    let user = label(&["dac"]).and_then(|label| label.strip_prefix('+')?.split(':').next()?.parse().ok());
+    Ok(Registered {
+        user,
+        label: label(&["apparmor", "selinux"]),
+        machine: domain
+            .attribute("id")
+            .filter(|_| machines_have_groups())
+            .map(|id| format!("qemu-{id}")),
+    })
+}
+
+/// Whether libvirt gives each machine a control group: not where no controller is to be had (its virCgroupAvailable).
+fn machines_have_groups() -> bool {
+    let controllers = fs::read_to_string("/sys/fs/cgroup/cgroup.controllers");
+    controllers.is_ok_and(|controllers| !controllers.trim().is_empty())
+        || ["cpu", "memory", "devices"]
+            .iter()
+            .any(|name| Path::new("/sys/fs/cgroup").join(name).is_dir())
+}
+
+/// Has a disk accept this front-end and no other.
+fn register(name: &DiskName, front_end: &Registered) -> Result<(), Failure> {
+    let sockets = Sockets::of(name);
+    let path = sockets.peer();
+    let write = || {
+        super::start::make(&sockets.directory)?;
+        private_file::replace(&path, &serde_json::to_vec(front_end)?)?;
+        // It is no secret, and the disk's user reads it.
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644))
+    };
+    write().map_err(|source| Failure::Make {
+        path: path.clone(),
+        source,
+    })
+}
+
+/// Has it accept none.
+fn unregister(name: &DiskName) {
+    let _ = fs::remove_file(Sockets::of(name).peer());
 }
 
 /// The disks that a domain names in its metadata.

@@ -134,7 +134,7 @@ fn of_control(sockets: &Sockets) -> &Path {
 }
 
 /// Makes a directory of a disk.
-fn make(directory: &Path) -> io::Result<()> {
+pub(super) fn make(directory: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o755).create(directory)
 }
 

@@ -213,3 +213,57 @@ fn a_host_without_an_agent_lists_its_disks() {
         "{table}"
     );
 }
+
+/// QEMUs of several guests run as one user, and what a guest could do that has escaped into one of them: take the disk of another.
+#[test]
+fn a_disk_is_only_for_the_registered_front_end() {
+    const ASK: &str = "import os, socket, sys\n\
+        if sys.argv[2]: open(sys.argv[2], 'w').write(str(os.getpid()))\n\
+        disk = socket.socket(socket.AF_UNIX)\n\
+        disk.settimeout(60)\n\
+        disk.connect(sys.argv[1])\n\
+        try:\n\
+        \x20disk.sendall(bytes([1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]))\n\
+        \x20print(len(disk.recv(20)))\n\
+        except ConnectionError: print(0)";
+    let volume = Volume::new();
+    let (socket, peer) = (volume.beside("vhost"), volume.beside("peers/peer"));
+    fs::create_dir(peer.parent().unwrap()).unwrap();
+    let args = ["--peer-file", peer.to_str().unwrap(), "--sandbox", "prefer"];
+    let mut served = Process::spawn(&mut common::serve::serve(&volume, &socket, &args));
+    served.wait_stderr("serving");
+    let answered = |group: Option<&Path>| {
+        let mut ask = Command::new("python3");
+        ask.args(["-c", ASK]).arg(&socket);
+        let asked = run(ask.arg(group.map_or(Path::new(""), Path::new)));
+        String::from_utf8(asked.stdout).unwrap().trim() != "0"
+    };
+    assert!(!answered(None));
+    served.wait_stderr("a front-end is turned away: none is registered");
+    let user = rustix::process::geteuid().as_raw();
+    fs::write(&peer, format!("{{\"user\":{user}}}")).unwrap();
+    assert!(answered(None));
+    fs::write(&peer, format!("{{\"user\":{}}}", user + 1)).unwrap();
+    assert!(!answered(None));
+
+    let mounts = fs::read_to_string("/proc/mounts").unwrap();
+    let groups = mounts
+        .lines()
+        .find(|mount| mount.split(' ').nth(2) == Some("cgroup2"));
+    let groups = groups.and_then(|mount| mount.split(' ').nth(1)).map(Path::new);
+    fs::write(&peer, format!("{{\"user\":{user},\"machine\":\"qemu-7\"}}")).unwrap();
+    assert!(!answered(None));
+    served.wait_stderr("is not in the control group of \"qemu-7\"");
+    let group =
+        groups.map(|groups| groups.join(format!("machine-qemu\\x2d7\\x2dtest{}.scope", std::process::id())));
+    match group.filter(|group| fs::create_dir(group).is_ok()) {
+        Some(group) => {
+            let asked = answered(Some(&group.join("cgroup.procs")));
+            fs::remove_dir(&group).unwrap();
+            assert!(asked, "{}", served.stderr());
+        }
+        None => eprintln!("skipped: this user can make no control group"),
+    }
+    served.signal(Signal::TERM);
+    assert!(served.wait().status.success());
+}

@@ -96,6 +96,10 @@ pub struct Serve {
     /// The mode of that socket; the umask does not change it [default: 600, with --socket-group 660]
     #[arg(long, value_name = "MODE", value_parser = parse_mode, requires = "socket_path")]
     pub(super) socket_mode: Option<u32>,
+    /// Accept only the front-end that FILE registers by its user, security label and control group, where QEMUs of several guests run as
+    /// one user; without FILE, none. libvirt's hook writes it (docs/libvirt.md)
+    #[arg(long, value_name = "FILE")]
+    pub(super) peer_file: Option<PathBuf>,
     /// An inherited socket that listens, or is connected to QEMU
     #[arg(long, value_name = "N")]
     pub(super) fd: Option<RawFd>,

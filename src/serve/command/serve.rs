@@ -31,7 +31,7 @@ use crate::control::privilege::Grants;
 use crate::control::server::Gate;
 use crate::control::socket::{self, Bound, Permissions};
 use crate::control::{datagram, manager, server, varlink};
-use crate::device::{Claims, DEFAULT_POOL_PAGES, Disk, Endpoint, Server, Waited};
+use crate::device::{Claims, DEFAULT_POOL_PAGES, Disk, Endpoint, Peers, Server, Waited};
 use crate::key_helper::{KeyHelper, Settings};
 use crate::keys::RequestPurpose;
 use crate::luks2::{Changed, HeaderError, Identity, Locked, MATERIAL_LEN, Reason, VolumeError};
@@ -119,7 +119,10 @@ impl Serve {
             Some(_) => Endpoint::OtherProcess(self.socket_path.clone()),
             None => self.endpoint(groups.socket),
         };
-        let server = Server::new(Arc::clone(&disk), self.num_queues, endpoint)?;
+        let mut server = Server::new(Arc::clone(&disk), self.num_queues, endpoint)?;
+        if let Some(file) = &self.peer_file {
+            server = server.only(Peers::in_file(file.clone()));
+        }
         if let Some(taker) = &taker {
             taker.check(&disk, self.num_queues)?;
         }
@@ -355,6 +358,11 @@ impl Serve {
         control: Option<&ControlSocket>,
     ) -> io::Result<Allowed> {
         let mut allowed = Allowed::default();
+        if let Some(file) = &self.peer_file {
+            // It is written anew for each front-end, whose control group is in /proc.
+            allowed.read(file.parent().unwrap_or(Path::new("/")));
+            allowed.read(Path::new("/proc"));
+        }
         // Each queue opens it for itself.
         let file = &medium.shape.file;
         allowed.reopen(file, file.is_null() || !self.read_only)?;

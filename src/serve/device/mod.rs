@@ -6,6 +6,7 @@
 //!
 //! ```text
 //! server            the socket that front-ends connect to, one at a time, and signals
+//! peers             which front-end may have the disk
 //! session           one front-end's connection, from its first message to its end
 //! interceptor       each message of the front-end: received, decoded, checked, passed on, answered
 //! record            what it has said, as far as it holds
@@ -92,6 +93,7 @@ mod left;
 mod limits;
 mod message;
 mod path;
+mod peers;
 mod polling;
 mod record;
 mod request;
@@ -114,4 +116,5 @@ pub use handover::{Answer, Given, Handover, NotHandedOver, Served};
 pub use held::{Held, HeldBy};
 pub use limits::{DEFAULT_POLL_MAX, DEFAULT_POOL_PAGES, DEFAULT_STOP_LIMIT};
 pub use message::{Message, MessageError};
+pub use peers::{Peers, Registered};
 pub use server::{Endpoint, Ready, ServeError, Server, Waited};

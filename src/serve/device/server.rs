@@ -28,6 +28,7 @@ use super::disk::Disk;
 use super::handover::{Asked, Desk, Given, Handover, NotHandedOver, Served};
 use super::interceptor::Ended;
 use super::message::Message;
+use super::peers::Peers;
 use super::rings::{self, Urings};
 use super::session::{self, Continued, Link, Tools};
 use super::uring;
@@ -158,6 +159,7 @@ impl Server {
         };
         let control = Control {
             handover: Handover::new().map_err(ServeError::Control)?,
+            peers: None,
             alive: alive_timer().map_err(ServeError::Control)?,
             is_handed_over: false,
             host: Arc::new(host),
@@ -173,6 +175,12 @@ impl Server {
             control,
             bound,
         })
+    }
+
+    /// Accepts only the front-end that is registered.
+    pub fn only(mut self, peers: Peers) -> Self {
+        self.control.peers = Some(peers);
+        self
     }
 
     /// Makes the descriptors of this process its current directory, where sessions find their protocol handler; paths that are not
@@ -326,6 +334,8 @@ struct Control {
     failure: Option<io::Error>,
     /// Where this thread is asked for all that another process needs.
     handover: Handover,
+    /// Who may be a front-end; none if everybody who can connect.
+    peers: Option<Peers>,
     /// Readable when the service manager is to hear that this thread works; none if it does not ask for that.
     alive: Option<OwnedFd>,
     /// Whether another process serves the front-ends.
@@ -417,6 +427,10 @@ impl Control {
                 "a front-end is turned away: earlier ones have passed descriptors that cannot be closed, since the file system \
                  behind them, such as FUSE, does not answer; end it, or restart `sealblk serve`"
             );
+            return;
+        }
+        if let Some(Err(reason)) = self.peers.as_ref().map(|peers| peers.check(&stream)) {
+            tracing::warn!("a front-end is turned away: {reason}");
             return;
         }
         match &self.session {
