@@ -11,7 +11,7 @@ use rustix::fs::{Gid, Uid};
 use sealblk_control::socket::{ACTIVATED, is_activated};
 
 use super::failure::Failure;
-use super::volume_args::VolumeArgs;
+use super::volume_args::{TakeOver, VolumeArgs};
 use super::{Host, serve, units};
 use crate::disks::{Definition, DiskName, Sockets};
 
@@ -37,8 +37,8 @@ pub(super) struct Start {
     /// Serve it in this process
     #[arg(long)]
     foreground: bool,
-    /// Accept another `sealblk serve` that has the disk: a guest migrates here. This holds until `sealblk stop`, or until `sealblk start`
-    /// without it
+    /// Accept another `sealblk serve` that has the disk: a guest migrates here. This holds for each start while the other one has the disk,
+    /// until `sealblk stop`, or `sealblk start` without it
     #[arg(long, conflicts_with_all = ["foreground", "prepare"])]
     incoming: bool,
     /// Give the disk's file or device to the user that is to serve it
@@ -72,7 +72,9 @@ impl Start {
     /// Becomes the process that serves the disk. Returns if that fails.
     fn in_foreground(self, host: &Host, definition: &Definition) -> Result<Failure, Failure> {
         let sockets = Sockets::of(&self.name);
-        let is_incoming = sockets.incoming().exists();
+        // When the other side has gone, a start is like any other: it can wait for its key, and keeps others out.
+        let volume = VolumeArgs::new(definition.disk(), definition.header());
+        let is_incoming = sockets.incoming().exists() && volume.open_to_change(&TakeOver::default()).is_err();
         let directory = of_control(&sockets);
         make(directory).map_err(|source| Failure::Make {
             path: directory.to_owned(),

@@ -116,7 +116,7 @@ impl Files {
     }
 }
 
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 pub(super) struct TakeOver {
     /// Change the volume although another host has it attached, by attachment N, as the refusal said. Do this only if that host cannot
     /// write to the storage any more

@@ -187,6 +187,36 @@ fn a_disk_that_is_undefined_leaves_no_key_in_the_agent() {
     host.says(&["undefine", "NAME-b", "--force"]);
 }
 
+/// Started once for a migration, a disk accepted others for ever, and ended where it could have waited for its key.
+#[test]
+fn a_disk_is_incoming_only_while_another_process_has_it() {
+    if !may_serve_by_name() {
+        return;
+    }
+    const WAITS: &str = "waiting for a guest that migrates here";
+    let host = Host::new();
+    run(&mut host.define(&[]));
+    let sockets = Sockets::of(&host.name.parse().unwrap());
+    fs::create_dir_all(&sockets.directory).unwrap();
+    fs::write(sockets.incoming(), "").unwrap();
+    let mut source = Process::spawn(&mut common::serve::serve(
+        &host.volume,
+        &host.volume.beside("vhost"),
+        &[],
+    ));
+    source.wait_stderr("serving");
+    let mut served = host.start();
+    served.wait_stderr(WAITS);
+    served.signal(Signal::TERM);
+    assert!(served.wait().status.success());
+    source.signal(Signal::TERM);
+    assert!(source.wait().status.success());
+    let mut served = host.start();
+    assert!(!served.stderr().contains(WAITS), "{}", served.stderr());
+    served.signal(Signal::TERM);
+    assert!(served.wait().status.success());
+}
+
 /// What is defined can be served without systemd and without an agent, and is listed then, too.
 #[test]
 fn a_host_without_an_agent_lists_its_disks() {
